@@ -1,0 +1,3 @@
+"""Distilling step-by-step on PyTorch Lightning."""
+
+__version__ = "0.1.0"

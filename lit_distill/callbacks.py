@@ -1,0 +1,193 @@
+"""What happens beside training: when to validate and to save, how fast it goes, what is shown."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_distill.errors import UserError
+from lit_distill.modules.base import DistillModule
+from lit_distill.modules.evaluation import Evaluation
+
+_NEVER = sys.maxsize
+
+
+class ValidateEverySteps(Callback):
+    """Validate every so many optimizer steps, whatever the epoch's length and the accumulation, and at the end.
+
+    Lightning counts micro-batches, and a shorter last window of an epoch shifts that count against the steps; this
+    callback tells it batch by batch instead.
+
+    Args:
+        every_n_steps: optimizer steps between validations; ``null`` leaves validation to Lightning's own settings.
+    """
+
+    def __init__(self, every_n_steps: int | None = 250) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"validation.every_n_steps must be at least 1 or null, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is due yet."""
+        self._last_step = trainer.global_step
+        if self.every_n_steps is not None and isinstance(trainer.val_check_batch, int | float):
+            trainer.val_check_batch = _NEVER
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """A resumed run looks at this once before its first batch has counted."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Make Lightning's count come out even exactly where validation is due."""
+        if self.every_n_steps is None:
+            return
+        progress = trainer.fit_loop.epoch_loop
+        stepped = trainer.global_step != self._last_step
+        due = stepped and (trainer.global_step % self.every_n_steps == 0 or self._is_last(trainer))
+        across_epochs = trainer.check_val_every_n_epoch is None
+        done = (progress.total_batch_idx if across_epochs else progress.batch_idx) + 1
+        trainer.val_check_batch = done if due else _NEVER
+
+    @staticmethod
+    def _is_last(trainer: pl.Trainer) -> bool:
+        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+            return True
+        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
+        return last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: written after every validation, and once more when a run is interrupted.
+
+    A run on several processes is not saved when an exception stops one of them: saving waits for all.
+
+    Args:
+        dirpath: folder; by default ``checkpoints`` in the run's.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            monitor=None,
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save what was trained so far, under the same name."""
+        if trainer.world_size == 1 and trainer.training and self._should_save_on_exception(trainer):
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's own, without an epoch's number out of infinitely many."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}"
+
+
+class Throughput(Callback):
+    """Log examples, tokens (padding left out) and optimizer steps a second, and the gradient's norm before clipping.
+
+    The rates are this rank's times the number of ranks, over the training time since the last row; evaluation is left
+    out. Under sharded strategies the norm is of this rank's shard and is not logged.
+    """
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._seconds = 0.0
+        self._examples = 0
+        self._tokens = 0
+        self._steps = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Start the clock."""
+        if not self._started:
+            self._started = time.perf_counter()
+
+    def on_validation_start(self, *args: Any) -> None:
+        """Stop the clock while it evaluates."""
+        if self._started:
+            self._seconds += time.perf_counter() - self._started
+            self._started = 0.0
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Log the gradient's norm, on the steps that are logged."""
+        if not isinstance(pl_module, DistillModule) or pl_module.sharded or not self._is_logged(trainer):
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+        pl_module.log("train/grad_norm", norm, batch_size=1)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Count a complete step; log where it is logged."""
+        window = pl_module.window if isinstance(pl_module, DistillModule) else None
+        if window is None or trainer.fit_loop.epoch_loop.batch_idx + 1 != window.start + window.size:
+            return
+        self._examples += window.examples
+        self._tokens += window.tokens
+        self._steps += 1
+        # global_step has been raised by now
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        now = time.perf_counter()
+        seconds = self._seconds + now - self._started
+        world = trainer.world_size
+        rates = {
+            "train/examples_per_second": self._examples * world / seconds,
+            "train/tokens_per_second": self._tokens * world / seconds,
+            "train/steps_per_second": self._steps / seconds,
+        }
+        pl_module.log_dict(rates, batch_size=1)
+        self._started, self._seconds = now, 0.0
+        self._examples = self._tokens = self._steps = 0
+
+    @staticmethod
+    def _is_logged(trainer: pl.Trainer) -> bool:
+        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+
+
+class SampleTable(Callback):
+    """Log each evaluation's sample predictions, with their rationales, to loggers that show tables or text."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Samples of val."""
+        self._log(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Samples of test."""
+        self._log(trainer, pl_module)
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        evaluation: Evaluation | None = getattr(pl_module, "evaluation", None)
+        if trainer.sanity_checking or not trainer.is_global_zero or evaluation is None:
+            return
+        rows = evaluation.sample_rows()
+        if not rows:
+            return
+        columns = list(rows[0])
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                data = [[row[column] for column in columns] for row in rows]
+                logger.log_table(f"{evaluation.split}/samples", columns=columns, data=data)
+            elif isinstance(logger, TensorBoardLogger):
+                lines = ["|" + "|".join(columns) + "|", "|" + "---|" * len(columns)]
+                lines += ["|" + "|".join(_cell(row[column]) for column in columns) + "|" for row in rows]
+                logger.experiment.add_text(f"{evaluation.split}/samples", "\n".join(lines), trainer.global_step)
+
+
+def _cell(value: object) -> str:
+    return str("" if value is None else value).replace("|", "\\|").replace("\n", " ")

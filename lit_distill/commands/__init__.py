@@ -1,0 +1,1 @@
+"""One file a command beside fit, validate, test and predict."""

@@ -1,0 +1,69 @@
+"""``inspect`` on the command line: takes any config of ``fit``, and builds the data alone."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_distill.cli import DistillCLI, Parser, linked_prefixes
+from lit_distill.commands.inspect import inspect_data, render, write_report
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.modules.base import DistillModule
+
+
+class InspectCLI(DistillCLI):
+    """Parses what ``fit`` parses, so that any config will do; of it only the data is built.
+
+    Args:
+        args: the arguments after ``inspect``.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            DistillModule,
+            RationaleDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            run=False,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": "lit_distill inspect",
+                "description": "Report on a dataset as a config uses it. A student is never built.",
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As for ``fit``, but the model may be left out."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_lightning_class_args(DistillModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(RationaleDataModule, "data", subclass_mode=True)
+        parser.add_argument("--json", type=str | None, default=None, help="Also write the report to this JSON file.")
+        # a config may hold what only `fit` takes
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Ignored.")
+
+    def add_links(self, parser: LightningArgumentParser) -> None:
+        """None: without a model the tokenizer is given for itself."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing that is built here has a name."""
+
+    def instantiate_classes(self) -> None:
+        """Build the data module, with what it has to know of the method, and report on it."""
+        data = self.config["data"]
+        arguments: dict[str, Any] = (data.get("init_args") or Namespace()).as_dict()
+        if (model := self.config.get("model")) is not None:
+            settings = model.get("init_args") or Namespace()
+            prefixes = linked_prefixes(model["class_path"], settings)
+            arguments |= {"tokenizer": settings.get("student"), "prefixes": prefixes, "tasks": list(prefixes)}
+        module, _, name = data["class_path"].rpartition(".")
+        built: RationaleDataModule = getattr(importlib.import_module(module), name)(**arguments)
+        report = inspect_data(built)
+        render(report)
+        if self.config["json"] is not None:
+            write_report(report, Path(self.config["json"]))

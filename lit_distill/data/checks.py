@@ -1,0 +1,64 @@
+"""Checks of constructor arguments: one line that names the argument, what is allowed and what came."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
+
+from lit_distill.errors import UserError
+from lit_distill.rationales import TASKS
+
+T = TypeVar("T")
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:  # noqa: ANN401 - whatever YAML holds
+    """An integer from ``low`` to ``high`` (``None``: without end); a bool is none."""
+    allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise UserError(f"{name} must be an integer {allowed}, got {value!r}")
+    return value
+
+
+def check_fraction(name: str, value: Any) -> float:  # noqa: ANN401
+    """A number above 0 and not above 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise UserError(f"{name} must be in (0, 1], got {value!r}")
+    return float(value)
+
+
+def check_bool(name: str, value: Any) -> bool:  # noqa: ANN401
+    """A bool."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
+    """One of the allowed values."""
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
+        raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value
+
+
+def check_tasks(value: Sequence[str]) -> tuple[str, ...]:
+    """Names of tasks, at least one, none twice."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise UserError(f"tasks must be a list of one or more of {', '.join(TASKS)}, got {value!r}")
+    for task in value:
+        check_choice("tasks", task, TASKS)
+    if len(set(value)) < len(value):
+        raise UserError(f"tasks must name each task once, got {list(value)!r}")
+    return tuple(value)
+
+
+def check_prefixes(value: Any, tasks: Sequence[str]) -> dict[str, str]:  # noqa: ANN401
+    """The prefix of each task: as given, or by the paper's code where several tasks have to be told apart."""
+    if value is None:
+        several = {"label": "predict: ", "rationale": "explain: "} if len(tasks) > 1 else {}
+        missing = [task for task in tasks if len(tasks) > 1 and task not in several]
+        if missing:
+            raise UserError(f"prefixes must be given for {', '.join(missing)}: there are several tasks to tell apart")
+        return {task: several.get(task, "") for task in tasks}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in (*value, *value.values())):
+        raise UserError(f"prefixes must map a task to a text, got {value!r}")
+    if set(value) != set(tasks):
+        raise UserError(f"prefixes must have the tasks as keys ({', '.join(tasks)}), got {', '.join(value) or 'none'}")
+    return {task: value[task] for task in tasks}

@@ -1,0 +1,40 @@
+"""Commonsense questions with five choices (CoS-E v1.11 of CommonsenseQA)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lit_distill.answers import Split
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.files import text_of, texts_of
+from lit_distill.rationales import Example
+
+_LETTER = re.compile(r"\([a-z]\)")
+
+
+class CQADataModule(RationaleDataModule):
+    """CommonsenseQA: the answer's text out of five choices; val is a tenth of train, test is the released one."""
+
+    name = "cqa"
+    splits: Mapping[Split, str] = {"train": "train", "test": "test"}
+    released_rows: Mapping[Split, int] = {"train": 9741, "test": 1221}
+
+    def read_row(self, row: dict[str, Any]) -> Example:
+        """The question with its lettered choices; the label is the answer's text."""
+        choices = texts_of(row, "choices")
+        lettered = "".join(f"\n({chr(ord('a') + i)}) {choice}" for i, choice in enumerate(choices))
+        text = f"{text_of(row, 'question')}\nAnswer Choices:{lettered}"
+        return Example(id=str(row.get("id", "")), input=text, label=text_of(row, "answer"), choices=choices)
+
+    def parse_teacher(self, text: str) -> tuple[str, str] | None:
+        """``... So the answer is (d) math problem.``: the text after the letter, never the letter.
+
+        What follows the next ``Q:`` is an invented question. ``either (a) x or (b) y`` parses to an answer that is
+        none of the choices, as in the reference.
+        """
+        rationale, _, answer = text.partition("Q:")[0].partition("So the answer is")
+        parts = _LETTER.split(answer, maxsplit=1)
+        if len(parts) < 2:
+            return None
+        rationale, label = rationale.strip(), parts[1].strip().removesuffix(".").strip()
+        return (rationale, label) if rationale and label else None

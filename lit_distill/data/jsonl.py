@@ -1,0 +1,240 @@
+"""A user's own data: files, saved folders or a hub dataset, with the columns' names by argument."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal
+
+from lit_distill.answers import MetricName, Split
+from lit_distill.data import checks
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.splits import SplitRows
+from lit_distill.data.tables import Table, read_file, read_hub
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example
+
+
+class JSONLDataModule(RationaleDataModule):
+    r"""Your own rows: JSON lines, JSON, CSV, Parquet, a ``save_to_disk`` folder or a hub dataset.
+
+    Columns that are not named are taken by their usual names (``id``, ``label``, ``rationale``, ``teacher_label``,
+    ``choices``) where the data has them. What `lit_distill.rationales.write_examples` wrote reads without any argument.
+
+    Args:
+        train: file, or folder of ``save_to_disk``, of the training rows; with ``hub``, the split's name. A relative
+            path is looked up from the working directory, then from ``data_dir``.
+        val: likewise of the validation rows; if not given, a fixed tenth of train.
+        test: likewise of the test rows.
+        predict: likewise of rows to predict, which need no label.
+        hub: name of a hub dataset, or a folder that ``load_dataset`` reads.
+        hub_config: the configuration of the hub dataset, where it has several.
+        id_column: column of the rows' ids; if not given, ``id`` where there is one, else the position.
+        input_column: column of the inputs.
+        input_template: the inputs as a format string over columns, as ``"{question}\n{context}"``, in place of
+            ``input_column``.
+        label_column: column of the labels; if not given, ``label``. Numbers are taken as positions in ``label_set``.
+        rationale_column: column of the rationales; if not given, ``rationale``.
+        teacher_label_column: column of the teacher's labels; if not given, ``teacher_label``.
+        choices_column: column of each row's own choices; if not given, ``choices``.
+        label_set: the closed set of labels, in the order of their numbers where the data holds numbers.
+        metric: how an answer is judged: ``exact_match``, or ``equation`` by its value.
+        predict_split: the split that ``predict`` reads; if not given, ``predict`` where there is one, else ``test``.
+        **kwargs: the arguments of `RationaleDataModule`.
+    """
+
+    name = "jsonl"
+
+    def __init__(
+        self,
+        train: str | Path | None = None,
+        val: str | Path | None = None,
+        test: str | Path | None = None,
+        predict: str | Path | None = None,
+        hub: str | None = None,
+        hub_config: str | None = None,
+        id_column: str | None = None,
+        input_column: str = "input",
+        input_template: str | None = None,
+        label_column: str | None = None,
+        rationale_column: str | None = None,
+        teacher_label_column: str | None = None,
+        choices_column: str | None = None,
+        label_set: Sequence[str] | None = None,
+        metric: MetricName = "exact_match",
+        predict_split: Literal["train", "val", "test", "predict"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources = {split: str(source) for split, source in given.items() if source is not None}
+        if not self.sources:
+            raise UserError("train, val, test or predict must be given: a file, a folder, or a split's name with hub")
+        self.splits = {split: split for split in self.sources}
+        self.metric = checks.check_choice("metric", metric, ("exact_match", "equation"))
+        if label_set is not None:
+            if isinstance(label_set, str) or not label_set or not all(isinstance(label, str) for label in label_set):
+                raise UserError(f"label_set must be a list of texts, got {label_set!r}")
+            self.label_set = tuple(label_set)
+        self._columns = {
+            "id": id_column,
+            "label": label_column,
+            "rationale": rationale_column,
+            "teacher_label": teacher_label_column,
+            "choices": choices_column,
+        }
+        self._input_column, self._template = input_column, input_template
+        self._input_columns = _fields(input_template) if input_template is not None else [input_column]
+        self._hub, self._hub_config = hub, hub_config
+        if predict_split is None:
+            predict_split = "predict" if predict is not None else "test"
+        super().__init__(predict_split=predict_split, **kwargs)
+        own: dict[str, Any] = {split: self.sources.get(split) for split in given}
+        own |= {f"{part}_column": column for part, column in self._columns.items()}
+        own |= {"hub": hub, "hub_config": hub_config, "input_column": input_column, "input_template": input_template}
+        own |= {"label_set": None if label_set is None else list(label_set), "metric": metric}
+        self.save_hyperparameters(own)
+
+    def prepare_data(self) -> None:
+        """Check that every file is there, before a long run finds out that it is not; fetch what is on the hub."""
+        for split, source in self.sources.items():
+            if self._hub is None:
+                self._find(split)
+            else:
+                read_hub(self._hub, self._hub_config, source)
+
+    def load_split(self, split: Split) -> SplitRows | None:
+        """The rows of a split; ``None`` where none was given."""
+        if split not in self.sources:
+            return None
+        if self._hub is not None:
+            table = read_hub(self._hub, self._hub_config, self.sources[split])
+        else:
+            table = read_file(self._find(split), split)
+        columns = self._choose_columns(table, split)
+        if (label := columns["label"]) is not None and self.label_set is None and label in table.class_names:
+            self.label_set = tuple(table.class_names[label])
+        examples: list[Example] = []
+        for place, row in table:
+            try:
+                example = self._example(row, columns)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from error
+            examples.append(self.with_id(example, split, len(examples)))
+        return SplitRows(examples)
+
+    def split_file(self, split: Split) -> Path | None:
+        """The file or folder of a split; ``None`` where none was given, or it is on the hub."""
+        if self._hub is not None or split not in self.sources:
+            return None
+        candidates = self._candidates(split)
+        return next((path for path in candidates if path.exists()), candidates[0])
+
+    def absence(self, split: Split) -> str:
+        """That a split is absent, with the argument that gives it."""
+        needed = "train" if split == "val" else split
+        return f"{needed}: not given, so that there is no {split} split"
+
+    def describe(self) -> dict[str, Any]:
+        """The data in plain values, with where it comes from."""
+        return super().describe() | {"sources": dict(self.sources), "hub": self._hub}
+
+    def missing_teacher(self) -> str:
+        """What is missing where train has no rationales or teacher's labels, for messages."""
+        return "of which there is none; see rationale_column and teacher_label_column"
+
+    def _find(self, split: Split) -> Path:
+        candidates = self._candidates(split)
+        for path in candidates:
+            if path.exists():
+                return path
+        raise UserError(f"{split}: there is no {' nor '.join(map(str, candidates))}")
+
+    def _candidates(self, split: Split) -> list[Path]:
+        path = Path(self.sources[split])
+        # absolute, so that a message says where it was looked for
+        return [path] if path.is_absolute() else [path.absolute(), (self.data_dir / path).absolute()]
+
+    def _choose_columns(self, table: Table, split: Split) -> dict[str, str | None]:
+        """Part of an example -> its column, where the data has it; what was asked for by name has to be there."""
+        asked = dict.fromkeys(self._input_columns)
+        if self._columns["id"] is not None:
+            asked[self._columns["id"]] = None
+        if split == "train":
+            asked |= dict.fromkeys(column for column in self._columns.values() if column is not None)
+        elif split != "predict":
+            asked[self._columns["label"] or "label"] = None
+        missing = [column for column in asked if column not in table.columns]
+        if missing:
+            raise UserError(
+                f"{split}: no column {', '.join(map(repr, missing))} in {self.sources[split]};"
+                f" there are {', '.join(table.columns) or 'none'}"
+            )
+        chosen = {part: column or part for part, column in self._columns.items()}
+        return {part: column if column in table.columns else None for part, column in chosen.items()}
+
+    def _example(self, row: dict[str, Any], columns: dict[str, str | None]) -> Example:
+        values = {part: None if column is None else row.get(column) for part, column in columns.items()}
+        label, teacher_label = self._label(values["label"]), self._label(values["teacher_label"])
+        if label is not None and self.label_set is not None and label not in self.label_set:
+            raise UserError(f"the label {label!r} is not in label_set ({', '.join(self.label_set)})")
+        rationale = None if values["rationale"] is None else _text("rationale", values["rationale"]).strip() or None
+        row_id = "" if values["id"] is None else str(values["id"])
+        return Example(row_id, self._input(row), label, _choices(values["choices"]), rationale, teacher_label)
+
+    def _input(self, row: dict[str, Any]) -> str:
+        for column in self._input_columns:
+            if row.get(column) is None:
+                raise UserError(f"column {column!r} is empty")
+        if self._template is not None:
+            return self._template.format(**row)
+        return _text(self._input_column, row[self._input_column])
+
+    def _label(self, value: Any) -> str | None:  # noqa: ANN401 - whatever the data holds
+        """A label as text; numbers, and texts of digits, name a label by its position where it is not one itself."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if not isinstance(value, str | int | float):
+            raise UserError(f"a label must be a text or a number, got {value!r}")
+        if isinstance(value, float) and math.isnan(value):
+            return None
+        # a column of numbers with a gap in it is often kept as 1.0, 2.0, ...
+        whole = self.label_set is not None and isinstance(value, float) and value.is_integer()
+        text = str(int(value) if whole else value)
+        if self.label_set is None or text in self.label_set:
+            return text
+        if text.lstrip("-").isdecimal():
+            if int(text) == -1:
+                return None  # how hub datasets mark a row without a label
+            if 0 <= int(text) < len(self.label_set):
+                return self.label_set[int(text)]
+        return text
+
+
+def _fields(template: str) -> list[str]:
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"input_template: {error}, in {template!r}") from error
+    if not names or not all(name.isidentifier() for name in names):
+        raise UserError(f"input_template must name columns in braces, as in {{question}}, got {template!r}")
+    return names
+
+
+def _text(name: str, value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise UserError(f"{name!r} must be a text, got {value!r}")
+
+
+def _choices(value: Any) -> tuple[str, ...] | None:  # noqa: ANN401
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise UserError(f"choices must be a list (in a CSV cell: a JSON list), got {value!r}") from None
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+        raise UserError(f"choices must be a list of texts, got {value!r}")
+    return tuple(value)

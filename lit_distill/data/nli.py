@@ -1,0 +1,78 @@
+"""Natural language inference: does a hypothesis follow from a premise (e-SNLI, ANLI)."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lit_distill.answers import Split
+from lit_distill.data import checks
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.files import text_of
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example
+
+LABELS = ("entailment", "neutral", "contradiction")
+"""The labels by the number that stands for them in the files."""
+
+_ANLI_ROWS: dict[int, dict[Split, int]] = {
+    1: {"train": 16_946, "val": 1000, "test": 1000},
+    2: {"train": 45_460, "val": 1000, "test": 1000},
+    3: {"train": 100_459, "val": 1200, "test": 1200},
+}
+
+SEPARATOR = "</s>"
+"""Stands between premise and hypothesis; T5's tokenizer makes it the end-of-sequence token, inside the input."""
+
+
+class NLIDataModule(RationaleDataModule):
+    """What the two have in common."""
+
+    label_set: tuple[str, ...] | None = LABELS
+
+    def read_row(self, row: dict[str, Any]) -> Example:
+        """Premise and hypothesis; the label by its number."""
+        number = row["label"]
+        if isinstance(number, bool) or not isinstance(number, int) or number not in range(len(LABELS)):
+            raise UserError(f"'label' must be 0, 1 or 2, got {number!r}")
+        text = f"{text_of(row, 'premise')}{SEPARATOR}{text_of(row, 'hypothesis')}"
+        return Example(id=str(row.get("uid", "")), input=text, label=LABELS[number])
+
+
+class ESNLIDataModule(NLIDataModule):
+    """e-SNLI: everyday premises."""
+
+    name = "esnli"
+    released_rows: Mapping[Split, int] = {"train": 549_367, "val": 9842, "test": 9824}
+
+    def parse_teacher(self, text: str) -> tuple[str, str] | None:
+        """The rationale, a new line, ``Answer: neutral``; what follows the next ``Premise`` is invented.
+
+        An output that was cut off inside the next ``Premise`` or the label leaves a label that is none of the three,
+        as in the reference.
+        """
+        return _rationale_and_label(text, "Answer: ")
+
+
+class ANLIDataModule(NLIDataModule):
+    """ANLI: premises from Wikipedia, hypotheses written to mislead.
+
+    Args:
+        round: the round of its collection; its files lie in ``anli1/``, ``anli2/`` or ``anli3/``.
+        **kwargs: the arguments of `RationaleDataModule`.
+    """
+
+    def __init__(self, round: Literal[1, 2, 3] = 1, **kwargs: Any) -> None:
+        self.round = checks.check_choice("round", round, (1, 2, 3))
+        self.name = f"anli{round}"
+        self.released_rows = _ANLI_ROWS[round]
+        super().__init__(**kwargs)
+        self.save_hyperparameters({"round": round})
+
+    def parse_teacher(self, text: str) -> tuple[str, str] | None:
+        """``... So the answer is neutral.``, without the final stop; what follows the next ``Premise`` is invented."""
+        return _rationale_and_label(text, "So the answer is", stop=".")
+
+
+def _rationale_and_label(text: str, mark: str, stop: str = "") -> tuple[str, str] | None:
+    rationale, _, answer = text.partition("Premise")[0].partition(mark)
+    rationale, label = rationale.strip(), answer.strip().removesuffix(stop).strip()
+    return (rationale, label) if rationale and label else None

@@ -1,0 +1,138 @@
+"""Which rows are validation, which are trained on, and what became of each of the others."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example, RationaleFilter, target_text
+
+VAL_FRACTION = 0.1
+"""The part of train that is validation where a dataset releases none (the paper's)."""
+
+Agree = Callable[[str, str], bool]
+"""``(answer, gold answer) -> right``."""
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of a split as they were released, the teacher's outputs joined to them."""
+
+    examples: Sequence[Example]
+    """The rows, in the file's order, with gold labels."""
+    unparsed: frozenset[int] = frozenset()
+    """Positions of the rows whose teacher output did not parse (their rationale and teacher label are ``None``)."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def take(self, positions: Sequence[int]) -> "SplitRows":
+        """The rows at some positions, in that order."""
+        unparsed = frozenset(new for new, old in enumerate(positions) if old in self.unparsed)
+        return SplitRows([self.examples[position] for position in positions], unparsed)
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """The rows of a split as this run uses them."""
+
+    examples: Sequence[Example]
+    """The rows; ``label`` is the one to train on."""
+    gold: Sequence[str | None]
+    """The rows' gold labels."""
+    counts: dict[str, int]
+    """What became of the rows of the split."""
+
+
+def hold_out(rows: SplitRows) -> tuple[SplitRows, SplitRows]:
+    """Split train into train and val: a tenth, rounded up, by a permutation that nothing but the length decides.
+
+    No argument moves it, so that runs of any seed and fraction are validated on the same rows.
+
+    Raises:
+        UserError: there are fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise UserError(f"train has {len(rows)} row(s): no validation split can be taken off it")
+    count = math.ceil(VAL_FRACTION * len(rows))
+    # RandomState's streams are frozen for good, those of newer generators are not
+    order = np.random.RandomState(0).permutation(len(rows)).tolist()
+    return rows.take(sorted(order[count:])), rows.take(sorted(order[:count]))
+
+
+def sample(rows: int, fraction: float, seed: int) -> list[int]:
+    """Positions of a fraction of the rows, at least one; a smaller fraction of a seed is part of a larger one."""
+    count = max(1, round(fraction * rows)) if rows else 0
+    return sorted(np.random.RandomState(seed).permutation(rows)[:count].tolist())
+
+
+def train_rows(
+    rows: SplitRows,
+    *,
+    tasks: Sequence[str],
+    teacher_labels: bool,
+    keep: RationaleFilter | None,
+    fraction: float,
+    seed: int,
+) -> UsedRows:
+    """The rows to train on: a fraction of the split, with their labels, and the rationales that are kept.
+
+    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows.
+
+    Args:
+        rows: train, after validation was taken off.
+        tasks: a row without a target for any of them is left out.
+        teacher_labels: train on the teacher's labels; rows without one are left out.
+        keep: which rationales are kept; it sees the example with its gold label.
+        fraction: part of the rows.
+        seed: decides which part.
+    """
+    drawn = rows.take(sample(len(rows), fraction, seed))
+    counts = Counter(left_out_by_fraction=len(rows) - len(drawn))
+    examples: list[Example] = []
+    gold: list[str | None] = []
+    for original in drawn.examples:
+        example = original
+        if keep is not None and example.rationale is not None and not keep(original):
+            counts["rationale_filtered"] += 1
+            example = replace(example, rationale=None)
+        if teacher_labels:
+            if example.teacher_label is None:
+                counts["dropped_without_teacher_label"] += 1
+                continue
+            example = replace(example, label=example.teacher_label)
+        if all(target_text(task, example) is None for task in tasks):
+            counts["dropped_without_target"] += 1
+            continue
+        examples.append(example)
+        gold.append(original.label)
+    names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
+    return UsedRows(examples, gold, {name: counts[name] for name in names} | {"used": len(examples)})
+
+
+def evaluation_rows(rows: SplitRows) -> UsedRows:
+    """Every row of a split, with its gold label."""
+    return UsedRows(rows.examples, [example.label for example in rows.examples], {"used": len(rows)})
+
+
+def teacher_counts(rows: SplitRows, agree: Agree, label_set: tuple[str, ...] | None) -> dict[str, int]:
+    """Every row accounted for: rows, and what the teacher said of them.
+
+    ``rows = parsed + unparsed + no_output``; the others count among the parsed.
+    """
+    counts = Counter(rows=len(rows), unparsed=len(rows.unparsed))
+    for position, example in enumerate(rows.examples):
+        if example.rationale is None and example.teacher_label is None:
+            counts["no_output"] += position not in rows.unparsed
+            continue
+        counts["parsed"] += 1
+        if example.teacher_label is None:
+            continue
+        counts["teacher_correct"] += example.label is not None and agree(example.teacher_label, example.label)
+        choices = example.choices or label_set
+        counts["outside_label_set"] += choices is not None and example.teacher_label not in choices
+    names = ("rows", "parsed", "unparsed", "no_output", "teacher_correct", "outside_label_set")
+    return {name: counts[name] for name in names}

@@ -1,0 +1,49 @@
+"""Word problems whose answer is an equation (SVAMP)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lit_distill.answers import MetricName, Split
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.files import text_of
+from lit_distill.equations import evaluate
+from lit_distill.rationales import Example
+
+_WIDEST_PARENTHESES = re.compile(r"\(.*\)", re.DOTALL)
+
+
+class SVAMPDataModule(RationaleDataModule):
+    """SVAMP: the equation that solves a word problem, judged by its value; val is a tenth of train."""
+
+    name = "svamp"
+    splits: Mapping[Split, str] = {"train": "train", "test": "test"}
+    released_rows: Mapping[Split, int] = {"train": 800, "test": 200}
+    metric: MetricName = "equation"
+
+    def read_row(self, row: dict[str, Any]) -> Example:
+        """Body and question; the label is the equation."""
+        return Example(id="", input=text_of(row, "input"), label=text_of(row, "label"))
+
+    def parse_teacher(self, text: str) -> tuple[str, str] | None:
+        """``... The answer is (84 / 2).``: from the first parenthesis after the mark to the last, both included.
+
+        They are part of the equation: of ``(19 - 6) + (18 - 15)`` no parenthesis can be spared.
+        """
+        rationale, _, answer = text.partition("Q:")[0].partition("The answer is")
+        found = _WIDEST_PARENTHESES.search(answer)
+        rationale = rationale.strip()
+        if found is None or not rationale or not found[0][1:-1].strip():
+            return None
+        return rationale, found[0]
+
+    def teacher_agrees(self, teacher_label: str, label: str) -> bool:
+        """By value; of several equations, as in ``(29/2) and (30/2)``, the last one counts.
+
+        So Python's ``and`` has it, and with it the reference. A student is not excused: its metric reads one equation.
+        """
+        for several in (teacher_label, teacher_label[1:-1]):  # as they are, or in parentheses together
+            equations = several.split(" and ")
+            if len(equations) > 1 and all(map(evaluate, equations)):
+                return super().teacher_agrees(equations[-1], label)
+        return super().teacher_agrees(teacher_label, label)

@@ -1,0 +1,233 @@
+"""Tokenise a split once: Arrow files in a cache, named after everything that changes them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import tokenizers
+import transformers
+from datasets import Dataset  # type: ignore[import-untyped]
+from filelock import FileLock
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
+
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example, target_text
+
+FORMAT = 1
+"""Version of the files' layout; raised when it changes, so that older files are not read."""
+
+BATCH = 1000
+"""Rows that are tokenised, and written, at a time."""
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """What decides a row's tokens, beside the row and the tokenizer."""
+
+    prefixes: dict[str, str]
+    """Task -> prefix of its inputs."""
+    max_source_length: int
+    """Tokens of an input at most, the final end-of-sequence token included."""
+    max_target_length: int
+    """Tokens of a target at most, likewise."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as token ids."""
+
+    ids: list[list[int]]
+    """Token ids, cut to the length that is allowed."""
+    lengths: list[int]
+    """How many tokens there were before the cut."""
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, *, is_target: bool) -> Encoded:
+    """Tokenise texts; a text that is too long is cut before its final end-of-sequence token.
+
+    Args:
+        tokenizer: the student's.
+        texts: the texts.
+        max_length: tokens of one text at most.
+        is_target: the texts are targets, which end in the end-of-sequence token even where the tokenizer adds none.
+    """
+    if not texts:
+        return Encoded([], [])
+    # `verbose=False`: a text beyond the tokenizer's own limit is no warning here, cuts are counted
+    found: list[list[int]] = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if is_target:
+        found = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in found]
+    lengths = [len(ids) for ids in found]
+    return Encoded([_cut(ids, max_length, eos) for ids in found], lengths)
+
+
+def _cut(ids: list[int], max_length: int, eos: int) -> list[int]:
+    if len(ids) <= max_length:
+        return ids
+    return [*ids[: max_length - 1], eos] if ids[-1] == eos else ids[:max_length]
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+) -> Iterator[dict[str, list[Any]]]:
+    """Columns of ``BATCH`` rows at a time.
+
+    ``index``, and for each task ``<task>.input_ids``, ``<task>.labels``, and their untruncated lengths
+    ``<task>.input_length`` and ``<task>.target_length``; labels and their length are ``None`` without a target.
+    """
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
+        columns: dict[str, list[Any]] = {"index": list(range(start, start + len(batch)))}
+        for task, prefix in settings.prefixes.items():
+            sources = [prefix + example.input for example in batch]
+            encoded = encode(tokenizer, sources, settings.max_source_length, is_target=False)
+            targets = [target_text(task, example) for example in batch]
+            present = [text for text in targets if text is not None]
+            answers = encode(tokenizer, present, settings.max_target_length, is_target=True)
+            labels, lengths = iter(answers.ids), iter(answers.lengths)
+            columns[f"{task}.input_ids"] = encoded.ids
+            columns[f"{task}.input_length"] = encoded.lengths
+            columns[f"{task}.labels"] = [None if text is None else next(labels) for text in targets]
+            columns[f"{task}.target_length"] = [None if text is None else next(lengths) for text in targets]
+        yield columns
+
+
+def truncated(columns: dict[str, list[Any]], settings: TokenSettings) -> dict[str, int]:
+    """How many inputs and targets of these rows were cut, over all tasks."""
+    inputs = [length for task in settings.prefixes for length in columns[f"{task}.input_length"]]
+    targets = [length for task in settings.prefixes for length in columns[f"{task}.target_length"]]
+    return {
+        "truncated_inputs": sum(length > settings.max_source_length for length in inputs),
+        "truncated_targets": sum(length is not None and length > settings.max_target_length for length in targets),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a tokenizer does to a text: its class, special tokens, vocabulary and rules."""
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    content: dict[str, Any] = {
+        "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+        "special": special,
+        "special_ids": tokenizer.all_special_ids,
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        # the library's own rules change between releases
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # set by whoever called it last, and set again by each call
+        content["rules"] = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(examples: Sequence[Example], tokenizer: str, settings: TokenSettings) -> str:
+    """A hash of everything that changes the tokens of a split.
+
+    Args:
+        examples: the rows.
+        tokenizer: the tokenizer's `tokenizer_fingerprint`.
+        settings: prefixes and lengths.
+    """
+    tasks = list(settings.prefixes)
+    header = [FORMAT, tokenizer, settings.prefixes, tasks, settings.max_source_length, settings.max_target_length]
+    digest = sha256(json.dumps(header).encode())
+    for example in examples:
+        row = [example.id, example.input, *(target_text(task, example) for task in tasks)]
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def tokenize_once(
+    name: str,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenSettings,
+    root: Path,
+) -> tuple[Dataset, dict[str, int]]:
+    """The tokenised rows, out of the cache where they are in it.
+
+    Args:
+        name: names the folder in the cache, with the fingerprint.
+        examples: the rows.
+        tokenizer: the student's.
+        settings: prefixes and lengths.
+        root: folder of the cache; created where it is absent.
+
+    Returns:
+        The rows, memory-mapped, and how many inputs and targets were cut (``truncated_inputs``,
+        ``truncated_targets``, over all tasks).
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    mark = fingerprint(examples, tokenizer_fingerprint(tokenizer), settings)
+    folder = root / f"{name}-{mark[:32]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # whoever comes second waits, and then reads what the first one wrote
+        with FileLock(f"{folder}.lock"):
+            if (found := _read(folder, mark)) is None:
+                _write(folder, mark, examples, tokenizer, settings)
+                found = _read(folder, mark)
+    except OSError as error:
+        raise UserError(f"cache_dir: tokenised rows cannot be kept in {root} ({error})") from error
+    if found is None:
+        raise UserError(f"cache_dir: what was written to {folder} does not read back; is the disk full?")
+    return found
+
+
+def _read(folder: Path, mark: str) -> tuple[Dataset, dict[str, int]] | None:
+    """What is in a folder, or ``None`` where that is not whole."""
+    table = folder / "rows.arrow"
+    try:
+        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        if done["fingerprint"] != mark or table.stat().st_size != done["bytes"]:
+            return None
+        rows = Dataset.from_file(str(table))
+        return (rows, done["truncated"]) if len(rows) == done["rows"] else None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
+
+
+def _write(
+    folder: Path, mark: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+) -> None:
+    """Write a folder whole, in the place of whatever is there; only the holder of its lock may."""
+    for half in folder.parent.glob(f"{folder.name}.half-*"):
+        shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(folder, ignore_errors=True)
+    half = folder.with_name(f"{folder.name}.half-{os.getpid()}")
+    half.mkdir()
+    try:
+        table = half / "rows.arrow"
+        cut = {"truncated_inputs": 0, "truncated_targets": 0}
+        schema = _schema(list(settings.prefixes))
+        bar = tqdm(total=len(examples), desc=f"Tokenising {folder.name.rsplit('-', 1)[0]}", delay=3, disable=None)
+        with bar, pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for columns in encode_examples(examples, tokenizer, settings):
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                cut = {key: cut[key] + value for key, value in truncated(columns, settings).items()}
+                bar.update(len(columns["index"]))
+        done = {"fingerprint": mark, "rows": len(examples), "bytes": table.stat().st_size, "truncated": cut}
+        (half / "done.json").write_text(json.dumps(done), encoding="utf-8")
+        half.rename(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _schema(tasks: Sequence[str]) -> Any:  # noqa: ANN401 - pyarrow has no types
+    ids = pa.list_(pa.int32())
+    fields = [("index", pa.int32())]
+    for task in tasks:
+        fields += [(f"{task}.input_ids", ids), (f"{task}.input_length", pa.int32())]
+        fields += [(f"{task}.labels", ids), (f"{task}.target_length", pa.int32())]
+    return pa.schema(fields)

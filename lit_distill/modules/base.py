@@ -1,0 +1,532 @@
+"""DistillModule: training, evaluation and checkpoints of a T5 student. A method overrides one of its two hooks."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_distill.answers import AnswerKey, AnswerSource, Split
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, target_tokens
+from lit_distill.errors import UserError
+from lit_distill.losses import token_cross_entropy
+from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
+from lit_distill.modules.generation import generate_texts, score_choices
+from lit_distill.modules.optimization import OptimizerName, ScheduleName, configure
+from lit_distill.modules.resume import consumed_batches, rewind, seed_step
+from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
+from lit_distill.students import CHECKPOINT_KEY, load_student, load_tokenizer, record_student
+
+_SEED_KEY = "lit_distill_seed"
+
+
+class DistillModule(pl.LightningModule):
+    """A T5 student and how it is trained; the base of every method.
+
+    A method is a subclass that names its tasks and overrides ``loss_terms`` (which losses) or ``total_loss`` (how they
+    are combined), never ``training_step``. The prefix of a task is the constructor argument ``<task>_prefix``.
+
+    A term that is named after a task is a mean over that task's target tokens, and stays one over the whole optimizer
+    step: all micro-batches of ``accumulate_grad_batches`` and all ranks, also where an epoch's last step has fewer
+    micro-batches. Every other term is averaged plainly over micro-batches and ranks, unless ``term_counts`` says what
+    it averages over.
+
+    Args:
+        student: a hub name, a folder, a folder with a configuration only, or a checkpoint file of this framework.
+        from_scratch: random weights from the student's configuration.
+        learning_rate: the highest learning rate, reached after the warm-up.
+        optimizer: ``adamw``, or ``adafactor`` with the given learning rate (no relative steps).
+        weight_decay: decoupled weight decay, left out for biases and layer norms.
+        lr_schedule: ``linear`` to 0 at the last step, or ``constant``, both after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        dropout: dropout rate in place of the student's own.
+        activation_checkpointing: recompute activations in the backward pass: less memory, a slower step.
+        max_label_length: generated tokens at most for a label.
+        max_rationale_length: generated tokens at most for a rationale.
+        num_beams: beams of the generation; 1 is greedy.
+        evaluate_rationales: generate the rationale of every row in evaluation and score it.
+        score_choices: with closed choices, also answer by their likelihoods.
+        num_samples: rows of an evaluation whose rationales are generated and shown.
+        effective_batch_size: examples an optimizer step that the settings were written for; a warning tells when the
+            run's differ.
+
+    Raises:
+        UserError: an argument is out of its range, or the student cannot be loaded.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("label",)
+    """The tasks that the method trains on; the data module builds exactly these."""
+
+    def __init__(
+        self,
+        student: str | Path,
+        *,
+        from_scratch: bool = False,
+        learning_rate: float = 5e-5,
+        optimizer: OptimizerName = "adamw",
+        weight_decay: float = 0.0,
+        lr_schedule: ScheduleName = "linear",
+        warmup_steps: int = 0,
+        dropout: float | None = None,
+        activation_checkpointing: bool = False,
+        max_label_length: int = 64,
+        max_rationale_length: int = 256,
+        num_beams: int = 1,
+        evaluate_rationales: bool = False,
+        score_choices: bool = True,
+        num_samples: int = 8,
+        effective_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_range("learning_rate", learning_rate, above=0)
+        check_range("weight_decay", weight_decay, at_least=0)
+        check_range("warmup_steps", warmup_steps, at_least=0)
+        check_range("dropout", dropout, at_least=0, below=1)
+        check_range("max_label_length", max_label_length, at_least=1)
+        check_range("max_rationale_length", max_rationale_length, at_least=1)
+        check_range("num_beams", num_beams, at_least=1)
+        check_range("num_samples", num_samples, at_least=0)
+        check_range("effective_batch_size", effective_batch_size, at_least=1)
+        # called from here, this still finds the subclass's own arguments
+        self.save_hyperparameters()
+        self.hparams["student"] = str(student)
+        self._hparams_initial = type(self.hparams)(self.hparams)
+        self.student = load_student(student, from_scratch=from_scratch, dropout=dropout)
+        if activation_checkpointing:
+            # older releases of transformers know only the second name, which newer ones deprecate
+            enable = getattr(self.student, "activation_checkpointing_enable", None)
+            (enable or self.student.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(student)
+        self.prefixes: dict[str, str] = self.task_prefixes(dict(self.hparams))
+        self.evaluation: Evaluation | None = None
+        """What the last complete evaluation found; sanity checks do not count."""
+        self._seed: int | None = None
+        self._resumed_batches = 0
+        self._resumed_loaders: list[dict[str, Any]] = []
+        self._windows: WindowLoader | None = None
+        self._window: Window | None = None
+        self._window_weights: dict[str, Tensor] = {}
+        self._window_terms: dict[str, Tensor] = {}
+        self._eval_sums: dict[str, Tensor] = {}
+        self._eval_answers: list[Answer] = []
+
+    # ------------------------------------------------------------------ the two hooks, and what they declare
+
+    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
+        """The losses of a batch: named, unweighted scalars."""
+        return {task: self.task_loss(batch, task) for task in self.active_tasks}
+
+    def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
+        """How the losses are combined into the one that is minimised."""
+        return torch.stack(list(terms.values())).sum()
+
+    def term_counts(self, batch: TaskBatch) -> Counts:
+        """What each term averages over; a term that is absent here is averaged plainly.
+
+        It has to be known from the batch alone (it is asked for before the step begins) and to name the same terms on
+        every rank.
+        """
+        return {task: target_tokens(batch[task]) if task in batch else 0 for task in self.active_tasks}
+
+    @classmethod
+    def task_prefixes(cls, init_args: Mapping[str, Any]) -> dict[str, str]:
+        """Task -> input prefix for a module with these constructor arguments, without building one.
+
+        The command line asks the class, so that the data module builds the same tasks with the same prefixes.
+        """
+        defaults = {
+            name: parameter.default
+            for klass in reversed(cls.__mro__)
+            if "__init__" in vars(klass)
+            for name, parameter in inspect.signature(vars(klass)["__init__"]).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        settings = defaults | dict(init_args)
+        return {task: settings.get(f"{task}_prefix") or "" for task in cls.tasks}
+
+    @property
+    def active_tasks(self) -> tuple[str, ...]:
+        """The tasks of this very module (a subclass's arguments may change them)."""
+        return tuple(self.prefixes)
+
+    @property
+    def answer_task(self) -> str:
+        """The task whose generated text holds the label."""
+        return "label" if "label" in self.prefixes else self.active_tasks[0]
+
+    @property
+    def rationale_task(self) -> str | None:
+        """The task whose generated text holds the rationale, if there is one."""
+        return next((task for task in self.active_tasks if "rationale" in task), None)
+
+    # ------------------------------------------------------------------ what a variant composes its losses of
+
+    def task_logits(self, batch: TaskBatch, task: str) -> tuple[Tensor, Tensor]:
+        """A task's logits under teacher forcing, and the labels that they are scored against.
+
+        A task without rows gives one row that counts nothing: each rank runs the same number of forward passes, which
+        sharded strategies wait for, and every parameter has a gradient.
+
+        Returns:
+            Logits ``(batch, target_len, vocabulary)`` and labels ``(batch, target_len)``.
+        """
+        inputs = batch.get(task)
+        if inputs is None or len(inputs["labels"]) == 0:
+            inputs = self._nothing()
+        labels = inputs["labels"]
+        output = self.student(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            decoder_input_ids=self.student.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        )
+        return output.logits, labels
+
+    def task_loss(self, batch: TaskBatch, task: str) -> Tensor:
+        """A task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper); 0 without any."""
+        return token_cross_entropy(*self.task_logits(batch, task))
+
+    def _nothing(self) -> TaskInputs:
+        pad = cast(int, self.student.config.pad_token_id)
+        ids = torch.full((1, 1), pad, device=self.device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.full_like(ids, IGNORE_INDEX),
+        }
+
+    # ------------------------------------------------------------------ training
+
+    def setup(self, stage: str) -> None:
+        """Read the training data one optimizer step ahead; check that the data module builds this module's tasks."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and (built := getattr(datamodule, "prefixes", None)) is not None:
+            self._check_tasks(dict(built))
+        if stage == "fit":
+            # what an earlier run or `load_from_checkpoint` left; a run that resumes loads its own after this
+            self._seed, self._resumed_batches, self._resumed_loaders = None, 0, []
+            source: Any = self.trainer.fit_loop._data_source
+            inner = source.inner if isinstance(source, WindowSource) else source
+            self.trainer.fit_loop._data_source = WindowSource(inner, self._read_ahead)  # type: ignore[assignment]
+
+    def _check_tasks(self, built: dict[str, str]) -> None:
+        if built != self.prefixes:
+            raise UserError(
+                f"tasks: {type(self).__name__} trains on {self.prefixes} (task: prefix), but the data module builds"
+                f" {built}; give the data module tasks={self.active_tasks!r} and prefixes={self.prefixes!r}"
+            )
+
+    def _read_ahead(self, loader: Any) -> WindowLoader:  # noqa: ANN401 - whatever Lightning takes
+        mode = "max_size_cycle"
+        if isinstance(loader, CombinedLoader):
+            loader, mode = loader.iterables, loader._mode
+        self._windows = WindowLoader(
+            loader,
+            mode,
+            size=lambda: self.trainer.accumulate_grad_batches,
+            count=self.term_counts,
+            position=self._resumed_batches,
+            states=self._resumed_loaders,
+        )
+        self._resumed_batches, self._resumed_loaders = 0, []
+        return self._windows
+
+    def on_fit_start(self) -> None:
+        """Fix the run's seed, and compare the effective batch with the one that the settings were written for."""
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**32
+        per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if per_device is None:
+            return
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        effective = per_device * accumulate * world
+        parts = f"{per_device} a device x {accumulate} accumulated x {world} device(s)"
+        rank_zero_info(f"Effective batch: {effective} examples an optimizer step ({parts}).")
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams({"effective_batch": effective})
+        wanted = self.hparams["effective_batch_size"]
+        if wanted is not None and wanted != effective:
+            rank_zero_warn(
+                f"The effective batch is {effective} examples ({parts}), the settings were written for {wanted}:"
+                " change batch_size or accumulate_grad_batches, or the learning rate and effective_batch_size with it."
+            )
+
+    def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
+        """At the first micro-batch of a step: its random state, and what its terms are divided by."""
+        if self._windows is None:
+            return
+        window = self._windows.next_window()
+        if batch_idx != window.start:
+            return
+        # loggers number their rows by this count, which Lightning raises once too often where it resumes
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        assert self._seed is not None
+        seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
+        self._window = window
+        self._window_weights = self.window_weights(window)
+        self._window_terms = {}
+
+    def window_weights(self, window: Window) -> dict[str, Tensor]:
+        """What turns a mean over one micro-batch's N_m counted things into its share of the mean over the whole step.
+
+        A gradient is later divided by the accumulation factor k (Lightning, whatever the window's size) and averaged
+        over the R ranks, so the share N_m / N of the step's N = sum over micro-batches and ranks is scaled by k R; the
+        factor N_m is applied where the micro-batch is known. Under ``""`` stands the factor k / m of a plainly averaged
+        term in a window of m micro-batches.
+        """
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        names = sorted(window.counts)
+        totals = torch.tensor([window.counts[name] for name in names], dtype=torch.float64)
+        if world > 1:
+            # float32 on the way: some accelerators reduce no float64; exact up to 2**24 counts a rank and step
+            reduced = self.trainer.strategy.reduce(totals.float().to(self.device), reduce_op="sum")
+            totals = cast(Tensor, reduced).double()
+        scale = torch.where(totals > 0, accumulate * world / totals.clamp(min=1), 0.0).float()
+        weights = {name: scale[i].to(self.device) for i, name in enumerate(names)}
+        return weights | {"": torch.tensor(accumulate / window.size, device=self.device)}
+
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch, scaled so that the step's gradient is that of the whole step's loss."""
+        terms = self.loss_terms(batch)
+        if self._window is None:
+            return self.total_loss(terms)
+        counts = self.term_counts(batch)
+        weights = self._window_weights
+        scaled = {
+            name: term * (weights[name] * counts[name] if name in counts else weights[""])
+            for name, term in terms.items()
+        }
+        self._log_training(scaled, last=batch_idx + 1 == self._window.start + self._window.size)
+        return self.total_loss(scaled)
+
+    def _log_training(self, scaled: dict[str, Tensor], *, last: bool) -> None:
+        """Log each term as the mean over the whole step, once it is complete."""
+        accumulate = self.trainer.accumulate_grad_batches
+        for name, term in scaled.items():
+            self._window_terms[name] = self._window_terms.get(name, 0.0) + term.detach() / accumulate
+        if not last:
+            return
+        assert self._window is not None
+        distributed, examples = self.trainer.world_size > 1, max(self._window.examples, 1)
+        for name, term in self._window_terms.items():
+            self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
+        total = self.total_loss(self._window_terms)
+        self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)
+
+    @property
+    def window(self) -> Window | None:
+        """The optimizer step that is under way."""
+        return self._window
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW or Adafactor, with the schedule over the run's whole number of steps."""
+        settings = self.hparams
+        return configure(
+            self,
+            optimizer=settings["optimizer"],
+            learning_rate=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            schedule=settings["lr_schedule"],
+            warmup_steps=settings["warmup_steps"],
+            total_steps=lambda: self.trainer.estimated_stepping_batches,
+        )
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        """Losses and answers of one batch of val."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        """Losses and answers of one batch of test."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics of val."""
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Metrics of test."""
+        self._finish_evaluation("test")
+
+    def predict_step(self, batch: TaskBatch, batch_idx: int) -> list[Answer]:
+        """Answers of one batch, with the rationales."""
+        key = self._answer_key(cast(Split, getattr(self._datamodule(), "predict_split", "predict")))
+        return self.answers(batch, key, rationales=True)
+
+    def answers(self, batch: TaskBatch, key: AnswerKey, *, rationales: bool) -> list[Answer]:
+        """What the student says of each row of an evaluation batch.
+
+        Args:
+            batch: an evaluation batch.
+            key: the answers of its split.
+            rationales: generate every row's rationale, not only the first ``num_samples`` rows'.
+        """
+        task = self.answer_task
+        inputs = batch[task]
+        index = inputs["index"].tolist()
+        texts = generate_texts(self, inputs, self.generation_settings(task))
+        found = [
+            Answer(row, key.read_label(task, text), text, rationale=key.read_rationale(task, text) if task != "label" else None)
+            for row, text in zip(index, texts, strict=True)
+        ]
+        if self.rationale_task not in (None, task):
+            self._add_rationales(found, batch[cast(str, self.rationale_task)], key, every=rationales)
+        if task == "label" and self.hparams["score_choices"] and key.choices is not None:
+            choices = [key.choices[max(row, 0)] for row in index]
+            for answer, choice in zip(found, score_choices(self, inputs, choices), strict=True):
+                answer.scored = choice
+        return [answer for answer in found if answer.index != PADDING_ROW]
+
+    def _add_rationales(self, found: list[Answer], inputs: TaskInputs, key: AnswerKey, *, every: bool) -> None:
+        wanted = [i for i, answer in enumerate(found) if every or 0 <= answer.index < self.hparams["num_samples"]]
+        # under a sharded strategy every rank has to generate as often, if only for a row that nobody asked for
+        rows = wanted or ([0] if self.sharded else [])
+        if not rows:
+            return
+        chosen = torch.tensor(rows, device=inputs["input_ids"].device)
+        subset: TaskInputs = {
+            "input_ids": inputs["input_ids"][chosen],
+            "attention_mask": inputs["attention_mask"][chosen],
+            "labels": inputs["labels"][chosen],
+        }
+        task = cast(str, self.rationale_task)
+        texts = generate_texts(self, subset, self.generation_settings(task))
+        for row, text in zip(wanted, texts, strict=False):
+            found[row].rationale = key.read_rationale(task, text)
+
+    def generation_settings(self, task: str) -> dict[str, int]:
+        """``generate``'s arguments for a task: a target is as long as its parts may be together."""
+        lengths = {"label": self.hparams["max_label_length"], "rationale": self.hparams["max_rationale_length"]}
+        length = sum(limit for part, limit in lengths.items() if part in task.split("_"))
+        return {"max_new_tokens": length, "num_beams": self.hparams["num_beams"]}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over ranks, so that each forward pass is a collective."""
+        trainer = self._trainer
+        name = type(trainer.strategy).__name__ if trainer is not None else ""
+        return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+    def _evaluate(self, batch: TaskBatch, split: Literal["val", "test"]) -> None:
+        terms, counts = self.loss_terms(batch), self.term_counts(batch)
+        for name, term in terms.items():
+            number = counts.get(name, 1)
+            pair = torch.stack([term.detach().float() * number, torch.tensor(float(number), device=term.device)])
+            self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
+        key = self._answer_key(split)
+        self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
+
+    def _finish_evaluation(self, split: Literal["val", "test"]) -> None:
+        sums, answers = self._eval_sums, self._eval_answers
+        self._eval_sums, self._eval_answers = {}, []
+        names = sorted(sums)
+        pairs = torch.stack([sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
+        if self.trainer.world_size > 1:
+            pairs = cast(Tensor, self.trainer.strategy.reduce(pairs, reduce_op="sum"))
+            answers = gather_answers(self, answers)
+        if self.trainer.sanity_checking:
+            return
+        means = {name: total / count.clamp(min=1) for name, (total, count) in zip(names, pairs, strict=True)}
+        metrics = {f"{name}_loss": float(mean) for name, mean in means.items()}
+        metrics["loss"] = float(self.total_loss(means))
+        key = self._answer_key(split)
+        settings = self.hparams
+        metrics |= summarise(
+            answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test"
+        )
+        samples = [answer for answer in answers if answer.index < settings["num_samples"]]
+        self.evaluation = Evaluation(split, metrics, samples, key)
+        for name, value in metrics.items():
+            # every rank holds the same value; the flag only says so to Lightning
+            self.log(
+                f"{split}/{name}", value, sync_dist=self.trainer.world_size > 1, batch_size=1,
+                prog_bar=split == "val" and name == "accuracy",
+            )
+
+    def _answer_key(self, split: Split) -> AnswerKey:
+        return self._datamodule().answer_key(split)
+
+    def _datamodule(self) -> AnswerSource:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None or not hasattr(datamodule, "answer_key"):
+            raise UserError(
+                "datamodule: evaluation needs the data's answers; pass a RationaleDataModule (an object with"
+                " `answer_key(split)`) to the trainer, not bare data loaders"
+            )
+        return cast(AnswerSource, datamodule)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what loading needs beside the weights, and rewind to the last complete optimizer step."""
+        checkpoint[CHECKPOINT_KEY] = record_student(self.student, self.tokenizer)
+        if self._seed is not None:
+            checkpoint[_SEED_KEY] = self._seed
+        if self._windows is not None and "loops" in checkpoint:
+            boundary = consumed_batches(self.trainer)
+            rewind(
+                checkpoint["loops"]["fit_loop"],
+                boundary=boundary,
+                step=self.trainer.global_step,
+                loader_states=self._windows.states_at(boundary),
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the run's seed and position."""
+        self._seed = checkpoint.get(_SEED_KEY)
+        if (loops := checkpoint.get("loops")) is not None:
+            self._resumed_batches = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"]
+            self._resumed_loaders = loops["fit_loop"]["state_dict"].get("combined_loader", [])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as Lightning's
+        """As Lightning's, but the student is rebuilt from the checkpoint itself and only plain data is unpickled.
+
+        Args:
+            checkpoint_path: the checkpoint file.
+            kwargs: Lightning's own arguments, and constructor arguments in place of the saved ones.
+        """
+        kwargs.setdefault("weights_only", True)
+        original = kwargs.pop("student", None)
+        kwargs.setdefault("from_scratch", True)
+        module = super().load_from_checkpoint(checkpoint_path, student=str(checkpoint_path), **kwargs)
+        saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        for name in ("student", "from_scratch"):
+            module.hparams[name] = saved.get(name, module.hparams[name])
+        if original is not None:
+            module.hparams["student"] = str(original)
+        return module
+
+
+def check_range(
+    name: str,
+    value: float | None,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Refuse a number that is out of its range; ``None`` stands for an argument that is not set.
+
+    Raises:
+        UserError: names the argument, its range and what was given.
+    """
+    if value is None:
+        return
+    good = isinstance(value, int | float) and value == value
+    good = good and (above is None or value > above) and (at_least is None or value >= at_least)
+    good = good and (below is None or value < below)
+    if not good:
+        bounds = [
+            f"{word} {bound:g}"
+            for word, bound in (("above", above), ("at least", at_least), ("below", below))
+            if bound is not None
+        ]
+        raise UserError(f"{name} must be {' and '.join(bounds)}, got {value!r}")

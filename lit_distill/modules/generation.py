@@ -1,0 +1,101 @@
+"""What a student says: generated text, and the likelihood of closed choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutput
+
+from lit_distill.batch import IGNORE_INDEX, TaskInputs
+from lit_distill.losses import sequence_log_likelihood
+
+if TYPE_CHECKING:
+    from lit_distill.modules.base import DistillModule
+
+_CHOICES_AT_ONCE = 256
+"""Decoder rows of one scoring pass: bounds the logits, whatever the batch size and the number of choices."""
+
+
+def generate_texts(module: DistillModule, inputs: TaskInputs, settings: Mapping[str, int]) -> list[str]:
+    """Generate a target for each row, greedily or with beams, and decode it.
+
+    Args:
+        module: the module whose student generates.
+        inputs: a task's rows.
+        settings: ``max_new_tokens`` and ``num_beams``; one beam is greedy.
+    """
+    with _whole_parameters(module):
+        ids = module.student.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            **settings,
+            do_sample=False,
+            # ranks generate different lengths; where a forward pass is a collective, all have to go on to the longest
+            synced_gpus=module.sharded,
+        )
+    return decode(module, cast(Tensor, ids))
+
+
+def decode(module: DistillModule, ids: Tensor) -> list[str]:
+    """Token ids ``(batch, length)`` to text, whatever they are padded with."""
+    pad = cast(int, module.student.config.pad_token_id)
+    safe = ids.masked_fill(ids < 0, pad)
+    return [
+        text.strip()
+        for text in module.tokenizer.batch_decode(safe, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ]
+
+
+def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[tuple[str, ...]]) -> list[str]:
+    """Each row's likeliest choice: the one with the highest log-likelihood of its whole target, end token included.
+
+    The inputs are encoded once, whatever the number of choices.
+
+    Args:
+        module: the module whose student scores.
+        inputs: a task's rows, ``(batch, source_len)``.
+        choices: the closed choices of each row.
+    """
+    flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
+    targets = module.tokenizer([choice for _, choice in flat])["input_ids"]
+    with _whole_parameters(module):
+        states = module.student.encoder(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).last_hidden_state
+        scores: list[float] = []
+        for start in range(0, len(flat), _CHOICES_AT_ONCE):
+            part = slice(start, start + _CHOICES_AT_ONCE)
+            rows = torch.tensor([row for row, _ in flat[part]], device=states.device)
+            labels = pad_sequence(
+                [torch.tensor(ids) for ids in targets[part]], batch_first=True, padding_value=IGNORE_INDEX
+            ).to(states.device)
+            logits = module.student(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]),
+                attention_mask=inputs["attention_mask"][rows],
+                decoder_input_ids=module.student.prepare_decoder_input_ids_from_labels(labels),
+                use_cache=False,
+            ).logits
+            scores += sequence_log_likelihood(logits, labels).tolist()
+    best: dict[int, tuple[float, str]] = {}
+    for (row, choice), score in zip(flat, scores, strict=True):
+        if row not in best or score > best[row][0]:
+            best[row] = (score, choice)
+    return [best[row][1] for row in range(len(choices))]
+
+
+def _whole_parameters(module: DistillModule) -> AbstractContextManager[object]:
+    """Under FSDP, the parameters that the root holds (embedding and head), which only its own forward would gather."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = getattr(module.trainer.strategy, "model", None) if module._trainer is not None else None
+    if isinstance(wrapped, FullyShardedDataParallel):
+        return cast(
+            AbstractContextManager[object],
+            FullyShardedDataParallel.summon_full_params(wrapped, writeback=False, recurse=False),
+        )
+    return nullcontext()

@@ -1,0 +1,171 @@
+"""Looking ahead over one optimizer step: its micro-batches are read, and their targets counted, before it begins."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from typing_extensions import Self
+
+from lit_distill.batch import IGNORE_INDEX, TaskBatch
+
+Counts = Mapping[str, int]
+"""Loss term -> how many things (a task's target tokens, say) it averages over."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step on this rank."""
+
+    start: int
+    """Micro-batches of the epoch before it."""
+    size: int
+    """Micro-batches in it: ``accumulate_grad_batches``, or fewer at the end of an epoch."""
+    counts: dict[str, int]
+    """The terms' counts, summed over it."""
+    examples: int
+    """Rows in it (of the task with the most)."""
+    tokens: int
+    """Source and target tokens in it, padding left out."""
+
+
+def batch_size(batch: TaskBatch) -> int:
+    """Rows of the task that has the most."""
+    return max((len(inputs["labels"]) for inputs in batch.values()), default=0)
+
+
+def batch_tokens(batch: TaskBatch) -> int:
+    """Source and target tokens of a batch, padding left out."""
+    tokens = 0
+    for inputs in batch.values():
+        targets: Tensor = (inputs["labels"] != IGNORE_INDEX).sum()
+        tokens += int(inputs["attention_mask"].sum()) + int(targets)
+    return tokens
+
+
+class WindowLoader(CombinedLoader):
+    """Lightning's loader of the training data, one optimizer step ahead of it.
+
+    Lightning hands out one micro-batch at a time, too late to know how many targets the others of its step hold. This
+    loader reads a step's micro-batches at once, counts, and then hands them out one by one. What a checkpoint keeps of
+    the underlying loaders is their state before the step that is not complete yet.
+
+    Args:
+        iterables: the training data loader, or a collection as ``CombinedLoader`` takes it.
+        mode: how a collection is combined.
+        size: the micro-batches of a step, asked for at each step's beginning.
+        count: the terms' counts of one micro-batch.
+        position: micro-batches of the first epoch that an earlier run has consumed.
+        states: the underlying loaders' states there, as far as they have any.
+    """
+
+    def __init__(
+        self,
+        iterables: Any,  # noqa: ANN401 - as Lightning's own
+        mode: Any,  # noqa: ANN401 - a Literal that Lightning keeps to itself
+        *,
+        size: Callable[[], int],
+        count: Callable[[TaskBatch], Counts],
+        position: int = 0,
+        states: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        super().__init__(iterables, mode)
+        self._size = size
+        self._count = count
+        self._position = position
+        self._to_skip = position
+        self._to_load = list(states)
+        self._ahead: deque[Any] = deque()
+        self._handed_out: deque[Window] = deque()
+        self._before: tuple[int, list[dict[str, Any]]] | None = None
+
+    def __iter__(self) -> Self:
+        states, self._to_load = self._to_load, []
+        # Lightning loads them as well, but not into loaders that it made early, to count the steps of the run
+        self._load_state_dicts(states)
+        super().__iter__()
+        self._ahead.clear()
+        self._handed_out.clear()
+        self._before = None
+        self._position, self._to_skip = self._to_skip, 0
+        if not states:
+            # nothing tells such loaders where to begin: what was consumed is read once more, and dropped
+            for _ in range(self._position):
+                next(self._iterator)  # type: ignore[arg-type]
+        return self
+
+    def __next__(self) -> Any:  # noqa: ANN401 - Lightning's triplet
+        if not self._ahead:
+            self._read_window()
+        item, window = self._ahead.popleft()
+        self._handed_out.append(window)
+        return item
+
+    def next_window(self) -> Window:
+        """The window of the micro-batch that training begins now (Lightning may have fetched further)."""
+        return self._handed_out.popleft()
+
+    def states_at(self, boundary: int) -> list[dict[str, Any]]:
+        """The underlying loaders' states after ``boundary`` micro-batches of the epoch, the last complete step."""
+        if self._before is not None and boundary <= self._before[0]:
+            return self._before[1]
+        return super()._state_dicts()
+
+    def _read_window(self) -> None:
+        self._before = (self._position, super()._state_dicts())
+        size = self._size()
+        if self._iterator is not None and (length := _finite(len(self))) is not None:
+            # a resumed epoch's iterator does not know that Lightning stops it at the full epoch's length
+            size = min(size, length - self._position)
+        items: list[Any] = []
+        while len(items) < max(size, 1):
+            try:
+                items.append(super().__next__())
+            except StopIteration:
+                if not items:
+                    raise
+                break
+        batches: list[TaskBatch] = [batch for batch, _, _ in items]
+        counts: dict[str, int] = {}
+        for batch in batches:
+            for name, number in self._count(batch).items():
+                counts[name] = counts.get(name, 0) + number
+        window = Window(
+            start=self._position,
+            size=len(items),
+            counts=counts,
+            examples=sum(map(batch_size, batches)),
+            tokens=sum(map(batch_tokens, batches)),
+        )
+        self._position += len(items)
+        self._ahead.extend((item, window) for item in items)
+
+
+def _finite(length: float) -> int | None:
+    return None if length == float("inf") else int(length)
+
+
+class WindowSource:
+    """Stands where a trainer keeps the source of its training data, and wraps what comes from it.
+
+    Lightning prepares the loaders inside a ``CombinedLoader`` (samplers, strategy) as it does bare ones, whether they
+    come from a data module or were passed to ``fit``.
+    """
+
+    def __init__(self, source: Any, wrap: Callable[[Any], WindowLoader]) -> None:  # noqa: ANN401 - private in Lightning
+        self._source = source
+        self._wrap = wrap
+
+    def dataloader(self) -> WindowLoader:
+        """The training data, read ahead."""
+        return self._wrap(self._source.dataloader())
+
+    @property
+    def inner(self) -> Any:  # noqa: ANN401
+        """The source that is wrapped."""
+        return self._source
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._source, name)

@@ -1,0 +1,233 @@
+"""Build, load, keep and save a T5 student with its tokenizer.
+
+Since version 5 transformers writes ``tie_word_embeddings: true`` into every ``T5Config``, also that of checkpoints whose
+``lm_head`` is a tensor of its own (T5 v1.1, Flan-T5). Loading such a checkpoint keeps both tensors, but any later
+``tie_weights()`` or ``resize_token_embeddings()`` replaces the head by the embedding, and a student built from its
+configuration starts tied and unscaled. Everything that makes a student here therefore settles the tying first, from the
+configuration *file*, and leaves a model that stays as it is.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+
+from lit_distill.errors import UserError
+
+CHECKPOINT_KEY = "lit_distill_student"
+"""Where a Lightning checkpoint keeps the student's configuration and tokenizer."""
+
+STUDENT_PREFIX = "student."
+"""What the student's parameters are called in a module's state dict."""
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class StudentRecord(TypedDict):
+    """What rebuilds a student beside its weights; plain types and tensors, so that ``weights_only=True`` reads it."""
+
+    config: dict[str, Any]
+    """The configuration, with the true ``tie_word_embeddings``."""
+    tokenizer: dict[str, Tensor]
+    """The tokenizer's files: name -> content as bytes, ``(size,)``, uint8."""
+
+
+def is_tied(model: T5ForConditionalGeneration) -> bool:
+    """Whether the output head is the input embedding itself."""
+    return model.lm_head.weight is model.shared.weight
+
+
+def untie(model: T5ForConditionalGeneration) -> None:
+    """Give the output head a tensor of its own, and keep transformers from tying it again.
+
+    A head that was tied is copied, so the logits stay as they are.
+    """
+    if is_tied(model):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    # `tie_weights` and `resize_token_embeddings` read these two; the configuration alone is saved
+    model.config.tie_word_embeddings = False
+    model._tied_weights_keys = {
+        target: source for target, source in model._tied_weights_keys.items() if target != "lm_head.weight"
+    }
+    model.all_tied_weights_keys = dict(model._tied_weights_keys)
+
+
+def build_student(config: Mapping[str, Any], *, dropout: float | None = None) -> T5ForConditionalGeneration:
+    """A student with random weights from the content of a ``config.json``.
+
+    An untied head is drawn from N(0, 1/d_model), so that logits of normalised hidden states start with unit variance
+    and the first loss is near ln(vocabulary).
+
+    Args:
+        config: the file's content; its ``tie_word_embeddings`` is honoured.
+        dropout: dropout rate in place of the configuration's.
+    """
+    content = dict(config)
+    tied = bool(content.get("tie_word_embeddings", True))
+    if dropout is not None:
+        content["dropout_rate"] = dropout
+    model = T5ForConditionalGeneration(T5Config.from_dict(content))
+    if not tied:
+        untie(model)
+        with torch.no_grad():
+            model.lm_head.weight.normal_(mean=0.0, std=model.config.d_model**-0.5)
+    return model
+
+
+def true_config(model: T5ForConditionalGeneration) -> dict[str, Any]:
+    """The configuration as a ``config.json`` should say it: with the tying that the model has."""
+    content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    content["tie_word_embeddings"] = is_tied(model)
+    return content
+
+
+def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a student's ``config.json`` (a hub name or a folder), or the one kept in a checkpoint file.
+
+    Raises:
+        UserError: there is none, or it is not a T5's.
+    """
+    name = os.fspath(student)
+    if _is_checkpoint(name):
+        return dict(_read_record(name)["config"])
+    try:
+        content, _ = T5Config.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"student: cannot read a configuration from {name!r} ({_first_line(error)}){_hint(name)}") from error
+    if not content:
+        raise UserError(f"student: no config.json in {name!r}{_hint(name)}")
+    if content.get("model_type") != "t5":
+        raise UserError(f"student: {name!r} is a {content.get('model_type')!r} model; allowed is a T5 (model_type 't5')")
+    return cast("dict[str, Any]", content)
+
+
+def load_student(
+    student: str | os.PathLike[str], *, from_scratch: bool = False, dropout: float | None = None
+) -> T5ForConditionalGeneration:
+    """A student by name, in float32 and in training mode.
+
+    Args:
+        student: a hub name, a folder in the Hugging Face format, a folder with a configuration only (then
+            ``from_scratch`` has to be set), or a checkpoint file of this framework.
+        from_scratch: random weights from the configuration.
+        dropout: dropout rate in place of the configuration's.
+
+    Raises:
+        UserError: the student cannot be read, is not a T5, or has no weights and ``from_scratch`` is not set.
+    """
+    name = os.fspath(student)
+    config = read_config(name)
+    if from_scratch:
+        return build_student(config, dropout=dropout)
+    if _is_checkpoint(name):
+        model = build_student(config, dropout=dropout)
+        model.load_state_dict(student_weights(_read_checkpoint(name)["state_dict"]))
+        return model
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHT_FILES):
+        raise UserError(
+            f"student: no weights in the folder {name!r} (one of {', '.join(_WEIGHT_FILES)});"
+            " set from_scratch to true for random weights from its configuration"
+        )
+    settings = {} if dropout is None else {"dropout_rate": dropout}
+    try:
+        model = T5ForConditionalGeneration.from_pretrained(name, **settings)
+    except (OSError, ValueError) as error:
+        raise UserError(f"student: cannot load {name!r} ({_first_line(error)}){_hint(name)}") from error
+    if not config.get("tie_word_embeddings", True) or not is_tied(model):
+        untie(model)
+    # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
+    return model.float().train()
+
+
+def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a student: from the hub, a folder or a checkpoint file.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = os.fspath(student)
+    if _is_checkpoint(name):
+        return restore_tokenizer(_read_record(name))
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer: cannot load one from {name!r} ({_first_line(error)}){_hint(name)}") from error
+
+
+def record_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
+    """What a checkpoint keeps so that it can be loaded without the hub and without the original folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and path.stat().st_size
+        }
+    return {"config": true_config(model), "tokenizer": files}
+
+
+def restore_tokenizer(record: StudentRecord) -> PreTrainedTokenizerBase:
+    """The tokenizer that a checkpoint keeps."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in record["tokenizer"].items():
+            # a checkpoint is a file from elsewhere: a name in it must not lead out of the folder
+            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+
+
+def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's part of a module's state dict, under the student's own names."""
+    return {
+        name.removeprefix(STUDENT_PREFIX): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(STUDENT_PREFIX)
+    }
+
+
+def save_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a student in the Hugging Face format; the configuration states the true tying."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(true_config(model), indent=2, sort_keys=True) + "\n")
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.endswith(".ckpt")
+
+
+def _read_checkpoint(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"student: no checkpoint file {name!r}")
+    # memory-mapped: asking for a tokenizer must not read gigabytes of weights
+    return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _read_record(name: str) -> StudentRecord:
+    checkpoint = _read_checkpoint(name)
+    if CHECKPOINT_KEY not in checkpoint:
+        raise UserError(f"student: {name!r} is not a checkpoint of lit_distill (it has no {CHECKPOINT_KEY!r})")
+    return cast(StudentRecord, checkpoint[CHECKPOINT_KEY])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]
+
+
+def _hint(name: str) -> str:
+    """What to look at when a name does not load."""
+    if Path(name).exists():
+        return ""
+    return "; it is no folder here, so it has to be a name on the Hugging Face hub, reachable or in its cache"

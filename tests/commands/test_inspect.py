@@ -1,0 +1,161 @@
+"""The report on a dataset, with figures counted by hand."""
+
+import ast
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from lit_distill.commands.inspect import inspect_data, render, write_report
+from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule
+from lit_distill.errors import UserError
+from tests.data.conftest import character_tokenizer
+
+BOTH = ("label", "rationale")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer()
+
+
+@pytest.fixture
+def cqa(tmp_path: Path) -> Path:
+    """Ten rows of train whose gold answer is ``ab``; the teacher is right in six, outside in one, unread in one."""
+    folder = tmp_path / "cqa"
+    (folder / "llm").mkdir(parents=True)
+    rows = [{"id": f"q{i}", "question": "?", "choices": ["ab", "c"], "answer": "ab"} for i in range(10)]
+    lines = "\n".join(map(json.dumps, rows))
+    (folder / "cqa_train.json").write_text(lines)
+    (folder / "cqa_test.json").write_text(lines)
+    said = ["ab"] * 6 + ["c"] * 2 + ["zz"]
+    outputs = [f"{'w' * (i + 1)} So the answer is (a) {label}." for i, label in enumerate(said)] + ["cut off"]
+    (folder / "llm" / "train_CoT_0.json").write_text(json.dumps(outputs))
+    return tmp_path
+
+
+def test_figures(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    module = CQADataModule(data_dir=cqa, tokenizer=tokenizer, tasks=BOTH, max_target_length=5, label_source="teacher")
+    report = inspect_data(module)
+    assert json.loads(json.dumps(report)) == report
+    assert report["dataset"] == "cqa"
+    train, val, test = (report["splits"][split] for split in ("train", "val", "test"))
+    # over the whole file: before val is taken off, and whatever is trained on
+    expected = {
+        "present": True,
+        "released": True,
+        "rows": 10,
+        "parsed": 9,
+        "unparsed": 1,
+        "no_output": 0,
+        "outside_label_set": 1,
+        "teacher_label_accuracy": 0.6,
+        "closed_choices": True,
+        # rationales have 1 to 9 characters and an end: those of 5 and more are beyond 5 tokens
+        "truncated_inputs": 0,
+        "truncated_targets": 5,
+    }
+    assert {key: train[key] for key in expected} == expected
+    text = "?\nAnswer Choices:\n(a) ab\n(b) c"
+    assert train["lengths"]["label"] == {
+        "input": {"rows": 10, "median": 10 + len(text), "p95": 10 + len(text), "max": 10 + len(text), "truncated": 0},
+        "target": {"rows": 10, "median": 3, "p95": 3, "max": 3, "truncated": 0},
+    }
+    assert train["lengths"]["rationale"]["target"] == {
+        "rows": 9,
+        "median": 6,
+        "p95": pytest.approx(9.6),
+        "max": 10,
+        "truncated": 5,
+    }
+    assert (val["present"], val["released"], val["rows"]) == (True, False, 1)
+    assert train["used"] + train["dropped_without_teacher_label"] == 9
+    assert test["teacher_label_accuracy"] is None
+    assert (test["rows"], test["parsed"], test["no_output"]) == (10, 0, 10)
+
+
+def test_examples_are_what_the_student_sees(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    module = CQADataModule(data_dir=cqa, tokenizer=tokenizer, tasks=BOTH, max_source_length=12)
+    path = cqa / "cqa" / "cqa_train.json"
+    path.write_text(path.read_text().replace("?", "é?"))
+    shown = inspect_data(module)["examples"]
+    assert shown["split"] == "train"
+    assert len(shown["rows"]) == 3
+    first = shown["rows"][0]
+    # cut, ended, and with what the tokenizer does not know
+    assert first["tasks"]["label"] == {"input": "predict: <unk>?</s>", "target": "ab</s>"}
+    assert first["tasks"]["rationale"]["input"] == "explain: <unk>?</s>"
+    assert first["tasks"]["rationale"]["target"] == f"{first['rationale']}</s>"
+
+
+def test_an_absent_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "esnli").mkdir()
+    row = {"premise": "p", "hypothesis": "h", "label": 0}
+    (tmp_path / "esnli" / "esnli_valid.json").write_text(json.dumps(row))
+    report = inspect_data(ESNLIDataModule(data_dir=tmp_path, tokenizer=tokenizer))
+    assert report["splits"]["train"] == report["splits"]["test"] == {"present": False}
+    assert report["examples"]["split"] == "val"
+    render(report, Console(file=StringIO()))
+
+
+def test_a_file_to_predict(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"input": "a"}')
+    report = inspect_data(JSONLDataModule(predict=tmp_path / "rows.jsonl", tokenizer=tokenizer))
+    assert report["splits"]["predict"]["rows"] == 1
+    assert report["examples"]["rows"][0]["tasks"]["label"] == {"input": "a</s>", "target": None}
+    console = Console(file=StringIO(), width=100)
+    render(report, console)
+    assert "open" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_the_terminal(cqa: Path, tokenizer: PreTrainedTokenizerFast, width: int) -> None:
+    report = inspect_data(CQADataModule(data_dir=cqa, tokenizer=tokenizer, tasks=BOTH))
+    shown = StringIO()
+    render(report, Console(file=shown, width=width))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    (accuracy,) = (line for line in lines if "teacher accuracy" in line)
+    assert next(cell.strip() for cell in accuracy.split("│")[2:-1]) == "60.00 %"
+    assert "…" not in shown.getvalue()
+    assert "val (of train)" in shown.getvalue()
+    # markup in the data is shown, not obeyed
+    report["examples"]["rows"][0]["rationale"] = "[bold]so[/bold]"
+    shown = StringIO()
+    render(report, Console(file=shown, width=width))
+    assert "[bold]so[/bold]" in shown.getvalue()
+
+
+def test_written_as_json(cqa: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    report = inspect_data(CQADataModule(data_dir=cqa, tokenizer=tokenizer))
+    write_report(report, tmp_path / "new" / "report.json")
+    assert json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8")) == report
+
+
+def test_a_tokenizer_is_needed(cqa: Path) -> None:
+    with pytest.raises(UserError, match="tokenizer must be given"):
+        inspect_data(CQADataModule(data_dir=cqa))
+
+
+def imported(module: str) -> set[str]:
+    """The package's own modules that a module imports."""
+    root = Path(__file__).parents[2]
+    path = root / module.replace(".", "/")
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    named = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {node.module or "" for node in named}
+    names |= {f"{node.module}.{alias.name}" for node in named for alias in node.names}
+    files = (name for name in names if name.startswith("lit_distill."))
+    return {name for name in files if (root / name.replace(".", "/")).with_suffix(".py").is_file()}
+
+
+def test_no_student_is_within_reach() -> None:
+    reached, new = set(), {"lit_distill.commands.inspect", "lit_distill.data"}
+    while new:
+        reached |= new
+        new = {name for module in new for name in imported(module)} - reached
+    assert "lit_distill.data.base" in reached
+    assert not [name for name in reached if name.startswith(("lit_distill.students", "lit_distill.modules"))]

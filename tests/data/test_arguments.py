@@ -1,0 +1,171 @@
+"""Arguments: checked when the data module is made, one line each; described in --help; kept as plain values."""
+
+import io
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from transformers import PreTrainedTokenizerFast
+
+import lit_distill.data
+from lit_distill.data import ANLIDataModule, CQADataModule, JSONLDataModule, RationaleDataModule
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example
+from tests.data.conftest import wrap
+
+ARGUMENTS = [
+    "data_dir",
+    "tokenizer",
+    "batch_size",
+    "eval_batch_size",
+    "tasks",
+    "prefixes",
+    "label_source",
+    "rationale_filter",
+    "train_fraction",
+    "seed",
+    "max_source_length",
+    "max_target_length",
+    "num_workers",
+    "allow_extra_outputs",
+    "cache_dir",
+    "predict_split",
+]
+MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataModule"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_fraction": 1.5}, "train_fraction must be in (0, 1], got 1.5"),
+        ({"train_fraction": 0}, "train_fraction must be in (0, 1], got 0"),
+        ({"train_fraction": True}, "train_fraction must be in (0, 1], got True"),
+        ({"train_fraction": "half"}, "train_fraction must be in (0, 1], got 'half'"),
+        ({"train_fraction": float("nan")}, "train_fraction must be in (0, 1], got nan"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size must be an integer >= 1, got 2.0"),
+        ({"batch_size": True}, "batch_size must be an integer >= 1, got True"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be an integer >= 1, got 0"),
+        ({"seed": -1}, "seed must be an integer in [0, 4294967295], got -1"),
+        ({"seed": 2**32}, "seed must be an integer in [0, 4294967295], got 4294967296"),
+        ({"max_source_length": 0}, "max_source_length must be an integer >= 1, got 0"),
+        ({"max_target_length": None}, "max_target_length must be an integer >= 1, got None"),
+        ({"num_workers": -1}, "num_workers must be an integer >= 0, got -1"),
+        ({"allow_extra_outputs": "yes"}, "allow_extra_outputs must be true or false, got 'yes'"),
+        ({"label_source": "human"}, "label_source must be one of gold, teacher, got 'human'"),
+        ({"predict_split": "valid"}, "predict_split must be one of train, val, test, predict, got 'valid'"),
+        (
+            {"tasks": "label"},
+            "tasks must be a list of one or more of label, rationale, rationale_label, label_rationale, got 'label'",
+        ),
+        (
+            {"tasks": []},
+            "tasks must be a list of one or more of label, rationale, rationale_label, label_rationale, got []",
+        ),
+        (
+            {"tasks": ["label", "lable"]},
+            "tasks must be one of label, rationale, rationale_label, label_rationale, got 'lable'",
+        ),
+        ({"tasks": ["label", "label"]}, "tasks must name each task once, got ['label', 'label']"),
+        (
+            {"tasks": ["label", "rationale_label"]},
+            "prefixes must be given for rationale_label: there are several tasks to tell apart",
+        ),
+        ({"prefixes": {"rationale": "x"}}, "prefixes must have the tasks as keys (label), got rationale"),
+        ({"prefixes": "predict: "}, "prefixes must map a task to a text, got 'predict: '"),
+        ({"prefixes": {"label": 1}}, "prefixes must map a task to a text, got {'label': 1}"),
+        (
+            {"rationale_filter": 3},
+            "rationale_filter must be none, label_agrees or a function (package.module.function), got 3",
+        ),
+        ({"tokenizer": 3}, "tokenizer must be a hub name, a folder or a tokenizer object, got 3"),
+        ({"round": 4}, "round must be one of 1, 2, 3, got 4"),
+        ({"round": True}, "round must be one of 1, 2, 3, got True"),
+    ],
+)
+def test_what_is_not_allowed(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ANLIDataModule(**arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("tasks", "given", "expected"),
+    [
+        (["label"], None, {"label": ""}),
+        (["label", "rationale"], None, {"label": "predict: ", "rationale": "explain: "}),
+        (["rationale_label"], None, {"rationale_label": ""}),
+        (["label"], {"label": "[label]"}, {"label": "[label]"}),
+        (["label", "rationale_label"], {"label": "a", "rationale_label": "b"}, {"label": "a", "rationale_label": "b"}),
+    ],
+)
+def test_prefixes(tasks: list[str], given: dict[str, str] | None, expected: dict[str, str]) -> None:
+    assert CQADataModule(tasks=tasks, prefixes=given).prefixes == expected
+
+
+def long_only(example: Example) -> bool:
+    return len(example.rationale or "") > 10
+
+
+def test_hyperparameters_are_plain(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    module = ANLIDataModule(tokenizer=tokenizer, data_dir=tmp_path, rationale_filter=long_only, tasks=("label",))
+    assert set(module.hparams) == {*ARGUMENTS, "round"}
+    torch.save(dict(module.hparams), tmp_path / "hparams.pt")
+    loaded = torch.load(tmp_path / "hparams.pt", weights_only=True)
+    assert loaded["rationale_filter"] == "tests.data.test_arguments.long_only"
+    assert loaded["data_dir"] == str(tmp_path)
+    again = ANLIDataModule(**loaded)
+    assert dict(again.hparams) == loaded
+    own = JSONLDataModule(train=tmp_path / "x.jsonl", label_set=("a", "b"))
+    torch.save(dict(own.hparams), tmp_path / "hparams.pt")
+    assert dict(JSONLDataModule(**torch.load(tmp_path / "hparams.pt", weights_only=True)).hparams) == dict(own.hparams)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_argument_is_in_the_help(name: str) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(RationaleDataModule, "data")
+    with redirect_stdout(io.StringIO()) as shown, suppress(SystemExit):
+        parser.parse_args([f"--data.help=lit_distill.data.{name}"])
+    words = " ".join(shown.getvalue().split())
+    for argument in ARGUMENTS:
+        # followed by its description, not by its type right away
+        _, _, described = words.rpartition(f"--data.{argument} ")
+        assert described
+        assert not described.split(maxsplit=1)[1].startswith("(type:"), argument
+
+
+def test_values_as_a_configuration_has_them() -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(RationaleDataModule, "data")
+    given = {"tasks": ["label", "rationale"], "prefixes": {"label": "a", "rationale": "b"}, "tokenizer": "t5-small"}
+    config = parser.parse_object({"data": {"class_path": "lit_distill.data.CQADataModule", "init_args": given}})
+    module = parser.instantiate(config).data
+    assert isinstance(module, CQADataModule)
+    assert (module.tasks, module.prefixes) == (("label", "rationale"), given["prefixes"])
+    assert module.hparams["tokenizer"] == "t5-small"
+
+
+def test_a_tokenizer_is_needed_where_it_is_used() -> None:
+    with pytest.raises(UserError, match="tokenizer must be given"):
+        _ = CQADataModule().tokenizer
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^tokenizer: '.*empty' is no tokenizer's folder or hub name \(.+\)$"):
+        _ = CQADataModule(tokenizer=tmp_path / "empty").tokenizer
+
+
+def test_a_tokenizer_without_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    headless = wrap(tokenizer.backend_tokenizer, pad_token="<pad>")  # noqa: S106
+    with pytest.raises(UserError, match="needs a padding and an end-of-sequence token"):
+        _ = CQADataModule(tokenizer=headless).tokenizer
+
+
+def test_a_tokenizer_from_its_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert CQADataModule(tokenizer=tmp_path / "saved").tokenizer("ab")["input_ids"] == [97, 98, 1]

@@ -1,0 +1,382 @@
+"""From released files to batches and answers, on a small dataset whose tokens are character codes."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW
+from lit_distill.data import CQADataModule, ESNLIDataModule, SVAMPDataModule, base
+from lit_distill.data.collate import RationaleCollator
+from lit_distill.data.loader import ResumableLoader
+from lit_distill.data.sampler import EpochSampler
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example
+from tests.data.conftest import WriteCQA, WriteLines, cqa_output
+
+BOTH = ("label", "rationale")
+
+
+def text(ids: torch.Tensor) -> str:
+    """The characters of a row, without padding, up to its end token."""
+    codes = [code for code in ids.tolist() if code not in (0, IGNORE_INDEX)]
+    assert codes[-1] == 1
+    return "".join(map(chr, codes[:-1]))
+
+
+def all_of(loader: DataLoader[Any], task: str, part: str) -> list[str]:
+    return [text(row) for batch in loader for row in batch[task][part]]
+
+
+def test_training_batches_hold_what_the_files_say(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    outputs = [cqa_output(i) for i in range(20)]
+    outputs[3] = outputs[11] = "Nothing to be read."
+    data = write_cqa(outputs=outputs)
+    module = CQADataModule(data_dir=data, tokenizer=tokenizer, tasks=BOTH, batch_size=4)
+    module.prepare_data()
+    module.setup("fit")
+    loader = module.train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    assert (len(loader), len(loader.dataset)) == (5, 18)  # type: ignore[arg-type]
+    val = set(module.answer_key("val").ids)
+    expected = [i for i in range(20) if f"q{i}" not in val]
+    inputs = all_of(loader, "label", "input_ids")
+    assert sorted(inputs) == sorted(f"predict: Q{i}?\nAnswer Choices:\n(a) yes\n(b) no" for i in expected)
+    assert set(all_of(loader, "label", "labels")) == {"yes"}
+    parsed = [i for i in expected if i not in (3, 11)]
+    assert sorted(all_of(loader, "rationale", "labels")) == sorted(f"Because {i}." for i in parsed)
+    for batch in loader:
+        for source, target in zip(batch["rationale"]["input_ids"], batch["rationale"]["labels"], strict=True):
+            number = text(target).removeprefix("Because ").removesuffix(".")
+            assert text(source).startswith(f"explain: Q{number}?")
+    counts = module.counts["train"]
+    assert counts["rows"] == counts["used"] == 18
+    assert counts["unparsed"] == len({3, 11} & set(expected))
+    assert counts["parsed"] + counts["unparsed"] + counts["no_output"] == 18
+
+
+def test_evaluation_batches_hold_every_row_in_order(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa(test=5), tokenizer=tokenizer, tasks=BOTH, eval_batch_size=2)
+    module.setup("test")
+    batches = list(module.test_dataloader())
+    assert [batch["label"]["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
+    assert [batch["rationale"]["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
+    # no teacher wrote of test here: the row is there, its targets are not
+    assert all((batch["rationale"]["labels"] == IGNORE_INDEX).all() for batch in batches)
+    assert [text(row) for row in batches[0]["label"]["labels"]] == ["yes", "yes"]
+
+
+def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    outputs = [cqa_output(i, "no" if i % 2 else "yes") for i in range(20)]
+    data = write_cqa(outputs=["?" if i == 2 else output for i, output in enumerate(outputs)])
+    module = CQADataModule(data_dir=data, tasks=BOTH, label_source="teacher")
+    key = module.answer_key("val")
+    assert len(key) == len(set(key.ids)) == 2
+    assert key.labels == ["yes", "yes"]  # gold, whatever the student is trained on
+    assert key.inputs[0].startswith("Q")
+    assert key.choices == [("yes", "no")] * 2
+    assert (key.metric, key.label_set) == ("exact_match", None)
+    assert key.read_label("label", " yes ") == "yes"
+    assert key.read_rationale("rationale_label", "Because. So the answer is yes") == "Because."
+    train = module.answer_key("train")
+    assert set(train.labels) == {"yes"}
+    labels = [example.label for example in module.used_rows("train").examples]
+    assert key.majority_label == max(("no", "yes"), key=labels.count)
+    assert module.answer_key("val") is key
+
+
+def test_a_rationale_that_did_not_parse_is_none_in_the_answers(write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa(outputs=["?"] * 20))
+    assert module.answer_key("val").rationales == [None, None]
+    assert module.counts["val"]["unparsed"] == 2
+
+
+def test_majority_without_train(write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa(train=None))
+    assert module.answer_key("test").majority_label is None
+
+
+def test_majority_with_a_train_that_does_not_fit(write_cqa: WriteCQA, caplog: pytest.LogCaptureFixture) -> None:
+    module = CQADataModule(data_dir=write_cqa(train=5, outputs=["x"] * 6))
+    assert module.answer_key("test").majority_label is None
+    assert "majority label is not known" in caplog.text
+
+
+def test_val_does_not_move_with_seed_or_fraction(write_cqa: WriteCQA) -> None:
+    data = write_cqa(train=40)
+    ids = [
+        module.answer_key("val").ids
+        for module in (
+            CQADataModule(data_dir=data),
+            CQADataModule(data_dir=data, seed=5, train_fraction=0.1, label_source="teacher", tasks=BOTH),
+        )
+    ]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 4
+
+
+def test_fractions_are_of_what_remains_and_nested(write_cqa: WriteCQA) -> None:
+    data = write_cqa(train=40)
+
+    def drawn(fraction: float) -> set[str]:
+        return {row.id for row in CQADataModule(data_dir=data, train_fraction=fraction).used_rows("train").examples}
+
+    assert [len(drawn(fraction)) for fraction in (0.001, 0.25, 0.5, 1.0)] == [1, 9, 18, 36]
+    assert drawn(0.001) < drawn(0.25) < drawn(0.5) < drawn(1.0)
+
+
+def test_label_agrees_is_by_the_dataset_s_metric(tmp_path: Path, write_lines: WriteLines) -> None:
+    rows = [{"input": f"{i}?", "label": "( 4.0 / 2.0 )"} for i in range(10)]
+    write_lines(tmp_path / "svamp" / "svamp_train.json", rows)
+    (tmp_path / "svamp" / "llm").mkdir()
+    outputs = [f"So. The answer is ({4 + i % 2} / 2)." for i in range(10)]
+    (tmp_path / "svamp" / "llm" / "train_CoT_0.json").write_text(json.dumps(outputs))
+    module = SVAMPDataModule(data_dir=tmp_path, tasks=BOTH, rationale_filter="label_agrees")
+    examples = module.used_rows("train").examples
+    assert {(row.rationale is None, int(row.id.rpartition("-")[2]) % 2) for row in examples} == {(False, 0), (True, 1)}
+
+
+def never(example: Example) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("rationale_filter", [never, f"{__name__}.never"])
+def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> None:  # noqa: ANN401
+    module = CQADataModule(data_dir=write_cqa(), tasks=BOTH, rationale_filter=rationale_filter)
+    assert all(row.rationale is None for row in module.used_rows("train").examples)
+    assert module.counts["train"]["rationale_filtered"] == 18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": BOTH}, "tasks: rationale needs the teacher's rationales of train"),
+        ({"tasks": ["label_rationale"]}, "tasks: label_rationale needs the teacher's rationales of train"),
+        ({"label_source": "teacher"}, "label_source: teacher needs the teacher's labels of train"),
+        (
+            {"rationale_filter": "label_agrees"},
+            "rationale_filter: label_agrees needs the teacher's rationales of train",
+        ),
+    ],
+)
+def test_train_without_teacher_outputs(
+    arguments: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA
+) -> None:
+    data = write_cqa(outputs=[])
+    with pytest.raises(UserError, match=rf"^{message}, of which there is none in .*train_CoT_\*\.json$"):
+        CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("fit")
+    CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("test")
+    CQADataModule(data_dir=data, tokenizer=tokenizer).setup("fit")
+
+
+def test_no_row_left_to_train_on(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    outputs = ["?"] * 19 + [cqa_output(19)]
+    module = CQADataModule(
+        data_dir=write_cqa(outputs=outputs), tokenizer=tokenizer, label_source="teacher", train_fraction=0.01
+    )
+    with pytest.raises(UserError, match="train: no row is left to train on"):
+        module.setup("fit")
+
+
+def nli(folder: Path, *words: str) -> Path:
+    (folder / "esnli").mkdir(exist_ok=True)
+    for word in words:
+        rows = [{"premise": f"{word} {i}", "hypothesis": "h", "label": i % 3} for i in range(4)]
+        (folder / "esnli" / f"esnli_{word}.json").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("present", "stage", "missing"),
+    [
+        (["valid", "test"], "fit", "train"),
+        (["train", "test"], "fit", "val"),
+        (["train", "test"], "validate", "val"),
+        (["train", "valid"], "test", "test"),
+        (["train", "valid"], "predict", "test"),
+    ],
+)
+def test_an_absent_split_is_an_error_where_it_is_needed(
+    present: list[str],
+    stage: str,
+    missing: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = ESNLIDataModule(data_dir=nli(tmp_path, *present), tokenizer=tokenizer)
+    module.prepare_data()  # some are there: nothing is downloaded
+    word = {"val": "valid"}.get(missing, missing)
+    with pytest.raises(
+        UserError, match=rf"^data_dir: esnli has no {missing} split \(.*esnli_{word}\.json\), and {stage} needs it"
+    ):
+        module.setup(stage)
+    available = {"train": "predict", "valid": "validate", "test": "test"}
+    module.predict_split = "train"
+    caplog.set_level(logging.WARNING)
+    for word in present:
+        module.setup(available[word])
+    assert caplog.text.count(f"esnli has no {missing} split") == 1
+
+
+def test_setup_is_done_once_and_only_for_the_stage(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa(), tokenizer=tokenizer)
+    module.setup("fit")
+    assert set(module.counts) == {"train", "val"}
+    with pytest.raises(RuntimeError, match="setup has not built the test split"):
+        module.test_dataloader()
+    with patch.object(base, "tokenize_once", side_effect=AssertionError("tokenised again")):
+        module.setup("fit")
+        module.setup("validate")
+        with pytest.raises(AssertionError, match="tokenised again"):
+            module.setup("test")
+
+
+def test_a_new_start_reads_the_cache(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    data = write_cqa()
+    CQADataModule(data_dir=data, tokenizer=tokenizer, tasks=BOTH).setup("fit")
+    second = CQADataModule(data_dir=data, tokenizer=tokenizer, tasks=BOTH)
+    with patch.object(type(tokenizer), "__call__", side_effect=AssertionError("tokenised again")):
+        second.setup("fit")
+        third = CQADataModule(data_dir=data, tokenizer=tokenizer, tasks=BOTH, label_source="teacher", seed=1)
+        third.setup("validate")
+    assert len(list(second.train_dataloader())) == 1
+
+
+def test_the_cache_is_where_it_was_asked_for(
+    tokenizer: PreTrainedTokenizerFast,
+    write_cqa: WriteCQA,
+    tmp_path: Path,
+    token_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = write_cqa()
+    CQADataModule(data_dir=data, tokenizer=tokenizer, cache_dir=tmp_path / "own").setup("test")
+    assert (any((tmp_path / "own").glob("cqa-test-*")), token_cache.exists()) == (True, False)
+    CQADataModule(data_dir=data, tokenizer=tokenizer).setup("test")
+    assert any(token_cache.glob("cqa-test-*"))
+    monkeypatch.delenv("LIT_DISTILL_CACHE")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    CQADataModule(data_dir=data, tokenizer=tokenizer).setup("test")
+    assert any((tmp_path / "hf" / "lit_distill").glob("cqa-test-*"))
+
+
+def test_truncation_is_counted_and_said(
+    tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = CQADataModule(
+        data_dir=write_cqa(), tokenizer=tokenizer, tasks=BOTH, max_source_length=10, max_target_length=5
+    )
+    module.setup("fit")
+    # 18 rows: both tasks' inputs are cut, of the targets only the rationales (`yes` and its end are 4 tokens)
+    assert module.counts["train"]["truncated_inputs"] == 36
+    assert module.counts["train"]["truncated_targets"] == 18
+    assert "36 truncated inputs, 18 truncated targets (max_source_length 10, max_target_length 5)" in caplog.text
+    assert set(all_of(module.train_dataloader(), "rationale", "labels")) == {"Beca"}
+
+
+def test_describe_is_plain(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa(), tokenizer=tokenizer, tasks=BOTH, train_fraction=0.5)
+    module.setup("fit")
+    described = module.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["splits"]["train"]["left_out_by_fraction"] == 9
+    assert described["splits"]["train"]["used"] == 9
+    assert described["dataset"] == "cqa"
+
+
+def test_ranks_share_the_rows(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    seen: list[list[int]] = []
+    data = write_cqa(test=5)
+    for rank in range(2):
+        module = CQADataModule(data_dir=data, tokenizer=tokenizer)
+        module.setup("test")
+        module.setup("fit")
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        (batch,) = module.test_dataloader()
+        seen.append(batch["label"]["index"].tolist())
+        sampler = module.train_dataloader().sampler
+        assert isinstance(sampler, EpochSampler)
+        assert (sampler.rank, sampler.num_replicas, len(sampler)) == (rank, 2, 9)
+    assert seen == [[0, 2, 4], [1, 3, PADDING_ROW]]
+
+
+def test_workers_give_the_same_batches(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    data = write_cqa()
+    runs = []
+    for workers in (0, 2):
+        module = CQADataModule(data_dir=data, tokenizer=tokenizer, tasks=BOTH, batch_size=5, num_workers=workers)
+        module.setup("fit")
+        runs.append([batch["rationale"]["input_ids"].tolist() for batch in module.train_dataloader()])
+        del module
+    assert runs[0] == runs[1]
+
+
+class Silent(pl.LightningModule):
+    """Notes what Lightning hands to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.loaders: list[Any] = []
+        self.rows: dict[str, list[int]] = {}
+
+    def _rows(self, stage: str, batch: Any) -> None:  # noqa: ANN401
+        self.rows.setdefault(stage, []).extend(batch["label"]["index"].tolist())
+
+    def training_step(self, batch: Any) -> torch.Tensor:  # noqa: ANN401
+        assert "index" not in batch["label"]
+        self.loaders.append(self.trainer.train_dataloader)
+        return self.weight * 1
+
+    def validation_step(self, batch: Any) -> None:  # noqa: ANN401
+        self._rows("val", batch)
+
+    def test_step(self, batch: Any) -> None:  # noqa: ANN401
+        self._rows("test", batch)
+
+    def predict_step(self, batch: Any) -> None:  # noqa: ANN401
+        self._rows("predict", batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning_runs_it(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA, tmp_path: Path) -> None:
+    data = CQADataModule(data_dir=write_cqa(test=5), tokenizer=tokenizer, tasks=BOTH, batch_size=4, eval_batch_size=2)
+    module = Silent()
+    with warnings.catch_warnings():
+        # advice on workers and devices
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=2,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+        )
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+        trainer.predict(module, data)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert module.rows == {"val": [0, 1, 0, 1], "test": list(range(5)), "predict": list(range(5))}
+    loader = module.loaders[-1]
+    assert isinstance(loader, ResumableLoader)
+    assert isinstance(loader.sampler, EpochSampler)
+    assert isinstance(loader.collate_fn, RationaleCollator)
+    restored = torch.load(tmp_path / "x.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+    assert restored["tasks"] == ["label", "rationale"]
+    assert restored["tokenizer"] is None  # an object without a name

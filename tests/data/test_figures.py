@@ -1,0 +1,55 @@
+"""The figures of the paper's released data (`../shared/reference/paper.md`), on the data itself."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_distill.commands.inspect import inspect_data
+from lit_distill.data import ANLIDataModule, CQADataModule, ESNLIDataModule, RationaleDataModule, SVAMPDataModule
+from lit_distill.errors import UserError
+
+# dataset, split: rows, unparsed, teacher accuracy in per cent, answers outside the closed choices
+FIGURES = {
+    (CQADataModule, "train"): (9741, 3, 74.26, 445),
+    (CQADataModule, "test"): (1221, 0, 77.23, 46),
+    (SVAMPDataModule, "train"): (800, 13, 73.5, 0),
+    (SVAMPDataModule, "test"): (200, 2, 74.0, 0),
+    (ESNLIDataModule, "train"): (10_000, 170, 69.86, None),
+    (ESNLIDataModule, "val"): (9842, 4, 73.17, None),
+    (ESNLIDataModule, "test"): (9824, 0, 72.99, None),
+    (ANLIDataModule, "val"): (1000, 9, 66.8, None),
+    (ANLIDataModule, "test"): (1000, 10, 65.6, None),
+}
+
+
+@pytest.mark.parametrize("dataset", [CQADataModule, SVAMPDataModule, ESNLIDataModule, ANLIDataModule])
+def test_released_files(dataset: type[RationaleDataModule], shared_data: Path, shared_tokenizer: Path) -> None:
+    module = dataset(data_dir=shared_data, tokenizer=shared_tokenizer, allow_extra_outputs=True)
+    report = inspect_data(module)["splits"]
+    expected = {split: figures for (owner, split), figures in FIGURES.items() if owner is dataset}
+    assert {split for split, found in report.items() if found["present"] and found["released"]} == set(expected)
+    for split, (rows, unparsed, accuracy, outside) in expected.items():
+        found = report[split]
+        assert (found["rows"], found["unparsed"]) == (rows, unparsed)
+        assert found["parsed"] == rows - unparsed
+        assert 100 * found["teacher_label_accuracy"] == pytest.approx(accuracy, abs=0.0051)
+        assert outside is None or found["outside_label_set"] == outside
+
+
+@pytest.mark.parametrize(("dataset", "train", "val"), [(CQADataModule, 8766, 975), (SVAMPDataModule, 720, 80)])
+def test_val_is_the_paper_s_tenth(dataset: type[RationaleDataModule], train: int, val: int, shared_data: Path) -> None:
+    module = dataset(data_dir=shared_data)
+    assert (len(module.used_rows("train").examples), len(module.used_rows("val").examples)) == (train, val)
+
+
+def test_more_outputs_than_rows(shared_data: Path) -> None:
+    with pytest.raises(UserError, match=r"10000 rows.* 11000 outputs.*allow_extra_outputs"):
+        ESNLIDataModule(data_dir=shared_data).released("train")
+
+
+def test_premise_and_hypothesis_are_parted_by_t5_s_end_token(shared_data: Path, shared_tokenizer: Path) -> None:
+    module = ANLIDataModule(data_dir=shared_data, tokenizer=shared_tokenizer)
+    module.setup("test")
+    ids = next(iter(module.test_dataloader()))["label"]["input_ids"][0].tolist()
+    assert ids.count(1) == 2
+    assert module.answer_key("test").inputs[0].count("</s>") == 1

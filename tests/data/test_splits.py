@@ -1,0 +1,127 @@
+"""Which rows are used, with what became of the others."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_distill.data.splits import SplitRows, UsedRows, hold_out, sample, teacher_counts, train_rows
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example, RationaleFilter
+
+
+def rows(count: int) -> SplitRows:
+    return SplitRows([Example(str(i), f"in {i}", "yes", None, f"because {i}", "yes") for i in range(count)])
+
+
+def ids(split: SplitRows | UsedRows) -> list[str]:
+    return [example.id for example in split.examples]
+
+
+@given(st.integers(2, 300))
+def test_val_is_a_tenth_rounded_up(count: int) -> None:
+    train, val = hold_out(rows(count))
+    assert len(val) == math.ceil(count / 10)
+    assert sorted(ids(train) + ids(val), key=int) == [str(i) for i in range(count)]
+    assert ids(train) == sorted(ids(train), key=int)
+
+
+def test_val_never_moves() -> None:
+    # written down once: runs of other years have to be validated on the same rows
+    assert ids(hold_out(rows(30))[1]) == ["2", "13", "28"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_val_cannot_be_taken_off_one_row(count: int) -> None:
+    with pytest.raises(UserError, match="train has"):
+        hold_out(rows(count))
+
+
+@given(
+    count=st.integers(1, 200),
+    fractions=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_fractions_are_nested(count: int, fractions: tuple[float, float], seed: int) -> None:
+    small, large = (sample(count, fraction, seed) for fraction in sorted(fractions))
+    assert set(small) <= set(large)
+    assert len(small) == max(1, round(min(fractions) * count))
+    assert sample(count, 1.0, seed) == list(range(count))
+
+
+def test_seeds_draw_different_rows() -> None:
+    assert sample(100, 0.1, 0) != sample(100, 0.1, 1)
+
+
+GOLD_YES = Example("a", "in", "yes", None, "because", "yes")
+GOLD_NO = Example("b", "in", "no", None, "hence", "yes")
+UNPARSED = Example("c", "in", "yes")
+OUTSIDE = Example("d", "in", "yes", ("yes", "no"), "since", "maybe")
+UNLABELLED = Example("e", "in", None, None, "so", "no")
+ROWS = SplitRows([GOLD_YES, GOLD_NO, UNPARSED, OUTSIDE, UNLABELLED], frozenset({2}))
+
+
+def used(
+    *tasks: str, teacher_labels: bool = False, keep: RationaleFilter | None = None, fraction: float = 1.0
+) -> UsedRows:
+    return train_rows(ROWS, tasks=tasks, teacher_labels=teacher_labels, keep=keep, fraction=fraction, seed=0)
+
+
+def test_gold_labels_keep_an_unparsed_row_without_its_rationale() -> None:
+    found = used("label", "rationale")
+    assert ids(found) == ["a", "b", "c", "d", "e"]
+    assert [example.label for example in found.examples] == ["yes", "no", "yes", "yes", None]
+    assert found.examples[2].rationale is None
+
+
+def test_teacher_labels_drop_an_unparsed_row() -> None:
+    found = used("label", "rationale", teacher_labels=True)
+    assert ids(found) == ["a", "b", "d", "e"]
+    assert [example.label for example in found.examples] == ["yes", "yes", "maybe", "no"]
+    assert found.gold == ["yes", "no", "yes", None]
+    assert found.counts["dropped_without_teacher_label"] == 1
+
+
+def test_filter_sees_the_gold_label_and_takes_rationales_only() -> None:
+    seen: list[str | None] = []
+
+    def keep(example: Example) -> bool:
+        seen.append(example.label)
+        return example.teacher_label == example.label
+
+    found = used("label", "rationale", teacher_labels=True, keep=keep)
+    assert seen == ["yes", "no", "yes", None]
+    assert [example.rationale for example in found.examples] == ["because", None, None, None]
+    assert found.counts["rationale_filtered"] == 3
+
+
+def test_rows_without_any_target_are_dropped_and_counted() -> None:
+    found = used("rationale")
+    assert ids(found) == ["a", "b", "d", "e"]
+    assert found.counts["dropped_without_target"] == 1
+    assert used("rationale_label").counts["dropped_without_target"] == 2
+
+
+@given(
+    fraction=st.floats(0.01, 1),
+    teacher_labels=st.booleans(),
+    tasks=st.sampled_from([("label",), ("rationale",), ("label", "rationale"), ("label_rationale",)]),
+)
+def test_every_row_is_accounted_for(fraction: float, teacher_labels: bool, tasks: tuple[str, ...]) -> None:
+    counts = used(*tasks, teacher_labels=teacher_labels, fraction=fraction).counts
+    gone = ("left_out_by_fraction", "dropped_without_teacher_label", "dropped_without_target")
+    assert counts["used"] + sum(counts[name] for name in gone) == len(ROWS)
+
+
+def test_teacher_counts_by_hand() -> None:
+    assert teacher_counts(ROWS, str.__eq__, ("yes", "no")) == {
+        "rows": 5,
+        "parsed": 4,
+        "unparsed": 1,
+        "no_output": 0,
+        "teacher_correct": 1,
+        "outside_label_set": 1,
+    }
+    unannotated = SplitRows([UNPARSED, UNPARSED])
+    assert teacher_counts(unannotated, str.__eq__, None)["no_output"] == 2

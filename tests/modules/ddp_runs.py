@@ -1,0 +1,163 @@
+"""What two processes do for `test_ddp.py`: all of it in one launch, since starting a process takes seconds."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_distill.data.loader import ResumableLoader
+from lit_distill.data.sampler import EpochSampler
+from lit_distill.modules import DistillModule, StepByStepModule
+from lit_distill.modules.window import Window
+from tests.modules.batches import Row, Rows, RowsData, random_rows
+from tests.modules.running import Steps, make_trainer
+
+WORLD = 2
+WEIGHT = 0.7
+ACCUMULATES = (1, 3)
+# seven micro-batches a rank: with 3, windows of 3, 3 and 1. Lightning deals rows out in turn, so the first micro-batch
+# of rank 0 has rows 0 and 2 and no rationale, and in the last window rank 1 has none either
+ROWS = random_rows(28, seed=31, without_rationale=(0, 2, 9, 25, 27))
+# an odd number: the sampler pads the second rank
+EVALUATION_ROWS = random_rows(7, seed=32, without_rationale=(2,))
+
+
+class RankData(RowsData):
+    """Evaluates through the sampler that pads with rows that do not count, as the real data modules do."""
+
+    padded = True
+
+    def _collate_padded(self, items: Any) -> Any:  # noqa: ANN401 - as in the base
+        batch = self._collate_evaluation([(max(index, 0), row) for index, row in items])
+        for inputs in batch.values():
+            for i, (index, _) in enumerate(items):
+                if index < 0:
+                    inputs["index"][i] = index
+                    inputs["labels"][i] = -100
+        return batch
+
+    def val_dataloader(self) -> DataLoader[Row]:
+        if not self.padded:
+            return super().val_dataloader()
+        assert self.trainer is not None
+        rows = PaddedRows(EVALUATION_ROWS)
+        sampler = EpochSampler(rows, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self._collate_padded)
+
+
+class PaddedRows(Rows):
+    def __getitem__(self, index: int) -> tuple[int, Row]:
+        return index, self.rows[max(index, 0)]
+
+
+class Repeated(RankData):
+    """Lightning's own sampler, which fills up with rows that are real, and so are there twice."""
+
+    padded = False
+
+
+class Resumable(RankData):
+    def train_dataloader(self) -> DataLoader[Row]:
+        assert self.trainer is not None
+        rows = Rows(self.rows)
+        sampler = EpochSampler(rows, self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=4)
+        return ResumableLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self._collate)
+
+
+def make_module(folder: Path, **arguments: Any) -> StepByStepModule:
+    torch.manual_seed(7)
+    settings: dict[str, Any] = {
+        "from_scratch": True, "learning_rate": 1e-2, "rationale_weight": WEIGHT, "max_label_length": 4,
+        "max_rationale_length": 6, "num_samples": 3, "evaluate_rationales": True,
+    }  # fmt: skip
+    return StepByStepModule(folder, **(settings | arguments))
+
+
+def ddp_trainer(**settings: Any) -> Any:  # noqa: ANN401
+    return make_trainer(**({"strategy": "ddp", "devices": WORLD} | settings))
+
+
+def gradients(folder: Path, accumulate: int) -> dict[str, Any]:
+    steps = Steps()
+    module = make_module(folder)
+    trainer = ddp_trainer(accumulate_grad_batches=accumulate, max_epochs=2, callbacks=[steps])
+    trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    return {
+        "gradients": steps.gradients,
+        "weights": [student.state_dict() for student in steps.students],
+        "logged": steps.logged,
+    }
+
+
+def only_own_counts(self: DistillModule, window: Window) -> dict[str, Tensor]:
+    """What the correction would be if ranks did not add up their counts."""
+    accumulate = self.trainer.accumulate_grad_batches
+    weights = {name: torch.tensor(accumulate / max(count, 1)) for name, count in window.counts.items()}
+    return weights | {"": torch.tensor(accumulate / window.size)}
+
+
+def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(WORLD), NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {f"right {k}": gradients(folder, k) for k in ACCUMULATES}
+
+    right_weights, right_counts = DistillModule.window_weights, DistillModule.term_counts
+    DistillModule.window_weights = only_own_counts  # type: ignore[method-assign]
+    found |= {f"own counts {k}": gradients(folder, k) for k in ACCUMULATES}
+    DistillModule.window_weights = lambda self, window: {"": torch.tensor(1.0)}  # type: ignore[method-assign]
+    DistillModule.term_counts = lambda self, batch: {}  # type: ignore[method-assign]
+    found |= {f"plain {k}": gradients(folder, k) for k in ACCUMULATES}
+    DistillModule.window_weights = right_weights  # type: ignore[method-assign]
+    DistillModule.term_counts = right_counts  # type: ignore[method-assign]
+
+    for name, kind in (("padded", RankData), ("repeated", Repeated)):
+        module = make_module(folder)
+        data = kind(EVALUATION_ROWS, 2, module.tasks)
+        ddp_trainer(limit_val_batches=1.0, use_distributed_sampler=name == "repeated").validate(
+            module, datamodule=data, verbose=False
+        )
+        assert module.evaluation is not None
+        found[name] = {
+            "metrics": module.evaluation.metrics,
+            "samples": [vars(sample) for sample in module.evaluation.samples],
+        }
+
+    found["resume"] = {name: resumed(folder, out, rank, name) for name in ("whole", "stopped", "resumed")}
+    # what stands on this rank alone must be the same on both
+    torch.save(found, out / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def resumed(folder: Path, out: Path, rank: int, part: str) -> dict[str, Tensor]:
+    # each rank's own seed, as without `seed_everything`: the run's is the first rank's
+    seed_everything(40 + rank if part == "resumed" else 20 + rank, verbose=False)
+    module = make_module(folder, dropout=0.1, lr_schedule="constant")
+    # four steps: in the middle of the second epoch
+    steps = {"max_steps": 4, "max_epochs": -1} if part == "stopped" else {"max_epochs": 3}
+    trainer = ddp_trainer(accumulate_grad_batches=3, use_distributed_sampler=False, **steps)
+    path = out / "stopped.ckpt" if part == "resumed" else None
+    if part != "resumed":
+        seed_everything(20 + rank, verbose=False)
+    trainer.fit(module, datamodule=Resumable(ROWS, 2, module.tasks), ckpt_path=path, weights_only=True if path else None)
+    if part == "stopped":
+        trainer.save_checkpoint(out / "stopped.ckpt")
+    return {name: tensor.clone() for name, tensor in module.student.state_dict().items()}
+
+
+def one_process(folder: Path) -> dict[str, float]:
+    module = make_module(folder)
+    make_trainer(limit_val_batches=1.0).validate(
+        module, datamodule=RowsData(EVALUATION_ROWS, 3, module.tasks), verbose=False
+    )
+    assert module.evaluation is not None
+    return module.evaluation.metrics
+
+

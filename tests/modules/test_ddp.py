@@ -1,0 +1,115 @@
+"""Two processes train and evaluate as one does."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from tests.modules import ddp_runs
+from tests.modules.ddp_runs import ACCUMULATES, EVALUATION_ROWS, ROWS, WEIGHT, WORLD, make_module
+from tests.modules.running import difference, identical, plain_gradients, plain_terms
+
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ranks(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    out = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = spawn(ddp_runs.all_runs, (student_folder, out, port), nprocs=WORLD, join=False)
+    assert context is not None
+    for process in context.processes:
+        process.join(180)
+    hung = [process for process in context.processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, "a rank waits for another for ever"
+    assert context.join(1), "raises what a rank raised"
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def differences(folder: Path, run: Found, accumulate: int) -> list[float]:
+    """Of each step's gradient to the plain one over all rows of the step, those of both ranks."""
+    student = make_module(folder).student.eval()
+    size = 2 * WORLD * accumulate
+    expected = [ROWS[start : start + size] for start in range(0, len(ROWS), size)] * 2
+    found = []
+    for gradients, weights, rows in zip(run["gradients"], run["weights"], expected, strict=True):
+        student.load_state_dict(weights)
+        plain = plain_gradients(student, rows, {"label": 1.0, "rationale": WEIGHT})
+        found.append(difference(gradients, plain))
+    return found
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_gradients_are_those_of_all_rows(student_folder: Path, ranks: list[Found], accumulate: int) -> None:
+    for rank in ranks:
+        assert max(differences(student_folder, rank[f"right {accumulate}"], accumulate)) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["plain", "own counts"])
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_without_the_correction_they_are_not(
+    student_folder: Path, ranks: list[Found], accumulate: int, wrong: str
+) -> None:
+    assert min(differences(student_folder, ranks[0][f"{wrong} {accumulate}"], accumulate)) > 1e-3
+
+
+def test_the_rows_hold_what_the_tests_are_about() -> None:
+    dealt = [[row for i, row in enumerate(ROWS) if i % WORLD == rank] for rank in range(WORLD)]
+    assert all("rationale" not in row for row in dealt[0][:2]), "rank 0 begins without rationales, rank 1 has some"
+    assert any("rationale" in row for row in dealt[1][:2])
+    assert all("rationale" not in row for row in dealt[1][-2:]), "in the odd last window rank 1 has none"
+    assert any("rationale" in row for row in dealt[0][-2:])
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_logged_losses_are_those_of_all_rows(student_folder: Path, ranks: list[Found], accumulate: int) -> None:
+    run = ranks[0][f"right {accumulate}"]
+    student = make_module(student_folder).student.eval()
+    student.load_state_dict(run["weights"][0])
+    rows = ROWS[: 2 * WORLD * accumulate]
+    terms = {task: float(term.detach()) for task, term in plain_terms(student, rows, ("label", "rationale")).items()}
+    logged = run["logged"][0]
+    assert logged["train/label_loss"] == pytest.approx(terms["label"], rel=1e-5)
+    assert logged["train/rationale_loss"] == pytest.approx(terms["rationale"], rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(terms["label"] + WEIGHT * terms["rationale"], rel=1e-5)
+
+
+def test_metrics_are_those_of_one_process(student_folder: Path, ranks: list[Found]) -> None:
+    expected = ddp_runs.one_process(student_folder)
+    assert {"loss", "label_loss", "rationale_loss", "accuracy", "rouge_l"} <= expected.keys()
+    for rank in ranks:
+        assert rank["padded"]["metrics"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_are_there_twice_count_once(student_folder: Path, ranks: list[Found]) -> None:
+    expected = ddp_runs.one_process(student_folder)
+    for rank in ranks:
+        found = rank["repeated"]["metrics"]
+        for name in ("accuracy", "rouge_l", "rationale_ends_in_prediction"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["padded", "repeated"])
+def test_samples_come_from_all_ranks_in_order(ranks: list[Found], sampler: str) -> None:
+    assert len(EVALUATION_ROWS) % WORLD, "so that a row has to be filled in"
+    for rank in ranks:
+        assert [sample["index"] for sample in rank[sampler]["samples"]] == [0, 1, 2]
+        assert all(sample["rationale"] is not None for sample in rank[sampler]["samples"])
+
+
+def test_both_ranks_end_with_the_same_weights(ranks: list[Found]) -> None:
+    for part in ("whole", "resumed"):
+        assert identical(ranks[0]["resume"][part], ranks[1]["resume"][part])
+
+
+def test_resumed_in_the_middle_of_an_epoch(ranks: list[Found]) -> None:
+    found = ranks[0]["resume"]
+    assert not identical(found["stopped"], found["whole"])
+    assert identical(found["resumed"], found["whole"])

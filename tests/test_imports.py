@@ -1,0 +1,70 @@
+"""Imports run one way, and importing the package costs nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lit_distill
+
+PACKAGE = Path(lit_distill.__file__).parent
+# from the bottom up; a part may import parts of lower layers, and of its own except between the rooms of `ROOMS`
+LAYERS = (
+    ("__init__", "errors", "batch", "answers", "messages"),
+    ("equations",),
+    ("rationales", "losses", "metrics", "students", "fast"),
+    ("data", "modules", "callbacks", "export", "teachers"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+ROOMS = {"data", "modules", "teachers", "fast"}
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The parts of the package that a file imports, wherever in it the import stands."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "lit_distill":
+                yield parts[1] if len(parts) > 1 and parts[1] in LEVEL else "__init__"
+
+
+def test_imports_go_down() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {"modules", "data", "commands", "cli", "batch"} <= {part_of(path) for path in files}
+    wrong, seen = [], 0
+    for path in files:
+        own = part_of(path)
+        assert own in LEVEL, f"{own} has no layer here"
+        for other in imports(ast.parse(path.read_text())):
+            seen += 1
+            rooms = own != other and {own, other} <= ROOMS and LEVEL[own] == LEVEL[other]
+            if LEVEL[other] > LEVEL[own] or rooms:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+    assert seen > 50
+    assert wrong == []
+
+
+def test_the_check_sees_each_form_of_an_import() -> None:
+    source = "import lit_distill.data.base\nfrom lit_distill import metrics\ndef f():\n    from lit_distill.modules import a"
+    assert list(imports(ast.parse(source))) == ["data", "metrics", "modules"]
+    assert list(imports(ast.parse("from lit_distill import __version__\nimport torch"))) == ["__init__"]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import lit_distill, sys; print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"  # noqa: E501
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    assert result.stdout.strip() == "[]"
