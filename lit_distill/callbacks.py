@@ -2,12 +2,14 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -63,6 +65,18 @@ class ValidateEverySteps(Callback):
         return last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """The best checkpoints by a metric; a run that is resumed in a folder of its own still knows the earlier best."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Lightning's, which forgets the earlier best where the folder is another one."""
+        best = {path: score for path, score in state_dict["best_k_models"].items() if Path(path).exists()}
+        if state_dict["dirpath"] == self.dirpath or len(best) == len(state_dict["best_k_models"]):
+            super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+        else:
+            rank_zero_warn("The earlier best checkpoints are gone; the best is chosen from here on.")
+
+
 class LastCheckpoint(ModelCheckpoint):
     """``last.ckpt``: written after every validation, and once more when a run is interrupted.
 
@@ -82,6 +96,9 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing of an earlier run's is needed, whose folder may be another one."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was trained so far, under the same name."""
@@ -125,7 +142,11 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Log the gradient's norm, on the steps that are logged."""
-        if not isinstance(pl_module, DistillModule) or pl_module.sharded or not self._is_logged(trainer):
+        if (
+            not isinstance(pl_module, DistillModule)
+            or pl_module.sharded
+            or not self._is_logged(trainer, trainer.global_step + 1)
+        ):
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm: Tensor = torch.nn.utils.get_total_norm(gradients)
@@ -140,7 +161,7 @@ class Throughput(Callback):
         self._tokens += window.tokens
         self._steps += 1
         # global_step has been raised by now
-        if trainer.global_step % trainer.log_every_n_steps:
+        if not self._is_logged(trainer, trainer.global_step):
             return
         now = time.perf_counter()
         seconds = self._seconds + now - self._started
@@ -155,8 +176,10 @@ class Throughput(Callback):
         self._examples = self._tokens = self._steps = 0
 
     @staticmethod
-    def _is_logged(trainer: pl.Trainer) -> bool:
-        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+    def _is_logged(trainer: pl.Trainer, step: int) -> bool:
+        # Lightning gives the trainer this attribute without declaring it; 0 stands for never
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and step % every == 0
 
 
 class SampleTable(Callback):

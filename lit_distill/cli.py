@@ -1,290 +1,22 @@
-"""The command line: LightningCLI's fit, validate, test and predict over methods and datasets, and commands beside them."""
+"""The command line: dispatches to the commands, and tells what the user can mend in one line."""
 
-import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
-import torch
 import transformers
-from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import lit_distill.data  # noqa: F401 - makes the data modules known by their bare names
+import lit_distill.data
 import lit_distill.modules  # noqa: F401 - likewise the methods
-from lit_distill.callbacks import LastCheckpoint, ProgressBar, SampleTable, Throughput, ValidateEverySteps
-from lit_distill.commands.baseline import train_baseline
-from lit_distill.commands.finish import report, save_best_student
-from lit_distill.commands.predict import write_predictions
-from lit_distill.data.base import RationaleDataModule
+from lit_distill.commands.inspect_cli import InspectCLI
+from lit_distill.commands.train import run_trainer
 from lit_distill.errors import UserError
-from lit_distill.messages import one_line
-from lit_distill.modules.base import DistillModule
 
 BESIDE = {"inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples."}
 """The commands that are not the trainer's, and what they do."""
-
-
-class _Refused(BaseException):
-    """Carries a ``UserError`` out of jsonargparse, which rewrites any ``Exception`` of a constructor."""
-
-
-class Parser(LightningArgumentParser):
-    """Raises one line where argparse prints its usage and exits."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
-        """Turn any parsing error into a ``UserError``."""
-        raise UserError(one_line(message, known_options(self))) from ex
-
-
-def known_options(parser: LightningArgumentParser) -> list[str]:
-    """The long options of a parser and of its subcommands, without dashes."""
-    parsers = [parser, *getattr(parser, "_subcommand_parsers", {}).values()]
-    actions = getattr(parser, "_subcommands_action", None)
-    if actions is not None:
-        parsers += list(actions._name_parser_map.values())
-    return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Writes the whole config into the run's folder, and gives it to the loggers."""
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.config_filename
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
-        flat = _flat(self.config.as_dict())
-        for logger in trainer.loggers:
-            logger.log_hyperparams(flat)
-
-
-class DistillCLI(LightningCLI):
-    """LightningCLI in subclass mode; what the data module has to know of the method is linked when parsing."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
-        parser.add_lightning_class_args(ValidateEverySteps, "validation")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/accuracy",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best-step{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_on_train_epoch_end": False,
-            }
-        )
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=True, help="End fit with one test of the best checkpoint."
-        )
-        parser.add_argument(
-            "--baseline_after_fit",
-            type=bool,
-            default=False,
-            help="After fit, train the label-only baseline on the same data for as many steps and print it beside.",
-        )
-        parser.add_argument(
-            "--predictions",
-            type=str | None,
-            default=None,
-            help="JSON lines file that predict writes; by default predictions.jsonl in the run's folder.",
-        )
-        self.add_links(parser)
-
-    def add_links(self, parser: LightningArgumentParser) -> None:
-        """What the data module has to know of the method, read off the method's class while parsing."""
-        method = ("model.class_path", "model.init_args")
-        parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
-        parser.link_arguments(method, "data.init_args.tasks", compute_fn=linked_tasks)
-        parser.link_arguments(method, "data.init_args.prefixes", compute_fn=linked_prefixes)
-
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint brings its own student: neither the hub nor the original folder is read.
-
-        Replaces Lightning's own hook, which would let the checkpoint's arguments overrule the config.
-        """
-        config = self.config[self.config.subcommand]
-        path = config.get("ckpt_path")
-        if path is None or path in ("last", "best", "hpc", "registry") or "://" in str(path):
-            return
-        if not Path(path).exists():
-            raise UserError(f"ckpt_path: no checkpoint {path!r}; allowed is a file, 'last', 'best' or 'hpc'")
-        if Path(path).is_file():
-            config["model"]["init_args"]["student"] = str(path)
-            config["model"]["init_args"]["from_scratch"] = True
-            config["data"]["init_args"]["tokenizer"] = str(path)
-
-    def before_instantiate_classes(self) -> None:
-        """Name the run, so that loggers need no set-up."""
-        config = self.config[self.subcommand]
-        trainer = config["trainer"]
-        if trainer.get("logger") is True or trainer.get("logger") is None:
-            trainer["logger"] = [Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(save_dir="runs", name="lightning_logs", version=None, prefix="", flush_logs_every_n_steps=100))]
-        loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
-        name, group, tags = run_name(config)
-        for logger in loggers:
-            if not isinstance(logger, Namespace):
-                continue
-            arguments = logger.setdefault("init_args", Namespace()) if isinstance(logger, dict) else logger.init_args
-            kind = logger.class_path.rpartition(".")[2]
-            if kind == "WandbLogger":
-                _set_missing(arguments, {"name": name})
-                extra = logger.get("dict_kwargs") or {}
-                logger["dict_kwargs"] = {"group": group, "tags": tags, "job_type": self.subcommand} | dict(extra)
-            elif arguments.get("name") in (None, "lightning_logs"):
-                arguments["name"] = name
-
-    def instantiate_classes(self) -> None:
-        """As Lightning's; what the machine or the environment lacks is told in one line."""
-        for base in (DistillModule, RationaleDataModule, pl.Callback):
-            self.parser.add_instantiator(_instantiate, base, subclasses=True)
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            lacking = next((e for e in _chain(error) if isinstance(e, ModuleNotFoundError)), None)
-            if lacking is None:
-                raise
-            raise UserError(f"trainer: {lacking}") from error
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Checkpoints only where they are enabled."""
-        config = self.config_init[self.subcommand]["trainer"]
-        if config["enable_checkpointing"] is False or config["fast_dev_run"]:
-            self._parser(self.subcommand).callback_keys = ["validation"]
-            own: list[pl.Callback] = []
-        else:
-            own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
-        if config["enable_progress_bar"] is not False:
-            own.append(ProgressBar())
-        self.trainer_defaults["callbacks"] = [*own, Throughput(), SampleTable()]
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ImportError, ValueError) as error:
-            # all that a trainer is built from is its arguments and the machine
-            raise UserError(f"trainer: {error}") from error
-
-    # ------------------------------------------------------------------ what follows a command
-
-    def after_fit(self) -> None:
-        """Test the best checkpoint once, save its student, and say so."""
-        config = self.config[self.subcommand]
-        best = best_checkpoint(self.trainer)
-        if config["test_after_fit"]:
-            # Lightning's own table is left out: ours follows, with intervals beside their metrics
-            self.trainer.test(
-                self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True
-            )
-        folder = run_folder(self.trainer)
-        student = save_best_student(self.trainer, self.model, self.datamodule, best, folder)
-        baseline = None
-        if config["baseline_after_fit"] and config["test_after_fit"] and not config["trainer"]["fast_dev_run"]:
-            rank_zero_info("Training the label-only baseline: same data, settings and steps.")
-            baseline = train_baseline(
-                model_args=config["model"]["init_args"].as_dict(),
-                data_class=type(self.datamodule),
-                data_args=config["data"]["init_args"].as_dict(),
-                trainer_args=config["trainer"].as_dict(),
-                every_n_steps=config["validation"]["every_n_steps"],
-                seed=config["seed_everything"],
-                folder=folder / "baseline",
-            )
-        report(self.model, student=student, baseline=baseline)
-
-    def after_validate(self) -> None:
-        """The metrics as a table."""
-        report(self.model)
-
-    after_test = after_validate
-
-    def predict(self, model: DistillModule, datamodule: RationaleDataModule, **kwargs: Any) -> None:
-        """Write predictions as JSON lines."""
-        kwargs.pop("return_predictions", None)
-        target = self.config[self.subcommand]["predictions"]
-        path = Path(target) if target else run_folder(self.trainer) / "predictions.jsonl"
-        write_predictions(self.trainer, model, datamodule, path, **kwargs)
-
-
-def linked_tasks(class_path: str, init_args: Namespace | None = None) -> list[str]:
-    """The tasks of a method that is only named yet."""
-    return list(linked_prefixes(class_path, init_args))
-
-
-def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict[str, str]:
-    """Task -> prefix of a method that is only named yet."""
-    module, _, name = class_path.rpartition(".")
-    method: type[DistillModule] = getattr(importlib.import_module(module), name)
-    return dict(method.task_prefixes(init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}))
-
-
-def best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """The best checkpoint of a run; ``None`` where none was kept."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            return Path(callback.best_model_path)
-    return None
-
-
-def run_folder(trainer: pl.Trainer) -> Path:
-    """Where a run keeps its files: the folder above its checkpoints, else the logger's."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            return Path(callback.dirpath).parent
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def run_name(config: Namespace) -> tuple[str, str, list[str]]:
-    """A run's name, its group (all but the seed) and its tags, by which runs compare without further set-up."""
-    data, model = config["data"], config["model"]
-    arguments = data.get("init_args") or Namespace()
-    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
-    method = model["class_path"].rpartition(".")[2].removesuffix("Module")
-    source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
-    seed = config["seed_everything"]
-    tags = [dataset, method, f"{source} labels", f"fraction {fraction:g}", f"seed {seed}"]
-    group = f"{dataset}-{method}-{source}-{fraction:g}"
-    return f"{group}-seed{seed}", group, tags
-
-
-def _set_missing(arguments: Namespace, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if arguments.get(name) is None:
-            arguments[name] = value
-
-
-def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Namespace):
-            value = value.as_dict()
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{name}.")
-        else:
-            flat[before + name] = value if isinstance(value, int | float | str | bool | None) else str(value)
-    return flat
-
-
-def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-    try:
-        return class_type(*args, **kwargs)
-    except UserError as error:
-        raise _Refused(error) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def main(args: ArgsType = None) -> None:
@@ -303,40 +35,12 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     try:
         if isinstance(given, list) and given[:1] == ["inspect"]:
-            from lit_distill.commands.inspect_cli import InspectCLI
-
             InspectCLI(given[1:])
         else:
-            run_trainer(args)
-    except (UserError, _Refused) as error:
-        cause = error.args[0] if isinstance(error, _Refused) else error
-        print(f"lit_distill: error: {' '.join(str(cause).split())}", file=sys.stderr)
+            run_trainer(args, BESIDE)
+    except (UserError, MisconfigurationException) as error:
+        print(f"lit_distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def run_trainer(args: ArgsType) -> DistillCLI:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``."""
-    # matrix products in TF32 where the hardware has it: T5 is trained in it, and float32 on it costs several times more
-    torch.set_float32_matmul_precision("high")
-    beside = "\n".join(f"  {name:<12}{text}" for name, text in BESIDE.items())
-    return DistillCLI(
-        DistillModule,
-        RationaleDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        args=args,
-        parser_class=Parser,
-        parser_kwargs={
-            "prog": "lit_distill",
-            "description": f"Distilling step-by-step: train and compare small students.\n\nfurther commands:\n{beside}",
-        },
-        save_config_callback=_SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        trainer_defaults={"check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": 10_000},
-    )
 
 
 def quieten() -> None:
@@ -345,6 +49,14 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # tests and notebooks call main in-process, beside arguments of their own
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended to run from within Python")
-    # an advertisement
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    # rows are logged by optimizer steps, which no epoch's length bounds
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_of_use)
     transformers.utils.logging.disable_progress_bar()
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Neither an advertisement nor the seed, which the config says."""
+    message = record.getMessage()
+    return not any(text in message for text in ("litlogger", "litmodels", "Seed set to"))

@@ -1,4 +1,4 @@
-"""Save a trained student for use without this framework: Hugging Face format, prefix, generation settings, model card."""
+"""Save a trained student for use elsewhere: Hugging Face format, prefix, generation settings, model card."""
 
 import json
 from collections.abc import Mapping
@@ -66,17 +66,13 @@ def export_checkpoint(
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["prefix"] = prefixes[first]
-    config["task_specific_params"] = {
-        task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()
-    }
+    config["task_specific_params"] = {task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").write_text(model_card(facts, prefixes, generation))
     return folder
 
 
-def model_card(
-    facts: CardFacts, prefixes: Mapping[str, str], generation: Mapping[str, Mapping[str, Any]]
-) -> str:
+def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mapping[str, Mapping[str, Any]]) -> str:
     """The card as Markdown with the hub's metadata block."""
     first = next(iter(prefixes))
     length = generation[first]["max_new_tokens"]
@@ -94,7 +90,7 @@ def model_card(
         "```python",
         "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
         'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForSeq2SeqLM.from_pretrained(".")',
-        f"inputs = tokenizer({prefixes[first]!r} + \"your input\", return_tensors=\"pt\")",
+        f'inputs = tokenizer({prefixes[first]!r} + "your input", return_tensors="pt")',
         f"output = model.generate(**inputs, max_new_tokens={length})",
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         "```",

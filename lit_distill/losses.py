@@ -1,6 +1,6 @@
 """Loss terms as pure functions of tensors."""
 
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own spelling
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_distill.batch import IGNORE_INDEX
@@ -21,9 +21,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar.
     """
-    total = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -37,7 +35,5 @@ def sequence_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``(batch,)``, in nats.
     """
-    losses = F.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
     return -losses.sum(dim=1)

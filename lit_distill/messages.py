@@ -5,9 +5,11 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 
-
 COMMANDS = ("fit", "validate", "test", "predict", "inspect")
 """What the command line can be asked to do."""
+
+_MANY = 30
+"""Keys that are too many for a line."""
 
 
 def one_line(message: str, options: Sequence[str] = ()) -> str:
@@ -19,64 +21,129 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
     """
     key_match = re.match(r'Parser key "([^"]+)":', message)
     key = key_match.group(1) if key_match else ""
-    for explain in (_nested, _unknown_class, _unknown_option, _missing_file, _wrong_type, _required, _command):
+    explanations = (_nested, _unknown_class, _unknown_option, _file, _wrong_class, _wrong_type, _required, _command)
+    for explain in explanations:
         line = explain(key, message, options)
         if line is not None:
-            return line
+            return " ".join(line.split())
     return " ".join(message.split())
+
+
+def import_given(message: str) -> None:
+    """Import the class that an error is about once more, so that a fault in a user's own file keeps its traceback.
+
+    Args:
+        message: jsonargparse's, which holds no more of such a fault than its text.
+
+    Raises:
+        Exception: whatever the file raises when it is imported, except that it is not there.
+    """
+    found = re.search(r"Given value: (?:.*'class_path': ')?([A-Za-z_][\w.]*)\.\w+(?:$|')", message)
+    if not found:
+        return
+    module = found.group(1)
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
 
 
 def _nested(key: str, message: str, options: Sequence[str]) -> str | None:
     """A class's arguments are parsed by a parser of their own, which has put its error in one line already."""
-    found = re.search(r"(?:^|- )(\w[\w.]*: (?:no such argument|got |unknown class |cannot use ).*)$", message, re.MULTILINE)
-    return f"{key}.{found.group(1)}" if found and key else None
+    found = re.search(
+        r"(?:^|- )(\w[\w.]*: (?:no such argument|got |unknown class |cannot use |must be given).*)$",
+        message,
+        re.MULTILINE,
+    )
+    if not found or not key:
+        return None
+    return f"{key}.{found.group(1)}".replace(" as --", f" as --{key}.")
 
 
 def _unknown_class(key: str, message: str, options: Sequence[str]) -> str | None:
+    own = "or the import path of a class of your own"
+    if found := re.search(r"^--([\w.]+)\.help: Expected a dot import path string: (\S+)", message):
+        return f"{found.group(1)}: unknown class {found.group(2)!r}; allowed are the classes that --help lists, {own}"
     found = re.search(r"Expected a dot import path string: (\S+)", message)
     base = _base_class(message)
     if found and base:
         name = found.group(1)
         allowed = sorted(known_subclasses(base))
-        return (
-            f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join(allowed)},"
-            " or the import path of a class of your own"
-        )
+        return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join(allowed)}, {own}"
     found = re.search(r"Problem with given class_path '([^']+)':\s*(.+)", message)
     if found:
-        return f"{key}: cannot use the class {found.group(1)!r}: {' '.join(found.group(2).split())}"
+        return f"{key}: cannot use the class {found.group(1)!r}: {found.group(2)}"
     return None
 
 
 def _unknown_option(key: str, message: str, options: Sequence[str]) -> str | None:
+    if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
+        return f"{found.group(1)!r} stands alone; allowed are --key value and --config FILE"
     for pattern in (
         r"unrecognized arguments: --?(\S+?)(?:[= ]|$)",
+        r"Group '(?P<group>[^']+)' does not accept option '([^']+)'",
         r"does not accept option '([^']+)'",
+        r"Option '([^']+)' is not accepted",
         r"Key '([^']+)' is not expected",
     ):
         if found := re.search(pattern, message):
-            name = found.group(1)
-            return f"{name}: no such key{likely(name, options)}; allowed are the keys that --help lists"
-    if found := re.search(r"Option '([^']+)' is not accepted", message):
-        name = found.group(1)
-        allowed = [option for option in options if option not in ("help", "config") and not option.endswith(".help")]
-        return f"{name}: no such argument{likely(name, allowed)}; allowed are {', '.join(allowed)}"
+            name = ".".join(found.groups())
+            return f"{name}: no such argument{likely(name, options)}; allowed are {_beside(name, options)}"
     return None
 
 
-def _missing_file(key: str, message: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?", message)
-    return f"{key or 'config'}: no file {found.group(1)!r}" if found else None
+def _beside(name: str, options: Sequence[str]) -> str:
+    """The keys at the place of a name; where they are very many, how to list them."""
+    group = name.rpartition(".")[0]
+    while group and not any(option.startswith(f"{group}.") for option in options):
+        group = group.rpartition(".")[0]
+    start = f"{group}." if group else ""
+    keys = {
+        start + option.removeprefix(start).partition(".")[0].rstrip("+")
+        for option in options
+        if option.startswith(start)
+    }
+    keys -= {"help", "config", "print_config", "print_shtab"}
+    if 0 < len(keys) <= _MANY:
+        return ", ".join(sorted(keys))
+    return f"the keys{f' of {group}' if group else ''} that --help lists"
+
+
+def _file(key: str, message: str, options: Sequence[str]) -> str | None:
+    if found := re.search(r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?", message):
+        return f"{key or 'config'}: no file {found.group(1)!r}"
+    if found := re.search(r"Path is not a file: '([^']+)'", message):
+        return f"{key or 'config'}: {found.group(1)!r} is not a file"
+    if found := re.match(r"Problems parsing config: (.+)", message, re.DOTALL):
+        return f"config: not YAML: {found.group(1)}"
+    if found := re.match(r"Unexpected config: (.*)", message, re.DOTALL):
+        return f"config: must hold keys with values, got {found.group(1).strip()!r}"
+    return None
+
+
+def _wrong_class(key: str, message: str, options: Sequence[str]) -> str | None:
+    kinds = "a class's name or import path, or a mapping of class_path and init_args"
+    value = _given(message)
+    if found := re.search(r"does not correspond to a subclass of (\w+)", message):
+        return f"{key}: {value} is no {found.group(1)}; allowed is {kinds}"
+    if key and "Not a valid subclass of" in message:
+        return f"{key}: got {value}; allowed is {kinds}"
+    return None
 
 
 def _wrong_type(key: str, message: str, options: Sequence[str]) -> str | None:
-    given = re.search(r"Given value: (.+)", message, flags=re.DOTALL)
     expected = re.findall(r"Expected (?:a |an |)(.+?)(?:\. Got value: (.+))?(?:\n|$)", message)
     if not key or not expected:
         return None
-    value = given.group(1) if given else next((got for _, got in expected if got), "")
-    allowed = dict.fromkeys(_plain_type(kind) for kind, _ in expected)
-    return f"{key}: got {' '.join(value.split())}; allowed is {', or '.join(allowed)}"
+    value = _given(message) or next((got for _, got in expected if got), "")
+    allowed = dict.fromkeys(_plain_type(kind) for kind, _ in expected if not kind.startswith("path but"))
+    return f"{key}: got {value}; allowed is {', or '.join(allowed)}"
+
+
+def _given(message: str) -> str:
+    found = re.search(r"Given value: (.+)", message, flags=re.DOTALL)
+    return found.group(1) if found else ""
 
 
 def _plain_type(text: str) -> str:
@@ -89,10 +156,12 @@ def _plain_type(text: str) -> str:
 
 def _required(key: str, message: str, options: Sequence[str]) -> str | None:
     found = re.search(r"the following arguments are required: (.+)", message)
-    if not found:
-        return None
-    keys = [name.strip().partition(".")[2] or name.strip() for name in found.group(1).split(",")]
-    return f"{', '.join(keys)}: must be given, in a config file or as {', '.join(f'--{name}' for name in keys)}"
+    if found:
+        keys = [name.strip().partition(".")[2] or name.strip() for name in found.group(1).split(",")]
+        return f"{', '.join(keys)}: must be given, in a config file or as {', '.join(f'--{name}' for name in keys)}"
+    if found := re.search(r"argument --([\w.]+): expected one argument", message):
+        return f"{found.group(1)}: a value must be given, as --{found.group(1)} VALUE"
+    return None
 
 
 def _command(key: str, message: str, options: Sequence[str]) -> str | None:
@@ -118,15 +187,17 @@ def known_subclasses(base: str) -> dict[str, type]:
     """
     module, _, name = base.rpartition(".")
     root: type = getattr(importlib.import_module(module), name)
-    return {klass.__name__: klass for klass in _below(root)}
+    return {klass.__name__: klass for klass in _below(root) if not klass.__name__.startswith("_")}
 
 
-def _below(root: type) -> Iterator[type]:
+def _below(root: type[object]) -> Iterator[type[object]]:
+    klass: type[object]
     for klass in root.__subclasses__():
         yield klass
         yield from _below(klass)
 
 
 def _base_class(message: str) -> str | None:
-    found = re.search(r"Subtypes: \[<class '([\w.]+)'>", message)
-    return found.group(1) if found else None
+    found = re.search(r"^\s*Subtypes: (.+)$", message, re.MULTILINE)
+    # neither `str` nor `NoneType`: a class in a module
+    return next(iter(re.findall(r"[\w.]+\.[A-Z]\w*", found.group(1))), None) if found else None

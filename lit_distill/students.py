@@ -1,7 +1,7 @@
 """Build, load, keep and save a T5 student with its tokenizer.
 
-Since version 5 transformers writes ``tie_word_embeddings: true`` into every ``T5Config``, also that of checkpoints whose
-``lm_head`` is a tensor of its own (T5 v1.1, Flan-T5). Loading such a checkpoint keeps both tensors, but any later
+Since version 5 transformers writes ``tie_word_embeddings: true`` into every ``T5Config``, also that of checkpoints
+whose ``lm_head`` is a tensor of its own (T5 v1.1, Flan-T5). Loading such a checkpoint keeps both tensors, but any later
 ``tie_weights()`` or ``resize_token_embeddings()`` replaces the head by the embedding, and a student built from its
 configuration starts tied and unscaled. Everything that makes a student here therefore settles the tying first, from the
 configuration *file*, and leaves a model that stays as it is.
@@ -10,13 +10,18 @@ configuration *file*, and leaves a model that stays as it is.
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypedDict, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+from transformers.utils import logging as hf_logging
 
 from lit_distill.errors import UserError
 
@@ -32,6 +37,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 
 class StudentRecord(TypedDict):
@@ -104,12 +111,16 @@ def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content, _ = T5Config.get_config_dict(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"student: cannot read a configuration from {name!r} ({_first_line(error)}){_hint(name)}") from error
+        raise UserError(
+            f"student: cannot read a configuration from {name!r} ({_first_line(error)}){_hint(name)}"
+        ) from error
     if not content:
         raise UserError(f"student: no config.json in {name!r}{_hint(name)}")
     if content.get("model_type") != "t5":
-        raise UserError(f"student: {name!r} is a {content.get('model_type')!r} model; allowed is a T5 (model_type 't5')")
-    return cast("dict[str, Any]", content)
+        raise UserError(
+            f"student: {name!r} is a {content.get('model_type')!r} model; allowed is a T5 (model_type 't5')"
+        )
+    return content
 
 
 def load_student(
@@ -129,7 +140,12 @@ def load_student(
     name = os.fspath(student)
     config = read_config(name)
     if from_scratch:
-        return build_student(config, dropout=dropout)
+        try:
+            return build_student(config, dropout=dropout)
+        except StrictDataclassError as error:
+            raise UserError(
+                f"student: the configuration in {name!r} makes no T5 ({' '.join(str(error).split())})"
+            ) from error
     if _is_checkpoint(name):
         model = build_student(config, dropout=dropout)
         model.load_state_dict(student_weights(_read_checkpoint(name)["state_dict"]))
@@ -140,15 +156,16 @@ def load_student(
             f"student: no weights in the folder {name!r} (one of {', '.join(_WEIGHT_FILES)});"
             " set from_scratch to true for random weights from its configuration"
         )
-    settings = {} if dropout is None else {"dropout_rate": dropout}
+    settings: dict[str, Any] = {} if dropout is None else {"dropout_rate": dropout}
     try:
-        model = T5ForConditionalGeneration.from_pretrained(name, **settings)
-    except (OSError, ValueError) as error:
+        with _quiet_loading():
+            model = T5ForConditionalGeneration.from_pretrained(name, **settings)
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"student: cannot load {name!r} ({_first_line(error)}){_hint(name)}") from error
     if not config.get("tie_word_embeddings", True) or not is_tied(model):
         untie(model)
     # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
-    return model.float().train()
+    return cast(T5ForConditionalGeneration, model.float().train())
 
 
 def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -160,6 +177,9 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     name = os.fspath(student)
     if _is_checkpoint(name):
         return restore_tokenizer(_read_record(name))
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+        # transformers would make an empty one from the configuration's `model_type`
+        raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError, KeyError) as error:
@@ -203,6 +223,17 @@ def save_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokeniz
     (folder / "config.json").write_text(json.dumps(true_config(model), indent=2, sort_keys=True) + "\n")
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers from advising on the tying, which is settled here."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
 def _is_checkpoint(name: str) -> bool:
     return name.endswith(".ckpt")
 
@@ -211,8 +242,11 @@ def _read_checkpoint(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"student: no checkpoint file {name!r}")
-    # memory-mapped: asking for a tokenizer must not read gigabytes of weights
-    return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    try:
+        # memory-mapped: asking for a tokenizer must not read gigabytes of weights
+        return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"student: cannot read the checkpoint file {name!r} ({_first_line(error)})") from error
 
 
 def _read_record(name: str) -> StudentRecord:

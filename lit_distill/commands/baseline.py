@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_distill.callbacks import ValidateEverySteps
+from lit_distill.callbacks import ProgressBar, ValidateEverySteps
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.standard import StandardModule
@@ -47,7 +47,7 @@ def train_baseline(
     )
     settings = dict(trainer_args) | {
         "logger": False,
-        "callbacks": [ValidateEverySteps(every_n_steps), best],
+        "callbacks": [ValidateEverySteps(every_n_steps), ProgressBar(), best],
         "enable_model_summary": False,
         "enable_checkpointing": True,
     }

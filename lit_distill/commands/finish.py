@@ -105,9 +105,7 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
     if baseline is not None:
         split = evaluation.split
         low, high = baseline[f"{split}/accuracy_low"], baseline[f"{split}/accuracy_high"]
-        lines.append(
-            ("accuracy of the label-only baseline", baseline[f"{split}/accuracy"], f"{low:.3f} to {high:.3f}")
-        )
+        lines.append(("accuracy of the label-only baseline", baseline[f"{split}/accuracy"], f"{low:.3f} to {high:.3f}"))
     if lines:
         table.add_section()
         for name, value, interval in lines:

@@ -184,7 +184,7 @@ def _cell(found: dict[str, Any], key: str) -> str:
     if key == "teacher_label_accuracy":
         return "none" if value is None else f"{100 * value:.2f} %"
     if key == "outside_label_set" and not found["closed_choices"]:
-        return "open"
+        return "no choices"
     return f"{value:,}"
 
 

@@ -5,6 +5,7 @@ from lit_distill.data.cqa import CQADataModule
 from lit_distill.data.jsonl import JSONLDataModule
 from lit_distill.data.nli import ANLIDataModule, ESNLIDataModule
 from lit_distill.data.svamp import SVAMPDataModule
+from lit_distill.data.toy import ToyDataModule
 
 __all__ = [
     "ANLIDataModule",
@@ -13,4 +14,5 @@ __all__ = [
     "JSONLDataModule",
     "RationaleDataModule",
     "SVAMPDataModule",
+    "ToyDataModule",
 ]

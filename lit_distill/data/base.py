@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_distill import rationales
 from lit_distill.answers import AnswerKey, MetricName, Split
@@ -27,6 +27,7 @@ from lit_distill.data.tokenize import TokenSettings, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.metrics import judge
 from lit_distill.rationales import Example, RationaleFilter, filter_name, find_filter, label_agrees
+from lit_distill.students import load_tokenizer
 
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
 """Environment variable that names the folder of tokenised rows."""
@@ -357,12 +358,7 @@ class RationaleDataModule(pl.LightningDataModule):
         if self._tokenizer is None:
             raise UserError("tokenizer must be given: a hub name, a folder or a tokenizer object")
         if isinstance(self._tokenizer, str):
-            source = self._tokenizer
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(source)
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"tokenizer: {source!r} is no tokenizer's folder or hub name ({reason})") from error
+            self._tokenizer = load_tokenizer(self._tokenizer)
         loaded = self._tokenizer
         assert isinstance(loaded, PreTrainedTokenizerBase)  # noqa: S101 - for the type checker
         if loaded.eos_token_id is None or loaded.pad_token_id is None:

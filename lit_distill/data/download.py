@@ -9,6 +9,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -51,8 +52,24 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
         raise UserError(f"{absent}, and HF_HUB_OFFLINE forbids to download the release; {advice}")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{absent}, but other files are, which a download would not overwrite; {advice}")
+    is_new = not data_dir.exists()
     data_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(data_dir / f".{folder}.lock"):
+    lock = data_dir / f".{folder}.lock"
+    try:
+        _fetch(url, data_dir, folder, expected, FileLock(lock), absent, advice)
+    except UserError:
+        if is_new:  # a misspelt folder does not come into being
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                data_dir.rmdir()
+        raise
+
+
+def _fetch(
+    url: str, data_dir: Path, folder: str, expected: Mapping[str, int], lock: FileLock, absent: str, advice: str
+) -> None:
+    target = data_dir / folder
+    with lock:
         if any((target / name).is_file() for name in expected):
             return  # another process was here first
         half = data_dir / f".{folder}.half"

@@ -23,7 +23,7 @@ SEPARATOR = "</s>"
 """Stands between premise and hypothesis; T5's tokenizer makes it the end-of-sequence token, inside the input."""
 
 
-class NLIDataModule(RationaleDataModule):
+class _NLIDataModule(RationaleDataModule):
     """What the two have in common."""
 
     label_set: tuple[str, ...] | None = LABELS
@@ -37,7 +37,7 @@ class NLIDataModule(RationaleDataModule):
         return Example(id=str(row.get("uid", "")), input=text, label=LABELS[number])
 
 
-class ESNLIDataModule(NLIDataModule):
+class ESNLIDataModule(_NLIDataModule):
     """e-SNLI: everyday premises."""
 
     name = "esnli"
@@ -52,7 +52,7 @@ class ESNLIDataModule(NLIDataModule):
         return _rationale_and_label(text, "Answer: ")
 
 
-class ANLIDataModule(NLIDataModule):
+class ANLIDataModule(_NLIDataModule):
     """ANLI: premises from Wikipedia, hypotheses written to mislead.
 
     Args:

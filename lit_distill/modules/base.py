@@ -1,5 +1,6 @@
 """DistillModule: training, evaluation and checkpoints of a T5 student. A method overrides one of its two hooks."""
 
+import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,7 @@ class DistillModule(pl.LightningModule):
         # called from here, this still finds the subclass's own arguments
         self.save_hyperparameters()
         self.hparams["student"] = str(student)
-        self._hparams_initial = type(self.hparams)(self.hparams)
+        self._hparams_initial = copy.deepcopy(self.hparams)
         self.student = load_student(student, from_scratch=from_scratch, dropout=dropout)
         if activation_checkpointing:
             # older releases of transformers know only the second name, which newer ones deprecate
@@ -140,6 +141,12 @@ class DistillModule(pl.LightningModule):
 
         The command line asks the class, so that the data module builds the same tasks with the same prefixes.
         """
+        settings = cls.init_settings(init_args)
+        return {task: settings.get(f"{task}_prefix") or "" for task in cls.tasks}
+
+    @classmethod
+    def init_settings(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
+        """These constructor arguments, and the defaults of the others (a subclass's own before its base's)."""
         defaults = {
             name: parameter.default
             for klass in reversed(cls.__mro__)
@@ -147,8 +154,7 @@ class DistillModule(pl.LightningModule):
             for name, parameter in inspect.signature(vars(klass)["__init__"]).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        settings = defaults | dict(init_args)
-        return {task: settings.get(f"{task}_prefix") or "" for task in cls.tasks}
+        return defaults | dict(init_args)
 
     @property
     def active_tasks(self) -> tuple[str, ...]:
@@ -240,7 +246,8 @@ class DistillModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Fix the run's seed, and compare the effective batch with the one that the settings were written for."""
         if self._seed is None:
-            self._seed = torch.initial_seed() % 2**32
+            # one for all ranks: a checkpoint, which rank 0 writes, holds one
+            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
         per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if per_device is None:
             return
@@ -347,6 +354,14 @@ class DistillModule(pl.LightningModule):
         """Losses and answers of one batch of test."""
         self._evaluate(batch, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an evaluation that was broken off has left."""
+        self._eval_sums, self._eval_answers = {}, []
+
+    def on_test_epoch_start(self) -> None:
+        """Likewise."""
+        self._eval_sums, self._eval_answers = {}, []
+
     def on_validation_epoch_end(self) -> None:
         """Metrics of val."""
         self._finish_evaluation("val")
@@ -373,11 +388,16 @@ class DistillModule(pl.LightningModule):
         index = inputs["index"].tolist()
         texts = generate_texts(self, inputs, self.generation_settings(task))
         found = [
-            Answer(row, key.read_label(task, text), text, rationale=key.read_rationale(task, text) if task != "label" else None)
+            Answer(
+                row,
+                key.read_label(task, text),
+                text,
+                rationale=key.read_rationale(task, text) if task != "label" else None,
+            )
             for row, text in zip(index, texts, strict=True)
         ]
-        if self.rationale_task not in (None, task):
-            self._add_rationales(found, batch[cast(str, self.rationale_task)], key, every=rationales)
+        if self.rationale_task is not None and self.rationale_task != task:
+            self._add_rationales(found, batch[self.rationale_task], key, every=rationales)
         if task == "label" and self.hparams["score_choices"] and key.choices is not None:
             choices = [key.choices[max(row, 0)] for row in index]
             for answer, choice in zip(found, score_choices(self, inputs, choices), strict=True):
@@ -438,15 +458,16 @@ class DistillModule(pl.LightningModule):
         metrics["loss"] = float(self.total_loss(means))
         key = self._answer_key(split)
         settings = self.hparams
-        metrics |= summarise(
-            answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test"
-        )
+        metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
         samples = [answer for answer in answers if answer.index < settings["num_samples"]]
         self.evaluation = Evaluation(split, metrics, samples, key)
         for name, value in metrics.items():
             # every rank holds the same value; the flag only says so to Lightning
             self.log(
-                f"{split}/{name}", value, sync_dist=self.trainer.world_size > 1, batch_size=1,
+                f"{split}/{name}",
+                value,
+                sync_dist=self.trainer.world_size > 1,
+                batch_size=1,
                 prog_bar=split == "val" and name == "accuracy",
             )
 
@@ -486,7 +507,9 @@ class DistillModule(pl.LightningModule):
             self._resumed_loaders = loops["fit_loop"]["state_dict"].get("combined_loader", [])
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as Lightning's
+    def load_from_checkpoint(  # type: ignore[override]  # a plain classmethod in place of Lightning's descriptor
+        cls, checkpoint_path: Any, **kwargs: Any
+    ) -> Self:  # noqa: ANN401 - as Lightning's
         """As Lightning's, but the student is rebuilt from the checkpoint itself and only plain data is unpickled.
 
         Args:
@@ -502,6 +525,8 @@ class DistillModule(pl.LightningModule):
             module.hparams[name] = saved.get(name, module.hparams[name])
         if original is not None:
             module.hparams["student"] = str(original)
+        # what loggers write
+        module._hparams_initial = copy.deepcopy(module.hparams)
         return module
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lit_distill.answers import AnswerKey
 from lit_distill.metrics import (
@@ -75,10 +76,10 @@ def gather_answers(module: DistillModule, answers: Sequence[Answer]) -> list[Ans
     They travel as bytes in a tensor, which every strategy can gather, also those without object collectives.
     """
     own = json.dumps([asdict(answer) for answer in answers]).encode()
-    sizes = module.all_gather(torch.tensor([len(own)], device=module.device)).flatten().tolist()
+    sizes = _gather(module, torch.tensor([len(own)], device=module.device)).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=module.device)
     padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(module.device)
-    gathered = module.all_gather(padded).reshape(len(sizes), -1).cpu()
+    gathered = _gather(module, padded).reshape(len(sizes), -1).cpu()
     by_row: dict[int, Answer] = {}
     for size, row in zip(sizes, gathered, strict=True):
         for content in json.loads(row[:size].numpy().tobytes()):
@@ -86,9 +87,13 @@ def gather_answers(module: DistillModule, answers: Sequence[Answer]) -> list[Ans
     return [by_row[index] for index in sorted(by_row)]
 
 
-def summarise(
-    answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool
-) -> dict[str, float]:
+def _gather(module: DistillModule, tensor: Tensor) -> Tensor:
+    gathered = module.all_gather(tensor)
+    assert isinstance(gathered, Tensor)  # noqa: S101 - for the type checker: a tensor gives a tensor
+    return gathered
+
+
+def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool) -> dict[str, float]:
     """The metrics of an evaluation; accuracies are fractions in 0..1.
 
     Args:
@@ -132,9 +137,7 @@ def summarise(
         )
     if rationales:
         written = [(a, a.rationale) for a in answers if a.rationale is not None]
-        scores = [
-            rouge_l(text, reference) for a, text in written if (reference := key.rationales[a.index]) is not None
-        ]
+        scores = [rouge_l(text, reference) for a, text in written if (reference := key.rationales[a.index]) is not None]
         if scores:
             other("rouge_l", sum(scores) / len(scores), lambda: bootstrap_interval(scores))
         accuracy("rationale_ends_in_prediction", [ends_in(text, a.prediction, key.metric) for a, text in written])

@@ -30,10 +30,11 @@ def generate_texts(module: DistillModule, inputs: TaskInputs, settings: Mapping[
         settings: ``max_new_tokens`` and ``num_beams``; one beam is greedy.
     """
     with _whole_parameters(module):
-        ids = module.student.generate(
+        ids = module.student.generate(  # type: ignore[misc]  # its protocol of a generative model is too narrow
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            **settings,
+            max_new_tokens=settings["max_new_tokens"],
+            num_beams=settings["num_beams"],
             do_sample=False,
             # ranks generate different lengths; where a forward pass is a collective, all have to go on to the longest
             synced_gpus=module.sharded,

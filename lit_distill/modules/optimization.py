@@ -66,8 +66,6 @@ def configure(
     total = total_steps()
     scheduler = LambdaLR(
         built,
-        lambda step: learning_rate_factor(
-            step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total
-        ),
+        lambda step: learning_rate_factor(step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total),
     )
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}

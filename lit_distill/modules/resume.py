@@ -17,13 +17,13 @@ import torch
 def consumed_batches(trainer: pl.Trainer) -> int:
     """Micro-batches of this epoch up to the last complete optimizer step; 0 between two epochs."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    done = progress.current.processed
+    done = int(progress.current.processed)  # type: ignore[attr-defined]
     epoch = trainer.fit_loop.epoch_progress.current
-    if epoch.started == epoch.completed and progress.is_last_batch:
+    if epoch.started == epoch.completed and progress.is_last_batch:  # type: ignore[attr-defined]
         return 0
     if progress.is_last_batch and done == progress.current.ready:
-        return int(done)
-    return int(done) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
+        return done
+    return done // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
 
 
 def rewind(fit_loop_state: dict[str, Any], *, boundary: int, step: int, loader_states: list[dict[str, Any]]) -> None:

@@ -35,5 +35,5 @@ class SingleTaskModule(DistillModule):
     @classmethod
     def task_prefixes(cls, init_args: Mapping[str, Any]) -> dict[str, str]:
         """The one task, which depends on the order."""
-        order = init_args.get("order", "rationale_first")
-        return {_TASK.get(order, cls.tasks[0]): init_args.get("input_prefix", "")}
+        settings = cls.init_settings(init_args)
+        return {_TASK.get(settings["order"], cls.tasks[0]): settings["input_prefix"]}

@@ -3,11 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from typing_extensions import Self
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 

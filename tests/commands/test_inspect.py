@@ -108,7 +108,7 @@ def test_a_file_to_predict(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     assert report["examples"]["rows"][0]["tasks"]["label"] == {"input": "a</s>", "target": None}
     console = Console(file=StringIO(), width=100)
     render(report, console)
-    assert "open" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "no choices" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -156,7 +156,7 @@ def test_a_tokenizer_is_needed_where_it_is_used() -> None:
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"^tokenizer: '.*empty' is no tokenizer's folder or hub name \(.+\)$"):
+    with pytest.raises(UserError, match=r"^tokenizer: none in the folder '.*empty'"):
         _ = CQADataModule(tokenizer=tmp_path / "empty").tokenizer
 
 

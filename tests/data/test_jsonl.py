@@ -269,7 +269,7 @@ def read_all(**arguments: Any) -> None:
         ({"train": "rows.jsonl", "choices_column": "input"}, r"^.*rows\.jsonl:1: choices must be a list"),
         (
             {"train": "rows.jsonl", "label_set": ["a", "b"]},
-            r"rows\.jsonl:1: the label 'l' is not in label_set \(a, b\)",
+            r"rows\.jsonl:1: the label 'l' is not in label_set \(",
         ),
         ({"train": "null.jsonl"}, r"^.*null\.jsonl:1: column 'input' is empty"),
         ({"train": "twice.jsonl"}, "^jsonl train: rows 0 and 1 share the id 'a'"),

@@ -55,7 +55,7 @@ def random_rows(number: int, seed: int = 0, *, without_rationale: Sequence[int] 
     return rows
 
 
-class Rows(Dataset[Row]):
+class Rows(Dataset[tuple[int, Row]]):
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
 
@@ -83,10 +83,10 @@ class RowsData(pl.LightningDataModule):
             inputs["index"] = torch.tensor([index for index, _ in items])
         return batch
 
-    def train_dataloader(self) -> DataLoader[Row]:
+    def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Rows(self.rows), batch_size=self.batch_size, collate_fn=self._collate, **self.loader)
 
-    def val_dataloader(self) -> DataLoader[Row]:
+    def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Rows(self.rows), batch_size=self.batch_size, collate_fn=self._collate_evaluation)
 
     test_dataloader = val_dataloader

@@ -27,9 +27,7 @@ def make_module(folder: Path, kind: type[DistillModule] = StepByStepModule, **ar
 def train(module: DistillModule, rows: list[Row], accumulate: int, epochs: int = 1, **settings: Any) -> Steps:
     steps = Steps()
     data = RowsData(rows, settings.pop("batch_size", BATCH), module.active_tasks)
-    trainer = make_trainer(
-        max_epochs=epochs, accumulate_grad_batches=accumulate, callbacks=[steps], **settings
-    )
+    trainer = make_trainer(max_epochs=epochs, accumulate_grad_batches=accumulate, callbacks=[steps], **settings)
     trainer.fit(module, datamodule=data)
     return steps
 

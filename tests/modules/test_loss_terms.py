@@ -129,5 +129,5 @@ def test_bfloat16_logits(student_folder: Path) -> None:
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), "much"])
 def test_weight_out_of_range(student_folder: Path, value: Any) -> None:  # noqa: ANN401
-    with pytest.raises(UserError, match="^rationale_weight must be at least 0, got "):
+    with pytest.raises(UserError, match=r"^rationale_weight must be at least 0, got "):
         make(student_folder, rationale_weight=value)

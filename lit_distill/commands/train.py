@@ -1,0 +1,415 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over methods and datasets."""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_distill.callbacks import (
+    BestCheckpoint,
+    LastCheckpoint,
+    ProgressBar,
+    SampleTable,
+    Throughput,
+    ValidateEverySteps,
+)
+from lit_distill.commands.baseline import train_baseline
+from lit_distill.commands.finish import report, save_best_student
+from lit_distill.commands.predict import write_predictions
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.errors import UserError
+from lit_distill.messages import import_given, one_line
+from lit_distill.modules.base import DistillModule, check_range
+from lit_distill.students import read_config
+
+
+class _Raised(BaseException):
+    """Carries a constructor's exception out of jsonargparse, which rewrites any ``Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Parser(LightningArgumentParser):
+    """Raises one line where argparse prints its usage and exits; options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # an abbreviation is a typo that happens to be a beginning, and means something else once an option is added
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
+        """Turn any parsing error into a ``UserError``; what a user's own file raises when imported goes through."""
+        import_given(message)
+        raise UserError(one_line(message, known_options(self))) from ex
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
+        """As jsonargparse's; an error names the file."""
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UserError as error:
+            raise UserError(f"{error} (in {cfg_path})") from error
+
+
+def known_options(parser: LightningArgumentParser) -> list[str]:
+    """The long options of a parser and of its subcommands, without dashes."""
+    parsers = [parser, *getattr(parser, "_subcommand_parsers", {}).values()]
+    actions = getattr(parser, "_subcommands_action", None)
+    if actions is not None:
+        parsers += list(actions._name_parser_map.values())
+    return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes the whole config into the run's folder, and gives it to the loggers."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.config_filename
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        flat = _flat(self.config.as_dict())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flat)
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI in subclass mode; what the data module has to know of the method is linked when parsing."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
+        parser.add_lightning_class_args(ValidateEverySteps, "validation")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best-step{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_on_train_epoch_end": False,
+            }
+        )
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="End fit with one test of the best checkpoint."
+        )
+        parser.add_argument(
+            "--baseline_after_fit",
+            type=bool,
+            default=False,
+            help="After fit, train the label-only baseline on the same data for as many steps and print it beside.",
+        )
+        parser.add_argument(
+            "--predictions",
+            type=str | None,
+            default=None,
+            help="JSON lines file that predict writes; by default predictions.jsonl in the run's folder.",
+        )
+        self.add_links(parser)
+
+    def add_links(self, parser: LightningArgumentParser) -> None:
+        """What the data module has to know of the method, read off the method's class while parsing."""
+        method = ("model.class_path", "model.init_args")
+        parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
+        parser.link_arguments(method, "data.init_args.tasks", compute_fn=linked_tasks)
+        parser.link_arguments(method, "data.init_args.prefixes", compute_fn=linked_prefixes)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning's, with checks of what no type says."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        config = self.config if command is None else self.config[command]
+        for group in ("trainer", "validation", "checkpoint"):
+            if not isinstance(config[group], Namespace):
+                raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
+        check_range("trainer.accumulate_grad_batches", config["trainer"]["accumulate_grad_batches"], at_least=1)
+        check_range("trainer.log_every_n_steps", config["trainer"]["log_every_n_steps"], at_least=0)
+        check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
+
+    def _parse_ckpt_path(self) -> None:
+        """See that the checkpoint is one, before anything is built.
+
+        Replaces Lightning's own hook, which would let the checkpoint's arguments overrule the config.
+        """
+        if self.config.get("subcommand") is None:
+            return
+        config = self.config[self.config.subcommand]
+        config["ckpt_path"] = find_checkpoint(
+            config["ckpt_path"], config["checkpoint"]["dirpath"], required=self.config.subcommand != "fit"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run, so that loggers need no set-up."""
+        config = self.config[self.subcommand]
+        trainer = config["trainer"]
+        if trainer.get("logger") is True or trainer.get("logger") is None:
+            trainer["logger"] = [
+                Namespace(
+                    class_path="lightning.pytorch.loggers.CSVLogger",
+                    init_args=Namespace(
+                        save_dir="runs", name="lightning_logs", version=None, prefix="", flush_logs_every_n_steps=100
+                    ),
+                )
+            ]
+        loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
+        name, group, tags = run_name(config)
+        for logger in loggers:
+            if not isinstance(logger, Namespace):
+                continue
+            arguments = logger.setdefault("init_args", Namespace()) if isinstance(logger, dict) else logger.init_args
+            kind = logger.class_path.rpartition(".")[2]
+            if kind == "WandbLogger":
+                _set_missing(arguments, {"name": name})
+                extra = logger.get("dict_kwargs") or {}
+                logger["dict_kwargs"] = {"group": group, "tags": tags, "job_type": self.subcommand} | dict(extra)
+            elif arguments.get("name") in (None, "lightning_logs"):
+                arguments["name"] = name
+
+    def instantiate_classes(self) -> None:
+        """As Lightning's; what the machine or the environment lacks is told in one line."""
+        for base in (DistillModule, RationaleDataModule, pl.Callback):
+            self.parser.add_instantiator(_instantiate, base, subclasses=True)
+        self._given = self.config
+        self.config = self._from_checkpoint()
+        try:
+            super().instantiate_classes()
+        except _Raised as raised:
+            error: Exception = raised.error
+        except ValueError as unbuilt:
+            lacking = next((e for e in _chain(unbuilt) if isinstance(e, ModuleNotFoundError)), None)
+            if lacking is None:
+                raise
+            raise UserError(f"trainer: {lacking}") from unbuilt
+        else:
+            self._say_the_given_student()
+            return
+        # out here it keeps its own traceback and cause, without jsonargparse's around it
+        raise error
+
+    def _from_checkpoint(self) -> Namespace:
+        """The config to build from: a checkpoint brings its own student, neither hub nor original folder is read."""
+        path = self.config[self.subcommand]["ckpt_path"]
+        if path is None or not Path(path).is_file():
+            return self.config
+        whole = self.config.clone()
+        config = whole[self.subcommand]
+        config["model"]["init_args"].update({"student": str(path), "from_scratch": True})
+        config["data"]["init_args"]["tokenizer"] = str(path)
+        return whole
+
+    def _say_the_given_student(self) -> None:
+        """What is saved and logged of a resumed run names the student that it began with."""
+        given = self.config[self.subcommand]["model"]["init_args"]
+        for name in ("student", "from_scratch"):
+            self.model.hparams[name] = self.model._hparams_initial[name] = given[name]
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Checkpoints only where they are enabled."""
+        self.config = self._given
+        config = self.config_init[self.subcommand]["trainer"]
+        if config["enable_checkpointing"] is False or config["fast_dev_run"]:
+            self._parser(self.subcommand).callback_keys = ["validation"]
+            own: list[pl.Callback] = []
+        else:
+            own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
+        if config["enable_progress_bar"] is not False:
+            own.append(ProgressBar())
+        self.trainer_defaults["callbacks"] = [*own, Throughput(), SampleTable()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+            # all that a trainer is built from is its arguments and the machine
+            raise UserError(f"trainer: {error}") from error
+
+    # ------------------------------------------------------------------ what follows a command
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint once, save its student, and say so."""
+        config = self.config[self.subcommand]
+        best = best_checkpoint(self.trainer)
+        if config["test_after_fit"]:
+            # Lightning's own table is left out: ours follows, with intervals beside their metrics
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        folder = run_folder(self.trainer)
+        student = save_best_student(self.trainer, self.model, self.datamodule, best, folder)
+        baseline = None
+        if config["baseline_after_fit"] and config["test_after_fit"] and not config["trainer"]["fast_dev_run"]:
+            rank_zero_info("Training the label-only baseline: same data, settings and steps.")
+            baseline = train_baseline(
+                model_args=config["model"]["init_args"].as_dict(),
+                data_class=type(self.datamodule),
+                data_args=config["data"]["init_args"].as_dict(),
+                trainer_args=config["trainer"].as_dict(),
+                every_n_steps=config["validation"]["every_n_steps"],
+                seed=config["seed_everything"],
+                folder=folder / "baseline",
+            )
+        report(self.model, student=student, baseline=baseline)
+
+    def after_validate(self) -> None:
+        """The metrics as a table."""
+        report(self.model)
+
+    after_test = after_validate
+
+    def predict(self, model: DistillModule, datamodule: RationaleDataModule, **kwargs: Any) -> None:
+        """Write predictions as JSON lines."""
+        kwargs.pop("return_predictions", None)
+        target = self.config[self.subcommand]["predictions"]
+        path = Path(target) if target else run_folder(self.trainer) / "predictions.jsonl"
+        write_predictions(self.trainer, model, datamodule, path, **kwargs)
+
+
+def linked_tasks(class_path: str, init_args: Namespace | None = None) -> list[str]:
+    """The tasks of a method that is only named yet."""
+    return list(linked_prefixes(class_path, init_args))
+
+
+def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict[str, str]:
+    """Task -> prefix of a method that is only named yet."""
+    module, _, name = class_path.rpartition(".")
+    method: type[DistillModule] = getattr(importlib.import_module(module), name)
+    return dict(method.task_prefixes(init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}))
+
+
+def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
+    """See that a checkpoint is one.
+
+    Args:
+        path: a file, a folder (a sharded checkpoint), or one of Lightning's words.
+        folder: the folder of checkpoints that ``last`` is looked for in.
+        required: ``last`` has to be there; else a run that has none yet starts anew, and starts again with one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:") or "://" in str(path):
+        return path
+    if path == "last":
+        last = None if folder is None else Path(folder) / "last.ckpt"
+        if last is not None and last.exists():
+            return str(last)
+        if required or last is None:
+            raise UserError(
+                f"ckpt_path: 'last' is looked for in checkpoint.dirpath, and there is no {last or 'such key'}"
+            )
+        return None
+    allowed = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.dirpath"
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: no checkpoint {str(path)!r}; {allowed}")
+    if Path(path).is_dir():
+        # the files of FSDP's and of DeepSpeed's sharded checkpoints
+        if not any((Path(path) / name).exists() for name in ("meta.pt", "latest")):
+            raise UserError(f"ckpt_path: {str(path)!r} is a folder, and no sharded checkpoint; {allowed}")
+        return path
+    if Path(path).suffix != ".ckpt":
+        raise UserError(f"ckpt_path: {str(path)!r} does not end in .ckpt; {allowed}")
+    try:
+        read_config(path)
+    except UserError as error:
+        raise UserError(f"ckpt_path: {str(path)!r} is no checkpoint of lit_distill; {allowed}") from error
+    return path
+
+
+def best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The best checkpoint of a run; ``None`` where none was kept."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return Path(callback.best_model_path)
+    return None
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where a run keeps its files: the folder above its checkpoints, else the logger's."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath).parent
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def run_name(config: Namespace) -> tuple[str, str, list[str]]:
+    """A run's name, its group (all but the seed) and its tags, by which runs compare without further set-up."""
+    data, model = config["data"], config["model"]
+    arguments = data.get("init_args") or Namespace()
+    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
+    method = model["class_path"].rpartition(".")[2].removesuffix("Module")
+    source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
+    seed = config["seed_everything"]
+    tags = [dataset, method, f"{source} labels", f"fraction {fraction:g}", f"seed {seed}"]
+    group = f"{dataset}-{method}-{source}-{fraction:g}"
+    return f"{group}-seed{seed}", group, tags
+
+
+def _set_missing(arguments: Namespace, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if arguments.get(name) is None:
+            arguments[name] = value
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Namespace):
+            value = value.as_dict()
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value if isinstance(value, int | float | str | bool | None) else str(value)
+    return flat
+
+
+def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    try:
+        return class_type(*args, **kwargs)
+    except Exception as error:
+        raise _Raised(error) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def run_trainer(args: ArgsType, beside: Mapping[str, str]) -> DistillCLI:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        args: the arguments as LightningCLI takes them.
+        beside: the other commands and what they do, for the help.
+    """
+    # matrix products in TF32 where the hardware has it: T5 is trained in it, and float32 on it costs several times more
+    torch.set_float32_matmul_precision("high")
+    listed = " ".join(f"`{name}` ({text})" for name, text in beside.items())
+    return DistillCLI(
+        DistillModule,
+        RationaleDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=args,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "lit_distill",
+            "description": f"Distilling step-by-step: train and compare small students. Beside these: {listed}",
+        },
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        trainer_defaults={
+            "check_val_every_n_epoch": None,
+            "max_epochs": -1,
+            "max_steps": 10_000,
+            "log_every_n_steps": 10,
+        },
+    )

@@ -1,0 +1,96 @@
+"""A toy with rationales, generated on the spot: which of four words does not belong to the others?"""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_distill.answers import Split
+from lit_distill.data import checks
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.splits import SplitRows
+from lit_distill.rationales import Example
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "bird": ("sparrow", "eagle", "robin", "owl", "crow", "swan", "heron", "finch", "raven", "stork"),
+    "fish": ("trout", "salmon", "carp", "perch", "tuna", "cod", "eel", "pike", "herring", "shark"),
+    "fruit": ("apple", "pear", "plum", "cherry", "grape", "lemon", "mango", "peach", "fig", "banana"),
+    "tool": ("hammer", "saw", "drill", "wrench", "chisel", "pliers", "shovel", "rake", "axe", "file"),
+    "vehicle": ("car", "bus", "train", "truck", "tram", "bicycle", "boat", "plane", "van", "ferry"),
+    "metal": ("iron", "copper", "gold", "silver", "zinc", "tin", "lead", "nickel", "brass", "steel"),
+    "tree": ("oak", "pine", "birch", "maple", "elm", "willow", "cedar", "beech", "ash", "spruce"),
+    "garment": ("shirt", "coat", "scarf", "hat", "glove", "sock", "skirt", "jacket", "belt", "dress"),
+}
+"""Kind -> the words of that kind; a word is of one kind only."""
+
+ITEMS = 4
+
+TEXT_WORDS = tuple("which one does not belong : , ? . predict explain Rationale So the answer is".split())
+"""What stands in inputs, targets and prefixes beside the words themselves; a word-level tokenizer needs them."""
+
+
+def toy_example(seed: int, split: str, position: int) -> Example:
+    """The example at a position of a split: a function of these three alone.
+
+    The rationale says of each word what it is, the kind first: the knowledge that the answer follows from, not the
+    answer. (Kind first, because the kind has then to be known from the input, not read off the word just written.) The
+    teacher of the toy is always right.
+
+    Args:
+        seed: of the whole dataset.
+        split: splits are different draws.
+        position: in the split.
+    """
+    draw = random.Random(f"{seed}-{split}-{position}")  # noqa: S311 - a dataset, not a secret
+    common, odd = draw.sample(sorted(KINDS), 2)
+    label = draw.choice(KINDS[odd])
+    words = [*draw.sample(KINDS[common], ITEMS - 1), label]
+    draw.shuffle(words)
+    kind_of = {word: odd if word == label else common for word in words}
+    return Example(
+        id=f"toy-{split}-{position}",
+        input=f"which one does not belong : {' , '.join(words)} ?",
+        label=label,
+        choices=tuple(words),
+        rationale=" ".join(f"{kind_of[word]} : {word} ." for word in words),
+        teacher_label=label,
+    )
+
+
+class ToyDataModule(RationaleDataModule):
+    """Odd one out: generated questions with rationales, of any size and seed, which need no files.
+
+    Args:
+        train_size: rows of train.
+        val_size: rows of val.
+        test_size: rows of test.
+        toy_seed: seed of the rows themselves; ``seed`` only orders them.
+        **kwargs: the arguments of `RationaleDataModule`; ``data_dir`` is not used.
+    """
+
+    name = "toy"
+
+    def __init__(
+        self, train_size: int = 2000, val_size: int = 200, test_size: int = 500, toy_seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sizes: dict[Split, int] = {
+            "train": checks.check_int("train_size", train_size, 1),
+            "val": checks.check_int("val_size", val_size, 1),
+            "test": checks.check_int("test_size", test_size, 1),
+        }
+        self.toy_seed = checks.check_int("toy_seed", toy_seed, 0)
+        self.hparams.update(train_size=train_size, val_size=val_size, test_size=test_size, toy_seed=toy_seed)
+
+    def prepare_data(self) -> None:
+        """Nothing to fetch."""
+
+    def split_file(self, split: Split) -> Path | None:
+        """None: the rows are made, not read."""
+        return None
+
+    def load_split(self, split: Split) -> SplitRows | None:
+        """Generate a split."""
+        if split not in self.sizes:
+            return None
+        return SplitRows([toy_example(self.toy_seed, split, i) for i in range(self.sizes[split])], frozenset())

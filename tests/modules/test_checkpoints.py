@@ -1,0 +1,250 @@
+"""A checkpoint is all that a student needs, and a module's arguments come back as they were."""
+
+import json
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_distill.batch import TaskBatch
+from lit_distill.errors import UserError
+from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
+from lit_distill.students import is_tied, load_student, load_tokenizer, save_student
+from tests.modules.batches import RowsData, collate, random_rows
+from tests.modules.running import identical, make_trainer
+from tests.students import make_student_folder
+
+ROWS = random_rows(6, seed=51)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something asks the network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def logits(module: DistillModule) -> Tensor:
+    module.eval()
+    with torch.no_grad():
+        return module.task_logits(collate(ROWS, ("label",)), "label")[0]
+
+
+def trained(folder: Path, path: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401
+    module = kind(folder, **({"from_scratch": True, "learning_rate": 1e-2} | arguments))
+    trainer = make_trainer()
+    trainer.fit(module, datamodule=RowsData(ROWS, 2, module.active_tasks))
+    trainer.save_checkpoint(path)
+    return module
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_needs_neither_hub_nor_folder(tmp_path: Path, tied: bool) -> None:
+    folder = make_student_folder(tmp_path / "student", tie_word_embeddings=tied)
+    path = tmp_path / "end.ckpt"
+    module = trained(folder, path, rationale_weight=0.4)
+    shutil.rmtree(folder)
+    loaded = StepByStepModule.load_from_checkpoint(path)
+    assert is_tied(loaded.student) is tied
+    assert torch.equal(logits(loaded), logits(module))
+    loaded.student.tie_weights()
+    assert torch.equal(logits(loaded), logits(module))
+    assert loaded.tokenizer("predict: cat")["input_ids"] == [3, 17, 1]
+    assert loaded.rationale_weight == 0.4
+    assert dict(loaded.hparams) == dict(module.hparams)
+    assert dict(loaded.hparams_initial) == dict(module.hparams)
+    assert loaded.hparams["student"] == str(folder)
+    assert loaded.hparams["from_scratch"] is True
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_loaded_checkpoint_saves_one_that_loads(tmp_path: Path) -> None:
+    folder = make_student_folder(tmp_path / "student")
+    trained(folder, tmp_path / "first.ckpt")
+    shutil.rmtree(folder)
+    loaded = StepByStepModule.load_from_checkpoint(tmp_path / "first.ckpt")
+    trainer = make_trainer()
+    trainer.fit(loaded, datamodule=RowsData(ROWS, 2, loaded.tasks))
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    (tmp_path / "first.ckpt").unlink()
+    again = StepByStepModule.load_from_checkpoint(tmp_path / "second.ckpt")
+    assert torch.equal(logits(again), logits(loaded))
+    assert again.hparams["student"] == str(folder)
+
+
+def test_a_checkpoint_of_an_untied_student_loads_into_a_new_module(student_folder: Path, tmp_path: Path) -> None:
+    module = trained(student_folder, tmp_path / "end.ckpt")
+    fresh = StepByStepModule(student_folder, from_scratch=True)
+    assert not torch.equal(logits(fresh), logits(module))
+    fresh.load_state_dict(torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"])
+    assert not is_tied(fresh.student)
+    assert torch.equal(logits(fresh), logits(module))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_checkpoint_as_a_student(student_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "end.ckpt"
+    module = trained(student_folder, path)
+    other = StandardModule(path, dropout=0.2)
+    assert torch.equal(logits(other), logits(module))
+    assert {m.p for m in other.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
+    assert load_tokenizer(path)("cat")["input_ids"] == [17, 1]
+    assert torch.equal(load_student(path).lm_head.weight, module.student.lm_head.weight)
+    scratch = StandardModule(path, from_scratch=True)
+    assert not torch.equal(logits(scratch), logits(module))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pretrained_weights(tmp_path: Path, tied: bool) -> None:
+    folder = make_student_folder(tmp_path / "student", tie_word_embeddings=tied, dropout_rate=0.1)
+    module = StepByStepModule(folder, from_scratch=True)
+    save_student(module.student, module.tokenizer, folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
+    loaded = trained(folder, tmp_path / "end.ckpt", from_scratch=False)
+    assert loaded.student.training, "its dropout is on"
+    shutil.rmtree(folder)
+    again = StepByStepModule.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert is_tied(again.student) is tied
+    assert again.hparams["from_scratch"] is False
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_arguments_can_be_replaced(student_folder: Path, tmp_path: Path) -> None:
+    trained(student_folder, tmp_path / "end.ckpt")
+    loaded = StepByStepModule.load_from_checkpoint(tmp_path / "end.ckpt", rationale_weight=2.0, num_beams=3)
+    assert loaded.rationale_weight == loaded.hparams["rationale_weight"] == 2.0
+    assert loaded.hparams["num_beams"] == 3
+
+
+class Sharpened(StepByStepModule):
+    """A variant with an argument of its own, in a module of its own."""
+
+    def __init__(self, student: str | Path, *, sharpness: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(student, **kwargs)
+        self.sharpness = sharpness
+
+    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
+        terms = super().loss_terms(batch)
+        return terms | {"sharp": self.sharpness * terms["label"]}
+
+
+def test_a_users_subclass_comes_back(student_folder: Path, tmp_path: Path) -> None:
+    module = trained(student_folder, tmp_path / "end.ckpt", Sharpened, sharpness=5.0, rationale_weight=0.2)
+    assert module.hparams["sharpness"] == 5.0
+    assert module.hparams["rationale_weight"] == 0.2
+    assert "kwargs" not in module.hparams
+    loaded = Sharpened.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert (loaded.sharpness, loaded.rationale_weight) == (5.0, 0.2)
+    assert dict(loaded.hparams) == dict(module.hparams)
+    assert identical(loaded.state_dict(), module.state_dict())
+    assert list(loaded.loss_terms(collate(ROWS, loaded.tasks))) == ["label", "rationale", "sharp"]
+
+
+# ------------------------------------------------------------------------------------------------ tasks and prefixes
+
+
+class OtherPrefix(StepByStepModule):
+    def __init__(self, student: str | Path, *, label_prefix: str = "[label] ", **kwargs: Any) -> None:
+        super().__init__(student, label_prefix=label_prefix, **kwargs)
+
+
+class ThreeTasks(StepByStepModule):
+    tasks: ClassVar[tuple[str, ...]] = ("label", "rationale", "rationale_label")
+
+    def __init__(self, student: str | Path, *, rationale_label_prefix: str = "both: ", **kwargs: Any) -> None:
+        super().__init__(student, **kwargs)
+
+
+class LabelFirst(SingleTaskModule):
+    def __init__(
+        self,
+        student: str | Path,
+        *,
+        order: Literal["rationale_first", "label_first"] = "label_first",
+        input_prefix: str = "answer: ",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, order=order, input_prefix=input_prefix, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "expected"),
+    [
+        (DistillModule, {}, {"label": ""}),
+        (StandardModule, {}, {"label": ""}),
+        (StandardModule, {"label_prefix": "answer: "}, {"label": "answer: "}),
+        (StepByStepModule, {}, {"label": "predict: ", "rationale": "explain: "}),
+        (StepByStepModule, {"rationale_prefix": "why: "}, {"label": "predict: ", "rationale": "why: "}),
+        (StepByStepModule, {"label_prefix": ""}, {"label": "", "rationale": "explain: "}),
+        (SingleTaskModule, {}, {"rationale_label": ""}),
+        (SingleTaskModule, {"order": "rationale_first", "input_prefix": "x "}, {"rationale_label": "x "}),
+        (SingleTaskModule, {"order": "label_first"}, {"label_rationale": ""}),
+        (Sharpened, {"sharpness": 1.0}, {"label": "predict: ", "rationale": "explain: "}),
+        (OtherPrefix, {}, {"label": "[label] ", "rationale": "explain: "}),
+        (ThreeTasks, {}, {"label": "predict: ", "rationale": "explain: ", "rationale_label": "both: "}),
+        (LabelFirst, {}, {"label_rationale": "answer: "}),
+        (LabelFirst, {"order": "rationale_first", "input_prefix": ""}, {"rationale_label": ""}),
+    ],
+)
+def test_prefixes_of_a_class_are_those_of_its_modules(
+    student_folder: Path, kind: type[DistillModule], arguments: Mapping[str, Any], expected: dict[str, str]
+) -> None:
+    assert kind.task_prefixes(arguments) == expected
+    module = kind(student_folder, from_scratch=True, **arguments)
+    assert module.prefixes == expected
+    assert module.active_tasks == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "answer", "rationale"),
+    [
+        (StandardModule, {}, "label", None),
+        (StepByStepModule, {}, "label", "rationale"),
+        (SingleTaskModule, {}, "rationale_label", "rationale_label"),
+        (SingleTaskModule, {"order": "label_first"}, "label_rationale", "label_rationale"),
+    ],
+)
+def test_where_the_answers_stand(
+    student_folder: Path, kind: type[DistillModule], arguments: dict[str, Any], answer: str, rationale: str | None
+) -> None:
+    module = kind(student_folder, from_scratch=True, max_label_length=5, max_rationale_length=70, **arguments)
+    assert (module.answer_task, module.rationale_task) == (answer, rationale)
+    length = 5 if answer == "label" else 75
+    assert module.generation_settings(answer) == {"max_new_tokens": length, "num_beams": 1}
+
+
+def test_unknown_order(student_folder: Path) -> None:
+    order: Any = "sideways"
+    with pytest.raises(UserError, match=r"^order must be one of rationale_first, label_first, got 'sideways'$"):
+        SingleTaskModule(student_folder, order=order, from_scratch=True)
+
+
+def test_a_data_module_that_builds_other_tasks(student_folder: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True)
+    data = RowsData(ROWS, 2, module.tasks)
+    data.prefixes = {"label": ""}  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"^tasks: StepByStepModule trains on .*the data module builds"):
+        make_trainer().fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("wanted", [None, 6, 7])
+def test_effective_batch_is_compared(
+    student_folder: Path, wanted: int | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True, effective_batch_size=wanted)
+    trainer = make_trainer(accumulate_grad_batches=3)
+    data = RowsData(ROWS, 2, module.tasks)
+    if wanted == 7:
+        with pytest.warns(UserWarning, match=r"effective batch is 6 examples .* written for 7"):
+            trainer.fit(module, datamodule=data)
+    else:
+        trainer.fit(module, datamodule=data)

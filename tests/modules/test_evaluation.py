@@ -1,0 +1,351 @@
+"""From a student's answers to the metrics of an evaluation."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lit_distill import rationales
+from lit_distill.answers import AnswerKey, Split
+from lit_distill.errors import UserError
+from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
+from lit_distill.modules.evaluation import Answer, answer_row, summarise
+from lit_distill.modules.generation import decode, generate_texts, score_choices
+from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
+from tests.modules.running import make_trainer, plain_terms
+from tests.students import WORDS
+
+
+def ids(text: str) -> list[int]:
+    return [*(WORDS.index(word) for word in text.split()), 1]
+
+
+# label and rationale of different lengths, answers that need the source
+ITEMS = [
+    ("cat red", "yes", "the cat is red because yes"),
+    ("dog red", "no", "dog is no cat because no"),
+    ("cat blue", "a b", "cat is blue because a b"),
+    ("dog blue", "c", "dog blue c"),
+    ("cat dog", "yes", "cat dog yes"),
+]
+
+
+def method_rows(module: DistillModule) -> list[Row]:
+    rows: list[Row] = []
+    for source, label, rationale in ITEMS:
+        targets = {
+            "label": label,
+            "rationale": rationale,
+            "rationale_label": f"{rationale} So the answer is {label}",
+            "label_rationale": f"{label} Rationale: {rationale}",
+        }
+        rows.append({task: (ids(f"{prefix}{source}"), ids(targets[task])) for task, prefix in module.prefixes.items()})
+    return rows
+
+
+class ItemData(RowsData):
+    """The five items, with their closed choices."""
+
+    def __init__(self, module: DistillModule, batch_size: int = 2, labels: Sequence[str | None] | None = None) -> None:
+        super().__init__(method_rows(module), batch_size, module.active_tasks)
+        self.labels = [item[1] for item in ITEMS] if labels is None else labels
+        self.task = module.answer_task
+
+    def _collate_evaluation(self, items: Any) -> Any:  # noqa: ANN401 - as in the base
+        return super()._collate_evaluation([(i, {"label": row[self.task], **row}) for i, row in items])
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self.val_dataloader()
+
+    def answer_key(self, split: Split) -> AnswerKey:
+        return item_key(self.labels)
+
+
+def item_key(labels: Sequence[str | None], **changes: Any) -> AnswerKey:
+    key = AnswerKey(
+        ids=[f"row {i}" for i in range(len(ITEMS))],
+        inputs=[source for source, _, _ in ITEMS],
+        labels=labels,
+        rationales=[rationale for _, _, rationale in ITEMS],
+        metric="exact_match",
+        label_set=None,
+        choices=[("yes", "no", "a b"), ("yes", "no"), ("a b", "a"), ("c", "d"), ("yes", "no")],
+        read_label=rationales.read_label,
+        read_rationale=rationales.read_rationale,
+        majority_label=None,
+    )
+    return dataclasses.replace(key, **changes)
+
+
+@pytest.fixture(scope="module", params=["standard", "step_by_step", "rationale_first", "label_first"])
+def overfitted(request: pytest.FixtureRequest, student_folder: Path) -> DistillModule:
+    settings: dict[str, Any] = {
+        "from_scratch": True, "learning_rate": 1e-2, "max_label_length": 6, "max_rationale_length": 12,
+        "evaluate_rationales": True, "lr_schedule": "constant",
+    }  # fmt: skip
+    torch.manual_seed(7)
+    module: DistillModule
+    if request.param == "standard":
+        module = StandardModule(student_folder, **settings)
+    elif request.param == "step_by_step":
+        module = StepByStepModule(student_folder, **settings)
+    else:
+        module = SingleTaskModule(student_folder, order=request.param, **settings)
+    make_trainer(max_steps=150, max_epochs=-1).fit(module, datamodule=ItemData(module, batch_size=5))
+    return module
+
+
+def test_an_overfitted_student_answers_right(overfitted: DistillModule) -> None:
+    trainer = make_trainer()
+    data = ItemData(overfitted)
+    (found,) = trainer.test(overfitted, datamodule=data, verbose=False)
+    assert found["test/accuracy"] == 1.0
+    assert found["test/accuracy_high"] == 1.0
+    # Wilson by hand: n / (n + z**2) at all right, z = 1.96
+    assert found["test/accuracy_low"] == pytest.approx(5 / (5 + 1.959964**2), rel=1e-5)
+    if overfitted.answer_task == "label":
+        assert found["test/scored_accuracy"] == 1.0
+    if overfitted.rationale_task is not None:
+        assert found["test/rouge_l"] == pytest.approx(1.0)
+        assert found["test/rationale_ends_in_prediction"] == 1.0
+    predictions: Any = trainer.predict(overfitted, datamodule=data)
+    answers = [answer for batch in predictions for answer in batch]
+    assert [answer.prediction for answer in answers] == [label for _, label, _ in ITEMS]
+    if overfitted.rationale_task is not None:
+        assert [answer.rationale for answer in answers] == [rationale for _, _, rationale in ITEMS]
+
+
+def test_each_metric_has_its_interval_in_test_only(overfitted: DistillModule) -> None:
+    expected = {"accuracy"}
+    expected |= {"scored_accuracy"} if overfitted.answer_task == "label" else set()
+    expected |= {"rouge_l", "rationale_ends_in_prediction"} if overfitted.rationale_task else set()
+    losses = {"loss", *(f"{task}_loss" for task in overfitted.active_tasks)}
+    data = ItemData(overfitted)
+    (found,) = make_trainer().test(overfitted, datamodule=data, verbose=False)
+    ends = {f"{name}_{end}" for name in expected for end in ("low", "high")}
+    assert found.keys() == {f"test/{name}" for name in expected | ends | losses}
+    (found,) = make_trainer(limit_val_batches=1.0).validate(overfitted, datamodule=data, verbose=False)
+    assert found.keys() == {f"val/{name}" for name in expected | losses}
+
+
+def test_rows_without_labels(overfitted: DistillModule) -> None:
+    data = ItemData(overfitted, labels=[None, "no", None, "wrong", None])
+    (found,) = make_trainer().test(overfitted, datamodule=data, verbose=False)
+    assert found["test/accuracy"] == 0.5
+    nothing = ItemData(overfitted, labels=[None] * 5)
+    (found,) = make_trainer().test(overfitted, datamodule=nothing, verbose=False)
+    assert "test/accuracy" not in found
+    key = nothing.answer_key("test")
+    row = answer_row(Answer(1, "no", "no"), key)
+    assert row == {"id": "row 1", "input": "dog red", "label": None, "prediction": "no", "correct": None,
+                   "rationale": None}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_val_loss_is_the_token_mean_over_the_split(student_folder: Path, batch_size: int) -> None:
+    rows = random_rows(7, seed=61, without_rationale=(1, 2))
+    torch.manual_seed(7)
+    module = StepByStepModule(student_folder, from_scratch=True, rationale_weight=0.3, max_rationale_length=3)
+    (found,) = make_trainer(limit_val_batches=1.0).validate(
+        module, datamodule=RowsData(rows, batch_size, module.tasks), verbose=False
+    )
+    with torch.no_grad():
+        terms = {task: float(term) for task, term in plain_terms(module.student, rows, module.tasks).items()}
+    assert found["val/label_loss"] == pytest.approx(terms["label"], rel=1e-5)
+    assert found["val/rationale_loss"] == pytest.approx(terms["rationale"], rel=1e-5)
+    assert found["val/loss"] == pytest.approx(terms["label"] + 0.3 * terms["rationale"], rel=1e-5)
+
+
+def test_a_split_without_rationales_has_a_loss_of_0(student_folder: Path) -> None:
+    rows = random_rows(3, without_rationale=range(3))
+    module = StepByStepModule(student_folder, from_scratch=True, max_rationale_length=3)
+    (found,) = make_trainer(limit_val_batches=1.0).validate(
+        module, datamodule=RowsData(rows, 2, module.tasks), verbose=False
+    )
+    assert found["val/rationale_loss"] == 0.0
+    assert found["val/loss"] == found["val/label_loss"]
+
+
+# ------------------------------------------------------------------------------------------------ state
+
+
+def test_a_sanity_check_leaves_no_trace(student_folder: Path) -> None:
+    class AtStart(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert isinstance(pl_module, DistillModule)
+            assert pl_module.evaluation is None
+            assert trainer.callback_metrics == {}
+
+    module = StandardModule(student_folder, from_scratch=True, max_label_length=2)
+    data = ItemData(module)
+    trainer = make_trainer(num_sanity_val_steps=2, limit_val_batches=1.0, callbacks=[AtStart()])
+    trainer.fit(module, datamodule=data)
+    assert module.evaluation is not None
+    found = dict(module.evaluation.metrics)
+    # a sanity check's batches would count twice in the first real evaluation
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    assert module.evaluation.metrics == pytest.approx(found)
+    assert len(module.evaluation.samples) == 5
+
+
+def test_an_evaluation_that_was_stopped_leaves_no_trace(student_folder: Path) -> None:
+    class Stops(pl.Callback):
+        def on_validation_batch_end(self, *rest: object) -> None:
+            raise RuntimeError("stopped")
+
+    module = StandardModule(student_folder, from_scratch=True, max_label_length=2)
+    data = ItemData(module)
+    with pytest.raises(RuntimeError, match="stopped"):
+        make_trainer(limit_val_batches=1.0, callbacks=[Stops()]).validate(module, datamodule=data, verbose=False)
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    assert module.evaluation is not None
+    found, samples = dict(module.evaluation.metrics), module.evaluation.samples
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    assert found == module.evaluation.metrics
+    assert [sample.index for sample in samples] == [0, 1, 2, 3, 4]
+
+
+def test_samples_have_rationales_and_the_others_do_not(student_folder: Path) -> None:
+    torch.manual_seed(7)
+    module = StepByStepModule(
+        student_folder, from_scratch=True, num_samples=3, max_label_length=2, max_rationale_length=3
+    )
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=ItemData(module), verbose=False)
+    assert module.evaluation is not None
+    assert [sample.index for sample in module.evaluation.samples] == [0, 1, 2]
+    assert all(sample.rationale is not None for sample in module.evaluation.samples)
+    assert [row["id"] for row in module.evaluation.sample_rows()] == ["row 0", "row 1", "row 2"]
+    assert "rouge_l" not in module.evaluation.metrics
+
+
+def test_bare_loaders_cannot_be_evaluated(student_folder: Path) -> None:
+    module = StandardModule(student_folder, from_scratch=True)
+    loader = ItemData(module).val_dataloader()
+    with pytest.raises(UserError, match=r"^datamodule: evaluation needs the data's answers"):
+        make_trainer(limit_val_batches=1.0).validate(module, loader, verbose=False)
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def test_choices_are_scored_as_by_a_plain_loss_a_choice(student_folder: Path) -> None:
+    torch.manual_seed(3)
+    module = StandardModule(student_folder, from_scratch=True)
+    module.eval()
+    # far from uniform, so that the likeliest choice is not the shortest each time
+    with torch.no_grad():
+        module.student.lm_head.weight.mul_(12)
+    choices = [("yes", "no", "a b", "cat dog red blue"), ("a", "b"), ("c d e", "d", "?"), ("no", "yes"), ("+", "- 5")]
+    data = ItemData(module, batch_size=5)
+    batch = next(iter(data.val_dataloader()))["label"]
+    with torch.no_grad():
+        found = score_choices(module, batch, choices)
+        expected = []
+        for row, own in enumerate(choices):
+            source = torch.tensor([data.rows[row]["label"][0]])
+            scores = []
+            for choice in own:
+                labels = torch.tensor([ids(choice)])
+                scores.append(-float(module.student(input_ids=source, labels=labels).loss) * labels.shape[1])
+            expected.append(own[scores.index(max(scores))])
+    assert found == expected
+    assert len({own.index(choice) for own, choice in zip(choices, found, strict=True)}) > 1
+
+
+def test_scoring_in_parts(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    module = StandardModule(student_folder, from_scratch=True).eval()
+    batch = next(iter(ItemData(module, batch_size=5).val_dataloader()))["label"]
+    choices = [("yes", "no", "a b", "c"), ("a", "b"), ("c d e", "d", "?"), ("no", "yes"), ("+", "- 5")]
+    with torch.no_grad():
+        whole = score_choices(module, batch, choices)
+        monkeypatch.setattr("lit_distill.modules.generation._CHOICES_AT_ONCE", 3)
+        assert score_choices(module, batch, choices) == whole
+
+
+def test_generation_is_the_plain_greedy_loop(student_folder: Path) -> None:
+    torch.manual_seed(5)
+    module = StandardModule(student_folder, from_scratch=True).eval()
+    with torch.no_grad():
+        module.student.lm_head.weight.mul_(8)
+    data = ItemData(module, batch_size=5)
+    batch = next(iter(data.val_dataloader()))["label"]
+    with torch.no_grad():
+        found = generate_texts(module, batch, {"max_new_tokens": 6, "num_beams": 1})
+        for row, text in enumerate(found):
+            source, written = torch.tensor([data.rows[row]["label"][0]]), [0]
+            while len(written) < 7 and written[-1] != 1:
+                logits = module.student(input_ids=source, decoder_input_ids=torch.tensor([written])).logits
+                written.append(int(logits[0, -1].argmax()))
+            assert text == " ".join(WORDS[i] for i in written if i > 2)
+
+
+def test_decoding_takes_any_padding(student_folder: Path) -> None:
+    module = StandardModule(student_folder, from_scratch=True)
+    written = torch.tensor([[0, 17, 19, 1, -100], [0, 18, 1, 0, 0], [0, -100, -100, -100, -100]])
+    assert decode(module, written) == ["cat red", "dog", ""]
+
+
+def test_rows_that_pad_have_no_answer(student_folder: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True, max_label_length=2, max_rationale_length=2)
+    data = ItemData(module, batch_size=5)
+    batch = next(iter(data.val_dataloader()))
+    for inputs in batch.values():
+        inputs["index"][3:] = PADDING_ROW
+    found = module.answers(batch, data.answer_key("val"), rationales=False)
+    assert [answer.index for answer in found] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def answers(predictions: Sequence[str], **fields: Sequence[str | None]) -> list[Answer]:
+    return [
+        Answer(i, text, text, **{name: values[i] for name, values in fields.items()})
+        for i, text in enumerate(predictions)
+    ]
+
+
+def test_summary_by_hand() -> None:
+    key = item_key(["yes", "no", "yes", None, "no"], label_set=("yes", "no"))
+    found = summarise(
+        answers(["yes", "yes", "no", "yes", "no"], scored=["yes", "no", "yes", "yes", "yes"]),
+        key,
+        rationales=False,
+        intervals=True,
+    )
+    assert found["accuracy"] == 0.5
+    assert found["scored_accuracy"] == 0.75
+    # yes: 1 right of 2 gold and 2 predicted, no likewise: F1 is 1/2 for both
+    assert found["macro_f1"] == 0.5
+    # Wilson's interval of 2 out of 4, by an independent calculator: 0.1500 to 0.8500
+    assert found["accuracy_low"] == pytest.approx(0.1500, abs=5e-4)
+    assert found["accuracy_high"] == pytest.approx(0.8500, abs=5e-4)
+    assert 0 <= found["macro_f1_low"] <= 0.5 <= found["macro_f1_high"] <= 1
+    assert found.keys() == {
+        f"{n}{e}" for n in ("accuracy", "scored_accuracy", "macro_f1") for e in ("", "_low", "_high")
+    }
+
+
+def test_rationales_in_the_summary() -> None:
+    key = item_key(["yes", "no", "a b", "c", "yes"], rationales=["the cat", "dog", None, "c", "x y"])
+    written = ["the cat yes", "dog no", "red a b", None, "x z w yes ."]
+    found = summarise(answers(["yes", "no", "a", "c", "yes"], rationale=written), key, rationales=True, intervals=False)
+    # ROUGE-L's F by hand: 2 of 3 and 2 words, 1 of 2 and 1, 1 of 4 and 2; no reference and no text do not count
+    assert found["rouge_l"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 3 + 2 * 1 / 6) / 3)
+    assert found["rationale_ends_in_prediction"] == 3 / 4
+    assert found.keys() == {"accuracy", "rouge_l", "rationale_ends_in_prediction"}
+
+
+def test_an_empty_summary() -> None:
+    key = item_key([None] * 5, label_set=("yes", "no"))
+    assert summarise([], key, rationales=True, intervals=True) == {}
+    assert summarise(answers(["yes"]), key, rationales=True, intervals=True) == {}

@@ -1,0 +1,138 @@
+"""Learning rates, parameter groups and steps against other implementations of them."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.optim import Optimizer
+from transformers import get_scheduler
+from transformers.optimization import Adafactor
+
+from lit_distill.errors import UserError
+from lit_distill.modules import StepByStepModule
+from lit_distill.modules.optimization import learning_rate_factor, parameter_groups
+from tests.modules.batches import RowsData, random_rows
+from tests.modules.running import Steps, make_trainer
+
+ROWS = random_rows(14, seed=41)
+
+
+class Rates(pl.Callback):
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self.found.append(optimizer.param_groups[0]["lr"])
+
+
+def fit(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> StepByStepModule:
+    torch.manual_seed(7)
+    module = StepByStepModule(folder, from_scratch=True, **arguments)
+    # seven micro-batches an epoch, four optimizer steps
+    make_trainer(max_epochs=3, accumulate_grad_batches=2, callbacks=list(callbacks)).fit(
+        module, datamodule=RowsData(ROWS, 2, module.tasks)
+    )
+    return module
+
+
+def expected_rates(schedule: str, warmup: int, steps: int = 12) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 12])
+def test_linear_schedule_a_step(student_folder: Path, warmup: int) -> None:
+    rates = Rates()
+    fit(student_folder, rates, learning_rate=3e-3, warmup_steps=warmup)
+    assert rates.found == pytest.approx(expected_rates("linear", warmup), rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_constant_schedule(student_folder: Path, warmup: int) -> None:
+    rates = Rates()
+    fit(student_folder, rates, learning_rate=3e-3, warmup_steps=warmup, lr_schedule="constant")
+    assert rates.found == pytest.approx(expected_rates("constant_with_warmup", warmup), rel=1e-9)
+
+
+def test_a_run_without_end_does_not_decay() -> None:
+    settings: dict[str, Any] = {"schedule": "linear", "warmup_steps": 2, "total_steps": float("inf")}
+    assert [learning_rate_factor(step, **settings) for step in (0, 1, 2, 10**9)] == [0, 0.5, 1, 1]
+
+
+def test_matrices_decay_and_vectors_do_not(student_folder: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True)
+    groups = parameter_groups(module, 0.1)
+    named = dict(module.named_parameters())
+    norms = {id(parameter) for name, parameter in named.items() if "layer_norm" in name}
+    assert len(norms) == 12
+    assert {group["weight_decay"]: {id(p) for p in group["params"]} for group in groups} == {  # type: ignore[attr-defined]
+        0.1: {id(parameter) for parameter in named.values()} - norms,
+        0.0: norms,
+    }
+
+
+def test_frozen_parameters_are_left_out(student_folder: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True)
+    module.student.encoder.requires_grad_(False)
+    optimized = sum(len(group["params"]) for group in parameter_groups(module, 0.1))  # type: ignore[arg-type, misc]
+    assert optimized == sum(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_one_adamw_step_is_the_formula(student_folder: Path) -> None:
+    rate, decay = 1e-2, 0.1
+    steps = Steps()
+    torch.manual_seed(7)
+    module = StepByStepModule(student_folder, from_scratch=True, learning_rate=rate, weight_decay=decay)
+    make_trainer(max_steps=1, callbacks=[steps]).fit(module, datamodule=RowsData(ROWS[:2], 2, module.tasks))
+    before = dict(steps.students[0].named_parameters())
+    for name, parameter in module.student.named_parameters():
+        g, p = steps.gradients[0][name].double(), before[name].detach().double()
+        m, v = 0.1 * g / (1 - 0.9), 0.001 * g * g / (1 - 0.999)
+        expected = p * (1 - rate * (decay if p.ndim > 1 else 0)) - rate * m / (v.sqrt() + 1e-8)
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adafactor_steps_as_the_hugging_face_trainers(student_folder: Path) -> None:
+    steps = Steps()
+    module = fit(student_folder, steps, learning_rate=1e-2, optimizer="adafactor", lr_schedule="constant")
+    student = steps.students[0]
+    optimizer = Adafactor(student.parameters(), lr=1e-2, scale_parameter=False, relative_step=False)
+    for gradients in steps.gradients:
+        for name, parameter in student.named_parameters():
+            parameter.grad = gradients[name]
+        optimizer.step()
+    for (name, found), expected in zip(module.student.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        ("learning_rate", 0, "above 0"),
+        ("learning_rate", -1e-3, "above 0"),
+        ("learning_rate", float("nan"), "above 0"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("warmup_steps", -1, "at least 0"),
+        ("dropout", 1.0, "at least 0 and below 1"),
+        ("dropout", -0.1, "at least 0 and below 1"),
+        ("max_label_length", 0, "at least 1"),
+        ("max_rationale_length", 0, "at least 1"),
+        ("num_beams", 0, "at least 1"),
+        ("num_samples", -1, "at least 0"),
+        ("effective_batch_size", 0, "at least 1"),
+    ],
+)
+def test_arguments_out_of_range(student_folder: Path, argument: str, value: Any, allowed: str) -> None:  # noqa: ANN401
+    with pytest.raises(UserError) as error:
+        StepByStepModule(student_folder, from_scratch=True, **{argument: value})
+    assert str(error.value) == f"{argument} must be {allowed}, got {value!r}"
