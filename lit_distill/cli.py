@@ -6,8 +6,8 @@ import sys
 import warnings
 
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_distill.data
 import lit_distill.modules  # noqa: F401 - likewise the methods

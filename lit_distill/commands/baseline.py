@@ -45,9 +45,10 @@ def train_baseline(
     best = ModelCheckpoint(
         dirpath=folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False
     )
+    bar = [] if trainer_args.get("enable_progress_bar") is False else [ProgressBar()]
     settings = dict(trainer_args) | {
         "logger": False,
-        "callbacks": [ValidateEverySteps(every_n_steps), ProgressBar(), best],
+        "callbacks": [ValidateEverySteps(every_n_steps), best, *bar],
         "enable_model_summary": False,
         "enable_checkpointing": True,
     }

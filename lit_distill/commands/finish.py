@@ -38,6 +38,8 @@ def save_best_student(
         The student's folder; ``None`` where no checkpoint was kept.
     """
     if best is None:
+        if trainer.checkpoint_callbacks:
+            rank_zero_warn("No validation has chosen a best checkpoint: no student is saved")
         return None
     if not best.is_file():
         rank_zero_warn(f"{best} is a sharded checkpoint: no student is saved; consolidate it and export it by hand")

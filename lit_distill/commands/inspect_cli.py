@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_distill.commands.inspect import inspect_data, render, write_report
 from lit_distill.commands.train import DistillCLI, Parser, linked_prefixes
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule
 
 
@@ -66,4 +67,7 @@ class InspectCLI(DistillCLI):
         report = inspect_data(built)
         render(report)
         if self.config["json"] is not None:
-            write_report(report, Path(self.config["json"]))
+            try:
+                write_report(report, Path(self.config["json"]))
+            except OSError as error:
+                raise UserError(f"json: {self.config['json']!r} cannot be written ({error.strerror})") from error

@@ -61,5 +61,5 @@ def write_predictions(
         path: the file; its keys are id, input, label, prediction, correct, rationale.
         **kwargs: for ``Trainer.predict``.
     """
-    trainer.callbacks.append(_Writer(path, datamodule))
+    trainer.callbacks.append(_Writer(path, datamodule))  # type: ignore[attr-defined]  # not declared by Lightning
     trainer.predict(module, datamodule=datamodule, return_predictions=False, **kwargs)

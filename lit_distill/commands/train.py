@@ -8,10 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_distill.callbacks import (
     BestCheckpoint,
@@ -51,12 +52,18 @@ class Parser(LightningArgumentParser):
         import_given(message)
         raise UserError(one_line(message, known_options(self))) from ex
 
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
+        """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
+        ours = [(_instantiate, base, True) for base in (DistillModule, RationaleDataModule, pl.Callback)]
+        return self.instantiate(cfg, instantiators=ours, **kwargs)
+
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
         """As jsonargparse's; an error names the file."""
         try:
-            return super().parse_path(cfg_path, *args, **kwargs)
+            parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
             raise UserError(f"{error} (in {cfg_path})") from error
+        return parsed
 
 
 def known_options(parser: LightningArgumentParser) -> list[str]:
@@ -71,14 +78,21 @@ def known_options(parser: LightningArgumentParser) -> list[str]:
 class _SaveConfig(SaveConfigCallback):
     """Writes the whole config into the run's folder, and gives it to the loggers."""
 
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Too early: the checkpoints' folder, which is the run's, is not known before all callbacks are set up."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save and log, on rank 0."""
+        # on every rank, as finding the folder is a collective
         folder = run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.config_filename
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
-        flat = _flat(self.config.as_dict())
+        self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)
+        dataset, method = names(self.config)
+        # beside the keys of the config, the two that runs are compared by
+        flat = _flat(self.config.as_dict()) | {"dataset": dataset, "method": method}
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
 
@@ -176,8 +190,6 @@ class DistillCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what the machine or the environment lacks is told in one line."""
-        for base in (DistillModule, RationaleDataModule, pl.Callback):
-            self.parser.add_instantiator(_instantiate, base, subclasses=True)
         self._given = self.config
         self.config = self._from_checkpoint()
         try:
@@ -198,10 +210,10 @@ class DistillCLI(LightningCLI):
     def _from_checkpoint(self) -> Namespace:
         """The config to build from: a checkpoint brings its own student, neither hub nor original folder is read."""
         path = self.config[self.subcommand]["ckpt_path"]
+        whole: Namespace = self.config.clone()
         if path is None or not Path(path).is_file():
-            return self.config
-        whole = self.config.clone()
-        config = whole[self.subcommand]
+            return whole
+        config = whole[str(self.subcommand)]
         config["model"]["init_args"].update({"student": str(path), "from_scratch": True})
         config["data"]["init_args"]["tokenizer"] = str(path)
         return whole
@@ -229,6 +241,18 @@ class DistillCLI(LightningCLI):
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
             # all that a trainer is built from is its arguments and the machine
             raise UserError(f"trainer: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As Lightning's; a W&B run ends with its command, so that the next one in this process is another run."""
+        failed = True
+        try:
+            super()._run_subcommand(subcommand)
+            failed = False
+        finally:
+            if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+                import wandb
+
+                wandb.finish(exit_code=int(failed))
 
     # ------------------------------------------------------------------ what follows a command
 
@@ -336,12 +360,18 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def names(config: Namespace) -> tuple[str, str]:
+    """What the dataset and the method are called in a run's name; of ANLI, each round is a dataset."""
+    data, model = config["data"], config["model"]
+    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
+    part = (data.get("init_args") or Namespace()).get("round", "")
+    return f"{dataset}{part}", model["class_path"].rpartition(".")[2].removesuffix("Module")
+
+
 def run_name(config: Namespace) -> tuple[str, str, list[str]]:
     """A run's name, its group (all but the seed) and its tags, by which runs compare without further set-up."""
-    data, model = config["data"], config["model"]
-    arguments = data.get("init_args") or Namespace()
-    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
-    method = model["class_path"].rpartition(".")[2].removesuffix("Module")
+    arguments = config["data"].get("init_args") or Namespace()
+    dataset, method = names(config)
     source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
     seed = config["seed_everything"]
     tags = [dataset, method, f"{source} labels", f"fraction {fraction:g}", f"seed {seed}"]
@@ -402,7 +432,6 @@ def run_trainer(args: ArgsType, beside: Mapping[str, str]) -> DistillCLI:
             "description": f"Distilling step-by-step: train and compare small students. Beside these: {listed}",
         },
         save_config_callback=_SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

@@ -25,7 +25,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 ITEMS = 4
 
-TEXT_WORDS = tuple("which one does not belong : , ? . predict explain Rationale So the answer is".split())
+TEXT_WORDS = (
+    *("which", "one", "does", "not", "belong", ":", ",", "?", "."),
+    *("predict", "explain", "Rationale", "So", "the", "answer", "is"),
+)
 """What stands in inputs, targets and prefixes beside the words themselves; a word-level tokenizer needs them."""
 
 

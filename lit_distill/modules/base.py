@@ -273,7 +273,7 @@ class DistillModule(pl.LightningModule):
             return
         # loggers number their rows by this count, which Lightning raises once too often where it resumes
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        assert self._seed is not None
+        assert self._seed is not None  # noqa: S101 - for the type checker
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         self._window = window
         self._window_weights = self.window_weights(window)
@@ -303,7 +303,8 @@ class DistillModule(pl.LightningModule):
         terms = self.loss_terms(batch)
         if self._window is None:
             return self.total_loss(terms)
-        counts = self.term_counts(batch)
+        # counted while the batch was on the host: the step does not wait for the device
+        counts = self._window.batch_counts[batch_idx - self._window.start]
         weights = self._window_weights
         scaled = {
             name: term * (weights[name] * counts[name] if name in counts else weights[""])
@@ -319,11 +320,12 @@ class DistillModule(pl.LightningModule):
             self._window_terms[name] = self._window_terms.get(name, 0.0) + term.detach() / accumulate
         if not last:
             return
-        assert self._window is not None
+        assert self._window is not None  # noqa: S101 - for the type checker
         distributed, examples = self.trainer.world_size > 1, max(self._window.examples, 1)
         for name, term in self._window_terms.items():
             self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
-        total = self.total_loss(self._window_terms)
+        with torch.no_grad():
+            total = self.total_loss(self._window_terms)
         self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)
 
     @property
@@ -508,8 +510,10 @@ class DistillModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a plain classmethod in place of Lightning's descriptor
-        cls, checkpoint_path: Any, **kwargs: Any
-    ) -> Self:  # noqa: ANN401 - as Lightning's
+        cls,
+        checkpoint_path: Any,  # noqa: ANN401 - as Lightning's
+        **kwargs: Any,
+    ) -> Self:
         """As Lightning's, but the student is rebuilt from the checkpoint itself and only plain data is unpickled.
 
         Args:

@@ -24,6 +24,8 @@ class Window:
     """Micro-batches in it: ``accumulate_grad_batches``, or fewer at the end of an epoch."""
     counts: dict[str, int]
     """The terms' counts, summed over it."""
+    batch_counts: tuple[Counts, ...]
+    """The terms' counts of each of its micro-batches."""
     examples: int
     """Rows in it (of the task with the most)."""
     tokens: int
@@ -127,14 +129,13 @@ class WindowLoader(CombinedLoader):
                     raise
                 break
         batches: list[TaskBatch] = [batch for batch, _, _ in items]
-        counts: dict[str, int] = {}
-        for batch in batches:
-            for name, number in self._count(batch).items():
-                counts[name] = counts.get(name, 0) + number
+        batch_counts = tuple(self._count(batch) for batch in batches)
+        names = {name: None for counts in batch_counts for name in counts}
         window = Window(
             start=self._position,
             size=len(items),
-            counts=counts,
+            counts={name: sum(counts.get(name, 0) for counts in batch_counts) for name in names},
+            batch_counts=batch_counts,
             examples=sum(map(batch_size, batches)),
             tokens=sum(map(batch_tokens, batches)),
         )

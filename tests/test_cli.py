@@ -1,0 +1,564 @@
+"""The command line: what it refuses and how it says so, its help, and what a user's own classes do in it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lit_distill.modules.base
+from tests.runs import (
+    CONFIGS,
+    REPOSITORY,
+    at_work_in,
+    flat,
+    metric_rows,
+    refusal,
+    run,
+    run_folders,
+    small_model,
+    small_toy,
+    small_trainer,
+    toy_data,
+    write_lines,
+    write_release,
+)
+
+OWN = '''
+from lit_distill.data import ToyDataModule
+from lit_distill.modules import StepByStepModule
+
+
+class OwnModule(StepByStepModule):
+    """A method of a user's own.
+
+    Args:
+        student: as ever.
+        sharpness: how sharp it is.
+        fault: raise this, in the constructor.
+        **kwargs: as ever.
+    """
+
+    tasks = ("rationale", "label")
+
+    def __init__(self, student: str, *, sharpness: float = 0.5, fault: str = "", **kwargs) -> None:
+        super().__init__(student, **kwargs)
+        self.sharpness = sharpness
+        if fault:
+            raise {"value": ValueError, "type": TypeError, "import": ModuleNotFoundError, "key": KeyError}[fault](fault)
+
+    def loss_terms(self, batch):
+        if self.sharpness == 0:
+            raise ZeroDivisionError("no sharpness")
+        terms = super().loss_terms(batch)
+        return terms | {"own": self.sharpness * terms["label"]}
+
+
+class OwnDataModule(ToyDataModule):
+    """Data of a user's own.
+
+    Args:
+        flavour: which one.
+        **kwargs: as ever.
+    """
+
+    def __init__(self, flavour: str = "plain", **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.flavour = flavour
+        if flavour == "faulty":
+            raise LookupError("no such flavour")
+'''
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+@pytest.fixture
+def own(here: Path) -> Path:
+    path = here / "own_stuff.py"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.fixture
+def no_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building a student fails."""
+
+    def build(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a student was built")
+
+    monkeypatch.setattr(lit_distill.modules.base, "load_student", build)
+
+
+def overlay(text: str) -> list[str]:
+    Path("overlay.yaml").write_text(text)
+    return ["--config=overlay.yaml"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command prints that ends the program by itself, without an error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(*map(str, flat(arguments)))
+    found = capsys.readouterr()
+    assert stopped.value.code == 0
+    assert not found.err
+    return found.out
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["a command must be given", "fit, validate, test, predict, inspect"]),
+        (["ft"], ["ft: no such command", "did you mean fit?", "allowed are fit, validate, test, predict, inspect"]),
+        (["inspct"], ["inspct: no such command", "did you mean inspect?"]),
+        (["frobnicate"], ["frobnicate: no such command; allowed are fit,"]),
+        (["fit"], ["data, model: must be given", "--model"]),
+        (["inspect"], ["data: must be given", "--data"]),
+        (["fit", "--model=StepByStepModule", "--data=ToyDataModule"], ["model.student: must be given"]),
+        (["inspect", "--data=ToyDataModule"], ["tokenizer must be given"]),
+        (["fit", "--config=nowhere.yaml"], ["config: no file", "nowhere.yaml"]),
+        (["inspect", "--config=nowhere.yaml"], ["config: no file", "nowhere.yaml"]),
+        (["fit", "--config=."], ["config: ", "is not a file"]),
+        (["--version"], ["version: no such argument"]),
+        (["fit", "--model.help=NopeModule"], ["model: unknown class 'NopeModule'"]),
+        (["inspect", "--data.help=NopeDataModule"], ["data: unknown class 'NopeDataModule'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and (not value or value[0] != "x") else None,
+)
+def test_a_command_line_without_a_run_in_it(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, arguments)
+    assert all(part in line for part in parts), line
+
+
+WRONG: list[tuple[str, list[str]]] = [
+    # keys that are not there, at each level
+    ("--trainr.max_steps=3", ["trainr.max_steps: no such argument", "did you mean trainer.max_steps?", "seed_everyth"]),
+    ("--trainer.max_stps=3", ["trainer.max_stps: no such argument", "did you mean trainer.max_steps?"]),
+    ("--seed_everthing=3", ["seed_everthing: no such argument", "did you mean seed_everything?"]),
+    ("--validation.every=3", ["validation.every: no such argument", "allowed are validation.every_n_steps"]),
+    ("--checkpoint.monitr=x", ["checkpoint.monitr: no such argument", "checkpoint.monitor"]),
+    ("--model.rationale_wieght=1", ["model.rationale_wieght", "did you mean rationale_weight?", "label_prefix"]),
+    ("--data.batchsize=3", ["data.batchsize: no such argument", "did you mean batch_size?", "train_size"]),
+    ("--model.tasks=[label]", ["model.tasks: no such argument"]),
+    ("stray", ["'stray' stands alone"]),
+    # a beginning of a key is no key
+    ("--trainer.max_step=3", ["trainer.max_step: no such argument", "did you mean trainer.max_steps?"]),
+    ("--model.rationale_weigh=3", ["model.rationale_weigh: no such argument", "rationale_weight"]),
+    # classes
+    ("--model=StepByStepModul", ["model: unknown class 'StepByStepModul'", "did you mean StepByStepModule?", "Single"]),
+    ("--data=CQADataModul", ["data: unknown class 'CQADataModul'", "did you mean CQADataModule?", "ESNLIDataModule"]),
+    ("--data=SquadDataModule", ["data: unknown class 'SquadDataModule'", "allowed are ANLIDataModule, CQADataModule"]),
+    ("--model=no_such_file.Own", ["model: cannot use the class 'no_such_file.Own'", "No module named 'no_such_file'"]),
+    ("--model=lit_distill.modules.No", ["model: cannot use the class 'lit_distill.modules.No'", "no attribute 'No'"]),
+    ("--model=pathlib.PurePath", ["model: pathlib.PurePath is no DistillModule"]),
+    ("--trainer.logger=NopeLogger", ["trainer.logger: unknown class 'NopeLogger'", "CSVLogger"]),
+    ("--trainer.callbacks=EarlyStoping", ["trainer.callbacks: unknown class", "did you mean EarlyStopping?"]),
+    # types
+    ("--trainer.max_steps=many", ["trainer.max_steps: got many; allowed is int"]),
+    ("--trainer.max_steps", ["trainer.max_steps: a value must be given"]),
+    ("--model.learning_rate=high", ["model.learning_rate: got high; allowed is float"]),
+    ("--model.optimizer=sgd", ["model.optimizer: got sgd", "'adamw', 'adafactor'"]),
+    ("--data.label_source=silver", ["data.label_source: got silver", "'gold', 'teacher'"]),
+    ("--data.batch_size=4.5", ["data.batch_size: got 4.5; allowed is int"]),
+    ("--test_after_fit=perhaps", ["test_after_fit: got perhaps; allowed is bool"]),
+    ("--validation.every_n_steps=often", ["validation.every_n_steps: got often; allowed is int, or null"]),
+    ("--trainer.precision=12", ["trainer.precision: got 12", "bf16-mixed"]),
+    # ranges
+    ("--model.rationale_weight=-1", ["rationale_weight must be at least 0, got -1"]),
+    ("--model.learning_rate=0", ["learning_rate must be above 0, got 0"]),
+    ("--model.dropout=1", ["dropout must be at least 0 and below 1, got 1"]),
+    ("--data.train_fraction=0", ["train_fraction must be in (0, 1], got 0"]),
+    ("--data.train_fraction=1.5", ["train_fraction must be in (0, 1], got 1.5"]),
+    ("--data.batch_size=0", ["batch_size must be an integer >= 1, got 0"]),
+    ("--validation.every_n_steps=0", ["validation.every_n_steps must be at least 1 or null, got 0"]),
+    ("--trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches must be at least 1, got 0"]),
+    ("--seed_everything=-4", ["seed_everything must be at least 0", "got -4"]),
+    ("--trainer.max_epochs=-5", ["trainer: ", "max_epochs", "-5"]),
+    ("--trainer.devices=-3", ["trainer: ", "devices"]),
+    ("--checkpoint.mode=highest", ["mode", "min, max", "highest"]),
+    ("--data.rationale_filter=no_such.filter", ["rationale_filter: ", "label_agrees"]),
+    # the machine
+    ("--trainer.strategy=ddpp", ["trainer: ", "invalid strategy name", "ddpp"]),
+    ("--trainer.accelerator=abacus", ["trainer: ", "invalid accelerator name", "abacus"]),
+    # files
+    ("--ckpt_path=nowhere.ckpt", ["ckpt_path: no checkpoint 'nowhere.ckpt'"]),
+    ("--ckpt_path=.", ["ckpt_path: '.' is a folder"]),
+    ("--ckpt_path=last", ["ckpt_path: 'last'", "checkpoint.dirpath"]),
+    ("--ckpt_path=best", ["ckpt_path: no checkpoint 'best'"]),
+    ("--model.from_scratch=false", ["student: no weights in the folder", "from_scratch"]),
+]
+
+
+@pytest.mark.parametrize(("argument", "parts"), WRONG, ids=[argument for argument, _ in WRONG])
+def test_a_wrong_argument_is_one_line(
+    argument: str, parts: list[str], student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, "fit", small_toy(student_folder), argument)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [argument for argument, _ in WRONG if argument.startswith(("--trainr", "--trainer.max_st", "--model.rationale_wi"))]
+    + [argument for argument, _ in WRONG if argument.startswith(("--data.", "--seed_everything", "--data="))],
+)
+def test_inspect_refuses_the_same_in_one_line(
+    argument: str, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = dict(WRONG)[argument]
+    line = refusal(capsys, "inspect", small_toy(student_folder), argument)
+    # neither the other commands' keys nor a built model are at hand
+    assert all(part in line for part in parts if part != "seed_everyth"), line
+
+
+IN_YAML: list[tuple[str, list[str]]] = [
+    ("trainr:\n  max_steps: 3\n", ["trainr", "no such argument", "did you mean trainer.max_steps?"]),
+    ("trainer:\n  max_step: 3\n", ["trainer.max_step: no such argument", "did you mean trainer.max_steps?"]),
+    ("validation:\n  every: 3\n", ["validation.every: no such argument", "validation.every_n_steps"]),
+    ("model:\n  init_args:\n    rationale_wieght: 1\n", ["model.rationale_wieght", "did you mean rationale_weight?"]),
+    ("data:\n  init_args:\n    batchsize: 1\n", ["data.batchsize", "did you mean batch_size?"]),
+    ("data:\n  class_path: CQADataModul\n", ["data: unknown class 'CQADataModul'", "did you mean CQADataModule?"]),
+    ("model: StepModul\n", ["model: unknown class 'StepModul'", "StepByStepModule"]),
+    ("model: 3\n", ["model: got 3", "class_path"]),
+    ("trainer: 3\n", ["trainer: got 3", "mapping"]),
+    ("trainer:\n  max_steps: many\n", ["trainer.max_steps: got many; allowed is int", "overlay.yaml"]),
+    ("seed_everything: x\n", ["seed_everything: got x"]),
+    (
+        "trainer:\n  strategy:\n    class_path: FSDPStrateg\n",
+        ["trainer.strategy: unknown class 'FSDPStrateg'", "did you mean FSDPStrategy?"],
+    ),
+    (
+        "trainer:\n  callbacks:\n    - class_path: EarlyStopping\n      init_args:\n        monitr: x\n",
+        ["trainer.callbacks.monitr: no such argument", "did you mean monitor?"],
+    ),
+    ("trainer: [\n", ["config: not YAML", "line 2", "overlay.yaml"]),
+    ("a: b: c\n", ["config: not YAML", "line 1", "overlay.yaml"]),
+    ("- 3\n", ["config: must hold keys with values", "overlay.yaml"]),
+    ("# nothing\n", ["config: must hold keys with values", "overlay.yaml"]),
+]
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+@pytest.mark.parametrize(("text", "parts"), IN_YAML, ids=[repr(text) for text, _ in IN_YAML])
+def test_a_wrong_config_is_one_line(
+    command: str, text: str, parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, command, f"--config={CONFIGS / 'cqa' / 'step_by_step.yaml'}", overlay(text))
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict", "inspect"])
+def test_missing_data_offline_names_the_folder_and_the_argument(
+    command: str, here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data=SVAMPDataModule", f"--data.data_dir={here / 'elsewhere'}"]
+    line = refusal(capsys, command, small_model(student_folder), data, small_trainer())
+    assert str(here / "elsewhere" / "svamp") in line
+    assert "set data_dir" in line
+    assert not (here / "elsewhere").exists()
+
+
+def test_an_absent_split_is_an_error_only_where_it_is_needed(
+    here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_release(here / "release")
+    (root / "anli1" / "anli1_train.json").unlink()
+    data = ["--data=ANLIDataModule", f"--data.data_dir={root}", "--data.batch_size=4"]
+    arguments = [*small_model(student_folder), *data, *small_trainer()]
+    line = refusal(capsys, "fit", arguments)
+    assert "anli1 has no train split" in line
+    assert line.endswith("needs it")
+    run("validate", arguments)
+    run("test", arguments)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_file_of_ones_own_that_is_absent(
+    command: str, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data=JSONLDataModule", "--data.train=mine.jsonl", "--data.test=mine.jsonl"]
+    line = refusal(capsys, command, small_model(student_folder), data, small_trainer())
+    assert line.startswith("train: there is no ")
+    assert "mine.jsonl" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("weights.pt", b"x", ["does not end in .ckpt"]),
+        ("half.ckpt", b"PK\x03\x04 broken off", ["is no checkpoint of lit_distill"]),
+        ("empty.ckpt", b"", ["is no checkpoint of lit_distill"]),
+        ("other.ckpt", None, ["is no checkpoint of lit_distill"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_file_that_is_no_checkpoint(
+    command: str, name: str, content: bytes | None, parts: list[str], student_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if content is None:
+        torch.save({"state_dict": {}}, name)
+    else:
+        Path(name).write_bytes(content)
+    line = refusal(capsys, command, small_toy(student_folder), f"--ckpt_path={name}")
+    assert line.startswith(f"ckpt_path: '{name}'")
+    assert all(part in line for part in parts), line
+
+
+def test_last_is_never_silently_an_untrained_student(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*small_toy(student_folder), "--checkpoint.dirpath=kept", "--ckpt_path=last"]
+    assert str(Path("kept") / "last.ckpt") in refusal(capsys, "test", arguments)
+
+
+def test_a_metric_that_is_not_there_is_one_line(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "fit", small_toy(student_folder), "--checkpoint.monitor=val/acuracy")
+    assert "val/acuracy" in line
+    assert "'val/accuracy'" in line
+
+
+@pytest.mark.skipif("deepspeed" in sys.modules, reason="DeepSpeed is installed")
+def test_a_package_that_is_not_installed_is_one_line(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning")
+    line = refusal(capsys, "fit", small_toy(student_folder), "--trainer.strategy=deepspeed_stage_2")
+    assert line.startswith("trainer: ")
+    assert "pip install" in line
+
+
+def test_inspect_cannot_write_its_report(here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "file").write_text("")
+    line = refusal(
+        capsys, "inspect", toy_data(), f"--data.tokenizer={student_folder}", f"--json={here / 'file' / 'report.json'}"
+    )
+    assert line.startswith("json: ")
+
+
+def test_a_process_ends_with_code_2_and_one_line(here: Path, student_folder: Path) -> None:
+    # the one test in a process of its own: all that is written to the real stderr, also by loggers
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-m", "lit_distill", "fit", *small_toy(student_folder), "--model.rationale_weight=-2"],
+        env={"PATH": "", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HOME": str(here)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "lit_distill: error: rationale_weight must be at least 0, got -2.0\n"
+    assert done.stdout == ""
+
+
+# ---------------------------------------------------------------------- what goes through
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [("value", ValueError), ("type", TypeError), ("import", ModuleNotFoundError), ("key", KeyError)],
+)
+def test_an_exception_in_a_users_constructor_goes_through(
+    fault: str, kind: type[Exception], own: Path, student_folder: Path
+) -> None:
+    with pytest.raises(kind) as raised:
+        run("fit", small_toy(student_folder), "--model=own_stuff.OwnModule", f"--model.fault={fault}")
+    assert type(raised.value) is kind
+    assert raised.value.args == (fault,)
+    assert raised.traceback[-1].path == own
+
+
+def test_an_exception_in_a_users_loss_goes_through(own: Path, student_folder: Path) -> None:
+    arguments = [*small_model(student_folder, "own_stuff.OwnModule"), "--model.sharpness=0"]
+    with pytest.raises(ZeroDivisionError, match="no sharpness") as raised:
+        run("fit", arguments, toy_data(), small_trainer())
+    assert raised.traceback[-1].path == own
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_an_exception_in_a_users_data_goes_through(command: str, own: Path, student_folder: Path) -> None:
+    with pytest.raises(LookupError, match="no such flavour") as raised:
+        run(command, small_toy(student_folder), "--data=own_stuff.OwnDataModule", "--data.flavour=faulty")
+    assert raised.traceback[-1].path == own
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("from lit_distill.modules import StandardModule\nOwn = StandardModule\nnot_defined\n", NameError),
+        ("import not_installed_anywhere\n", ModuleNotFoundError),
+        ("class Own(:\n", SyntaxError),
+    ],
+    ids=["NameError", "ModuleNotFoundError", "SyntaxError"],
+)
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_a_fault_in_a_users_file_goes_through(
+    command: str, text: str, kind: type[Exception], here: Path, student_folder: Path
+) -> None:
+    (here / "faulty_file.py").write_text(text)
+    with pytest.raises(kind) as raised:
+        run(command, small_toy(student_folder), "--model=faulty_file.Own")
+    assert type(raised.value) is kind
+
+
+# ---------------------------------------------------------------------- help and printing
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--help")
+    for command in ("fit", "validate", "test", "predict", "inspect"):
+        assert command in text
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "inspect"])
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, command, "--help")
+    for option in ("--config", "--model", "--data", "--trainer.max_steps"):
+        assert option in text
+    assert ("--json" in text) == (command == "inspect")
+    if command == "fit":
+        for option in ("--test_after_fit", "--validation.every_n_steps", "--checkpoint.monitor", "--ckpt_path"):
+            assert option in text
+
+
+def test_help_of_a_method_shows_its_own_and_the_shared_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "fit", "--model.help=StepByStepModule")
+    for argument in ("student", "rationale_weight", "rationale_prefix", "learning_rate", "max_label_length"):
+        assert f"--model.{argument}" in text
+    assert "the paper's lambda" in text
+    # what follows from the method is not asked for
+    assert "--model.tasks" not in text
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_help_of_a_users_own_classes_in_the_current_folder(
+    command: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, command, "--model.help=own_stuff.OwnModule")
+    assert "--model.sharpness" in text
+    assert "how sharp it is" in text
+    assert "--model.learning_rate" in text
+    text = printed(capsys, command, "--data.help=own_stuff.OwnDataModule")
+    assert "--data.flavour" in text
+    assert "which one" in text
+    assert "--data.batch_size" in text
+
+
+def test_a_printed_config_runs_as_a_config(
+    student_folder: Path, capsys: pytest.CaptureFixture[str], no_student: None
+) -> None:
+    first = printed(capsys, "fit", small_toy(student_folder), "--print_config")
+    content = yaml.safe_load(first)
+    assert content["model"]["init_args"]["student"] == str(student_folder)
+    assert content["model"]["init_args"]["rationale_weight"] == 1.0
+    assert content["data"]["init_args"]["train_size"] == 12
+    # what is linked is not said twice
+    assert not {"tokenizer", "tasks", "prefixes"} & content["data"]["init_args"].keys()
+    Path("printed.yaml").write_text(first)
+    assert printed(capsys, "fit", "--config=printed.yaml", "--print_config") == first
+
+
+def test_later_configs_and_arguments_win(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.yaml").write_text("trainer: {max_steps: 11}\nvalidation: {every_n_steps: 5}\nseed_everything: 3\n")
+    Path("two.yaml").write_text("trainer: {max_steps: 22}\nvalidation: {every_n_steps: 6}\n")
+    model_and_data = [*small_model(student_folder), *toy_data()]
+    text = printed(
+        capsys, "fit", model_and_data, "--config=one.yaml", "--config=two.yaml", "--trainer.max_steps=33",
+        "--print_config",
+    )  # fmt: skip
+    content = yaml.safe_load(text)
+    assert content["trainer"]["max_steps"] == 33
+    assert content["validation"]["every_n_steps"] == 6
+    assert content["seed_everything"] == 3
+
+
+# ---------------------------------------------------------------------- links, and a user's own classes
+
+
+def test_no_student_is_built_to_parse_or_to_inspect(
+    student_folder: Path, capsys: pytest.CaptureFixture[str], no_student: None
+) -> None:
+    assert printed(capsys, "fit", small_toy(student_folder), "--print_config")
+    run("inspect", small_toy(student_folder))
+    assert "explain: which one does not belong" not in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="a student was built"):
+        run("fit", small_toy(student_folder))
+
+
+@pytest.mark.parametrize(
+    ("method", "extra", "prefixes"),
+    [
+        ("StandardModule", [], {"label": ""}),
+        ("StandardModule", ["--model.label_prefix=a: "], {"label": "a: "}),
+        ("StepByStepModule", [], {"label": "predict: ", "rationale": "explain: "}),
+        ("StepByStepModule", ["--model.rationale_prefix=c: "], {"label": "predict: ", "rationale": "c: "}),
+        ("SingleTaskModule", [], {"rationale_label": ""}),
+        ("SingleTaskModule", ["--model.order=label_first"], {"label_rationale": ""}),
+        ("SingleTaskModule", ["--model.input_prefix=d: "], {"rationale_label": "d: "}),
+        ("lit_distill.modules.StandardModule", [], {"label": ""}),
+        ("own_stuff.OwnModule", [], {"rationale": "explain: ", "label": "predict: "}),
+    ],
+)
+def test_tasks_prefixes_and_tokenizer_follow_from_the_method(
+    method: str, extra: list[str], prefixes: dict[str, str], own: Path, student_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    built: list[Any] = []
+
+    def only_look(self: Any, *args: object, **kwargs: object) -> None:  # noqa: ANN401 - a data module
+        built.append(self)
+        raise InterruptedError
+
+    monkeypatch.setattr("lit_distill.data.base.RationaleDataModule.setup", only_look)
+    with pytest.raises(InterruptedError):
+        run("validate", small_model(student_folder, method), extra, toy_data(), small_trainer())
+    assert built[0].prefixes == prefixes
+    assert list(built[0].tasks) == list(prefixes)
+    assert built[0].tokenizer.name_or_path == str(student_folder)
+
+
+def test_a_users_own_classes_train(own: Path, student_folder: Path) -> None:
+    model = [*small_model(student_folder, "own_stuff.OwnModule"), "--model.sharpness=2"]
+    data = toy_data()
+    data[0] = "--data=own_stuff.OwnDataModule"
+    run("fit", model, data, "--data.flavour=sour", small_trainer())
+    [folder] = run_folders()
+    assert folder.parent.name == "own-Own-gold-1-seed0"
+    rows = metric_rows(folder)
+    steps = [row for row in rows if "train/own_loss" in row]
+    assert len(steps) == 2
+    for row in steps:
+        label, own_loss = float(row["train/label_loss"]), float(row["train/own_loss"])
+        assert own_loss == pytest.approx(2 * label, rel=1e-5)
+        total = label + float(row["train/rationale_loss"]) + own_loss
+        assert float(row["train/loss"]) == pytest.approx(total, rel=1e-5)
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert kept["model"]["class_path"] == "own_stuff.OwnModule"
+    assert kept["data"]["init_args"]["flavour"] == "sour"
+
+
+def test_a_runs_own_config_repeats_it(student_folder: Path) -> None:
+    run("fit", small_toy(student_folder))
+    [first] = run_folders()
+    run("fit", f"--config={first / 'config.yaml'}")
+    _, second = run_folders()
+    weights = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in (first, second)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_labels_of_ones_own_data_train(student_folder: Path) -> None:
+    rows = [{"input": f"a {i}", "label": "cat" if i % 2 else "dog"} for i in range(12)]
+    write_lines(Path("mine.jsonl"), rows)
+    data = ["--data=JSONLDataModule", "--data.train=mine.jsonl", "--data.test=mine.jsonl", "--data.batch_size=4"]
+    run("fit", small_model(student_folder, "StandardModule"), data, small_trainer())
+    [folder] = run_folders()
+    assert folder.parent.name == "jsonl-Standard-gold-1-seed0"

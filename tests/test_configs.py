@@ -1,0 +1,193 @@
+"""Every config under ``configs/`` through the real command line, because it is there."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.runs import (
+    CONFIGS,
+    QUIET,
+    REPOSITORY,
+    at_work_in,
+    metric_rows,
+    refusal,
+    run,
+    run_folders,
+    write_release,
+)
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+DATASETS = {"cqa": "CQA", "svamp": "SVAMP", "esnli": "ESNLI", "anli1": "ANLI"}
+METHODS = {"standard": "Standard", "step_by_step": "StepByStep", "single_task": "SingleTask"}
+PAPER = [CONFIGS / dataset / f"{method}.yaml" for dataset in DATASETS for method in METHODS]
+LAUNCH = "# python -m lit_distill fit --config "
+
+
+def content(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text())
+    return loaded
+
+
+WHOLE = [path for path in FILES if {"model", "data"} <= content(path).keys() and "class_path" in content(path)["model"]]
+OVERLAYS = [path for path in FILES if path not in WHOLE]
+# what no machine of ours has: the overlay, why it can be had after all, what the refusal names
+LACKING = {
+    "strategy/fsdp.yaml": (torch.cuda.is_available, "gpu"),
+    "strategy/deepspeed.yaml": (torch.cuda.is_available, "gpu"),
+    "strategy/tpu.yaml": (lambda: "TPU_NAME" in os.environ, "torch_xla"),
+}
+
+# a fault elsewhere, until it is mended: strict, so that whoever mends it has to take this away
+FAULTY = {
+    "overlay/low_memory.yaml": pytest.mark.xfail(
+        strict=True, raises=RuntimeError, reason="bf16-mixed refuses to clip the gradients of a fused AdamW"
+    )
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(CONFIGS).as_posix()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        # as from the repository, where configs name their students by relative paths
+        (folder / "configs").symlink_to(CONFIGS)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+def shrink(config: Path, student: Path, release: Path) -> list[str]:
+    """What makes a whole config tiny, its method and dataset left as they are."""
+    arguments = [
+        f"--model.student={student}", "--model.from_scratch=true", "--model.max_label_length=3",
+        "--model.max_rationale_length=4", f"--data.data_dir={release}", "--data.batch_size=4",
+        "--data.eval_batch_size=8", "--data.max_source_length=16", "--data.max_target_length=8",
+        "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--validation.every_n_steps=1",
+        "--trainer.log_every_n_steps=1", *QUIET,
+    ]  # fmt: skip
+    if content(config)["data"]["class_path"] == "ToyDataModule":
+        arguments += ["--data.train_size=12", "--data.val_size=4", "--data.test_size=5"]
+    return arguments
+
+
+def test_there_is_a_config_for_each_dataset_and_method() -> None:
+    assert PAPER
+    assert set(PAPER) <= set(FILES)
+    assert OVERLAYS
+    assert {relative(path) for path in OVERLAYS} >= {
+        "strategy/ddp.yaml", "strategy/fsdp.yaml", "strategy/deepspeed.yaml", "strategy/tpu.yaml",
+        "logger/wandb.yaml", "logger/tensorboard.yaml", "logger/csv.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_a_config_opens_with_its_launch_command(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    own = path.relative_to(REPOSITORY).as_posix()
+    assert first.startswith(LAUNCH)
+    named = first.removeprefix(LAUNCH).split(" --config ")
+    if path in WHOLE:
+        assert named == [own]
+    else:
+        # an overlay is shown on top of a config that is there
+        assert named[-1] == own
+        assert len(named) > 1
+        assert all((REPOSITORY / name) in WHOLE for name in named[:-1])
+
+
+@pytest.mark.parametrize("path", PAPER, ids=relative)
+def test_the_papers_settings_are_what_is_parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", path, "--print_config")
+    assert stopped.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    model, data, trainer = parsed["model"]["init_args"], parsed["data"]["init_args"], parsed["trainer"]
+    assert parsed["model"]["class_path"].endswith(f".{METHODS[path.stem]}Module")
+    assert parsed["data"]["class_path"].endswith(f".{DATASETS[path.parent.name]}DataModule")
+    # of the paper: batch 64, learning rate 5e-5, 10,000 steps, inputs of 1,024 tokens; validation every 250 steps
+    assert model["student"] == "google/t5-v1_1-base"
+    assert (model["learning_rate"], model["optimizer"], model["lr_schedule"]) == (5e-5, "adamw", "linear")
+    assert (model["warmup_steps"], model["weight_decay"]) == (0, 0.0)
+    assert model["effective_batch_size"] == data["batch_size"] * trainer["accumulate_grad_batches"] == 64
+    assert (data["max_source_length"], data["max_target_length"]) == (1024, 256)
+    assert (data["label_source"], data["train_fraction"]) == ("gold", 1.0)
+    assert (trainer["max_steps"], trainer["max_epochs"], trainer["gradient_clip_val"]) == (10_000, -1, 1.0)
+    assert parsed["validation"]["every_n_steps"] == 250
+    if path.stem == "step_by_step":
+        assert (model["rationale_weight"], model["label_prefix"]) == (1.0, "predict: ")
+        assert model["rationale_prefix"] == "explain: "
+    if path.stem == "single_task":
+        assert model["order"] == "rationale_first"
+
+
+# the batch is shrunk on purpose, and with it the effective batch
+@pytest.mark.filterwarnings("ignore:The effective batch is:UserWarning")
+@pytest.mark.parametrize("path", WHOLE, ids=relative)
+def test_a_whole_config_trains_tests_and_saves(path: Path, student_folder: Path, release: Path) -> None:
+    run("fit", "--config", path, shrink(path, student_folder, release))
+    [folder] = run_folders()
+    kept = content(folder / "config.yaml")
+    assert kept["model"]["class_path"].endswith(content(path)["model"]["class_path"])
+    assert kept["data"]["class_path"].endswith(content(path)["data"]["class_path"])
+    assert kept["trainer"]["max_steps"] == 2
+    rows = metric_rows(folder)
+    assert [row["step"] for row in rows if "val/accuracy" in row] == ["0", "1"]
+    assert sum("test/accuracy" in row for row in rows) == 1
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in folder.glob("student/*")}
+
+
+# as above; a strategy for several processes is run with one
+@pytest.mark.filterwarnings("ignore:The effective batch is:UserWarning")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log:UserWarning")
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=FAULTY.get(relative(path), ())) for path in OVERLAYS], ids=relative
+)
+def test_an_overlay_composes_onto_a_dataset(
+    path: Path, student_folder: Path, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = CONFIGS / "cqa" / "step_by_step.yaml"
+    configs = ["--config", base, "--config", path]
+    small = [argument for argument in shrink(base, student_folder, release) if "accelerator" not in argument]
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", configs, small, "--print_config")
+    assert stopped.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    assert parsed["model"]["class_path"] == "lit_distill.modules.StepByStepModule"
+    assert_holds(parsed, content(path), but=("batch_size",))
+    if relative(path) in LACKING:
+        there, named = LACKING[relative(path)]
+        if there():
+            pytest.skip("this machine has what the overlay needs")
+        line = refusal(capsys, "fit", configs, small)
+        assert line.startswith("trainer: ")
+        assert named in line.lower()
+        return
+    on_cpu = [] if "accelerator" in content(path).get("trainer", {}) else ["--trainer.accelerator=cpu"]
+    run("fit", configs, small, on_cpu)
+    assert list(Path("runs").rglob("student/model.safetensors"))
+
+
+def assert_holds(parsed: Any, wanted: Any, but: tuple[str, ...]) -> None:  # noqa: ANN401 - any YAML
+    """All that an overlay says is in what was parsed (class names there are import paths)."""
+    if isinstance(wanted, dict):
+        for key, value in wanted.items():
+            if key not in but:
+                assert_holds(parsed[key], value, but)
+    elif isinstance(wanted, list):
+        for got, value in zip(parsed, wanted, strict=True):
+            assert_holds(got, value, but)
+    else:
+        assert parsed == wanted or str(parsed).endswith(f".{wanted}")

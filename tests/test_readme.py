@@ -1,0 +1,93 @@
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_distill.cli import main
+from lit_distill.commands.train import DistillCLI
+from tests.students import make_student_folder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.partition("-m lit_distill ")[2]
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if "-m lit_distill " in line
+]
+
+
+class Parsed(Exception):
+    pass
+
+
+def section(title: str) -> list[str]:
+    body = README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+    (block,) = re.findall(r"^```bash\n(.*?)^```", body, flags=re.MULTILINE | re.DOTALL)[:1]
+    return block.strip().splitlines()  # type: ignore[no-any-return]
+
+
+def test_the_two_lines() -> None:
+    assert section("Quickstart") == [
+        "pip install -c constraints.txt -e . && python -m lit_distill fit --config configs/quickstart.yaml"
+    ]
+    assert section("Tests") == ['pip install -c constraints.txt -e ".[test]" && pytest']
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise Parsed
+
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (code,) = [block for language, block in BLOCKS if language == "python" and "SmoothedModule" in block]
+    (tmp_path / "my_losses.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(DistillCLI, "_parse_ckpt_path", lambda self: None)
+    monkeypatch.setattr(DistillCLI, "instantiate_classes", stop)
+    monkeypatch.setattr("lit_distill.commands.inspect_cli.InspectCLI.instantiate_classes", stop)
+    arguments = shlex.split(command)
+    if ".help" in command:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code in (0, None)
+        return
+    with pytest.raises(Parsed):
+        main(arguments)
+
+
+def test_own_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for language, block in BLOCKS if language == "python" and "SmoothedModule" in block]
+    (tmp_path / "readme_losses.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    student = make_student_folder(tmp_path / "student")
+    data = f"--data ToyDataModule --data.train_size 8 --data.batch_size 4 --data.cache_dir {tmp_path / 'cache'}"
+    main(
+        [
+            *shlex.split(f"fit --model readme_losses.SmoothedModule --model.bonus 0.2 --model.student {student}"),
+            *shlex.split(f"--model.from_scratch true {data} --trainer.fast_dev_run 1 --trainer.accelerator cpu"),
+        ]
+    )
+
+
+def test_own_data_block_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for language, block in BLOCKS if language == "yaml"]
+    (tmp_path / "data.yaml").write_text(block)
+    rows = ['{"title": "a", "body": "b", "sentiment": "positive", "why": "because"}'] * 12
+    for split in ("train", "test"):
+        (tmp_path / f"reviews_{split}.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    student = make_student_folder(tmp_path / "student")
+    report = tmp_path / "report.json"
+    main(["inspect", "--config", "data.yaml", "--data.tokenizer", str(student), "--json", str(report)])
+    assert '"rows": 12' in report.read_text()
