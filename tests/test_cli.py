@@ -1,5 +1,6 @@
 """The command line: what it refuses and how it says so, its help, and what a user's own classes do in it."""
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,7 +135,6 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["fit", "--model.help=NopeModule"], ["model: unknown class 'NopeModule'"]),
         (["inspect", "--data.help=NopeDataModule"], ["data: unknown class 'NopeDataModule'"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and (not value or value[0] != "x") else None,
 )
 def test_a_command_line_without_a_run_in_it(
     arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
@@ -163,7 +163,6 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--data=SquadDataModule", ["data: unknown class 'SquadDataModule'", "allowed are ANLIDataModule, CQADataModule"]),
     ("--model=no_such_file.Own", ["model: cannot use the class 'no_such_file.Own'", "No module named 'no_such_file'"]),
     ("--model=lit_distill.modules.No", ["model: cannot use the class 'lit_distill.modules.No'", "no attribute 'No'"]),
-    ("--model=pathlib.PurePath", ["model: pathlib.PurePath is no DistillModule"]),
     ("--trainer.logger=NopeLogger", ["trainer.logger: unknown class 'NopeLogger'", "CSVLogger"]),
     ("--trainer.callbacks=EarlyStoping", ["trainer.callbacks: unknown class", "did you mean EarlyStopping?"]),
     # types
@@ -208,6 +207,14 @@ def test_a_wrong_argument_is_one_line(
 ) -> None:
     line = refusal(capsys, "fit", small_toy(student_folder), argument)
     assert all(part in line for part in parts), line
+
+
+# jsonargparse says of itself that it will soon look at such a class more closely
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_a_class_that_is_no_method(command: str, student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, command, small_toy(student_folder), "--model=pathlib.PurePath")
+    assert "model: pathlib.PurePath is no DistillModule" in line
 
 
 @pytest.mark.parametrize(
@@ -329,9 +336,8 @@ def test_a_metric_that_is_not_there_is_one_line(student_folder: Path, capsys: py
     assert "'val/accuracy'" in line
 
 
-@pytest.mark.skipif("deepspeed" in sys.modules, reason="DeepSpeed is installed")
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_a_package_that_is_not_installed_is_one_line(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lightning")
     line = refusal(capsys, "fit", small_toy(student_folder), "--trainer.strategy=deepspeed_stage_2")
     assert line.startswith("trainer: ")
     assert "pip install" in line

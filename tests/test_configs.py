@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 
 from tests.runs import (
@@ -62,6 +63,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         # as from the repository, where configs name their students by relative paths
         (folder / "configs").symlink_to(CONFIGS)
         yield folder
+    # what outlives a command in this process: wandb's own that it writes with, and the group of a strategy's processes
+    wandb.teardown()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def save_best_student(
         The student's folder; ``None`` where no checkpoint was kept.
     """
     if best is None:
-        if trainer.checkpoint_callbacks:
+        if trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn("No validation has chosen a best checkpoint: no student is saved")
         return None
     if not best.is_file():
@@ -119,7 +119,7 @@ def chance_levels(evaluation: Evaluation) -> dict[str, float]:
     """Accuracies that need no input: a uniform guess among closed choices, and always the commonest training label."""
     key = evaluation.key
     levels: dict[str, float] = {}
-    if key.choices is not None and all(key.choices):
+    if key.choices and all(key.choices):
         levels["a uniform guess"] = sum(1 / len(choices) for choices in key.choices) / len(key.choices)
     if key.majority_label is not None:
         judged, majority = judge(key.metric), key.majority_label

@@ -214,7 +214,8 @@ class DistillCLI(LightningCLI):
         if path is None or not Path(path).is_file():
             return whole
         config = whole[str(self.subcommand)]
-        config["model"]["init_args"].update({"student": str(path), "from_scratch": True})
+        config["model"]["init_args"]["student"] = str(path)
+        config["model"]["init_args"]["from_scratch"] = True
         config["data"]["init_args"]["tokenizer"] = str(path)
         return whole
 

@@ -18,12 +18,12 @@ WriteCQA = Callable[..., Path]
 def character_tokenizer(*, ends: bool = True) -> PreTrainedTokenizerFast:
     """Ids are character codes; 0 pads, 1 ends, 2 is unknown. With ``ends`` it appends the 1 by itself, as T5's does."""
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {chr(code): code for code in (9, 10, *range(32, 127))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - no password
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     if ends:
         backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return wrap(backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16)  # noqa: S106
+    return wrap(backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16)
 
 
 def wrap(backend: Tokenizer, **settings: str | int) -> PreTrainedTokenizerFast:

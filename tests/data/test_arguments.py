@@ -161,7 +161,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    headless = wrap(tokenizer.backend_tokenizer, pad_token="<pad>")  # noqa: S106
+    headless = wrap(tokenizer.backend_tokenizer, pad_token="<pad>")
     with pytest.raises(UserError, match="needs a padding and an end-of-sequence token"):
         _ = CQADataModule(tokenizer=headless).tokenizer
 

@@ -109,7 +109,7 @@ def test_fingerprint_of_everything_that_changes_the_tokens(
     tokenizer: PreTrainedTokenizerFast, endless_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     mark = tokenizer_fingerprint(tokenizer)
-    more = wrap(tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>")  # noqa: S106
+    more = wrap(tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>")
     more.add_tokens(["why"])
     changed = [
         fingerprint(EXAMPLES, tokenizer_fingerprint(endless_tokenizer), SETTINGS),

@@ -1,0 +1,253 @@
+"""How ``fit`` ends: one test of the best checkpoint, the saved student, the table."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lit_distill.answers import AnswerKey
+from lit_distill.commands.finish import chance_levels, metrics_table
+from lit_distill.modules import StepByStepModule
+from lit_distill.modules.evaluation import Evaluation
+from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_toy, small_trainer, write_lines
+from tests.students import make_student_folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[str]:
+    """Make the evaluations' accuracies these, in order; returns a list that the tested splits are added to."""
+    given = iter(accuracies)
+    tested: list[str] = []
+
+    def summarise(answers: object, key: object, *, rationales: bool, intervals: bool) -> dict[str, float]:
+        # intervals are asked for on test only
+        if not intervals:
+            return {"accuracy": next(given)}
+        tested.append("test")
+        return {"accuracy": 0.625, "accuracy_low": 0.25, "accuracy_high": 0.875}
+
+    monkeypatch.setattr("lit_distill.modules.base.summarise", summarise)
+    return tested
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return {name.removeprefix("student."): weight for name, weight in state.items() if name.startswith("student.")}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fit_tests_and_saves_the_best_not_the_last(
+    tied: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = make_student_folder(here / "student", tie_word_embeddings=tied)
+    tested = judged(monkeypatch, [0.25, 0.75, 0.5])
+    run("fit", small_toy(student, steps=3), "--model.learning_rate=0.05")
+    [folder] = run_folders()
+    shutil.rmtree(student)
+
+    assert tested == ["test"]
+    rows = metric_rows(folder)
+    assert [row["val/accuracy"] for row in rows if "val/accuracy" in row] == ["0.25", "0.75", "0.5"]
+    [row] = [row for row in rows if "test/accuracy" in row]
+    best = folder / "checkpoints" / "best-step2.ckpt"
+    assert {path.name for path in best.parent.iterdir()} == {best.name, "last.ckpt"}
+    # the loss is that of the best's weights, whatever the accuracy is said to be
+    assert float(row["test/loss"]) == pytest.approx(plain_test_loss(best), rel=1e-4)
+
+    saved: Any = AutoModelForSeq2SeqLM.from_pretrained(folder / "student")
+    module: Any = StepByStepModule.load_from_checkpoint(best)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "student")
+    inputs = tokenizer(["predict: cat dog ?", "explain: red blue a b"], padding=True, return_tensors="pt")
+    starts = torch.tensor([[0, 17, 18], [0, 3, 4]])
+    with torch.no_grad():
+        logits = saved.eval()(**inputs, decoder_input_ids=starts).logits
+        expected = module.student.eval()(**inputs, decoder_input_ids=starts).logits
+    assert torch.equal(logits, expected)
+    kept, last = weights(best), weights(folder / "checkpoints" / "last.ckpt")
+    assert torch.equal(saved.shared.weight, kept["shared.weight"])
+    assert torch.equal(saved.lm_head.weight, kept["lm_head.weight"])
+    assert not torch.equal(last["shared.weight"], kept["shared.weight"])
+    assert torch.equal(kept["shared.weight"], kept["lm_head.weight"]) == tied
+
+    config = json.loads((folder / "student" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied
+    assert config["prefix"] == "predict: "
+    assert config["task_specific_params"] == {
+        "label": {"prefix": "predict: ", "max_new_tokens": 3, "num_beams": 1},
+        "rationale": {"prefix": "explain: ", "max_new_tokens": 4, "num_beams": 1},
+    }
+    generation = json.loads((folder / "student" / "generation_config.json").read_text())
+    assert generation["max_new_tokens"] == 3
+    assert not generation.get("do_sample", False)
+
+    card = (folder / "student" / "README.md").read_text()
+    for part in ("# student trained on toy with StepByStep", "| accuracy | 0.6250 |", "| rationale_weight | 1.0 |"):
+        assert part in card
+    for part in ("| label_source | gold |", "| splits.train.used | 12 |", "| learning_rate | 0.0500 |"):
+        assert part in card
+    run_the_cards_code(card, folder / "student", monkeypatch)
+
+    out = capsys.readouterr().out
+    assert f"  {folder / 'student'}\n" in out
+    assert re.search(r"accuracy\s.*0\.625.*0\.250 to 0\.875", out)
+    assert "sample 3 of test" in out
+    assert "sample 4" not in out
+    # four choices, all of them equally likely
+    assert re.search(r"chance: a uniform guess\s.*0\.250", out)
+
+
+def plain_test_loss(checkpoint: Path) -> float:
+    """The two cross-entropies over all test rows, each a mean over all its tokens, from a plain forward pass a row."""
+    from lit_distill.data.toy import toy_example
+
+    module: Any = StepByStepModule.load_from_checkpoint(checkpoint)
+    model, tokenizer = module.student.eval(), module.tokenizer
+    sums = {"label": [0.0, 0], "rationale": [0.0, 0]}
+    for position in range(5):
+        row = toy_example(0, "test", position)
+        for task, prefix, target in (("label", "predict: ", row.label), ("rationale", "explain: ", row.rationale)):
+            labels = tokenizer(text_target=target, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                loss = model(**tokenizer(prefix + row.input, return_tensors="pt"), labels=labels).loss
+            sums[task][0] += loss.item() * labels.numel()
+            sums[task][1] += labels.numel()
+    return sum(total / count for total, count in sums.values())
+
+
+def run_the_cards_code(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card's five lines run in its folder."""
+    found = re.search(r"```python\n(.+?)```", card, re.DOTALL)
+    assert found is not None
+    code = found.group(1)
+    assert len(code.splitlines()) <= 5
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(code, "card", "exec"), {})  # noqa: S102 - our own card
+
+
+def test_without_a_test_the_best_is_saved_all_the_same(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tested = judged(monkeypatch, [0.5, 0.25])
+    run("fit", small_toy(student_folder), "--test_after_fit=false")
+    [folder] = run_folders()
+    assert not tested
+    assert not [row for row in metric_rows(folder) if "test/accuracy" in row]
+    saved = load_file(folder / "student" / "model.safetensors")
+    best = weights(folder / "checkpoints" / "best-step1.ckpt")
+    assert torch.equal(saved["lm_head.weight"], best["lm_head.weight"])
+    assert "## Metrics" not in (folder / "student" / "README.md").read_text()
+    out = capsys.readouterr().out
+    assert "val (4 rows)" in out
+    assert "test (" not in out
+
+
+def test_a_fast_run_leaves_nothing(here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", small_toy(student_folder), "--trainer.fast_dev_run=true", "--baseline_after_fit=true")
+    assert not list(here.rglob("*.ckpt"))
+    assert not list(here.rglob("student"))
+    assert not list(here.rglob("metrics.csv"))
+    assert "test (5 rows)" in capsys.readouterr().out
+
+
+def test_without_checkpoints_the_last_weights_are_tested(here: Path, student_folder: Path) -> None:
+    run("fit", small_toy(student_folder), "--trainer.enable_checkpointing=false")
+    [folder] = run_folders()
+    assert not list(here.rglob("*.ckpt"))
+    assert not list(here.rglob("student"))
+    rows = metric_rows(folder)
+    assert sum("test/accuracy" in row for row in rows) == 1
+
+
+def test_without_validation_it_is_said_that_no_student_is_saved(here: Path, student_folder: Path) -> None:
+    with pytest.warns(UserWarning, match="no student is saved"):
+        run("fit", small_toy(student_folder), "--trainer.limit_val_batches=0")
+    assert not list(here.rglob("student"))
+
+
+def test_a_folder_of_ones_own(student_folder: Path) -> None:
+    run("fit", small_toy(student_folder), "--checkpoint.dirpath=mine/checkpoints")
+    assert Path("mine/student/model.safetensors").is_file()
+    assert Path("mine/config.yaml").is_file()
+    assert {path.suffix for path in Path("mine/checkpoints").iterdir()} == {".ckpt"}
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_is_evaluated_without_its_original_student(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = make_student_folder(here / "student")
+    arguments = small_toy(student)
+    run("fit", arguments)
+    [folder] = run_folders()
+    shutil.rmtree(student)
+    split = "val" if command == "validate" else "test"
+    # the row of the step that the best checkpoint was written at
+    best = next((folder / "checkpoints").glob("best-step*.ckpt"))
+    step = int(best.stem.removeprefix("best-step")) - 1
+    rows = [row for row in metric_rows(folder) if f"{split}/loss" in row]
+    wanted = rows[0] if split == "test" else next(row for row in rows if int(row["step"]) == step)
+    capsys.readouterr()
+    run(command, arguments, f"--ckpt_path={best}")
+    [again] = [row for row in metric_rows(run_folders()[1]) if f"{split}/loss" in row]
+    for name in (f"{split}/loss", f"{split}/accuracy", f"{split}/label_loss"):
+        assert float(again[name]) == pytest.approx(float(wanted[name]), rel=1e-6)
+    assert f"{split} (" in capsys.readouterr().out
+
+
+def answer_key(labels: list[str | None], choices: list[tuple[str, ...]] | None, majority: str | None) -> AnswerKey:
+    texts = [str(number) for number in range(len(labels))]
+    return AnswerKey(
+        ids=texts, inputs=texts, labels=labels, rationales=[None] * len(labels), metric="exact_match", label_set=None,
+        choices=choices, read_label=lambda task, text: text, read_rationale=lambda task, text: text,
+        majority_label=majority,
+    )  # fmt: skip
+
+
+def test_chance_levels_by_hand() -> None:
+    key = answer_key(["a", "b", "a", None], [("a", "b"), ("a", "b", "c", "d"), ("a", "b"), ("a", "b")], "a")
+    levels = chance_levels(Evaluation("test", {}, [], key))
+    assert levels == {
+        "a uniform guess": pytest.approx((1 / 2 + 1 / 4 + 1 / 2 + 1 / 2) / 4),
+        "the commonest label": pytest.approx(2 / 3),
+    }
+    assert chance_levels(Evaluation("test", {}, [], answer_key(["a"], None, None))) == {}
+    assert chance_levels(Evaluation("test", {}, [], answer_key([], [], "a"))) == {"the commonest label": 0.0}
+
+
+def test_the_table_shows_intervals_once_and_the_baseline_beside() -> None:
+    metrics = {"loss": 1.25, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "own_loss": 2.0}
+    baseline = {"test/accuracy": 0.3, "test/accuracy_low": 0.2, "test/accuracy_high": 0.45}
+    table = metrics_table(Evaluation("test", metrics, [], answer_key(["a", "b"], None, None)), baseline)
+    console = Console(width=120, record=True, quiet=True)
+    console.print(table)
+    cells = [list(column.cells) for column in table.columns]
+    assert [list(row) for row in zip(*cells, strict=True)] == [
+        ["accuracy", "0.500", "0.400 to 0.600"],
+        ["loss", "1.250", ""],
+        ["own loss", "2.000", ""],
+        ["accuracy of the label-only baseline", "0.300", "0.200 to 0.450"],
+    ]
+
+
+def test_samples_that_look_like_markup_are_printed_as_they_are(
+    here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"input": f"[/red] {i} [bold]", "label": "[/cat]"} for i in range(12)]
+    write_lines(here / "mine.jsonl", rows)
+    data = ["--data=JSONLDataModule", "--data.train=mine.jsonl", "--data.test=mine.jsonl", "--data.batch_size=4"]
+    run("fit", small_model(student_folder, "StandardModule"), data, small_trainer(1))
+    assert "[/red] 0 [bold]" in capsys.readouterr().out

@@ -1,0 +1,173 @@
+"""Runs that are broken off and resumed, through the command line."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
+from tests.students import make_student_folder
+
+STEPS = 6
+
+
+class Interrupt(pl.Callback):
+    """Break a run off after so many micro-batches: inside the hooks of the last of them, or before the next."""
+
+    def __init__(self, after: int = 1, keyboard: bool = False, inside: bool = False) -> None:
+        self.after = after
+        self.fault: type[BaseException] = KeyboardInterrupt if keyboard else FloatingPointError
+        self.inside = inside
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not self.inside and trainer.fit_loop.epoch_loop.total_batch_idx == self.after:
+            raise self.fault
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self.inside and trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.after:
+            raise self.fault
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def arguments(student: Path) -> list[str]:
+    # 3 micro-batches an epoch in windows of 2 and 1, with dropout: nothing may start again where it began
+    model = [*small_model(student), "--model.dropout=0.2", "--model.learning_rate=0.01"]
+    trainer = [*small_trainer(STEPS, 2), "--trainer.accumulate_grad_batches=2"]
+    return [*model, *toy_data(10, 4), *trainer, "--test_after_fit=false"]
+
+
+def interrupt(after: int, keyboard: bool = False, inside: bool = False) -> list[str]:
+    start = "--trainer.callbacks"
+    settings = [f"{start}.after={after}", f"{start}.keyboard={keyboard}", f"{start}.inside={inside}"]
+    return [f"{start}=tests.test_resume_cli.Interrupt", *settings]
+
+
+def last(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return loaded
+
+
+def losses(*folders: Path) -> dict[str, str]:
+    """Step -> training loss over several runs; a step is in one of them only."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for row in metric_rows(folder):
+            if "train/loss" in row:
+                assert row["step"] not in found
+                found[row["step"]] = row["train/loss"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch, at_work_in(tmp_path_factory.mktemp("unbroken"), patch) as folder:
+        run("fit", arguments(student_folder))
+        return folder / run_folders()[0]
+
+
+# a step is 2, 3, 5, 6, 8 and 9 micro-batches into the run; validation after steps 2, 4 and 6
+@pytest.mark.parametrize(
+    ("after", "keyboard", "inside"),
+    [(2, False, False), (4, False, False), (7, False, False), (4, True, False), (3, False, True), (6, True, True)],
+)
+def test_a_broken_run_that_is_resumed_ends_as_the_unbroken_one(
+    after: int, keyboard: bool, inside: bool, unbroken: Path, here: Path
+) -> None:
+    student = make_student_folder(here / "student")
+    # Lightning turns Ctrl-C into an exit
+    kind: type[BaseException] = SystemExit if keyboard else FloatingPointError
+    with pytest.raises(kind):
+        run("fit", arguments(student), interrupt(after, keyboard, inside))
+    [broken] = run_folders()
+    # the checkpoint brings its own student
+    shutil.rmtree(student)
+    run("fit", arguments(student), f"--ckpt_path={broken / 'checkpoints' / 'last.ckpt'}")
+    _, resumed = run_folders()
+    first, second = last(unbroken), last(resumed)
+    assert first["global_step"] == second["global_step"] == STEPS
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    for name, weight in first["state_dict"].items():
+        assert torch.equal(weight, second["state_dict"][name]), name
+    moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
+    for number, state in moments[0].items():
+        assert all(torch.equal(value, moments[1][number][name]) for name, value in state.items())
+    # both runs together say of each step what the unbroken one says, once
+    told, whole = losses(broken, resumed), losses(unbroken)
+    if inside:
+        # the loggers are given a step's row only after its hooks
+        assert len(whole) - len(told) <= 1
+        whole = {step: whole[step] for step in told}
+    assert told == whole
+    if not inside:
+        # broken off between a step and the validation that follows it, the run goes on after both
+        validated = [row["step"] for folder in (broken, resumed) for row in metric_rows(folder) if "val/loss" in row]
+        assert validated == ["1", "3", "5"]
+
+
+def test_a_resumed_run_says_which_student_it_began_with(student_folder: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        run("fit", arguments(student_folder), interrupt(6))
+    [broken] = run_folders()
+    run("fit", arguments(student_folder), f"--ckpt_path={broken / 'checkpoints' / 'last.ckpt'}")
+    _, resumed = run_folders()
+    kept = yaml.safe_load((resumed / "config.yaml").read_text())
+    assert kept["model"]["init_args"]["student"] == str(student_folder)
+    hparams = yaml.safe_load((resumed / "hparams.yaml").read_text())
+    assert hparams["student"] == str(student_folder)
+    assert last(resumed)["hyper_parameters"]["student"] == str(student_folder)
+    assert f"# {student_folder.name} trained on toy" in (resumed / "student" / "README.md").read_text()
+
+
+def test_a_resumed_run_keeps_the_earlier_best(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.9, 0.1, 0.2, 0.3])
+    monkeypatch.setattr("lit_distill.modules.base.summarise", lambda *args, **kwargs: {"accuracy": next(accuracies)})
+    with pytest.raises(FloatingPointError):
+        # after the first validation
+        run("fit", arguments(student_folder), interrupt(4))
+    [broken] = run_folders()
+    checkpoints = broken / "checkpoints"
+    run("fit", arguments(student_folder), f"--ckpt_path={checkpoints / 'last.ckpt'}", "--test_after_fit=true")
+    _, resumed = run_folders()
+    assert (checkpoints / "best-step2.ckpt").is_file()
+    assert not list((resumed / "checkpoints").glob("best*"))
+    best = torch.load(checkpoints / "best-step2.ckpt", weights_only=True)["state_dict"]
+    from safetensors.torch import load_file
+
+    saved = load_file(resumed / "student" / "model.safetensors")
+    assert all(torch.equal(best[f"student.{name}"], weight) for name, weight in saved.items())
+
+
+def test_a_best_that_is_gone_is_said(student_folder: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        run("fit", arguments(student_folder), interrupt(4))
+    [broken] = run_folders()
+    (broken / "checkpoints" / "best-step2.ckpt").unlink()
+    with pytest.warns(UserWarning, match="earlier best checkpoints are gone"):
+        run("fit", arguments(student_folder), f"--ckpt_path={broken / 'checkpoints' / 'last.ckpt'}")
+    _, resumed = run_folders()
+    assert list((resumed / "checkpoints").glob("best-step*.ckpt"))
+
+
+# Lightning's words on a folder that holds the first run's checkpoints, which is the point here
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_the_same_command_starts_and_resumes(unbroken: Path, student_folder: Path) -> None:
+    same = [*arguments(student_folder), "--checkpoint.dirpath=kept/checkpoints", "--ckpt_path=last"]
+    with pytest.raises(FloatingPointError):
+        run("fit", same, interrupt(7))
+    assert torch.load("kept/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    run("fit", same)
+    ended = torch.load("kept/checkpoints/last.ckpt", weights_only=True)
+    assert ended["global_step"] == STEPS
+    weights = last(unbroken)["state_dict"]
+    assert all(torch.equal(weight, ended["state_dict"][name]) for name, weight in weights.items())
+    assert Path("kept/student/model.safetensors").is_file()
