@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 import yaml
 
 from lit_distill.callbacks import ValidateEverySteps
@@ -56,6 +57,7 @@ def main() -> None:
     seeds: list[int] = parser.parse_args().seeds
     quieten()
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    torch.set_num_threads(config["cpu_threads"])
     print(f"{'seed':>5} {'labels only':>12} {'step-by-step':>13} {'difference':>11} {'seconds':>8}")
     rows: list[tuple[float, float]] = []
     for seed in seeds:

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.students import make_student_folder
+
+# the students are tiny: a second thread only waits, several times as long where cores are shared
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

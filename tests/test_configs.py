@@ -43,13 +43,6 @@ LACKING = {
     "strategy/tpu.yaml": (lambda: "TPU_NAME" in os.environ, "torch_xla"),
 }
 
-# a fault elsewhere, until it is mended: strict, so that whoever mends it has to take this away
-FAULTY = {
-    "overlay/low_memory.yaml": pytest.mark.xfail(
-        strict=True, raises=RuntimeError, reason="bf16-mixed refuses to clip the gradients of a fused AdamW"
-    )
-}
-
 
 def relative(path: Path) -> str:
     return path.relative_to(CONFIGS).as_posix()
@@ -156,10 +149,7 @@ def test_a_whole_config_trains_tests_and_saves(path: Path, student_folder: Path,
 
 # as above; a strategy for several processes is run with one
 @pytest.mark.filterwarnings("ignore:The effective batch is:UserWarning")
-@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log:UserWarning")
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=FAULTY.get(relative(path), ())) for path in OVERLAYS], ids=relative
-)
+@pytest.mark.parametrize("path", OVERLAYS, ids=relative)
 def test_an_overlay_composes_onto_a_dataset(
     path: Path, student_folder: Path, release: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -322,7 +322,7 @@ class RationaleDataModule(pl.LightningDataModule):
         needed = (self.predict_split,) if stage == "predict" else STAGE_SPLITS[stage]
         for split in needed:
             if self.split_rows(split) is None:
-                raise UserError(f"{self.absence(split)}, and {stage} needs it")
+                raise UserError(f"{self.absence(split)}, and {getattr(stage, 'value', stage)} needs it")
             if stage != "predict":
                 self._check_split(split, stage)
             if split not in self._rows:

@@ -464,11 +464,11 @@ class DistillModule(pl.LightningModule):
         samples = [answer for answer in answers if answer.index < settings["num_samples"]]
         self.evaluation = Evaluation(split, metrics, samples, key)
         for name, value in metrics.items():
-            # every rank holds the same value; the flag only says so to Lightning
+            # every rank holds the same value; the flag only says so to Lightning, which asks for it on any DDP run
             self.log(
                 f"{split}/{name}",
                 value,
-                sync_dist=self.trainer.world_size > 1,
+                sync_dist=True,
                 batch_size=1,
                 prog_bar=split == "val" and name == "accuracy",
             )

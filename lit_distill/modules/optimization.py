@@ -63,6 +63,9 @@ def configure(
         # unscale by itself, which Lightning's clipping does not allow
         fused = module.trainer.precision != "16-mixed"
         built = AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        if fused:
+            # what tells Lightning that the optimizer unscales by itself; without a scaler nobody else reads it
+            built._step_supports_amp_scaling = False
     total = total_steps()
     scheduler = LambdaLR(
         built,
