@@ -9,8 +9,9 @@ import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
 
+# these two make data modules and methods known by their bare names
 import lit_distill.data
-import lit_distill.modules  # noqa: F401 - likewise the methods
+import lit_distill.modules  # noqa: F401
 from lit_distill.commands.inspect_cli import InspectCLI
 from lit_distill.commands.train import run_trainer
 from lit_distill.errors import UserError

@@ -13,7 +13,7 @@ PACKAGE = Path(lit_distill.__file__).parent
 LAYERS = (
     ("__init__", "errors", "batch", "answers", "messages"),
     ("equations",),
-    ("rationales", "losses", "metrics", "students", "fast"),
+    ("rationales", "checks", "losses", "metrics", "students", "fast"),
     ("data", "modules", "callbacks", "export", "teachers"),
     ("commands",),
     ("cli",),

@@ -8,7 +8,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_distill.commands.inspect import inspect_data, render, write_report
-from lit_distill.commands.train import DistillCLI, Parser, linked_prefixes
+from lit_distill.commands.parser import Parser
+from lit_distill.commands.train import DistillCLI, linked_prefixes
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,57 +21,15 @@ from lit_distill.callbacks import (
     Throughput,
     ValidateEverySteps,
 )
+from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
 from lit_distill.commands.finish import report, save_best_student
+from lit_distill.commands.parser import Parser, Raised
 from lit_distill.commands.predict import write_predictions
+from lit_distill.commands.runs import best_checkpoint, find_checkpoint, flat_config, names, run_folder, run_name
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.messages import import_given, one_line
-from lit_distill.modules.base import DistillModule, check_range
-from lit_distill.students import read_config
-
-
-class _Raised(BaseException):
-    """Carries a constructor's exception out of jsonargparse, which rewrites any ``Exception``."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-class Parser(LightningArgumentParser):
-    """Raises one line where argparse prints its usage and exits; options are not abbreviated."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # an abbreviation is a typo that happens to be a beginning, and means something else once an option is added
-        super().__init__(*args, **kwargs, allow_abbrev=False)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
-        """Turn any parsing error into a ``UserError``; what a user's own file raises when imported goes through."""
-        import_given(message)
-        raise UserError(one_line(message, known_options(self))) from ex
-
-    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
-        """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
-        ours = [(_instantiate, base, True) for base in (DistillModule, RationaleDataModule, pl.Callback)]
-        return self.instantiate(cfg, instantiators=ours, **kwargs)
-
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
-        """As jsonargparse's; an error names the file."""
-        try:
-            parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
-        except UserError as error:
-            raise UserError(f"{error} (in {cfg_path})") from error
-        return parsed
-
-
-def known_options(parser: LightningArgumentParser) -> list[str]:
-    """The long options of a parser and of its subcommands, without dashes."""
-    parsers = [parser, *getattr(parser, "_subcommand_parsers", {}).values()]
-    actions = getattr(parser, "_subcommands_action", None)
-    if actions is not None:
-        parsers += list(actions._name_parser_map.values())
-    return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
+from lit_distill.modules.base import DistillModule
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -92,7 +49,7 @@ class _SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)
         dataset, method = names(self.config)
         # beside the keys of the config, the two that runs are compared by
-        flat = _flat(self.config.as_dict()) | {"dataset": dataset, "method": method}
+        flat = flat_config(self.config.as_dict()) | {"dataset": dataset, "method": method}
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
 
@@ -203,7 +160,7 @@ class DistillCLI(LightningCLI):
         self.config = self._from_checkpoint()
         try:
             super().instantiate_classes()
-        except _Raised as raised:
+        except Raised as raised:
             error: Exception = raised.error
         except ValueError as unbuilt:
             lacking = next((e for e in _chain(unbuilt) if isinstance(e, ModuleNotFoundError)), None)
@@ -320,103 +277,10 @@ def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict
     return dict(method.task_prefixes(init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}))
 
 
-def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
-    """See that a checkpoint is one.
-
-    Args:
-        path: a file, a folder (a sharded checkpoint), or one of Lightning's words.
-        folder: the folder of checkpoints that ``last`` is looked for in.
-        required: ``last`` has to be there; else a run that has none yet starts anew, and starts again with one.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:") or "://" in str(path):
-        return path
-    if path == "last":
-        last = None if folder is None else Path(folder) / "last.ckpt"
-        if last is not None and last.exists():
-            return str(last)
-        if required or last is None:
-            raise UserError(
-                f"ckpt_path: 'last' is looked for in checkpoint.dirpath, and there is no {last or 'such key'}"
-            )
-        return None
-    allowed = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.dirpath"
-    if not Path(path).exists():
-        raise UserError(f"ckpt_path: no checkpoint {str(path)!r}; {allowed}")
-    if Path(path).is_dir():
-        # the files of FSDP's and of DeepSpeed's sharded checkpoints
-        if not any((Path(path) / name).exists() for name in ("meta.pt", "latest")):
-            raise UserError(f"ckpt_path: {str(path)!r} is a folder, and no sharded checkpoint; {allowed}")
-        return path
-    if Path(path).suffix != ".ckpt":
-        raise UserError(f"ckpt_path: {str(path)!r} does not end in .ckpt; {allowed}")
-    try:
-        read_config(path)
-    except UserError as error:
-        raise UserError(f"ckpt_path: {str(path)!r} is no checkpoint of lit_distill; {allowed}") from error
-    return path
-
-
-def best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """The best checkpoint of a run; ``None`` where none was kept."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            return Path(callback.best_model_path)
-    return None
-
-
-def run_folder(trainer: pl.Trainer) -> Path:
-    """Where a run keeps its files: the folder above its checkpoints, else the logger's."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            return Path(callback.dirpath).parent
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def names(config: Namespace) -> tuple[str, str]:
-    """What the dataset and the method are called in a run's name; of ANLI, each round is a dataset."""
-    data, model = config["data"], config["model"]
-    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
-    part = (data.get("init_args") or Namespace()).get("round", "")
-    return f"{dataset}{part}", model["class_path"].rpartition(".")[2].removesuffix("Module")
-
-
-def run_name(config: Namespace) -> tuple[str, str, list[str]]:
-    """A run's name, its group (all but the seed) and its tags, by which runs compare without further set-up."""
-    arguments = config["data"].get("init_args") or Namespace()
-    dataset, method = names(config)
-    source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
-    seed = config["seed_everything"]
-    tags = [dataset, method, f"{source} labels", f"fraction {fraction:g}", f"seed {seed}"]
-    group = f"{dataset}-{method}-{source}-{fraction:g}"
-    return f"{group}-seed{seed}", group, tags
-
-
 def _set_missing(arguments: Namespace, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if arguments.get(name) is None:
             arguments[name] = value
-
-
-def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Namespace):
-            value = value.as_dict()
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{name}.")
-        else:
-            flat[before + name] = value if isinstance(value, int | float | str | bool | None) else str(value)
-    return flat
-
-
-def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-    try:
-        return class_type(*args, **kwargs)
-    except Exception as error:
-        raise _Raised(error) from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,9 +14,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_distill import rationales
+from lit_distill import checks, rationales
 from lit_distill.answers import AnswerKey, MetricName, Split
-from lit_distill.data import checks
 from lit_distill.data.collate import RationaleCollator, TokenRows
 from lit_distill.data.download import RELEASE_URL, fetch_release
 from lit_distill.data.files import output_files, read_json_lines, read_outputs

@@ -7,8 +7,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+from lit_distill import checks
 from lit_distill.answers import MetricName, Split
-from lit_distill.data import checks
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
 from lit_distill.data.tables import Table, read_file, read_hub

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lit_distill import checks
 from lit_distill.answers import Split
-from lit_distill.data import checks
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.files import text_of
 from lit_distill.errors import UserError

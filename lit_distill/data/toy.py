@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_distill import checks
 from lit_distill.answers import Split
-from lit_distill.data import checks
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
 from lit_distill.rationales import Example

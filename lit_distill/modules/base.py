@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.answers import AnswerKey, AnswerSource, Split
-from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, target_tokens
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, target_tokens
+from lit_distill.checks import check_range
 from lit_distill.errors import UserError
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
-from lit_distill.modules.generation import generate_texts, score_choices
+from lit_distill.modules.generation import answer_rows
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, configure
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
@@ -378,50 +379,8 @@ class DistillModule(pl.LightningModule):
         return self.answers(batch, key, rationales=True)
 
     def answers(self, batch: TaskBatch, key: AnswerKey, *, rationales: bool) -> list[Answer]:
-        """What the student says of each row of an evaluation batch.
-
-        Args:
-            batch: an evaluation batch.
-            key: the answers of its split.
-            rationales: generate every row's rationale, not only the first ``num_samples`` rows'.
-        """
-        task = self.answer_task
-        inputs = batch[task]
-        index = inputs["index"].tolist()
-        texts = generate_texts(self, inputs, self.generation_settings(task))
-        found = [
-            Answer(
-                row,
-                key.read_label(task, text),
-                text,
-                rationale=key.read_rationale(task, text) if task != "label" else None,
-            )
-            for row, text in zip(index, texts, strict=True)
-        ]
-        if self.rationale_task is not None and self.rationale_task != task:
-            self._add_rationales(found, batch[self.rationale_task], key, every=rationales)
-        if task == "label" and self.hparams["score_choices"] and key.choices is not None:
-            choices = [key.choices[max(row, 0)] for row in index]
-            for answer, choice in zip(found, score_choices(self, inputs, choices), strict=True):
-                answer.scored = choice
-        return [answer for answer in found if answer.index != PADDING_ROW]
-
-    def _add_rationales(self, found: list[Answer], inputs: TaskInputs, key: AnswerKey, *, every: bool) -> None:
-        wanted = [i for i, answer in enumerate(found) if every or 0 <= answer.index < self.hparams["num_samples"]]
-        # under a sharded strategy every rank has to generate as often, if only for a row that nobody asked for
-        rows = wanted or ([0] if self.sharded else [])
-        if not rows:
-            return
-        chosen = torch.tensor(rows, device=inputs["input_ids"].device)
-        subset: TaskInputs = {
-            "input_ids": inputs["input_ids"][chosen],
-            "attention_mask": inputs["attention_mask"][chosen],
-            "labels": inputs["labels"][chosen],
-        }
-        task = cast(str, self.rationale_task)
-        texts = generate_texts(self, subset, self.generation_settings(task))
-        for row, text in zip(wanted, texts, strict=False):
-            found[row].rationale = key.read_rationale(task, text)
+        """What the student says of each row of an evaluation batch; see `lit_distill.modules.generation`."""
+        return answer_rows(self, batch, key, every_rationale=rationales)
 
     def generation_settings(self, task: str) -> dict[str, int]:
         """``generate``'s arguments for a task: a target is as long as its parts may be together."""
@@ -532,30 +491,3 @@ class DistillModule(pl.LightningModule):
         # what loggers write
         module._hparams_initial = copy.deepcopy(module.hparams)
         return module
-
-
-def check_range(
-    name: str,
-    value: float | None,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Refuse a number that is out of its range; ``None`` stands for an argument that is not set.
-
-    Raises:
-        UserError: names the argument, its range and what was given.
-    """
-    if value is None:
-        return
-    good = isinstance(value, int | float) and value == value
-    good = good and (above is None or value > above) and (at_least is None or value >= at_least)
-    good = good and (below is None or value < below)
-    if not good:
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("above", above), ("at least", at_least), ("below", below))
-            if bound is not None
-        ]
-        raise UserError(f"{name} must be {' and '.join(bounds)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""What a student says: generated text, and the likelihood of closed choices."""
+"""What a student says: answers, generated text, and the likelihood of closed choices."""
 
 from __future__ import annotations
 
@@ -11,14 +11,67 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
-from lit_distill.batch import IGNORE_INDEX, TaskInputs
+from lit_distill.answers import AnswerKey
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
 from lit_distill.losses import sequence_log_likelihood
+from lit_distill.modules.evaluation import Answer
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule
 
 _CHOICES_AT_ONCE = 256
 """Decoder rows of one scoring pass: bounds the logits, whatever the batch size and the number of choices."""
+
+
+def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, every_rationale: bool) -> list[Answer]:
+    """What a student says of each row of an evaluation batch.
+
+    Args:
+        module: the module whose student answers.
+        batch: an evaluation batch.
+        key: the answers of its split.
+        every_rationale: generate every row's rationale, not only the first ``num_samples`` rows'.
+
+    Returns:
+        An answer a row; rows that only pad a sampler are left out.
+    """
+    task = module.answer_task
+    inputs = batch[task]
+    index = inputs["index"].tolist()
+    texts = generate_texts(module, inputs, module.generation_settings(task))
+    found = [
+        Answer(
+            row, key.read_label(task, text), text, rationale=key.read_rationale(task, text) if task != "label" else None
+        )
+        for row, text in zip(index, texts, strict=True)
+    ]
+    if module.rationale_task is not None and module.rationale_task != task:
+        _add_rationales(module, found, batch[module.rationale_task], key, every=every_rationale)
+    if task == "label" and module.hparams["score_choices"] and key.choices is not None:
+        choices = [key.choices[max(row, 0)] for row in index]
+        for answer, choice in zip(found, score_choices(module, inputs, choices), strict=True):
+            answer.scored = choice
+    return [answer for answer in found if answer.index != PADDING_ROW]
+
+
+def _add_rationales(
+    module: DistillModule, found: list[Answer], inputs: TaskInputs, key: AnswerKey, *, every: bool
+) -> None:
+    wanted = [i for i, answer in enumerate(found) if every or 0 <= answer.index < module.hparams["num_samples"]]
+    # under a sharded strategy every rank has to generate as often, if only for a row that nobody asked for
+    rows = wanted or ([0] if module.sharded else [])
+    if not rows:
+        return
+    chosen = torch.tensor(rows, device=inputs["input_ids"].device)
+    subset: TaskInputs = {
+        "input_ids": inputs["input_ids"][chosen],
+        "attention_mask": inputs["attention_mask"][chosen],
+        "labels": inputs["labels"][chosen],
+    }
+    task = cast(str, module.rationale_task)
+    texts = generate_texts(module, subset, module.generation_settings(task))
+    for row, text in zip(wanted, texts, strict=False):
+        found[row].rationale = key.read_rationale(task, text)
 
 
 def generate_texts(module: DistillModule, inputs: TaskInputs, settings: Mapping[str, int]) -> list[str]:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lit_distill.modules.base import DistillModule, check_range
+from lit_distill.checks import check_range
+from lit_distill.modules.base import DistillModule
 
 
 class StepByStepModule(DistillModule):

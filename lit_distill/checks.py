@@ -62,3 +62,30 @@ def check_prefixes(value: Any, tasks: Sequence[str]) -> dict[str, str]:  # noqa:
     if set(value) != set(tasks):
         raise UserError(f"prefixes must have the tasks as keys ({', '.join(tasks)}), got {', '.join(value) or 'none'}")
     return {task: value[task] for task in tasks}
+
+
+def check_range(
+    name: str,
+    value: float | None,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Refuse a number that is out of its range; ``None`` stands for an argument that is not set.
+
+    Raises:
+        UserError: names the argument, its range and what was given.
+    """
+    if value is None:
+        return
+    good = isinstance(value, int | float) and value == value
+    good = good and (above is None or value > above) and (at_least is None or value >= at_least)
+    good = good and (below is None or value < below)
+    if not good:
+        bounds = [
+            f"{word} {bound:g}"
+            for word, bound in (("above", above), ("at least", at_least), ("below", below))
+            if bound is not None
+        ]
+        raise UserError(f"{name} must be {' and '.join(bounds)}, got {value!r}")

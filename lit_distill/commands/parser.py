@@ -1,0 +1,62 @@
+"""The parser of all commands: errors in one line, constructors whose exceptions stay as they are."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.errors import UserError
+from lit_distill.messages import import_given, one_line
+from lit_distill.modules.base import DistillModule
+
+
+class Raised(BaseException):
+    """Carries a constructor's exception out of jsonargparse, which rewrites any ``Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Parser(LightningArgumentParser):
+    """Raises one line where argparse prints its usage and exits; options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # an abbreviation is a typo that happens to be a beginning, and means something else once an option is added
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
+        """Turn any parsing error into a ``UserError``; what a user's own file raises when imported goes through."""
+        import_given(message)
+        raise UserError(one_line(message, known_options(self))) from ex
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
+        """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
+        ours = [(_instantiate, base, True) for base in (DistillModule, RationaleDataModule, pl.Callback)]
+        return self.instantiate(cfg, instantiators=ours, **kwargs)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
+        """As jsonargparse's; an error names the file."""
+        try:
+            parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
+        except UserError as error:
+            raise UserError(f"{error} (in {cfg_path})") from error
+        return parsed
+
+
+def known_options(parser: LightningArgumentParser) -> list[str]:
+    """The long options of a parser and of its subcommands, without dashes."""
+    parsers = [parser, *getattr(parser, "_subcommand_parsers", {}).values()]
+    actions = getattr(parser, "_subcommands_action", None)
+    if actions is not None:
+        parsers += list(actions._name_parser_map.values())
+    return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
+
+
+def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    try:
+        return class_type(*args, **kwargs)
+    except Exception as error:
+        raise Raised(error) from error

@@ -1,0 +1,99 @@
+"""A run's name, its folder and its checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_distill.errors import UserError
+from lit_distill.students import read_config
+
+
+def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
+    """See that a checkpoint is one.
+
+    Args:
+        path: a file, a folder (a sharded checkpoint), or one of Lightning's words.
+        folder: the folder of checkpoints that ``last`` is looked for in.
+        required: ``last`` has to be there; else a run that has none yet starts anew, and starts again with one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:") or "://" in str(path):
+        return path
+    if path == "last":
+        last = None if folder is None else Path(folder) / "last.ckpt"
+        if last is not None and last.exists():
+            return str(last)
+        if required or last is None:
+            raise UserError(
+                f"ckpt_path: 'last' is looked for in checkpoint.dirpath, and there is no {last or 'such key'}"
+            )
+        return None
+    allowed = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.dirpath"
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: no checkpoint {str(path)!r}; {allowed}")
+    if Path(path).is_dir():
+        # the files of FSDP's and of DeepSpeed's sharded checkpoints
+        if not any((Path(path) / name).exists() for name in ("meta.pt", "latest")):
+            raise UserError(f"ckpt_path: {str(path)!r} is a folder, and no sharded checkpoint; {allowed}")
+        return path
+    if Path(path).suffix != ".ckpt":
+        raise UserError(f"ckpt_path: {str(path)!r} does not end in .ckpt; {allowed}")
+    try:
+        read_config(path)
+    except UserError as error:
+        raise UserError(f"ckpt_path: {str(path)!r} is no checkpoint of lit_distill; {allowed}") from error
+    return path
+
+
+def best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The best checkpoint of a run; ``None`` where none was kept."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return Path(callback.best_model_path)
+    return None
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where a run keeps its files: the folder above its checkpoints, else the logger's."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath).parent
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def names(config: Namespace) -> tuple[str, str]:
+    """What the dataset and the method are called in a run's name; of ANLI, each round is a dataset."""
+    data, model = config["data"], config["model"]
+    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
+    part = (data.get("init_args") or Namespace()).get("round", "")
+    return f"{dataset}{part}", model["class_path"].rpartition(".")[2].removesuffix("Module")
+
+
+def run_name(config: Namespace) -> tuple[str, str, list[str]]:
+    """A run's name, its group (all but the seed) and its tags, by which runs compare without further set-up."""
+    arguments = config["data"].get("init_args") or Namespace()
+    dataset, method = names(config)
+    source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
+    seed = config["seed_everything"]
+    tags = [dataset, method, f"{source} labels", f"fraction {fraction:g}", f"seed {seed}"]
+    group = f"{dataset}-{method}-{source}-{fraction:g}"
+    return f"{group}-seed{seed}", group, tags
+
+
+def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """A config with its keys joined by dots and plain values, as loggers take it."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Namespace):
+            value = value.as_dict()
+        if isinstance(value, Mapping):
+            flat |= flat_config(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value if isinstance(value, int | float | str | bool | None) else str(value)
+    return flat
