@@ -37,7 +37,7 @@ class AnswerKey:
     read_rationale: Callable[[str, str], str]
     """``(task, generated text) -> rationale``, likewise."""
     majority_label: str | None
-    """The most frequent label of the training split, the answer of a student that learned nothing else."""
+    """The most frequent label that is trained on, the answer of a student that learned nothing else."""
 
     def __len__(self) -> int:
         return len(self.ids)

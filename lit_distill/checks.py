@@ -1,5 +1,6 @@
 """Checks of constructor arguments: one line that names the argument, what is allowed and what came."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
@@ -71,15 +72,24 @@ def check_range(
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
+    whole: bool = False,
 ) -> None:
     """Refuse a number that is out of its range; ``None`` stands for an argument that is not set.
+
+    Args:
+        name: the argument's.
+        value: what was given.
+        above: what it has to be greater than.
+        at_least: what it must not be less than.
+        below: what it has to be less than.
+        whole: it has to be an integer.
 
     Raises:
         UserError: names the argument, its range and what was given.
     """
     if value is None:
         return
-    good = isinstance(value, int | float) and value == value
+    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
     good = good and (above is None or value > above) and (at_least is None or value >= at_least)
     good = good and (below is None or value < below)
     if not good:
@@ -88,4 +98,5 @@ def check_range(
             for word, bound in (("above", above), ("at least", at_least), ("below", below))
             if bound is not None
         ]
-        raise UserError(f"{name} must be {' and '.join(bounds)}, got {value!r}")
+        kind = "an integer " if whole else ""
+        raise UserError(f"{name} must be {kind}{' and '.join(bounds)}, got {value!r}")

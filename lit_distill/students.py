@@ -181,7 +181,7 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         # transformers would make an empty one from the configuration's `model_type`
         raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"tokenizer: cannot load one from {name!r} ({_first_line(error)}){_hint(name)}") from error
 
@@ -204,7 +204,7 @@ def restore_tokenizer(record: StudentRecord) -> PreTrainedTokenizerBase:
         for name, content in record["tokenizer"].items():
             # a checkpoint is a file from elsewhere: a name in it must not lead out of the folder
             (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def content(path: Path) -> dict[str, Any]:
 
 WHOLE = [path for path in FILES if {"model", "data"} <= content(path).keys() and "class_path" in content(path)["model"]]
 OVERLAYS = [path for path in FILES if path not in WHOLE]
-# what no machine of ours has: the overlay, why it can be had after all, what the refusal names
+# what a machine without accelerators lacks: the overlay, why it can be had after all, what the refusal names
 LACKING = {
     "strategy/fsdp.yaml": (torch.cuda.is_available, "gpu"),
     "strategy/deepspeed.yaml": (torch.cuda.is_available, "gpu"),

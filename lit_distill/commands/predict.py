@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.batch import TaskBatch
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Answer, answer_row, gather_answers
 
@@ -42,7 +43,6 @@ class _Writer(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         key = self.datamodule.answer_key(self.datamodule.predict_split)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", encoding="utf-8") as file:
             for answer in sorted(answers, key=lambda answer: answer.index):
                 file.write(json.dumps(answer_row(answer, key), ensure_ascii=False) + "\n")
@@ -61,5 +61,14 @@ def write_predictions(
         path: the file; its keys are id, input, label, prediction, correct, rationale.
         **kwargs: for ``Trainer.predict``.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            # a logger takes a folder with files for an earlier run's
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"predictions: cannot write {str(path)!r} ({error.strerror})") from error
     trainer.callbacks.append(_Writer(path, datamodule))  # type: ignore[attr-defined]  # not declared by Lightning
     trainer.predict(module, datamodule=datamodule, return_predictions=False, **kwargs)

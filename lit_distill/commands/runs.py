@@ -16,15 +16,17 @@ def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bo
     """See that a checkpoint is one.
 
     Args:
-        path: a file, a folder (a sharded checkpoint), or one of Lightning's words.
+        path: a file, a folder (a sharded checkpoint), or ``last``, ``hpc`` or ``registry``.
         folder: the folder of checkpoints that ``last`` is looked for in.
         required: ``last`` has to be there; else a run that has none yet starts anew, and starts again with one.
 
     Raises:
         UserError: there is none.
     """
-    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:") or "://" in str(path):
+    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:"):
         return path
+    if "://" in str(path):
+        raise UserError(f"ckpt_path: {str(path)!r} is elsewhere; copy the file here first")
     if path == "last":
         last = None if folder is None else Path(folder) / "last.ckpt"
         if last is not None and last.exists():

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_distill.callbacks import (
     BestCheckpoint,
@@ -127,7 +127,19 @@ class DistillCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run, so that loggers need no set-up."""
         config = self.config[self.subcommand]
-        check_range("cpu_threads", config["cpu_threads"], at_least=1)
+        check_range("cpu_threads", config["cpu_threads"], at_least=1, whole=True)
+        if config["baseline_after_fit"] and not config["test_after_fit"]:
+            raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
+        if config.get("verbose") is not None:
+            # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
+            config["verbose"] = False
+        limits = config["trainer"]
+        endless = limits["max_steps"] == -1 and limits["max_epochs"] in (None, -1) and limits["max_time"] is None
+        if self.subcommand == "fit" and endless:
+            raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
+        if config.get("weights_only") is None:
+            # what a checkpoint holds beside weights is plain data; anything else in one is code to run
+            config["weights_only"] = True
         if config["cpu_threads"] is not None:
             torch.set_num_threads(config["cpu_threads"])
         trainer = config["trainer"]
@@ -145,7 +157,7 @@ class DistillCLI(LightningCLI):
         for logger in loggers:
             if not isinstance(logger, Namespace):
                 continue
-            arguments = logger.setdefault("init_args", Namespace()) if isinstance(logger, dict) else logger.init_args
+            arguments = logger.init_args
             kind = logger.class_path.rpartition(".")[2]
             if kind == "WandbLogger":
                 _set_missing(arguments, {"name": name})
@@ -227,15 +239,30 @@ class DistillCLI(LightningCLI):
         """Test the best checkpoint once, save its student, and say so."""
         config = self.config[self.subcommand]
         best = best_checkpoint(self.trainer)
-        if config["test_after_fit"]:
-            # Lightning's own table is left out: ours follows, with intervals beside their metrics
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         folder = run_folder(self.trainer)
-        student = save_best_student(self.trainer, self.model, self.datamodule, best, folder)
+        tested = config["test_after_fit"] and self.datamodule.split_rows("test") is not None
+        if config["test_after_fit"] and not tested:
+            rank_zero_warn(f"{self.datamodule.absence('test')}: the student is saved untested")
+        student = None
+        try:
+            if tested:
+                # Lightning's own table is left out: ours follows, with intervals beside their metrics
+                self.trainer.test(
+                    self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True
+                )
+        finally:
+            # whatever test stumbled over, what was trained is kept
+            student = save_best_student(self.trainer, self.model, self.datamodule, best, folder)
         baseline = None
-        if config["baseline_after_fit"] and config["test_after_fit"] and not config["trainer"]["fast_dev_run"]:
+        if config["baseline_after_fit"] and tested and not config["trainer"]["fast_dev_run"]:
             rank_zero_info("Training the label-only baseline: same data, settings and steps.")
-            baseline = train_baseline(
+            baseline = self._baseline(folder)
+        report(self.model, student=student, baseline=baseline)
+
+    def _baseline(self, folder: Path) -> dict[str, float] | None:
+        config = self.config[self.subcommand]
+        try:
+            return train_baseline(
                 model_args=config["model"]["init_args"].as_dict(),
                 data_class=type(self.datamodule),
                 data_args=config["data"]["init_args"].as_dict(),
@@ -245,7 +272,10 @@ class DistillCLI(LightningCLI):
                 seed=config["seed_everything"],
                 folder=folder / "baseline",
             )
-        report(self.model, student=student, baseline=baseline)
+        except UserError as error:
+            # a resumed run does not need its original student, a baseline from the start does
+            rank_zero_warn(f"No baseline: {error}")
+            return None
 
     def _build_trainer_arguments(self) -> dict[str, Any]:
         config = Namespace(trainer=self.config[self.subcommand]["trainer"])

@@ -445,16 +445,21 @@ class RationaleDataModule(pl.LightningDataModule):
         if split != "train":
             unlabelled = sum(label is None for label in used.gold)
             if unlabelled:
-                raise UserError(f"{split}: {unlabelled} of {len(used.gold)} rows have no label, which {stage} needs")
+                needing = getattr(stage, "value", stage)
+                raise UserError(f"{split}: {unlabelled} of {len(used.gold)} rows have no label, which {needing} needs")
             return
-        if self.label_source == "teacher" and all(example.teacher_label is None for example in rows.examples):
-            raise UserError(f"label_source: teacher needs the teacher's labels of train, {self.missing_teacher()}")
+        asking = ["label_source: teacher"] if self.label_source == "teacher" else []
+        asking += ["rationale_filter: label_agrees"] if self.rationale_filter == "label_agrees" else []
+        if asking and all(example.teacher_label is None for example in rows.examples):
+            raise UserError(f"{asking[0]} needs the teacher's labels of train, {self.missing_teacher()}")
         asking = [f"tasks: {task}" for task in self.tasks if "rationale" in task]
         asking += [] if self._keep is None else [f"rationale_filter: {self.rationale_filter}"]
         if asking and all(example.rationale is None for example in rows.examples):
             raise UserError(f"{asking[0]} needs the teacher's rationales of train, {self.missing_teacher()}")
         if not used.examples:
             raise UserError(f"train: no row is left to train on ({self.counts['train']})")
+        if self._keep is not None and all(example.rationale is None for example in used.examples):
+            raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale ({self.counts['train']})")
 
     def missing_teacher(self) -> str:
         """What is missing where train has no teacher outputs, for messages."""

@@ -1,5 +1,6 @@
 """Read the released files; whatever is wrong with one is said with its name and line."""
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                # how some programs begin a file in UTF-8
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
             try:
@@ -25,9 +29,23 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{path}:{number}: JSON too deep or with too large a number") from error
+            if b"\\ud" in line.lower() and not _is_text(row):
+                raise UserError(
+                    f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+                )
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
             yield number, row
+
+
+def _is_text(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def output_files(folder: Path, split: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
@@ -203,7 +204,7 @@ class JSONLDataModule(RationaleDataModule):
         text = str(int(value) if whole else value)
         if self.label_set is None or text in self.label_set:
             return text
-        if text.lstrip("-").isdecimal():
+        if re.fullmatch(r"-?[0-9]{1,9}", text):
             if int(text) == -1:
                 return None  # how hub datasets mark a row without a label
             if 0 <= int(text) < len(self.label_set):

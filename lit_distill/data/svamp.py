@@ -38,12 +38,14 @@ class SVAMPDataModule(RationaleDataModule):
         return rationale, found[0]
 
     def teacher_agrees(self, teacher_label: str, label: str) -> bool:
-        """By value; of several equations, as in ``(29/2) and (30/2)``, the last one counts.
+        """By value; several equations, as in ``(29/2) and (30/2)``, are worth what Python's ``and`` gives.
 
-        So Python's ``and`` has it, and with it the reference. A student is not excused: its metric reads one equation.
+        So the reference has it. A student is not excused: its metric reads one equation.
         """
         for several in (teacher_label, teacher_label[1:-1]):  # as they are, or in parentheses together
             equations = several.split(" and ")
-            if len(equations) > 1 and all(map(evaluate, equations)):
-                return super().teacher_agrees(equations[-1], label)
+            values = [evaluate(equation) for equation in equations]
+            if len(equations) > 1 and None not in values:
+                # the first that is zero, else the last
+                return super().teacher_agrees(equations[values.index(0) if 0 in values else -1], label)
         return super().teacher_agrees(teacher_label, label)

@@ -102,18 +102,23 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_csv(path: Path) -> Table:
+    # a cell may be as long as an input is
+    csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or [])
+            if twice := sorted({name for name in columns if columns.count(name) > 1}):
+                raise UserError(f"{path}: the column {twice[0]!r} is there twice")
             rows: list[tuple[str, dict[str, Any]]] = []
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{place}: another number of cells than the {len(reader.fieldnames or [])} columns")
+                    raise UserError(f"{place}: another number of cells than the {len(columns)} columns")
                 rows.append((place, {key: value if value != "" else None for key, value in row.items()}))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from error
-    return Table(list(reader.fieldnames or []), rows, {})
+    return Table(columns, rows, {})
 
 
 def _load_folder(path: Path, split: Split) -> Any:  # noqa: ANN401 - datasets has no types

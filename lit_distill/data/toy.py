@@ -83,7 +83,9 @@ class ToyDataModule(RationaleDataModule):
             "test": checks.check_int("test_size", test_size, 1),
         }
         self.toy_seed = checks.check_int("toy_seed", toy_seed, 0)
-        self.hparams.update(train_size=train_size, val_size=val_size, test_size=test_size, toy_seed=toy_seed)
+        self.save_hyperparameters(
+            {"train_size": train_size, "val_size": val_size, "test_size": test_size, "toy_seed": toy_seed}
+        )
 
     def prepare_data(self) -> None:
         """Nothing to fetch."""

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.answers import AnswerKey, AnswerSource, Split
@@ -26,6 +28,7 @@ from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSourc
 from lit_distill.students import CHECKPOINT_KEY, load_student, load_tokenizer, record_student
 
 _SEED_KEY = "lit_distill_seed"
+_PREFIXES_KEY = "lit_distill_prefixes"
 
 
 class DistillModule(pl.LightningModule):
@@ -88,13 +91,13 @@ class DistillModule(pl.LightningModule):
         super().__init__()
         check_range("learning_rate", learning_rate, above=0)
         check_range("weight_decay", weight_decay, at_least=0)
-        check_range("warmup_steps", warmup_steps, at_least=0)
+        check_range("warmup_steps", warmup_steps, at_least=0, whole=True)
         check_range("dropout", dropout, at_least=0, below=1)
-        check_range("max_label_length", max_label_length, at_least=1)
-        check_range("max_rationale_length", max_rationale_length, at_least=1)
-        check_range("num_beams", num_beams, at_least=1)
-        check_range("num_samples", num_samples, at_least=0)
-        check_range("effective_batch_size", effective_batch_size, at_least=1)
+        check_range("max_label_length", max_label_length, at_least=1, whole=True)
+        check_range("max_rationale_length", max_rationale_length, at_least=1, whole=True)
+        check_range("num_beams", num_beams, at_least=1, whole=True)
+        check_range("num_samples", num_samples, at_least=0, whole=True)
+        check_range("effective_batch_size", effective_batch_size, at_least=1, whole=True)
         # called from here, this still finds the subclass's own arguments
         self.save_hyperparameters()
         self.hparams["student"] = str(student)
@@ -105,7 +108,14 @@ class DistillModule(pl.LightningModule):
             enable = getattr(self.student, "activation_checkpointing_enable", None)
             (enable or self.student.gradient_checkpointing_enable)({"use_reentrant": False})
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(student)
+        if len(self.tokenizer) > self.student.config.vocab_size:
+            raise UserError(
+                f"student: the tokenizer of {str(student)!r} has {len(self.tokenizer)} tokens, its configuration's"
+                f" vocab_size is {self.student.config.vocab_size}"
+            )
         self.prefixes: dict[str, str] = self.task_prefixes(dict(self.hparams))
+        if evaluate_rationales and self.rationale_task is None:
+            rank_zero_warn(f"evaluate_rationales: {type(self).__name__} writes no rationales, none are scored")
         self.evaluation: Evaluation | None = None
         """What the last complete evaluation found; sanity checks do not count."""
         self._seed: int | None = None
@@ -125,7 +135,11 @@ class DistillModule(pl.LightningModule):
         return {task: self.task_loss(batch, task) for task in self.active_tasks}
 
     def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
-        """How the losses are combined into the one that is minimised."""
+        """How the losses are combined into the one that is minimised; it has to be linear in them.
+
+        It is applied to each micro-batch's share of the terms, whose sum over the optimizer step is then the loss of
+        the whole step.
+        """
         return torch.stack(list(terms.values())).sum()
 
     def term_counts(self, batch: TaskBatch) -> Counts:
@@ -347,6 +361,19 @@ class DistillModule(pl.LightningModule):
             total_steps=lambda: self.trainer.estimated_stepping_batches,
         )
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's; under FSDP the norm is taken over all ranks' shards, which Lightning refuses to do."""
+        wrapped = self.trainer.strategy.model
+        if gradient_clip_val and isinstance(wrapped, FullyShardedDataParallel):
+            wrapped.clip_grad_norm_(gradient_clip_val)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
@@ -399,6 +426,9 @@ class DistillModule(pl.LightningModule):
         terms, counts = self.loss_terms(batch), self.term_counts(batch)
         for name, term in terms.items():
             number = counts.get(name, 1)
+            if number == 0:
+                # whatever a term is over nothing, NaN included
+                term = torch.zeros_like(term)
             pair = torch.stack([term.detach().float() * number, torch.tensor(float(number), device=term.device)])
             self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
         key = self._answer_key(split)
@@ -449,6 +479,7 @@ class DistillModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what loading needs beside the weights, and rewind to the last complete optimizer step."""
         checkpoint[CHECKPOINT_KEY] = record_student(self.student, self.tokenizer)
+        checkpoint[_PREFIXES_KEY] = dict(self.prefixes)
         if self._seed is not None:
             checkpoint[_SEED_KEY] = self._seed
         if self._windows is not None and "loops" in checkpoint:
@@ -461,7 +492,17 @@ class DistillModule(pl.LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the run's seed and position."""
+        """Take up the run's seed and position.
+
+        Raises:
+            UserError: the checkpoint was trained on other tasks or prefixes.
+        """
+        trained = checkpoint.get(_PREFIXES_KEY, self.prefixes)
+        if trained != self.prefixes:
+            raise UserError(
+                f"ckpt_path: the checkpoint was trained on {trained} (task: prefix), {type(self).__name__} here asks"
+                f" for {self.prefixes}; give the method and the prefixes that it was trained with"
+            )
         self._seed = checkpoint.get(_SEED_KEY)
         if (loops := checkpoint.get("loops")) is not None:
             self._resumed_batches = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"]
@@ -477,7 +518,8 @@ class DistillModule(pl.LightningModule):
 
         Args:
             checkpoint_path: the checkpoint file.
-            kwargs: Lightning's own arguments, and constructor arguments in place of the saved ones.
+            kwargs: Lightning's own arguments, and constructor arguments in place of the saved ones; ``student`` only
+                changes the name that is remembered.
         """
         kwargs.setdefault("weights_only", True)
         original = kwargs.pop("student", None)

@@ -13,10 +13,10 @@ from torch import Tensor
 from lit_distill.answers import AnswerKey
 from lit_distill.metrics import (
     bootstrap_interval,
-    bootstrap_interval_of,
     ends_in,
     judge,
     macro_f1,
+    macro_f1_interval,
     rouge_l,
     wilson_interval,
 )
@@ -130,10 +130,7 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
         other(
             "macro_f1",
             macro_f1(predictions, labels, label_set),
-            lambda: bootstrap_interval_of(
-                lambda rows: macro_f1([predictions[i] for i in rows], [labels[i] for i in rows], label_set),
-                len(labels),
-            ),
+            lambda: macro_f1_interval(predictions, labels, label_set),
         )
     if rationales:
         written = [(a, a.rationale) for a in answers if a.rationale is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -82,16 +81,15 @@ def generate_texts(module: DistillModule, inputs: TaskInputs, settings: Mapping[
         inputs: a task's rows.
         settings: ``max_new_tokens`` and ``num_beams``; one beam is greedy.
     """
-    with _whole_parameters(module):
-        ids = module.student.generate(  # type: ignore[misc]  # its protocol of a generative model is too narrow
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=settings["max_new_tokens"],
-            num_beams=settings["num_beams"],
-            do_sample=False,
-            # ranks generate different lengths; where a forward pass is a collective, all have to go on to the longest
-            synced_gpus=module.sharded,
-        )
+    ids = module.student.generate(  # type: ignore[misc]  # its protocol of a generative model is too narrow
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=settings["max_new_tokens"],
+        num_beams=settings["num_beams"],
+        do_sample=False,
+        # ranks generate different lengths; where a forward pass is a collective, all have to go on to the longest
+        synced_gpus=module.sharded,
+    )
     return decode(module, cast(Tensor, ids))
 
 
@@ -105,7 +103,7 @@ def decode(module: DistillModule, ids: Tensor) -> list[str]:
     ]
 
 
-def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[tuple[str, ...]]) -> list[str]:
+def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[tuple[str, ...]]) -> list[str | None]:
     """Each row's likeliest choice: the one with the highest log-likelihood of its whole target, end token included.
 
     The inputs are encoded once, whatever the number of choices.
@@ -113,43 +111,36 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
     Args:
         module: the module whose student scores.
         inputs: a task's rows, ``(batch, source_len)``.
-        choices: the closed choices of each row.
+        choices: the closed choices of each row; a row without any gets ``None``.
     """
     flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
-    targets = module.tokenizer([choice for _, choice in flat])["input_ids"]
-    with _whole_parameters(module):
-        states = module.student.encoder(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-        ).last_hidden_state
-        scores: list[float] = []
-        for start in range(0, len(flat), _CHOICES_AT_ONCE):
-            part = slice(start, start + _CHOICES_AT_ONCE)
-            rows = torch.tensor([row for row, _ in flat[part]], device=states.device)
-            labels = pad_sequence(
-                [torch.tensor(ids) for ids in targets[part]], batch_first=True, padding_value=IGNORE_INDEX
-            ).to(states.device)
-            logits = module.student(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]),
-                attention_mask=inputs["attention_mask"][rows],
-                decoder_input_ids=module.student.prepare_decoder_input_ids_from_labels(labels),
-                use_cache=False,
-            ).logits
-            scores += sequence_log_likelihood(logits, labels).tolist()
+    if not flat:
+        return [None] * len(choices)
+    end = module.tokenizer.eos_token_id
+    targets = [
+        # as a target is trained on: a tokenizer that does not end it by itself is helped
+        ids if ids and ids[-1] == end else [*ids, end]
+        for ids in module.tokenizer([choice for _, choice in flat])["input_ids"]
+    ]
+    states = module.student.encoder(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    ).last_hidden_state
+    scores: list[float] = []
+    for start in range(0, len(flat), _CHOICES_AT_ONCE):
+        part = slice(start, start + _CHOICES_AT_ONCE)
+        rows = torch.tensor([row for row, _ in flat[part]], device=states.device)
+        labels = pad_sequence(
+            [torch.tensor(ids) for ids in targets[part]], batch_first=True, padding_value=IGNORE_INDEX
+        ).to(states.device)
+        logits = module.student(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]),
+            attention_mask=inputs["attention_mask"][rows],
+            decoder_input_ids=module.student.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        ).logits
+        scores += sequence_log_likelihood(logits, labels).tolist()
     best: dict[int, tuple[float, str]] = {}
     for (row, choice), score in zip(flat, scores, strict=True):
         if row not in best or score > best[row][0]:
             best[row] = (score, choice)
-    return [best[row][1] for row in range(len(choices))]
-
-
-def _whole_parameters(module: DistillModule) -> AbstractContextManager[object]:
-    """Under FSDP, the parameters that the root holds (embedding and head), which only its own forward would gather."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    wrapped = getattr(module.trainer.strategy, "model", None) if module._trainer is not None else None
-    if isinstance(wrapped, FullyShardedDataParallel):
-        return cast(
-            AbstractContextManager[object],
-            FullyShardedDataParallel.summon_full_params(wrapped, writeback=False, recurse=False),
-        )
-    return nullcontext()
+    return [best[row][1] if row in best else None for row in range(len(choices))]

@@ -32,12 +32,19 @@ def learning_rate_factor(step: int, *, schedule: ScheduleName, warmup_steps: int
     return max(0.0, (total_steps - step) / max(1.0, total_steps - warmup_steps))
 
 
+def _is_spared(name: str) -> bool:
+    return "norm" in name or name.endswith(".bias")
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices, which decay, and biases and norms (one dimension), which do not."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Trainable parameters in two groups: weights, which decay, and biases and norms, which do not.
+
+    They are told apart by name: a sharded strategy makes every parameter one-dimensional.
+    """
+    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if not _is_spared(name)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if _is_spared(name)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -61,7 +68,8 @@ def configure(
     else:
         # fused: one kernel over all parameters, several times the speed on CPU too; with fp16's loss scaling it would
         # unscale by itself, which Lightning's clipping does not allow
-        fused = module.trainer.precision != "16-mixed"
+        device = module.trainer.strategy.root_device.type
+        fused = module.trainer.precision != "16-mixed" and device in ("cpu", "cuda")
         built = AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
         if fused:
             # what tells Lightning that the optimizer unscales by itself; without a scaler nobody else reads it

@@ -15,6 +15,7 @@ from tests.runs import (
     small_model,
     small_toy,
     small_trainer,
+    toy_data,
     write_lines,
 )
 from tests.students import make_student_folder
@@ -97,3 +98,15 @@ def test_the_rationale_is_null_where_the_method_writes_none(method: str, rationa
 def test_another_split(student_folder: Path) -> None:
     run("predict", small_toy(student_folder), "--data.predict_split=val", "--predictions=put.jsonl")
     assert [row["id"] for row in read_lines(Path("put.jsonl"))] == [f"toy-val-{i}" for i in range(4)]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.pytorch.Trainer.predict", lambda *args, **kwargs: pytest.fail("it predicted"))
+    (tmp_path / "file").touch()
+    target = f"--predictions={tmp_path / 'file' / 'out.jsonl'}"
+    with pytest.raises(SystemExit) as stopped:
+        run("predict", small_model(student_folder), toy_data(), "--trainer.accelerator=cpu", target)
+    assert stopped.value.code == 2
+    assert "predictions: cannot write" in capsys.readouterr().err

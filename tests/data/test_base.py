@@ -164,7 +164,7 @@ def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> No
         ({"label_source": "teacher"}, "label_source: teacher needs the teacher's labels of train"),
         (
             {"rationale_filter": "label_agrees"},
-            "rationale_filter: label_agrees needs the teacher's rationales of train",
+            "rationale_filter: label_agrees needs the teacher's labels of train",
         ),
     ],
 )

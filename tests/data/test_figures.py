@@ -1,4 +1,4 @@
-"""The figures of the paper's released data (`../shared/reference/paper.md`), on the data itself."""
+"""The figures of the paper's released data, on the data itself where it is at hand."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """A user's own rows, from every kind of file."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,60 @@ def test_choices_in_a_csv_cell(tmp_path: Path) -> None:
     path.write_text('input,label,choices\n"a, b",x,"[""x"", ""y""]"\n')
     key = JSONLDataModule(test=path).answer_key("test")
     assert (key.inputs, key.choices) == (["a, b"], [("x", "y")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"input": "a\\ud800b", "label": "x"}\n', "rows.jsonl:1: half of a surrogate pair"),
+        (b'{"input": "a", "label": ' + b"9" * 5000 + b"}\n", "rows.jsonl:1: JSON too deep or with too large a number"),
+        (b'{"input": ' + b"[" * 100_000 + b"\n", "rows.jsonl:1: JSON too deep"),
+    ],
+    ids=["surrogate", "number", "depth"],
+)
+def test_hostile_lines_are_one_error(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        JSONLDataModule(train=path).released("train")
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": "x"}\n')
+    rows = JSONLDataModule(train=path).released("train")
+    assert rows is not None
+    assert [example.input for example in rows.examples] == ["a"]
+
+
+def test_csv_columns_and_cells(tmp_path: Path) -> None:
+    twice = tmp_path / "twice.csv"
+    twice.write_text("input,label,label\na,x,y\n")
+    with pytest.raises(UserError, match="the column 'label' is there twice"):
+        JSONLDataModule(train=twice).released("train")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("")
+    with pytest.raises(UserError):
+        JSONLDataModule(train=empty).released("train")
+    long = tmp_path / "long.csv"
+    long.write_text(f"input,label\n{'a' * 200_000},x\n")
+    rows = JSONLDataModule(train=long).released("train")
+    assert rows is not None
+    assert len(rows.examples[0].input) == 200_000
+
+
+def test_a_label_of_dashes_and_digits_is_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "a", "label": "--5"}\n')
+    with pytest.raises(UserError, match="--5"):
+        JSONLDataModule(train=path, label_set=["x", "y"]).released("train")
+
+
+def test_label_agrees_needs_teacher_labels(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "a", "label": "x", "rationale": "because"}\n' * 1)
+    data = JSONLDataModule(
+        train=path, val=path, rationale_filter="label_agrees", tasks=("label", "rationale"), tokenizer=tokenizer
+    )
+    with pytest.raises(UserError, match="rationale_filter: label_agrees needs the teacher's labels"):
+        data.setup("fit")

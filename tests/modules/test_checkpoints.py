@@ -248,3 +248,22 @@ def test_effective_batch_is_compared(
             trainer.fit(module, datamodule=data)
     else:
         trainer.fit(module, datamodule=data)
+
+
+def test_a_checkpoint_of_other_prefixes_is_refused(student_folder: Path, tmp_path: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    StepByStepModule(student_folder, from_scratch=True).on_load_checkpoint(checkpoint)
+    for other in (
+        StandardModule(student_folder, from_scratch=True),
+        StepByStepModule(student_folder, from_scratch=True, label_prefix="say: "),
+    ):
+        with pytest.raises(UserError, match="ckpt_path: the checkpoint was trained on"):
+            other.on_load_checkpoint(checkpoint)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    folder = make_student_folder(tmp_path / "small", vocab_size=10)
+    with pytest.raises(UserError, match="vocab_size is 10"):
+        StandardModule(folder, from_scratch=True)

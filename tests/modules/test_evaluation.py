@@ -20,6 +20,9 @@ from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
 from tests.modules.running import make_trainer, plain_terms
 from tests.students import WORDS
 
+# the settings of all methods are the same, also of the one that has no rationales
+pytestmark = pytest.mark.filterwarnings("ignore:evaluate_rationales. StandardModule writes no rationales")
+
 
 def ids(text: str) -> list[int]:
     return [*(WORDS.index(word) for word in text.split()), 1]
@@ -269,6 +272,16 @@ def test_scoring_in_parts(student_folder: Path, monkeypatch: pytest.MonkeyPatch)
         whole = score_choices(module, batch, choices)
         monkeypatch.setattr("lit_distill.modules.generation._CHOICES_AT_ONCE", 3)
         assert score_choices(module, batch, choices) == whole
+
+
+def test_rows_without_choices_are_not_scored(student_folder: Path) -> None:
+    module = StandardModule(student_folder, from_scratch=True).eval()
+    batch = next(iter(ItemData(module, batch_size=2).val_dataloader()))["label"]
+    with torch.no_grad():
+        found = score_choices(module, batch, [("yes", "no"), ()])
+        assert score_choices(module, batch, [(), ()]) == [None, None]
+    assert found[0] in ("yes", "no")
+    assert found[1] is None
 
 
 def test_generation_is_the_plain_greedy_loop(student_folder: Path) -> None:

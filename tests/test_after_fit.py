@@ -1,0 +1,57 @@
+"""What `fit` ends with where test is absent or stumbles: the trained student is kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import at_work_in, refusal, run, run_folders, small_model, small_trainer, write_lines
+
+ROWS = [{"input": f"cat {i}", "label": "a", "rationale": "because a"} for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def own_rows(**files: Path) -> list[str]:
+    return [
+        "--data=JSONLDataModule",
+        *(f"--data.{split}={path}" for split, path in files.items()),
+        "--data.batch_size=4",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*the student is saved untested:UserWarning")
+def test_without_a_test_split_the_student_is_saved_untested(student_folder: Path, place: Path) -> None:
+    rows = write_lines(place / "rows.jsonl", ROWS)
+    with pytest.warns(UserWarning, match="the student is saved untested"):
+        run("fit", small_model(student_folder), own_rows(train=rows, val=rows), small_trainer())
+    [folder] = run_folders()
+    assert (folder / "student" / "model.safetensors").is_file()
+
+
+def test_a_test_that_stumbles_does_not_lose_the_student(
+    student_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_lines(place / "rows.jsonl", ROWS)
+    unlabelled = write_lines(place / "test.jsonl", [{"input": "cat", "label": None}])
+    data = own_rows(train=rows, val=rows, test=unlabelled)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", small_model(student_folder), data, small_trainer())
+    assert stopped.value.code == 2
+    [folder] = run_folders()
+    assert (folder / "student" / "model.safetensors").is_file()
+
+
+def test_a_baseline_needs_a_test(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data=ToyDataModule", "--baseline_after_fit=true", "--test_after_fit=false"]
+    assert "baseline_after_fit needs test_after_fit" in refusal(capsys, "fit", small_model(student_folder), arguments)
+
+
+def test_a_remote_checkpoint_is_refused(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data=ToyDataModule", "--ckpt_path=http://127.0.0.1/last.ckpt"]
+    assert "copy the file here first" in refusal(capsys, "test", small_model(student_folder), arguments)
