@@ -103,7 +103,7 @@ def test_another_split(student_folder: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told_before_the_work(
     student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning.pytorch.Trainer.predict", lambda *args, **kwargs: pytest.fail("it predicted"))
+    monkeypatch.setattr("lightning.pytorch.Trainer._run", lambda *args, **kwargs: pytest.fail("it predicted"))
     (tmp_path / "file").touch()
     target = f"--predictions={tmp_path / 'file' / 'out.jsonl'}"
     with pytest.raises(SystemExit) as stopped:
