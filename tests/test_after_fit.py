@@ -55,3 +55,8 @@ def test_a_baseline_needs_a_test(student_folder: Path, capsys: pytest.CaptureFix
 def test_a_remote_checkpoint_is_refused(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data=ToyDataModule", "--ckpt_path=http://127.0.0.1/last.ckpt"]
     assert "copy the file here first" in refusal(capsys, "test", small_model(student_folder), arguments)
+
+
+def test_a_run_without_an_end_is_refused(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data=ToyDataModule", "--trainer.max_steps=-1"]
+    assert "trainer.max_steps: -1 needs" in refusal(capsys, "fit", small_model(student_folder), arguments)

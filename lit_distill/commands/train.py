@@ -110,6 +110,12 @@ class DistillCLI(LightningCLI):
                 raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
         check_range("trainer.accumulate_grad_batches", config["trainer"]["accumulate_grad_batches"], at_least=1)
         check_range("trainer.log_every_n_steps", config["trainer"]["log_every_n_steps"], at_least=0)
+        check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], at_least=0)
+        if config["trainer"]["val_check_interval"] is not None and config["validation"]["every_n_steps"] is not None:
+            raise UserError(
+                "trainer.val_check_interval: validation goes by validation.every_n_steps; set that, or set it to null"
+                " to leave validation to Lightning"
+            )
         check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
 
     def _parse_ckpt_path(self) -> None:
