@@ -27,7 +27,8 @@ class ValidateEverySteps(Callback):
     callback tells it batch by batch instead.
 
     Args:
-        every_n_steps: optimizer steps between validations; ``null`` leaves validation to Lightning's own settings.
+        every_n_steps: optimizer steps between validations; ``null``, or a ``trainer.val_check_interval``, leaves
+            validation to Lightning's own settings.
     """
 
     def __init__(self, every_n_steps: int | None = 250) -> None:

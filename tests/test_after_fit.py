@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import at_work_in, refusal, run, run_folders, small_model, small_trainer, write_lines
+from tests.runs import at_work_in, metric_rows, refusal, run, run_folders, small_model, small_trainer, write_lines
 
 ROWS = [{"input": f"cat {i}", "label": "a", "rationale": "because a"} for i in range(8)]
 
@@ -60,3 +60,29 @@ def test_a_remote_checkpoint_is_refused(student_folder: Path, capsys: pytest.Cap
 def test_a_run_without_an_end_is_refused(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data=ToyDataModule", "--trainer.max_steps=-1"]
     assert "trainer.max_steps: -1 needs" in refusal(capsys, "fit", small_model(student_folder), arguments)
+
+
+def test_a_run_without_validation_saves_its_last_student(student_folder: Path, place: Path) -> None:
+    data = ["--data=ToyDataModule", "--data.train_size=8", "--data.test_size=4", "--data.batch_size=4"]
+    with pytest.warns(UserWarning, match="the student of the last step is tested and saved"):
+        run("fit", small_model(student_folder), data, small_trainer(), "--trainer.limit_val_batches=0")
+    [folder] = run_folders()
+    assert (folder / "student" / "model.safetensors").is_file()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_default_root_dir_holds_the_runs(student_folder: Path, place: Path) -> None:
+    data = ["--data=ToyDataModule", "--data.train_size=8", "--data.val_size=4", "--data.test_size=4"]
+    run("fit", small_model(student_folder), data, small_trainer(), "--trainer.default_root_dir=elsewhere")
+    [folder] = run_folders(place / "elsewhere" / "runs")
+    assert (folder / "student" / "config.json").is_file()
+    assert not (place / "runs").exists()
+
+
+def test_lightnings_own_interval_is_heard(student_folder: Path, place: Path) -> None:
+    data = ["--data=ToyDataModule", "--data.train_size=16", "--data.val_size=4", "--data.test_size=4"]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.val_check_interval=2"]
+    run("fit", small_model(student_folder), data, "--data.batch_size=4", trainer, "--trainer.enable_progress_bar=false")
+    [folder] = run_folders()
+    rows = [row["step"] for row in metric_rows(folder) if "val/accuracy" in row]
+    assert rows == ["1", "3"]

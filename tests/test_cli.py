@@ -184,7 +184,6 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--data.batch_size=0", ["batch_size must be an integer >= 1, got 0"]),
     ("--validation.every_n_steps=0", ["validation.every_n_steps must be at least 1 or null, got 0"]),
     ("--trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val must be at least 0, got -1"]),
-    ("--trainer.val_check_interval=3", ["trainer.val_check_interval", "validation.every_n_steps"]),
     ("--trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches must be at least 1, got 0"]),
     ("--seed_everything=-4", ["seed_everything must be at least 0", "got -4"]),
     ("--trainer.max_epochs=-5", ["trainer: ", "max_epochs", "-5"]),

@@ -38,8 +38,6 @@ def save_best_student(
         The student's folder; ``None`` where no checkpoint was kept.
     """
     if best is None:
-        if trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False):
-            rank_zero_warn("No validation has chosen a best checkpoint: no student is saved")
         return None
     if not best.is_file():
         rank_zero_warn(f"{best} is a sharded checkpoint: no student is saved; consolidate it and export it by hand")

@@ -111,11 +111,6 @@ class DistillCLI(LightningCLI):
         check_range("trainer.accumulate_grad_batches", config["trainer"]["accumulate_grad_batches"], at_least=1)
         check_range("trainer.log_every_n_steps", config["trainer"]["log_every_n_steps"], at_least=0)
         check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], at_least=0)
-        if config["trainer"]["val_check_interval"] is not None and config["validation"]["every_n_steps"] is not None:
-            raise UserError(
-                "trainer.val_check_interval: validation goes by validation.every_n_steps; set that, or set it to null"
-                " to leave validation to Lightning"
-            )
         check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
 
     def _parse_ckpt_path(self) -> None:
@@ -139,6 +134,9 @@ class DistillCLI(LightningCLI):
         if config.get("verbose") is not None:
             # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
             config["verbose"] = False
+        if config["trainer"]["val_check_interval"] is not None:
+            # whoever sets Lightning's own interval means it
+            config["validation"]["every_n_steps"] = None
         limits = config["trainer"]
         endless = limits["max_steps"] == -1 and limits["max_epochs"] in (None, -1) and limits["max_time"] is None
         if self.subcommand == "fit" and endless:
@@ -154,7 +152,11 @@ class DistillCLI(LightningCLI):
                 Namespace(
                     class_path="lightning.pytorch.loggers.CSVLogger",
                     init_args=Namespace(
-                        save_dir="runs", name="lightning_logs", version=None, prefix="", flush_logs_every_n_steps=100
+                        save_dir=str(Path(trainer["default_root_dir"] or "") / "runs"),
+                        name="lightning_logs",
+                        version=None,
+                        prefix="",
+                        flush_logs_every_n_steps=100,
                     ),
                 )
             ]
@@ -244,8 +246,8 @@ class DistillCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint once, save its student, and say so."""
         config = self.config[self.subcommand]
-        best = best_checkpoint(self.trainer)
         folder = run_folder(self.trainer)
+        best = best_checkpoint(self.trainer) or self._save_unvalidated(folder)
         tested = config["test_after_fit"] and self.datamodule.split_rows("test") is not None
         if config["test_after_fit"] and not tested:
             rank_zero_warn(f"{self.datamodule.absence('test')}: the student is saved untested")
@@ -264,6 +266,15 @@ class DistillCLI(LightningCLI):
             rank_zero_info("Training the label-only baseline: same data, settings and steps.")
             baseline = self._baseline(folder)
         report(self.model, student=student, baseline=baseline)
+
+    def _save_unvalidated(self, folder: Path) -> Path | None:
+        """The last step's checkpoint of a run in which no validation has chosen one; ``None`` where none is wanted."""
+        if not self.trainer.checkpoint_callbacks or self.config[self.subcommand]["trainer"]["fast_dev_run"]:
+            return None
+        rank_zero_warn("No validation has chosen a best checkpoint: the student of the last step is tested and saved")
+        path = folder / "checkpoints" / "last.ckpt"
+        self.trainer.save_checkpoint(path)
+        return path
 
     def _baseline(self, folder: Path) -> dict[str, float] | None:
         config = self.config[self.subcommand]

@@ -172,12 +172,6 @@ def test_without_checkpoints_the_last_weights_are_tested(here: Path, student_fol
     assert sum("test/accuracy" in row for row in rows) == 1
 
 
-def test_without_validation_it_is_said_that_no_student_is_saved(here: Path, student_folder: Path) -> None:
-    with pytest.warns(UserWarning, match="no student is saved"):
-        run("fit", small_toy(student_folder), "--trainer.limit_val_batches=0")
-    assert not list(here.rglob("student"))
-
-
 def test_a_folder_of_ones_own(student_folder: Path) -> None:
     run("fit", small_toy(student_folder), "--checkpoint.dirpath=mine/checkpoints")
     assert Path("mine/student/model.safetensors").is_file()
