@@ -1,6 +1,5 @@
 """``inspect`` on the command line: takes any config of ``fit``, and builds the data alone."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_distill.commands.inspect import inspect_data, render, write_report
-from lit_distill.commands.parser import Parser
+from lit_distill.commands.parser import Parser, import_class
 from lit_distill.commands.train import DistillCLI, linked_prefixes
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -63,8 +62,7 @@ class InspectCLI(DistillCLI):
             settings = model.get("init_args") or Namespace()
             prefixes = linked_prefixes(model["class_path"], settings)
             arguments |= {"tokenizer": settings.get("student"), "prefixes": prefixes, "tasks": list(prefixes)}
-        module, _, name = data["class_path"].rpartition(".")
-        built: RationaleDataModule = getattr(importlib.import_module(module), name)(**arguments)
+        built: RationaleDataModule = import_class(data["class_path"])(**arguments)
         report = inspect_data(built)
         render(report)
         if self.config["json"] is not None:

@@ -1,5 +1,6 @@
 """The parser of all commands: errors in one line, constructors whose exceptions stay as they are."""
 
+import importlib
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,6 +45,13 @@ class Parser(LightningArgumentParser):
         except UserError as error:
             raise UserError(f"{error} (in {cfg_path})") from error
         return parsed
+
+
+def import_class(class_path: str) -> type[Any]:
+    """The class at an import path that the parser has resolved."""
+    module, _, name = class_path.rpartition(".")
+    found: type[Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def known_options(parser: LightningArgumentParser) -> list[str]:

@@ -1,6 +1,5 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over methods and datasets."""
 
-import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lit_distill.callbacks import (
 from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
 from lit_distill.commands.finish import report, save_best_student
-from lit_distill.commands.parser import Parser, Raised
+from lit_distill.commands.parser import Parser, Raised, import_class
 from lit_distill.commands.predict import write_predictions
 from lit_distill.commands.runs import best_checkpoint, find_checkpoint, flat_config, names, run_folder, run_name
 from lit_distill.data.base import RationaleDataModule
@@ -126,26 +125,34 @@ class DistillCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Name the run, so that loggers need no set-up."""
+        """Check and settle what depends on several keys at once, and name the run."""
+        self._settle()
+        self._name_run()
+
+    def _settle(self) -> None:
         config = self.config[self.subcommand]
+        trainer = config["trainer"]
         check_range("cpu_threads", config["cpu_threads"], at_least=1, whole=True)
         if config["baseline_after_fit"] and not config["test_after_fit"]:
             raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
+        endless = trainer["max_steps"] == -1 and trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None
+        if self.subcommand == "fit" and endless:
+            raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
         if config.get("verbose") is not None:
             # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
             config["verbose"] = False
-        if config["trainer"]["val_check_interval"] is not None:
-            # whoever sets Lightning's own interval means it
-            config["validation"]["every_n_steps"] = None
-        limits = config["trainer"]
-        endless = limits["max_steps"] == -1 and limits["max_epochs"] in (None, -1) and limits["max_time"] is None
-        if self.subcommand == "fit" and endless:
-            raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
         if config.get("weights_only") is None:
             # what a checkpoint holds beside weights is plain data; anything else in one is code to run
             config["weights_only"] = True
+        if trainer["val_check_interval"] is not None:
+            # whoever sets Lightning's own interval means it
+            config["validation"]["every_n_steps"] = None
         if config["cpu_threads"] is not None:
             torch.set_num_threads(config["cpu_threads"])
+
+    def _name_run(self) -> None:
+        """Loggers that have no name get the run's, so that they need no set-up."""
+        config = self.config[self.subcommand]
         trainer = config["trainer"]
         if trainer.get("logger") is True or trainer.get("logger") is None:
             trainer["logger"] = [
@@ -165,14 +172,11 @@ class DistillCLI(LightningCLI):
         for logger in loggers:
             if not isinstance(logger, Namespace):
                 continue
-            arguments = logger.init_args
-            kind = logger.class_path.rpartition(".")[2]
-            if kind == "WandbLogger":
-                _set_missing(arguments, {"name": name})
+            if logger.init_args.get("name") in (None, "lightning_logs"):
+                logger.init_args["name"] = name
+            if logger.class_path.rpartition(".")[2] == "WandbLogger":
                 extra = logger.get("dict_kwargs") or {}
                 logger["dict_kwargs"] = {"group": group, "tags": tags, "job_type": self.subcommand} | dict(extra)
-            elif arguments.get("name") in (None, "lightning_logs"):
-                arguments["name"] = name
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what the machine or the environment lacks is told in one line."""
@@ -251,7 +255,6 @@ class DistillCLI(LightningCLI):
         tested = config["test_after_fit"] and self.datamodule.split_rows("test") is not None
         if config["test_after_fit"] and not tested:
             rank_zero_warn(f"{self.datamodule.absence('test')}: the student is saved untested")
-        student = None
         try:
             if tested:
                 # Lightning's own table is left out: ours follows, with intervals beside their metrics
@@ -319,15 +322,8 @@ def linked_tasks(class_path: str, init_args: Namespace | None = None) -> list[st
 
 def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict[str, str]:
     """Task -> prefix of a method that is only named yet."""
-    module, _, name = class_path.rpartition(".")
-    method: type[DistillModule] = getattr(importlib.import_module(module), name)
+    method: type[DistillModule] = import_class(class_path)
     return dict(method.task_prefixes(init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}))
-
-
-def _set_missing(arguments: Namespace, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if arguments.get(name) is None:
-            arguments[name] = value
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
