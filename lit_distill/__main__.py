@@ -3,4 +3,4 @@
 from lit_distill.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(own_process=True)

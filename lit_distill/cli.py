@@ -1,30 +1,27 @@
-"""The command line: dispatches to the commands, and tells what the user can mend in one line."""
+"""The command line: answers at once what needs no library, runs the commands, and tells faults in one line."""
 
-import logging
+from __future__ import annotations
+
+import argparse
+import gc
 import os
 import sys
-import warnings
+from typing import TYPE_CHECKING
 
-import transformers
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType
-
-# these two make data modules and methods known by their bare names
-import lit_distill.data
-import lit_distill.modules  # noqa: F401
-from lit_distill.commands.inspect_cli import InspectCLI
-from lit_distill.commands.train import run_trainer
+from lit_distill import __version__
 from lit_distill.errors import UserError
+from lit_distill.messages import COMMANDS, DESCRIPTION, no_command
 
-BESIDE = {"inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples."}
-"""The commands that are not the trainer's, and what they do."""
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
 
 
-def main(args: ArgsType = None) -> None:
+def main(args: ArgsType = None, *, own_process: bool = False) -> None:
     """Run one command.
 
     Args:
         args: the arguments as a list; by default the process's.
+        own_process: the process is there for this command alone, so that what is imported for it may stay for good.
 
     Raises:
         SystemExit: with code 2 and one line on stderr, for what the user can mend.
@@ -32,32 +29,58 @@ def main(args: ArgsType = None) -> None:
     # a user's own classes lie in the folder that the command is given in
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    quieten()
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given[:1] == ["inspect"]:
-            InspectCLI(given[1:])
-        else:
-            run_trainer(args, BESIDE)
-    except (UserError, MisconfigurationException) as error:
+        if isinstance(given, list):
+            answer_at_once(given)
+        if own_process:
+            # what is imported is no garbage, and to look for some in it again and again takes a third of the start
+            gc.disable()
+        # torch, lightning and transformers come with this one
+        from lit_distill.commands.dispatch import dispatch
+
+        if own_process:
+            # nor is it looked through while the command runs, or taken apart at the end
+            gc.freeze()
+            gc.enable()
+        dispatch(args)
+    except UserError as error:
         print(f"lit_distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def quieten() -> None:
-    """Drop what dependencies say to no one's use; everything else keeps its warning."""
-    # torch says so of Lightning's own code
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    # tests and notebooks call main in-process, beside arguments of their own
-    warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended to run from within Python")
-    # rows are logged by optimizer steps, which no epoch's length bounds
-    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_of_use)
-    transformers.utils.logging.disable_progress_bar()
+def answer_at_once(given: list[str]) -> None:
+    """End the program where there is no command to run; return where there may be one.
+
+    Raises:
+        SystemExit: with code 0, once the help or the version is printed.
+        UserError: there is no command, or none of that name.
+    """
+    if given[:1] in (["-h"], ["--help"], ["--version"]):
+        # prints what was asked for, and ends the program
+        overview().parse_args(given[:1])
+    if not given:
+        raise UserError(no_command())
+    # an option that stands before the command is for the commands' own parser to judge
+    if not given[0].startswith("-") and given[0] not in COMMANDS:
+        raise UserError(no_command(given[0]))
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """Neither an advertisement nor the seed, which the config says."""
-    message = record.getMessage()
-    return not any(text in message for text in ("litlogger", "litmodels", "Seed set to"))
+def overview() -> argparse.ArgumentParser:
+    """A parser that knows the commands by name and none of their arguments, for its help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_distill",
+        description=DESCRIPTION,
+        epilog="the arguments of a command, of a method, of a dataset:\n"
+        "  %(prog)s fit --help\n"
+        "  %(prog)s fit --model.help=StepByStepModule\n"
+        "  %(prog)s fit --data.help=CQADataModule",
+        # the lines above are there to be copied
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lit_distill {__version__}")
+    parser.add_argument("-c", "--config", help="Path to a configuration file with a section for the command.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser

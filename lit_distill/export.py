@@ -12,7 +12,7 @@ from lit_distill import __version__
 from lit_distill.students import (
     CHECKPOINT_KEY,
     StudentRecord,
-    build_student,
+    restore_student,
     restore_tokenizer,
     save_student,
     student_weights,
@@ -53,8 +53,7 @@ def export_checkpoint(
     """
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
     record = cast(StudentRecord, checkpoint[CHECKPOINT_KEY])
-    student = build_student(record["config"])
-    student.load_state_dict(student_weights(checkpoint["state_dict"]))
+    student = restore_student(record["config"], student_weights(checkpoint["state_dict"]))
     first = next(iter(prefixes))
     for name, value in generation[first].items():
         setattr(student.generation_config, name, value)

@@ -5,7 +5,16 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 
-COMMANDS = ("fit", "validate", "test", "predict", "inspect")
+DESCRIPTION = "Distilling step-by-step: train and compare small students."
+"""What the program is for."""
+
+COMMANDS = {
+    "fit": "Train a student, test its best checkpoint and save it.",
+    "validate": "Evaluate a student on val.",
+    "test": "Evaluate a student on test.",
+    "predict": "Write what a student says of each row, as JSON lines.",
+    "inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples.",
+}
 """What the command line can be asked to do."""
 
 _MANY = 30
@@ -168,8 +177,12 @@ def _command(key: str, message: str, options: Sequence[str]) -> str | None:
     found = re.search(r"invalid choice: '(\w+)'|(expected \"subcommand\" to be one of)", message)
     if not found:
         return None
-    given = found.group(1)
-    start = f"{given}: no such command{likely(given, COMMANDS)}" if given else "a command must be given"
+    return no_command(found.group(1))
+
+
+def no_command(given: str | None = None) -> str:
+    """That no command, or none of that name, was given."""
+    start = f"{given}: no such command{likely(given, tuple(COMMANDS))}" if given else "a command must be given"
     return f"{start}; allowed are {', '.join(COMMANDS)}"
 
 

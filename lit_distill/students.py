@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from lit_distill.errors import UserError
@@ -80,16 +81,40 @@ def build_student(config: Mapping[str, Any], *, dropout: float | None = None) ->
         config: the file's content; its ``tie_word_embeddings`` is honoured.
         dropout: dropout rate in place of the configuration's.
     """
-    content = dict(config)
-    tied = bool(content.get("tie_word_embeddings", True))
-    if dropout is not None:
-        content["dropout_rate"] = dropout
-    model = T5ForConditionalGeneration(T5Config.from_dict(content))
-    if not tied:
+    model = T5ForConditionalGeneration(_t5_config(config, dropout))
+    if not _says_tied(config):
         untie(model)
         with torch.no_grad():
             model.lm_head.weight.normal_(mean=0.0, std=model.config.d_model**-0.5)
     return model
+
+
+def restore_student(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], *, dropout: float | None = None
+) -> T5ForConditionalGeneration:
+    """A student with these weights, every one of them; random ones, which take seconds to draw, never are.
+
+    Args:
+        config: the content of a ``config.json``; its ``tie_word_embeddings`` is honoured.
+        weights: the student's state dict.
+        dropout: dropout rate in place of the configuration's.
+    """
+    with no_init_weights():
+        model = T5ForConditionalGeneration(_t5_config(config, dropout))
+    # among what was left out above
+    model.tie_weights()
+    if not _says_tied(config):
+        untie(model)
+    model.load_state_dict(weights)
+    return model
+
+
+def _t5_config(config: Mapping[str, Any], dropout: float | None) -> T5Config:
+    return T5Config.from_dict(dict(config) | ({} if dropout is None else {"dropout_rate": dropout}))
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", True))
 
 
 def true_config(model: T5ForConditionalGeneration) -> dict[str, Any]:
@@ -147,9 +172,7 @@ def load_student(
                 f"student: the configuration in {name!r} makes no T5 ({' '.join(str(error).split())})"
             ) from error
     if _is_checkpoint(name):
-        model = build_student(config, dropout=dropout)
-        model.load_state_dict(student_weights(_read_checkpoint(name)["state_dict"]))
-        return model
+        return restore_student(config, student_weights(_read_checkpoint(name)["state_dict"]), dropout=dropout)
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHT_FILES):
         raise UserError(
@@ -162,7 +185,7 @@ def load_student(
             model = T5ForConditionalGeneration.from_pretrained(name, **settings)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"student: cannot load {name!r} ({_first_line(error)}){_hint(name)}") from error
-    if not config.get("tie_word_embeddings", True) or not is_tied(model):
+    if not _says_tied(config) or not is_tied(model):
         untie(model)
     # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
     return cast(T5ForConditionalGeneration, model.float().train())

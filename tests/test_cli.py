@@ -1,6 +1,9 @@
 """The command line: what it refuses and how it says so, its help, and what a user's own classes do in it."""
 
+import gc
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +15,9 @@ import torch
 import yaml
 
 import lit_distill.modules.base
+from lit_distill.cli import overview
+from lit_distill.commands.train import DistillCLI
+from lit_distill.messages import COMMANDS
 from tests.runs import (
     CONFIGS,
     REPOSITORY,
@@ -131,7 +137,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["fit", "--config=nowhere.yaml"], ["config: no file", "nowhere.yaml"]),
         (["inspect", "--config=nowhere.yaml"], ["config: no file", "nowhere.yaml"]),
         (["fit", "--config=."], ["config: ", "is not a file"]),
-        (["--version"], ["version: no such argument"]),
+        (["--verbose"], ["verbose: no such argument"]),
         (["fit", "--model.help=NopeModule"], ["model: unknown class 'NopeModule'"]),
         (["inspect", "--data.help=NopeDataModule"], ["data: unknown class 'NopeDataModule'"]),
     ],
@@ -417,10 +423,59 @@ def test_a_fault_in_a_users_file_goes_through(
 # ---------------------------------------------------------------------- help and printing
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_lists_every_command(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     text = printed(capsys, "--help")
-    for command in ("fit", "validate", "test", "predict", "inspect"):
-        assert command in text
+    assert max(map(len, text.splitlines())) <= width
+    commands = dict(re.findall(r"^    (\w+) +(\S.*)$", text, flags=re.MULTILINE))
+    assert list(commands) == ["fit", "validate", "test", "predict", "inspect"]
+    # how to get further, to be copied
+    lines = [line.partition("-m lit_distill ")[2] for line in text.splitlines() if line.startswith("  python ")]
+    assert len(lines) == 3
+    for line in lines:
+        assert printed(capsys, *shlex.split(line))
+
+
+def test_the_overview_is_in_step_with_the_parser(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsers: list[Any] = []
+
+    def only_look(self: DistillCLI, parser: Any, args: object) -> None:  # noqa: ANN401 - Lightning's
+        parsers.append(parser)
+        raise InterruptedError
+
+    monkeypatch.setattr(DistillCLI, "parse_arguments", only_look)
+    with pytest.raises(InterruptedError):
+        run("fit")
+    [whole] = parsers
+    # `inspect` stands beside LightningCLI's commands
+    assert [*whole._subcommands_action.choices, "inspect"] == list(COMMANDS)
+    known = set(overview()._option_string_actions)
+    assert known - {"--version"} <= set(whole._option_string_actions)
+    for name, parser in whole._subcommands_action._name_parser_map.items():
+        assert parser.description == COMMANDS[name]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--version") == f"lit_distill {lit_distill.__version__}\n"
+
+
+def test_a_config_may_stand_before_its_command(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"fit": {"model": {"class_path": "StandardModule", "init_args": {"student": str(student_folder)}}}}
+    Path("whole.yaml").write_text(yaml.safe_dump(config))
+    text = printed(capsys, "--config=whole.yaml", "fit", "--data=ToyDataModule", "--print_config")
+    assert yaml.safe_load(text)["model"]["init_args"]["student"] == str(student_folder)
+
+
+def test_a_process_of_others_is_collected_as_before(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = gc.get_freeze_count()
+    run("inspect", toy_data(), f"--data.tokenizer={student_folder}")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "inspect"])

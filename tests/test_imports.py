@@ -1,10 +1,14 @@
 """Imports run one way, and importing the package costs nothing."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import lit_distill
 
@@ -66,8 +70,52 @@ def test_the_check_sees_each_form_of_an_import() -> None:
     assert list(imports(ast.parse("from lit_distill import __version__\nimport torch"))) == ["__init__"]
 
 
+def run_python(*lines: str) -> dict[str, Any]:
+    """What a fresh process holds after some lines, by which it has to leave a dictionary ``found``."""
+    code = "\n".join(["import gc, json, sys", "from lit_distill.cli import main", *lines])
+    code += "\nprint('FOUND', json.dumps(found | {'modules': sorted(sys.modules)}), sep='')"
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    found: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2])
+    return found
+
+
+def packages(found: dict[str, Any]) -> set[str]:
+    return {name.partition(".")[0] for name in found["modules"]}
+
+
+HEAVY = {"torch", "lightning", "transformers", "jsonargparse", "datasets", "pandas", "numpy", "torchmetrics", "rich"}
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = {"torch", "lightning", "transformers", "datasets", "numpy"}
-    code = f"import lit_distill, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import lit_distill, sys; print(sorted({HEAVY} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["-h"], 0), (["--version"], 0), ([], 2), (["ft"], 2), (["ft", "--help"], 2)],
+)
+def test_what_is_no_command_imports_nothing_heavy(arguments: list[str], code: int) -> None:
+    found = run_python(
+        f"try:\n    main({arguments})\nexcept SystemExit as stopped:\n    found = {{'code': stopped.code}}"
+    )
+    assert found["code"] == code
+    assert packages(found) & HEAVY == set()
+
+
+def test_a_command_imports_no_more_than_it_needs(student_folder: Path) -> None:
+    arguments = ["inspect", "--data=ToyDataModule", "--data.train_size=4", f"--data.tokenizer={student_folder}"]
+    found = run_python(
+        f"main({arguments}, own_process=True)",
+        "found = {'collects': gc.isenabled(), 'left_alone': gc.get_freeze_count()}",
+    )
+    # loggers that are not asked for, scorers that nothing is scored by
+    unneeded = {"wandb", "tensorboard", "tensorflow", "nltk", "rouge_score", "sklearn", "torchvision", "matplotlib"}
+    unneeded |= {"datasets", "pandas"}
+    assert packages(found) & unneeded == set()
+    # what was imported is not looked through for garbage, what comes after it is
+    assert found["collects"]
+    assert found["left_alone"] > 100_000

@@ -17,6 +17,7 @@ from lit_distill.students import (
     load_tokenizer,
     read_config,
     record_student,
+    restore_student,
     restore_tokenizer,
     save_student,
     true_config,
@@ -293,6 +294,28 @@ def test_checkpoint_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "broken.ckpt").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=r"^student: cannot read the checkpoint file '.*broken\.ckpt'"):
         load_student(tmp_path / "broken.ckpt")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_restored_student_has_its_weights_and_draws_none(tied: bool) -> None:
+    config = CONFIG | {"tie_word_embeddings": tied}
+    original = build_student(config)
+    state = torch.get_rng_state()
+    restored = restore_student(config, original.state_dict(), dropout=0.25)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (restored.training, restored.config.dropout_rate) == (True, 0.25)
+    assert torch.equal(logits(restored), logits(original))
+    assert is_tied(restored) is tied
+    # the embedding of both stacks is one
+    assert restored.encoder.embed_tokens.weight is restored.shared.weight
+    assert restored.decoder.embed_tokens.weight is restored.shared.weight
+    assert len(list(restored.parameters())) == len(list(original.parameters()))
+    restored.tie_weights()
+    assert is_tied(restored) is tied
+    # and none is left that nobody has drawn
+    weights = {name: tensor for name, tensor in original.state_dict().items() if name != "shared.weight"}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        restore_student(config, weights)
 
 
 def test_a_folder_that_is_removed_is_not_needed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lit_distill.commands.parser import Parser, import_class
 from lit_distill.commands.train import DistillCLI, linked_prefixes
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.messages import COMMANDS
 from lit_distill.modules.base import DistillModule
 
 
@@ -32,7 +33,7 @@ class InspectCLI(DistillCLI):
             parser_class=Parser,
             parser_kwargs={
                 "prog": "lit_distill inspect",
-                "description": "Report on a dataset as a config uses it. A student is never built.",
+                "description": f"{COMMANDS['inspect']} A student is never built.",
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,

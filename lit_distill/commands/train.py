@@ -1,6 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over methods and datasets."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lit_distill.commands.predict import write_predictions
 from lit_distill.commands.runs import best_checkpoint, find_checkpoint, flat_config, names, run_folder, run_name
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 
 
@@ -192,6 +193,8 @@ class DistillCLI(LightningCLI):
                 raise
             raise UserError(f"trainer: {lacking}") from unbuilt
         else:
+            # the very same one, which would be read from its files once more
+            self.datamodule.tokenizer = self.model.tokenizer
             self._say_the_given_student()
             return
         # out here it keeps its own traceback and cause, without jsonargparse's around it
@@ -205,7 +208,8 @@ class DistillCLI(LightningCLI):
             return whole
         config = whole[str(self.subcommand)]
         config["model"]["init_args"]["student"] = str(path)
-        config["model"]["init_args"]["from_scratch"] = True
+        # its weights are read twice, here and by Lightning; to draw random ones first takes several times as long
+        config["model"]["init_args"]["from_scratch"] = False
         config["data"]["init_args"]["tokenizer"] = str(path)
         return whole
 
@@ -332,16 +336,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def run_trainer(args: ArgsType, beside: Mapping[str, str]) -> DistillCLI:
+def run_trainer(args: ArgsType) -> DistillCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
         args: the arguments as LightningCLI takes them.
-        beside: the other commands and what they do, for the help.
     """
     # matrix products in TF32 where the hardware has it: T5 is trained in it, and float32 on it costs several times more
     torch.set_float32_matmul_precision("high")
-    listed = " ".join(f"`{name}` ({text})" for name, text in beside.items())
     return DistillCLI(
         DistillModule,
         RationaleDataModule,
@@ -351,7 +353,9 @@ def run_trainer(args: ArgsType, beside: Mapping[str, str]) -> DistillCLI:
         parser_class=Parser,
         parser_kwargs={
             "prog": "lit_distill",
-            "description": f"Distilling step-by-step: train and compare small students. Beside these: {listed}",
+            "description": DESCRIPTION,
+            # LightningCLI hands each command's parser what stands under its name
+            **{name: {"description": text} for name, text in COMMANDS.items() if name in DistillCLI.subcommands()},
         },
         save_config_callback=_SaveConfig,
         seed_everything_default=0,

@@ -1,5 +1,7 @@
 """Tokenise a split once: Arrow files in a cache, named after everything that changes them."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -7,18 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import tokenizers
 import transformers
-from datasets import Dataset  # type: ignore[import-untyped]
 from filelock import FileLock
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example, target_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
 
 FORMAT = 1
 """Version of the files' layout; raised when it changes, so that older files are not read."""
@@ -187,6 +191,9 @@ def tokenize_once(
 
 def _read(folder: Path, mark: str) -> tuple[Dataset, dict[str, int]] | None:
     """What is in a folder, or ``None`` where that is not whole."""
+    # brings pandas, which commands that train nothing have no use for
+    from datasets import Dataset
+
     table = folder / "rows.arrow"
     try:
         done = json.loads((folder / "done.json").read_text(encoding="utf-8"))

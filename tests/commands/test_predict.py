@@ -29,13 +29,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
 
 
-def test_predictions_are_all_rows_in_order_with_rationales(here: Path) -> None:
+def test_predictions_are_all_rows_in_order_with_rationales(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = make_student_folder(here / "student")
     arguments = small_toy(student)
     run("fit", arguments, "--test_after_fit=false")
     [folder] = run_folders()
     shutil.rmtree(student)
     checkpoint = folder / "checkpoints" / "last.ckpt"
+
+    def draw(*args: object, **kwargs: object) -> None:
+        raise AssertionError("random weights were drawn for a student that has its own")
+
+    monkeypatch.setattr("lit_distill.students.build_student", draw)
     # batches of 2 of 5 rows, and one row whose rationale is a sample: that of each is wanted
     more = ["--data.eval_batch_size=2", "--model.num_samples=1"]
     run("predict", arguments, more, f"--ckpt_path={checkpoint}", "--predictions=out/put.jsonl")
