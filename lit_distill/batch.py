@@ -11,7 +11,9 @@ a row that only pads a distributed sampler: its labels are ignored and its predi
 
 from typing import NotRequired, TypedDict
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 IGNORE_INDEX = -100
 """Target positions with this id do not count: padding, and rows without a target (PyTorch's own default)."""
@@ -31,6 +33,11 @@ class TaskInputs(TypedDict):
     """Target token ids with ``IGNORE_INDEX`` on padding, ``(batch, target_len)``."""
     index: NotRequired[Tensor]
     """Evaluation only: the rows' positions in their split, ``(batch,)``."""
+    source_lengths: NotRequired[tuple[int, ...]]
+    """Tokens of each row's source, which padding follows on the right; on the host, so that nothing has to ask the
+    device for them. Absent where somebody else made the batch: see `lengths_of`."""
+    target_lengths: NotRequired[tuple[int, ...]]
+    """Likewise of each row's target; 0 for a row without one."""
 
 
 TaskBatch = dict[str, TaskInputs]
@@ -41,3 +48,22 @@ def target_tokens(inputs: TaskInputs) -> int:
     """Number of target positions that count, on whichever device they lie."""
     from_labels: Tensor = (inputs["labels"] != IGNORE_INDEX).sum()
     return int(from_labels.item())
+
+
+def lengths_of(inputs: TaskInputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of each row's source and of each row's target, padding on the right left out.
+
+    What the collator wrote down is taken as it is. Where that is absent, the tensors are read, which waits for their
+    device: a source ends with the last 1 of its mask, a target with its last label that is not ``IGNORE_INDEX``.
+    """
+    if "source_lengths" in inputs and "target_lengths" in inputs:
+        # older releases of PyTorch pin a tuple as a list
+        return tuple(inputs["source_lengths"]), tuple(inputs["target_lengths"])
+    return _ends(inputs["attention_mask"] != 0), _ends(inputs["labels"] != IGNORE_INDEX)
+
+
+def _ends(real: Tensor) -> tuple[int, ...]:
+    """How many columns there are up to the last real one of each row; 0 in a row of none."""
+    columns = torch.arange(1, real.shape[1] + 1, device=real.device)
+    # a column of zeros in front: the greatest of no columns is not defined
+    return tuple(functional.pad(real * columns, (1, 0)).amax(dim=1).tolist())

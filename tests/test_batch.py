@@ -1,6 +1,7 @@
 import torch
+from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, target_tokens
+from lit_distill.batch import IGNORE_INDEX, TaskInputs, lengths_of, target_tokens
 
 
 def test_target_tokens_are_those_that_count() -> None:
@@ -17,3 +18,32 @@ def test_no_rows_have_no_target_tokens() -> None:
 
 def test_ignored_positions_are_those_that_pytorch_ignores() -> None:
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX
+
+
+def bare(mask: Tensor, labels: Tensor) -> TaskInputs:
+    return {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "labels": labels}
+
+
+def test_lengths_are_read_where_nobody_wrote_them_down() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    ignored = IGNORE_INDEX
+    labels = torch.tensor([[5, 0, 1], [ignored, 7, ignored], [ignored] * 3, [1, ignored, ignored]])
+    # a hole, as left padding or a masked token makes it, is no end
+    assert lengths_of(bare(mask, labels)) == ((3, 3, 4, 0), (3, 2, 0, 1))
+
+
+def test_lengths_of_no_rows_and_of_no_columns() -> None:
+    assert lengths_of(bare(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long))) == ((), ())
+    assert lengths_of(bare(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))) == (
+        (0, 0),
+        (3, 3),
+    )
+
+
+def test_lengths_that_were_written_down_are_taken() -> None:
+    inputs = bare(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
+    inputs["source_lengths"] = (2, 1)
+    # one of the two alone is not enough
+    assert lengths_of(inputs) == ((3, 3), (3, 3))
+    inputs["target_lengths"] = (1, 0)
+    assert lengths_of(inputs) == ((2, 1), (1, 0))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import datasets  # type: ignore[import-untyped]
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -20,7 +19,7 @@ from lit_distill.data.collate import RationaleCollator, TokenRows
 from lit_distill.data.download import RELEASE_URL, fetch_release
 from lit_distill.data.files import output_files, read_json_lines, read_outputs
 from lit_distill.data.loader import ResumableLoader
-from lit_distill.data.sampler import EpochSampler
+from lit_distill.data.sampler import EpochSampler, rows_read
 from lit_distill.data.splits import SplitRows, UsedRows, evaluation_rows, hold_out, teacher_counts, train_rows
 from lit_distill.data.tokenize import TokenSettings, tokenize_once
 from lit_distill.errors import UserError
@@ -70,6 +69,10 @@ class RationaleDataModule(pl.LightningDataModule):
         cache_dir: folder of the tokenised rows; by default ``$LIT_DISTILL_CACHE``, else a folder in the cache of
             Hugging Face datasets.
         predict_split: the split that ``predict`` reads.
+        batching: what a training batch is made of: any rows (``shuffled``), or rows of like length (``by_length``),
+            which need less padding; either way the batches of an epoch come in a random order.
+        pad_to_multiple_of: round the lengths of batches up to a multiple of this, so that a compiled student sees few
+            shapes; if not given, a batch is as long as its longest row.
     """
 
     name: str = ""
@@ -107,6 +110,8 @@ class RationaleDataModule(pl.LightningDataModule):
         allow_extra_outputs: bool = False,
         cache_dir: str | Path | None = None,
         predict_split: Literal["train", "val", "test", "predict"] = "test",
+        batching: Literal["shuffled", "by_length"] = "shuffled",
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         super().__init__()
         self.data_dir = Path(data_dir)
@@ -129,6 +134,10 @@ class RationaleDataModule(pl.LightningDataModule):
         self.predict_split: Split = checks.check_choice(
             "predict_split", predict_split, ("train", "val", "test", "predict")
         )
+        self.batching = checks.check_choice("batching", batching, ("shuffled", "by_length"))
+        if pad_to_multiple_of is not None:
+            checks.check_int("pad_to_multiple_of", pad_to_multiple_of, 1)
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.counts: dict[str, dict[str, int]] = {}
         self._tokenizer = self._check_tokenizer(tokenizer)
         self._loaded: dict[Split, SplitRows | None] = {}
@@ -156,6 +165,8 @@ class RationaleDataModule(pl.LightningDataModule):
                 "allow_extra_outputs": allow_extra_outputs,
                 "cache_dir": None if cache_dir is None else str(cache_dir),
                 "predict_split": predict_split,
+                "batching": batching,
+                "pad_to_multiple_of": pad_to_multiple_of,
             }
         )
 
@@ -331,19 +342,19 @@ class RationaleDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training rows, resumable."""
-        return self._loader("train", evaluation=False)
+        return self._loader("train", "train")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """All rows of val in order."""
-        return self._loader("val", evaluation=True)
+        """All rows of val, the longest first."""
+        return self._loader("val", "val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """All rows of test in order."""
-        return self._loader("test", evaluation=True)
+        """All rows of test, the longest first."""
+        return self._loader("test", "test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """All rows of ``predict_split`` in order."""
-        return self._loader(self.predict_split, evaluation=True)
+        """All rows of ``predict_split``, the longest first."""
+        return self._loader(self.predict_split, "predict")
 
     # ---------------------------------------------------------------- tokens
 
@@ -364,24 +375,30 @@ class RationaleDataModule(pl.LightningDataModule):
             raise UserError(f"tokenizer: {self._tokenizer_name()!r} needs a padding and an end-of-sequence token")
         return loaded
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
     @property
     def token_settings(self) -> TokenSettings:
         """What decides a row's tokens beside the tokenizer."""
         return TokenSettings(self.prefixes, self.max_source_length, self.max_target_length)
 
     def _tokenize(self, split: Split) -> TokenRows:
-        root = self.cache_dir or os.environ.get(CACHE_VARIABLE) or datasets.config.HF_DATASETS_CACHE / "lit_distill"
+        from datasets.config import HF_DATASETS_CACHE  # type: ignore[import-untyped]  # with pandas, for rows alone
+
+        root = self.cache_dir or os.environ.get(CACHE_VARIABLE) or HF_DATASETS_CACHE / "lit_distill"
         name = f"{self.name}-{split}"
         examples = self.used_rows(split).examples
         table, cut = tokenize_once(name, examples, self.tokenizer, self.token_settings, Path(root))
         self.counts[split] |= cut
         return TokenRows(table, self.tasks)
 
-    def _loader(self, split: Split, *, evaluation: bool) -> DataLoader[Any]:
+    def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
         if split not in self._rows:
             raise RuntimeError(f"setup has not built the {split} split")
-        rows = self._rows[split]
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        rows, evaluation = self._rows[split], stage != "train"
+        batch_size = (self.eval_batch_size or self.batch_size) if evaluation else self.batch_size
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)  # noqa: S101 - for the type checker; the property has checked it
         if self.num_workers:
@@ -390,13 +407,24 @@ class RationaleDataModule(pl.LightningDataModule):
         loader = DataLoader if evaluation else ResumableLoader
         return loader(
             rows,
-            batch_size=(self.eval_batch_size or self.batch_size) if evaluation else self.batch_size,
-            sampler=EpochSampler(rows, world, rank, shuffle=not evaluation, seed=self.seed),
-            collate_fn=RationaleCollator(pad, self.tasks, evaluation),
+            batch_size=batch_size,
+            sampler=self._sampler(rows, stage, batch_size),
+            collate_fn=RationaleCollator(pad, self.tasks, evaluation, self.pad_to_multiple_of),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _sampler(self, rows: TokenRows, stage: Split, batch_size: int) -> EpochSampler:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        if stage == "train":
+            lengths = rows.lengths(evaluation=False) if self.batching == "by_length" else None
+            return EpochSampler(rows, world, rank, seed=self.seed, lengths=lengths, batch_size=batch_size)
+        # the longest first pads least, and memory that does not suffice shows at once; a trainer that reads a part of
+        # the split alone reads the rows that it would read without sorting
+        limit = 1.0 if self.trainer is None else getattr(self.trainer, f"limit_{stage}_batches")
+        first = rows_read(limit, len(rows), batch_size, world)
+        return EpochSampler(rows, world, rank, shuffle=False, lengths=rows.lengths(evaluation=True), first=first)
 
     # ---------------------------------------------------------------- reading
 

@@ -1,14 +1,19 @@
 """From tokenised rows to a batch: the contract of `lit_distill.batch`."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
-from datasets import Dataset as ArrowDataset  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
+
+if TYPE_CHECKING:
+    from datasets import Dataset as ArrowDataset  # type: ignore[import-untyped]
 
 Row = dict[str, Any]
 """``index``, and for each task ``<task>.input_ids`` and ``<task>.labels`` (``None`` where it has no target)."""
@@ -30,6 +35,22 @@ class TokenRows(Dataset[Row]):
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def lengths(self, *, evaluation: bool) -> list[int]:
+        """What each row costs: the tokens of its sources and targets, summed over the tasks.
+
+        In training a task without a target does not hold the row, whose source then costs nothing.
+        """
+        columns = self._table.with_format("arrow")[:]
+        total = 0
+        for task in self.tasks:
+            source, target = (pc.list_value_length(columns[f"{task}.{part}"]) for part in ("input_ids", "labels"))
+            if evaluation:
+                target = pc.fill_null(target, 0)
+            # without a target the sum is null as well
+            total = pc.add(total, pc.fill_null(pc.add(source, target), 0))
+        lengths: list[int] = total.to_pylist()  # type: ignore[attr-defined]
+        return lengths
 
     def __getitem__(self, position: int) -> Row:
         return self.__getitems__([position])[0]
@@ -55,7 +76,7 @@ class RationaleCollator:
         pad_token_id: fills ``input_ids`` up to the longest row.
         tasks: the tasks to build.
         evaluation: whether the batch is one of evaluation.
-        pad_to_multiple_of: lengths are rounded up to a multiple of this, for hardware that wants it.
+        pad_to_multiple_of: the widths of sources and targets are rounded up to a multiple of this.
     """
 
     def __init__(
@@ -78,8 +99,14 @@ class RationaleCollator:
         lengths = torch.tensor([len(source) for source in sources], dtype=torch.long)
         # by length, not by id: a tokenizer's padding id can be an ordinary token's, too
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        labels = self._pad([row[f"{task}.labels"] or [] for row in rows], IGNORE_INDEX)
-        batch: TaskInputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        targets = [row[f"{task}.labels"] or [] for row in rows]
+        batch: TaskInputs = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "labels": self._pad(targets, IGNORE_INDEX),
+            "source_lengths": tuple(map(len, sources)),
+            "target_lengths": tuple(map(len, targets)),
+        }
         if self.evaluation:
             batch["index"] = torch.tensor([row["index"] for row in rows], dtype=torch.long)
         return batch

@@ -1,11 +1,16 @@
-"""Which rows a rank sees, and in which order: a pure function of the seed and the epoch."""
+"""Which rows a rank sees, and in which order: a pure function of the seed, the epoch and perhaps the rows' lengths."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lit_distill.batch import PADDING_ROW
+
+WINDOW = 50
+"""Batches (of all ranks) whose rows are sorted by length together, at most: so many that a batch's rows are of like
+length, so few that rows meet other rows in another epoch."""
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -23,15 +28,32 @@ class EpochSampler(DistributedSampler[int]):
         rank: this rank.
         shuffle: shuffle anew each epoch (training), or keep the order and pad (evaluation).
         seed: the run's seed; an epoch's order depends on it and on the epoch alone.
+        lengths: the rows' lengths, where the order is to go by them: shuffling then makes batches of rows of like
+            length (`by_length`), and otherwise the longest row comes first (`longest_first`).
+        batch_size: rows of a batch on one rank, for batches by length.
+        first: without shuffling, as many rows of the dataset come before all others whatever their length; all rows
+            if not given.
     """
 
     def __init__(
-        self, dataset: Sized, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0
+        self,
+        dataset: Sized,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        *,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        first: int | None = None,
     ) -> None:
         # the base class's annotation asks for a `Dataset`, of which it uses the length alone
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.rows = len(dataset)
         self.offset = 0
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.first = self.rows if first is None else first
 
     def __iter__(self) -> Iterator[int]:
         own = self._order()[self.rank :: self.num_replicas]
@@ -56,13 +78,65 @@ class EpochSampler(DistributedSampler[int]):
         self.offset = rows
 
     def _order(self) -> list[int]:
-        missing = self.num_samples * self.num_replicas - self.rows
+        positions = self.num_samples * self.num_replicas
         if not self.shuffle:
-            return list(range(self.rows)) + [PADDING_ROW] * missing
+            order = list(range(self.rows)) if self.lengths is None else longest_first(self.lengths, self.first)
+            return order + [PADDING_ROW] * (positions - self.rows)
         # one integer out of two, without the collisions of `seed + epoch` between runs of neighbouring seeds
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
-        while missing > 0:
-            order += order[:missing]
-            missing = self.num_samples * self.num_replicas - len(order)
-        return order
+        shuffled = torch.randperm(self.rows, generator=generator)
+        if positions > self.rows:
+            shuffled = shuffled.repeat(-(-positions // self.rows))[:positions]
+        if self.lengths is not None:
+            batch_size = self.batch_size * self.num_replicas
+            shuffled = by_length(shuffled, torch.tensor(self.lengths), batch_size, generator)
+        dealt: list[int] = shuffled.tolist()
+        return dealt
+
+
+def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """An epoch's order, rearranged so that each batch holds rows of like length.
+
+    Windows of the order are sorted and cut into batches, and the batches of all windows are shuffled. The rows that
+    do not fill a batch are the order's last ones, whatever their length, and stay the last: no length is favoured.
+    Within a batch the rows are sorted, so that ranks that take turns have rows of like length as well.
+
+    Args:
+        order: the rows of an epoch, shuffled, ``(positions,)``.
+        lengths: the length of each row, ``(rows,)``.
+        batch_size: rows of a batch, over all ranks.
+        generator: shuffles the batches.
+    """
+    count = len(order) // batch_size
+    # several windows where there are few batches: the only one would make the same batches in each epoch
+    window_size = batch_size * min(WINDOW, max(1, count // 4))
+    whole = count * batch_size
+    windows = [*order[:whole].split(window_size), order[whole:]]
+    *windows, rest = [window[lengths[window].argsort(stable=True)] for window in windows]
+    batches = [batch for window in windows for batch in window.split(batch_size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return torch.cat([*(batches[i] for i in shuffled), rest])
+
+
+def longest_first(lengths: Sequence[int], first: int) -> list[int]:
+    """Positions, those of the first rows before all others, and of these the longest before the shorter ones.
+
+    Args:
+        lengths: the rows' lengths.
+        first: rows to sort; the others follow as they are.
+    """
+    return [*sorted(range(first), key=lengths.__getitem__, reverse=True), *range(first, len(lengths))]
+
+
+def rows_read(limit: float, rows: int, batch_size: int, world: int) -> int:
+    """How many rows a pass of evaluation reads that Lightning limits: the first ones, of all ranks together.
+
+    Args:
+        limit: the trainer's ``limit_<stage>_batches``: an integer is a number of batches, a float a part of them.
+        rows: rows of the split.
+        batch_size: rows of a batch on one rank.
+        world: number of ranks.
+    """
+    batches = -(-rows // (batch_size * world))
+    read = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    return min(rows, int(read) * batch_size * world)

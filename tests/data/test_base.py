@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW
-from lit_distill.data import CQADataModule, ESNLIDataModule, SVAMPDataModule, base
+from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule, SVAMPDataModule, base
 from lit_distill.data.collate import RationaleCollator
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
@@ -64,7 +64,7 @@ def test_training_batches_hold_what_the_files_say(tokenizer: PreTrainedTokenizer
     assert counts["parsed"] + counts["unparsed"] + counts["no_output"] == 18
 
 
-def test_evaluation_batches_hold_every_row_in_order(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+def test_evaluation_batches_hold_every_row(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
     module = CQADataModule(data_dir=write_cqa(test=5), tokenizer=tokenizer, tasks=BOTH, eval_batch_size=2)
     module.setup("test")
     batches = list(module.test_dataloader())
@@ -294,6 +294,11 @@ def test_describe_is_plain(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteC
     assert described["dataset"] == "cqa"
 
 
+def stand_in(rank: int, world: int, limit: float = 1.0) -> Any:  # noqa: ANN401 - in place of a trainer
+    limits = {f"limit_{stage}_batches": limit for stage in ("val", "test", "predict")}
+    return SimpleNamespace(global_rank=rank, world_size=world, **limits)
+
+
 def test_ranks_share_the_rows(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
     seen: list[list[int]] = []
     data = write_cqa(test=5)
@@ -301,7 +306,7 @@ def test_ranks_share_the_rows(tokenizer: PreTrainedTokenizerFast, write_cqa: Wri
         module = CQADataModule(data_dir=data, tokenizer=tokenizer)
         module.setup("test")
         module.setup("fit")
-        module.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        module.trainer = stand_in(rank, 2)
         (batch,) = module.test_dataloader()
         seen.append(batch["label"]["index"].tolist())
         sampler = module.train_dataloader().sampler
@@ -321,6 +326,152 @@ def test_workers_give_the_same_batches(tokenizer: PreTrainedTokenizerFast, write
     assert runs[0] == runs[1]
 
 
+def lengthy(folder: Path, write_lines: WriteLines, train: int = 4, test: int = 0) -> dict[str, Any]:
+    """Files, and the arguments that name them: rows of 1, 2, ... letters in a mixed order, with their own label."""
+
+    def rows(count: int) -> list[dict[str, Any]]:
+        sizes = [(7 * i) % count + 1 for i in range(count)]
+        return [{"input": "x" * size, "label": "yes", "rationale": "y" * size} for size in sizes]
+
+    arguments: dict[str, Any] = {"train": write_lines(folder / "train.jsonl", rows(train))}
+    if test:
+        arguments["test"] = arguments["val"] = write_lines(folder / "test.jsonl", rows(test))
+    return arguments
+
+
+def sources(loader: DataLoader[Any]) -> list[list[int]]:
+    """The lengths of the label task's inputs without their end, batch by batch."""
+    return [[length - 1 for length in batch["label"]["source_lengths"]] for batch in loader]
+
+
+def test_evaluation_reads_the_longest_rows_first(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    module = JSONLDataModule(**lengthy(tmp_path, write_lines, test=10), tokenizer=tokenizer, eval_batch_size=4)
+    module.setup("test")
+    assert sources(module.test_dataloader()) == [[10, 9, 8, 7], [6, 5, 4, 3], [2, 1]]
+    # row i has 7i mod 10 + 1 letters; an index is still a position in the file
+    for batch in module.test_dataloader():
+        index = batch["label"]["index"].tolist()
+        assert [(7 * i) % 10 + 2 for i in index] == list(batch["label"]["source_lengths"])
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(1, 1), (2, 2), (5, 3), (0.4, 1), (0.7, 2), (1.0, 3)])
+def test_a_limited_evaluation_reads_the_first_rows(
+    limit: float, batches: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    data = JSONLDataModule(
+        **lengthy(tmp_path, write_lines, test=10), tokenizer=tokenizer, eval_batch_size=4, predict_split="val"
+    )
+    module = Silent()
+    trainer = make_trainer(tmp_path, limit_val_batches=limit, limit_test_batches=limit, limit_predict_batches=limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on workers
+        trainer.validate(module, data, verbose=False)
+        trainer.test(module, data, verbose=False)
+        trainer.predict(module, data)
+    assert set(module.rows) == {"val", "test", "predict"}
+    for rows in module.rows.values():
+        assert rows == sorted(range(min(10, 4 * batches)), key=lambda i: -((7 * i) % 10))
+
+
+def test_a_quick_try_evaluates_the_first_rows(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    data = JSONLDataModule(**lengthy(tmp_path, write_lines, test=10), tokenizer=tokenizer, batch_size=4)
+    module = Silent()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_trainer(tmp_path, fast_dev_run=True).fit(module, data)
+    assert module.rows == {"val": [1, 2, 3, 0]}  # of 8, 5, 2 and 1 letters
+
+
+def test_ranks_read_the_first_rows_of_a_limited_evaluation(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    data = JSONLDataModule(**lengthy(tmp_path, write_lines, test=9), tokenizer=tokenizer, eval_batch_size=2)
+    data.setup("test")
+    seen = []
+    for rank in range(2):
+        data.trainer = stand_in(rank, 2, limit=1)
+        seen.append([batch["label"]["index"].tolist() for batch in data.test_dataloader()])
+    # rows 0 to 3 have 1, 8, 6 and 4 letters; the others follow as they lie, and what only fills up is last
+    assert seen == [[[1, 3], [4, 6], [8]], [[2, 0], [5, 7], [PADDING_ROW]]]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_batches_by_length(
+    world: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    data = JSONLDataModule(
+        **lengthy(tmp_path, write_lines, train=201),
+        val=tmp_path / "train.jsonl",
+        tokenizer=tokenizer,
+        tasks=BOTH,
+        batch_size=4,
+    )
+    data.setup("fit")
+    spread = {}
+    for data.batching in ("shuffled", "by_length"):
+        ranks = []
+        for rank in range(world):
+            data.trainer = stand_in(rank, world)
+            ranks.append(sources(data.train_dataloader()))
+            assert [len(batch) for batch in ranks[-1]] == {1: [4] * 50 + [1], 2: [4] * 25 + [1]}[world]
+        seen = {length for rank in ranks for batch in rank for length in batch}
+        assert seen == {length + len("predict: ") for length in range(1, 202)}
+        spread[data.batching] = sum(max(batch) - min(batch) for rank in ranks for batch in rank)
+    assert spread["by_length"] < spread["shuffled"] / 2
+
+
+def test_a_pass_by_length_goes_on_where_it_was_left(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    files = lengthy(tmp_path, write_lines, train=30)
+
+    def loader() -> ResumableLoader:
+        data = JSONLDataModule(
+            **files, val=tmp_path / "train.jsonl", tokenizer=tokenizer, batch_size=4, batching="by_length"
+        )
+        data.setup("fit")
+        found = data.train_dataloader()
+        assert isinstance(found, ResumableLoader)
+        return found
+
+    whole = loader()
+    assert isinstance(whole.sampler, EpochSampler)
+    whole.sampler.set_epoch(2)
+    expected = sources(whole)
+    assert [len(batch) for batch in expected] == [4] * 7 + [2]
+    for batches in range(9):
+        resumed = loader()
+        resumed.load_state_dict({"epoch": 2, "batches": batches})
+        assert sources(resumed) == expected[batches:]
+
+
+def test_widths_are_rounded_up_if_asked(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    data = CQADataModule(data_dir=write_cqa(), tokenizer=tokenizer, tasks=BOTH, pad_to_multiple_of=32)
+    data.setup("fit")
+    for batch in (*data.train_dataloader(), *data.val_dataloader()):
+        for inputs in batch.values():
+            assert inputs["input_ids"].shape[1] % 32 == inputs["labels"].shape[1] % 32 == 0
+            assert max(inputs["source_lengths"]) < inputs["input_ids"].shape[1]
+
+
+def test_overfitting_reads_the_same_rows_by_length(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    data = JSONLDataModule(
+        **lengthy(tmp_path, write_lines, train=20, test=10), tokenizer=tokenizer, batch_size=4, batching="by_length"
+    )
+    module = Silent()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning says that it turns shuffling off
+        make_trainer(tmp_path, overfit_batches=1, max_epochs=2).fit(module, data)
+    assert module.trained == [[1, 8, 15, 2]] * 2
+    assert module.rows["val"] == [0, 1, 2, 3] * 2
+
+
 class Silent(pl.LightningModule):
     """Notes what Lightning hands to it."""
 
@@ -329,6 +480,7 @@ class Silent(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.loaders: list[Any] = []
         self.rows: dict[str, list[int]] = {}
+        self.trained: list[list[int]] = []
 
     def _rows(self, stage: str, batch: Any) -> None:  # noqa: ANN401
         self.rows.setdefault(stage, []).extend(batch["label"]["index"].tolist())
@@ -336,6 +488,7 @@ class Silent(pl.LightningModule):
     def training_step(self, batch: Any) -> torch.Tensor:  # noqa: ANN401
         assert "index" not in batch["label"]
         self.loaders.append(self.trainer.train_dataloader)
+        self.trained.append([length - 1 for length in batch["label"]["source_lengths"]])
         return self.weight * 1
 
     def validation_step(self, batch: Any) -> None:  # noqa: ANN401
@@ -351,28 +504,25 @@ class Silent(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def make_trainer(folder: Path, **settings: Any) -> pl.Trainer:
+    quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "num_sanity_val_steps": 0}
+    quiet |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return pl.Trainer(**quiet, default_root_dir=folder, **settings)
+
+
 def test_lightning_runs_it(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA, tmp_path: Path) -> None:
     data = CQADataModule(data_dir=write_cqa(test=5), tokenizer=tokenizer, tasks=BOTH, batch_size=4, eval_batch_size=2)
     module = Silent()
     with warnings.catch_warnings():
         # advice on workers and devices
         warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=2,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-        )
+        trainer = make_trainer(tmp_path, max_epochs=2)
         trainer.fit(module, data)
         trainer.test(module, data, verbose=False)
         trainer.predict(module, data)
         trainer.save_checkpoint(tmp_path / "x.ckpt")
-    assert module.rows == {"val": [0, 1, 0, 1], "test": list(range(5)), "predict": list(range(5))}
+    # of val the second row is the longer one, by a digit
+    assert module.rows == {"val": [1, 0, 1, 0], "test": list(range(5)), "predict": list(range(5))}
     loader = module.loaders[-1]
     assert isinstance(loader, ResumableLoader)
     assert isinstance(loader.sampler, EpochSampler)
