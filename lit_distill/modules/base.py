@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -21,6 +21,7 @@ from lit_distill.checks import check_range
 from lit_distill.errors import UserError
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
+from lit_distill.modules.fast_path import FastPath
 from lit_distill.modules.generation import answer_rows
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, configure
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
@@ -52,6 +53,10 @@ class DistillModule(pl.LightningModule):
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         dropout: dropout rate in place of the student's own.
         activation_checkpointing: recompute activations in the backward pass: less memory, a slower step.
+        fast: run the student's layers on real tokens only, losses and greedy decoding included: the same mathematics,
+            faster. A student, a strategy or a method that this cannot serve runs through its own forward, and says so.
+        compile: train through the student's own forward compiled by ``torch.compile`` for any shape, in place of the
+            fast path; lengths rounded up by ``data.pad_to_multiple_of`` suit it. Evaluation is not compiled.
         max_label_length: generated tokens at most for a label.
         max_rationale_length: generated tokens at most for a rationale.
         num_beams: beams of the generation; 1 is greedy.
@@ -80,6 +85,8 @@ class DistillModule(pl.LightningModule):
         warmup_steps: int = 0,
         dropout: float | None = None,
         activation_checkpointing: bool = False,
+        fast: bool = True,
+        compile: bool = False,
         max_label_length: int = 64,
         max_rationale_length: int = 256,
         num_beams: int = 1,
@@ -116,6 +123,7 @@ class DistillModule(pl.LightningModule):
         self.prefixes: dict[str, str] = self.task_prefixes(dict(self.hparams))
         if evaluate_rationales and self.rationale_task is None:
             rank_zero_warn(f"evaluate_rationales: {type(self).__name__} writes no rationales, none are scored")
+        self.fast_path = FastPath(self, wanted=fast)
         self.evaluation: Evaluation | None = None
         """What the last complete evaluation found; sanity checks do not count."""
         self._seed: int | None = None
@@ -132,7 +140,7 @@ class DistillModule(pl.LightningModule):
 
     def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
         """The losses of a batch: named, unweighted scalars."""
-        return {task: self.task_loss(batch, task) for task in self.active_tasks}
+        return self.task_losses(batch, self.active_tasks)
 
     def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
         """How the losses are combined into the one that is minimised; it has to be linear in them.
@@ -197,11 +205,10 @@ class DistillModule(pl.LightningModule):
         Returns:
             Logits ``(batch, target_len, vocabulary)`` and labels ``(batch, target_len)``.
         """
-        inputs = batch.get(task)
-        if inputs is None or len(inputs["labels"]) == 0:
-            inputs = self._nothing()
+        inputs = self._task_inputs(batch, task)
         labels = inputs["labels"]
-        output = self.student(
+        forward = self._compiled_forward() if self.hparams["compile"] and torch.is_grad_enabled() else self.student
+        output = forward(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             decoder_input_ids=self.student.prepare_decoder_input_ids_from_labels(labels),
@@ -209,9 +216,44 @@ class DistillModule(pl.LightningModule):
         )
         return output.logits, labels
 
+    def task_losses(self, batch: TaskBatch, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Each task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper); 0 without any.
+
+        On the fast path all tasks share one pass over the student. Where a subclass computes logits or a task's loss
+        in its own way, each task goes through that.
+        """
+        inputs = [self._task_inputs(batch, task) for task in tasks]
+        if self.overrides("task_logits", "task_loss") or not self.fast_path.applies(inputs):
+            return {task: self.task_loss(batch, task) for task in tasks}
+        return dict(zip(tasks, self.fast_path.losses(inputs), strict=True))
+
     def task_loss(self, batch: TaskBatch, task: str) -> Tensor:
-        """A task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper); 0 without any."""
+        """One task's cross-entropy; tasks that are wanted together cost less through `task_losses`."""
+        inputs = self._task_inputs(batch, task)
+        if not self.overrides("task_logits") and self.fast_path.applies([inputs]):
+            return self.fast_path.losses([inputs])[0]
         return token_cross_entropy(*self.task_logits(batch, task))
+
+    def _compiled_forward(self) -> Callable[..., Any]:
+        """The student's forward, compiled once for all shapes."""
+        compiled = self.__dict__.get("_compiled")
+        # a copy of this module has a student of its own
+        if compiled is None or compiled[0] is not self.student:
+            compiled = self.student, torch.compile(self.student, dynamic=True)
+            # not as an attribute of the module: what is compiled would be registered as a second student
+            self.__dict__["_compiled"] = compiled
+        return cast(Callable[..., Any], compiled[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled"}
+
+    def _task_inputs(self, batch: TaskBatch, task: str) -> TaskInputs:
+        inputs = batch.get(task)
+        return self._nothing() if inputs is None or len(inputs["labels"]) == 0 else inputs
+
+    def overrides(self, *names: str) -> bool:
+        """Whether a subclass has methods of its own for any of these of the base."""
+        return any(getattr(type(self), name) is not getattr(DistillModule, name) for name in names)
 
     def _nothing(self) -> TaskInputs:
         pad = cast(int, self.student.config.pad_token_id)
@@ -229,6 +271,7 @@ class DistillModule(pl.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None and (built := getattr(datamodule, "prefixes", None)) is not None:
             self._check_tasks(dict(built))
+        self.fast_path.prepare(self.trainer.strategy.root_device)
         if stage == "fit":
             # what an earlier run or `load_from_checkpoint` left; a run that resumes loads its own after this
             self._seed, self._resumed_batches, self._resumed_loaders = None, 0, []
@@ -409,6 +452,17 @@ class DistillModule(pl.LightningModule):
         """What the student says of each row of an evaluation batch; see `lit_distill.modules.generation`."""
         return answer_rows(self, batch, key, every_rationale=rationales)
 
+    def shape_scores(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
+        """Change the scores that the next token is chosen by; as they are unless a subclass overrides this.
+
+        Args:
+            task: the task that is generated.
+            scores: ``(rows, vocabulary)``, float32.
+            step: tokens that were generated before this one.
+            rows: the rows' positions in their split, ``(rows,)``.
+        """
+        return scores
+
     def generation_settings(self, task: str) -> dict[str, int]:
         """``generate``'s arguments for a task: a target is as long as its parts may be together."""
         lengths = {"label": self.hparams["max_label_length"], "rationale": self.hparams["max_rationale_length"]}
@@ -423,7 +477,10 @@ class DistillModule(pl.LightningModule):
         return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
     def _evaluate(self, batch: TaskBatch, split: Literal["val", "test"]) -> None:
-        terms, counts = self.loss_terms(batch), self.term_counts(batch)
+        key = self._answer_key(split)
+        with self.fast_path.sharing(batch):
+            terms, counts = self.loss_terms(batch), self.term_counts(batch)
+            self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
         for name, term in terms.items():
             number = counts.get(name, 1)
             if number == 0:
@@ -431,8 +488,6 @@ class DistillModule(pl.LightningModule):
                 term = torch.zeros_like(term)
             pair = torch.stack([term.detach().float() * number, torch.tensor(float(number), device=term.device)])
             self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
-        key = self._answer_key(split)
-        self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
 
     def _finish_evaluation(self, split: Literal["val", "test"]) -> None:
         sums, answers = self._eval_sums, self._eval_answers
@@ -442,6 +497,9 @@ class DistillModule(pl.LightningModule):
         if self.trainer.world_size > 1:
             pairs = cast(Tensor, self.trainer.strategy.reduce(pairs, reduce_op="sum"))
             answers = gather_answers(self, answers)
+        else:
+            # read longest first
+            answers = sorted(answers, key=lambda answer: answer.index)
         if self.trainer.sanity_checking:
             return
         means = {name: total / count.clamp(min=1) for name, (total, count) in zip(names, pairs, strict=True)}

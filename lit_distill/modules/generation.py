@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from lit_distill.answers import AnswerKey
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
+from lit_distill.fast.greedy import Shape, greedy
+from lit_distill.fast.student import log_likelihoods
 from lit_distill.losses import sequence_log_likelihood
 from lit_distill.modules.evaluation import Answer
 
@@ -37,7 +40,7 @@ def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, ever
     task = module.answer_task
     inputs = batch[task]
     index = inputs["index"].tolist()
-    texts = generate_texts(module, inputs, module.generation_settings(task))
+    texts = generate_texts(module, task, inputs)
     found = [
         Answer(
             row, key.read_label(task, text), text, rationale=key.read_rationale(task, text) if task != "label" else None
@@ -61,42 +64,75 @@ def _add_rationales(
     rows = wanted or ([0] if module.sharded else [])
     if not rows:
         return
-    chosen = torch.tensor(rows, device=inputs["input_ids"].device)
-    subset: TaskInputs = {
-        "input_ids": inputs["input_ids"][chosen],
-        "attention_mask": inputs["attention_mask"][chosen],
-        "labels": inputs["labels"][chosen],
-    }
     task = cast(str, module.rationale_task)
-    texts = generate_texts(module, subset, module.generation_settings(task))
+    texts = generate_texts(module, task, inputs, rows)
     for row, text in zip(wanted, texts, strict=False):
         found[row].rationale = key.read_rationale(task, text)
 
 
-def generate_texts(module: DistillModule, inputs: TaskInputs, settings: Mapping[str, int]) -> list[str]:
+def generate_texts(
+    module: DistillModule, task: str, inputs: TaskInputs, rows: Sequence[int] | None = None
+) -> list[str]:
     """Generate a target for each row, greedily or with beams, and decode it.
 
     Args:
         module: the module whose student generates.
-        inputs: a task's rows.
-        settings: ``max_new_tokens`` and ``num_beams``; one beam is greedy.
+        task: what is generated; ``module.generation_settings`` says how long and with how many beams.
+        inputs: the task's rows.
+        rows: the rows to generate for; all of them if not given.
     """
+    settings = module.generation_settings(task)
+    chosen = list(range(len(inputs["input_ids"]))) if rows is None else list(rows)
+    if settings["num_beams"] == 1 and module.fast_path.decodes([inputs]):
+        with torch.no_grad():
+            encoded, first = module.fast_path.encoded(inputs)
+        shape = _shape(module, task, inputs, chosen)
+        wanted = [first + row for row in chosen]
+        found = greedy(module.student, encoded, wanted, settings["max_new_tokens"], shape)
+        return decode(module, found)
+    taken = torch.tensor(chosen, device=inputs["input_ids"].device)
+    processors = LogitsProcessorList()
+    if (shape := _shape(module, task, inputs, chosen)) is not None:
+        processors.append(_Shaped(shape, settings["num_beams"]))
     ids = module.student.generate(  # type: ignore[misc]  # its protocol of a generative model is too narrow
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=inputs["input_ids"][taken],
+        attention_mask=inputs["attention_mask"][taken],
         max_new_tokens=settings["max_new_tokens"],
         num_beams=settings["num_beams"],
         do_sample=False,
+        logits_processor=processors,
         # ranks generate different lengths; where a forward pass is a collective, all have to go on to the longest
         synced_gpus=module.sharded,
     )
-    return decode(module, cast(Tensor, ids))
+    return decode(module, cast(Tensor, ids).tolist())
 
 
-def decode(module: DistillModule, ids: Tensor) -> list[str]:
-    """Token ids ``(batch, length)`` to text, whatever they are padded with."""
+def _shape(module: DistillModule, task: str, inputs: TaskInputs, chosen: list[int]) -> Shape | None:
+    """The module's `shape_scores` of these rows, where a subclass has one."""
+    if not module.overrides("shape_scores"):
+        return None
+    index = inputs.get("index")
+    device = inputs["input_ids"].device
+    positions = torch.arange(len(inputs["input_ids"]), device=device) if index is None else index
+    own = positions[torch.tensor(chosen, device=device)]
+    return lambda scores, step, numbers: module.shape_scores(task, scores, step, own[numbers])
+
+
+class _Shaped(LogitsProcessor):
+    """`Shape` as ``generate`` asks for it, which numbers the beams of a row one after another."""
+
+    def __init__(self, shape: Shape, num_beams: int) -> None:
+        self._shape, self._num_beams = shape, num_beams
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(len(scores), device=scores.device) // self._num_beams
+        return self._shape(scores, input_ids.shape[1] - 1, rows)
+
+
+def decode(module: DistillModule, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Token ids to text, whatever they are padded with."""
     pad = cast(int, module.student.config.pad_token_id)
-    safe = ids.masked_fill(ids < 0, pad)
+    safe = [[token if token >= 0 else pad for token in row] for row in ids]
     return [
         text.strip()
         for text in module.tokenizer.batch_decode(safe, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -122,25 +158,45 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
         ids if ids and ids[-1] == end else [*ids, end]
         for ids in module.tokenizer([choice for _, choice in flat])["input_ids"]
     ]
-    states = module.student.encoder(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-    ).last_hidden_state
-    scores: list[float] = []
-    for start in range(0, len(flat), _CHOICES_AT_ONCE):
-        part = slice(start, start + _CHOICES_AT_ONCE)
-        rows = torch.tensor([row for row, _ in flat[part]], device=states.device)
-        labels = pad_sequence(
-            [torch.tensor(ids) for ids in targets[part]], batch_first=True, padding_value=IGNORE_INDEX
-        ).to(states.device)
-        logits = module.student(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]),
-            attention_mask=inputs["attention_mask"][rows],
-            decoder_input_ids=module.student.prepare_decoder_input_ids_from_labels(labels),
-            use_cache=False,
-        ).logits
-        scores += sequence_log_likelihood(logits, labels).tolist()
+    likelihoods = _fast_likelihoods if module.fast_path.applies([inputs]) else _plain_likelihoods
+    scores = likelihoods(module, inputs, [row for row, _ in flat], targets)
     best: dict[int, tuple[float, str]] = {}
     for (row, choice), score in zip(flat, scores, strict=True):
         if row not in best or score > best[row][0]:
             best[row] = (score, choice)
     return [best[row][1] if row in best else None for row in range(len(choices))]
+
+
+def _fast_likelihoods(
+    module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]]
+) -> list[float]:
+    encoded, first = module.fast_path.encoded(inputs)
+    scores: list[float] = []
+    for start in range(0, len(rows), _CHOICES_AT_ONCE):
+        part = slice(start, start + _CHOICES_AT_ONCE)
+        found = log_likelihoods(module.student, encoded, [first + row for row in rows[part]], targets[part])
+        scores += found.tolist()
+    return scores
+
+
+def _plain_likelihoods(
+    module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]]
+) -> list[float]:
+    states = module.student.encoder(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    ).last_hidden_state
+    scores: list[float] = []
+    for start in range(0, len(rows), _CHOICES_AT_ONCE):
+        part = slice(start, start + _CHOICES_AT_ONCE)
+        chosen = torch.tensor(rows[part], device=states.device)
+        labels = pad_sequence(
+            [torch.tensor(ids) for ids in targets[part]], batch_first=True, padding_value=IGNORE_INDEX
+        ).to(states.device)
+        logits = module.student(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states[chosen]),
+            attention_mask=inputs["attention_mask"][chosen],
+            decoder_input_ids=module.student.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        ).logits
+        scores += sequence_log_likelihood(logits, labels).tolist()
+    return scores

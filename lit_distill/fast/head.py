@@ -1,0 +1,82 @@
+"""The output head and its loss at real target positions, in chunks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lit_distill.batch import IGNORE_INDEX
+from lit_distill.fast.functions import apply
+
+CHUNK_BYTES = 24 * 2**20
+"""Size of one chunk's logits: large enough for a matrix product, small enough to be used again and again."""
+
+KEPT_BYTES = 96 * 2**20
+"""Log-probabilities kept for the backward pass at most; chunks beyond are computed once more there."""
+
+
+class _TokenLosses(Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
+        safe = labels.clamp(min=0).unsqueeze(1)
+        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        losses, keep, budget = [], [], KEPT_BYTES
+        for start in range(0, len(states), size):
+            logits = states[start : start + size] @ weight.t()
+            logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
+            budget -= 4 * logs.numel()
+            if ctx.needs_input_grad[0] and budget >= 0:
+                keep.append(logs)
+        ctx.size = size
+        ctx.save_for_backward(states, weight, labels, *keep)
+        return torch.cat(losses).masked_fill_(labels == IGNORE_INDEX, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401
+        states, weight, labels, *keep = ctx.saved_tensors
+        safe = labels.clamp(min=0).unsqueeze(1)
+        grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(states.dtype).unsqueeze(1)
+        # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product
+        scaled = states * grad
+        states_grad = torch.empty_like(states)
+        weight_grad = None
+        for number, start in enumerate(range(0, len(states), ctx.size)):
+            part = slice(start, start + ctx.size)
+            if number < len(keep):
+                errors = keep[number].exp()
+            else:
+                errors = torch.softmax(states[part] @ weight.t(), dim=-1, dtype=torch.float32)
+            errors.scatter_add_(1, safe[part], errors.new_full((1, 1), -1.0).expand(len(errors), 1))
+            errors = errors.to(states.dtype)
+            torch.mm(errors, weight, out=states_grad[part])
+            if ctx.needs_input_grad[1]:
+                if weight_grad is None:
+                    weight_grad = errors.t() @ scaled[part]
+                else:
+                    weight_grad.addmm_(errors.t(), scaled[part])
+        return states_grad.mul_(grad), weight_grad, None
+
+
+def token_losses(head: nn.Linear, states: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each target position, in float32; 0 where the label is ``IGNORE_INDEX``.
+
+    Only one chunk of logits exists at a time, and a bounded part is kept for the backward pass.
+
+    Args:
+        head: the output head.
+        states: ``(targets, d_model)``.
+        labels: ``(targets,)``.
+
+    Returns:
+        ``(targets,)``, in nats.
+    """
+    weight = head.weight
+    if torch.is_autocast_enabled(states.device.type):
+        dtype = torch.get_autocast_dtype(states.device.type)
+        states, weight = states.to(dtype), weight.to(dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        return apply(_TokenLosses, states, weight, labels)

@@ -1,0 +1,198 @@
+"""Which positions are real: rows laid end to end without padding, and how those of like length attend together.
+
+Everything here is settled on the host from the rows' lengths, so that nothing waits for an accelerator.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+FILLED = 0.75
+"""Rows attend together as long as this share of their padded rectangle is real: fewer kernels against less padding."""
+
+
+class Packing:
+    """Rows laid end to end: token ``t`` of row ``r`` is packed token ``starts[r] + t``.
+
+    Args:
+        lengths: real tokens of each row.
+        device: where the index tensors go.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.lengths = tuple(lengths)
+        self.device = torch.device(device)
+        *starts, self.tokens = accumulate(self.lengths, initial=0)
+        self.starts = tuple(starts)
+
+    def rows(self, chosen: Sequence[int]) -> "Packing":
+        """These rows of the same tokens, in this order; a row may be chosen several times, or not at all."""
+        found = copy.copy(self)
+        found.lengths = tuple(self.lengths[row] for row in chosen)
+        found.starts = tuple(self.starts[row] for row in chosen)
+        return found
+
+    def compact(self) -> tuple[Tensor, "Packing"]:
+        """The tokens of these rows alone, each once, ``(tokens,)``, and the rows among them."""
+        first: dict[int, int] = {}
+        taken, tokens = [], 0
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            if start not in first:
+                first[start] = tokens
+                taken.append(torch.arange(start, start + length))
+                tokens += length
+        found = copy.copy(self)
+        found.starts, found.tokens = tuple(first[start] for start in self.starts), tokens
+        return torch.cat(taken).to(self.device, non_blocking=True), found
+
+    def padded(self, width: int) -> tuple[Tensor, Tensor]:
+        """The packed token at each padded position, and which positions are real, both ``(rows, width)`` on the host.
+
+        The others hold the first token.
+        """
+        position = torch.arange(width)
+        real = position < torch.tensor(self.lengths)[:, None]
+        return (torch.tensor(self.starts)[:, None] + position).masked_fill_(~real, 0), real
+
+    def positions(self, width: int) -> Tensor:
+        """Where the packed tokens lie in a padded ``(rows, width)`` tensor that is flattened, ``(tokens,)``."""
+        real = torch.arange(width) < torch.tensor(self.lengths).unsqueeze(1)
+        return real.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that attend together, padded to the longest of them."""
+
+    rows: int
+    queries: int
+    """Positions of the longest row of queries."""
+    keys: int
+    """Positions of the longest row of keys."""
+    first_query: int
+    """Where the group's queries begin in the flat buffer of all groups' padded positions."""
+    first_key: int
+    """Where its keys begin."""
+    allowed: Tensor
+    """0 where a query may look at a key and -inf elsewhere, ``(rows, 1, queries, keys)`` with broadcast dimensions."""
+
+
+class Slots:
+    """The padded positions of all groups behind each other: their tokens, and where each token went.
+
+    Heads are spread as well: a group's part of the flat buffer is ``(rows, heads, positions)``.
+
+    Args:
+        packing: the rows.
+        groups: for each group its rows and the number of positions that they are padded to.
+        heads: attention heads.
+    """
+
+    def __init__(self, packing: Packing, groups: Sequence[tuple[Sequence[int], int]], heads: int) -> None:
+        token_of_slot, empty, first, head = [], [], 0, torch.arange(heads)[:, None]
+        slot_of_token = torch.full((packing.tokens * heads,), -1)
+        starts, lengths = torch.tensor(packing.starts), torch.tensor(packing.lengths)
+        for rows, width in groups:
+            chosen, position = torch.tensor(rows)[:, None, None], torch.arange(width)
+            token = (starts[chosen] + position) * heads + head  # (rows, heads, width)
+            real = (position < lengths[chosen]).expand_as(token)
+            slot = torch.arange(first, first + token.numel()).view_as(token)
+            slot_of_token[token[real]] = slot[real]
+            empty.append(slot[~real])
+            token_of_slot.append(token.masked_fill(~real, 0).flatten())
+            first += token.numel()
+
+        def send(index: Tensor) -> Tensor:
+            return index.to(packing.device, non_blocking=True)
+
+        self.size = first
+        self.token_of_slot = send(torch.cat(token_of_slot))
+        """``(slots,)``; an empty slot holds the first token, which the mask or `clear` takes out again."""
+        self.slot_of_token = send(slot_of_token)
+        """``(tokens * heads,)``."""
+        self.empty = send(torch.cat(empty))
+        # a token has one slot, but where rows were chosen several times, or not at all
+        self._one_to_one = first - len(self.empty) == len(slot_of_token) and bool((slot_of_token >= 0).all())
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """``(tokens, heads * size)`` to ``(slots, size)``; what empty slots hold is of no meaning."""
+        return packed.reshape(len(self.slot_of_token), -1).index_select(0, self.token_of_slot)
+
+    def clear(self, flat: Tensor) -> Tensor:
+        """Zeros in the empty slots, in place."""
+        return flat.index_fill_(0, self.empty, 0.0)
+
+    def gather(self, flat: Tensor, tokens: int) -> Tensor:
+        """``(slots, size)`` back to ``(tokens, heads * size)``, summed over the slots of a token."""
+        if self._one_to_one:
+            return flat.index_select(0, self.slot_of_token).view(tokens, -1)
+        summed = flat.new_zeros(len(self.slot_of_token), flat.shape[1])
+        return summed.index_add_(0, self.token_of_slot, self.clear(flat)).view(tokens, -1)
+
+
+class AttentionPlan:
+    """How packed queries look at packed keys, row by row.
+
+    Args:
+        queries: the rows that look.
+        keys: the rows that they look at, as many and in the same order.
+        heads: attention heads.
+        causal: a position looks at itself and at earlier ones only.
+    """
+
+    def __init__(self, queries: Packing, keys: Packing, heads: int, *, causal: bool = False) -> None:
+        self.queries, self.keys, self.heads = queries, keys, heads
+        sets = groups_of(queries.lengths, keys.lengths)
+        widths = [(max(queries.lengths[r] for r in rows), max(keys.lengths[r] for r in rows)) for rows in sets]
+        self.query_slots = Slots(queries, [(rows, q) for rows, (q, _) in zip(sets, widths, strict=True)], heads)
+        same = queries is keys
+        self.key_slots = (
+            self.query_slots
+            if same
+            else Slots(keys, [(rows, k) for rows, (_, k) in zip(sets, widths, strict=True)], heads)
+        )
+        self.groups: list[Group] = []
+        first_query = first_key = 0
+        for rows, (q, k) in zip(sets, widths, strict=True):
+            if causal:
+                hidden = torch.ones(q, k, dtype=torch.bool).triu(1).view(1, 1, q, k)
+            else:
+                lengths = torch.tensor([keys.lengths[row] for row in rows])
+                hidden = (torch.arange(k) >= lengths[:, None]).view(len(rows), 1, 1, k)
+            allowed = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            allowed = allowed.to(queries.device, non_blocking=True)
+            self.groups.append(Group(len(rows), q, k, first_query, first_key, allowed))
+            first_query += len(rows) * heads * q
+            first_key += len(rows) * heads * k
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Positions of the longest row of queries, and of keys."""
+        return max(group.queries for group in self.groups), max(group.keys for group in self.groups)
+
+
+def groups_of(queries: Sequence[int], keys: Sequence[int], filled: float = FILLED) -> list[list[int]]:
+    """Row numbers in groups of like lengths: each row once, in each group at least ``filled`` of the rectangle real.
+
+    Args:
+        queries: queries of each row.
+        keys: keys of each row.
+        filled: a group of one row is full, so 1 gives groups of equal lengths.
+    """
+    order = sorted(range(len(queries)), key=lambda row: (queries[row], keys[row]), reverse=True)
+    groups: list[list[int]] = []
+    real = longest_query = longest_key = 0
+    for row in order:
+        area = queries[row] * keys[row]
+        wide_query, wide_key = max(longest_query, queries[row]), max(longest_key, keys[row])
+        if groups and real + area >= filled * (len(groups[-1]) + 1) * wide_query * wide_key:
+            groups[-1].append(row)
+            real, longest_query, longest_key = real + area, wide_query, wide_key
+        else:
+            groups.append([row])
+            real, longest_query, longest_key = area, queries[row], keys[row]
+    return groups

@@ -1,0 +1,110 @@
+"""The student's layers on packed tokens: every module of the Hugging Face T5 keeps its place, its weights and names."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.models.t5.modeling_t5 import (
+    T5Attention,
+    T5Block,
+    T5DenseActDense,
+    T5DenseGatedActDense,
+    T5LayerNorm,
+    T5Stack,
+)
+
+from lit_distill.fast.functions import add_dropped, dropout, gated, rms_norm
+from lit_distill.fast.looks import CrossLook, SelfLook
+from lit_distill.fast.packing import AttentionPlan, Packing
+
+
+def _rate(module: nn.Dropout) -> float:
+    return float(module.p) if module.training else 0.0
+
+
+def norm(module: T5LayerNorm, x: Tensor) -> Tensor:
+    """T5's layer norm, ``(tokens, d_model)``."""
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def feed_forward(module: T5DenseActDense | T5DenseGatedActDense, x: Tensor) -> Tensor:
+    """The feed-forward network, gated or not, ``(tokens, d_model)``."""
+    rate = _rate(module.dropout)
+    if isinstance(module, T5DenseGatedActDense):
+        inner = gated(_activate(module.act, module.wi_0(x)), module.wi_1(x), rate)
+    else:
+        inner = dropout(_activate(module.act, module.wi(x)), rate)
+    wanted = module.wo.weight.dtype
+    if inner.dtype != wanted and wanted.is_floating_point and not torch.is_autocast_enabled(inner.device.type):
+        # transformers keeps this one matrix in float32 where it loads the others in bfloat16
+        inner = inner.to(wanted)
+    return cast(Tensor, module.wo(inner))
+
+
+def _activate(act: nn.Module, x: Tensor) -> Tensor:
+    # `gelu_new` is this very function, written as eight operations
+    return F.gelu(x, approximate="tanh") if isinstance(act, NewGELUActivation) else act(x)
+
+
+def _block(block: T5Block, x: Tensor, own: SelfLook, cross: CrossLook | None) -> Tensor:
+    layers: Any = block.layer
+    layer = layers[0]
+    x = add_dropped(x, own(layer.SelfAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
+    if cross is not None:
+        layer = layers[1]
+        x = add_dropped(x, cross(layer.EncDecAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
+    layer = layers[-1]
+    return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
+
+
+def _run(stack: T5Stack, x: Tensor, own: SelfLook, cross: CrossLook | None) -> Tensor:
+    blocks: Any = stack.block
+    x = dropout(x, _rate(stack.dropout))
+    for block in blocks:
+        if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+            x = block._gradient_checkpointing_func(_block, block, x, own, cross)
+        else:
+            x = _block(block, x, own, cross)
+    return dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))
+
+
+def run_encoder(stack: T5Stack, embedded: Tensor, packing: Packing) -> Tensor:
+    """The encoder's states of packed rows, ``(tokens, d_model)``.
+
+    Args:
+        stack: ``student.encoder``.
+        embedded: input embeddings ``(tokens, d_model)``.
+        packing: the rows.
+    """
+    plan = AttentionPlan(packing, packing, stack.config.num_heads)
+    return _run(stack, embedded, SelfLook(plan, _holder(stack), _dtype(embedded)), None)
+
+
+def run_decoder(stack: T5Stack, embedded: Tensor, packing: Packing, encoded: Tensor, sources: Packing) -> Tensor:
+    """The decoder's states at all positions of packed targets, ``(tokens, d_model)``.
+
+    Args:
+        stack: ``student.decoder``.
+        embedded: embeddings of the decoder's inputs ``(tokens, d_model)``.
+        packing: the targets.
+        encoded: the encoder's states ``(source tokens, d_model)``.
+        sources: the source of each target among them.
+    """
+    plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=True)
+    dtype = _dtype(embedded)
+    return _run(
+        stack, embedded, SelfLook(plan, _holder(stack), dtype), CrossLook(stack, packing, sources, encoded, dtype)
+    )
+
+
+def _holder(stack: T5Stack) -> T5Attention:
+    blocks: Any = stack.block
+    holder: T5Attention = blocks[0].layer[0].SelfAttention
+    return holder
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

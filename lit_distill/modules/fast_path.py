@@ -1,0 +1,91 @@
+"""A module's use of the fast path: whether it applies, and the encoder's states that one evaluation batch shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
+from lit_distill.fast.memory import keep_freed_memory
+from lit_distill.fast.student import Encoded, encode, losses_of_encoded, target_losses
+from lit_distill.fast.support import decodes_plainly, fits, reason_against
+
+if TYPE_CHECKING:
+    from lit_distill.modules.base import DistillModule
+
+
+class FastPath:
+    """Where a module enters `lit_distill.fast`.
+
+    Args:
+        module: whose student it is.
+        wanted: whether it is switched on.
+    """
+
+    def __init__(self, module: DistillModule, *, wanted: bool) -> None:
+        self._module = module
+        self._wanted = wanted
+        self._told: str | None = None
+        self._shared: tuple[Encoded, dict[int, int]] | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Before a stage of the trainer on this device."""
+        if self._wanted and device.type == "cpu":
+            keep_freed_memory()
+
+    def applies(self, tasks: Sequence[TaskInputs]) -> bool:
+        """Whether these rows go through the fast path; the first reason against it is told once."""
+        if not self._wanted or (self._module.hparams["compile"] and torch.is_grad_enabled()):
+            return False
+        # a sharded parameter is whole only while its block's own forward runs
+        reason = "the parameters are sharded" if self._module.sharded else reason_against(self._module.student)
+        if reason is not None and reason != self._told:
+            rank_zero_info(f"fast: off, {reason}")
+            self._told = reason
+        return reason is None and fits(tasks)
+
+    def decodes(self, tasks: Sequence[TaskInputs]) -> bool:
+        """Whether targets of these rows are decoded here, greedily."""
+        return not self._module.student.training and self.applies(tasks) and decodes_plainly(self._module.student)
+
+    def losses(self, tasks: Sequence[TaskInputs]) -> list[Tensor]:
+        """Each task's mean cross-entropy over its target tokens, all in one pass; 0 without any."""
+        shared = self._shared
+        if shared is not None and all(id(inputs) in shared[1] for inputs in tasks):
+            found = losses_of_encoded(
+                self._module.student, shared[0], tasks, [shared[1][id(inputs)] for inputs in tasks]
+            )
+        else:
+            found = target_losses(self._module.student, tasks)
+        return [
+            losses.sum() / (inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1)
+            for losses, inputs in zip(found, tasks, strict=True)
+        ]
+
+    def encoded(self, inputs: TaskInputs) -> tuple[Encoded, int]:
+        """The encoder's states of a task's rows, and the number of its first row among them."""
+        if self._shared is not None and id(inputs) in self._shared[1]:
+            return self._shared[0], self._shared[1][id(inputs)]
+        return encode(self._module.student, [inputs]), 0
+
+    @contextmanager
+    def sharing(self, batch: TaskBatch) -> Iterator[None]:
+        """Within it, losses and answers of this evaluation batch use one pass over the encoder."""
+        tasks = [batch[task] for task in self._module.active_tasks if task in batch]
+        if torch.is_grad_enabled() or not tasks or not self.applies(tasks):
+            yield
+            return
+        first, rows = {}, 0
+        for inputs in tasks:
+            first[id(inputs)] = rows
+            rows += len(inputs["labels"])
+        self._shared = encode(self._module.student, tasks), first
+        try:
+            yield
+        finally:
+            self._shared = None

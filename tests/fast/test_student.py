@@ -1,0 +1,323 @@
+"""Losses and every gradient of the fast path against the plain Hugging Face model."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import T5ForConditionalGeneration
+
+from lit_distill.batch import IGNORE_INDEX, TaskInputs
+from lit_distill.fast import head as head_module
+from lit_distill.fast import student as fast_student
+from lit_distill.fast.student import encode, log_likelihoods, losses_of_encoded, target_losses
+from lit_distill.losses import sequence_log_likelihood
+from tests.fast.examples import (
+    TASKS,
+    VARIANTS,
+    check_gradients,
+    compare,
+    fast_losses,
+    gradients,
+    make_student,
+    make_task,
+    plain_losses,
+)
+
+BUILT = {name: make_student(seed, **changes) for seed, (name, changes) in enumerate(VARIANTS.items())}
+
+
+@pytest.fixture(params=VARIANTS)
+def student(request: pytest.FixtureRequest) -> T5ForConditionalGeneration:
+    return BUILT[request.param]
+
+
+# ------------------------------------------------------------------------------------------------ any shape
+
+
+@st.composite
+def any_tasks(draw: st.DrawFn) -> list[TaskInputs]:
+    tasks = []
+    for number in range(draw(st.integers(1, 3))):
+        rows = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20)), min_size=1, max_size=7))
+        if number == 0:
+            rows[0] = (rows[0][0], max(rows[0][1], 1))
+        tasks.append(
+            make_task(
+                [source for source, _ in rows],
+                [target for _, target in rows],
+                seed=draw(st.integers(0, 99)),
+                holes=draw(st.sampled_from([0.0, 0.3])),
+                extra=draw(st.integers(0, 3)),
+                lengths=draw(st.booleans()),
+            )
+        )
+    return tasks
+
+
+@given(any_tasks())
+@settings(max_examples=40, deadline=None)
+def test_any_shapes(tasks: list[TaskInputs]) -> None:
+    compare(BUILT["v1.1"], tasks)
+
+
+@given(any_tasks())
+@settings(max_examples=20, deadline=None)
+def test_any_shapes_of_the_original_t5(tasks: list[TaskInputs]) -> None:
+    compare(BUILT["original"], tasks)
+
+
+SHAPES: dict[str, tuple[tuple[list[int], list[int]], ...]] = {
+    "one token": (([1], [1]),),
+    "one row": (([13], [6]),),
+    "equal lengths": (([5, 5, 5], [4, 4, 4]),),
+    "ragged": (([40, 1, 22, 3, 17, 2, 9], [1, 20, 3, 7, 12, 2, 5]),),
+    "two tasks": (([8, 3, 5], [2, 1, 2]), ([9, 6], [20, 13])),
+    "rows without targets": (([8, 3, 5], [2, 0, 2]), ([9, 6, 2], [0, 0, 7])),
+    "a task without targets": (([8, 3], [2, 1]), ([9, 6], [0, 0])),
+    "a first task without targets": (([9], [0]), ([8, 3], [2, 1]), ([4], [0])),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_student(student: T5ForConditionalGeneration, shape: str) -> None:
+    compare(student, [make_task(*own, seed=seed) for seed, own in enumerate(SHAPES[shape])])
+
+
+@pytest.mark.parametrize("changes", [VARIANTS["v1.1"], VARIANTS["original"]], ids=["v1.1", "original"])
+def test_distances_beyond_the_last_bucket(changes: dict[str, Any]) -> None:
+    student = make_student(
+        3, **changes, relative_attention_num_buckets=8, relative_attention_max_distance=16, num_layers=1
+    )
+    compare(student, [make_task([150, 3, 141], [2, 40, 5], seed=4)])
+
+
+def test_chunks_of_the_head_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 3 * 60 * 4)
+    monkeypatch.setattr(head_module, "KEPT_BYTES", 2 * 3 * 60 * 4)
+    compare(BUILT["v1.1"], TASKS)
+
+
+def test_ignored_positions_are_0_and_keep_their_place() -> None:
+    student, task = BUILT["v1.1"], make_task([4, 6], [5, 3])
+    task["labels"][0, [0, 2]] = IGNORE_INDEX
+    (losses,) = target_losses(student, [task])
+    assert losses.shape == (8,)
+    assert (losses == 0).tolist() == [True, False, True, False, False, False, False, False]
+    logits = student(**{name: task[name] for name in ("input_ids", "attention_mask", "labels")}).logits
+    logs = torch.log_softmax(logits, -1)
+    by_hand = [-logs[row, at, task["labels"][row, at]] for row, at in [(0, 1), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]]
+    torch.testing.assert_close(losses[losses != 0], torch.stack(by_hand), rtol=1e-5, atol=0)
+
+
+def test_written_lengths_count_ignored_ends() -> None:
+    # the collator may say that a target is as long as its padding: its end then counts nothing
+    task = make_task([4, 6, 3], [5, 3, 2])
+    task["source_lengths"], task["target_lengths"] = (4, 6, 3), (5, 4, 5)
+    compare(BUILT["v1.1"], [task])
+
+
+def test_only_ignored_labels() -> None:
+    task = make_task([4, 6], [3, 2])
+    task["labels"].fill_(IGNORE_INDEX)
+    task["source_lengths"], task["target_lengths"] = (4, 6), (3, 2)
+    found = fast_losses(BUILT["v1.1"], [task])
+    assert found[0].item() == 0
+    assert all(g is None or not g.any() for g in gradients(BUILT["v1.1"], found).values())
+
+
+def test_padding_makes_no_difference() -> None:
+    losses = [
+        target_losses(BUILT["v1.1"], [make_task([4, 6], [3, 2], extra=extra, lengths=lengths)])[0]
+        for extra in (0, 5)
+        for lengths in (False, True)
+    ]
+    for other in losses[1:]:
+        assert torch.equal(losses[0], other)
+
+
+def test_no_token_is_seen_twice() -> None:
+    student = make_student()
+    seen: list[int] = []
+    blocks: Any = student.encoder.block
+    handle = blocks[0].layer[0].SelfAttention.q.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    target_losses(student, TASKS)
+    handle.remove()
+    assert seen == [7 + 1 + 12 + 5 + 9 + 3 + 14]
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def statistics(student: T5ForConditionalGeneration, fast: bool, seeds: int) -> Tensor:
+    """For each seed the loss, the gradient along a fixed direction, and its squared norm, ``(seeds, 3)``."""
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(p.shape, generator=generator) for name, p in student.named_parameters()}
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed + (10**6 if fast else 0))
+        losses = (fast_losses if fast else plain_losses)(student, TASKS)
+        own = {name: g for name, g in gradients(student, losses).items() if g is not None}
+        found.append(
+            torch.stack(
+                [
+                    torch.stack(losses).detach().sum(),
+                    torch.stack([(g * direction[name]).sum() for name, g in own.items()]).sum(),
+                    torch.stack([g.square().sum() for g in own.values()]).sum(),
+                ]
+            )
+        )
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "original"])
+def test_dropout_has_the_plain_models_mean(kind: str) -> None:
+    student = make_student(2, **VARIANTS[kind] | {"dropout_rate": 0.3})
+    seeds = 250
+    ours, plain = (statistics(student, fast, seeds) for fast in (True, False))
+    error = ((ours.var(0) + plain.var(0)) / seeds).sqrt()
+    assert bool(((ours.mean(0) - plain.mean(0)).abs() < 4 * error).all())
+    # and the same spread: the standard error of a standard deviation is about s / sqrt(2 n), more with heavy tails
+    torch.testing.assert_close(ours.std(0)[:2], plain.std(0)[:2], rtol=0.3, atol=0)
+
+
+def test_every_dropout_of_the_plain_model_is_there() -> None:
+    """Dropping at one place alone changes the loss on the fast path where, and only where, it does in the plain one."""
+    names = [
+        name
+        for name, module in make_student(1).named_modules()
+        if isinstance(module, torch.nn.Dropout) or type(module).__name__ == "T5Attention"
+    ]
+    for name in names:
+        student = make_student(1).eval()
+        module: Any = student.get_submodule(name)
+        module.train(True)
+        for child in module.children():
+            child.eval()
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        else:
+            module.dropout = 0.5
+        for losses in (fast_losses, plain_losses):
+            torch.manual_seed(0)
+            first = float(losses(student, TASKS)[1].detach())
+            torch.manual_seed(1)
+            assert first != float(losses(student, TASKS)[1].detach()), f"{name} {losses.__name__}"
+        module.eval()
+        compare(student, TASKS)
+
+
+def test_the_seed_decides_loss_and_gradient() -> None:
+    student = make_student(2, dropout_rate=0.3)
+    found = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        losses = fast_losses(student, TASKS)
+        found.append((torch.stack(losses).detach(), gradients(student, losses)["shared.weight"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])  # type: ignore[arg-type]
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+def test_evaluation_has_no_dropout() -> None:
+    student = make_student(2, dropout_rate=0.3).eval()
+    state = torch.get_rng_state()
+    compare(student, TASKS)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------------ from one encoding
+
+
+def test_losses_of_encoded_rows(student: T5ForConditionalGeneration) -> None:
+    expected = gradients(student, plain_losses(student, TASKS))
+    encoded = encode(student, TASKS)
+    found = losses_of_encoded(student, encoded, TASKS, [0, 4])
+    torch.testing.assert_close(found, target_losses(student, TASKS), rtol=1e-5, atol=1e-6)
+    means = [own.sum() / (task["labels"] != IGNORE_INDEX).sum() for own, task in zip(found, TASKS, strict=True)]
+    check_gradients(gradients(student, means), expected, 1e-5)
+
+
+def test_losses_of_some_encoded_rows_in_another_order() -> None:
+    student = BUILT["v1.1"]
+    encoded = encode(student, TASKS)
+    second, first = losses_of_encoded(student, encoded, TASKS[::-1], [4, 0])
+    torch.testing.assert_close((first, second), target_losses(student, TASKS), rtol=1e-5, atol=1e-6)
+    (alone,) = losses_of_encoded(student, encoded, TASKS[1:], [4])
+    torch.testing.assert_close(alone, second, rtol=1e-5, atol=1e-6)
+
+
+def test_encoded_states_are_the_encoders(student: T5ForConditionalGeneration) -> None:
+    encoded = encode(student, TASKS)
+    rows = [row for task in TASKS for row in zip(task["input_ids"], task["attention_mask"], strict=True)]
+    for (ids, mask), start, length in zip(rows, encoded.packing.starts, encoded.packing.lengths, strict=True):
+        own = ids[mask.bool()][None]
+        torch.testing.assert_close(
+            encoded.states[start : start + length], student.encoder(input_ids=own).last_hidden_state[0],
+            rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
+
+
+def test_log_likelihoods(student: T5ForConditionalGeneration) -> None:
+    # row 0 twice in a row and once more, row 1 never, rows of both tasks
+    rows = [0, 0, 2, 6, 3, 0, 6]
+    targets = [[5, 1], [5, 9, 8, 1], [1], [7, 1], [3, 4, 5, 6, 7, 8, 9, 1], [2, 2, 1], [59, 1]]
+    encoded = encode(student, TASKS)
+    found = log_likelihoods(student, encoded, rows, targets)
+    assert found.shape == (7,)
+    sources = [ids[mask.bool()] for task in TASKS for ids, mask in zip(
+        task["input_ids"], task["attention_mask"], strict=True)]  # fmt: skip
+    expected = []
+    for row, ids in zip(rows, targets, strict=True):
+        labels = torch.tensor([ids])
+        logits = student(input_ids=sources[row][None], labels=labels).logits
+        expected.append(sequence_log_likelihood(logits, labels)[0])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_log_likelihoods_by_hand() -> None:
+    # a head of zeros: each token has the probability 1/60
+    student = make_student()
+    with torch.no_grad():
+        student.lm_head.weight.zero_()
+    found = log_likelihoods(student, encode(student, TASKS), [1, 0], [[4, 1], [4, 5, 1]])
+    torch.testing.assert_close(found, -torch.tensor([60.0, 60.0]).log() * torch.tensor([2.0, 3.0]))
+
+
+def test_a_start_token_of_its_own() -> None:
+    student = make_student(decoder_start_token_id=7)
+    compare(student, TASKS)
+    encoded = encode(student, TASKS[:1])
+    (losses,) = losses_of_encoded(student, encoded, TASKS[:1], [0])
+    likelihood = log_likelihoods(student, encoded, [0], [TASKS[0]["labels"][0][:3].tolist()])
+    torch.testing.assert_close(likelihood[0], -losses[:3].sum())
+
+
+def test_likelihoods_start_as_training_does() -> None:
+    # as `prepare_decoder_input_ids_from_labels`, whatever `generate` is told to start with
+    student = make_student()
+    encoded = encode(student, TASKS[:1])
+    ids = TASKS[0]["labels"][0][:3].tolist()
+    expected = log_likelihoods(student, encoded, [0], [ids])
+    student.generation_config.decoder_start_token_id = 7
+    assert torch.equal(log_likelihoods(student, encoded, [0], [ids]), expected)
+
+
+def test_the_parts_are_whole() -> None:
+    # `Targets` by hand: two tasks, a row without target in the first
+    student = make_student(decoder_start_token_id=7)
+    first, second = make_task([2, 3, 1], [2, 0, 1], seed=1), make_task([4], [3], seed=2)
+    second["labels"][0, 1] = IGNORE_INDEX
+    found = fast_student.pack_targets(student, [first, second])
+    a, b = first["labels"], second["labels"]
+    assert found.labels.tolist() == [*a[0].tolist(), a[2, 0].item(), *b[0].tolist()]
+    assert found.inputs.tolist() == [7, a[0, 0].item(), 7, 7, b[0, 0].item(), 0]
+    assert found.rows == (0, 2, 3)
+    assert found.packing.lengths == (2, 1, 3)
+    assert found.task_tokens == (3, 3)
+    ids, packing = fast_student.pack_sources([first, second])
+    assert packing.lengths == (2, 3, 1, 4)
+    rows = [*first["input_ids"], *second["input_ids"]]
+    assert ids.tolist() == [token for row, n in zip(rows, packing.lengths, strict=True) for token in row[:n].tolist()]
