@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from lit_distill.callbacks import ValidateEverySteps
-from lit_distill.cli import quieten
+from lit_distill.commands.dispatch import quieten
 from lit_distill.data import ToyDataModule
 from lit_distill.modules import DistillModule, StandardModule, StepByStepModule
 

@@ -13,7 +13,6 @@ from lit_distill.modules import StepByStepModule
 from tests.modules.batches import collate, random_rows
 from tests.modules.running import difference, gradients_of
 
-
 COMPILED: list[Any] = []
 
 
