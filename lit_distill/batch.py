@@ -9,6 +9,7 @@ a row without a target has only ``IGNORE_INDEX`` labels, and ``index`` says whic
 a row that only pads a distributed sampler: its labels are ignored and its predictions belong to nobody).
 """
 
+from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 import torch
@@ -48,6 +49,23 @@ def target_tokens(inputs: TaskInputs) -> int:
     """Number of target positions that count, on whichever device they lie."""
     from_labels: Tensor = (inputs["labels"] != IGNORE_INDEX).sum()
     return int(from_labels.item())
+
+
+def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
+    """These rows of a task, in this order, padded as they were."""
+    chosen = torch.tensor(list(rows), device=inputs["input_ids"].device)
+    taken: TaskInputs = {
+        "input_ids": inputs["input_ids"][chosen],
+        "attention_mask": inputs["attention_mask"][chosen],
+        "labels": inputs["labels"][chosen],
+    }
+    if "index" in inputs:
+        taken["index"] = inputs["index"][chosen]
+    if "source_lengths" in inputs:
+        taken["source_lengths"] = tuple(inputs["source_lengths"][row] for row in rows)
+    if "target_lengths" in inputs:
+        taken["target_lengths"] = tuple(inputs["target_lengths"][row] for row in rows)
+    return taken
 
 
 def lengths_of(inputs: TaskInputs) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, TaskInputs, lengths_of, target_tokens
+from lit_distill.batch import IGNORE_INDEX, TaskInputs, lengths_of, take, target_tokens
 
 
 def test_target_tokens_are_those_that_count() -> None:
@@ -47,3 +47,20 @@ def test_lengths_that_were_written_down_are_taken() -> None:
     assert lengths_of(inputs) == ((3, 3), (3, 3))
     inputs["target_lengths"] = (1, 0)
     assert lengths_of(inputs) == ((2, 1), (1, 0))
+
+
+def test_rows_are_taken_with_all_that_belongs_to_them() -> None:
+    inputs: TaskInputs = {
+        "input_ids": torch.tensor([[5, 6], [7, 0], [8, 9]]),
+        "attention_mask": torch.tensor([[1, 1], [1, 0], [1, 1]]),
+        "labels": torch.tensor([[3], [4], [-100]]),
+    }
+    assert {name: value.tolist() for name, value in take(inputs, [2, 0]).items()} == {  # type: ignore[attr-defined]
+        "input_ids": [[8, 9], [5, 6]],
+        "attention_mask": [[1, 1], [1, 1]],
+        "labels": [[-100], [3]],
+    }
+    inputs |= {"index": torch.tensor([0, 1, -1]), "source_lengths": (2, 1, 2), "target_lengths": (1, 1, 0)}
+    taken = take(inputs, [1, 2])
+    assert taken["index"].tolist() == [1, -1]
+    assert lengths_of(taken) == ((1, 2), (1, 0))

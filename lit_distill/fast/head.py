@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.fast.functions import apply
 
-CHUNK_BYTES = 24 * 2**20
-"""Size of one chunk's logits: large enough for a matrix product, small enough to be used again and again."""
+CHUNK_BYTES = 64 * 2**20
+"""Size of one chunk's logits: large enough for efficient matrix products."""
 
-KEPT_BYTES = 96 * 2**20
-"""Log-probabilities kept for the backward pass at most; chunks beyond are computed once more there."""
+KEPT_BYTES = 256 * 2**20
+"""Probabilities kept for the backward pass at most; chunks beyond are computed once more there."""
 
 
 class _TokenLosses(Function):
@@ -24,12 +24,11 @@ class _TokenLosses(Function):
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         losses, keep, budget = [], [], KEPT_BYTES
         for start in range(0, len(states), size):
-            logits = states[start : start + size] @ weight.t()
-            logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            logs = torch.log_softmax(states[start : start + size] @ weight.t(), dim=-1, dtype=torch.float32)
             losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
             budget -= 4 * logs.numel()
             if ctx.needs_input_grad[0] and budget >= 0:
-                keep.append(logs)
+                keep.append(logs.exp_())
         ctx.size = size
         ctx.save_for_backward(states, weight, labels, *keep)
         return torch.cat(losses).masked_fill_(labels == IGNORE_INDEX, 0.0)
@@ -38,26 +37,29 @@ class _TokenLosses(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401
         states, weight, labels, *keep = ctx.saved_tensors
-        safe = labels.clamp(min=0).unsqueeze(1)
+        safe = labels.clamp(min=0)
         grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(states.dtype).unsqueeze(1)
-        # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product
+        # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product,
+        # and the ones are rows of the weight that are added apart
         scaled = states * grad
-        states_grad = torch.empty_like(states)
+        states_grad = weight.index_select(0, safe).neg_()
         weight_grad = None
         for number, start in enumerate(range(0, len(states), ctx.size)):
             part = slice(start, start + ctx.size)
             if number < len(keep):
-                errors = keep[number].exp()
+                likely = keep[number]
             else:
-                errors = torch.softmax(states[part] @ weight.t(), dim=-1, dtype=torch.float32)
-            errors.scatter_add_(1, safe[part], errors.new_full((1, 1), -1.0).expand(len(errors), 1))
-            errors = errors.to(states.dtype)
-            torch.mm(errors, weight, out=states_grad[part])
-            if ctx.needs_input_grad[1]:
-                if weight_grad is None:
-                    weight_grad = errors.t() @ scaled[part]
-                else:
-                    weight_grad.addmm_(errors.t(), scaled[part])
+                likely = torch.softmax(states[part] @ weight.t(), dim=-1, dtype=torch.float32)
+            likely = likely.to(states.dtype)
+            states_grad[part].addmm_(likely, weight)
+            if not ctx.needs_input_grad[1]:
+                continue
+            if weight_grad is None:
+                weight_grad = likely.t() @ scaled[part]
+            else:
+                weight_grad.addmm_(likely.t(), scaled[part])
+        if weight_grad is not None:
+            weight_grad.index_add_(0, safe, scaled, alpha=-1)
         return states_grad.mul_(grad), weight_grad, None
 
 

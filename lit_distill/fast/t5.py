@@ -15,6 +15,7 @@ from transformers.models.t5.modeling_t5 import (
     T5Stack,
 )
 
+from lit_distill.fast.feed_forward import chunks_well, feed_forward_sublayer
 from lit_distill.fast.functions import add_dropped, dropout, gated, rms_norm
 from lit_distill.fast.looks import CrossLook, SelfLook
 from lit_distill.fast.packing import AttentionPlan, Packing
@@ -56,6 +57,8 @@ def _block(block: T5Block, x: Tensor, own: SelfLook, cross: CrossLook | None) ->
         layer = layers[1]
         x = add_dropped(x, cross(layer.EncDecAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
     layer = layers[-1]
+    if chunks_well(layer, x):
+        return feed_forward_sublayer(layer, x)
     return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
 
 

@@ -23,7 +23,7 @@ from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
 from lit_distill.modules.fast_path import FastPath
 from lit_distill.modules.generation import answer_rows
-from lit_distill.modules.optimization import OptimizerName, ScheduleName, configure
+from lit_distill.modules.optimization import OptimizerName, ScheduleName, clip_within_step, configure
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
 from lit_distill.students import CHECKPOINT_KEY, load_student, load_tokenizer, record_student
@@ -60,6 +60,8 @@ class DistillModule(pl.LightningModule):
         max_label_length: generated tokens at most for a label.
         max_rationale_length: generated tokens at most for a rationale.
         num_beams: beams of the generation; 1 is greedy.
+        evaluate_losses: compute the losses of ``all`` terms in evaluation, or only that of the task that gives the
+            answer, at less than half the time where there are two tasks; there is no ``val/loss`` then.
         evaluate_rationales: generate the rationale of every row in evaluation and score it.
         score_choices: with closed choices, also answer by their likelihoods.
         num_samples: rows of an evaluation whose rationales are generated and shown.
@@ -90,6 +92,7 @@ class DistillModule(pl.LightningModule):
         max_label_length: int = 64,
         max_rationale_length: int = 256,
         num_beams: int = 1,
+        evaluate_losses: Literal["all", "answer"] = "all",
         evaluate_rationales: bool = False,
         score_choices: bool = True,
         num_samples: int = 8,
@@ -105,6 +108,8 @@ class DistillModule(pl.LightningModule):
         check_range("num_beams", num_beams, at_least=1, whole=True)
         check_range("num_samples", num_samples, at_least=0, whole=True)
         check_range("effective_batch_size", effective_batch_size, at_least=1, whole=True)
+        if evaluate_losses not in ("all", "answer"):
+            raise UserError(f"evaluate_losses must be one of all, answer, got {evaluate_losses!r}")
         # called from here, this still finds the subclass's own arguments
         self.save_hyperparameters()
         self.hparams["student"] = str(student)
@@ -415,7 +420,10 @@ class DistillModule(pl.LightningModule):
         if gradient_clip_val and isinstance(wrapped, FullyShardedDataParallel):
             wrapped.clip_grad_norm_(gradient_clip_val)
             return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        within = gradient_clip_val and by_norm and self.hparams["fast"] and not self.sharded
+        if not (within and clip_within_step(optimizer, float(gradient_clip_val or 0))):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -478,9 +486,13 @@ class DistillModule(pl.LightningModule):
 
     def _evaluate(self, batch: TaskBatch, split: Literal["val", "test"]) -> None:
         key = self._answer_key(split)
-        with self.fast_path.sharing(batch):
-            terms, counts = self.loss_terms(batch), self.term_counts(batch)
+        every = self.hparams["evaluate_losses"] == "all"
+        counted = batch if every else {self.answer_task: batch[self.answer_task]}
+        with self.fast_path.sharing(counted):
+            terms, counts = self.loss_terms(counted), self.term_counts(counted)
             self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
+        if not every:
+            terms = {self.answer_task: terms[self.answer_task]}
         for name, term in terms.items():
             number = counts.get(name, 1)
             if number == 0:
@@ -504,7 +516,8 @@ class DistillModule(pl.LightningModule):
             return
         means = {name: total / count.clamp(min=1) for name, (total, count) in zip(names, pairs, strict=True)}
         metrics = {f"{name}_loss": float(mean) for name, mean in means.items()}
-        metrics["loss"] = float(self.total_loss(means))
+        if self.hparams["evaluate_losses"] == "all":
+            metrics["loss"] = float(self.total_loss(means))
         key = self._answer_key(split)
         settings = self.hparams
         metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")

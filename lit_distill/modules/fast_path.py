@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, take
 from lit_distill.fast.memory import keep_freed_memory
 from lit_distill.fast.student import Encoded, encode, losses_of_encoded, target_losses
 from lit_distill.fast.support import decodes_plainly, fits, reason_against
@@ -67,11 +67,15 @@ class FastPath:
             for losses, inputs in zip(found, tasks, strict=True)
         ]
 
-    def encoded(self, inputs: TaskInputs) -> tuple[Encoded, int]:
-        """The encoder's states of a task's rows, and the number of its first row among them."""
+    def encoded(self, inputs: TaskInputs, rows: Sequence[int]) -> tuple[Encoded, list[int]]:
+        """The encoder's states of these rows of a task, and the rows' numbers among them."""
         if self._shared is not None and id(inputs) in self._shared[1]:
-            return self._shared[0], self._shared[1][id(inputs)]
-        return encode(self._module.student, [inputs]), 0
+            first = self._shared[1][id(inputs)]
+            return self._shared[0], [first + row for row in rows]
+        if len(rows) < len(inputs["labels"]):
+            inputs = take(inputs, rows)
+            rows = range(len(rows))
+        return encode(self._module.student, [inputs]), list(rows)
 
     @contextmanager
     def sharing(self, batch: TaskBatch) -> Iterator[None]:

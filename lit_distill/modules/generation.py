@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from lit_distill.answers import AnswerKey
-from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, take
 from lit_distill.fast.greedy import Shape, greedy
 from lit_distill.fast.student import log_likelihoods
 from lit_distill.losses import sequence_log_likelihood
@@ -85,18 +85,17 @@ def generate_texts(
     chosen = list(range(len(inputs["input_ids"]))) if rows is None else list(rows)
     if settings["num_beams"] == 1 and module.fast_path.decodes([inputs]):
         with torch.no_grad():
-            encoded, first = module.fast_path.encoded(inputs)
+            encoded, wanted = module.fast_path.encoded(inputs, chosen)
         shape = _shape(module, task, inputs, chosen)
-        wanted = [first + row for row in chosen]
         found = greedy(module.student, encoded, wanted, settings["max_new_tokens"], shape)
         return decode(module, found)
-    taken = torch.tensor(chosen, device=inputs["input_ids"].device)
+    taken = take(inputs, chosen)
     processors = LogitsProcessorList()
     if (shape := _shape(module, task, inputs, chosen)) is not None:
         processors.append(_Shaped(shape, settings["num_beams"]))
     ids = module.student.generate(  # type: ignore[misc]  # its protocol of a generative model is too narrow
-        input_ids=inputs["input_ids"][taken],
-        attention_mask=inputs["attention_mask"][taken],
+        input_ids=taken["input_ids"],
+        attention_mask=taken["attention_mask"],
         max_new_tokens=settings["max_new_tokens"],
         num_beams=settings["num_beams"],
         do_sample=False,
@@ -170,11 +169,11 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
 def _fast_likelihoods(
     module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]]
 ) -> list[float]:
-    encoded, first = module.fast_path.encoded(inputs)
+    encoded, numbers = module.fast_path.encoded(inputs, range(len(inputs["labels"])))
     scores: list[float] = []
     for start in range(0, len(rows), _CHOICES_AT_ONCE):
         part = slice(start, start + _CHOICES_AT_ONCE)
-        found = log_likelihoods(module.student, encoded, [first + row for row in rows[part]], targets[part])
+        found = log_likelihoods(module.student, encoded, [numbers[row] for row in rows[part]], targets[part])
         scores += found.tolist()
     return scores
 

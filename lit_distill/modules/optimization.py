@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -47,6 +48,29 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         {"params": [p for name, p in trainable if _is_spared(name)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def clip_within_step(optimizer: Optimizer, max_norm: float) -> bool:
+    """Leave clipping by the gradient's norm to the coming step of a fused AdamW, which reads each gradient anyway.
+
+    The kernel divides by ``grad_scale`` as it goes, where ``torch.nn.utils.clip_grad_norm_`` passes over all gradients
+    once more. Afterwards the gradients are the clipped ones, as after that.
+
+    Args:
+        optimizer: the optimizer.
+        max_norm: the norm that gradients are scaled down to where theirs is larger.
+
+    Returns:
+        Whether the optimizer can.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if type(inner) is not AdamW or not inner.defaults["fused"]:
+        return False
+    gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    # PyTorch's own coefficient, min(1, max_norm / (norm + 1e-6)), as a divisor
+    inner.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    return True
 
 
 def configure(

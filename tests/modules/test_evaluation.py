@@ -363,3 +363,34 @@ def test_an_empty_summary() -> None:
     key = item_key([None] * 5, label_set=("yes", "no"))
     assert summarise([], key, rationales=True, intervals=True) == {}
     assert summarise(answers(["yes"]), key, rationales=True, intervals=True) == {}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_answer_s_loss_alone(student_folder: Path, fast: bool) -> None:
+    torch.manual_seed(5)
+    every = StepByStepModule(student_folder, from_scratch=True, max_label_length=4, max_rationale_length=4, fast=fast)
+    alone = StepByStepModule(
+        student_folder,
+        from_scratch=True,
+        max_label_length=4,
+        max_rationale_length=4,
+        fast=fast,
+        evaluate_losses="answer",
+    )
+    alone.load_state_dict(every.state_dict())
+    found = []
+    for module in (every, alone):
+        (metrics,) = make_trainer(limit_val_batches=1.0).validate(module, datamodule=ItemData(module), verbose=False)
+        assert module.evaluation is not None
+        found.append((metrics, module.evaluation.samples))
+    (expected, samples), (metrics, own) = found
+    assert set(expected) - set(metrics) == {"val/loss", "val/rationale_loss"}
+    assert metrics == pytest.approx({name: expected[name] for name in metrics}, rel=1e-6)
+    # rationales that are shown are generated all the same
+    assert own == samples
+    assert any(sample.rationale for sample in own)
+
+
+def test_losses_that_are_not_known(student_folder: Path) -> None:
+    with pytest.raises(UserError, match="evaluate_losses must be one of all, answer, got 'label'"):
+        StepByStepModule(student_folder, from_scratch=True, evaluate_losses="label")

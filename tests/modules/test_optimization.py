@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule
-from lit_distill.modules.optimization import learning_rate_factor, parameter_groups
+from lit_distill.modules.optimization import clip_within_step, learning_rate_factor, parameter_groups
 from tests.modules.batches import RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
 
@@ -139,3 +139,47 @@ def test_arguments_out_of_range(student_folder: Path, argument: str, value: Any,
     with pytest.raises(UserError) as error:
         StepByStepModule(student_folder, from_scratch=True, **{argument: value})
     assert str(error.value) == f"{argument} must be {allowed}, got {value!r}"
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
+def test_clipping_within_the_step_is_torch_clipping(max_norm: float) -> None:
+    found = []
+    for within in (True, False):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(37, 5)), torch.nn.Parameter(torch.randn(11))]
+        frozen = torch.nn.Parameter(torch.randn(3))
+        optimizer = torch.optim.AdamW([*parameters, frozen], lr=1e-2, fused=True)
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            if within:
+                assert clip_within_step(optimizer, max_norm)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            optimizer.step()
+        found.append([*parameters, *(p.grad for p in parameters if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_other_optimizers_clip_by_themselves() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    assert not clip_within_step(torch.optim.AdamW([parameter]), 1.0)
+    assert not clip_within_step(torch.optim.SGD([parameter]), 1.0)
+
+
+@pytest.mark.parametrize(
+    "clip", [{}, {"gradient_clip_val": 0.05}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}]
+)
+def test_a_clipped_run_is_the_same_on_the_fast_path(student_folder: Path, clip: dict[str, Any]) -> None:
+    weights = []
+    for fast in (True, False):
+        torch.manual_seed(7)
+        module = StepByStepModule(student_folder, from_scratch=True, fast=fast, dropout=0.0, learning_rate=1e-3)
+        make_trainer(max_steps=4, accumulate_grad_batches=2, **clip).fit(
+            module, datamodule=RowsData(ROWS, 2, module.tasks)
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    # a step is as large as the learning rate wherever a gradient is near 0: the bulk has to agree
+    assert (weights[0] - weights[1]).abs().median() < 1e-6
+    assert float((weights[0] - weights[1]).norm() / weights[1].norm()) < 1e-4
