@@ -11,7 +11,8 @@ def keep_freed_memory() -> bool:
     """Ask glibc to keep freed memory in the process.
 
     By default it hands large blocks back to the system, which clears each page again when the next step asks for it:
-    about a tenth of a step's time on CPU, on one core. The process's peak stays the same; it falls back later.
+    time on one core, a tenth of a step and more where the system is a virtual machine. The process holds what its steps
+    needed once, and gaps between blocks; it does not shrink before it ends.
 
     Returns:
         Whether the C library is one that takes the request.

@@ -55,17 +55,19 @@ class FastPath:
 
     def losses(self, tasks: Sequence[TaskInputs]) -> list[Tensor]:
         """Each task's mean cross-entropy over its target tokens, all in one pass; 0 without any."""
-        shared = self._shared
-        if shared is not None and all(id(inputs) in shared[1] for inputs in tasks):
-            found = losses_of_encoded(
-                self._module.student, shared[0], tasks, [shared[1][id(inputs)] for inputs in tasks]
-            )
-        else:
-            found = target_losses(self._module.student, tasks)
-        return [
-            losses.sum() / (inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1)
-            for losses, inputs in zip(found, tasks, strict=True)
-        ]
+        student = self._module.student
+        encoded, first = self._shared or (None, {})
+        ours = [inputs for inputs in tasks if id(inputs) in first]
+        # a task that an evaluation leaves out is a row that counts nothing, which nobody has encoded
+        others = [inputs for inputs in tasks if id(inputs) not in first]
+        found: dict[int, Tensor] = {}
+        if encoded is not None and ours:
+            losses = losses_of_encoded(student, encoded, ours, [first[id(inputs)] for inputs in ours])
+            found |= {id(inputs): own for inputs, own in zip(ours, losses, strict=True)}
+        if others:
+            losses = target_losses(student, others)
+            found |= {id(inputs): own for inputs, own in zip(others, losses, strict=True)}
+        return [found[id(inputs)].sum() / (inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1) for inputs in tasks]
 
     def encoded(self, inputs: TaskInputs, rows: Sequence[int]) -> tuple[Encoded, list[int]]:
         """The encoder's states of these rows of a task, and the rows' numbers among them."""
