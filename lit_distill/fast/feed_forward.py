@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerFF
 
-from lit_distill.fast.functions import apply, kept
+from lit_distill.fast.functions import apply, kept, rms_norm_gradients, rms_scale
 
 CHUNK = 1024
 """Tokens that go through the sublayer together."""
@@ -49,7 +49,7 @@ class _FeedForward(Function):
     ) -> Tensor:
         tokens = len(x)
         gates, ups = x.new_empty(tokens, len(gate)), x.new_empty(tokens, len(up))
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = rms_scale(x, eps)
         inner_mask = torch.empty(gates.shape, dtype=torch.bool) if p_inner else None
         out_mask = torch.empty(x.shape, dtype=torch.bool) if p_out else None
         inner_factor = out_factor = 1.0
@@ -104,11 +104,9 @@ class _FeedForward(Function):
             gate_grad.addmm_(gates_grad.t(), normed)
             up_grad.addmm_(ups_grad.t(), normed)
             normed_grad = (gates_grad @ gate).addmm_(ups_grad, up)
-            product = own * normed_grad
-            norm_grad += (scaled.t() @ product).squeeze_(0)
-            along = (product @ norm).unsqueeze_(-1).mul_(scaled.pow(3)).div_(-x.shape[-1])
-            torch.addcmul(grad[part], normed_grad.mul_(norm), scaled, out=x_grad[part])
-            x_grad[part].addcmul_(own, along)
+            own_grad, weight_grad = rms_norm_gradients(own, norm, scaled, normed_grad)
+            norm_grad += weight_grad
+            torch.add(grad[part], own_grad, out=x_grad[part])
         return x_grad, norm_grad, gate_grad, up_grad, down_grad, None, None, None
 
 

@@ -57,7 +57,7 @@ class FewQueries:
         """The rows' tokens among all targets', ``(tokens,)``."""
         self._query = query.flatten().to(device, non_blocking=True)
         self._source = source.flatten().to(device, non_blocking=True)
-        self._real = real.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        self._real = asking.positions(self._shape[1])
         hidden = torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
         self._hidden = hidden[:, None].to(device, non_blocking=True)
 

@@ -105,26 +105,43 @@ def gated(a: Tensor, b: Tensor, p: float) -> Tensor:
     return apply(_Gated, a, b, p) if p else a * b
 
 
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """What T5's layer norm multiplies each row by, ``(tokens, 1)``, in float32 or finer."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm_gradients(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of T5's layer norm for its input and its weight, in the type of ``scale``.
+
+    Args:
+        x: ``(tokens, d_model)``.
+        weight: ``(d_model,)``.
+        scale: `rms_scale` of ``x``.
+        grad: of the normed rows, ``(tokens, d_model)``.
+    """
+    wide, grad, factors = x.to(scale.dtype), grad.to(scale.dtype), weight.to(scale.dtype)
+    product = wide * grad
+    # sums over tokens, and over a row, as matrix products: each reads its operand once
+    weight_grad = (scale.t() @ product).squeeze_(0)
+    along = (product @ factors).unsqueeze_(-1).mul_(scale.pow(3)).div_(-x.shape[-1])
+    return (grad * factors).mul_(scale).addcmul_(wide, along), weight_grad
+
+
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN401
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        normed = x * scale
-        scaled: Tensor = normed.to(weight.dtype).mul_(weight)
+        scaled: Tensor = (x * scale).to(weight.dtype).mul_(weight)
         return scaled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
         x, weight, scale = ctx.saved_tensors
-        wide, grad, factors = x.float(), grad.float(), weight.float()
-        product = wide * grad
-        # sums over tokens, and over a row, as matrix products: each reads its operand once
-        weight_grad = (scale.t() @ product).squeeze_(0)
-        along = (product @ factors).unsqueeze_(-1).mul_(scale.pow(3)).div_(-x.shape[-1])
-        x_grad = (grad * factors).mul_(scale).addcmul_(wide, along)
+        x_grad, weight_grad = rms_norm_gradients(x, weight, scale, grad)
         return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None
 
 

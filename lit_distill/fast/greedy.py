@@ -12,7 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 from lit_distill.fast.few_queries import FewQueries
 from lit_distill.fast.packing import Packing
 from lit_distill.fast.student import Encoded
-from lit_distill.fast.t5 import feed_forward, norm
+from lit_distill.fast.t5 import feed_forward, into_head, norm
 
 Shape = Callable[[Tensor, int, Tensor], Tensor]
 """``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``: changes the scores of the next token."""
@@ -68,9 +68,7 @@ def greedy(
         for layer in layers:
             x = layer.step(x, step, bias[:, :, step : step + 1, : step + 1], sources)
         x = norm(student.decoder.final_layer_norm, x)
-        if student.config.scale_decoder_outputs:
-            x = x * student.config.d_model**-0.5
-        scores = student.lm_head(x).float()
+        scores = student.lm_head(into_head(student, x)).float()
         if shape is not None:
             scores = shape(scores, step, numbers)
         ids = scores.argmax(dim=-1)

@@ -60,7 +60,7 @@ class Packing:
 
     def positions(self, width: int) -> Tensor:
         """Where the packed tokens lie in a padded ``(rows, width)`` tensor that is flattened, ``(tokens,)``."""
-        real = torch.arange(width) < torch.tensor(self.lengths).unsqueeze(1)
+        _, real = self.padded(width)
         return real.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
 
 

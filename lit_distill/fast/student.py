@@ -14,7 +14,7 @@ from lit_distill.batch import TaskInputs, lengths_of
 from lit_distill.fast.head import token_losses
 from lit_distill.fast.packing import Packing
 from lit_distill.fast.support import listened_to
-from lit_distill.fast.t5 import run_decoder, run_encoder
+from lit_distill.fast.t5 import into_head, run_decoder, run_encoder
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def _losses(
 ) -> tuple[Tensor, ...]:
     sources = encoded.packing.rows(targets.rows)
     states = run_decoder(student.decoder, embedded, targets.packing, encoded.states, sources)
-    if student.config.scale_decoder_outputs:
-        states = states * student.config.d_model**-0.5
-    losses = token_losses(student.lm_head, states, targets.labels)
+    losses = token_losses(student.lm_head, into_head(student, states), targets.labels)
     split: tuple[Tensor, ...] = losses.split(targets.task_tokens)
     return split
 

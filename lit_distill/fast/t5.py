@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
@@ -42,6 +43,11 @@ def feed_forward(module: T5DenseActDense | T5DenseGatedActDense, x: Tensor) -> T
         # transformers keeps this one matrix in float32 where it loads the others in bfloat16
         inner = inner.to(wanted)
     return cast(Tensor, module.wo(inner))
+
+
+def into_head(student: T5ForConditionalGeneration, states: Tensor) -> Tensor:
+    """What the output head reads of the decoder's states ``(tokens, d_model)``: a tied one reads them scaled."""
+    return states * student.config.d_model**-0.5 if student.config.scale_decoder_outputs else states
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:

@@ -83,15 +83,15 @@ def generate_texts(
     """
     settings = module.generation_settings(task)
     chosen = list(range(len(inputs["input_ids"]))) if rows is None else list(rows)
+    shape = _shape(module, task, inputs, chosen)
     if settings["num_beams"] == 1 and module.fast_path.decodes([inputs]):
         with torch.no_grad():
             encoded, wanted = module.fast_path.encoded(inputs, chosen)
-        shape = _shape(module, task, inputs, chosen)
         found = greedy(module.student, encoded, wanted, settings["max_new_tokens"], shape)
         return decode(module, found)
     taken = take(inputs, chosen)
     processors = LogitsProcessorList()
-    if (shape := _shape(module, task, inputs, chosen)) is not None:
+    if shape is not None:
         processors.append(_Shaped(shape, settings["num_beams"]))
     ids = module.student.generate(  # type: ignore[misc]  # its protocol of a generative model is too narrow
         input_ids=taken["input_ids"],

@@ -11,25 +11,11 @@ from lit_distill.batch import IGNORE_INDEX, TaskInputs
 from lit_distill.fast.student import target_losses
 from lit_distill.students import build_student
 from tests.modules.batches import pad
+from tests.students import CONFIG
 
 VOCABULARY = 60
 
-BASE: dict[str, Any] = {
-    "model_type": "t5",
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_decoder_layers": 2,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-    "decoder_start_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+BASE: dict[str, Any] = CONFIG | {"vocab_size": VOCABULARY}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "v1.1": {},
