@@ -25,6 +25,13 @@ def check_fraction(name: str, value: Any) -> float:  # noqa: ANN401
     return float(value)
 
 
+def check_text(name: str, value: Any) -> str:  # noqa: ANN401
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name} must be a text, got {value!r}")
+    return value
+
+
 def check_bool(name: str, value: Any) -> bool:  # noqa: ANN401
     """A bool."""
     if not isinstance(value, bool):

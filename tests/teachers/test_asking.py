@@ -1,0 +1,255 @@
+"""Many questions at a time: how many, in what order, until when."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from lit_distill.errors import UserError
+from lit_distill.questions import Question, Reply, Sampling
+from lit_distill.teachers import asking as module
+from lit_distill.teachers.asking import Asking, Budget, Rounds
+from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
+
+Said = list[tuple[str, Reply | TeacherError]]
+
+
+class Scripted(Teacher):
+    """Answers with the prompt in capitals after a moment; some prompts it treats in another way."""
+
+    def __init__(self, delay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__("scripted", **kwargs)
+        self.delay = delay
+        self.asked: list[str] = []
+        self.running = self.peak = 0
+        self.opened = self.closed = 0
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def close(self) -> None:
+        self.closed += 1
+
+    async def answer(self, question: Question) -> Reply:
+        assert isinstance(question.prompt, str)
+        self.asked.append(question.prompt)
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        try:
+            await asyncio.sleep(self.delay)
+        finally:
+            self.running -= 1
+        if "never" in question.prompt:
+            raise TeacherError("it never will")
+        if "busy" in question.prompt:
+            raise TeacherBusy("not now")
+        if "key" in question.prompt:
+            raise UserError("api_key: wrong")
+        if "forever" in question.prompt:
+            await asyncio.sleep(3600)
+        return Reply(question.prompt.upper(), input_tokens=3, output_tokens=2)
+
+
+def question(text: str) -> tuple[str, Question]:
+    return text, Question(text, Sampling())
+
+
+def one_each(texts: Sequence[str]) -> Iterator[Rounds[str]]:
+    for text in texts:
+        yield iter([[question(text)]])
+
+
+def ask(
+    teacher: Teacher, rows: Iterator[Rounds[str]], concurrency: int = 4, budget: Budget | None = None
+) -> tuple[Said, Asking[str]]:
+    said: Said = []
+
+    def tell(tag: str, reply: Reply | TeacherError) -> None:
+        said.append((tag, reply))
+        if budget is not None and isinstance(reply, Reply):
+            budget.add((reply.input_tokens or 0) + (reply.output_tokens or 0), 0.5)
+
+    job = Asking(teacher, concurrency, tell, budget)
+    job.run(rows)
+    return said, job
+
+
+def texts_of(said: Said) -> dict[str, str]:
+    return {tag: reply.text for tag, reply in said if isinstance(reply, Reply)}
+
+
+def test_each_question_is_asked_once_and_told_with_its_tag() -> None:
+    teacher = Scripted()
+    wanted = [f"q{i}" for i in range(57)]
+    said, job = ask(teacher, one_each(wanted))
+    assert sorted(teacher.asked) == sorted(wanted)
+    assert texts_of(said) == {text: text.upper() for text in wanted}
+    assert (job.stopped, job.busy, teacher.opened, teacher.closed) == (None, 0, 1, 1)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 16])
+def test_as_many_are_under_way_as_may_be(concurrency: int) -> None:
+    teacher = Scripted(delay=0.002)
+    ask(teacher, one_each([f"q{i}" for i in range(40)]), concurrency)
+    assert teacher.peak == concurrency
+
+
+def test_the_samples_of_a_row_share_the_bound() -> None:
+    teacher = Scripted(delay=0.002)
+    ask(teacher, iter([iter([[question(f"row{r} q{i}") for i in range(9)]]) for r in range(4)]), 4)
+    assert len(teacher.asked) == 36
+    assert teacher.peak == 4
+
+
+def test_rows_are_read_as_they_are_needed() -> None:
+    teacher = Scripted(delay=0.001)
+    ahead = []
+
+    def rows() -> Iterator[Rounds[str]]:
+        for i in range(100):
+            ahead.append(i - len(teacher.asked))
+            yield iter([[question(f"q{i}")]])
+
+    ask(teacher, rows(), 5)
+    assert len(teacher.asked) == 100
+    assert max(ahead) <= 5
+
+
+def test_a_further_round_sees_the_answers_of_the_one_before() -> None:
+    teacher = Scripted()
+    seen: list[tuple[str, int]] = []
+    said: Said = []
+
+    def row(name: str) -> Rounds[str]:
+        for number in range(3):
+            if any(tag == f"{name} 1" for tag, _ in said):
+                return
+            seen.append((name, number))
+            yield [question(f"{name} {number}")]
+
+    job: Asking[str] = Asking(teacher, 4, lambda tag, reply: said.append((tag, reply)))
+    job.run(iter([row("a"), row("b")]))
+    assert sorted(seen) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+def test_rows_with_nothing_to_ask_are_passed_over() -> None:
+    teacher = Scripted()
+    nothing: list[Rounds[str]] = [iter([]) for _ in range(2000)]
+    said, _ = ask(teacher, iter([*nothing, *one_each(["q"]), *nothing]))
+    assert texts_of(said) == {"q": "Q"}
+
+
+def test_what_is_never_answered_does_not_stop_the_others() -> None:
+    said, job = ask(Scripted(), one_each(["a", "never", "b"]))
+    assert texts_of(said) == {"a": "A", "b": "B"}
+    (error,) = [reply for tag, reply in said if tag == "never"]
+    assert isinstance(error, TeacherError)
+    assert job.stopped is None
+
+
+def test_what_is_busy_is_left_and_counted() -> None:
+    said, job = ask(Scripted(), one_each(["a", "busy", "b"]))
+    assert texts_of(said) == {"a": "A", "b": "B"}
+    assert (len(said), job.busy, job.stopped) == (2, 1, None)
+
+
+def test_a_teacher_that_is_gone_ends_the_job() -> None:
+    teacher = Scripted()
+    with pytest.raises(UserError, match=r"^teacher: scripted does not answer any more \(not now\)"):
+        ask(teacher, one_each(["busy"] * 1000))
+    assert len(teacher.asked) < 50
+
+
+def test_a_teacher_that_refuses_whatever_it_is_asked_ends_the_job() -> None:
+    teacher = Scripted()
+    with pytest.raises(UserError, match=r"^teacher: the first 20 questions were all refused \(it never will\)"):
+        ask(teacher, one_each(["never"] * 1000))
+    assert len(teacher.asked) < 30
+    # fewer, or after an answer, are each on their own
+    assert len(ask(Scripted(), one_each(["never"] * 19))[0]) == 19
+    assert len(ask(Scripted(), one_each(["a", *["never"] * 100]))[0]) == 101
+
+
+def test_a_wrong_key_ends_the_job_at_once_and_keeps_what_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
+    teacher = Scripted()
+    said: Said = []
+    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: said.append((tag, reply)))
+    with pytest.raises(UserError, match=r"^api_key: wrong"):
+        job.run(one_each(["a", "b", "forever", "key", *(f"q{i}" for i in range(500))]))
+    assert {"a", "b"} <= texts_of(said).keys()
+    assert len(teacher.asked) < 20
+    assert (teacher.closed, teacher.running, job.stopped) == (1, 0, "failed")
+
+
+def test_what_goes_wrong_in_telling_ends_the_job() -> None:
+    def tell(tag: str, reply: Reply | TeacherError) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Asking(Scripted(), 2, tell).run(one_each([f"q{i}" for i in range(100)]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "most"),
+    # 5 tokens and half a dollar an answer; once the first is there, what is under way is counted before it is answered
+    [({"max_tokens": 50}, "max_tokens 50 reached", 10), ({"max_cost": 3.0}, "max_cost 3 reached", 6)],
+)
+def test_a_budget_ends_the_job(limits: dict[str, Any], reason: str, most: int) -> None:
+    teacher = Scripted(delay=0.001)
+    budget = Budget(**limits)
+    said, job = ask(teacher, one_each([f"q{i}" for i in range(200)]), 4, budget)
+    assert job.stopped == reason
+    assert len(said) == len(teacher.asked) == most
+    assert (budget.tokens, budget.cost) == (5 * most, 0.5 * most)
+
+
+def test_a_budget_that_is_used_up_asks_nothing() -> None:
+    teacher = Scripted()
+    _, job = ask(teacher, one_each(["a"]), budget=Budget(max_tokens=50, tokens=50))
+    assert (teacher.asked, job.stopped) == ([], "max_tokens 50 reached")
+
+
+def test_an_interruption_waits_for_what_is_under_way() -> None:
+    teacher = Scripted(delay=0.2)
+    said: Said = []
+    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: said.append((tag, reply)))
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    job.run(one_each([f"q{i}" for i in range(100)]))
+    assert job.stopped == "interrupted"
+    assert len(said) == len(teacher.asked) == 3
+
+
+def test_a_second_interruption_waits_for_nothing() -> None:
+    teacher = Scripted()
+    for after in (0.2, 0.8):
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: None)
+    job.run(one_each(["forever"] * 5))
+    assert job.stopped == "interrupted"
+    assert time.monotonic() - began < 60
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_it_runs_where_an_event_loop_runs_already() -> None:
+    async def cell() -> Said:
+        return ask(Scripted(), one_each(["a"]))[0]
+
+    assert texts_of(asyncio.run(cell())) == {"a": "A"}
+
+
+def test_a_teacher_that_does_not_open_is_told() -> None:
+    class Absent(Scripted):
+        async def open(self) -> None:
+            raise UserError("base_url: no server")
+
+    teacher = Absent()
+    with pytest.raises(UserError, match=r"^base_url: no server"):
+        ask(teacher, one_each(["a"]))
+    assert teacher.asked == []

@@ -1,0 +1,798 @@
+"""A teacher behind a server: what it sends, what it makes of answers, and of servers that misbehave."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx2 import Timeout
+from jsonargparse import ArgumentParser
+
+from lit_distill.errors import UserError
+from lit_distill.questions import Message, Question, Reply, Sampling
+from lit_distill.teachers import server as module
+from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
+from lit_distill.teachers.server import OpenAITeacher
+from tests.teachers.models import make_talker
+from tests.teachers.servers import (
+    MODELS,
+    Act,
+    Behaviour,
+    Request,
+    Server,
+    answer_to,
+    completion,
+    fail,
+    in_turn,
+    lists_models,
+    serving,
+)
+
+KEY = "sk-0123456789-abcdefghijklmnopqrstuvwxyz"
+SCHEMA = {"type": "object", "properties": {"label": {"type": "string"}}, "required": ["label"]}
+
+
+@pytest.fixture(autouse=True)
+def quick_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits that nobody asked for are short, and nothing of the environment counts."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(module, "_FIRST_WAIT", 0.001)
+    for name in [name for name in os.environ if name.startswith("OPENAI_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
+def chat(text: str = "Why?", **changes: Any) -> Question:
+    return replace(Question((Message("user", text),), Sampling()), **changes)
+
+
+def text(prompt: str = "Q: why? A:", **changes: Any) -> Question:
+    return replace(Question(prompt, Sampling()), **changes)
+
+
+async def ask_all(teacher: Teacher, questions: Sequence[Question]) -> list[Reply | BaseException]:
+    await teacher.open()
+    try:
+        return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
+    finally:
+        await teacher.close()
+
+
+def ask(teacher: Teacher, question: Question | None = None) -> Reply:
+    """The answer to one question, or the error that it ends in."""
+    (found,) = asyncio.run(ask_all(teacher, [question or chat()]))
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def answered(act: Act | Sequence[Act], question: Question | None = None, **arguments: Any) -> Reply:
+    """The answer of a server that acts so."""
+    with serving([act] if isinstance(act, Act) else act) as server:
+        return ask(OpenAITeacher("tiny", server.url, **arguments), question)
+
+
+def sent(question: Question, **arguments: Any) -> Request:
+    """The request that a question becomes."""
+    with serving() as server:
+        ask(OpenAITeacher("tiny", server.url, **arguments), question)
+    (request,) = server.requests
+    return request
+
+
+def says(body: dict[str, Any], **changes: Any) -> Act:
+    """A choice of one's own."""
+    return Act(body={"choices": [body], **changes})
+
+
+# -------------------------------------------------------------------------------------------------------- what is sent
+
+
+def test_a_chat_goes_out_as_messages() -> None:
+    prompt = (
+        Message("system", "Be brief."),
+        Message("user", "Why?"),
+        Message("assistant", "So."),
+        Message("user", "No"),
+    )
+    question = Question(prompt, Sampling(temperature=0.5, top_p=0.9, max_new_tokens=7, seed=3), stop=("\n\n", "Q:"))
+    request = sent(question, api_key=KEY)
+    assert (request.method, request.path) == ("POST", "/v1/chat/completions")
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.body == {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "So."},
+            {"role": "user", "content": "No"},
+        ],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 7,
+        "seed": 3,
+        "stop": ["\n\n", "Q:"],
+    }
+
+
+def test_a_text_goes_out_as_a_prompt() -> None:
+    request = sent(text("Q: why?\nA:", stop=("\nQ:",)), layout="completion", logprobs=True)
+    assert request.path == "/v1/completions"
+    assert request.body == {
+        "model": "tiny",
+        "prompt": "Q: why?\nA:",
+        "temperature": 0.0,
+        "max_tokens": 256,
+        "seed": 0,
+        "stop": ["\nQ:"],
+        "logprobs": 1,
+    }
+
+
+def test_a_server_of_ones_own_gets_a_placeholder_for_a_key() -> None:
+    assert sent(chat()).headers["authorization"] == "Bearer none"
+
+
+def test_the_environment_gives_address_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+        monkeypatch.setenv("OPENAI_ADMIN_KEY", "not-for-questions")
+        ask(OpenAITeacher("tiny"))
+        ask(OpenAITeacher("tiny", api_key="another"))
+    assert [request.headers["authorization"] for request in server.requests] == [f"Bearer {KEY}", "Bearer another"]
+
+
+def test_a_schema_goes_out_as_the_form_of_the_answer() -> None:
+    body = sent(chat(schema=SCHEMA)).body
+    assert body["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True},
+    }
+    assert OpenAITeacher.follows_schema
+
+
+def test_a_completion_follows_no_schema() -> None:
+    with pytest.raises(UserError, match=r"^layout must be chat where answers follow a schema, got 'completion'$"):
+        answered(Act(), text(schema=SCHEMA), layout="completion")
+
+
+def test_the_limit_has_the_name_that_the_server_knows() -> None:
+    body = sent(chat(), token_limit="max_completion_tokens").body
+    assert body["max_completion_tokens"] == 256
+    assert "max_tokens" not in body
+
+
+def test_extra_fields_are_added_replace_and_leave_out() -> None:
+    extra = {"top_k": 5, "max_tokens": 9, "temperature": None, "chat_template_kwargs": {"enable_thinking": False}}
+    body = sent(chat(), extra_body=extra).body
+    assert body == {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Why?"}],
+        "seed": 0,
+        "max_tokens": 9,
+        "top_k": 5,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+
+
+def test_no_more_stops_are_sent_than_openai_takes_and_all_are_kept() -> None:
+    question = chat(stop=("1", "2", "3", "4", "5"))
+    with serving([says({"message": {"content": "a b 5 c 4 d"}, "finish_reason": "length"})]) as server:
+        reply = ask(OpenAITeacher("tiny", server.url), question)
+    assert server.requests[0].body["stop"] == ["1", "2", "3", "4"]
+    assert (reply.text, reply.finish) == ("a b ", "stop")
+
+
+@pytest.mark.parametrize(("layout", "question"), [("chat", text()), ("completion", chat())])
+def test_a_prompt_of_the_other_layout_is_a_mistake_of_the_program(layout: str, question: Question) -> None:
+    with pytest.raises(TypeError, match="with"):
+        answered(Act(), question, layout=layout)
+
+
+# ---------------------------------------------------------------------------------------------- what comes of an answer
+
+
+@pytest.mark.parametrize(("layout", "question"), [("chat", chat("two words")), ("completion", text("two words"))])
+def test_an_answer_has_text_finish_and_counts(layout: str, question: Question) -> None:
+    reply = answered(Act(), question, layout=layout)
+    assert reply == Reply("answer to <two words>", finish="stop", input_tokens=2, output_tokens=4)
+
+
+def test_what_a_server_does_not_say_is_not_known() -> None:
+    assert answered(says({"message": {"role": "assistant", "content": "yes"}})) == Reply("yes")
+    assert answered(says({"text": "yes"}, usage=None), text(), layout="completion") == Reply("yes")
+
+
+@pytest.mark.parametrize("said", [{"content": None}, {"content": ""}, {}])
+def test_an_answer_that_was_only_thought_is_empty(said: dict[str, Any]) -> None:
+    message = {"role": "assistant", "reasoning_content": "Let me think.", **said}
+    reply = answered(says({"message": message, "finish_reason": "length"}))
+    assert reply == Reply("", finish="length")
+
+
+def test_thoughts_are_no_part_of_an_answer() -> None:
+    message = {"content": "B", "reasoning_content": "A? No.", "reasoning": "A? No."}
+    logprobs = {"content": [{"token": "A", "logprob": -9.0}, {"token": "B", "logprob": -1.0}]}
+    # the tokens are those of the thoughts as well: their mean would be another
+    assert answered(says({"message": message, "logprobs": logprobs}), logprobs=True) == Reply("B")
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "A? No."}]}, {"type": "text", "text": "B"}]
+    assert answered(says({"message": {"content": parts}})) == Reply("B")
+
+
+@pytest.mark.parametrize(
+    ("found", "mean"),
+    [
+        ({"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1.5}]}, -1.0),
+        ({"tokens": ["a", "b"], "token_logprobs": [-0.25, -0.75], "top_logprobs": None}, -0.5),
+        ({"tokens": ["a", "b"], "token_logprobs": [None, -0.75]}, -0.75),
+        ({"content": []}, None),
+        ({"content": None, "refusal": None}, None),
+        ({"content": "what?"}, None),
+        ({"token_logprobs": [float("-inf")]}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_log_probabilities_come_in_two_forms(found: object, mean: float | None) -> None:
+    for layout, question in (("chat", chat()), ("completion", text())):
+        act = Act(body={"choices": [{"message": {"content": "a b"}, "text": "a b", "logprobs": found}]})
+        assert answered(act, question, layout=layout, logprobs=True).logprob == mean
+
+
+def test_log_probabilities_are_asked_for_in_two_forms() -> None:
+    assert sent(chat(), logprobs=True).body["logprobs"] is True
+    assert sent(text(), logprobs=True, layout="completion").body["logprobs"] == 1
+    assert "logprobs" not in sent(chat()).body
+
+
+def test_old_words_for_an_end_are_the_usual_ones() -> None:
+    assert answered(says({"message": {"content": "a"}, "finish_reason": "eos_token"})).finish == "stop"
+
+
+# ------------------------------------------------------------------------------------------------------ many at a time
+
+
+@pytest.mark.parametrize("layout", ["chat", "completion"])
+def test_each_of_many_answers_is_its_questions(layout: str) -> None:
+    many = 150
+    questions = [chat(f"number {n}") if layout == "chat" else text(f"number {n}") for n in range(many)]
+
+    def behave(request: Request) -> Act:
+        # some fail once; no other is answered before all are there, and the later it came, the sooner
+        if request.number % 10 == 9:
+            return fail(500)
+        return Act(until=lambda: server.peak == many, delay=0.3 - request.number / 1000)
+
+    with serving(lists_models(behave)) as server:
+        teacher = OpenAITeacher("tiny", server.url, layout="chat" if layout == "chat" else "completion")
+        replies = asyncio.run(ask_all(teacher, questions))
+    assert [reply.text if isinstance(reply, Reply) else reply for reply in replies] == [
+        answer_to(f"number {n}") for n in range(many)
+    ]
+    assert teacher.concurrency == 32
+
+
+def test_connections_are_used_again() -> None:
+    async def run(teacher: OpenAITeacher) -> None:
+        await teacher.open()
+        for _ in range(3):
+            await asyncio.gather(*(teacher.answer(chat()) for _ in range(120)))
+        await teacher.close()
+
+    def behave(request: Request) -> Act:
+        return Act(until=lambda: len(server.requests) >= 120 * (request.number // 120 + 1))
+
+    with serving(lists_models(behave)) as server:
+        asyncio.run(run(OpenAITeacher("tiny", server.url)))
+    assert len(server.requests) == 360
+    # by default the client keeps 100 of them
+    assert server.connections <= 125
+
+
+# --------------------------------------------------------------------------------------------------- what passes
+
+WRONG_BODIES = [
+    b"",
+    b"<html>Bad gateway</html>",
+    b'{"choices": [{"message": {"content": "yes"}',
+    b"\xff\xfe\xfd",
+    b"[" * 100_000,
+    b"[]",
+    b"null",
+    b"{}",
+    b'{"choices": null}',
+    b'{"choices": []}',
+    b'{"choices": ["yes"]}',
+    b'{"choices": [{}]}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": [{"message": {"content": 5}}]}',
+    b'{"error": {"message": "the provider is down", "code": 502}}',
+]
+
+
+@pytest.mark.parametrize(
+    "acts",
+    [
+        [fail(408)],
+        [fail(409)],
+        [fail(429)],
+        [fail(429, headers={"retry-after": "soon"})],
+        [fail(500), fail(502), Act(503, b"<html>\n</html>"), fail(504)],
+        [Act(cut=True)],
+        [Act(delay=60)],
+        [Act(drip=60)],
+        [Act(body=body) for body in WRONG_BODIES[:5]],
+        [Act(body=body, headers={"content-type": "text/html"}) for body in WRONG_BODIES[5:10]],
+        [Act(body=body) for body in WRONG_BODIES[10:]],
+        [fail(429), Act(body=b"{}"), Act(cut=True), fail(500)],
+    ],
+    ids=lambda acts: "-".join(
+        "cut" if act.cut else "slow" if act.delay or act.drip else str(act.status) for act in acts
+    ),
+)
+def test_what_passes_is_tried_again(acts: list[Act]) -> None:
+    with serving(acts) as server:
+        reply = ask(OpenAITeacher("tiny", server.url, timeout=1.0))
+    assert reply.text == "answer to <Why?>"
+    assert len(server.requests) >= len(acts) + 1
+    # the same again
+    assert all(request.body == server.requests[0].body for request in server.requests)
+
+
+def test_a_slow_answer_is_waited_for_while_it_comes() -> None:
+    with serving(lists_models(lambda _: Act(drip=0.15))) as server:
+        assert ask(OpenAITeacher("tiny", server.url, timeout=1.0)).text == "answer to <Why?>"
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "line"),
+    [
+        (fail(429, "slow\ndown"), TeacherBusy, "429: slow down"),
+        (Act(503, b""), TeacherBusy, "503: Service Unavailable"),
+        (Act(502, b"<html>\n <b>bad</b>\n</html>"), TeacherBusy, "502: <html> <b>bad</b> </html>"),
+        (Act(delay=60), TeacherBusy, "no answer within 0.3 s, 3 times"),
+        (Act(cut=True), TeacherBusy, "no connection: "),
+        (Act(body=b"{}"), TeacherError, "the server's answer has no choices: '{}', 3 times"),
+        (Act(body=b"no JSON"), TeacherError, "the server's answer is not JSON: 'no JSON', 3 times"),
+        (Act(body={"choices": [{}]}), TeacherError, "the server's answer has no text: '{}', 3 times"),
+        (Act(body={"error": {"message": "down"}}), TeacherError, "the server's answer has no choices: 'down', 3 times"),
+    ],
+)
+def test_what_does_not_pass_ends_in_one_line(act: Act, error: type[Exception], line: str) -> None:
+    with serving(lists_models(lambda _: act)) as server, pytest.raises(error) as raised:
+        ask(OpenAITeacher("tiny", server.url, timeout=0.3, max_retries=2))
+    assert type(raised.value) is error
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
+    assert len(server.requests) == 3
+
+
+def test_one_that_is_not_tried_again() -> None:
+    with serving(lists_models(lambda _: Act(body=b"{}"))) as server, pytest.raises(TeacherError, match=r"1 times$"):
+        ask(OpenAITeacher("tiny", server.url, max_retries=0))
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_goes_away_makes_a_teacher_busy() -> None:
+    async def run() -> None:
+        with serving() as server:
+            teacher = OpenAITeacher("tiny", server.url, max_retries=1)
+            await teacher.open()
+        try:
+            with pytest.raises(TeacherBusy, match=r"^no connection: "):
+                await teacher.answer(chat())
+        finally:
+            await teacher.close()
+
+    asyncio.run(run())
+
+
+def waited(acts: list[Act]) -> float:
+    """Seconds until the answer, which is not the first."""
+    with serving(acts) as server:
+        start = time.monotonic()
+        assert ask(OpenAITeacher("tiny", server.url)).text == "answer to <Why?>"
+        took = time.monotonic() - start
+    assert len(server.requests) == len(acts) + 1
+    return took
+
+
+def test_a_server_is_waited_for_as_it_asks() -> None:
+    assert waited([fail(429, headers={"retry-after": "0.4"}), fail(503, headers={"retry-after-ms": "300"})]) >= 0.7
+
+
+def test_a_wait_that_the_client_does_not_take_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_AFTER_DELAY", 0.1)
+    monkeypatch.setattr(module, "_CLIENT_WAITS", 0.1)
+    assert waited([fail(429, headers={"retry-after": "0.4"}), fail(503, headers={"retry-after": "0.3"})]) >= 0.7
+
+
+def test_no_wait_is_longer_than_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.LONGEST_WAIT == 600
+    monkeypatch.setattr(module, "LONGEST_WAIT", 0.2)
+    acts = [fail(429, headers={"retry-after": asked}) for asked in ("86400", formatdate(time.time() + 900))]
+    assert 0.4 <= waited(acts) < 60
+
+
+def test_a_long_wait_is_not_taken_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_WAIT", 0.01)
+    act = fail(429, "later", headers={"retry-after": "3600"})
+    with serving(lists_models(lambda _: act)) as server, pytest.raises(TeacherBusy, match=r"^429: later$"):
+        ask(OpenAITeacher("tiny", server.url, max_retries=3))
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({}, 0),
+        ({"retry-after": "7.5"}, 7.5),
+        ({"retry-after": "-3"}, 0),
+        ({"retry-after": "nan"}, 0),
+        ({"retry-after": "1e999"}, float("inf")),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"retry-after": "tomorrow"}, 0),
+        ({"retry-after": "Wed, 99 Foo 2015 07:28:00 GMT"}, 0),
+    ],
+)
+def test_a_wait_is_read_from_headers(headers: dict[str, str], wait: float) -> None:
+    assert module._asked_wait(headers) == wait
+
+
+# ------------------------------------------------------------------------------------------------ what does not pass
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "line"),
+    [
+        (fail(400, "too\nlong: 5000 tokens"), TeacherError, "400: too long: 5000 tokens"),
+        (fail(413, "too large"), TeacherError, "413: too large"),
+        (Act(422, {"detail": [{"loc": ["body", "stop"], "msg": "odd"}]}), TeacherError, "422: "),
+        (Act(422, {"error": "`top_p` must be < 1", "error_type": "validation"}), TeacherError, "422: `top_p` must be"),
+        (Act(404, {"detail": "Not Found"}), UserError, "base_url: 404: Not Found (is its end, as /v1, right?)"),
+        (Act(404, b"404 page not found"), UserError, "base_url: 404: 404 page not found (is its end"),
+        (
+            fail(400, "temperature does not support 0", "unsupported_value"),
+            UserError,
+            "extra_body: 400: temperature does not support 0 (FIELD: null leaves a field out)",
+        ),
+        (fail(400, "x" * 1000), TeacherError, "400: " + "x" * 492 + "..."),
+        (fail(401, "bad key"), UserError, "api_key: the server wants one, and none was given (401: bad key)"),
+        (fail(403, "no"), UserError, "api_key: the server wants one, and none was given (403: no)"),
+        (fail(402, "Insufficient Balance"), UserError, "api_key: its account has nothing left to spend (402: Insuff"),
+        (
+            fail(429, "You exceeded your quota", "insufficient_quota"),
+            UserError,
+            "api_key: its account has nothing left to spend (429: You exceeded your quota)",
+        ),
+        # the words of OpenAI, vLLM, Ollama and DeepSeek
+        *(
+            (fail(404, said, code), UserError, f"model: the server has no 'tiny', but other, tiny (404: {said})")
+            for said, code in [
+                ("The model `tiny` does not exist or you do not have access to it.", "model_not_found"),
+                ("The model `tiny` does not exist.", None),
+                ('model "tiny" not found, try pulling it first', None),
+                ("Model Not Exist", None),
+            ]
+        ),
+        (
+            fail(403, "Project has no access to model", "model_not_found"),
+            UserError,
+            "model: the server has no 'tiny', but other, tiny (403: ",
+        ),
+    ],
+)
+def test_an_error_that_lasts_says_whose_it_is(act: Act, error: type[Exception], line: str) -> None:
+    with serving(lists_models(lambda _: act)) as server, pytest.raises(error) as raised:
+        ask(OpenAITeacher("tiny", server.url, max_retries=1))
+    assert type(raised.value) is error
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) <= 500
+    assert len(server.requests) == (2 if act.status == 429 else 1)
+
+
+def test_a_model_that_is_not_there_is_told_also_without_a_list() -> None:
+    with serving(lambda _: fail(404, "model not found")) as server, pytest.raises(UserError) as raised:
+        ask(OpenAITeacher("tiny", server.url))
+    assert str(raised.value) == "model: the server has no 'tiny' (404: model not found)"
+    assert len(server.requests) == 1
+
+
+def test_a_long_list_of_models_is_cut() -> None:
+    models = {"data": [{"id": f"model-{n:02}"} for n in range(30)]}
+
+    def behave(request: Request) -> Act:
+        return Act(body=models) if request.path == "/v1/models" else fail(404, "no such model")
+
+    with serving(behave) as server, pytest.raises(UserError, match=r"but model-00, .*, model-09 and 20 more \(404"):
+        ask(OpenAITeacher("tiny", server.url))
+
+
+def test_a_prompt_that_cannot_be_written_is_its_own_error() -> None:
+    with serving() as server:
+        found = asyncio.run(ask_all(OpenAITeacher("tiny", server.url), [chat("\ud800"), chat("good")]))
+    assert isinstance(found[0], TeacherError)
+    assert found[1] == Reply(answer_to("good"), "stop", 1, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ open and close
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_nobody_at_the_address_is_told_at_once() -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    teacher = OpenAITeacher("tiny", url, max_retries=100)
+    with pytest.raises(UserError, match=rf"^base_url: no server answers at {url} \("):
+        asyncio.run(teacher.open())
+    with pytest.raises(RuntimeError, match="has to be opened"):
+        asyncio.run(teacher.answer(chat()))
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        fail(404),
+        fail(405),
+        fail(501),
+        fail(500),
+        fail(401),
+        fail(429),
+        Act(body=b"hello"),
+        Act(cut=True),
+        Act(delay=60),
+    ],
+    ids=str,
+)
+def test_a_server_need_not_list_its_models(models: Act, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LIST_TIMEOUT", 0.3)
+
+    def behave(request: Request) -> Act:
+        return models if request.path == "/v1/models" else Act()
+
+    with serving(behave) as server:
+        assert ask(OpenAITeacher("tiny", server.url)).text == "answer to <Why?>"
+    assert len(server.others) == 1
+
+
+def test_opening_asks_no_question_and_closing_twice_does_no_harm() -> None:
+    async def run(teacher: OpenAITeacher) -> None:
+        await teacher.open()
+        await teacher.open()
+        await teacher.close()
+        await teacher.close()
+
+    with serving() as server:
+        asyncio.run(run(OpenAITeacher("tiny", server.url)))
+    assert (len(server.requests), len(server.others)) == (0, 1)
+
+
+@pytest.mark.parametrize(("timeout", "connect"), [(5.0, 5.0), (90.0, 30.0)])
+def test_the_clients_patience_is_the_teachers(timeout: float, connect: float) -> None:
+    async def run(teacher: OpenAITeacher) -> object:
+        await teacher.open()
+        assert teacher._client is not None
+        found = teacher._client.timeout
+        await teacher.close()
+        return found
+
+    with serving() as server:
+        # 5 is the transport's default, in whose place the client would put its own 600
+        assert asyncio.run(run(OpenAITeacher("tiny", server.url, timeout=timeout))) == Timeout(timeout, connect=connect)
+
+
+def test_openai_itself_wants_a_key() -> None:
+    with pytest.raises(UserError, match=r"^api_key must be given, best as OPENAI_API_KEY; or base_url"):
+        asyncio.run(OpenAITeacher("gpt").open())
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://host:port/v1", "ftp://host/v1", "", 8000])
+def test_an_address_is_one(url: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+    with pytest.raises(UserError, match=r"^base_url must be http://host:port/v1 or the like, got "):
+        OpenAITeacher("tiny", url)
+    if url and isinstance(url, str):
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        with pytest.raises(UserError, match=r"^base_url \(OPENAI_BASE_URL\) must be "):
+            asyncio.run(OpenAITeacher("tiny").open())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"model": ""}, r"model must be a text, got ''"),
+        ({"timeout": 0}, r"timeout must be above 0, got 0"),
+        ({"timeout": float("inf")}, r"timeout must be above 0, got inf"),
+        ({"max_retries": -1}, r"max_retries must be an integer >= 0, got -1"),
+        ({"max_retries": None}, r"max_retries must be an integer >= 0, got None"),
+        ({"logprobs": 1}, r"logprobs must be true or false, got 1"),
+        ({"layout": "text"}, r"layout must be one of chat, completion, got 'text'"),
+        ({"token_limit": "n"}, r"token_limit must be one of max_tokens, max_completion_tokens, got 'n'"),
+        ({"extra_body": [1]}, r"extra_body must map names to values that JSON knows, got \[1\]"),
+        ({"extra_body": {1: 2}}, r"extra_body must map names to values that JSON knows, got {1: 2}"),
+        ({"extra_body": {"a": {2}}}, r"extra_body must map names to values that JSON knows, got "),
+        ({"extra_body": {"a": float("nan")}}, r"extra_body must map names to values that JSON knows, got "),
+        ({"extra_body": {"stream": True}}, r"extra_body must not hold model, .*, got stream"),
+        ({"input_price": -1}, r"input_price must be at least 0, got -1"),
+        ({"base_url": "http://user:secret@host/v1"}, r"base_url must be .*, without user, password, query or fragment"),
+        ({"base_url": "http://host/v1?key=secret"}, r"base_url must be .*, without user, password, query or fragment"),
+        ({"api_key": ""}, r"api_key must be a text of ASCII letters, digits and signs, got something else \(not sh"),
+        ({"api_key": "secret secret"}, r"api_key must be a text of ASCII "),
+        ({"api_key": "secret\x00"}, r"api_key must be a text of ASCII "),
+        ({"api_key": ["secret"]}, r"api_key must be a text of ASCII "),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=f"^{line}") as raised:
+        OpenAITeacher(**{"model": "tiny", **arguments})
+    assert "secret" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------ what is kept
+
+
+def test_settings_are_what_answers_depend_on() -> None:
+    extra = {"top_k": 5}
+    teacher = OpenAITeacher("org/tiny", "http://host/v1", KEY, extra_body=extra, timeout=3, input_price=2, name="mine")
+    expected = {
+        "class": "OpenAITeacher",
+        "model": "org/tiny",
+        "layout": "chat",
+        "logprobs": False,
+        "extra_body": {"top_k": 5},
+    }
+    assert teacher.settings == expected
+    # neither what was given nor what was got is the teacher's own
+    extra["top_k"] = 6
+    teacher.settings["extra_body"]["top_k"] = 7
+    assert teacher.settings == expected
+    assert OpenAITeacher("org/tiny").settings["extra_body"] == {}
+    assert json.loads(json.dumps(teacher.settings)) == expected
+
+
+def test_a_config_makes_one() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--teacher", type=Teacher)
+    init_args = {"model": "org/tiny", "base_url": "http://host/v1", "name": "mine", "input_price": 2.5, "timeout": 3}
+    config = {"teacher": {"class_path": "lit_distill.teachers.server.OpenAITeacher", "init_args": init_args}}
+    teacher = parser.instantiate(parser.parse_object(config)).teacher
+    assert isinstance(teacher, OpenAITeacher)
+    assert (teacher.model, teacher.name, teacher.input_price, teacher.max_retries) == ("org/tiny", "mine", 2.5, 6)
+
+
+def echo(status: int) -> Behaviour:
+    """A server that says whatever it was told, the key first."""
+
+    def behave(request: Request) -> Act:
+        told = f"{request.headers['authorization']}\n{'x' * 470}{request.headers['authorization']}"
+        if status == 200:
+            return Act(body=told.encode())
+        return (
+            Act(body={"data": [{"id": told}]})
+            if request.path == "/v1/models"
+            else fail(status, f"model not found {told}")
+        )
+
+    return behave
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 422, 429, 500])
+@pytest.mark.parametrize("source", ["argument", "environment"])
+def test_a_key_is_told_to_nobody_but_the_server(
+    status: int, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for name in ("openai", "httpx2", "httpcore2", "httpx", "httpcore"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    if source == "environment":
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(echo(status)) as server:
+        teacher = OpenAITeacher("tiny", server.url, KEY if source == "argument" else None, max_retries=1)
+        with pytest.raises((TeacherError, TeacherBusy, UserError)) as raised:
+            ask(teacher)
+    assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    told = "".join(traceback.format_exception(raised.value)) + repr(raised.value)
+    assert "<api_key>" in str(raised.value)
+    # nor half of it, where a line is cut
+    assert KEY[:8] not in told
+    assert raised.value.__cause__ is None
+    assert raised.value.__context__ is None
+    assert KEY[:8] not in repr(teacher) + str(teacher) + json.dumps(teacher.settings)
+    assert caplog.records
+    assert KEY[:8] not in caplog.text + "".join(str(record.__dict__) for record in caplog.records)
+
+
+def test_importing_teachers_imports_no_client() -> None:
+    heavy = {"openai", "httpx2", "pydantic", "torch", "transformers", "vllm", "ray", "datasets"}
+    code = f"import sys, lit_distill.teachers.server; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
+    assert done.stdout.strip() == "[]"
+
+
+# -------------------------------------------------------------------------------------------------- the server itself
+
+
+def test_the_server_of_these_tests_acts_in_turn() -> None:
+    request = Request(1, "POST", "/v1/completions", {}, {"prompt": "a"})
+    acts = [fail(500), Act(delay=1)]
+    assert in_turn(acts)(request) == acts[1]
+    assert in_turn(acts)(replace(request, number=2)) == Act()
+    assert in_turn(acts)(replace(request, path="/v1/models", number=0)) == Act()
+    assert completion(request, "b c", finish_reason="length")["choices"][0] == {
+        "index": 0,
+        "finish_reason": "length",
+        "logprobs": None,
+        "text": "b c",
+    }
+    with serving() as server:
+        assert isinstance(server, Server)
+        teacher = OpenAITeacher("nobody", server.url)
+
+        async def models() -> list[str]:
+            await teacher.open()
+            assert teacher._client is not None
+            found = await teacher._list_models(teacher._client)
+            await teacher.close()
+            return found
+
+        assert asyncio.run(models()) == list(MODELS)
+
+
+# ------------------------------------------------------------------------------------------------- `transformers serve`
+
+
+@contextmanager
+def transformers_serve(model: str, folder: Path) -> Iterator[str]:
+    """The address of a `transformers serve` on loopback, once it is there."""
+    port, log = free_port(), folder / "log.txt"
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)  # noqa: S603
+    try:
+        end = time.monotonic() + 240
+        while time.monotonic() < end and process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    yield f"http://127.0.0.1:{port}/v1"
+                    return
+            time.sleep(0.2)
+        raise AssertionError(f"no server: {log.read_text()[-2000:]}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_transformers_serve_answers(tmp_path: Path) -> None:
+    model = str(make_talker(tmp_path / "talker", "So the cat is red .", chat=True))
+    with transformers_serve(model, tmp_path) as url:
+        chats = [chat("red ?"), chat("red ?", sampling=Sampling(temperature=0.7, max_new_tokens=2, seed=1))]
+        replies = asyncio.run(ask_all(OpenAITeacher(model, url, logprobs=True), chats))
+        completed = ask(OpenAITeacher(model, url, layout="completion"), text("red ?"))
+        # it serves one model alone
+        with pytest.raises(TeacherError, match=r"^400: Server is pinned to"):
+            ask(OpenAITeacher("another", url))
+    # the template's "user says red ? <go>"; the end is a token, too; no log-probabilities are to be had
+    assert replies == [
+        Reply("So the cat is red .", "stop", 5, 7),
+        Reply("So the", "length", 5, 2),
+    ]
+    assert completed == Reply("So the cat is red .", "stop", 3, 7)
