@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lit_distill.answers import Split
 from lit_distill.data.base import RationaleDataModule
@@ -16,6 +16,7 @@ class CQADataModule(RationaleDataModule):
     """CommonsenseQA: the answer's text out of five choices; val is a tenth of train, test is the released one."""
 
     name = "cqa"
+    prompt: ClassVar[str] = "cqa"
     splits: Mapping[Split, str] = {"train": "train", "test": "test"}
     released_rows: Mapping[Split, int] = {"train": 9741, "test": 1221}
 
@@ -25,6 +26,12 @@ class CQADataModule(RationaleDataModule):
         lettered = "".join(f"\n({chr(ord('a') + i)}) {choice}" for i, choice in enumerate(choices))
         text = f"{text_of(row, 'question')}\nAnswer Choices:{lettered}"
         return Example(id=str(row.get("id", "")), input=text, label=text_of(row, "answer"), choices=choices)
+
+    def prompt_fields(self, example: Example) -> dict[str, str]:
+        """Also ``letter``, that of the label among the choices; a question mark where it is none of them."""
+        choices = example.choices or ()
+        letter = chr(ord("a") + choices.index(example.label)) if example.label in choices else "?"
+        return super().prompt_fields(example) | {"letter": letter}
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
         """``... So the answer is (d) math problem.``: the text after the letter, never the letter.

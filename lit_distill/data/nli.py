@@ -1,7 +1,7 @@
 """Natural language inference: does a hypothesis follow from a premise (e-SNLI, ANLI)."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lit_distill import checks
 from lit_distill.answers import Split
@@ -36,11 +36,17 @@ class _NLIDataModule(RationaleDataModule):
         text = f"{text_of(row, 'premise')}{SEPARATOR}{text_of(row, 'hypothesis')}"
         return Example(id=str(row.get("uid", "")), input=text, label=LABELS[number])
 
+    def prompt_fields(self, example: Example) -> dict[str, str]:
+        """Also ``premise`` and ``hypothesis``."""
+        premise, _, hypothesis = example.input.partition(SEPARATOR)
+        return super().prompt_fields(example) | {"premise": premise.strip(), "hypothesis": hypothesis.strip()}
+
 
 class ESNLIDataModule(_NLIDataModule):
     """e-SNLI: everyday premises."""
 
     name = "esnli"
+    prompt: ClassVar[str] = "esnli"
     released_rows: Mapping[Split, int] = {"train": 549_367, "val": 9842, "test": 9824}
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
@@ -59,6 +65,8 @@ class ANLIDataModule(_NLIDataModule):
         round: the round of its collection; its files lie in ``anli1/``, ``anli2/`` or ``anli3/``.
         **kwargs: the arguments of `RationaleDataModule`.
     """
+
+    prompt: ClassVar[str] = "anli"
 
     def __init__(self, round: Literal[1, 2, 3] = 1, **kwargs: Any) -> None:
         self.round = checks.check_choice("round", round, (1, 2, 3))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lit_distill.answers import MetricName, Split
 from lit_distill.data.base import RationaleDataModule
@@ -17,6 +17,7 @@ class SVAMPDataModule(RationaleDataModule):
     """SVAMP: the equation that solves a word problem, judged by its value; val is a tenth of train."""
 
     name = "svamp"
+    prompt: ClassVar[str] = "svamp"
     splits: Mapping[Split, str] = {"train": "train", "test": "test"}
     released_rows: Mapping[Split, int] = {"train": 800, "test": 200}
     metric: MetricName = "equation"

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lit_distill import checks
 from lit_distill.answers import Split
@@ -72,6 +72,7 @@ class ToyDataModule(RationaleDataModule):
     """
 
     name = "toy"
+    prompt: ClassVar[str] = "toy"
 
     def __init__(
         self, train_size: int = 2000, val_size: int = 200, test_size: int = 500, toy_seed: int = 0, **kwargs: Any
@@ -89,6 +90,7 @@ class ToyDataModule(RationaleDataModule):
 
     def prepare_data(self) -> None:
         """Nothing to fetch."""
+        self._check_rationales()
 
     def split_file(self, split: Split) -> Path | None:
         """None: the rows are made, not read."""

@@ -1,0 +1,285 @@
+"""The prompts that come with the datasets: read back by their datasets, balanced, and nobody's rows."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lit_distill.annotation.prompts import check_template, load_prompt, write_prompt, written_answer
+from lit_distill.data import (
+    ANLIDataModule,
+    CQADataModule,
+    ESNLIDataModule,
+    JSONLDataModule,
+    RationaleDataModule,
+    SVAMPDataModule,
+)
+from lit_distill.data.base import PROMPTS
+from lit_distill.data.nli import LABELS, SEPARATOR
+from lit_distill.data.toy import KINDS, toy_example
+from lit_distill.equations import evaluate
+from lit_distill.questions import Message
+from lit_distill.rationales import Example
+
+FILES = sorted(PROMPTS.glob("*.yaml"))
+SHOWING = [path for path in FILES if path.stem != "default"]
+NLI = [ANLIDataModule, ESNLIDataModule]
+ANSWER_FORMS = {
+    "anli": r"[^\n]+\. So the answer is (entailment|neutral|contradiction)\.",
+    "cqa": r"[^\n]+\. So the answer is \([a-e]\) [^\n]+\.",
+    "esnli": r"[^\n]+\.\nAnswer: (entailment|neutral|contradiction)",
+    "svamp": r"[^\n]+\. The answer is \( [^\n]+ \)\.",
+    "toy": r"([a-z]+ : [a-z]+ \. ){4}So the answer is [a-z]+ \.",
+}
+
+
+def owners(base: type[RationaleDataModule] = RationaleDataModule) -> Iterator[type[RationaleDataModule]]:
+    """The datasets of the package that can be used as they are."""
+    for dataset in base.__subclasses__():
+        if dataset.__module__.startswith("lit_distill.data.") and not dataset.__name__.startswith("_"):
+            yield dataset
+        yield from owners(dataset)
+
+
+OWNERS = {dataset.prompt: dataset for dataset in owners()}
+
+
+def module_of(path: Path) -> RationaleDataModule:
+    dataset = OWNERS[path.stem]
+    return dataset(train="none.jsonl") if dataset is JSONLDataModule else dataset()
+
+
+@cache
+def demonstrations(name: str) -> tuple[Example, ...]:
+    found = load_prompt(PROMPTS / f"{name}.yaml").demonstrations
+    assert found
+    return found
+
+
+def label_of(example: Example) -> str:
+    assert example.label is not None
+    return example.label
+
+
+def rationale_of(example: Example) -> str:
+    assert example.rationale is not None
+    return example.rationale
+
+
+def plain(text: str) -> str:
+    """Without case, whitespace and punctuation."""
+    return re.sub(r"[\W_]+", "", text).lower()
+
+
+def test_each_file_has_its_dataset_and_each_dataset_its_file() -> None:
+    assert {path.stem for path in FILES} == set(OWNERS)
+    assert OWNERS["default"] is JSONLDataModule
+    assert {"cqa", "svamp", "esnli", "anli", "toy"} == {path.stem for path in SHOWING}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_dataset_reads_its_own_demonstrations(path: Path) -> None:
+    module = module_of(path)
+    assert module.prompt_file == path
+    template = load_prompt(path)
+    check_template(template, module.prompt_fields, module.parse_teacher, str(path))
+    assert template.instruction.strip()
+    assert template.stop
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_says_what_it_is_in_lines_of_bearable_length(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in lines[:4] if line.startswith("#"))
+    assert "--prompt FILE" in comment
+    assert path.stem == "default" or "written for this project" in comment
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
+def test_demonstrations_differ(path: Path) -> None:
+    shown = demonstrations(path.stem)
+    assert 9 <= len(shown) <= 12
+    for texts in ([example.input for example in shown], [rationale_of(example) for example in shown]):
+        assert len({plain(text) for text in texts}) == len(shown)
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
+def test_labels_are_among_the_choices(path: Path) -> None:
+    module = module_of(path)
+    for example in demonstrations(path.stem):
+        if module.label_set is not None:
+            assert example.choices is None
+            assert example.label in module.label_set
+        else:
+            assert (example.choices is None) is (path.stem == "svamp")
+            assert example.choices is None or (example.label in example.choices)
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
+def test_instructions_name_a_closed_set_and_the_answer_s_form(path: Path) -> None:
+    template = load_prompt(path)
+    labels = module_of(path).label_set or ()
+    assert all(label in template.instruction and label in template.question for label in labels)
+    assert re.search(r"answer is|Answer: ", template.instruction)
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
+def test_answers_have_the_form_of_the_released_teacher_s(path: Path) -> None:
+    module, template = module_of(path), load_prompt(path)
+    for example in template.demonstrations:
+        assert re.fullmatch(ANSWER_FORMS[path.stem], written_answer(template, module.prompt_fields, example))
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
+def test_an_answer_that_runs_on_into_a_next_question_is_cut(path: Path) -> None:
+    module, template = module_of(path), load_prompt(path)
+    own, invented, row = template.demonstrations[:3]
+    written = write_prompt(template, "completion", module.prompt_fields, [own, invented], row)
+    assert isinstance(written, str)
+    text = written[written.index(rationale_of(own)) :]
+    stopped = text[: min(text.index(stop) for stop in template.stop)].strip()
+    assert stopped == written_answer(template, module.prompt_fields, own)
+    # where nothing stopped it, the released datasets' parsers cut it; the toy's teacher is always stopped
+    for cut in [stopped] if path.stem == "toy" else [stopped, text]:
+        assert module.parse_teacher(cut) == (own.rationale, own.label)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_written_prompts(path: Path) -> None:
+    module, template = module_of(path), load_prompt(path)
+    row = Example("row", "One thing</s>another thing", None, ("this", "that"))
+    shown = template.demonstrations
+    chat = write_prompt(template, "chat", module.prompt_fields, shown, row)
+    text = write_prompt(template, "completion", module.prompt_fields, shown, row)
+    count = len(shown)
+    assert isinstance(chat, tuple)
+    assert [turn.role for turn in chat] == ["system", *["user", "assistant"] * count, "user"]
+    assert chat[0] == Message("system", template.instruction.strip())
+    assert isinstance(text, str)
+    cue = template.answer_cue.rstrip()
+    assert cue
+    assert text.endswith(f"\n{cue}")
+    assert text.count(f"\n{template.answer_cue}") == count
+    for written in (chat[-1].content, text):
+        assert "One thing" in written
+        assert "another thing" in written
+        assert "{" not in written
+
+
+# ---------------------------------------------------------------- each dataset's own
+
+
+@pytest.mark.parametrize("dataset", NLI)
+def test_nli_labels_are_balanced(dataset: type[RationaleDataModule]) -> None:
+    counts = Counter(label_of(example) for example in demonstrations(dataset.prompt))
+    assert set(counts) == set(LABELS)
+    assert len(set(counts.values())) == 1
+
+
+@pytest.mark.parametrize("dataset", NLI)
+def test_nli_inputs_are_as_rows_are_read(dataset: type[RationaleDataModule]) -> None:
+    for example in demonstrations(dataset.prompt):
+        premise, hypothesis = example.input.split(SEPARATOR)
+        row = {"premise": premise, "hypothesis": hypothesis, "label": LABELS.index(label_of(example))}
+        read = dataset().read_row(row)
+        assert (read.input, read.label) == (example.input, example.label)
+        assert premise == premise.strip() != ""
+        assert hypothesis == hypothesis.strip() != ""
+        assert "\n" not in example.input
+
+
+def test_cqa_inputs_are_as_rows_are_read() -> None:
+    for example in demonstrations("cqa"):
+        assert example.choices is not None
+        question = example.input.partition("\nAnswer Choices:")[0]
+        read = CQADataModule().read_row({"question": question, "choices": [*example.choices], "answer": example.label})
+        assert (read.input, read.label, read.choices) == (example.input, example.label, example.choices)
+        assert len(set(example.choices)) == 5
+
+
+def test_cqa_letters_are_balanced() -> None:
+    letters = Counter(CQADataModule().prompt_fields(example)["letter"] for example in demonstrations("cqa"))
+    assert letters == dict.fromkeys("abcde", 2)
+
+
+def test_svamp_equations_have_values_that_their_rationales_come_to() -> None:
+    for example in demonstrations("svamp"):
+        label = label_of(example)
+        assert re.fullmatch(r"\( .* \)", label)
+        assert re.fullmatch(r"[0-9.() +*/-]+", label)
+        value = evaluate(label)
+        assert value is not None
+        assert f"= {value:g}" in rationale_of(example)
+        # every step that is written is right
+        for left, right in re.findall(r"([0-9]+ [+*/-] [0-9]+) = ([0-9]+)", rationale_of(example)):
+            assert evaluate(left) == float(right)
+        # numbers of the problem alone, each as the data writes it
+        assert {float(number) for number in re.findall(r"[0-9.]+", label)} <= {
+            float(number) for number in re.findall(r"[0-9]+", example.input)
+        }
+        assert all(re.fullmatch(r"[0-9]+\.0", number) for number in re.findall(r"[0-9.]+", label))
+        assert example.input.count("\n") == 1
+        assert example.input.endswith("?")
+
+
+def test_svamp_shows_each_operation_and_two_steps() -> None:
+    operations = [re.findall(r" ([+*/-]) ", label_of(example)) for example in demonstrations("svamp")]
+    assert {own[0] for own in operations if len(own) == 1} == set("+-*/")
+    assert sum(len(own) == 2 for own in operations) >= 2
+
+
+def test_toy_demonstrations_are_as_the_toy_writes() -> None:
+    kind_of = {word: kind for kind, words in KINDS.items() for word in words}
+    odd_kinds = set()
+    for example in demonstrations("toy"):
+        assert example.choices is not None
+        kinds = Counter(kind_of[word] for word in example.choices)
+        assert sorted(kinds.values()) == [1, 3]
+        assert kinds[kind_of[label_of(example)]] == 1
+        assert example.input == f"which one does not belong : {' , '.join(example.choices)} ?"
+        assert example.rationale == " ".join(f"{kind_of[word]} : {word} ." for word in example.choices)
+        odd_kinds.add(kind_of[label_of(example)])
+    assert odd_kinds == set(KINDS)
+    assert all(kind in load_prompt(PROMPTS / "toy.yaml").instruction for kind in KINDS)
+
+
+# ---------------------------------------------------------------- of no dataset
+
+
+def test_no_toy_demonstration_is_a_generated_row() -> None:
+    own = {example.input for example in demonstrations("toy")}
+    for seed in range(4):
+        for split in ("train", "val", "test"):
+            assert own.isdisjoint(toy_example(seed, split, position).input for position in range(3000))
+
+
+def known_by(example: Example) -> set[str]:
+    """What a row is recognised by: a question, a problem, a premise, a premise with its hypothesis."""
+    if SEPARATOR in example.input:
+        return {plain(example.input.partition(SEPARATOR)[0]), plain(example.input.replace(SEPARATOR, " "))}
+    return {plain(example.input.partition("\nAnswer Choices:")[0])}
+
+
+@pytest.mark.parametrize("dataset", [CQADataModule, SVAMPDataModule, *NLI])
+def test_no_demonstration_is_a_row_of_the_data(dataset: type[RationaleDataModule], shared_data: Path) -> None:
+    module = dataset(data_dir=shared_data, allow_extra_outputs=True)
+    rows = [example for split in module.splits if (found := module.released(split)) for example in found.examples]
+    assert len(rows) >= 1000
+    known = set().union(*map(known_by, rows))
+    assert known_by(rows[0]) <= known
+    for example in demonstrations(dataset.prompt):
+        assert known_by(example).isdisjoint(known), example.input
+
+
+def test_a_row_in_other_spelling_is_recognised() -> None:
+    own, other = Example("", "A dog runs.</s>It sleeps.", None), Example("", "a dog  runs</s>It barks!", None)
+    assert len(known_by(own) & known_by(other)) == 1
+    assert known_by(Example("", "Why, then?\nAnswer Choices:\n(a) x", None)) == {"whythen"}
+
+
+def test_templates_of_the_package_are_told_apart() -> None:
+    assert len({load_prompt(path).hash for path in FILES}) == len(FILES)
