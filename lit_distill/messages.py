@@ -13,6 +13,7 @@ COMMANDS = {
     "validate": "Evaluate a student on val.",
     "test": "Evaluate a student on test.",
     "predict": "Write what a student says of each row, as JSON lines.",
+    "annotate": "Ask a teacher for a rationale and a label of every row; keep all it says.",
     "inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples.",
 }
 """What the command line can be asked to do."""

@@ -4,8 +4,8 @@ import importlib
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Example:
     """The teacher's rationale; ``None`` where the output is absent or did not parse."""
     teacher_label: str | None = None
     """The teacher's answer; ``None`` where the output is absent or did not parse."""
+    columns: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What else is known of the teacher's output, by which rationales are filtered; ``None`` where nothing is."""
 
 
 RationaleFilter = Callable[[Example], bool]

@@ -8,9 +8,11 @@ import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
 
-# these two make data modules and methods known by their bare names
+# these three make data modules, methods and teachers known by their bare names
 import lit_distill.data
-import lit_distill.modules  # noqa: F401
+import lit_distill.modules
+import lit_distill.teachers  # noqa: F401
+from lit_distill.commands.annotate_cli import run_annotate
 from lit_distill.commands.inspect_cli import InspectCLI
 from lit_distill.commands.train import run_trainer
 from lit_distill.errors import UserError
@@ -30,6 +32,8 @@ def dispatch(args: ArgsType) -> None:
     try:
         if isinstance(given, list) and given[:1] == ["inspect"]:
             InspectCLI(given[1:])
+        elif isinstance(given, list) and given[:1] == ["annotate"]:
+            run_annotate(given[1:])
         else:
             run_trainer(args)
     except MisconfigurationException as error:

@@ -11,6 +11,7 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.messages import import_given, one_line
 from lit_distill.modules.base import DistillModule
+from lit_distill.teachers.base import Teacher
 
 
 class Raised(BaseException):
@@ -35,7 +36,7 @@ class Parser(LightningArgumentParser):
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
         """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
-        ours = [(_instantiate, base, True) for base in (DistillModule, RationaleDataModule, pl.Callback)]
+        ours = [(_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Teacher, pl.Callback)]
         return self.instantiate(cfg, instantiators=ours, **kwargs)
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +14,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_distill import checks, rationales
+from lit_distill import checks
+from lit_distill import rationales as reading
+from lit_distill.annotation.conditions import condition, is_condition
 from lit_distill.answers import AnswerKey, MetricName, Split
+from lit_distill.data.annotated import annotations_file, check_columns, join_annotations
 from lit_distill.data.collate import RationaleCollator, TokenRows
 from lit_distill.data.download import RELEASE_URL, fetch_release
 from lit_distill.data.files import output_files, read_json_lines, read_outputs
@@ -24,11 +28,14 @@ from lit_distill.data.splits import SplitRows, UsedRows, evaluation_rows, hold_o
 from lit_distill.data.tokenize import TokenSettings, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.metrics import judge
-from lit_distill.rationales import Example, RationaleFilter, filter_name, find_filter, label_agrees
+from lit_distill.rationales import ANSWER_MARK, Example, RationaleFilter, filter_name, find_filter, label_agrees
 from lit_distill.students import load_tokenizer
 
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
 """Environment variable that names the folder of tokenised rows."""
+
+PROMPTS = Path(__file__).parent / "prompts"
+"""The folder of the prompts that come with the datasets."""
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """The splits that a stage of the trainer needs; ``predict`` needs `RationaleDataModule.predict_split`."""
@@ -57,7 +64,8 @@ class RationaleDataModule(pl.LightningDataModule):
             ``rationale`` where there are several tasks, and none where there is one.
         label_source: train on the data's own labels (``gold``) or on the teacher's; val and test are always gold.
         rationale_filter: which rationales to train on: ``none`` filters nothing, ``label_agrees`` keeps those whose
-            teacher label is right, ``package.module.function`` keeps those that the function returns true for.
+            teacher label is right, ``package.module.function`` keeps those that the function returns true for. With
+            ``rationales`` also conditions on their columns, as in ``agrees and vote_share >= 0.6 and not leaks``.
         train_fraction: part of the training rows to train on, drawn by ``seed`` after val was taken off (the reference
             code draws it before).
         seed: decides the order of the training rows, and which of them a ``train_fraction`` holds.
@@ -71,6 +79,8 @@ class RationaleDataModule(pl.LightningDataModule):
         predict_split: the split that ``predict`` reads.
         batching: what a training batch is made of: any rows (``shuffled``), or rows of like length (``by_length``),
             which need less padding; either way the batches of an epoch come in a random order.
+        rationales: what a teacher said, as ``annotate`` writes it, in place of the released outputs: a folder or its
+            ``rationales.jsonl`` or ``rationales.parquet``, joined to the rows by ``id``.
         pad_to_multiple_of: round the lengths of batches up to a multiple of this, so that a compiled student sees few
             shapes; if not given, a batch is as long as its longest row.
     """
@@ -85,11 +95,13 @@ class RationaleDataModule(pl.LightningDataModule):
     """How an answer is judged."""
     label_set: tuple[str, ...] | None = None
     """The closed label set that all rows share, if there is one."""
+    prompt: ClassVar[str] = "default"
+    """The file in ``data/prompts/`` that a teacher is asked with."""
     release_url: ClassVar[str] = RELEASE_URL
     """The archive of the released data."""
-    read_label = staticmethod(rationales.read_label)
+    read_label = staticmethod(reading.read_label)
     """``(task, generated text) -> label``."""
-    read_rationale = staticmethod(rationales.read_rationale)
+    read_rationale = staticmethod(reading.read_rationale)
     """``(task, generated text) -> rationale``."""
 
     def __init__(
@@ -112,6 +124,7 @@ class RationaleDataModule(pl.LightningDataModule):
         predict_split: Literal["train", "val", "test", "predict"] = "test",
         batching: Literal["shuffled", "by_length"] = "shuffled",
         pad_to_multiple_of: int | None = None,
+        rationales: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.data_dir = Path(data_dir)
@@ -122,6 +135,7 @@ class RationaleDataModule(pl.LightningDataModule):
         self.tasks = checks.check_tasks(tasks)
         self.prefixes = checks.check_prefixes(prefixes, self.tasks)
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
+        self.rationales = None if rationales is None else Path(rationales)
         self.rationale_filter = filter_name(rationale_filter)
         self._keep = self._find_filter(rationale_filter)
         self.train_fraction = checks.check_fraction("train_fraction", train_fraction)
@@ -167,6 +181,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 "predict_split": predict_split,
                 "batching": batching,
                 "pad_to_multiple_of": pad_to_multiple_of,
+                "rationales": None if rationales is None else str(rationales),
             }
         )
 
@@ -185,11 +200,46 @@ class RationaleDataModule(pl.LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} does not read rows")
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
-        """``(rationale, label)`` in the teacher's text, neither of them empty; ``None`` where it does not parse."""
-        raise NotImplementedError(f"{type(self).__name__} does not parse a teacher's text")
+        """``(rationale, label)`` in the teacher's text, neither of them empty; ``None`` where it does not parse.
+
+        Here: ``... So the answer is LABEL.``, the label up to the end of its line without a final stop; where the mark
+        stands several times, the last one counts.
+        """
+        rationale, mark, answer = text.rpartition(ANSWER_MARK.strip())
+        label = (answer.strip().splitlines() or [""])[0].strip().removesuffix(".").strip()
+        rationale = rationale.strip()
+        return (rationale, label) if mark and rationale and label else None
+
+    @property
+    def prompt_file(self) -> Path:
+        """The YAML file of the prompt that a teacher is asked with."""
+        return PROMPTS / f"{self.prompt}.yaml"
+
+    def prompt_fields(self, example: Example) -> dict[str, str]:
+        """What the templates of a prompt can name, of one example.
+
+        ``input``; ``choices``, the closed choices joined by commas; ``options``, a line that names them, or nothing
+        where there are none.
+        """
+        choices = ", ".join(example.choices or self.label_set or ())
+        return {"input": example.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
+
+    def load_rows(self, split: Split) -> list[Example] | None:
+        """The rows of a released split without their teacher, the whole of them: what a teacher is asked about.
+
+        ``None`` where its file is absent.
+
+        Raises:
+            UserError: a file is not as it should be.
+        """
+        if type(self).load_split is not RationaleDataModule.load_split:
+            rows = self.load_split(split)
+            return None if rows is None else [_alone(row) for row in rows.examples]
+        path = self.split_file(split)
+        return None if path is None or not path.is_file() else self._read_rows(path, split)
 
     def load_split(self, split: Split) -> SplitRows | None:
-        """The rows of a released split, the whole of them, or ``None`` where its file is absent.
+        """The rows of a released split with their teacher, the whole of them, or ``None`` where its file is absent.
 
         Raises:
             UserError: a file is not as it should be.
@@ -227,11 +277,28 @@ class RationaleDataModule(pl.LightningDataModule):
     def released(self, split: Split) -> SplitRows | None:
         """The rows of a released split, the whole of them; ``None`` where it is absent. Read once."""
         if split not in self._loaded:
-            rows = self.load_split(split) if split in self.splits else None
-            if rows is not None:
-                self._check_ids(rows, split)
+            rows = None
+            if self.rationales is None:
+                rows = self.load_split(split) if split in self.splits else None
+                if rows is not None:
+                    self._check_ids(rows.examples, split)
+            elif (asked := self.rows_to_ask(split)) is not None:
+                rows, notice = join_annotations(asked, self.rationales, split, self.teacher_agrees)
+                check_columns(self.rationale_filter, rows)
+                if notice:
+                    _warn(f"{self.name} {split}: {notice}")
             self._loaded[split] = rows
         return self._loaded[split]
+
+    def rows_to_ask(self, split: Split) -> list[Example] | None:
+        """The rows that a teacher is asked about: a released split whole, without what a teacher said of it.
+
+        ``None`` where the split is absent.
+        """
+        rows = self.load_rows(split) if split in self.splits else None
+        if rows is not None:
+            self._check_ids(rows, split)
+        return rows
 
     def split_rows(self, split: Split) -> SplitRows | None:
         """The rows of a split after val was taken off train where none is released; ``None`` where it is absent."""
@@ -309,6 +376,7 @@ class RationaleDataModule(pl.LightningDataModule):
             "prefixes": dict(self.prefixes),
             "label_source": self.label_source,
             "rationale_filter": self.rationale_filter,
+            "rationales": None if self.rationales is None else str(self.rationales),
             "train_fraction": self.train_fraction,
             "seed": self.seed,
             "splits": {split: dict(counts) for split, counts in self.counts.items()},
@@ -317,11 +385,20 @@ class RationaleDataModule(pl.LightningDataModule):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Download the released data where none of the dataset's split files is there."""
+        """Download the released data where none of the dataset's split files is there.
+
+        Raises:
+            UserError: there is no file of ``rationales``.
+        """
+        self._check_rationales()
         paths = {split: path for split in self.splits if (path := self.split_file(split)) is not None}
         if paths and not any(path.is_file() for path in paths.values()):
             rows = {path.name: self.released_rows[split] for split, path in paths.items()}
             fetch_release(self.release_url, self.data_dir, self.name, rows)
+
+    def _check_rationales(self) -> None:
+        if self.rationales is not None:
+            annotations_file(self.rationales)
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that a stage needs; a second call does nothing again.
@@ -460,10 +537,10 @@ class RationaleDataModule(pl.LightningDataModule):
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {rows} of them")
         return outputs[:rows]
 
-    def _check_ids(self, rows: SplitRows, split: Split) -> None:
+    def _check_ids(self, rows: Sequence[Example], split: Split) -> None:
         """Rows are told apart by their ids in predictions and annotations."""
         seen: dict[str, int] = {}
-        for position, example in enumerate(rows.examples):
+        for position, example in enumerate(rows):
             if (first := seen.setdefault(example.id, position)) != position:
                 raise UserError(f"{self.name} {split}: rows {first} and {position} share the id {example.id!r}")
 
@@ -479,15 +556,18 @@ class RationaleDataModule(pl.LightningDataModule):
         asking = ["label_source: teacher"] if self.label_source == "teacher" else []
         asking += ["rationale_filter: label_agrees"] if self.rationale_filter == "label_agrees" else []
         if asking and all(example.teacher_label is None for example in rows.examples):
-            raise UserError(f"{asking[0]} needs the teacher's labels of train, {self.missing_teacher()}")
+            raise UserError(f"{asking[0]} needs the teacher's labels of train, {self._missing_teacher()}")
         asking = [f"tasks: {task}" for task in self.tasks if "rationale" in task]
         asking += [] if self._keep is None else [f"rationale_filter: {self.rationale_filter}"]
         if asking and all(example.rationale is None for example in rows.examples):
-            raise UserError(f"{asking[0]} needs the teacher's rationales of train, {self.missing_teacher()}")
+            raise UserError(f"{asking[0]} needs the teacher's rationales of train, {self._missing_teacher()}")
         if not used.examples:
             raise UserError(f"train: no row is left to train on ({self.counts['train']})")
         if self._keep is not None and all(example.rationale is None for example in used.examples):
             raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale ({self.counts['train']})")
+
+    def _missing_teacher(self) -> str:
+        return self.missing_teacher() if self.rationales is None else f"of which there is none in {self.rationales}"
 
     def missing_teacher(self) -> str:
         """What is missing where train has no teacher outputs, for messages."""
@@ -501,13 +581,23 @@ class RationaleDataModule(pl.LightningDataModule):
         if rationale_filter == "label_agrees":
             return lambda example: label_agrees(example, self.teacher_agrees)
         if isinstance(rationale_filter, str):
-            return find_filter(rationale_filter)
+            find = self._condition if is_condition(rationale_filter) else find_filter
+            return find(rationale_filter)
         if not callable(rationale_filter):
             raise UserError(
                 "rationale_filter must be none, label_agrees or a function (package.module.function),"
                 f" got {rationale_filter!r}"
             )
         return rationale_filter
+
+    def _condition(self, text: str) -> RationaleFilter:
+        test = condition(text)
+        if self.rationales is None:
+            raise UserError(
+                f"rationale_filter: {text!r} is a condition on columns, which need rationales; allowed without them are"
+                " none, label_agrees or a function's import path (package.module.function)"
+            )
+        return lambda example: example.columns is not None and test(example.columns)
 
     @staticmethod
     def _check_tokenizer(
@@ -540,3 +630,8 @@ class RationaleDataModule(pl.LightningDataModule):
             if path is not None and not path.exists() and split not in self._notices:
                 self._notices.add(split)
                 _warn(self.absence(split))
+
+
+def _alone(example: Example) -> Example:
+    """A row without what a teacher said of it."""
+    return replace(example, rationale=None, teacher_label=None, columns=None)

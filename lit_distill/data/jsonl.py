@@ -98,6 +98,7 @@ class JSONLDataModule(RationaleDataModule):
 
     def prepare_data(self) -> None:
         """Check that every file is there, before a long run finds out that it is not; fetch what is on the hub."""
+        self._check_rationales()
         for split, source in self.sources.items():
             if self._hub is None:
                 self._find(split)

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class SplitRows:
     """The rows, in the file's order, with gold labels."""
     unparsed: frozenset[int] = frozenset()
     """Positions of the rows whose teacher output did not parse (their rationale and teacher label are ``None``)."""
+    samples: Mapping[int, tuple[Example, ...]] = field(default_factory=dict)
+    """Position -> the row again with each of the teacher's further samples; the first one is in ``examples``."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -32,7 +34,8 @@ class SplitRows:
     def take(self, positions: Sequence[int]) -> "SplitRows":
         """The rows at some positions, in that order."""
         unparsed = frozenset(new for new, old in enumerate(positions) if old in self.unparsed)
-        return SplitRows([self.examples[position] for position in positions], unparsed)
+        samples = {new: self.samples[old] for new, old in enumerate(positions) if old in self.samples}
+        return SplitRows([self.examples[position] for position in positions], unparsed, samples)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def train_rows(
 ) -> UsedRows:
     """The rows to train on: a fraction of the split, with their labels, and the rationales that are kept.
 
-    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows.
+    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows. Of a
+    teacher's several samples the first with a rationale that is kept is trained on.
 
     Args:
         rows: train, after validation was taken off.
@@ -94,11 +98,14 @@ def train_rows(
     counts = Counter(left_out_by_fraction=len(rows) - len(drawn))
     examples: list[Example] = []
     gold: list[str | None] = []
-    for original in drawn.examples:
-        example = original
-        if keep is not None and example.rationale is not None and not keep(original):
-            counts["rationale_filtered"] += 1
-            example = replace(example, rationale=None)
+    for position, original in enumerate(drawn.examples):
+        said = [one for one in (original, *drawn.samples.get(position, ())) if one.rationale is not None]
+        example = next((one for one in said if keep is None or keep(one)), None)
+        if example is None:
+            counts["rationale_filtered"] += bool(said)
+            # a label may be left where no rationale is
+            labelled = (one for one in (original, *said) if one.teacher_label is not None)
+            example = replace(next(labelled, original), rationale=None)
         if teacher_labels:
             if example.teacher_label is None:
                 counts["dropped_without_teacher_label"] += 1

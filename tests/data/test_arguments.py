@@ -35,6 +35,7 @@ ARGUMENTS = [
     "predict_split",
     "batching",
     "pad_to_multiple_of",
+    "rationales",
 ]
 MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataModule"]
 

@@ -1,0 +1,86 @@
+"""Conditions on columns as text, as in ``agrees and vote_share >= 0.6 and not leaks``."""
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from lit_distill.errors import UserError
+
+Condition = Callable[[Mapping[str, Any]], bool]
+"""Whether a row of columns is kept."""
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_PART = re.compile(r"(?:(?P<no>not)\s+)?(?P<name>[A-Za-z_]\w*)(?:\s*(?P<sign>==|!=|>=|<=|>|<)\s*(?P<value>.+))?")
+_FORM = "a condition is a column, 'not' and a column, or a column, one of == != >= <= > < and a value, joined by 'and'"
+
+
+def is_condition(text: str) -> bool:
+    """Whether a text has the form of conditions, and is no import path."""
+    return all(_PART.fullmatch(part.strip()) for part in _parts(text))
+
+
+def columns_of(text: str) -> list[str]:
+    """The columns that a text of conditions names."""
+    return [match["name"] for match in map(_match, _parts(text))]
+
+
+def condition(text: str) -> Condition:
+    """What a text of conditions says of a row.
+
+    A column that is not known of a row (``None``) fulfils no condition, ``not`` included: what is not known is not
+    kept.
+
+    Args:
+        text: conditions joined by ``and``.
+
+    Raises:
+        UserError: the text is none.
+    """
+    tests = [_test(_match(part)) for part in _parts(text)]
+    return lambda row: all(test(row) for test in tests)
+
+
+def _parts(text: str) -> list[str]:
+    return re.split(r"\s+and\s+", text.strip())
+
+
+def _match(part: str) -> re.Match[str]:
+    found = _PART.fullmatch(part.strip())
+    if found is None or (found["no"] and found["sign"]):
+        raise UserError(f"rationale_filter: {_FORM}; got {part.strip()!r}")
+    return found
+
+
+def _test(found: re.Match[str]) -> Condition:
+    name = found["name"]
+    if found["sign"] is None:
+        wanted = found["no"] is None
+        return lambda row: row.get(name) is not None and bool(row[name]) is wanted
+    compare = _COMPARISONS[found["sign"]]
+    try:
+        value = yaml.safe_load(found["value"])
+    except yaml.YAMLError:
+        raise UserError(f"rationale_filter: {found['value']!r} is no value; {_FORM}") from None
+
+    def test(row: Mapping[str, Any]) -> bool:
+        held = row.get(name)
+        # a label such as `yes` or `1` is a text in its column, whatever it is in YAML
+        other = found["value"].strip().strip("'\"") if isinstance(held, str) else value
+        try:
+            return held is not None and compare(held, other)
+        except TypeError:
+            raise UserError(
+                f"rationale_filter: {name} holds {held!r}, which cannot be compared with {other!r}"
+            ) from None
+
+    return test

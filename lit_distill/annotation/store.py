@@ -1,0 +1,314 @@
+"""The file of a teacher's samples: written as they come, never lost, read back as what has not to be asked again."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
+
+from lit_distill.annotation.record import Agree, Annotation, from_row, to_line, vote
+from lit_distill.errors import UserError
+
+FILE = "rationales.jsonl"
+"""One object a sample."""
+
+PARQUET = "rationales.parquet"
+"""The same, written at the end of a job."""
+
+METADATA = "metadata.json"
+"""Which teachers were asked what, and how."""
+
+_SYNC_SECONDS = 5.0
+_PARQUET_ROWS = 10_000
+
+_TYPES = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+}
+_SCHEMA = pa.schema(
+    [
+        (name, _TYPES[next(kind for kind in (str, bool, int, float) if kind.__name__ in str(annotated))])
+        for name, annotated in Annotation.__annotations__.items()
+    ]
+)
+
+
+class AnnotationStore:
+    r"""A folder of samples, open for one process.
+
+    A line is one write to a file that is only appended to: a process that is killed at any instant loses what it had
+    not written, and leaves at most one torn line at the end, which the next one takes off. When a job ends, the
+    file is replaced as a whole by the same samples in the data's order, with the columns that need all samples of a
+    row. Memory holds 16 bytes of hash and a few Python objects a sample, no texts.
+
+    Args:
+        folder: made if it is absent.
+        see: is shown each sample, those in the file first, then each that is appended.
+        ask_failed: questions without an answer are to be asked again.
+
+    Raises:
+        UserError: another process has it, or its file is damaged elsewhere than at its end.
+    """
+
+    def __init__(
+        self, folder: str | Path, see: Callable[[Annotation], None] | None = None, *, ask_failed: bool = False
+    ) -> None:
+        self.folder = Path(folder)
+        self._see, self._ask_failed = see, ask_failed
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"out: another process writes {str(folder)!r}; let it end, or take another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(f"out: {str(folder)!r} cannot be written ({error.strerror})") from error
+        self.path = self.folder / FILE
+        self.torn = 0
+        """Bytes of a torn line that was taken off."""
+        self.settled: set[bytes] = set()
+        """Keys of the questions that are not asked again."""
+        self.agreeing: set[bytes] = set()
+        """Keys of the answers that agree with the gold label."""
+        self.tokens, self.cost = 0, 0.0
+        """What the answers used: tokens, and US dollars as far as prices are known."""
+        self._file = -1
+        try:
+            self._repair()
+            for annotation in self:
+                self._note(annotation)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> "AnnotationStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Annotation]:
+        """The samples in the file's order."""
+        if self.path.exists():
+            for annotation, _ in read_rows(self.path):
+                yield annotation
+
+    def append(self, annotation: Annotation) -> None:
+        """Keep a sample; it is in the file when this returns.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        line = to_line(annotation)
+        try:
+            written = os.write(self._file, line)
+            if written != len(line):
+                # a full disk; the torn line is taken off by the next start
+                raise OSError(None, f"{written} of {len(line)} bytes were written")
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                os.fsync(self._file)
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise UserError(f"out: {self.path} cannot be written ({error.strerror})") from error
+        self._note(annotation)
+
+    def finish(
+        self, read: Callable[[Annotation], Annotation], order: Mapping[tuple[str, str], int], agree: Agree
+    ) -> None:
+        """Write the file anew: in order, each question once, with the columns that need all samples of a row.
+
+        Args:
+            read: the columns that follow from a sample's text, read again.
+            order: ``(split, id)`` -> place among the rows; those that it lacks come after them, as they came.
+            agree: which labels are one answer.
+        """
+        places: dict[tuple[str, str], int] = {}
+        groups: dict[tuple[Any, ...], int] = {}
+        kept: dict[str, tuple[int, ...]] = {}
+        labels: dict[tuple[int, int], dict[int, str | None]] = {}
+        with self.path.open("rb") as file:
+            offset = 0
+            for position, line in enumerate(file):
+                if not line.strip():
+                    offset += len(line)
+                    continue
+                found = read(_from_line(line, self.path, position + 1))
+                row = (found.split or "", found.id)
+                place = places.setdefault(row, order.get(row, len(order) + len(places)))
+                group = groups.setdefault((found.teacher, found.prompt, found.settings), len(groups))
+                # of a question that failed and was asked again, the last counts
+                kept[found.key or f"line {position}"] = (place, group, found.sample, offset)
+                if found.text is not None or found.label is not None:
+                    labels.setdefault((place, group), {})[found.sample] = found.label
+                offset += len(line)
+            votes = {
+                key: (len(of_row), *vote([of_row[sample] for sample in sorted(of_row)], agree))
+                for key, of_row in labels.items()
+            }
+            half = self.folder / f".{FILE}.half"
+            with half.open("wb") as out:
+                for place, group, _, start in sorted(kept.values()):
+                    file.seek(start)
+                    found = read(_from_line(file.readline(), self.path, 0))
+                    out.write(to_line(_with_votes(found, votes.get((place, group)), agree)))
+                out.flush()
+                os.fsync(out.fileno())
+        half.replace(self.path)
+        os.close(self._file)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND, 0o644)
+
+    def read_metadata(self) -> dict[str, Any]:
+        """What is known of the jobs that wrote here."""
+        return read_metadata(self.folder)
+
+    def write_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Replace it."""
+        half = self.folder / f".{METADATA}.half"
+        half.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        half.replace(self.folder / METADATA)
+
+    def close(self) -> None:
+        """Let another process have it."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+        self._lock.release()
+
+    def _note(self, annotation: Annotation) -> None:
+        self.tokens += (annotation.input_tokens or 0) + (annotation.output_tokens or 0)
+        self.cost += annotation.cost or 0.0
+        if annotation.key is not None:
+            key = bytes.fromhex(annotation.key)
+            if annotation.text is not None or not self._ask_failed:
+                self.settled.add(key)
+            if annotation.agrees:
+                self.agreeing.add(key)
+        if self._see is not None:
+            self._see(annotation)
+
+    def _repair(self) -> None:
+        """Take a torn line off the end; a whole line that lacks only its end is given one."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = size
+            tail = b""
+            while start > 0 and b"\n" not in tail:
+                step = min(start, 1 << 16)
+                start -= step
+                file.seek(start)
+                tail = file.read(step) + tail
+            torn = tail[tail.rfind(b"\n") + 1 :]
+            if not torn:
+                return
+            try:
+                _from_line(torn, self.path, 0)
+            except UserError:
+                self.torn = len(torn)
+                file.truncate(size - len(torn))
+            else:
+                file.write(b"\n")
+
+    def write_parquet(self) -> None:
+        """Write all samples as Parquet too, with the metadata in the file's own."""
+        half = self.folder / f".{PARQUET}.half"
+        told = json.dumps(self.read_metadata(), ensure_ascii=False)
+        with pq.ParquetWriter(half, _SCHEMA.with_metadata({"lit_distill": told})) as writer:
+            rows = iter(self)
+            while chunk := list(islice(rows, _PARQUET_ROWS)):
+                writer.write_table(pa.Table.from_pylist([asdict(row) for row in chunk], schema=_SCHEMA))
+        half.replace(self.folder / PARQUET)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What is known of the jobs that wrote to a folder; empty where nothing is.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / METADATA} cannot be read ({error})") from error
+    return found
+
+
+def read_rows(path: Path) -> Iterator[tuple[Annotation, dict[str, Any]]]:
+    """The samples of a JSON lines or Parquet file, each with its row as it stands, which may hold more.
+
+    A torn last line, as there is one while a job writes, is left aside.
+
+    Raises:
+        UserError: a row is not a sample.
+    """
+    if path.suffix == ".parquet":
+        try:
+            with pq.ParquetFile(path) as file:
+                rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+                for number, row in enumerate(rows):
+                    yield _sample(row, f"{path}, row {number}"), row
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file ({error})") from error
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = _parse(line, f"{path}:{number}")
+            except UserError:
+                if line.endswith(b"\n"):
+                    raise
+                return
+            yield _sample(row, f"{path}:{number}"), row
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{where}: not a sample: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a sample: not an object but {type(row).__name__}")
+    return row
+
+
+def _sample(row: Mapping[str, Any], where: str) -> Annotation:
+    try:
+        return from_row(row)
+    except KeyError as error:
+        raise UserError(f"{where}: not a sample: no key {error}") from error
+    except TypeError as error:
+        raise UserError(f"{where}: not a sample: {error}") from error
+
+
+def _from_line(line: bytes, path: Path, number: int) -> Annotation:
+    return _sample(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _with_votes(found: Annotation, votes: tuple[int, str | None, float] | None, agree: Agree) -> Annotation:
+    if votes is None:
+        return found
+    count, winner, share = votes
+    inside = None if found.label is None or winner is None else found.label == winner or agree(found.label, winner)
+    return replace(found, votes=count, majority_label=winner, vote_share=share, in_majority=inside)

@@ -1,0 +1,469 @@
+"""``annotate``: ask a teacher for a rationale and a label of every row, and keep all that it says."""
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lit_distill import __version__, checks
+from lit_distill.annotation.demonstrations import fixed, nearest
+from lit_distill.annotation.plan import Plan, shown
+from lit_distill.annotation.prompts import check_template, load_demonstrations, load_prompt, written_answer
+from lit_distill.annotation.record import Annotation, read_text
+from lit_distill.annotation.store import FILE, AnnotationStore
+from lit_distill.answers import Split
+from lit_distill.commands.annotation_progress import Tally, progress
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.errors import UserError
+from lit_distill.questions import Question, Reply, Sampling
+from lit_distill.rationales import Example
+from lit_distill.teachers.asking import Asking, Budget
+from lit_distill.teachers.base import Teacher, TeacherError
+
+SHOWN = 2
+"""Prompts that a dry run shows in full."""
+
+_ESTIMATED_FROM = 200
+"""Rows whose prompts are measured for an estimate."""
+
+
+def annotate(
+    datamodule: RationaleDataModule,
+    teacher: Teacher,
+    out: str | Path | None = None,
+    split: Literal["train", "val", "test", "predict"] = "train",
+    num_samples: int = 1,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    until_agrees: int | None = None,
+    prompt: str | None = None,
+    demonstrations: str | None = None,
+    num_demonstrations: int | None = None,
+    nearest_demonstrations: bool = False,
+    structured: bool = False,
+    concurrency: int | None = None,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    max_cost: float | None = None,
+    retry_errors: bool = False,
+    dry_run: bool = False,
+    wandb_project: str | None = None,
+) -> dict[str, Any]:
+    """Ask a teacher about a split's whole file, before val is taken off.
+
+    What is in ``out`` already is not asked again, whatever ended the job that wrote it.
+
+    Args:
+        datamodule: the data.
+        teacher: who is asked.
+        out: folder of the answers; goes on with what is there. A dry run needs none.
+        split: the rows that are asked about.
+        num_samples: samples of each row, all of which are kept.
+        temperature: of the teacher's distribution; if not given, 0 for one sample and 0.7 for several.
+        top_p: draw from the likeliest tokens that make up this share of the probability.
+        max_new_tokens: tokens of an answer at most.
+        seed: seed of the first sample; each further one has the next.
+        until_agrees: ask for further samples of a row, up to this many in all, until the label of one agrees with the
+            gold label (rejection sampling).
+        prompt: YAML file of the prompt in place of the dataset's own.
+        demonstrations: JSON lines file of demonstrations (``input``, ``rationale``, ``label``, ``id``) in place of
+            the prompt's.
+        num_demonstrations: how many are shown; all of the prompt's, or 8 of a file's, if not given.
+        nearest_demonstrations: show those whose inputs are most like the row's in place of the first ones.
+        structured: have answers follow a JSON schema, where the teacher can.
+        concurrency: questions under way at a time; if not given, what suits the teacher.
+        limit: ask about the first rows only, so many.
+        max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included.
+        max_cost: likewise in US dollars; needs the teacher's prices.
+        retry_errors: ask again what could not be answered.
+        dry_run: show the first prompts in full and estimate tokens and cost; ask nothing, write nothing.
+        wandb_project: also write the summary to this project of Weights & Biases.
+
+    Returns:
+        The summary that is printed.
+
+    Raises:
+        UserError: an argument is wrong, or the teacher cannot be had.
+    """
+    checks.check_int("num_samples", num_samples, 1)
+    checks.check_range("temperature", temperature, at_least=0)
+    if temperature is None:
+        temperature = 0.0 if num_samples == 1 and until_agrees is None else 0.7
+    checks.check_int("max_new_tokens", max_new_tokens, 1)
+    checks.check_int("seed", seed, 0, 2**31 - 1)
+    sampling = Sampling(float(temperature), checks.check_fraction("top_p", top_p), max_new_tokens, seed)
+    if until_agrees is not None:
+        checks.check_int("until_agrees", until_agrees, num_samples + 1)
+    if (num_samples > 1 or until_agrees is not None) and temperature == 0:
+        raise UserError("temperature must be above 0 for several samples: at 0 they are all the same")
+    for name, value in (("concurrency", concurrency), ("limit", limit), ("max_tokens", max_tokens)):
+        if value is not None:
+            checks.check_int(name, value, 1)
+    checks.check_range("max_cost", max_cost, above=0)
+    if max_cost is not None and teacher.cost(1, 1) is None:
+        raise UserError("max_cost needs teacher.input_price and teacher.output_price (US dollars a million tokens)")
+    if structured and not teacher.follows_schema:
+        raise UserError(f"structured: {type(teacher).__name__} cannot be held to a JSON schema")
+    plan = _plan(
+        datamodule,
+        teacher,
+        sampling,
+        num_samples=num_samples,
+        until_agrees=until_agrees,
+        structured=structured,
+        prompt=prompt,
+        demonstrations=demonstrations,
+        num_demonstrations=num_demonstrations,
+        nearest_demonstrations=nearest_demonstrations,
+    )
+    rows = _rows(datamodule, split)[:limit]
+    # a template that asks for what there is not is found out with the first row
+    plan.prompt(rows[0])
+    if dry_run:
+        summary = _estimate(plan, teacher, rows)
+        _show_prompts(plan, rows)
+        _show("what would be asked", summary)
+        return summary
+    if out is None:
+        raise UserError("out must be given: the folder that the answers go to")
+    job = _Job(datamodule, teacher, plan, split, rows)
+    summary = job.run(
+        Path(out),
+        concurrency=concurrency or teacher.concurrency,
+        max_tokens=max_tokens,
+        max_cost=max_cost,
+        retry_errors=retry_errors,
+    )
+    _show(f"{datamodule.name} {split}, asked of {teacher.name}", summary)
+    if wandb_project is not None:
+        _log_to_wandb(wandb_project, job, summary)
+    return summary
+
+
+def _plan(
+    datamodule: RationaleDataModule,
+    teacher: Teacher,
+    sampling: Sampling,
+    *,
+    num_samples: int,
+    until_agrees: int | None,
+    structured: bool,
+    prompt: str | None,
+    demonstrations: str | None,
+    num_demonstrations: int | None,
+    nearest_demonstrations: bool,
+) -> Plan:
+    path = Path(prompt) if prompt is not None else datamodule.prompt_file
+    template = load_prompt(path)
+    count, selection = num_demonstrations, None
+    if count is not None:
+        checks.check_int("num_demonstrations", count, 0)
+    if demonstrations is not None:
+        template = replace(template, demonstrations=load_demonstrations(demonstrations))
+        count = 8 if count is None else count
+    if count is not None and count > len(template.demonstrations):
+        raise UserError(f"num_demonstrations must be at most {len(template.demonstrations)}, got {count}")
+    check_template(template, datamodule.prompt_fields, datamodule.parse_teacher, str(demonstrations or path))
+    if nearest_demonstrations:
+        if not template.demonstrations:
+            raise UserError("nearest_demonstrations: there are no demonstrations to choose from")
+        choose = nearest(template.demonstrations, len(template.demonstrations) if count is None else count)
+        selection = {"nearest": count}
+    else:
+        template = replace(template, demonstrations=template.demonstrations[:count])
+        choose = fixed(template.demonstrations, count)
+    return Plan(
+        template=template,
+        choose=choose,
+        fields=datamodule.prompt_fields,
+        layout=teacher.layout,
+        teacher=teacher.name,
+        teacher_settings=teacher.settings,
+        sampling=sampling,
+        num_samples=num_samples,
+        until_agrees=until_agrees,
+        structured=structured,
+        closed=lambda example: example.choices or datamodule.label_set or (),
+        selection=selection,
+    )
+
+
+def _rows(datamodule: RationaleDataModule, split: Split) -> list[Example]:
+    datamodule.prepare_data()
+    rows = datamodule.rows_to_ask(split)
+    if rows is None:
+        taken = ", and val is taken off train, which is asked about whole" if split == "val" else ""
+        raise UserError(f"split: {datamodule.absence(split)}{taken}")
+    if not rows:
+        raise UserError(f"split: {datamodule.name} {split} has no rows")
+    return rows
+
+
+@dataclass
+class _Job:
+    """One run of the command."""
+
+    datamodule: RationaleDataModule
+    teacher: Teacher
+    plan: Plan
+    split: Split
+    rows: list[Example]
+
+    def run(
+        self,
+        folder: Path,
+        *,
+        concurrency: int,
+        max_tokens: int | None,
+        max_cost: float | None,
+        retry_errors: bool,
+    ) -> dict[str, Any]:
+        places = {example.id: position for position, example in enumerate(self.rows)}
+        parse, agree = self.datamodule.parse_teacher, self.datamodule.teacher_agrees
+
+        def read(annotation: Annotation) -> Annotation:
+            place = places.get(annotation.id) if annotation.split == self.split else None
+            return annotation if place is None else read_text(annotation, self.rows[place], parse, agree)
+
+        started = _now()
+        tally = Tally(lambda annotation: self.asked(annotation, places))
+        with AnnotationStore(folder, tally.add, ask_failed=retry_errors) as store:
+            if store.torn:
+                Console(stderr=True).print(f"{store.path}: a torn last line ({store.torn} bytes) was taken off")
+            _keep_prompt(self.plan, folder)
+            self._note_job(store, started, None)
+            budget = Budget(max_tokens, max_cost, store.tokens, store.cost)
+
+            def tell(annotation: Annotation, said: Reply | TeacherError) -> None:
+                if isinstance(said, TeacherError):
+                    done = replace(annotation, error=" ".join(str(said).split()) or type(said).__name__)
+                else:
+                    done = read(self._answered(annotation, said))
+                    budget.add((done.input_tokens or 0) + (done.output_tokens or 0), done.cost or 0.0)
+                store.append(done)
+
+            asking = Asking(self.teacher, concurrency, tell, budget)
+            tally.begin(len(self.rows) * self.plan.num_samples)
+            try:
+                with progress(tally, self.teacher.name):
+                    asking.run(self._questions(store))
+            finally:
+                # what was paid for is put in order, however it ended
+                store.finish(read, {(self.split, name): place for name, place in places.items()}, agree)
+                self._note_job(store, started, asking.stopped)
+                store.write_parquet()
+            summary = self._summary(store, places, agree) | {
+                "not asked yet": max(0, tally.total - tally.done),
+                "not answered now": asking.busy,
+                "stopped": asking.stopped,
+                "seconds": round(tally.seconds, 1),
+            }
+        return summary | {"file": str(folder / FILE)}
+
+    def asked(self, annotation: Annotation, places: dict[str, int]) -> bool:
+        """Whether a sample is one of this job's, by whichever run of it."""
+        return (
+            annotation.split == self.split
+            and annotation.prompt == self.plan.prompt_hash
+            and annotation.settings == self.plan.settings_hash
+            and annotation.teacher == self.plan.teacher
+            and annotation.id in places
+        )
+
+    def _questions(self, store: AnnotationStore) -> Iterator[Iterator[list[tuple[Annotation, Question]]]]:
+        for example in self.rows:
+            yield self.plan.questions(example, self.split, store.settled, store.agreeing)
+
+    def _answered(self, annotation: Annotation, reply: Reply) -> Annotation:
+        counted = reply.input_tokens is not None or reply.output_tokens is not None
+        return replace(
+            annotation,
+            text=reply.text,
+            finish=reply.finish,
+            input_tokens=reply.input_tokens,
+            output_tokens=reply.output_tokens,
+            logprob=reply.logprob,
+            cost=self.teacher.cost(reply.input_tokens or 0, reply.output_tokens or 0) if counted else None,
+        )
+
+    def _note_job(self, store: AnnotationStore, started: str, stopped: str | None) -> None:
+        """What this folder's samples were asked with, under the hashes that they hold."""
+        metadata = store.read_metadata() or {"format": 1, "jobs": []}
+        job = {
+            "dataset": self.datamodule.name,
+            "split": self.split,
+            "rows": len(self.rows),
+            "teacher": self.plan.teacher,
+            "prompt": self.plan.prompt_hash,
+            "settings": self.plan.settings_hash,
+            "teacher_settings": self.plan.teacher_settings,
+            "sampling": asdict(self.plan.sampling),
+            "structured": self.plan.structured,
+            "layout": self.plan.layout,
+            "demonstrations": self.plan.selection or "fixed",
+            "num_samples": self.plan.num_samples,
+            "until_agrees": self.plan.until_agrees,
+            "started": started,
+            "ended": _now(),
+            "stopped": stopped,
+            "versions": {"lit_distill": __version__, "python": platform.python_version(), **_versions()},
+        }
+        jobs = [one for one in metadata["jobs"] if one["started"] != started]
+        store.write_metadata(metadata | {"jobs": [*jobs, job]})
+
+    def _summary(
+        self, store: AnnotationStore, places: dict[str, int], agree: Callable[[str, str], bool]
+    ) -> dict[str, Any]:
+        counts: Counter[str] = Counter()
+        answered_rows: set[str] = set()
+        tokens, cost, priced = [0, 0], 0.0, False
+        for annotation in store:
+            if not self.asked(annotation, places):
+                continue
+            tokens[0] += annotation.input_tokens or 0
+            tokens[1] += annotation.output_tokens or 0
+            cost, priced = cost + (annotation.cost or 0.0), priced or annotation.cost is not None
+            if annotation.text is None:
+                counts["errors"] += 1
+                continue
+            new = annotation.id not in answered_rows
+            answered_rows.add(annotation.id)
+            counts["answers"] += 1
+            counts["parsed"] += bool(annotation.parsed)
+            counts["leak"] += bool(annotation.leaks)
+            counts["cut"] += annotation.finish == "length"
+            if annotation.agrees is not None:
+                counts["judged"] += 1
+                counts["agree"] += annotation.agrees
+                gold = self.rows[places[annotation.id]].label
+                if new and gold is not None:
+                    counts["voted"] += 1
+                    counts["vote_agree"] += annotation.majority_label is not None and agree(
+                        annotation.majority_label, gold
+                    )
+        return {
+            "rows": len(self.rows),
+            "rows answered": len(answered_rows),
+            "answers": counts["answers"],
+            "errors": counts["errors"],
+            "parsed": _share(counts["parsed"], counts["answers"]),
+            "agree with gold": _share(counts["agree"], counts["judged"]),
+            "majority agrees": _share(counts["vote_agree"], counts["voted"])
+            if self.plan.num_samples > 1 or self.plan.until_agrees
+            else None,
+            "rationale holds the label": _share(counts["leak"], counts["parsed"]),
+            "cut at max_new_tokens": counts["cut"],
+            "prompt tokens": tokens[0],
+            "answer tokens": tokens[1],
+            "cost": round(cost, 6) if priced else None,
+        }
+
+
+def _estimate(plan: Plan, teacher: Teacher, rows: list[Example]) -> dict[str, Any]:
+    step = max(1, len(rows) // _ESTIMATED_FROM)
+    measured = [teacher.count_tokens(plan.prompt(example)) for example in rows[::step]]
+    answers = [
+        teacher.count_tokens(written_answer(plan.template, plan.fields, one)) for one in plan.template.demonstrations
+    ]
+    questions = len(rows) * plan.num_samples
+    at_most = len(rows) * max(plan.num_samples, plan.until_agrees or 0)
+    prompt_tokens = sum(measured) / len(measured)
+    expected = sum(answers) / len(answers) if answers else plan.sampling.max_new_tokens
+    expected = min(expected, plan.sampling.max_new_tokens)
+    return {
+        "rows": len(rows),
+        "questions": questions,
+        "questions at most": at_most,
+        "prompt tokens": round(questions * prompt_tokens),
+        "answer tokens, as the demonstrations": round(questions * expected),
+        "answer tokens at most": at_most * plan.sampling.max_new_tokens,
+        "cost": teacher.cost(round(questions * prompt_tokens), round(questions * expected)),
+        "cost at most": teacher.cost(round(at_most * prompt_tokens), at_most * plan.sampling.max_new_tokens),
+    }
+
+
+def _show_prompts(plan: Plan, rows: list[Example]) -> None:
+    console = Console()
+    for example in rows[:SHOWN]:
+        title = Text(f"{example.id} ({plan.layout})")
+        console.print(Panel(Text(shown(plan.prompt(example))), title=title, title_align="left"))
+
+
+def _show(title: str, summary: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", overflow="fold")
+    for name, value in summary.items():
+        if value is not None:
+            table.add_row(name, _cell(name, value))
+    Console().print(table)
+
+
+def _cell(name: str, value: Any) -> str:  # noqa: ANN401 - plain values
+    if name.startswith("cost"):
+        return f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
+    if isinstance(value, float) and name != "seconds":
+        return f"{100 * value:.1f} %"
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("transformers", "openai")}
+
+
+def _keep_prompt(plan: Plan, folder: Path) -> None:
+    """The prompt as it was, beside the answers to it."""
+    path = folder / "prompts" / f"{plan.prompt_hash}.yaml"
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    content = {"version": 1, **asdict(plan.template)}
+    content["stop"] = list(plan.template.stop)
+    content["demonstrations"] = [
+        {"input": one.input, "rationale": one.rationale, "label": one.label}
+        | ({} if one.choices is None else {"choices": list(one.choices)})
+        for one in plan.template.demonstrations
+    ]
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110), encoding="utf-8")
+    half.replace(path)
+
+
+def _log_to_wandb(project: str, job: _Job, summary: dict[str, Any]) -> None:
+    import wandb
+
+    plan = job.plan
+    config = {
+        "dataset": job.datamodule.name,
+        "split": job.split,
+        "teacher": plan.teacher,
+        "prompt": plan.prompt_hash,
+        "num_samples": plan.num_samples,
+        "teacher_settings": plan.teacher_settings,
+        "sampling": asdict(plan.sampling),
+        "structured": plan.structured,
+    }
+    name = f"{job.datamodule.name}-{job.split}-{plan.teacher}"
+    with wandb.init(project=project, name=name, job_type="annotate", config=config) as run:
+        run.summary.update({key.replace(" ", "_"): value for key, value in summary.items() if value is not None})

@@ -1,0 +1,49 @@
+"""``annotate`` on the command line: a dataset, a teacher, and what is asked."""
+
+from typing import Any
+
+from lit_distill.commands.annotate import annotate
+from lit_distill.commands.parser import Parser, Raised
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.messages import COMMANDS
+from lit_distill.teachers.base import Teacher
+
+SWITCHES = ("nearest_demonstrations", "structured", "retry_errors", "dry_run")
+"""Arguments that stand for ``true`` where no value follows."""
+
+INTERRUPTED = 130
+"""The exit code of a job that Ctrl-C ended, as shells have it."""
+
+
+def run_annotate(args: list[str]) -> dict[str, Any]:
+    """Parse the arguments after ``annotate``, and ask.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: an argument is wrong, or the teacher cannot be had.
+        SystemExit: with code 130 after Ctrl-C, once what was under way is kept.
+    """
+    parser = Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
+    # as Lightning's own commands have it
+    parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
+    parser.add_subclass_arguments(RationaleDataModule, "data", required=True)
+    parser.add_subclass_arguments(Teacher, "teacher", required=True)
+    parser.add_function_arguments(annotate, skip={"datamodule", "teacher"})
+    for switch in SWITCHES:
+        # also without a value
+        action = next(action for action in parser._actions if action.dest == switch)
+        action.nargs, action.const = "?", True
+    config = parser.parse_args(args)
+    try:
+        built = parser.instantiate_classes(config)
+    except Raised as raised:
+        raise raised.error from None
+    arguments = built.as_dict()
+    datamodule, teacher = arguments.pop("data"), arguments.pop("teacher")
+    arguments.pop("config", None)
+    summary = annotate(datamodule, teacher, **arguments)
+    if summary.get("stopped") == "interrupted":
+        raise SystemExit(INTERRUPTED)
+    return summary

@@ -1,0 +1,133 @@
+"""Rows joined to what a teacher was asked about them: by id, each of its samples, with all that is known of it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lit_distill.annotation.conditions import columns_of, is_condition
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, digest, vote
+from lit_distill.annotation.store import FILE, PARQUET, read_rows
+from lit_distill.data.splits import SplitRows
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example
+
+_NOT_COLUMNS = {"text", "rationale", "input", "key"}
+"""What an example holds already, or what says nothing of it."""
+
+
+def annotations_file(path: Path) -> Path:
+    """The file of a teacher's samples.
+
+    Args:
+        path: a folder that ``annotate`` wrote to, or a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_dir():
+        for name in (FILE, PARQUET):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"rationales: {str(path)!r} holds neither {FILE} nor {PARQUET}")
+    if not path.is_file():
+        raise UserError(f"rationales: no file or folder {str(path)!r}")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"rationales: {str(path)!r} ends neither in .jsonl nor in .parquet")
+    return path
+
+
+def join_annotations(examples: Sequence[Example], path: Path, split: str, agree: Agree) -> tuple[SplitRows, str | None]:
+    """Join rows with a teacher's samples.
+
+    Of a row's samples the first stands for the teacher; the others are kept beside it.
+
+    Args:
+        examples: the rows of a split, without a teacher.
+        path: the samples' file or folder.
+        split: samples of other splits are left aside.
+        agree: which labels are one answer.
+
+    Returns:
+        The rows, and what a user has to know of the join, if anything.
+
+    Raises:
+        UserError: a sample is of another input than its row has, or no sample is of a row that there is.
+    """
+    path = annotations_file(path)
+    places = {example.id: position for position, example in enumerate(examples)}
+    found: dict[int, list[tuple[tuple[int, int], Annotation, dict[str, Any]]]] = {}
+    groups: dict[tuple[Any, ...], int] = {}
+    teachers: dict[str | None, None] = {}
+    counts: Counter[str] = Counter()
+    for annotation, row in read_rows(path):
+        if annotation.split is not None and annotation.split != split:
+            continue
+        place = places.get(annotation.id)
+        if place is None:
+            counts["strange"] += 1
+            continue
+        counts["joined"] += 1
+        if annotation.input is not None and annotation.input != digest(examples[place].input):
+            raise UserError(f"rationales: {path}: {annotation.id!r} was asked with another input than the row has now")
+        if annotation.text is None and annotation.rationale is None and annotation.label is None:
+            continue
+        group = groups.setdefault((annotation.teacher, annotation.prompt, annotation.settings), len(groups))
+        teachers[annotation.teacher] = None
+        found.setdefault(place, []).append(((group, annotation.sample), annotation, row))
+    if counts["strange"] and not counts["joined"]:
+        raise UserError(f"rationales: none of the {counts['strange']} ids in {path} is one of {split}'s rows")
+    rows, unparsed, samples = list(examples), set(), {}
+    for place, said in found.items():
+        said.sort(key=lambda one: one[0])
+        _fill_votes(said, agree)
+        first, *others = [_with_sample(examples[place], annotation, row) for _, annotation, row in said]
+        rows[place] = first
+        if first.rationale is None and first.teacher_label is None:
+            unparsed.add(place)
+        if others:
+            samples[place] = tuple(others)
+    notices = []
+    if counts["strange"]:
+        notices.append(f"{counts['strange']} samples in {path} are of rows that are not here")
+    if len(teachers) > 1:
+        notices.append(
+            f"samples of several teachers ({', '.join(map(str, teachers))}), the first of which comes first;"
+            " rationale_filter: teacher == NAME chooses"
+        )
+    return SplitRows(rows, frozenset(unparsed), samples), "; ".join(notices) or None
+
+
+def check_columns(rationale_filter: str, rows: SplitRows) -> None:
+    """See that the columns are there that a filter's conditions name.
+
+    Raises:
+        UserError: one is not; the message lists those that are.
+    """
+    if not is_condition(rationale_filter) or rationale_filter in ("none", "label_agrees"):
+        return
+    known = dict.fromkeys(column for column in COLUMNS if column not in _NOT_COLUMNS)
+    for example in rows.examples:
+        known |= dict.fromkeys(example.columns or ())
+    if missing := [column for column in columns_of(rationale_filter) if column not in known]:
+        raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
+
+
+def _with_sample(example: Example, annotation: Annotation, row: Mapping[str, Any]) -> Example:
+    columns = {key: value for key, value in row.items() if value is not None and key not in _NOT_COLUMNS}
+    return replace(example, rationale=annotation.rationale, teacher_label=annotation.label, columns=columns)
+
+
+def _fill_votes(said: list[tuple[tuple[int, int], Annotation, dict[str, Any]]], agree: Agree) -> None:
+    """The columns that need all samples of a row, where the job that wrote them had not ended."""
+    if all(annotation.votes is not None for _, annotation, _ in said):
+        return
+    by_group: dict[int, list[str | None]] = {}
+    for (group, _), annotation, _ in said:
+        by_group.setdefault(group, []).append(annotation.label)
+    for (group, _), annotation, row in said:
+        winner, share = vote(by_group[group], agree)
+        row |= {"votes": len(by_group[group]), "majority_label": winner, "vote_share": share}
+        if annotation.label is not None and winner is not None:
+            row["in_majority"] = annotation.label == winner or agree(annotation.label, winner)
