@@ -21,6 +21,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _PART = re.compile(r"(?:(?P<no>not)\s+)?(?P<name>[A-Za-z_]\w*)(?:\s*(?P<sign>==|!=|>=|<=|>|<)\s*(?P<value>.+))?")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_AND = re.compile(r"""\s+and\s+(?=(?:[^'"]|'[^']*'|"[^"]*")*\Z)""")
 _FORM = "a condition is a column, 'not' and a column, or a column, one of == != >= <= > < and a value, joined by 'and'"
 
 
@@ -51,7 +53,7 @@ def condition(text: str) -> Condition:
 
 
 def _parts(text: str) -> list[str]:
-    return re.split(r"\s+and\s+", text.strip())
+    return _AND.split(text.strip()) if _AND.search(text) else re.split(r"\s+and\s+", text.strip())
 
 
 def _match(part: str) -> re.Match[str]:
@@ -61,16 +63,22 @@ def _match(part: str) -> re.Match[str]:
     return found
 
 
+def _value(text: str) -> Any:  # noqa: ANN401 - whatever a column can hold
+    if _NUMBER.fullmatch(text):
+        return float(text)  # YAML wants a point before an exponent
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter is of dates that there are not
+        return text
+
+
 def _test(found: re.Match[str]) -> Condition:
     name = found["name"]
     if found["sign"] is None:
         wanted = found["no"] is None
         return lambda row: row.get(name) is not None and bool(row[name]) is wanted
     compare = _COMPARISONS[found["sign"]]
-    try:
-        value = yaml.safe_load(found["value"])
-    except yaml.YAMLError:
-        raise UserError(f"rationale_filter: {found['value']!r} is no value; {_FORM}") from None
+    value = _value(found["value"].strip())
 
     def test(row: Mapping[str, Any]) -> bool:
         held = row.get(name)

@@ -71,6 +71,14 @@ class Annotation:
 COLUMNS = tuple(field.name for field in fields(Annotation))
 """The columns, in order."""
 
+_KIND_NAMES: dict[type, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+
+KINDS: dict[str, type] = {
+    name: next(kind for kind in _KIND_NAMES if kind.__name__ in str(annotated))
+    for name, annotated in Annotation.__annotations__.items()
+}
+"""Column -> the type of its values."""
+
 Agree = Callable[[str, str], bool]
 """``(label, other label) -> the same answer``."""
 
@@ -81,9 +89,15 @@ def digest(*parts: Any, length: int = 12) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def to_line(annotation: Annotation) -> bytes:
-    """A line of JSON, with its end."""
-    return (json.dumps(asdict(annotation), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def to_line(annotation: Annotation, others: Mapping[str, Any] | None = None) -> bytes:
+    """A line of JSON, with its end.
+
+    Args:
+        annotation: the sample.
+        others: columns of a user's own, which are kept.
+    """
+    row = {**asdict(annotation), **(others or {})}
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def from_row(row: Mapping[str, Any]) -> Annotation:
@@ -93,16 +107,22 @@ def from_row(row: Mapping[str, Any]) -> Annotation:
         KeyError: there is no id.
         TypeError: a value is of another type.
     """
-    known = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    known = {name: _of_kind(name, row[name]) for name in COLUMNS if row.get(name) is not None}
     if "id" not in known:
         raise KeyError("id")
-    for name in ("id", "split", "teacher", "text", "rationale", "label", "error", "majority_label", "input", "key"):
-        if name in known and not isinstance(known[name], str):
-            raise TypeError(f"{name} must be a text, got {known[name]!r}")
-    for name in ("sample", "length", "votes", "input_tokens", "output_tokens"):
-        if name in known and (isinstance(known[name], bool) or not isinstance(known[name], int)):
-            raise TypeError(f"{name} must be a whole number, got {known[name]!r}")
     return Annotation(**known)
+
+
+def _of_kind(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever a row holds
+    kind = KINDS[name]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # how tools that know no gaps keep whole numbers beside one
+    taken = int | float if kind is float else kind
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, taken):
+        raise TypeError(f"{name} must be {_KIND_NAMES[kind]}, got {value!r}")
+    if name == "key" and not re.fullmatch("(?:[0-9a-f]{2})+", str(value)):
+        raise TypeError(f"key must be a hash in hexadecimal digits, got {value!r}")
+    return value
 
 
 def read_text(
@@ -145,7 +165,7 @@ def parse_structured(text: str) -> tuple[str, str] | None:
     """``(rationale, label)`` of an answer that follows `answer_schema`; ``None`` where it does not."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict):
         return None
@@ -173,6 +193,11 @@ def leaks(rationale: str, label: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(label.strip())}(?!\w)", rationale, re.IGNORECASE) is not None
 
 
+def same_answer(label: str, other: str, agree: Agree) -> bool:
+    """Whether two labels are one answer, whichever of them is taken for the gold one."""
+    return label == other or agree(label, other) or agree(other, label)
+
+
 def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]:
     """The majority label of a row's samples and its share of all of them (Wang et al. 2022, 2203.11171).
 
@@ -187,8 +212,9 @@ def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]
     for label in labels:
         if label is None:
             continue
-        same = label if label in counts else next((first for first in counts if agree(label, first)), label)
-        counts[same] = counts.get(same, 0) + 1
+        like = (known for known in counts if same_answer(label, known, agree))
+        answer = label if label in counts else next(like, label)
+        counts[answer] = counts.get(answer, 0) + 1
     if not counts:
         return None, 0.0
     winner = max(counts, key=lambda label: counts[label])

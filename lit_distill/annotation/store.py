@@ -3,18 +3,21 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
-from lit_distill.annotation.record import Agree, Annotation, from_row, to_line, vote
+from lit_distill.annotation.record import COLUMNS, KINDS, Agree, Annotation, from_row, same_answer, to_line, vote
 from lit_distill.errors import UserError
 
 FILE = "rationales.jsonl"
@@ -27,7 +30,8 @@ METADATA = "metadata.json"
 """Which teachers were asked what, and how."""
 
 _SYNC_SECONDS = 5.0
-_PARQUET_ROWS = 10_000
+_CHUNK = 10_000
+"""Rows that are in memory at a time where all are gone through."""
 
 _TYPES = {
     str: pa.string(),
@@ -35,12 +39,7 @@ _TYPES = {
     float: pa.float64(),
     bool: pa.bool_(),
 }
-_SCHEMA = pa.schema(
-    [
-        (name, _TYPES[next(kind for kind in (str, bool, int, float) if kind.__name__ in str(annotated))])
-        for name, annotated in Annotation.__annotations__.items()
-    ]
-)
+_SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in KINDS.items()])
 
 
 class AnnotationStore:
@@ -90,6 +89,9 @@ class AnnotationStore:
             for annotation in self:
                 self._note(annotation)
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            self._lock.release()
+            raise UserError(f"out: {self.path} cannot be written ({error.strerror})") from error
         except BaseException:
             self._lock.release()
             raise
@@ -116,10 +118,12 @@ class AnnotationStore:
             UserError: it cannot be written.
         """
         line = to_line(annotation)
+        size = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
             if written != len(line):
-                # a full disk; the torn line is taken off by the next start
+                # a full disk; others that are answered yet must not be glued to it
+                os.ftruncate(self._file, size)
                 raise OSError(None, f"{written} of {len(line)} bytes were written")
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file)
@@ -138,37 +142,37 @@ class AnnotationStore:
             order: ``(split, id)`` -> place among the rows; those that it lacks come after them, as they came.
             agree: which labels are one answer.
         """
-        places: dict[tuple[str, str], int] = {}
+        strangers: dict[tuple[str, str], int] = {}
         groups: dict[tuple[Any, ...], int] = {}
-        kept: dict[str, tuple[int, ...]] = {}
-        labels: dict[tuple[int, int], dict[int, str | None]] = {}
-        with self.path.open("rb") as file:
+        # four numbers a sample: all that is held of it
+        entries = array("q")
+        half = self.folder / f".{FILE}.half"
+        with self.path.open("rb") as file, half.open("wb") as out:
             offset = 0
-            for position, line in enumerate(file):
-                if not line.strip():
-                    offset += len(line)
-                    continue
-                found = read(_from_line(line, self.path, position + 1))
-                row = (found.split or "", found.id)
-                place = places.setdefault(row, order.get(row, len(order) + len(places)))
-                group = groups.setdefault((found.teacher, found.prompt, found.settings), len(groups))
-                # of a question that failed and was asked again, the last counts
-                kept[found.key or f"line {position}"] = (place, group, found.sample, offset)
-                if found.text is not None or found.label is not None:
-                    labels.setdefault((place, group), {})[found.sample] = found.label
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    found = _from_line(line, self.path, number)
+                    name = (found.split or "", found.id)
+                    place = order.get(name)
+                    if place is None:
+                        place = strangers.setdefault(name, len(order) + len(strangers))
+                    group = groups.setdefault((found.teacher, found.prompt, found.settings), len(groups))
+                    entries.extend((place, group, found.sample, offset))
                 offset += len(line)
-            votes = {
-                key: (len(of_row), *vote([of_row[sample] for sample in sorted(of_row)], agree))
-                for key, of_row in labels.items()
-            }
-            half = self.folder / f".{FILE}.half"
-            with half.open("wb") as out:
-                for place, group, _, start in sorted(kept.values()):
-                    file.seek(start)
-                    found = read(_from_line(file.readline(), self.path, 0))
-                    out.write(to_line(_with_votes(found, votes.get((place, group)), agree)))
-                out.flush()
-                os.fsync(out.fileno())
+            table = np.array(entries, dtype=np.int64).reshape(-1, 4)
+            ordered = table[np.lexsort(table.T[::-1])]
+            # as Python's numbers a few at a time, which take ten times the room
+            chunks = (ordered[start : start + _CHUNK].tolist() for start in range(0, len(ordered), _CHUNK))
+            for _, of_row in groupby(chain.from_iterable(chunks), key=itemgetter(0, 1)):
+                rows = _last_of_each(_parse(_line_at(file, start), str(self.path)) for *_, start in of_row)
+                said = [read(_sample(row, str(self.path))) for row in rows]
+                answers = [one for one in said if one.text is not None or one.label is not None]
+                votes = (len(answers), *vote([one.label for one in answers], agree))
+                for one, row in zip(said, rows, strict=True):
+                    others = {name: row[name] for name in row if name not in COLUMNS}
+                    out.write(to_line(_with_votes(one, votes, agree), others))
+            out.flush()
+            os.fsync(out.fileno())
         half.replace(self.path)
         os.close(self._file)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND, 0o644)
@@ -220,11 +224,12 @@ class AnnotationStore:
             if not torn:
                 return
             try:
-                _from_line(torn, self.path, 0)
+                _parse(torn, "")
             except UserError:
                 self.torn = len(torn)
                 file.truncate(size - len(torn))
             else:
+                file.seek(0, os.SEEK_END)
                 file.write(b"\n")
 
     def write_parquet(self) -> None:
@@ -233,9 +238,17 @@ class AnnotationStore:
         told = json.dumps(self.read_metadata(), ensure_ascii=False)
         with pq.ParquetWriter(half, _SCHEMA.with_metadata({"lit_distill": told})) as writer:
             rows = iter(self)
-            while chunk := list(islice(rows, _PARQUET_ROWS)):
-                writer.write_table(pa.Table.from_pylist([asdict(row) for row in chunk], schema=_SCHEMA))
+            while chunk := list(islice(rows, _CHUNK)):
+                writer.write_table(pa.Table.from_pylist([_whole(asdict(row)) for row in chunk], schema=_SCHEMA))
         half.replace(self.folder / PARQUET)
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """Halves of characters, which Parquet cannot hold, as JSON writes them."""
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in row.items()
+    }
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -245,11 +258,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     try:
-        found: dict[str, Any] = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        found: Any = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
         raise UserError(f"{folder / METADATA} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / METADATA} cannot be read (not an object but {type(found).__name__})")
     return found
 
 
@@ -306,9 +321,22 @@ def _from_line(line: bytes, path: Path, number: int) -> Annotation:
     return _sample(_parse(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def _with_votes(found: Annotation, votes: tuple[int, str | None, float] | None, agree: Agree) -> Annotation:
-    if votes is None:
-        return found
+def _line_at(file: BinaryIO, start: int) -> bytes:
+    file.seek(start)
+    return file.readline()
+
+
+def _last_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a question that failed and was asked again, the last answer counts."""
+    kept: dict[str | int, dict[str, Any]] = {}
+    for position, row in enumerate(rows):
+        kept[row.get("key") or position] = row
+    return list(kept.values())
+
+
+def _with_votes(found: Annotation, votes: tuple[int, str | None, float], agree: Agree) -> Annotation:
     count, winner, share = votes
-    inside = None if found.label is None or winner is None else found.label == winner or agree(found.label, winner)
+    if not count:
+        return found
+    inside = None if found.label is None or winner is None else same_answer(found.label, winner, agree)
     return replace(found, votes=count, majority_label=winner, vote_share=share, in_majority=inside)

@@ -102,8 +102,11 @@ def progress(tally: Tally, name: str) -> Iterator[None]:
         refresh_per_second=4,
     )
     with bar:
-        bar.add_task(name, total=tally.total)
-        yield
+        task = bar.add_task(name, total=tally.total)
+        try:
+            yield
+        finally:
+            bar.update(task, completed=min(tally.done, tally.total))
 
 
 class _Counts(ProgressColumn):

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lit_distill.annotation.conditions import columns_of, is_condition
-from lit_distill.annotation.record import COLUMNS, Agree, Annotation, digest, vote
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, digest, same_answer, vote
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
@@ -60,22 +61,27 @@ def join_annotations(examples: Sequence[Example], path: Path, split: str, agree:
     found: dict[int, list[tuple[tuple[int, int], Annotation, dict[str, Any]]]] = {}
     groups: dict[tuple[Any, ...], int] = {}
     teachers: dict[str | None, None] = {}
+    outdated: dict[int, str] = {}
     counts: Counter[str] = Counter()
     for annotation, row in read_rows(path):
         if annotation.split is not None and annotation.split != split:
             continue
         place = places.get(annotation.id)
         if place is None:
-            counts["strange"] += 1
+            # hand-written samples that name no split are of train; of the others they say nothing
+            counts["strange"] += annotation.split is not None or split == "train"
             continue
         counts["joined"] += 1
         if annotation.input is not None and annotation.input != digest(examples[place].input):
-            raise UserError(f"rationales: {path}: {annotation.id!r} was asked with another input than the row has now")
+            outdated.setdefault(place, annotation.id)
+            continue
         if annotation.text is None and annotation.rationale is None and annotation.label is None:
             continue
         group = groups.setdefault((annotation.teacher, annotation.prompt, annotation.settings), len(groups))
         teachers[annotation.teacher] = None
         found.setdefault(place, []).append(((group, annotation.sample), annotation, row))
+    if alone := [name for place, name in outdated.items() if place not in found]:
+        raise UserError(f"rationales: {path}: {alone[0]!r} was asked with another input than the row has now")
     if counts["strange"] and not counts["joined"]:
         raise UserError(f"rationales: none of the {counts['strange']} ids in {path} is one of {split}'s rows")
     rows, unparsed, samples = list(examples), set(), {}
@@ -91,6 +97,8 @@ def join_annotations(examples: Sequence[Example], path: Path, split: str, agree:
     notices = []
     if counts["strange"]:
         notices.append(f"{counts['strange']} samples in {path} are of rows that are not here")
+    if outdated:
+        notices.append(f"samples of earlier inputs of {len(outdated)} rows in {path} are left aside")
     if len(teachers) > 1:
         notices.append(
             f"samples of several teachers ({', '.join(map(str, teachers))}), the first of which comes first;"
@@ -108,7 +116,7 @@ def check_columns(rationale_filter: str, rows: SplitRows) -> None:
     if not is_condition(rationale_filter) or rationale_filter in ("none", "label_agrees"):
         return
     known = dict.fromkeys(column for column in COLUMNS if column not in _NOT_COLUMNS)
-    for example in rows.examples:
+    for example in chain(rows.examples, *rows.samples.values()):
         known |= dict.fromkeys(example.columns or ())
     if missing := [column for column in columns_of(rationale_filter) if column not in known]:
         raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
@@ -130,4 +138,4 @@ def _fill_votes(said: list[tuple[tuple[int, int], Annotation, dict[str, Any]]], 
         winner, share = vote(by_group[group], agree)
         row |= {"votes": len(by_group[group]), "majority_label": winner, "vote_share": share}
         if annotation.label is not None and winner is not None:
-            row["in_majority"] = annotation.label == winner or agree(annotation.label, winner)
+            row["in_majority"] = same_answer(annotation.label, winner, agree)

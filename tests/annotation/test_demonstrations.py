@@ -1,0 +1,100 @@
+"""Which demonstrations are shown with a row."""
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lit_distill.annotation.demonstrations import Choose, fixed, nearest
+from lit_distill.errors import UserError
+from lit_distill.rationales import Example
+
+
+def example(text: str) -> Example:
+    return Example(id="", input=text, label="x", rationale="because")
+
+
+BIRDS = example("owl swan crow")
+TREES = example("oak pine birch")
+MIXED = example("owl oak pine lemon")
+METAL = example("tin zinc")
+ALL = (BIRDS, TREES, MIXED, METAL)
+
+
+def inputs(choose: Choose, text: str) -> list[str]:
+    return [one.input for one in choose(example(text))]
+
+
+def texts(examples: Sequence[Example]) -> list[str]:
+    return [one.input for one in examples]
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, 2, 4, 9])
+def test_the_first_ones_whatever_the_row(count: int | None) -> None:
+    choose = fixed(ALL, count)
+    for row in ("owl swan", "nothing of it", ""):
+        assert inputs(choose, row) == texts(ALL[:count])
+
+
+def test_a_row_is_not_shown_itself() -> None:
+    assert inputs(fixed(ALL, None), TREES.input) == texts((BIRDS, MIXED, METAL))
+    assert inputs(fixed(ALL, 2), BIRDS.input) == texts((TREES, MIXED))
+    assert TREES.input not in inputs(nearest(ALL, 4), TREES.input)
+    # under whichever id, and as often as it is there
+    again = [*ALL, Example("other", TREES.input, "y", rationale="so")]
+    assert TREES.input not in inputs(nearest(again, 5), TREES.input) + inputs(fixed(again, None), TREES.input)
+
+
+def test_the_most_like_row_stands_last() -> None:
+    choose = nearest(ALL, 2)
+    # oak pine, side by side: three words and pairs of TREES, and three of the longer MIXED
+    assert inputs(choose, "oak pine birch elm") == texts((MIXED, TREES))
+    assert inputs(choose, "swan crow owl") == texts((MIXED, BIRDS))
+    assert inputs(nearest(ALL, 1), "a tin of zinc") == texts((METAL,))
+    assert inputs(nearest(ALL, 3), "lemon owl oak")[-1] == MIXED.input
+
+
+def test_pairs_of_words_count() -> None:
+    pairs = (example("a b c d"), example("d c b a"))
+    assert inputs(nearest(pairs, 1), "b a d c") == ["d c b a"]
+    assert inputs(nearest(pairs[::-1], 1), "a b c x") == ["a b c d"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
+def test_as_many_as_are_asked_for(count: int) -> None:
+    assert len(inputs(nearest(ALL, count), "owl oak tin")) == min(count, 4)
+
+
+def test_of_those_that_are_as_like_the_first_are_taken() -> None:
+    same = tuple(Example(str(i), "owl swan", "x", rationale=f"because {i}") for i in range(6))
+    chosen = nearest(same, 3)(example("a swan"))
+    assert [one.id for one in chosen] == ["2", "1", "0"]
+    # of nothing that is known, all are as like
+    assert inputs(nearest(ALL, 2), "quite unheard of") == texts((TREES, BIRDS))
+    assert inputs(nearest(ALL, 2), "") == texts((TREES, BIRDS))
+
+
+def test_choices_do_not_depend_on_what_was_asked_before() -> None:
+    choose = nearest(ALL, 3)
+    first = inputs(choose, "oak owl zinc")
+    inputs(choose, "lemon")
+    assert inputs(choose, "oak owl zinc") == first == inputs(nearest(ALL, 3), "oak owl zinc")
+
+
+@pytest.mark.parametrize("shown", [(), (example("? !"), example("..."))])
+def test_without_words_there_is_nothing_to_compare(shown: tuple[Example, ...]) -> None:
+    with pytest.raises(UserError, match="nearest_demonstrations: the demonstrations' inputs hold no words"):
+        nearest(shown, 1)
+
+
+def test_without_scikit_learn_its_installation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(UserError, match=r'nearest_demonstrations needs .*: pip install "lit_distill\[nearest\]"$'):
+        nearest(ALL, 1)
+
+
+def test_the_extra_that_is_named_exists() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "scikit-learn" in project["optional-dependencies"]["nearest"]

@@ -1,0 +1,373 @@
+"""One sample of a teacher: its line, its columns, and what many of them vote for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_distill.annotation.record import (
+    COLUMNS,
+    Agree,
+    Annotation,
+    answer_schema,
+    digest,
+    from_row,
+    leaks,
+    parse_structured,
+    read_text,
+    to_line,
+    vote,
+)
+from lit_distill.data import SVAMPDataModule, ToyDataModule
+from lit_distill.rationales import Example
+
+FULL = Annotation(
+    id="q7",
+    split="train",
+    sample=3,
+    teacher="gpt-4o",
+    text="Birds fly. So the answer is yes.",
+    rationale="Birds fly.",
+    label="yes",
+    error="once timed out",
+    parsed=True,
+    agrees=False,
+    leaks=False,
+    length=2,
+    logprob=-0.125,
+    votes=4,
+    majority_label="no",
+    vote_share=0.75,
+    in_majority=False,
+    finish="stop",
+    input_tokens=310,
+    output_tokens=12,
+    cost=0.000125,
+    structured=True,
+    prompt="0123456789ab",
+    settings="ba9876543210",
+    input="001122334455",
+    key="00112233445566778899aabbccddeeff",
+)
+ODD_TEXTS = (
+    "",
+    "two\nlines\r\nand\rmore",
+    "\u2028 \u2029 \x85 \x0b \x0c \x1c \x00",  # what `str.splitlines` takes for an end of a line
+    "\ud83d alone, \udc80 alone",
+    '"quoted" \\ud800 \\n {"id": "x"}',
+    "tschüß, 你好, 🦉",
+)
+
+
+def exactly(label: str, other: str) -> bool:
+    return label == other
+
+
+# ---------------------------------------------------------------- votes
+
+
+@pytest.mark.parametrize(
+    ("labels", "winner", "share"),
+    [
+        (["a"], "a", 1.0),
+        (["a", "b", "b"], "b", 2 / 3),
+        (["b", "a", "a", "b"], "b", 1 / 2),  # as many: the one that was written first
+        (["c", "a", "b"], "c", 1 / 3),
+        ([None, "b", None, "a"], "b", 1 / 4),  # what did not parse counts against all
+        (["a", None, None], "a", 1 / 3),
+        ([None, None], None, 0.0),
+        ([], None, 0.0),
+    ],
+)
+def test_votes(labels: Sequence[str | None], winner: str | None, share: float) -> None:
+    assert vote(labels, exactly) == (winner, share)
+
+
+SVAMP = SVAMPDataModule()
+
+
+@pytest.mark.parametrize(
+    ("labels", "winner", "share"),
+    [
+        (["(7 + 1)", "(84 / 2)", "(42)"], "(84 / 2)", 2 / 3),  # by value, as it was first written
+        (["(42)", "(7 + 1)", "(8)", "(21 * 2)"], "(42)", 2 / 4),
+        (["(x)", "(8)", "(x)"], "(x)", 2 / 3),  # without a value it is still the same text
+        (["(x)", "(y)", "(8)", "(4 + 4)", None], "(8)", 2 / 5),
+        (["(8)", "(3) and (8)"], "(8)", 1.0),  # several are worth what Python's `and` gives
+        (["(3) and (8)", "(8)"], "(3) and (8)", 1.0),
+    ],
+)
+def test_equations_vote_by_value(labels: Sequence[str | None], winner: str, share: float) -> None:
+    assert vote(labels, SVAMP.teacher_agrees) == (winner, share)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1))
+def test_votes_as_counted_plainly(labels: list[str | None]) -> None:
+    winner, share = vote(labels, exactly)
+    most = max((labels.count(label) for label in labels if label is not None), default=0)
+    frequent = [label for label in labels if label is not None and labels.count(label) == most]
+    assert (winner, share) == (frequent[0] if frequent else None, most / len(labels))
+
+
+# ---------------------------------------------------------------- leaks
+
+
+@pytest.mark.parametrize(
+    ("rationale", "label", "leaking"),
+    [
+        ("It must be an owl.", "owl", True),
+        ("OWLS? An Owl!", "owl", True),
+        ("Only owls fowl howl.", "owl", False),
+        ("an owl_like thing", "owl", False),
+        ("a night-owl", "owl", True),
+        ("the owl", " owl ", True),
+        ("a math problem, surely", "math problem", True),
+        ("a math  problem", "math problem", False),
+        ("Half of it is 84 / 2, so (84 / 2).", "(84 / 2)", True),
+        ("Half of it is 84 / 2.", "(84 / 2)", False),
+        ("It costs $4.50 today.", "$4.50", True),
+        ("It costs $4x50 today.", "$4.50", False),
+        ("He writes C++.", "c++", True),
+        ("He writes C.", "c++", False),
+        ("Ärger", "ärger", True),
+        ("", "owl", False),
+    ],
+)
+def test_leaks(rationale: str, label: str, leaking: bool) -> None:
+    assert leaks(rationale, label) is leaking
+
+
+# ---------------------------------------------------------------- what follows from a text
+
+TOY = ToyDataModule()
+ROW = Example("q7", "do birds fly ?", "yes", ("yes", "no"))
+NOT_READ = {"parsed": False, "rationale": None, "label": None, "leaks": None, "length": None}
+
+
+def read(text: str | None, gold: str | None = "yes", agree: Agree = exactly, **columns: Any) -> dict[str, Any]:
+    """The columns that are not as they would be by default."""
+    found = read_text(Annotation("q7", text=text, **columns), replace(ROW, label=gold), TOY.parse_teacher, agree)
+    return {name: value for name, value in asdict(found).items() if name not in ("id", "text")}
+
+
+def but(**columns: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(Annotation("q7")).items() if name not in ("id", "text")} | columns
+
+
+def test_a_text_that_parses() -> None:
+    said = {"parsed": True, "rationale": "Birds do, oh yes.", "label": "yes", "length": 4}
+    text = " Birds do, oh yes.  So the answer is yes. "
+    assert read(text) == but(**said, agrees=True, leaks=True)
+    assert read(text, "no") == but(**said, agrees=False, leaks=True)
+    assert read(text, None) == but(**said, agrees=None, leaks=True)
+    assert read("Birds do. So the answer is yes.")["leaks"] is False
+
+
+def test_agreement_is_the_dataset_s() -> None:
+    said = read("So. So the answer is (84 / 2).", "( 42.0 )", SVAMP.teacher_agrees)
+    assert (said["label"], said["agrees"]) == ("(84 / 2)", True)
+
+
+@pytest.mark.parametrize("text", ["", "Birds fly.", "So the answer is yes.", "Birds. So the answer is"])
+def test_a_text_that_does_not_parse_is_wrong(text: str) -> None:
+    assert read(text) == but(**NOT_READ, agrees=False)
+    assert read(text, None) == but(**NOT_READ, agrees=None)
+
+
+def test_what_was_read_otherwise_before_is_read_anew() -> None:
+    old: dict[str, Any] = {
+        "rationale": "Old.",
+        "label": "old",
+        "parsed": True,
+        "agrees": True,
+        "leaks": True,
+        "length": 9,
+    }
+    assert read("Nothing.", **old) == but(**NOT_READ, agrees=False)
+    assert read("New one. So the answer is yes.", **old) == but(
+        rationale="New one.", label="yes", parsed=True, agrees=True, leaks=False, length=2
+    )
+
+
+def test_a_structured_text_is_read_as_json_alone() -> None:
+    text = json.dumps({"rationale": "Birds do.", "label": "yes"})
+    said = {"parsed": True, "rationale": "Birds do.", "label": "yes", "length": 2, "leaks": False}
+    assert read(text, structured=True) == but(structured=True, **said, agrees=True)
+    assert read(text) == but(**NOT_READ, agrees=False)
+    written = "Birds do. So the answer is yes."
+    assert read(written, structured=True) == but(structured=True, **NOT_READ, agrees=False)
+
+
+def test_an_error_is_left_as_it_is() -> None:
+    failed = replace(FULL, text=None)
+    assert read_text(failed, ROW, TOY.parse_teacher, exactly) is failed
+
+
+# ---------------------------------------------------------------- lines
+
+
+def test_every_column_survives_its_line() -> None:
+    assert all(value is not None for value in asdict(FULL).values())
+    assert tuple(asdict(FULL)) == COLUMNS
+    assert all(getattr(FULL, name) != getattr(Annotation("x"), name) for name in COLUMNS)
+    assert from_row(json.loads(to_line(FULL))) == FULL
+    assert from_row(json.loads(to_line(Annotation("q")))) == Annotation("q")
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS)
+def test_a_sample_is_one_line_whatever_its_texts(odd: str) -> None:
+    sample = replace(FULL, id=odd, text=odd, rationale=odd, label=odd, error=odd, teacher=odd)
+    line = to_line(sample)
+    assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
+    assert from_row(json.loads(line.decode("utf-8"))) == sample
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=())), st.floats(allow_nan=False, allow_infinity=False))
+def test_any_text_and_number_survive(text: str, number: float) -> None:
+    # two halves of a pair that stand side by side are its character
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    sample = Annotation("q", text=whole, logprob=number)
+    line = to_line(sample)
+    assert line.count(b"\n") == 1
+    assert from_row(json.loads(line.decode("utf-8"))) == sample
+
+
+def test_other_keys_are_left_aside_and_absent_ones_are_not_known() -> None:
+    assert from_row({"id": "q", "score": [1], "text": None, "sample": None, "structured": None}) == Annotation("q")
+
+
+@pytest.mark.parametrize("row", [{}, {"id": None, "text": "x"}])
+def test_a_row_needs_an_id(row: dict[str, Any]) -> None:
+    with pytest.raises(KeyError, match="id"):
+        from_row(row)
+
+
+KINDS = {
+    **dict.fromkeys(("sample", "length", "votes", "input_tokens", "output_tokens"), "int"),
+    **dict.fromkeys(("logprob", "vote_share", "cost"), "float"),
+    **dict.fromkeys(("parsed", "agrees", "leaks", "in_majority", "structured"), "bool"),
+}
+WRONG: dict[str, list[Any]] = {
+    "str": [3, True, ["x"]],
+    "int": ["3", 3.5, True],
+    "float": ["0.5", [0.5], True],
+    "bool": ["false", 1, [True]],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_value_of_another_type_is_named(name: str) -> None:
+    for wrong in WRONG[KINDS.get(name, "str")]:
+        with pytest.raises(TypeError, match=f"^{name} must be"):
+            from_row({"id": "q", name: wrong})
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert from_row({"id": "q", "cost": 0, "logprob": -1}) == Annotation("q", cost=0, logprob=-1)
+
+
+# ---------------------------------------------------------------- hashes
+
+
+@pytest.mark.parametrize(
+    ("parts", "hashed"),
+    [
+        # printf '["a", 1, null, ["é"]]' | sha256sum, and so on
+        (("a", 1, None, ["é"]), "1c24dc987cd29a13"),
+        (({"b": 0.5, "a": 1},), "5b7d9da51b630e73"),
+        ((), "4f53cda18c2baa0c"),
+        (("\ud800",), "335ffac769e5b3ce"),
+    ],
+)
+def test_a_hash_stays(parts: tuple[Any, ...], hashed: str) -> None:
+    assert digest(*parts, length=16) == hashed
+    assert digest(*parts) == hashed[:12]
+
+
+def test_different_parts_have_different_hashes() -> None:
+    parts: list[tuple[Any, ...]] = [
+        (),
+        ("",),
+        ("a", "b"),
+        ("ab",),
+        ("a", "b", None),
+        ("b", "a"),
+        (["a", "b"],),
+        ('a", "b',),
+        (1,),
+        ("1",),
+        (1.5,),
+        (True,),
+        ({"a": 1},),
+        ({"a": 2},),
+    ]
+    assert len({digest(*each) for each in parts}) == len(parts)
+
+
+# ---------------------------------------------------------------- structured answers
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ('{"rationale": "So.", "label": "yes"}', ("So.", "yes")),
+        (' {"label": " yes ", "rationale": "\\n So. "}\n', ("So.", "yes")),
+        ('{"rationale": "So.", "label": "yes", "score": 3}', ("So.", "yes")),
+        ('{"rationale": "\\ud83d", "label": "yes"}', ("\ud83d", "yes")),
+        ('{"rationale": " ", "label": "yes"}', None),
+        ('{"rationale": "So.", "label": ""}', None),
+        ('{"rationale": "So."}', None),
+        ('{"rationale": "So.", "label": null}', None),
+        ('{"rationale": "So.", "label": 3}', None),
+        ('{"rationale": ["So."], "label": "yes"}', None),
+        ('{"rationale": "So.", "label": "ye', None),  # cut at max_new_tokens
+        ('Sure: {"rationale": "So.", "label": "yes"}', None),
+        ('[{"rationale": "So.", "label": "yes"}]', None),
+        ('"rationale label"', None),
+        ("NaN", None),
+        ("null", None),
+        ("", None),
+        ("9" * 5000, None),
+        ('{"rationale": ' * 5 + "1" + "}" * 5, None),
+    ],
+)
+def test_structured_answers(text: str, read: tuple[str, str] | None) -> None:
+    assert parse_structured(text) == read
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"rationale":' * 100_000])
+def test_a_teacher_that_stutters_brackets_is_not_read(text: str) -> None:
+    assert parse_structured(text) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "open_set", "closed_set"),
+    [
+        ({"rationale": "So.", "label": "yes"}, True, True),
+        ({"rationale": "So.", "label": "maybe"}, True, False),
+        ({"rationale": "So."}, False, False),
+        ({"label": "yes"}, False, False),
+        ({"rationale": 3, "label": "yes"}, False, False),
+        ({"rationale": "So.", "label": None}, False, False),
+        ({"rationale": "So.", "label": "yes", "score": 1}, False, False),
+        (["So.", "yes"], False, False),
+    ],
+)
+def test_the_schema_of_an_answer(answer: Any, open_set: bool, closed_set: bool) -> None:  # noqa: ANN401
+    for choices, valid in (((), open_set), (("yes", "no"), closed_set)):
+        schema = answer_schema(choices)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert jsonschema.Draft202012Validator(schema).is_valid(answer) is valid
+
+
+def test_a_schema_asks_for_the_rationale_first() -> None:
+    # a label that is written before its rationale does not follow from it
+    assert list(answer_schema(["b", "a"])["properties"]) == ["rationale", "label"]
+    assert answer_schema(["b", "a"])["properties"]["label"]["enum"] == ["b", "a"]
