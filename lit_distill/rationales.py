@@ -1,5 +1,6 @@
 """One example with its teacher's rationale: its type, its targets, JSON lines, filters and counts."""
 
+import hashlib
 import importlib
 import json
 import operator
@@ -84,6 +85,20 @@ def filter_name(rationale_filter: str | RationaleFilter) -> str:
         return rationale_filter
     module = getattr(rationale_filter, "__module__", type(rationale_filter).__module__)
     return f"{module}.{getattr(rationale_filter, '__qualname__', type(rationale_filter).__qualname__)}"
+
+
+def fingerprint(examples: Iterable[Example], *, rationales: bool = False) -> str:
+    """A hash of rows in their order: ids, inputs and labels.
+
+    Args:
+        examples: the rows.
+        rationales: their rationales count too.
+    """
+    found = hashlib.sha256()
+    for example in examples:
+        row = [example.id, example.input, example.label, *([example.rationale] if rationales else [])]
+        found.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()[:16]
 
 
 def target_text(task: str, example: Example) -> str | None:

@@ -1,6 +1,7 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over methods and datasets."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_distill.callbacks import (
     BestCheckpoint,
@@ -25,6 +26,7 @@ from lit_distill.commands.baseline import train_baseline
 from lit_distill.commands.finish import report, save_best_student
 from lit_distill.commands.parser import Parser, Raised, import_class
 from lit_distill.commands.predict import write_predictions
+from lit_distill.commands.record import record_run
 from lit_distill.commands.runs import best_checkpoint, find_checkpoint, flat_config, names, run_folder, run_name
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -124,6 +126,10 @@ class DistillCLI(LightningCLI):
         config["ckpt_path"] = find_checkpoint(
             config["ckpt_path"], config["checkpoint"]["dirpath"], required=self.config.subcommand != "fit"
         )
+
+    def before_fit(self) -> None:
+        """Start the clock of the run's record."""
+        self._began = datetime.now(UTC)
 
     def before_instantiate_classes(self) -> None:
         """Check and settle what depends on several keys at once, and name the run."""
@@ -254,7 +260,7 @@ class DistillCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint once, save its student, and say so."""
         config = self.config[self.subcommand]
-        folder = run_folder(self.trainer)
+        folder, steps = run_folder(self.trainer), self.trainer.global_step
         best = best_checkpoint(self.trainer) or self._save_unvalidated(folder)
         tested = config["test_after_fit"] and self.datamodule.split_rows("test") is not None
         if config["test_after_fit"] and not tested:
@@ -272,7 +278,22 @@ class DistillCLI(LightningCLI):
         if config["baseline_after_fit"] and tested and not config["trainer"]["fast_dev_run"]:
             rank_zero_info("Training the label-only baseline: same data, settings and steps.")
             baseline = self._baseline(folder)
+        if not config["trainer"]["fast_dev_run"]:
+            self._record(folder, steps)
         report(self.model, student=student, baseline=baseline)
+
+    @rank_zero_only
+    def _record(self, folder: Path, steps: int) -> None:
+        record_run(
+            folder,
+            config=self.config[self.subcommand],
+            trainer=self.trainer,
+            module=self.model,
+            data=self.datamodule,
+            started=self._began.isoformat(timespec="seconds"),
+            seconds=(datetime.now(UTC) - self._began).total_seconds(),
+            steps=steps,
+        )
 
     def _save_unvalidated(self, folder: Path) -> Path | None:
         """The last step's checkpoint of a run in which no validation has chosen one; ``None`` where none is wanted."""

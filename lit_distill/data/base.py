@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,15 @@ from lit_distill.data.download import RELEASE_URL, fetch_release
 from lit_distill.data.files import output_files, read_json_lines, read_outputs
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler, rows_read
-from lit_distill.data.splits import SplitRows, UsedRows, evaluation_rows, hold_out, teacher_counts, train_rows
+from lit_distill.data.splits import (
+    SplitRows,
+    UsedRows,
+    evaluation_rows,
+    hold_out,
+    pair_wrongly,
+    teacher_counts,
+    train_rows,
+)
 from lit_distill.data.tokenize import TokenSettings, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.metrics import judge
@@ -81,6 +90,8 @@ class RationaleDataModule(pl.LightningDataModule):
             which need less padding; either way the batches of an epoch come in a random order.
         rationales: what a teacher said, as ``annotate`` writes it, in place of the released outputs: a folder or its
             ``rationales.jsonl`` or ``rationales.parquet``, joined to the rows by ``id``.
+        rationale_pairing: train on each row's ``own`` rationale, or, as a control, on ``shuffled`` ones: the same
+            rationales, each paired with another row's input by ``seed``.
         pad_to_multiple_of: round the lengths of batches up to a multiple of this, so that a compiled student sees few
             shapes; if not given, a batch is as long as its longest row.
     """
@@ -125,6 +136,7 @@ class RationaleDataModule(pl.LightningDataModule):
         batching: Literal["shuffled", "by_length"] = "shuffled",
         pad_to_multiple_of: int | None = None,
         rationales: str | Path | None = None,
+        rationale_pairing: Literal["own", "shuffled"] = "own",
     ) -> None:
         super().__init__()
         self.data_dir = Path(data_dir)
@@ -136,6 +148,7 @@ class RationaleDataModule(pl.LightningDataModule):
         self.prefixes = checks.check_prefixes(prefixes, self.tasks)
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
         self.rationales = None if rationales is None else Path(rationales)
+        self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, ("own", "shuffled"))
         self.rationale_filter = filter_name(rationale_filter)
         self._keep = self._find_filter(rationale_filter)
         self.train_fraction = checks.check_fraction("train_fraction", train_fraction)
@@ -182,6 +195,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 "batching": batching,
                 "pad_to_multiple_of": pad_to_multiple_of,
                 "rationales": None if rationales is None else str(rationales),
+                "rationale_pairing": rationale_pairing,
             }
         )
 
@@ -284,7 +298,8 @@ class RationaleDataModule(pl.LightningDataModule):
                     self._check_ids(rows.examples, split)
             elif (asked := self.rows_to_ask(split)) is not None:
                 rows, notice = join_annotations(asked, self.rationales, split, self.teacher_agrees)
-                check_columns(self.rationale_filter, rows)
+                if split == "train":
+                    check_columns(self.rationale_filter, rows)
                 if notice:
                     _warn(f"{self.name} {split}: {notice}")
             self._loaded[split] = rows
@@ -326,6 +341,8 @@ class RationaleDataModule(pl.LightningDataModule):
                     fraction=self.train_fraction,
                     seed=self.seed,
                 )
+                if self.rationale_pairing == "shuffled" and any("rationale" in task for task in self.tasks):
+                    used = pair_wrongly(used, self.seed)
             else:
                 used = evaluation_rows(rows)
             self.counts[split] = teacher_counts(rows, self.teacher_agrees, self.label_set) | used.counts
@@ -377,6 +394,7 @@ class RationaleDataModule(pl.LightningDataModule):
             "label_source": self.label_source,
             "rationale_filter": self.rationale_filter,
             "rationales": None if self.rationales is None else str(self.rationales),
+            "rationale_pairing": self.rationale_pairing,
             "train_fraction": self.train_fraction,
             "seed": self.seed,
             "splits": {split: dict(counts) for split, counts in self.counts.items()},
@@ -581,7 +599,9 @@ class RationaleDataModule(pl.LightningDataModule):
         if rationale_filter == "label_agrees":
             return lambda example: label_agrees(example, self.teacher_agrees)
         if isinstance(rationale_filter, str):
-            find = self._condition if is_condition(rationale_filter) else find_filter
+            # whatever holds more than names and points is meant as conditions, and told what they are
+            path = re.fullmatch(r"[\w.]+", rationale_filter) and not is_condition(rationale_filter)
+            find = find_filter if path else self._condition
             return find(rationale_filter)
         if not callable(rationale_filter):
             raise UserError(

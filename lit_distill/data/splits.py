@@ -120,6 +120,28 @@ def train_rows(
     return UsedRows(examples, gold, {name: counts[name] for name in names} | {"used": len(examples)})
 
 
+def pair_wrongly(used: UsedRows, seed: int) -> UsedRows:
+    """The same rationales, each with another row's input: a control that keeps all of their text but its pertinence.
+
+    Rows are drawn into one ring, along which each rationale goes on by one, so that none comes back to its own row.
+
+    Args:
+        used: the rows to train on.
+        seed: of the ring.
+
+    Raises:
+        UserError: there are not two rationales to exchange.
+    """
+    having = [position for position, example in enumerate(used.examples) if example.rationale is not None]
+    if len(having) < 2:
+        raise UserError(f"rationale_pairing: shuffled needs two rationales at least, and there are {len(having)}")
+    ring = np.random.RandomState(seed).permutation(having).tolist()
+    examples = list(used.examples)
+    for giver, taker in zip(ring, [*ring[1:], ring[0]], strict=True):
+        examples[taker] = replace(examples[taker], rationale=used.examples[giver].rationale)
+    return UsedRows(examples, used.gold, used.counts | {"rationale_shuffled": len(having)})
+
+
 def evaluation_rows(rows: SplitRows) -> UsedRows:
     """Every row of a split, with its gold label."""
     return UsedRows(rows.examples, [example.label for example in rows.examples], {"used": len(rows)})

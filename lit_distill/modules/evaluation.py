@@ -51,6 +51,8 @@ class Evaluation:
     samples: list[Answer]
     """The first rows' answers, with rationales."""
     key: AnswerKey
+    answers: Sequence[Answer] = ()
+    """All rows' answers, in the data's order."""
 
     def sample_rows(self) -> list[dict[str, Any]]:
         """The samples as rows of a table."""

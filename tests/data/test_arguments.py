@@ -36,6 +36,7 @@ ARGUMENTS = [
     "batching",
     "pad_to_multiple_of",
     "rationales",
+    "rationale_pairing",
 ]
 MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataModule"]
 

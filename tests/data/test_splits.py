@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_distill.data.splits import SplitRows, UsedRows, hold_out, sample, teacher_counts, train_rows
+from lit_distill.data.splits import (
+    SplitRows,
+    UsedRows,
+    hold_out,
+    pair_wrongly,
+    sample,
+    teacher_counts,
+    train_rows,
+)
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example, RationaleFilter
 
@@ -125,3 +133,28 @@ def test_teacher_counts_by_hand() -> None:
     }
     unannotated = SplitRows([UNPARSED, UNPARSED])
     assert teacher_counts(unannotated, str.__eq__, None)["no_output"] == 2
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda has: sum(has) > 1), st.integers(0, 2**32 - 1))
+def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
+    examples = [Example(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
+    used = pair_wrongly(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}), seed)
+    assert [(one.id, one.input, one.label) for one in used.examples] == [(o.id, o.input, o.label) for o in examples]
+    # the same rationales, in other places, and none where there was none
+    assert sorted(filter(None, (one.rationale for one in used.examples))) == sorted(
+        filter(None, (one.rationale for one in examples))
+    )
+    assert [one.rationale is not None for one in used.examples] == has
+    assert all(one.rationale is None or one.rationale != f"because {one.id}" for one in used.examples)
+    assert used.counts == {"used": len(has), "rationale_shuffled": sum(has)}
+
+
+def test_seeds_pair_differently() -> None:
+    used = UsedRows(rows(50).examples, ["yes"] * 50, {})
+    pairings = [tuple(one.rationale for one in pair_wrongly(used, seed).examples) for seed in (0, 0, 1)]
+    assert pairings[0] == pairings[1] != pairings[2]
+
+
+def test_one_rationale_cannot_be_exchanged() -> None:
+    with pytest.raises(UserError, match="rationale_pairing: shuffled needs two rationales at least, and there are 1"):
+        pair_wrongly(UsedRows(rows(1).examples, ["yes"], {}), 0)

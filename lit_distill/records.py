@@ -1,0 +1,134 @@
+"""THE contract between a run and whoever compares runs: what a finished ``fit`` leaves in its folder."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lit_distill.errors import UserError
+
+RECORD = "run.json"
+"""The record; it is written last, so that a folder with one is of a run that ended."""
+
+PREDICTIONS = "test_predictions.jsonl"
+"""One object a test row, in the data's order: id, input, label, prediction, correct, rationale."""
+
+FORMAT = 1
+"""Of the record."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was, what it found, and what is needed to repeat it."""
+
+    dataset: str
+    """The dataset, as in the run's name."""
+    method: str
+    """The method's class without ``Module``, as in the run's name."""
+    student: str
+    """The student, by its own name (the last part of its path)."""
+    label_source: str
+    """Which labels it was trained on: ``gold`` or ``teacher``."""
+    train_fraction: float
+    """The part of the training rows."""
+    seed: int
+    """Of initialisation and dropout (``seed_everything``)."""
+    data_seed: int
+    """Of the subset and the order (``data.seed``)."""
+    train_rows: int
+    """Rows that were trained on."""
+    test_rows: int
+    """Rows of test."""
+    steps: int
+    """Optimizer steps that were taken."""
+    metrics: dict[str, float]
+    """Test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """The metric by which the tested checkpoint was chosen, and its step."""
+    rationales: str | None = None
+    """Which rationales were trained on: ``own``, ``shuffled``; ``None`` where no task has them."""
+    parameters: int = 0
+    """The student's parameters."""
+    teacher_accuracy: float | None = None
+    """The accuracy of the teacher's labels on test, where there are some."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Split -> hash of its rows' ids, inputs and gold labels, in order."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The whole config, as ``fit`` took it."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The data's own description, with what became of its rows."""
+    command: list[str] = field(default_factory=list)
+    """The command line."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of this package, of Python and of the libraries."""
+    git: dict[str, Any] = field(default_factory=dict)
+    """Commit and whether files differed from it, where the working directory is a repository."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    """What it ran on."""
+    started: str = ""
+    """When, in UTC."""
+    wall_seconds: float = math.nan
+    """How long it took, test and saving included."""
+    peak_memory_mib: float = math.nan
+    """The most memory that it held: of the accelerator where there is one, else of the process."""
+
+
+def write_record(folder: str | Path, record: RunRecord) -> None:
+    """Write a run's record; it is there whole or not at all."""
+    half = Path(folder) / f".{RECORD}.{os.getpid()}"
+    content = {"format": FORMAT, **asdict(record)}
+    half.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    half.replace(Path(folder) / RECORD)
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """Read a run's record.
+
+    Raises:
+        UserError: there is none, or it is none; the message names the file.
+    """
+    path = Path(folder) / RECORD
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there; the run has not ended") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{path}: no record of format {FORMAT}")
+    known = {one.name for one in fields(RunRecord)}
+    try:
+        return RunRecord(**{name: value for name, value in found.items() if name in known})
+    except TypeError as error:
+        raise UserError(f"{path}: not a whole record ({error})") from error
+
+
+def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write what a student said of each test row; the file is there whole or not at all."""
+    half = Path(folder) / f".{PREDICTIONS}.{os.getpid()}"
+    with half.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    half.replace(Path(folder) / PREDICTIONS)
+
+
+def read_predictions_file(folder: str | Path) -> list[dict[str, Any]]:
+    """Read it.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    path = Path(folder) / PREDICTIONS
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not all(isinstance(row, dict) and {"id", "correct"} <= row.keys() for row in rows):
+        raise UserError(f"{path}: rows need id and correct")
+    return rows

@@ -1,0 +1,186 @@
+"""What a finished `fit` leaves for comparisons."""
+
+import json
+import math
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForSeq2SeqLM
+
+from lit_distill.data import ToyDataModule
+from lit_distill.errors import UserError
+from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, read_record, write_record
+from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_toy, small_trainer, toy_data
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def test_a_record_says_what_a_run_was_and_found(student_folder: Path) -> None:
+    arguments = ["--data.train_fraction=0.5", "--data.seed=3", "--seed_everything=7", "--data.label_source=teacher"]
+    run("fit", small_toy(student_folder, steps=3), arguments)
+    [folder] = run_folders()
+    found = read_record(folder)
+    assert (found.dataset, found.method, found.student) == ("toy", "StepByStep", student_folder.name)
+    assert (found.label_source, found.train_fraction, found.rationales) == ("teacher", 0.5, "own")
+    assert (found.seed, found.data_seed, found.steps) == (7, 3, 3)
+    assert (found.train_rows, found.test_rows) == (6, 5)
+    [tested] = [row for row in metric_rows(folder) if "test/accuracy" in row]
+    logged = {name: float(value) for name, value in tested.items() if name.startswith("test/")}
+    assert found.metrics == pytest.approx(logged)
+    best = max(float(row["val/accuracy"]) for row in metric_rows(folder) if "val/accuracy" in row)
+    assert found.validation["val/accuracy"] == pytest.approx(best)
+    assert found.validation["step"] in (1, 2, 3)
+    student = AutoModelForSeq2SeqLM.from_pretrained(folder / "student")
+    assert found.parameters == sum(parameter.numel() for parameter in student.parameters())
+    assert found.teacher_accuracy == 1.0
+    assert found.config == yaml.safe_load((folder / "config.yaml").read_text())
+    assert found.data["splits"]["train"]["left_out_by_fraction"] == 6
+    assert {"torch", "lit_distill", "python", "transformers"} <= found.versions.keys()
+    assert found.started
+    assert 0 < found.wall_seconds < 600
+    assert 50 < found.peak_memory_mib < 100_000
+
+
+def test_predictions_are_those_of_the_tested_student_in_the_data_s_order(student_folder: Path) -> None:
+    run("fit", small_toy(student_folder, steps=2), "--data.test_size=9")
+    [folder] = run_folders()
+    rows, record = read_predictions_file(folder), read_record(folder)
+    expected = ToyDataModule(test_size=9).released("test")
+    assert expected is not None
+    assert [(row["id"], row["label"]) for row in rows] == [(one.id, one.label) for one in expected.examples]
+    assert sum(row["correct"] for row in rows) / 9 == pytest.approx(record.metrics["test/accuracy"])
+    best = next(folder.glob("checkpoints/best*.ckpt"))
+    again = ["--data.test_size=9", f"--ckpt_path={best}", "--predictions=out.jsonl"]
+    run(
+        "predict", small_model(student_folder), toy_data(), again, "--trainer.accelerator=cpu", "--trainer.logger=false"
+    )
+    told = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in told] == [row["prediction"] for row in rows]
+
+
+def fingerprints(student: Path, *more: str) -> dict[str, str]:
+    before = set(run_folders())
+    run("fit", small_toy(student, steps=1), list(more))
+    (folder,) = set(run_folders()) - before
+    return read_record(folder).fingerprints
+
+
+def test_fingerprints_tell_data_apart(student_folder: Path) -> None:
+    plain = fingerprints(student_folder)
+    assert set(plain) == {"train", "val", "test"}
+    assert fingerprints(student_folder, "--seed_everything=5", "--data.batch_size=2") == plain
+    other_rows = fingerprints(student_folder, "--data.toy_seed=1")
+    assert not {*other_rows.values()} & {*plain.values()}
+    for change in ("--data.train_fraction=0.5", "--data.rationale_pairing=shuffled"):
+        changed = fingerprints(student_folder, change)
+        assert changed["train"] != plain["train"]
+        assert (changed["val"], changed["test"]) == (plain["val"], plain["test"])
+
+
+def test_the_repository_s_state(student_folder: Path, here: Path) -> None:
+    run("fit", small_toy(student_folder, steps=1))
+    assert read_record(run_folders()[0]).git == {}
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True, cwd=here)  # noqa: S603
+    run("fit", small_toy(student_folder, steps=1))
+    found = read_record(run_folders()[1]).git
+    assert len(found["commit"]) == 40
+    # the runs' own folder is there by now
+    assert found["changed"] is True
+
+
+def test_a_method_without_rationales_has_no_pairing(student_folder: Path) -> None:
+    run("fit", small_model(student_folder, "StandardModule"), toy_data(), small_trainer(steps=1))
+    assert read_record(run_folders()[0]).rationales is None
+
+
+def test_a_control_says_that_it_is_one(student_folder: Path) -> None:
+    run("fit", small_toy(student_folder, steps=1), "--data.rationale_pairing=shuffled")
+    found = read_record(run_folders()[0])
+    assert found.rationales == "shuffled"
+    assert found.data["splits"]["train"]["rationale_shuffled"] == 12
+
+
+def test_an_untested_run_has_no_metrics(student_folder: Path) -> None:
+    run("fit", small_toy(student_folder, steps=1), "--test_after_fit=false")
+    found = read_record(run_folders()[0])
+    assert (found.metrics, found.test_rows) == ({}, 0)
+    assert not (run_folders()[0] / PREDICTIONS).exists()
+
+
+def test_a_baseline_s_predictions_are_not_taken_for_the_run_s(student_folder: Path) -> None:
+    run("fit", small_toy(student_folder, steps=1), "--baseline_after_fit=true")
+    assert read_record(run_folders()[0]).method == "StepByStep"
+    assert len(list(Path("runs").rglob(RECORD))) == 1
+
+
+def test_a_run_that_is_broken_off_has_no_record(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lit_distill.modules.base.DistillModule.on_test_epoch_start", stumble, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        run("fit", small_toy(student_folder, steps=1))
+    assert list(Path("runs").rglob("config.yaml"))
+    assert not list(Path("runs").rglob(RECORD))
+
+
+# ------------------------------------------------------------------------------------------------ the files
+
+
+def test_a_record_reads_as_it_was_written(student_folder: Path, here: Path) -> None:
+    run("fit", small_toy(student_folder, steps=1))
+    found = read_record(run_folders()[0])
+    (here / "copy").mkdir()
+    write_record(here / "copy", found)
+    assert read_record(here / "copy") == found
+    # a later version may say more
+    content = json.loads((here / "copy" / RECORD).read_text()) | {"later": 1}
+    (here / "copy" / RECORD).write_text(json.dumps(content))
+    assert read_record(here / "copy") == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not there; the run has not ended"),
+        ("{", "cannot be read"),
+        ("[]", "no record of format 1"),
+        ('{"format": 2}', "no record of format 1"),
+        ('{"format": 1, "dataset": "toy"}', "not a whole record"),
+    ],
+)
+def test_what_is_no_record(content: str | None, message: str, here: Path) -> None:
+    if content is not None:
+        (here / RECORD).write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        read_record(here)
+    assert RECORD in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "not there"), ("{", "cannot be read"), ('{"id": "a"}', "rows need id and correct"), ("3", "rows need id")],
+)
+def test_what_are_no_predictions(content: str | None, message: str, here: Path) -> None:
+    if content is not None:
+        (here / PREDICTIONS).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_predictions_file(here)
+
+
+def test_a_number_that_is_none_is_kept_as_such(student_folder: Path, here: Path) -> None:
+    run("fit", small_toy(student_folder, steps=1))
+    found = read_record(run_folders()[0])
+    object.__setattr__(found, "wall_seconds", math.nan)
+    write_record(here, found)
+    assert math.isnan(read_record(here).wall_seconds)
