@@ -226,6 +226,65 @@ def test_datasets_are_those_there_are(bench: Callable[[str], Any]) -> None:
     assert tuple(bench("rows")._DATASETS) == bench("options").DATASETS
 
 
+# ---------------------------------------------------------------- annotate
+
+
+def test_a_teacher_is_kept_busy(bench: Callable[[str], Any], capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows=5", "--concurrency=3", "--delay=0.05", "--runs=1", "--memory_rows", "40", "4"]
+    bench("annotate_throughput").main(sizes)
+    found = last_line(capfd)
+    # five questions, three at a time: two rounds
+    assert found["ideal_seconds"] == pytest.approx(0.1)
+    (seconds,) = found["seconds"]
+    share = pytest.approx(0.1 / seconds)
+    assert found["ratio"] == {"median": share, "min": share, "max": share, "pairs": 1}
+    # no job is faster than its server, nor the whole of it than its asking
+    assert found["ratio"]["median"] <= found["ratio_asking"]["median"] <= 1
+    assert found["questions_per_second_without_delay"] > 0
+    assert found["machine"]["openai"]
+    assert [own["rows"] for own in found["memory"]] == [own["answers"] for own in found["memory"]] == [4, 40]
+    for own in found["memory"]:
+        # all are right, so that what is remembered of right answers is in the memory too
+        assert own["agree"] == 1
+        assert own["growth"] >= own["asking"] >= 0
+    few, many = found["memory"]
+    assert found["bytes_a_row"]["growth"] == pytest.approx((many["growth"] - few["growth"]) * 2**20 / 36)
+    assert found["goals"] == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--rows=0", "rows must be at least 1, got 0"),
+        ("--delay=0", "delay must be above 0, got 0"),
+        ("--memory_rows=0", "memory_rows must be at least 1, got 0"),
+    ],
+)
+def test_wrong_sizes_are_refused_in_one_line(
+    bench: Callable[[str], Any], capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench("annotate_throughput").main([argument])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"annotate_throughput: error: {message}\n"
+
+
+def test_the_waiting_server_finds_requests_in_any_pieces(bench: Callable[[str], Any]) -> None:
+    waiting = bench("waiting")
+    question = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody"
+    listing = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    stream = question + listing + question
+    for size in (1, 7, len(question) + 3, len(stream)):
+        written: list[bytes] = []
+        connection = waiting._Connection(0.0)
+        connection._transport = SimpleNamespace(write=written.append)
+        for start in range(0, len(stream), size):
+            connection.data_received(stream[start : start + size])
+        bodies = [json.loads(response.partition(b"\r\n\r\n")[2]) for response in written]
+        assert [body["object"] for body in bodies] == ["chat.completion", "list", "chat.completion"]
+        assert bodies[0]["choices"][0]["message"]["content"] == waiting.ANSWER
+
+
 # ---------------------------------------------------------------- processes
 
 

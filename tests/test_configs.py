@@ -1,6 +1,7 @@
 """Every config under ``configs/`` through the real command line, because it is there."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from tests.runs import (
     run_folders,
     write_release,
 )
+from tests.teachers.models import make_talker
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 DATASETS = {"cqa": "CQA", "svamp": "SVAMP", "esnli": "ESNLI", "anli1": "ANLI"}
 METHODS = {"standard": "Standard", "step_by_step": "StepByStep", "single_task": "SingleTask"}
 PAPER = [CONFIGS / dataset / f"{method}.yaml" for dataset in DATASETS for method in METHODS]
-LAUNCH = "# python -m lit_distill fit --config "
+LAUNCH = "# python -m lit_distill {} --config "
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -35,7 +37,8 @@ def content(path: Path) -> dict[str, Any]:
 
 
 WHOLE = [path for path in FILES if {"model", "data"} <= content(path).keys() and "class_path" in content(path)["model"]]
-OVERLAYS = [path for path in FILES if path not in WHOLE]
+ANNOTATE = [path for path in FILES if "teacher" in content(path)]
+OVERLAYS = [path for path in FILES if path not in WHOLE and path not in ANNOTATE]
 # what a machine without accelerators lacks: the overlay, why it can be had after all, what the refusal names
 LACKING = {
     "strategy/fsdp.yaml": (torch.cuda.is_available, "gpu"),
@@ -67,6 +70,11 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_release(tmp_path_factory.mktemp("release"))
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_talker(tmp_path_factory.mktemp("teachers") / "talker", "I do not know", chat=True)
+
+
 def shrink(config: Path, student: Path, release: Path) -> list[str]:
     """What makes a whole config tiny, its method and dataset left as they are."""
     arguments = [
@@ -84,6 +92,10 @@ def shrink(config: Path, student: Path, release: Path) -> list[str]:
 def test_there_is_a_config_for_each_dataset_and_method() -> None:
     assert PAPER
     assert set(PAPER) <= set(FILES)
+    assert not set(WHOLE) & set(ANNOTATE)
+    assert {path.relative_to(CONFIGS).as_posix() for path in ANNOTATE} == {
+        f"{dataset}/annotate.yaml" for dataset in (*DATASETS, "toy")
+    }
     assert OVERLAYS
     assert {relative(path) for path in OVERLAYS} >= {
         "strategy/ddp.yaml", "strategy/fsdp.yaml", "strategy/deepspeed.yaml", "strategy/tpu.yaml",
@@ -95,9 +107,10 @@ def test_there_is_a_config_for_each_dataset_and_method() -> None:
 def test_a_config_opens_with_its_launch_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     own = path.relative_to(REPOSITORY).as_posix()
-    assert first.startswith(LAUNCH)
-    named = first.removeprefix(LAUNCH).split(" --config ")
-    if path in WHOLE:
+    launch = LAUNCH.format("annotate" if path in ANNOTATE else "fit")
+    assert first.startswith(launch)
+    named = first.removeprefix(launch).split(" --config ")
+    if path in WHOLE or path in ANNOTATE:
         assert named == [own]
     else:
         # an overlay is shown on top of a config that is there
@@ -129,6 +142,42 @@ def test_the_papers_settings_are_what_is_parsed(path: Path, capsys: pytest.Captu
         assert model["rationale_prefix"] == "explain: "
     if path.stem == "single_task":
         assert model["order"] == "rationale_first"
+
+
+@pytest.mark.parametrize("path", ANNOTATE, ids=relative)
+def test_a_teacher_is_asked_once_a_row(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("annotate", "--config", path, "--print_config")
+    assert stopped.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    assert_holds(parsed, content(path), but=())
+    folder = path.parent.name
+    name = {**DATASETS, "toy": "Toy"}[folder]
+    assert parsed["data"]["class_path"] == f"lit_distill.data.{name}DataModule"
+    assert (parsed["out"], parsed["split"]) == (f"annotations/{folder}", "train")
+    # one sample, greedy as long as nobody asks for several
+    assert (parsed["num_samples"], parsed["temperature"], parsed["until_agrees"]) == (1, None, None)
+    # a key is not for files
+    assert not parsed["teacher"]["init_args"].get("api_key")
+
+
+@pytest.mark.parametrize("path", ANNOTATE, ids=relative)
+def test_what_would_be_asked_is_shown(
+    path: Path, release: Path, talker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--data.data_dir={release}"]
+    if content(path)["teacher"]["class_path"] == "TransformersTeacher":
+        arguments += [f"--teacher.model={talker}"]
+    if content(path)["data"]["class_path"] == "ToyDataModule":
+        arguments += ["--data.train_size=12"]
+    run("annotate", "--config", path, arguments, "--dry_run")
+    shown = capsys.readouterr().out
+    # the twelve rows of the release, each once
+    assert re.search(r"rows +│ +12 │", shown)
+    assert re.search(r"questions +│ +12 │", shown)
+    # an answer in the dataset's own form stands in a demonstration
+    assert {"svamp": "The answer is (", "esnli": "Answer: "}.get(path.parent.name, "So the answer is ") in shown
+    assert not Path("annotations").exists()
 
 
 # the batch is shrunk on purpose, and with it the effective batch

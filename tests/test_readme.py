@@ -1,3 +1,4 @@
+import json
 import re
 import shlex
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 from lit_distill.cli import main
+from lit_distill.commands.parser import Parser
 from lit_distill.commands.train import DistillCLI
 from tests.students import make_student_folder
 
@@ -25,6 +27,11 @@ class Parsed(Exception):
     pass
 
 
+def python_block(name: str) -> str:
+    (code,) = [block for language, block in BLOCKS if language == "python" and f"class {name}(" in block]
+    return code  # type: ignore[no-any-return]
+
+
 def section(title: str) -> list[str]:
     body = README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
     (block,) = re.findall(r"^```bash\n(.*?)^```", body, flags=re.MULTILINE | re.DOTALL)[:1]
@@ -39,7 +46,8 @@ def test_the_two_lines() -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 12
+    assert len(COMMANDS) >= 18
+    assert sum(command.startswith("annotate ") for command in COMMANDS) >= 6
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,13 +56,15 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
         raise Parsed
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (code,) = [block for language, block in BLOCKS if language == "python" and "SmoothedModule" in block]
-    (tmp_path / "my_losses.py").write_text(code)
+    (tmp_path / "my_losses.py").write_text(python_block("SmoothedModule"))
+    (tmp_path / "my_teachers.py").write_text(python_block("ProgramTeacher"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(DistillCLI, "_parse_ckpt_path", lambda self: None)
     monkeypatch.setattr(DistillCLI, "instantiate_classes", stop)
     monkeypatch.setattr("lit_distill.commands.inspect_cli.InspectCLI.instantiate_classes", stop)
+    # `annotate` parses, builds and asks
+    monkeypatch.setattr(Parser, "instantiate_classes", stop)
     arguments = shlex.split(command)
     if ".help" in command:
         with pytest.raises(SystemExit) as stopped:
@@ -66,8 +76,7 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_own_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = [block for language, block in BLOCKS if language == "python" and "SmoothedModule" in block]
-    (tmp_path / "readme_losses.py").write_text(code)
+    (tmp_path / "readme_losses.py").write_text(python_block("SmoothedModule"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     student = make_student_folder(tmp_path / "student")
@@ -78,6 +87,31 @@ def test_own_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             *shlex.split(f"--model.from_scratch true {data} --trainer.fast_dev_run 1 --trainer.accelerator cpu"),
         ]
     )
+
+
+def test_own_teacher_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "readme_teachers.py").write_text(python_block("ProgramTeacher"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    program = tmp_path / "ask.sh"
+    program.write_text('#!/bin/sh\nwords=$(wc -w)\necho "There are $words words. So the answer is $words ."\n')
+    program.chmod(0o755)
+    refusing = tmp_path / "refuse.sh"
+    refusing.write_text("#!/bin/sh\ncat > prompt.txt\nexit 3\n")
+    refusing.chmod(0o755)
+    toy = "annotate --data ToyDataModule --data.train_size 2 --teacher readme_teachers.ProgramTeacher --out said"
+    for script in (program, refusing):
+        main([*shlex.split(toy), "--teacher.model", str(script), "--teacher.layout", "completion"])
+    rows = [json.loads(line) for line in (tmp_path / "said" / "rationales.jsonl").read_text().splitlines()]
+    words = len((tmp_path / "prompt.txt").read_text().split())
+    said = {(row["id"], row["teacher"]): (row["label"], row["error"]) for row in rows}
+    # both prompts have as many words
+    assert said == {
+        ("toy-train-0", "ask.sh"): (str(words), None),
+        ("toy-train-1", "ask.sh"): (str(words), None),
+        ("toy-train-0", "refuse.sh"): (None, f"{refusing} ended with code 3"),
+        ("toy-train-1", "refuse.sh"): (None, f"{refusing} ended with code 3"),
+    }
 
 
 def test_own_data_block_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ Rounds = Iterator[list[tuple[Tag, Question]]]
 GRACE_SECONDS = 10.0
 """How long questions under way may take once no other can be answered."""
 
+_AHEAD = 8
+"""Rows whose questions are written before one of those under way is answered."""
+
 _PATIENCE = 20
 """Questions in a row that are not answered, beside those under way, before a teacher counts as gone."""
 
@@ -63,7 +66,7 @@ class Asking(Generic[Tag]):
 
     Args:
         teacher: who is asked; it is opened and closed here.
-        concurrency: questions under way at most; no more rows than that are in memory.
+        concurrency: questions under way at most; few more rows than that are in memory.
         tell: takes each answer, or why there is none for good, as soon as it is there.
         budget: counts what is used and ends the job; ``tell`` adds to it.
     """
@@ -149,7 +152,7 @@ class Asking(Generic[Tag]):
                 first = next(row, None)
                 if first is None:
                     continue
-                await self._wait_for_fewer_than(self._concurrency)
+                await self._wait_for_fewer_than(self._concurrency + _AHEAD)
                 if self.stopped is not None:
                     break
                 task = asyncio.create_task(self._row(row, first))

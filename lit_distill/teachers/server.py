@@ -230,8 +230,9 @@ class OpenAITeacher(Teacher):
         if isinstance(question.prompt, str):
             raise TypeError("a chat is asked with messages, not with a text")
         messages: Any = [{"role": message.role, "content": message.content} for message in question.prompt]
+        # beside the body: the client walks through messages of its own with what takes longer than all else here
         chat = await client.chat.completions.with_raw_response.create(
-            model=self.model, messages=messages, extra_body=body
+            model=self.model, messages=[], extra_body={**body, "messages": messages}
         )
         return chat.http_response.content
 
