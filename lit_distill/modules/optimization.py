@@ -1,7 +1,7 @@
 """The optimizer and the learning-rate schedule."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,9 @@ from transformers.optimization import Adafactor
 
 OptimizerName = Literal["adamw", "adafactor"]
 ScheduleName = Literal["linear", "constant"]
+
+_DIVISOR = "_lit_distill_divisor"
+"""Attribute of an optimizer: the ``grad_scale`` that `clip_within_step` gave it, none after its step."""
 
 
 def learning_rate_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_steps: float) -> float:
@@ -54,23 +57,42 @@ def clip_within_step(optimizer: Optimizer, max_norm: float) -> bool:
     """Leave clipping by the gradient's norm to the coming step of a fused AdamW, which reads each gradient anyway.
 
     The kernel divides by ``grad_scale`` as it goes, where ``torch.nn.utils.clip_grad_norm_`` passes over all gradients
-    once more. Afterwards the gradients are the clipped ones, as after that.
+    once more. Afterwards the gradients are the clipped ones, as after that, and the next step divides by nothing.
 
     Args:
         optimizer: the optimizer.
         max_norm: the norm that gradients are scaled down to where theirs is larger.
 
     Returns:
-        Whether the optimizer can.
+        Whether the optimizer can; it takes the divisor as float32, and gradients of other types are left alone.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if type(inner) is not AdamW or not inner.defaults["fused"]:
         return False
     gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+    if any(gradient.dtype != torch.float32 for gradient in gradients):
+        return False
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if _DIVISOR not in vars(inner):
+        # not taken away again: a step goes over its hooks while it calls them
+        inner.register_step_post_hook(lambda own, *rest: take_off_clipping(own))
     # PyTorch's own coefficient, min(1, max_norm / (norm + 1e-6)), as a divisor
-    inner.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    setattr(inner, _DIVISOR, divisor)
+    inner.grad_scale = divisor  # type: ignore[attr-defined]
     return True
+
+
+def take_off_clipping(optimizer: Optimizer) -> None:
+    """Forget what `clip_within_step` has left to a step that is over, or that never came to its end."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    divisor = getattr(inner, _DIVISOR, None)
+    if divisor is None:
+        return
+    setattr(inner, _DIVISOR, None)
+    # a loss scaler puts its own in place, beside `found_inf`, and takes both off by itself
+    if getattr(inner, "grad_scale", None) is divisor and not hasattr(inner, "found_inf"):
+        del inner.grad_scale
 
 
 def configure(

@@ -183,3 +183,124 @@ def test_a_clipped_run_is_the_same_on_the_fast_path(student_folder: Path, clip: 
     # a step is as large as the learning rate wherever a gradient is near 0: the bulk has to agree
     assert (weights[0] - weights[1]).abs().median() < 1e-6
     assert float((weights[0] - weights[1]).norm() / weights[1].norm()) < 1e-4
+
+
+def test_what_was_clipped_does_not_scale_later_steps() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    for clipped in (True, True, False, True, False):
+        parameter.grad = torch.tensor([3.0, 0.0, 4.0])
+        if clipped:
+            assert clip_within_step(optimizer, 1.0)
+        optimizer.step()
+        assert float(parameter.grad.norm()) == pytest.approx(1.0 if clipped else 5.0)
+        assert not hasattr(optimizer, "grad_scale")
+
+
+def test_a_step_that_was_broken_off_leaves_nothing(student_folder: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+
+    def closure() -> float:
+        parameter.grad = torch.tensor([3.0, 0.0, 4.0])
+        clip_within_step(optimizer, 1.0)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    # as the next step of the trainer begins
+    StepByStepModule(student_folder, from_scratch=True).on_before_zero_grad(optimizer)
+    parameter.grad = torch.tensor([3.0, 0.0, 4.0])
+    optimizer.step()
+    assert float(parameter.grad.norm()) == pytest.approx(5.0)
+
+
+def test_a_loss_scaler_takes_off_its_own() -> None:
+    found = []
+    for within in (True, False):
+        parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(parameter.square().sum()).backward()
+            scaler.unscale_(optimizer)
+            if within:
+                assert clip_within_step(optimizer, 1.0)
+            else:
+                torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            assert not hasattr(optimizer, "grad_scale")
+        found.append(parameter.detach())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_kernel_divides_by_float32_alone(dtype: torch.dtype) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    assert not clip_within_step(optimizer, 0.1)
+    assert not hasattr(optimizer, "grad_scale")
+
+
+class PlainlyClipped(StepByStepModule):
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        assert gradient_clip_val is not None
+        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_clipped_run_in_other_precisions(student_folder: Path, precision: Any) -> None:  # noqa: ANN401
+    weights = []
+    for kind in (StepByStepModule, PlainlyClipped):
+        torch.manual_seed(7)
+        module = kind(student_folder, from_scratch=True, learning_rate=1e-2)
+        make_trainer(max_steps=4, precision=precision, gradient_clip_val=0.05).fit(
+            module, datamodule=RowsData(ROWS, 2, module.tasks)
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert weights[0].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float64)
+    assert torch.equal(*weights)
+
+
+class ClippedAtFirst(StepByStepModule):
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.trainer.global_step < 2:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+class Norms(pl.Callback):
+    """Of the gradients that the optimizer has stepped with."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.found.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+
+def test_a_run_that_stops_clipping(student_folder: Path) -> None:
+    found = []
+    for fast in (True, False):
+        torch.manual_seed(7)
+        module = ClippedAtFirst(student_folder, from_scratch=True, fast=fast, dropout=0.0, learning_rate=1e-3)
+        norms = Norms()
+        make_trainer(max_steps=4, gradient_clip_val=1e-3, callbacks=[norms]).fit(
+            module, datamodule=RowsData(ROWS, 2, module.tasks)
+        )
+        found.append(norms.found)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert max(found[0][:2]) < 1.1e-3 < 0.1 < min(found[0][2:])
