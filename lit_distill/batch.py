@@ -10,11 +10,13 @@ a row that only pads a distributed sampler: its labels are ignored and its predi
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 IGNORE_INDEX = -100
 """Target positions with this id do not count: padding, and rows without a target (PyTorch's own default)."""
@@ -35,8 +37,8 @@ class TaskInputs(TypedDict):
     index: NotRequired[Tensor]
     """Evaluation only: the rows' positions in their split, ``(batch,)``."""
     source_lengths: NotRequired[tuple[int, ...]]
-    """Tokens of each row's source, which padding follows on the right; on the host, so that nothing has to ask the
-    device for them. Absent where somebody else made the batch: see `lengths_of`."""
+    """Tokens of each row's source as the collator made it, for whoever looks at batches. What the student is given
+    are the tensors, which may have been changed since: `sources_of` and `targets_of` read those."""
     target_lengths: NotRequired[tuple[int, ...]]
     """Likewise of each row's target; 0 for a row without one."""
 
@@ -68,20 +70,65 @@ def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
     return taken
 
 
-def lengths_of(inputs: TaskInputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of each row's source and of each row's target, padding on the right left out.
+@dataclass(frozen=True)
+class Rows:
+    """Where the real positions of each row are."""
 
-    What the collator wrote down is taken as it is. Where that is absent, the tensors are read, which waits for their
-    device: a source ends with the last 1 of its mask, a target with its last label that is not ``IGNORE_INDEX``.
+    ends: tuple[int, ...]
+    """Columns up to the last real one; 0 in a row of none."""
+    whole: bool
+    """Whether all before a row's end are real, so that padding is on the right alone."""
+
+
+_MOVED = WeakTensorKeyDictionary()
+"""Tensors on an accelerator -> their version, and their rows as the host had them when it sent them there."""
+
+
+def sources_of(inputs: TaskInputs) -> Rows:
+    """Where each source ends: with the last 1 of its mask.
+
+    The tensor is read as it is now, whatever was written down of it. An accelerator is waited for, but not where its
+    tensor is the very one that `remember_rows` knows, unchanged.
     """
-    if "source_lengths" in inputs and "target_lengths" in inputs:
-        # older releases of PyTorch pin a tuple as a list
-        return tuple(inputs["source_lengths"]), tuple(inputs["target_lengths"])
-    return _ends(inputs["attention_mask"] != 0), _ends(inputs["labels"] != IGNORE_INDEX)
+    return _rows(inputs["attention_mask"], 0)
 
 
-def _ends(real: Tensor) -> tuple[int, ...]:
-    """How many columns there are up to the last real one of each row; 0 in a row of none."""
+def targets_of(inputs: TaskInputs) -> Rows:
+    """Likewise each target: with its last label that is not ``IGNORE_INDEX``."""
+    return _rows(inputs["labels"], IGNORE_INDEX)
+
+
+def lengths_of(inputs: TaskInputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of each row's source and of each row's target, padding on the right left out."""
+    return sources_of(inputs).ends, targets_of(inputs).ends
+
+
+def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
+    """Keep what `sources_of` and `targets_of` read of a batch on the host for the same batch on an accelerator.
+
+    It is kept for those very tensors. Others in their place do not have it, nor do they themselves once they are
+    written to.
+    """
+    for task, inputs in moved.items():
+        _remember(host[task]["attention_mask"], inputs["attention_mask"], 0)
+        _remember(host[task]["labels"], inputs["labels"], IGNORE_INDEX)
+
+
+def _remember(host: Tensor, moved: Tensor, padding: int) -> None:
+    # inference tensors do not count how often they are written to
+    if host.device.type == "cpu" and moved.device.type != "cpu" and not moved.is_inference():
+        _MOVED[moved] = moved._version, _read(host, padding)
+
+
+def _rows(tensor: Tensor, padding: int) -> Rows:
+    version, rows = _MOVED.get(tensor, (None, None))
+    return _read(tensor, padding) if rows is None or version != tensor._version else rows
+
+
+def _read(tensor: Tensor, padding: int) -> Rows:
+    real = tensor != padding
     columns = torch.arange(1, real.shape[1] + 1, device=real.device)
     # a column of zeros in front: the greatest of no columns is not defined
-    return tuple(functional.pad(real * columns, (1, 0)).amax(dim=1).tolist())
+    ends = functional.pad(real * columns, (1, 0)).amax(dim=1)
+    last, number = torch.stack([ends, real.sum(dim=1)]).tolist()
+    return Rows(tuple(last), last == number)

@@ -1,7 +1,20 @@
+import copy
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, TaskInputs, lengths_of, take, target_tokens
+from lit_distill.batch import (
+    _MOVED,
+    IGNORE_INDEX,
+    TaskInputs,
+    lengths_of,
+    remember_rows,
+    sources_of,
+    take,
+    target_tokens,
+)
 
 
 def test_target_tokens_are_those_that_count() -> None:
@@ -40,13 +53,79 @@ def test_lengths_of_no_rows_and_of_no_columns() -> None:
     )
 
 
-def test_lengths_that_were_written_down_are_taken() -> None:
+def test_the_tensors_count_not_what_was_written_down() -> None:
     inputs = bare(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
-    inputs["source_lengths"] = (2, 1)
-    # one of the two alone is not enough
+    inputs["source_lengths"], inputs["target_lengths"] = (2, 1), (1, 0)
     assert lengths_of(inputs) == ((3, 3), (3, 3))
-    inputs["target_lengths"] = (1, 0)
-    assert lengths_of(inputs) == ((2, 1), (1, 0))
+
+
+def test_padding_before_a_source_s_end() -> None:
+    labels = torch.ones(2, 1, dtype=torch.long)
+    for rows, whole in (([[1, 1], [1, 0]], True), ([[0, 1], [1, 0]], False), ([[1, 1], [0, 0]], True)):
+        assert sources_of(bare(torch.tensor(rows), labels)).whole == whole
+
+
+def moved(host: TaskInputs) -> TaskInputs:
+    """On a device whose tensors cannot be read: what is known of them is what the host remembers."""
+    there: TaskInputs = {
+        "input_ids": host["input_ids"].to("meta"),
+        "attention_mask": host["attention_mask"].to("meta"),
+        "labels": host["labels"].to("meta"),
+    }
+    remember_rows({"label": host}, {"label": there})
+    return there
+
+
+HOST = bare(torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[5, IGNORE_INDEX], [4, 3]]))
+
+
+def test_the_host_remembers_what_it_sent() -> None:
+    there = moved(HOST)
+    assert lengths_of(there) == ((3, 2), (1, 2))
+    assert sources_of(there).whole
+    # another batch with some of these tensors
+    assert lengths_of({**there, "input_ids": there["input_ids"] + 1}) == ((3, 2), (1, 2))
+    assert not sources_of(moved(bare(HOST["attention_mask"].flip(1), HOST["labels"]))).whole
+
+
+CHANGES: dict[str, Callable[[TaskInputs], TaskInputs]] = {
+    "other labels": lambda t: {**t, "labels": t["labels"].clone()},
+    "another mask": lambda t: {**t, "attention_mask": t["attention_mask"] * 1},
+    "fewer columns": lambda t: {**t, "labels": t["labels"][:, :1]},
+    "fewer rows": lambda t: take(t, [0]),
+    "other rows": lambda t: take(t, [1, 0]),
+    "a copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_others_in_their_place_are_read(change: str) -> None:
+    there = CHANGES[change](moved(HOST))
+    with pytest.raises(NotImplementedError, match="meta"):
+        lengths_of(there)
+
+
+@pytest.mark.parametrize("name", ["labels", "attention_mask"])
+def test_what_was_written_to_is_read(name: str) -> None:
+    there = moved(HOST)
+    there[name][0, 0] = 0  # type: ignore[literal-required]
+    with pytest.raises(NotImplementedError, match="meta"):
+        lengths_of(there)
+
+
+def test_what_does_not_count_its_changes_is_read() -> None:
+    with torch.inference_mode():
+        there = moved(HOST)
+        with pytest.raises(NotImplementedError, match="meta"):
+            lengths_of(there)
+
+
+def test_nothing_is_kept_alive() -> None:
+    before = len(_MOVED)
+    there = moved(HOST)
+    assert len(_MOVED) == before + 2
+    del there
+    assert len(_MOVED) == before
 
 
 def test_rows_are_taken_with_all_that_belongs_to_them() -> None:
@@ -63,4 +142,4 @@ def test_rows_are_taken_with_all_that_belongs_to_them() -> None:
     inputs |= {"index": torch.tensor([0, 1, -1]), "source_lengths": (2, 1, 2), "target_lengths": (1, 1, 0)}
     taken = take(inputs, [1, 2])
     assert taken["index"].tolist() == [1, -1]
-    assert lengths_of(taken) == ((1, 2), (1, 0))
+    assert (taken["source_lengths"], taken["target_lengths"]) == ((1, 2), (1, 0))

@@ -11,6 +11,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerFF
 
 from lit_distill.fast.functions import apply, kept, rms_norm_gradients, rms_scale
+from lit_distill.fast.support import listened_to
 
 CHUNK = 1024
 """Tokens that go through the sublayer together."""
@@ -20,7 +21,10 @@ WORTH = 4096
 
 
 def chunks_well(layer: T5LayerFF, x: Tensor) -> bool:
-    """Whether this sublayer is what is written out here: T5 v1.1's, of many tokens, in float32 on a CPU."""
+    """Whether this sublayer is what is written out here: T5 v1.1's, of many tokens, in float32 on a CPU.
+
+    Its matrices are read, not called: nobody may listen to them.
+    """
     inner = layer.DenseReluDense
     return (
         len(x) >= WORTH
@@ -29,7 +33,9 @@ def chunks_well(layer: T5LayerFF, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and isinstance(inner, T5DenseGatedActDense)
         and isinstance(inner.act, NewGELUActivation)
-        and all(type(m) is nn.Linear and m.bias is None for m in (inner.wi_0, inner.wi_1, inner.wo))
+        and all(
+            type(m) is nn.Linear and m.bias is None and not listened_to(m) for m in (inner.wi_0, inner.wi_1, inner.wo)
+        )
         and all(m.weight.dtype == torch.float32 for m in (inner.wi_0, inner.wi_1, inner.wo))
     )
 

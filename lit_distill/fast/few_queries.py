@@ -59,10 +59,11 @@ class FewQueries:
         self._source = source.flatten().to(device, non_blocking=True)
         self._real = asking.positions(self._shape[1])
         hidden = torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
-        self._hidden = hidden[:, None].to(device, non_blocking=True)
+        self.hidden = hidden[:, None].to(device, non_blocking=True)
+        """0 at the sources' tokens and -inf at their padding, ``(rows, 1, source_len)``."""
 
     def spread(self, encoded: Tensor) -> Tensor:
-        """The rows' sources ``(rows, source_len, d_model)``, for all layers; padding is hidden by `attend`."""
+        """What belongs to the source tokens, such as their states, ``(rows, source_len, size)``; see `hidden`."""
         return encoded.index_select(0, self._source).view(self._shape[0], self._shape[2], -1)
 
     def attend(self, q: Tensor, sources: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
@@ -80,7 +81,7 @@ class FewQueries:
         own = q.index_select(0, self._query).view(rows * length, self.heads, -1).transpose(0, 1)
         asking = torch.bmm(own, key.view(self.heads, -1, d_model))
         scores = torch.bmm(self._by_row(asking), sources.transpose(1, 2))
-        weights = torch.softmax(scores + self._hidden, dim=-1, dtype=torch.float32).to(scores.dtype)
+        weights = torch.softmax(scores + self.hidden, dim=-1, dtype=torch.float32).to(scores.dtype)
         found = torch.bmm(dropout(weights, p), sources)
         out = torch.bmm(self._by_head(found), value.view(self.heads, -1, d_model).transpose(1, 2))
         return out.transpose(0, 1).reshape(rows * length, -1).index_select(0, self._real)

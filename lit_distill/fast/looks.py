@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5Stack
 
 from lit_distill.fast.few_queries import FewQueries, few_queries
 from lit_distill.fast.functions import attention, score_offsets
@@ -49,7 +49,8 @@ class CrossLook:
     def __init__(self, stack: T5Stack, targets: Packing, sources: Packing, encoded: Tensor, dtype: torch.dtype) -> None:
         heads = stack.config.num_heads
         few: list[int] = []
-        if _projects_plainly(stack):
+        blocks: Any = stack.block
+        if all(map(projects_plainly, blocks)):
             few = few_queries(targets, sources, heads=heads, d_model=stack.config.d_model, d_kv=stack.config.d_kv)
         rest = sorted(set(range(len(targets.lengths))) - set(few))
         self._few: FewQueries | None = None
@@ -81,8 +82,8 @@ class CrossLook:
         return cast(Tensor, attend.o(out))
 
 
-def _projects_plainly(stack: T5Stack) -> bool:
+def projects_plainly(block: T5Block) -> bool:
     """Whether keys and values of the encoder's states are nothing but a matrix product with a weight."""
-    blocks: Any = stack.block
-    attends = [block.layer[1].EncDecAttention for block in blocks]
-    return all(type(linear) is nn.Linear and linear.bias is None for a in attends for linear in (a.k, a.v))
+    layers: Any = block.layer
+    attend = layers[1].EncDecAttention
+    return all(type(linear) is nn.Linear and linear.bias is None for linear in (attend.k, attend.v))

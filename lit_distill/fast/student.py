@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
-from lit_distill.batch import TaskInputs, lengths_of
+from lit_distill.batch import TaskInputs, sources_of, targets_of
 from lit_distill.fast.head import token_losses
 from lit_distill.fast.packing import Packing
 from lit_distill.fast.support import listened_to
@@ -43,7 +43,7 @@ class Targets:
 
 def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:
     """The source ids of several tasks' rows, ``(source tokens,)``, task after task."""
-    lengths = [lengths_of(inputs)[0] for inputs in tasks]
+    lengths = [sources_of(inputs).ends for inputs in tasks]
     ids = [
         inputs["input_ids"].flatten()[Packing(own, inputs["input_ids"].device).positions(inputs["input_ids"].shape[1])]
         for inputs, own in zip(tasks, lengths, strict=True)
@@ -64,7 +64,7 @@ def pack_targets(
     inputs, labels, lengths, rows, tokens = [], [], [], [], []
     if first_rows is None:
         first_rows = list(accumulate((len(task["labels"]) for task in tasks), initial=0))[:-1]
-    every = [lengths_of(task)[1] for task in tasks]
+    every = [targets_of(task).ends for task in tasks]
     if not any(map(any, every)):
         # one position that counts nothing, so that every parameter has a gradient
         every[0] = (1, *every[0][1:])

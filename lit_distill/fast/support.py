@@ -1,6 +1,7 @@
 """Whether a student is one that the fast path knows; whatever else it is runs through its own forward."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.models.t5.modeling_t5 import (
     T5Stack,
 )
 
-from lit_distill.batch import TaskInputs, lengths_of
+from lit_distill.batch import TaskInputs, sources_of
 
 _WALKED = (
     T5Stack,
@@ -33,13 +34,13 @@ _WALKED = (
     nn.Dropout,
     nn.ModuleList,
 )
-"""Modules whose own forward is not called: they must be just these classes, and nobody may listen to them."""
+"""Modules whose own forward is not called: they must be just these classes."""
 
 _PROJECTIONS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 """Linear layers, called as they are: LoRA's and quantised ones are fine."""
 
-_READ = ("k", "v", "act", "relative_attention_bias")
-"""Modules that are sometimes not called: their weights are read, or the function that they are is known."""
+_CALLED = (*_PROJECTIONS, "act", "relative_attention_bias", "embed_tokens")
+"""Modules that may be of any class, but for what `reason_against` asks of embeddings."""
 
 _NEUTRAL = {
     "_from_model_config", "bos_token_id", "cache_implementation", "decoder_start_token_id", "do_sample",
@@ -60,27 +61,33 @@ def reason_against(student: Any) -> str | None:  # noqa: ANN401 - a T5, or whate
             return "the student learns prompts"
     if type(base) is not T5ForConditionalGeneration:
         return f"the student is a {type(base).__name__}, not a T5ForConditionalGeneration"
-    if listened_to(base) or listened_to(student):
-        return "the student has hooks"
-    if type(base.lm_head) is not nn.Linear or base.lm_head.bias is not None or listened_to(base.lm_head):
+    if torch.nn.modules.module._has_any_global_hook():
+        return "every module has hooks"
+    if (heard := _heard(student)) is not None:
+        return f"{heard or 'the student'} has hooks"
+    if type(base.lm_head) is not nn.Linear or base.lm_head.bias is not None:
         return "the head is more than a matrix"
     if base.dtype not in (torch.float32, torch.bfloat16):
         return f"the student's weights are {base.dtype}"
     return _reason_in_stack(base.encoder, "the encoder") or _reason_in_stack(base.decoder, "the decoder")
 
 
-def _reason_in_stack(stack: nn.Module, name: str) -> str | None:
+def _reason_in_stack(stack: Any, name: str) -> str | None:  # noqa: ANN401 - whatever stands there
     if type(stack) is not T5Stack:
         return f"{name} is a {type(stack).__name__}"
-    if type(stack.embed_tokens) is not nn.Embedding:
-        return f"the embedding of {name} is a {type(stack.embed_tokens).__name__}"
+    table = stack.embed_tokens
+    if type(table) is not nn.Embedding:
+        return f"the embedding of {name} is a {type(table).__name__}"
+    if table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+        return f"the embedding of {name} is more than a table"
     for path, module in _own_modules(stack):
-        own = path.rpartition(".")[2]
-        if own not in (*_PROJECTIONS, *_READ, "embed_tokens") and type(module) not in _WALKED:
+        if path.rpartition(".")[2] not in _CALLED and type(module) not in _WALKED:
             return f"{path} of {name} is a {type(module).__name__}"
-        # transformers' activation checkpointing listens to the embeddings
-        if own not in (*(set(_PROJECTIONS) - set(_READ)), "embed_tokens") and listened_to(module):
-            return f"{f'{path} of ' if path else ''}{name} has hooks"
+        # older releases of transformers have no such attribute
+        if isinstance(module, T5Attention) and getattr(module, "scaling", 1.0) != 1.0:
+            return f"{path} of {name} scales its scores"
+        if isinstance(module, T5Block) and module.gradient_checkpointing and not _recomputes_closures(module):
+            return f"the activations of {name} are checkpointed with another setting than use_reentrant=False"
     return None
 
 
@@ -92,6 +99,21 @@ def _own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
             yield from _own_modules(child, f"{path}.{name}" if path else name)
 
 
+def _recomputes_closures(block: T5Block) -> bool:
+    """Whether checkpointing finds the gradients of what a function reads beside its arguments."""
+    recompute: object = block._gradient_checkpointing_func
+    return isinstance(recompute, partial) and recompute.keywords.get("use_reentrant") is False
+
+
+def _heard(student: nn.Module) -> str | None:
+    """The path of a module that somebody listens to, though its forward may not be called, or on packed rows."""
+    for path, module in student.named_modules():
+        # transformers' activation checkpointing listens to the embeddings
+        if listened_to(module) and path.rpartition(".")[2] not in ("shared", "embed_tokens"):
+            return str(path)
+    return None
+
+
 def listened_to(module: nn.Module) -> bool:
     """Whether something happens around a module's forward, or in its place."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
@@ -101,16 +123,30 @@ def listened_to(module: nn.Module) -> bool:
 def fits(tasks: Sequence[TaskInputs]) -> bool:
     """Whether these rows are padded on the right alone, and none of them is without a source."""
     for inputs in tasks:
-        sources, _ = lengths_of(inputs)
-        if not sources or min(sources) == 0:
+        shape = inputs["input_ids"].shape
+        if shape != inputs["attention_mask"].shape or len(inputs["labels"]) != shape[0]:
             return False
-        # whoever wrote the lengths down has padded on the right
-        written = "source_lengths" in inputs and "target_lengths" in inputs
-        if not written and int((inputs["attention_mask"] != 0).sum()) != sum(sources):
+        sources = sources_of(inputs)
+        if min(sources.ends, default=0) == 0 or not sources.whole:
             return False
     return True
 
 
+def reason_against_decoding(student: T5ForConditionalGeneration) -> str | None:
+    """What the student's generation settings ask for beyond plain greedy decoding; ``None`` where it is nothing."""
+    asked = sorted(set(student.generation_config.to_diff_dict()) - _NEUTRAL)
+    if asked:
+        return f"the generation settings have {', '.join(asked)}"
+    return None if start_token(student) is not None else "the generation settings have no start token"
+
+
 def decodes_plainly(student: T5ForConditionalGeneration) -> bool:
     """Whether the student's generation settings ask for nothing beyond plain greedy decoding."""
-    return set(student.generation_config.to_diff_dict()) <= _NEUTRAL
+    return reason_against_decoding(student) is None
+
+
+def start_token(student: T5ForConditionalGeneration) -> int | None:
+    """The token that ``generate`` begins with, the same for all rows."""
+    settings = student.generation_config
+    start = settings.bos_token_id if settings.decoder_start_token_id is None else settings.decoder_start_token_id
+    return start if isinstance(start, int) else None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -16,14 +17,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.answers import AnswerKey, AnswerSource, Split
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, target_tokens
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, remember_rows, target_tokens
 from lit_distill.checks import check_range
 from lit_distill.errors import UserError
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
 from lit_distill.modules.fast_path import FastPath
 from lit_distill.modules.generation import answer_rows
-from lit_distill.modules.optimization import OptimizerName, ScheduleName, clip_within_step, configure
+from lit_distill.modules.optimization import OptimizerName, ScheduleName, clip_within_step, configure, take_off_clipping
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
 from lit_distill.students import CHECKPOINT_KEY, load_student, load_tokenizer, record_student
@@ -54,14 +55,16 @@ class DistillModule(pl.LightningModule):
         dropout: dropout rate in place of the student's own.
         activation_checkpointing: recompute activations in the backward pass: less memory, a slower step.
         fast: run the student's layers on real tokens only, losses and greedy decoding included: the same mathematics,
-            faster. A student, a strategy or a method that this cannot serve runs through its own forward, and says so.
+            faster. A student, a strategy or a batch that this cannot serve runs through the student's own forward, and
+            the run says why. Gradients of gradients need ``false``.
         compile: train through the student's own forward compiled by ``torch.compile`` for any shape, in place of the
             fast path; lengths rounded up by ``data.pad_to_multiple_of`` suit it. Evaluation is not compiled.
         max_label_length: generated tokens at most for a label.
         max_rationale_length: generated tokens at most for a rationale.
         num_beams: beams of the generation; 1 is greedy.
         evaluate_losses: compute the losses of ``all`` terms in evaluation, or only that of the task that gives the
-            answer, at less than half the time where there are two tasks; there is no ``val/loss`` then.
+            ``answer``, at less than half the time where there are two tasks; there is no ``val/loss`` then, and a
+            method has to name a term after that task.
         evaluate_rationales: generate the rationale of every row in evaluation and score it.
         score_choices: with closed choices, also answer by their likelihoods.
         num_samples: rows of an evaluation whose rationales are generated and shown.
@@ -228,14 +231,14 @@ class DistillModule(pl.LightningModule):
         in its own way, each task goes through that.
         """
         inputs = [self._task_inputs(batch, task) for task in tasks]
-        if self.overrides("task_logits", "task_loss") or not self.fast_path.applies(inputs):
+        if self.overrides("task_loss") or not self.fast_path.applies_to_losses(inputs):
             return {task: self.task_loss(batch, task) for task in tasks}
         return dict(zip(tasks, self.fast_path.losses(inputs), strict=True))
 
     def task_loss(self, batch: TaskBatch, task: str) -> Tensor:
         """One task's cross-entropy; tasks that are wanted together cost less through `task_losses`."""
         inputs = self._task_inputs(batch, task)
-        if not self.overrides("task_logits") and self.fast_path.applies([inputs]):
+        if self.fast_path.applies_to_losses([inputs]):
             return self.fast_path.losses([inputs])[0]
         return token_cross_entropy(*self.task_logits(batch, task))
 
@@ -363,7 +366,7 @@ class DistillModule(pl.LightningModule):
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the step's gradient is that of the whole step's loss."""
-        terms = self.loss_terms(batch)
+        terms = self._checked(self.loss_terms(batch))
         if self._window is None:
             return self.total_loss(terms)
         # counted while the batch was on the host: the step does not wait for the device
@@ -375,6 +378,15 @@ class DistillModule(pl.LightningModule):
         }
         self._log_training(scaled, last=batch_idx + 1 == self._window.start + self._window.size)
         return self.total_loss(scaled)
+
+    def _checked(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """These terms, if evaluation finds among them the one that it asks for; training asks before its first step."""
+        if self.hparams["evaluate_losses"] == "answer" and self.answer_task not in terms:
+            raise UserError(
+                f"evaluate_losses must be all for a method without a loss term named {self.answer_task!r}, after the"
+                f" task that gives the answer, got 'answer'; the terms of {type(self).__name__} are {', '.join(terms)}"
+            )
+        return terms
 
     def _log_training(self, scaled: dict[str, Tensor], *, last: bool) -> None:
         """Log each term as the mean over the whole step, once it is complete."""
@@ -421,9 +433,28 @@ class DistillModule(pl.LightningModule):
             wrapped.clip_grad_norm_(gradient_clip_val)
             return
         by_norm = gradient_clip_algorithm in (None, "norm")
-        within = gradient_clip_val and by_norm and self.hparams["fast"] and not self.sharded
+        # gradients that a loss scaler has scaled have another norm
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        within = gradient_clip_val and by_norm and self.hparams["fast"] and not self.sharded and not scaled
         if not (within and clip_within_step(optimizer, float(gradient_clip_val or 0))):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        """With the gradients of a step that was broken off goes what was to clip them."""
+        take_off_clipping(optimizer)
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:  # noqa: ANN401 - as Lightning's
+        """As Lightning's; while a batch lies on the host, its rows' lengths cost no waiting for the device.
+
+        Not the hook ``transfer_batch_to_device`` itself: Lightning warns where a module has one beside a data module.
+        """
+        found = super()._call_batch_hook(hook_name, *args)
+        if hook_name == "transfer_batch_to_device" and args[1].type != "cpu" and self.hparams["fast"]:
+            owners = self, getattr(self._trainer, "datamodule", None)
+            # a hook of somebody's own may change more than the device
+            if not any(is_overridden(hook_name, owner) for owner in owners):
+                remember_rows(args[0], found)
+        return found
 
     # ------------------------------------------------------------------ evaluation
 
@@ -452,7 +483,10 @@ class DistillModule(pl.LightningModule):
         self._finish_evaluation("test")
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> list[Answer]:
-        """Answers of one batch, with the rationales."""
+        """Answers of one batch, with the rationales.
+
+        Batches hold rows of like length, longest first: ``Answer.index`` says which row an answer belongs to.
+        """
         key = self._answer_key(cast(Split, getattr(self._datamodule(), "predict_split", "predict")))
         return self.answers(batch, key, rationales=True)
 
@@ -489,7 +523,7 @@ class DistillModule(pl.LightningModule):
         every = self.hparams["evaluate_losses"] == "all"
         counted = batch if every else {self.answer_task: batch[self.answer_task]}
         with self.fast_path.sharing(counted):
-            terms, counts = self.loss_terms(counted), self.term_counts(counted)
+            terms, counts = self._checked(self.loss_terms(counted)), self.term_counts(counted)
             self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
         if not every:
             terms = {self.answer_task: terms[self.answer_task]}
@@ -522,7 +556,7 @@ class DistillModule(pl.LightningModule):
         settings = self.hparams
         metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
         samples = [answer for answer in answers if answer.index < settings["num_samples"]]
-        self.evaluation = Evaluation(split, metrics, samples, key)
+        self.evaluation = Evaluation(split, metrics, samples, key, answers)
         for name, value in metrics.items():
             # every rank holds the same value; the flag only says so to Lightning, which asks for it on any DDP run
             self.log(

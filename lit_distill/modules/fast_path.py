@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, take
 from lit_distill.fast.memory import keep_freed_memory
 from lit_distill.fast.student import Encoded, encode, losses_of_encoded, target_losses
-from lit_distill.fast.support import decodes_plainly, fits, reason_against
+from lit_distill.fast.support import fits, reason_against, reason_against_decoding
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule
@@ -30,7 +30,7 @@ class FastPath:
     def __init__(self, module: DistillModule, *, wanted: bool) -> None:
         self._module = module
         self._wanted = wanted
-        self._told: str | None = None
+        self._told: set[str] = set()
         self._shared: tuple[Encoded, dict[int, int]] | None = None
 
     def prepare(self, device: torch.device) -> None:
@@ -39,19 +39,37 @@ class FastPath:
             keep_freed_memory()
 
     def applies(self, tasks: Sequence[TaskInputs]) -> bool:
-        """Whether these rows go through the fast path; the first reason against it is told once."""
-        if not self._wanted or (self._module.hparams["compile"] and torch.is_grad_enabled()):
+        """Whether these rows go through the fast path; each reason against it is told once."""
+        if not self._wanted:
             return False
+        if self._module.hparams["compile"] and torch.is_grad_enabled():
+            return self._off("off in training, compile stands in its place")
         # a sharded parameter is whole only while its block's own forward runs
         reason = "the parameters are sharded" if self._module.sharded else reason_against(self._module.student)
-        if reason is not None and reason != self._told:
-            rank_zero_info(f"fast: off, {reason}")
-            self._told = reason
-        return reason is None and fits(tasks)
+        if reason is not None:
+            return self._off(f"off, {reason}")
+        if not fits(tasks):
+            return self._off("off for a batch, it has padding before a source's end, or a row without a source")
+        return True
+
+    def applies_to_losses(self, tasks: Sequence[TaskInputs]) -> bool:
+        """Whether these rows' losses come from the fast path, which makes no logits that a method could change."""
+        if self._wanted and self._module.overrides("task_logits"):
+            return self._off(f"off for losses, {type(self._module).__name__} has a task_logits of its own")
+        return self.applies(tasks)
 
     def decodes(self, tasks: Sequence[TaskInputs]) -> bool:
         """Whether targets of these rows are decoded here, greedily."""
-        return not self._module.student.training and self.applies(tasks) and decodes_plainly(self._module.student)
+        if self._module.student.training or not self.applies(tasks):
+            return False
+        reason = reason_against_decoding(self._module.student)
+        return reason is None or self._off(f"off for generation, {reason}")
+
+    def _off(self, why: str) -> bool:
+        if why not in self._told:
+            rank_zero_info(f"fast: {why}")
+            self._told.add(why)
+        return False
 
     def losses(self, tasks: Sequence[TaskInputs]) -> list[Tensor]:
         """Each task's mean cross-entropy over its target tokens, all in one pass; 0 without any."""
@@ -81,9 +99,13 @@ class FastPath:
 
     @contextmanager
     def sharing(self, batch: TaskBatch) -> Iterator[None]:
-        """Within it, losses and answers of this evaluation batch use one pass over the encoder."""
+        """Within it, losses and answers of this evaluation batch use one pass over the encoder.
+
+        Not where a method computes them in its own way: that may change the batch, or the student, in between.
+        """
         tasks = [batch[task] for task in self._module.active_tasks if task in batch]
-        if torch.is_grad_enabled() or not tasks or not self.applies(tasks):
+        own = self._module.overrides("loss_terms", "task_losses", "task_loss", "task_logits", "term_counts", "answers")
+        if own or torch.is_grad_enabled() or not tasks or not self.applies(tasks):
             yield
             return
         first, rows = {}, 0

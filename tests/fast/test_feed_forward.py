@@ -1,8 +1,10 @@
 """The feed-forward sublayer in chunks, against the plain layer and against finite differences."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
@@ -107,3 +109,23 @@ def test_a_student_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None
         assert float((ours[name] - parameter.grad).norm()) < 1e-5 * float(parameter.grad.norm()), name
+
+
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "hook": lambda linear: linear.register_forward_hook(lambda module, given, out: out * 0.5),
+    "own forward": lambda linear: setattr(linear, "forward", lambda x: nn.functional.linear(x, linear.weight) * 0.5),
+    "normed weight": lambda linear: nn.utils.parametrizations.weight_norm(linear),
+    "old normed weight": lambda linear: nn.utils.weight_norm(linear),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["wi_0", "wi_1", "wo"])
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_matrices_that_are_listened_to_or_changed(monkeypatch: pytest.MonkeyPatch, change: str, name: str) -> None:
+    monkeypatch.setattr(feed_forward, "WORTH", 1)
+    layer = make_layer()
+    x = torch.randn(3, 12)
+    assert chunks_well(layer, x)
+    CHANGES[change](getattr(layer.DenseReluDense, name))
+    assert not chunks_well(layer, x)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalGeneration
 
 from lit_distill.fast import greedy as greedy_module
@@ -195,3 +195,49 @@ def test_no_rows() -> None:
 def test_distances_beyond_the_last_bucket() -> None:
     student = make(6, None, relative_attention_num_buckets=8, relative_attention_max_distance=16)
     assert ours(student, ROWS, 60) == generated(student, ROWS, 60)
+
+
+@pytest.mark.parametrize(("start", "begin"), [(None, 7), (7, 3)])
+def test_the_token_that_generate_starts_with(start: int | None, begin: int) -> None:
+    student = make(3, list(range(1, 9)))
+    student.generation_config.decoder_start_token_id, student.generation_config.bos_token_id = start, begin
+    assert ours(student, ROWS, 12) == generated(student, ROWS, 12)
+
+
+class Squared(nn.Linear):
+    """Nothing like a matrix product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).square() + 0.5
+
+
+@pytest.mark.parametrize("names", ["k", "v", "kv"])
+@pytest.mark.parametrize("kind", ["bias", "square"])
+@pytest.mark.parametrize("rows", [ROWS, [8, 0, 4, 0]], ids=str)
+def test_projections_of_the_sources_that_are_no_matrices(names: str, kind: str, rows: list[int]) -> None:
+    student = make(2, list(range(1, 9)))
+    before = ours(student, ROWS, 24)
+    blocks: Any = student.decoder.block
+    for block in blocks:
+        attend = block.layer[1].EncDecAttention
+        for name in names:
+            old = getattr(attend, name)
+            new = (nn.Linear if kind == "bias" else Squared)(old.in_features, old.out_features)
+            new.weight = old.weight
+            nn.init.normal_(new.bias, std=2.0)
+            setattr(attend, name, new)
+    found = ours(student, rows, 24)
+    assert found == generated(student, rows, 24)
+    if (names, kind) != ("k", "bias"):
+        # a bias of keys moves all scores of a query alike
+        assert ours(student, ROWS, 24) != before
+
+
+def test_only_rows_that_are_asked_for_are_projected() -> None:
+    student = make(2, list(range(1, 9)))
+    blocks: Any = student.decoder.block
+    attend = blocks[0].layer[1].EncDecAttention
+    attend.k, tokens = Squared(attend.k.in_features, attend.k.out_features), []
+    attend.k.register_forward_hook(lambda m, i, o: tokens.append(len(i[0])))
+    ours(student, [8, 0, 4, 0], 24)
+    assert tokens == [9 + 7 + 12]

@@ -1,16 +1,19 @@
 """The fast path as a module takes it: the same numbers, one encoding, and a student that stays Hugging Face's."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, lengths_of
+from lit_distill.fast.support import fits
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.modules.generation import generate_texts, score_choices
@@ -216,6 +219,138 @@ def test_the_subclasses_do_change_something(student_folder: Path) -> None:
     )
 
 
+def change_in_place(batch: TaskBatch) -> TaskBatch:
+    for inputs in batch.values():
+        inputs["labels"][0] = IGNORE_INDEX
+        inputs["attention_mask"][1, -1] = 0
+    return batch
+
+
+def each(change: Callable[[TaskInputs], dict[str, Tensor]]) -> Callable[[TaskBatch], TaskBatch]:
+    """A batch with some tensors of each task changed, and the lengths that were written down as they were."""
+    return lambda batch: {task: cast(TaskInputs, {**inputs, **change(inputs)}) for task, inputs in batch.items()}
+
+
+def tensors(change: Callable[[Tensor], Tensor]) -> Callable[[TaskInputs], dict[str, Tensor]]:
+    return lambda inputs: {name: change(x) for name, x in inputs.items() if isinstance(x, Tensor)}
+
+
+def masked(inputs: TaskInputs) -> dict[str, Tensor]:
+    kept = torch.rand(inputs["attention_mask"].shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    kept[:, 0] = True
+    return {"attention_mask": inputs["attention_mask"] * kept}
+
+
+BATCHES: dict[str, Callable[[TaskBatch], TaskBatch]] = {
+    "zeros in the mask": each(masked),
+    "a shorter mask": each(
+        lambda t: {"attention_mask": t["attention_mask"] * (torch.arange(t["attention_mask"].shape[1]) < 3)}
+    ),
+    "other labels": lambda batch: batch | {"label": {**batch["label"], "labels": batch["rationale"]["labels"]}},
+    "shorter labels": each(
+        lambda t: {"labels": t["labels"].where(torch.arange(t["labels"].shape[1]) < 1, IGNORE_INDEX)}
+    ),
+    "fewer columns": each(lambda t: {"input_ids": t["input_ids"][:, :4], "attention_mask": t["attention_mask"][:, :4]}),
+    "fewer rows": each(tensors(lambda x: x[:3])),
+    "other rows": each(tensors(lambda x: x.flip(0))),
+    "in place": change_in_place,
+}
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize("change", BATCHES)
+def test_a_batch_that_a_method_changes(student_folder: Path, change: str, evaluation: bool) -> None:
+    class Changed(StepByStepModule):
+        def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
+            return super().loss_terms(BATCHES[change](batch))
+
+    found = []
+    for fast in (True, False):
+        module = evaluate(student_folder, Changed, fast=fast)
+        if evaluation:
+            data = LengthsData(module, batch_size=5)
+            found.append(make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)[0])
+        else:
+            found.append(step(module, written(collate(random_rows(6, seed=21, without_rationale=()), module.tasks)))[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def written(batch: TaskBatch) -> TaskBatch:
+    """With the lengths of its rows, as the collator writes them."""
+    for inputs in batch.values():
+        inputs["source_lengths"], inputs["target_lengths"] = lengths_of(inputs)
+    return batch
+
+
+class LengthsData(ItemData):
+    def _collate_evaluation(self, items: Any) -> TaskBatch:  # noqa: ANN401
+        return written(super()._collate_evaluation(items))
+
+
+def test_lengths_cost_no_waiting_for_a_device(student_folder: Path) -> None:
+    module = make(student_folder, StepByStepModule, fast=True)
+    batch = batch_of(module)
+    # a device whose tensors cannot be read
+    there = module._apply_batch_transfer_handler(batch, torch.device("meta"), 0)
+    assert fits(list(there.values()))
+    for task, inputs in batch.items():
+        assert there[task]["labels"].is_meta
+        assert lengths_of(there[task]) == lengths_of(inputs)
+
+
+def test_a_transfer_of_ones_own_is_not_relied_on(student_folder: Path) -> None:
+    class Own(StepByStepModule):
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return each(lambda inputs: {"labels": inputs["labels"] + 1})(moved)
+
+    module = make(student_folder, Own, fast=True)
+    there = module._apply_batch_transfer_handler(batch_of(module), torch.device("meta"), 0)
+    with pytest.raises(NotImplementedError, match="meta"):
+        lengths_of(there["label"])
+
+
+class WithoutAdapter(StepByStepModule):
+    """One more term, of the student that the adapter began with."""
+
+    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
+        with torch.no_grad(), cast(Any, self.student).disable_adapter():
+            before = self.task_loss(batch, "label")
+        return super().loss_terms(batch) | {"before": before}
+
+
+@pytest.mark.filterwarnings(
+    # PEFT 0.21 asks transformers 5.23 by names that are going
+    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    "ignore:`gradient_checkpointing:FutureWarning",
+)
+def test_a_method_that_switches_an_adapter_off(student_folder: Path) -> None:
+    found = []
+    for fast in (True, False):
+        module = evaluate(student_folder, WithoutAdapter, fast=fast)
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=["q", "v", "wo"], init_lora_weights=False)
+        module.student = get_peft_model(module.student, config)
+        data = ItemData(module)
+        found.append(make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0]["val/before_loss"] != pytest.approx(found[0]["val/label_loss"], rel=1e-3)
+
+
+def test_a_method_that_turns_dropout_on_in_evaluation(student_folder: Path) -> None:
+    class Sampled(StepByStepModule):
+        def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
+            terms = super().loss_terms(batch)
+            encoder = self.student.encoder.train()
+            spread = torch.stack([self.task_loss(batch, "label") for _ in range(8)]).std()
+            encoder.eval()
+            return terms | {"spread": spread}
+
+    module = evaluate(student_folder, Sampled, fast=True, dropout=0.3)
+    (found,) = make_trainer(limit_val_batches=1.0).validate(module, datamodule=ItemData(module), verbose=False)
+    assert found["val/spread_loss"] > 1e-3
+
+
 def test_shaped_scores_of_a_subclass(student_folder: Path) -> None:
     class Shaped(StandardModule):
         def shape_scores(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
@@ -275,11 +410,43 @@ def test_a_reason_is_told_once(student_folder: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO"):
         for _ in range(3):
             step(module, batch_of(module))
-    assert [record.message for record in caplog.records if "fast" in record.message] == [
-        "fast: off, the encoder has hooks"
-    ]
+    assert [record.message for record in caplog.records if "fast" in record.message] == ["fast: off, encoder has hooks"]
     handle.remove()
     assert module.fast_path.applies(list(batch_of(module).values()))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.message.startswith("fast:")]
+
+
+def test_each_reason_is_told_once(student_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = make(student_folder, StepByStepModule, fast=True, max_label_length=2).eval()
+    batch, left = batch_of(module), batch_of(module)
+    left["label"]["attention_mask"] = left["label"]["attention_mask"].flip(1)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            for one in (batch, left):
+                module.loss_terms(one)
+            module.student.generation_config.no_repeat_ngram_size = 2
+            generate_texts(module, "label", batch["label"])
+            module.student.generation_config.no_repeat_ngram_size = None
+            generate_texts(module, "label", batch["label"])
+            module.hparams["compile"] = True
+            module.fast_path.applies([batch["label"]])
+            module.hparams["compile"] = False
+    assert told(caplog) == [
+        "fast: off for a batch, it has padding before a source's end, or a row without a source",
+        "fast: off for generation, the generation settings have no_repeat_ngram_size",
+        "fast: off in training, compile stands in its place",
+    ]
+
+
+def test_logits_of_a_methods_own_are_a_reason(student_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        for fast in (True, False):
+            module = make(student_folder, Warm, fast=fast)
+            step(module, batch_of(module))
+    assert told(caplog) == ["fast: off for losses, Warm has a task_logits of its own"]
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -316,12 +483,22 @@ def test_evaluation(
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_evaluation_encodes_each_row_once(student_folder: Path, batch_size: int, no_forward: None) -> None:
+@pytest.mark.usefixtures("no_forward")
+def test_evaluation_encodes_each_row_once(
+    student_folder: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = evaluate(student_folder, StepByStepModule, fast=True)
     data = ItemData(module, batch_size=batch_size)
     seen: list[int] = []
     first: Any = module.student.get_submodule("encoder.block.0.layer.0.SelfAttention.q")
-    first.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    original = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        if self is first:
+            seen.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
     make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
     assert len(seen) == -(-len(ITEMS) // batch_size), "once a batch"
     assert sum(seen) == sum(len(source) for row in data.rows for source, _ in row.values())

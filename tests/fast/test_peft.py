@@ -70,6 +70,14 @@ def test_one_base_and_its_adapter() -> None:
     assert torch.equal(torch.stack(fast_losses(base, TASKS)), torch.stack(fast_losses(wrapper, TASKS)))
 
 
+def test_hooks_inside_an_adapter_are_refused() -> None:
+    # what they would see are packed rows
+    student = adapted(["q"])
+    layer = student.get_base_model().encoder.block[0].layer[0].SelfAttention.q.lora_A["default"]
+    layer.register_forward_hook(lambda module, given, out: None)
+    assert "has hooks" in str(reason_against(student))
+
+
 def test_checkpointing() -> None:
     student = adapted(["q", "k", "v", "wo"])
     expected = gradients(student, fast_losses(student, TASKS))
@@ -146,3 +154,21 @@ def test_prompts_are_refused() -> None:
     student: Any = get_peft_model(make_plain_student(1), config)
     # its own forward puts tokens before each source, and the decoder's
     assert reason_against(student) is not None
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but the targeted layer")
+@pytest.mark.parametrize("targets", [["q", "v"], ["k", "v"]], ids=str)
+def test_greedy_decoding_with_biases(targets: list[str]) -> None:
+    student = adapted(targets, lora_bias=True).eval()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.normal_(std=2.0)
+        found = greedy(student, encode(student, TASKS[:1]), [0, 1, 2, 3], 10)
+        plain = student.generate(
+            input_ids=TASKS[0]["input_ids"], attention_mask=TASKS[0]["attention_mask"], max_new_tokens=10,
+            num_beams=1, do_sample=False,
+        )  # fmt: skip
+    assert reason_against(student) is None
+    for ours, theirs in zip(found, plain.tolist(), strict=True):
+        assert theirs[1 : len(ours) + 1] == ours

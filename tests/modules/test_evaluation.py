@@ -1,5 +1,6 @@
 """From a student's answers to the metrics of an evaluation."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch.utils.data import DataLoader
 
 from lit_distill import rationales
 from lit_distill.answers import AnswerKey, Split
+from lit_distill.batch import TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.modules.evaluation import Answer, answer_row, summarise
 from lit_distill.modules.generation import decode, generate_texts, score_choices
 from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
-from tests.modules.running import make_trainer, plain_terms
+from tests.modules.running import identical, make_trainer, plain_terms
 from tests.students import WORDS
 
 # the settings of all methods are the same, also of the one that has no rationales
@@ -389,6 +391,28 @@ def test_the_answer_s_loss_alone(student_folder: Path, fast: bool) -> None:
     # rationales that are shown are generated all the same
     assert own == samples
     assert any(sample.rationale for sample in own)
+
+
+class OwnTerms(StepByStepModule):
+    """One term of another name."""
+
+    def loss_terms(self, batch: TaskBatch) -> dict[str, torch.Tensor]:
+        return {"main": sum(super().loss_terms(batch).values(), torch.zeros(()))}
+
+    def total_loss(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        return terms["main"]
+
+
+@pytest.mark.parametrize("what", ["fit", "validate"])
+def test_the_answer_s_loss_where_no_term_is_named_after_it(student_folder: Path, what: str) -> None:
+    module = OwnTerms(student_folder, from_scratch=True, evaluate_losses="answer")
+    before = copy.deepcopy(module.student.state_dict())
+    with pytest.raises(UserError, match=r"^evaluate_losses must be all .* 'label', .* the terms of OwnTerms are main$"):
+        getattr(make_trainer(limit_val_batches=1.0), what)(module, datamodule=ItemData(module))
+    # nothing was trained
+    assert identical(before, module.student.state_dict())
+    module = OwnTerms(student_folder, from_scratch=True)
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=ItemData(module), verbose=False)
 
 
 def test_losses_that_are_not_known(student_folder: Path) -> None:
