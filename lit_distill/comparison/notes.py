@@ -1,0 +1,80 @@
+"""What a report says of all its numbers: what they mean and do not, and how they came about."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from lit_distill.comparison.comparing import Comparison
+from lit_distill.comparison.document import Code, Heading, Items, Part, Table
+from lit_distill.comparison.runs import Run
+
+
+def meaning(comparison: Comparison) -> list[Part]:
+    """What the statistics say and what they do not."""
+    compared = sum(row.examples is not None for section in comparison.sections for row in section.rows)
+    expected = f"{0.05 * compared:.1f}".removesuffix(".0")
+    by_chance = f"Of {compared} comparisons here, about {expected} would" if compared else "One of 20 would"
+    items = (
+        "mean ± se: the mean over seeds and its standard error (divisor n - 1). It says how far another set of seeds "
+        "would move the mean, with the test rows as they are. A single seed has no standard error.",
+        "pooled: the part of all seeds' answers that is right; shown where it is not the same as the mean, which it is "
+        "where all seeds were tested on as many rows.",
+        "difference, 95 % interval, p: the difference to the baseline by a paired bootstrap over "
+        "test rows "
+        f"({comparison.resamples:,} resamples, seed {comparison.seed}). Of several seeds, each row first counts with "
+        "the part of them that had it right. The interval covers test rows: what others of the same source would have "
+        "given for these very students. It does not cover seeds: what students of other seeds would have given.",
+        "by seed: the difference between runs with the same seed and data seed, its mean and standard error over "
+        "those seeds (their number in brackets). It covers seeds and not test rows. With fewer than 4 or 5 seeds the "
+        "standard error is itself a rough guess.",
+        "A difference is to be believed where both say so. Neither says anything of other datasets, students or "
+        "settings, nor makes up for a choice of settings by their test results.",
+        f"p-values are not corrected for their number. {by_chance} have p < 0.05 if nothing differed at all.",
+        "published: taken from the paper, found by other code. Its answers are not known, so that it cannot be paired.",
+    )
+    return [Heading(2, "What the numbers mean"), Items(items)]
+
+
+def software(comparison: Comparison) -> list[Part]:
+    """Versions and commits, and whether they differ."""
+    runs = [run for run in comparison.runs if run.record.versions]
+    names = sorted({name for run in runs for name in run.record.versions})
+    rows, differing = [], []
+    for name in names:
+        found = _counted([run.record.versions.get(name, "absent") for run in runs])
+        rows.append((name, found))
+        if ";" in found:
+            differing.append(name)
+    commits = _counted([_commit(run) for run in comparison.runs])
+    rows.append(("commit", commits))
+    parts: list[Part] = [Heading(2, "What the runs were run with"), Table(("", "version (runs)"), tuple(rows), names=2)]
+    warnings = []
+    if differing:
+        warnings.append(f"Versions differ between runs: {', '.join(differing)}.")
+    if len({run.record.git.get("commit") for run in comparison.runs}) > 1:
+        warnings.append("Runs are of different commits.")
+    if any(run.record.git.get("changed") for run in comparison.runs):
+        warnings.append("Some runs had files that differed from their commit.")
+    return [*parts, Items(tuple(warnings))] if warnings else parts
+
+
+def _commit(run: Run) -> str:
+    git: dict[str, Any] = run.record.git
+    if not git.get("commit"):
+        return "not known"
+    return str(git["commit"])[:12] + (" with changes" if git.get("changed") else "")
+
+
+def _counted(values: Sequence[str]) -> str:
+    return "; ".join(f"{value} ({values.count(value)})" for value in sorted(set(values)))
+
+
+def repeating(comparison: Comparison) -> list[Part]:
+    """The commands of the runs."""
+    known = [run for run in comparison.runs if run.record.command]
+    if not known:
+        return []
+    lines: list[str] = []
+    for run in sorted(known, key=lambda run: run.source):
+        lines += [f"# {run.source}", shlex.join(map(str, run.record.command))]
+    return [Heading(2, "How to repeat the runs"), Code(tuple(lines))]

@@ -1,0 +1,51 @@
+"""Numbers as a report writes them."""
+
+from lit_distill.comparison.comparing import Row
+from lit_distill.comparison.plots import is_share
+from lit_distill.comparison.statistics import FEW, ExampleDifference, SeedDifference
+
+MINUS = "\u2212"
+"""As wide as a plus."""
+
+DAGGER = "\u2020"
+"""Marks an interval that rests on few rows."""
+
+
+def value(number: float | None, metric: str) -> str:
+    """A metric: in %, or as it is."""
+    if number is None:
+        return ""
+    return f"{100 * number:.2f}" if is_share(metric) else f"{number:.4f}"
+
+
+def change(number: float, metric: str) -> str:
+    """A difference of two, with its sign: in points, or as it is."""
+    shown = f"{100 * number:+.2f}" if is_share(metric) else f"{number:+.4f}"
+    zero = not shown.strip("+-0.")
+    return shown.lstrip("+-") if zero else shown.replace("-", MINUS)
+
+
+def mean_and_error(row: Row, metric: str) -> str:
+    """62.31 ± 0.45; no standard error for a single seed."""
+    error = row.summary.standard_error
+    return value(row.summary.mean, metric) + ("" if error is None else f" ± {value(error, metric)}")
+
+
+def seed_difference(found: SeedDifference | None, metric: str) -> str:
+    """+1.20 ± 0.30 (4)."""
+    if found is None:
+        return ""
+    error = found.standard_error
+    spread = "" if error is None else f" ± {value(error, metric)}"
+    return f"{change(found.mean, metric)}{spread} ({found.n})"
+
+
+def interval(found: ExampleDifference, metric: str) -> str:
+    """[+0.40, +2.10]."""
+    return f"[{change(found.low, metric)}, {change(found.high, metric)}]"
+
+
+def p_value(found: ExampleDifference) -> str:
+    """A p-value, marked where few rows differ."""
+    shown = "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
+    return f"{shown} {DAGGER}" if found.differing < FEW else shown

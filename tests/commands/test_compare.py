@@ -1,0 +1,154 @@
+"""The command: what it takes, what it prints, what it refuses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+import yaml
+
+from lit_distill.commands import compare as command
+from lit_distill.commands.compare import compare
+from lit_distill.commands.compare_cli import run_compare
+from lit_distill.errors import UserError
+from tests.comparison.runs import write_run, write_runs
+from tests.runs import at_work_in, refusal, run
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+@pytest.fixture
+def runs(here: Path) -> Path:
+    for method, accuracy in (("Standard", 0.6), ("StepByStep", 0.7)):
+        write_runs(here / "runs", [0, 1], accuracy, method=method)
+    return here / "runs"
+
+
+def test_runs_are_compared_from_the_command_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "begun" / "checkpoints").mkdir(parents=True)
+    found = run_compare(["runs", "--out", "out", "--resamples=300"])
+    assert (found["report"], found["runs"], found["repeated"]) == ("out/report.html", 4, {})
+    assert found["skipped"] == {"runs/begun": "no run.json: the run has not ended"}
+    standard, ours = found["settings"]
+    assert (standard["name"], standard["n"], standard["difference"]) == ("standard finetuning", 2, None)
+    assert ours["difference"] == pytest.approx(ours["mean"] - standard["mean"])
+    low, high = ours["interval"]
+    assert low < ours["difference"] < high
+    assert ours["p_value"] == pytest.approx(2 / 301)
+    assert ours["pooled"] == pytest.approx(ours["mean"])
+    assert {path.name for path in Path("out").iterdir()} == {
+        "report.md",
+        "report.html",
+        "runs.csv",
+        "runs.parquet",
+        "figures",
+    }
+    assert all(Path(figure).is_file() for figure in found["figures"])
+    printed = capsys.readouterr().out
+    for part in (
+        "CQA, gold labels: test accuracy (%)",
+        "step-by-step",
+        "baseline",
+        "skipped runs/begun",
+        "out/report.html",
+    ):
+        assert part in printed
+
+
+def test_it_is_a_command_of_the_program(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("compare", "runs", "--out=out", "--resamples=200")
+    assert "out/report.html" in capsys.readouterr().out
+    assert refusal(capsys, "compare", "nowhere") == "runs: no folder 'nowhere'"
+
+
+def test_several_folders_and_keys_from_a_file(runs: Path) -> None:
+    write_runs(Path("more"), [0], 0.65, method="SingleTask")
+    content = {"runs": ["runs", "more"], "out": "here", "metric": "test/loss", "baseline": "method=SingleTask"}
+    Path("compare.yaml").write_text(yaml.safe_dump(content))
+    found = run_compare(["--config", "compare.yaml"])
+    assert (found["runs"], found["report"]) == (5, "here/report.html")
+    assert [one["difference_by_seed"] for one in found["settings"]] == [0, None, 0]
+    # what is given beside the file goes before it
+    found = run_compare(["--config=compare.yaml", "runs", "--out=there", "--baseline=method=Standard"])
+    assert (found["runs"], found["report"]) == (4, "there/report.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "runs: must be given: folders of runs, or wandb://entity/project"),
+        (["nowhere"], "runs: no folder 'nowhere'"),
+        (["empty"], "runs: no run that ended was found (0 skipped)"),
+        (["runs", "--metric=test/f1"], "metric: no run has 'test/f1'; allowed are test/accuracy, test/loss"),
+        (["runs", "--resamples=10"], "resamples must be an integer >= 100, got 10"),
+        (["runs", "--seed=-1"], "seed must be an integer in [0, 4294967295], got -1"),
+        (["runs", "--baseline=x"], "baseline: 'x' is not of the form key=value"),
+        (["runs", "--out=file"], "out: 'file' cannot be written (File exists)"),
+        (["runs", "--out="], "out must be a text, got ''"),
+        (["runs", "--outt=x"], "outt: no such argument (did you mean out?)"),
+        (["runs", "wandb://me"], "runs: 'wandb://me' is no address; allowed is wandb://entity/project"),
+    ],
+)
+def test_what_is_wrong_is_one_line(runs: Path, arguments: list[str], message: str) -> None:
+    Path("empty").mkdir()
+    Path("file").write_text("")
+    with pytest.raises(UserError) as refused:
+        run_compare(arguments)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_from_python_runs_are_a_list(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"^runs: must be given"):
+        compare("runs")  # type: ignore[arg-type]
+    assert compare(["runs"], resamples=200)["report"] == "report/report.html"
+
+
+def test_different_tests_are_allowed_on_demand(runs: Path) -> None:
+    write_run(runs / "other", seed=7, fingerprints={"test": "other"})
+    with pytest.raises(UserError, match="tested on different rows"):
+        run_compare(["runs"])
+    found = run_compare(["runs", "--allow_different_tests", "true", "--resamples=200"])
+    assert len(found["settings"]) == 3
+
+
+def test_projects_of_wandb_join_in(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"dataset": "cqa", "method": "Standard", "seed_everything": 5, "model.init_args.student": "t5-v1_1-base"}
+    config |= {"data.init_args.seed": 5, "data.init_args.label_source": "gold", "data.init_args.train_fraction": 1.0}
+    online = SimpleNamespace(id="x", state="finished", config=config, summary={"test/accuracy": 0.5})
+    asked = []
+
+    class Api:
+        def runs(self, path: str) -> list[SimpleNamespace]:
+            asked.append(path)
+            return [online]
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    found = run_compare(["wandb://me/p", "runs", "--resamples=200"])
+    assert asked == ["me/p"]
+    assert found["runs"] == 5
+    assert "wandb://me/p/x: of wandb, which has metrics only" in Path("report/report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_table_fits_its_terminal(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    write_runs(runs, [0], 0.65, method="StepByStep", rationales="shuffled", student="t5-v1_1-large")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run_compare(["runs", "--resamples=200"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "┃"))]
+    assert lines
+    assert all(len(line) <= columns for line in lines)
+    assert any("±" in line for line in lines)
+    assert any("step-by-step" in line for line in lines)
+    # numbers are whole or not there
+    shown = "95 % interval" in lines[0]
+    assert shown == any(line.count("[") == 1 and line.count("]") == 1 for line in lines)
+    assert shown or columns < 100
+    assert command._ALWAYS[0] in lines[0]

@@ -1,0 +1,198 @@
+"""The report: all that was found is in it, twice the same, in files that need no other."""
+
+import base64
+import csv
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+
+from lit_distill.comparison import numbers
+from lit_distill.comparison.comparing import Comparison, compare_runs
+from lit_distill.comparison.report import write_report
+from lit_distill.comparison.runs import find_runs
+from lit_distill.comparison.statistics import ExampleDifference
+from tests.comparison.runs import answers, write_run, write_runs
+
+
+def two_datasets(root: Path) -> None:
+    """What there can be: variants, seeds, gaps, skipped and repeated runs, odd names."""
+    for method, accuracy in (("Standard", 0.62), ("StepByStep", 0.64), ("SingleTask", 0.61)):
+        write_runs(root, [0, 1, 2], accuracy, 1221, method=method)
+    write_runs(root, [0], 0.63, 1221, method="StepByStep", rationales="shuffled")
+    write_runs(root, [0, 1], 0.7, 1221, method="StepByStep", label_source="teacher")
+    write_run(root / "again", correct=answers(0.5, 1221, 3), started="2027-01-01T00:00:00+00:00")
+    write_run(root / "odd", dataset="my|set", method="A<b>B", student="x_y_z", versions={"torch": "9"}, git={})
+    write_run(root / "metrics only", dataset="my|set", seed=5, predictions=False, train_rows=0)
+    (root / "begun" / "checkpoints").mkdir(parents=True)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    two_datasets(tmp_path / "runs")
+    return compare_runs(find_runs([tmp_path / "runs"]), resamples=300)
+
+
+class Page(HTMLParser):
+    """What a page holds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def rows_of_markdown(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|-: ")]
+    return [[re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def expected_rows(comparison: Comparison) -> list[set[str]]:
+    """Of each setting, the cells that its row has to have."""
+    found = []
+    for section in comparison.sections:
+        for row in section.rows:
+            cells = {row.name, str(row.summary.n), numbers.mean_and_error(row, "test/accuracy")}
+            if row.examples:
+                cells |= {numbers.change(row.examples.difference, "test/accuracy"), numbers.p_value(row.examples)}
+                cells |= {numbers.interval(row.examples, "test/accuracy")}
+            if row.seeds:
+                cells.add(numbers.seed_difference(row.seeds, "test/accuracy"))
+            if row.published:
+                cells.add(f"{100 * row.published.accuracy:.2f}")
+            found.append(cells)
+    return found
+
+
+def test_every_setting_and_number_is_in_both(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path / "out")
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    expected = expected_rows(comparison)
+    assert len(expected) == 7
+    for rows in (page.rows, rows_of_markdown(markdown)):
+        for cells in expected:
+            assert any(cells <= set(row) for row in rows), cells
+    # the same cells in both, in the same order
+    assert page.rows == rows_of_markdown(markdown)
+    assert page.open == []
+
+
+def test_what_was_not_compared_is_said(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path / "out")
+    text = " ".join(Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).words)
+    runs = tmp_path / "runs"
+    for part in (
+        f"{runs}/begun: no run.json: the run has not ended",
+        f"again as {runs}/again",
+        f"{runs}/metrics only: no test_predictions.jsonl",
+        "Versions differ between runs: lit_distill, torch.",
+        "Runs are of different commits.",
+        "step-by-step, GPT-NeoX 20B rationales",
+        "No interval: no baseline with its student, labels and fraction: step-by-step (t5-v1_1-base, 100 %)",
+        "300 resamples, seed 0",
+        "It does not cover seeds",
+        "covers seeds and not test rows",
+    ):
+        assert part in text, part
+    for run in comparison.runs:
+        assert shlex.join(run.record.command) in text
+
+
+def test_the_page_needs_no_other_file(comparison: Comparison, tmp_path: Path) -> None:
+    figures = write_report(comparison, tmp_path / "out")
+    content = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page(content)
+    assert len(figures) == len(page.links) > 0
+    for link, drawn in zip(page.links, figures, strict=True):
+        head, _, data = link.partition(",")
+        assert head == "data:image/svg+xml;base64"
+        assert base64.b64decode(data) == drawn.svg.read_bytes()
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "@import" not in content
+    assert "url(" not in content
+    assert "prefers-color-scheme: dark" in content
+    assert "@media print" in content
+
+
+def test_the_figures_of_the_markdown_are_there(comparison: Comparison, tmp_path: Path) -> None:
+    figures = write_report(comparison, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+    assert len(links) == len(figures)
+    assert all((tmp_path / "out" / link).is_file() and not link.startswith("/") for link in links)
+
+
+def test_the_table_is_in_both_formats(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
+    assert len(table) == len(comparison.runs) + 1 == 15
+    with (tmp_path / "out" / "runs.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["folder"] for row in rows] == [row["folder"] for row in table]
+    assert list(rows[0]) == list(table[0])
+    for row, other in zip(rows, table, strict=True):
+        assert float(row["test/accuracy"]) == other["test/accuracy"]
+    (again,) = [row for row in table if row["duplicate_of"]]
+    assert again["duplicate_of"].endswith("/again")
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    two_datasets(tmp_path / "runs")
+    for name in ("a", "b"):
+        found = find_runs([tmp_path / "runs"])
+        write_report(compare_runs(found, resamples=300), tmp_path / name)
+    first, second = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("a", "b")
+    )
+    assert len(first) >= 6
+    assert first == second
+
+
+def test_numbers() -> None:
+    assert numbers.value(0.62191, "test/accuracy") == "62.19"
+    assert numbers.value(0.62191, "test/loss") == "0.6219"
+    assert numbers.value(None, "test/accuracy") == ""
+    assert numbers.change(-0.00501, "test/accuracy") == "\N{MINUS SIGN}0.50"
+    assert numbers.change(0.012, "test/accuracy") == "+1.20"
+    assert numbers.change(-0.00001, "test/accuracy") == "0.00"
+    assert numbers.change(0.0, "test/loss") == "0.0000"
+    few = ExampleDifference(0.01, -0.01, 0.03, 0.0004, 100, 9)
+    assert numbers.p_value(few) == "< 0.001 \N{DAGGER}"
+    assert numbers.p_value(ExampleDifference(0.01, -0.01, 0.03, 0.25, 100, 10)) == "0.250"
+
+
+def test_pooled_is_shown_where_it_is_not_the_mean(tmp_path: Path) -> None:
+    for seed, correct in enumerate(([True] * 9 + [False], [False] * 20)):
+        write_run(tmp_path / "runs" / f"{seed}", seed=seed, correct=correct)
+    write_report(compare_runs(find_runs([tmp_path / "runs"]), resamples=300), tmp_path / "out")
+    rows = rows_of_markdown((tmp_path / "out" / "report.md").read_text(encoding="utf-8"))
+    head, row = next((rows[i], rows[i + 1]) for i in range(len(rows)) if "pooled" in rows[i])
+    assert dict(zip(head, row, strict=True))["pooled"] == "30.00"
+    assert "45.00 ± 45.00" in row

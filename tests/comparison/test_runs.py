@@ -1,0 +1,145 @@
+"""Finding runs: what is one, what is none, and what is said of the latter."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_distill.comparison.runs import find_runs
+from lit_distill.errors import UserError
+from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, write_predictions_file
+from tests.comparison.runs import write_run
+
+
+def reasons(root: Path) -> dict[str, str]:
+    """What is skipped below a folder, and why."""
+    return {Path(one.source).name: one.reason for one in find_runs([root]).skipped}
+
+
+def test_runs_are_found_however_deep_and_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "version_0", seed=0)
+    write_run(tmp_path / "a" / "version_1", seed=1)
+    write_run(tmp_path / "b", method="StepByStep")
+    (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)
+    found = find_runs([tmp_path / "a", tmp_path, tmp_path / "b"])
+    assert [Path(run.source).relative_to(tmp_path).as_posix() for run in found.runs] == [
+        "a/version_0",
+        "a/version_1",
+        "b",
+    ]
+    assert found.skipped == ()
+    assert find_runs([tmp_path / "b"]).runs[0].record.method == "StepByStep"
+
+
+def test_predictions_are_kept_by_id(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", correct=[True, False, True])
+    write_run(tmp_path / "b", correct=[False, False, True])
+    # in another order they are the same rows
+    write_predictions_file(tmp_path / "b", read_predictions_file(tmp_path / "b")[::-1])
+    first, second = (run.predictions for run in find_runs([tmp_path]).runs)
+    assert first is not None
+    assert second is not None
+    assert first.ids is second.ids
+    assert first.ids == ("cqa-test-0", "cqa-test-1", "cqa-test-2")
+    assert np.array_equal(first.correct, [True, False, True])
+    assert np.array_equal(second.correct, [False, False, True])
+
+
+def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("{}")
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    # none of these is a run
+    (tmp_path / "wandb" / "run-1" / "files").mkdir(parents=True)
+    (tmp_path / "wandb" / "run-1" / "files" / "config.yaml").write_text("{}")
+    (tmp_path / "good" / "baseline" / "checkpoints").mkdir(parents=True)
+    assert reasons(tmp_path) == dict.fromkeys(("begun", "stopped"), "no run.json: the run has not ended")
+    assert len(find_runs([tmp_path]).runs) == 1
+
+
+def edit(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps(content | changes))
+
+
+def test_damaged_records_are_listed(tmp_path: Path) -> None:
+    for name in ("torn", "list", "other", "short", "seed", "metric", "config", "teacher"):
+        write_run(tmp_path / name)
+    (tmp_path / "torn" / RECORD).write_text('{"format": 1, "data')
+    (tmp_path / "list" / RECORD).write_text("[]")
+    edit(tmp_path / "other", format=2)
+    content = json.loads((tmp_path / "short" / RECORD).read_text())
+    del content["metrics"]
+    (tmp_path / "short" / RECORD).write_text(json.dumps(content))
+    edit(tmp_path / "seed", seed="0")
+    edit(tmp_path / "metric", metrics={"test/accuracy": None})
+    edit(tmp_path / "config", config=[])
+    edit(tmp_path / "teacher", teacher_accuracy="good")
+    found = reasons(tmp_path)
+    assert "cannot be read" in found["torn"]
+    assert "no record of format 1" in found["list"]
+    assert "no record of format 1" in found["other"]
+    assert "not a whole record" in found["short"]
+    assert found["seed"].endswith("run.json: seed is '0'")
+    assert found["metric"].endswith("the metric test/accuracy is None")
+    assert found["config"].endswith("config is []")
+    assert found["teacher"].endswith("the metric teacher_accuracy is 'good'")
+    assert find_runs([tmp_path]).runs == ()
+
+
+def test_damaged_predictions_are_listed(tmp_path: Path) -> None:
+    right = [True, True, False, False]
+    for name in ("torn", "rows", "kind", "foreign"):
+        write_run(tmp_path / name, correct=right)
+    (tmp_path / "torn" / PREDICTIONS).write_text('{"id": "a", "corr')
+    rows = read_predictions_file(tmp_path / "rows")
+    write_predictions_file(tmp_path / "rows", rows[:3])
+    write_predictions_file(tmp_path / "kind", [row | {"correct": 1} for row in rows])
+    write_predictions_file(tmp_path / "foreign", [row | {"correct": True} for row in rows])
+    found = reasons(tmp_path)
+    assert "cannot be read" in found["torn"]
+    assert found["rows"].endswith("3 rows, and run.json speaks of 4")
+    assert found["kind"].endswith("correct must be true, false or null")
+    assert "an accuracy of 1.0000, and run.json speaks of 0.5000" in found["foreign"]
+
+
+def test_runs_whose_answers_cannot_be_paired_keep_their_metrics(tmp_path: Path) -> None:
+    right = [True, True, False, False]
+    write_run(tmp_path / "absent", predictions=False)
+    for name in ("twice", "unlabelled", "partly"):
+        write_run(tmp_path / name, correct=right)
+    rows = read_predictions_file(tmp_path / "twice")
+    write_predictions_file(tmp_path / "twice", [row | {"id": "same"} for row in rows])
+    write_predictions_file(tmp_path / "unlabelled", [row | {"correct": None} for row in rows])
+    write_predictions_file(tmp_path / "partly", [rows[0] | {"correct": None}, *rows[1:]])
+    runs = {Path(run.source).name: run for run in find_runs([tmp_path]).runs}
+    assert runs["absent"].remark == "no test_predictions.jsonl"
+    assert runs["twice"].remark == "the id 'same' occurs more than once in test_predictions.jsonl"
+    assert runs["unlabelled"].remark == "no test row has a label"
+    assert all(runs[name].predictions is None for name in ("absent", "twice", "unlabelled"))
+    partly = runs["partly"].predictions
+    assert partly is not None
+    assert len(partly.ids) == 3
+
+
+def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^runs: no folder '.*nowhere'$"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_runs_without_the_metric_are_skipped(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "untested", metrics={}, test_rows=0, predictions=False)
+    write_run(tmp_path / "nan", metrics={"test/accuracy": float("nan")}, predictions=False)
+    found = find_runs([tmp_path]).with_metric("test/accuracy")
+    assert [Path(run.source).name for run in found.runs] == ["good"]
+    assert {Path(one.source).name: one.reason for one in found.skipped} == dict.fromkeys(
+        ("untested", "nan"), "no test/accuracy among its metrics"
+    )
+    with pytest.raises(UserError, match="no run has 'test/f1'; allowed are test/accuracy, test/loss"):
+        find_runs([tmp_path / "good"]).with_metric("test/f1")
+    with pytest.raises(UserError, match="no run was tested"):
+        find_runs([tmp_path / "untested"]).with_metric("test/accuracy")
