@@ -16,6 +16,7 @@ import yaml
 
 import lit_distill.modules.base
 from lit_distill.cli import overview
+from lit_distill.commands.dispatch import BESIDE
 from lit_distill.commands.train import DistillCLI
 from lit_distill.messages import COMMANDS
 from tests.runs import (
@@ -431,7 +432,7 @@ def test_help_lists_every_command(
     text = printed(capsys, "--help")
     assert max(map(len, text.splitlines())) <= width
     commands = dict(re.findall(r"^    (\w+) +(\S.*)$", text, flags=re.MULTILINE))
-    assert list(commands) == ["fit", "validate", "test", "predict", "inspect"]
+    assert list(commands) == ["fit", "validate", "test", "predict", "annotate", "experiment", "compare", "inspect"]
     # how to get further, to be copied
     lines = [line.partition("-m lit_distill ")[2] for line in text.splitlines() if line.startswith("  python ")]
     assert len(lines) == 3
@@ -452,8 +453,9 @@ def test_the_overview_is_in_step_with_the_parser(
     with pytest.raises(InterruptedError):
         run("fit")
     [whole] = parsers
-    # `inspect` stands beside LightningCLI's commands
-    assert [*whole._subcommands_action.choices, "inspect"] == list(COMMANDS)
+    # the others stand beside LightningCLI's commands
+    assert [*whole._subcommands_action.choices, "annotate", "experiment", "compare", "inspect"] == list(COMMANDS)
+    assert set(BESIDE) == set(COMMANDS) - set(whole._subcommands_action.choices)
     known = set(overview()._option_string_actions)
     assert known - {"--version"} <= set(whole._option_string_actions)
     for name, parser in whole._subcommands_action._name_parser_map.items():

@@ -38,7 +38,9 @@ def content(path: Path) -> dict[str, Any]:
 
 WHOLE = [path for path in FILES if {"model", "data"} <= content(path).keys() and "class_path" in content(path)["model"]]
 ANNOTATE = [path for path in FILES if "teacher" in content(path)]
-OVERLAYS = [path for path in FILES if path not in WHOLE and path not in ANNOTATE]
+# what is in a grid, and whether each of its cells is a config of `fit`, is for `commands/test_experiment.py`
+EXPERIMENTS = [path for path in FILES if path.is_relative_to(CONFIGS / "experiments")]
+OVERLAYS = [path for path in FILES if path not in [*WHOLE, *ANNOTATE, *EXPERIMENTS]]
 # what a machine without accelerators lacks: the overlay, why it can be had after all, what the refusal names
 LACKING = {
     "strategy/fsdp.yaml": (torch.cuda.is_available, "gpu"),
@@ -97,6 +99,7 @@ def test_there_is_a_config_for_each_dataset_and_method() -> None:
         f"{dataset}/annotate.yaml" for dataset in (*DATASETS, "toy")
     }
     assert OVERLAYS
+    assert len(EXPERIMENTS) == 17
     assert {relative(path) for path in OVERLAYS} >= {
         "strategy/ddp.yaml", "strategy/fsdp.yaml", "strategy/deepspeed.yaml", "strategy/tpu.yaml",
         "logger/wandb.yaml", "logger/tensorboard.yaml", "logger/csv.yaml",
@@ -107,10 +110,11 @@ def test_there_is_a_config_for_each_dataset_and_method() -> None:
 def test_a_config_opens_with_its_launch_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     own = path.relative_to(REPOSITORY).as_posix()
-    launch = LAUNCH.format("annotate" if path in ANNOTATE else "fit")
+    command = "annotate" if path in ANNOTATE else "experiment" if path in EXPERIMENTS else "fit"
+    launch = LAUNCH.format(command)
     assert first.startswith(launch)
     named = first.removeprefix(launch).split(" --config ")
-    if path in WHOLE or path in ANNOTATE:
+    if path not in OVERLAYS:
         assert named == [own]
     else:
         # an overlay is shown on top of a config that is there

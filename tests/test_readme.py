@@ -99,7 +99,8 @@ def test_own_teacher_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refusing = tmp_path / "refuse.sh"
     refusing.write_text("#!/bin/sh\ncat > prompt.txt\nexit 3\n")
     refusing.chmod(0o755)
-    toy = "annotate --data ToyDataModule --data.train_size 2 --teacher readme_teachers.ProgramTeacher --out said --concurrency 1"
+    toy = "annotate --data ToyDataModule --data.train_size 2 --out said --concurrency 1"
+    toy += " --teacher readme_teachers.ProgramTeacher"
     for script in (program, refusing):
         main([*shlex.split(toy), "--teacher.model", str(script), "--teacher.layout", "completion"])
     rows = [json.loads(line) for line in (tmp_path / "said" / "rationales.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,9 +14,19 @@ import lit_distill.data
 import lit_distill.modules
 import lit_distill.teachers  # noqa: F401
 from lit_distill.commands.annotate_cli import run_annotate
+from lit_distill.commands.compare_cli import run_compare
+from lit_distill.commands.experiment_cli import run_experiment
 from lit_distill.commands.inspect_cli import InspectCLI
 from lit_distill.commands.train import run_trainer
 from lit_distill.errors import UserError
+
+BESIDE: Mapping[str, Callable[[list[str]], object]] = {
+    "annotate": run_annotate,
+    "compare": run_compare,
+    "experiment": run_experiment,
+    "inspect": InspectCLI,
+}
+"""The commands beside the trainer's own."""
 
 
 def dispatch(args: ArgsType) -> None:
@@ -30,10 +41,8 @@ def dispatch(args: ArgsType) -> None:
     quieten()
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given[:1] == ["inspect"]:
-            InspectCLI(given[1:])
-        elif isinstance(given, list) and given[:1] == ["annotate"]:
-            run_annotate(given[1:])
+        if isinstance(given, list) and given and given[0] in BESIDE:
+            BESIDE[given[0]](given[1:])
         else:
             run_trainer(args)
     except MisconfigurationException as error:

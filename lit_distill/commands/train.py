@@ -357,15 +357,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def run_trainer(args: ArgsType) -> DistillCLI:
+def run_trainer(args: ArgsType, cli: type[DistillCLI] = DistillCLI) -> DistillCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
         args: the arguments as LightningCLI takes them.
+        cli: what runs them.
     """
     # matrix products in TF32 where the hardware has it: T5 is trained in it, and float32 on it costs several times more
     torch.set_float32_matmul_precision("high")
-    return DistillCLI(
+    return cli(
         DistillModule,
         RationaleDataModule,
         subclass_mode_model=True,

@@ -1,0 +1,424 @@
+"""``experiment``: ready grids, refusals before anything is written, real runs, and the sweep of the same cells."""
+
+import itertools
+import re
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps import utils as sweep_utils
+
+from lit_distill.commands.dispatch import quieten
+from lit_distill.commands.experiment import FitCheck, accepted_arguments, experiment
+from lit_distill.commands.experiment_cli import run_experiment
+from lit_distill.errors import UserError
+from lit_distill.experiments import grid as grid_docs
+from lit_distill.experiments.cells import State
+from lit_distill.experiments.keys import without_own
+from lit_distill.records import read_predictions_file, read_record, write_record
+from tests.experiments.fake_fit import make_record
+from tests.runs import CONFIGS, REPOSITORY, at_work_in, run
+from tests.runs import refusal as command_refusal
+
+READY = sorted((CONFIGS / "experiments").rglob("*.yaml"))
+COUNTS = {"learning_curve": 80, "model_size": 80, "ablation": 28, "reproduce": 12, "smoke": 8}
+DATASETS = {"cqa": "CQA", "svamp": "SVAMP", "esnli": "ESNLI", "anli1": "ANLI"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    quieten()
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        (folder / "configs").symlink_to(CONFIGS)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def check() -> FitCheck:
+    return FitCheck.make()
+
+
+def small(student: Path, **content: Any) -> dict[str, Any]:
+    """A grid of tiny runs on the toy."""
+    base = {
+        "model": {
+            "class_path": "StepByStepModule",
+            "init_args": {
+                "student": str(student), "from_scratch": True, "max_label_length": 3, "max_rationale_length": 4,
+                "rationale_weight": 0.5,
+            },
+        },
+        "data": {
+            "class_path": "ToyDataModule",
+            "init_args": {"train_size": 12, "val_size": 4, "test_size": 5, "batch_size": 4},
+        },
+        "trainer": {
+            "accelerator": "cpu", "max_steps": 2, "enable_progress_bar": False, "enable_model_summary": False,
+        },
+        "validation": {"every_n_steps": 1},
+        "cpu_threads": 1,
+    }  # fmt: skip
+    Path("base.yaml").write_text(yaml.safe_dump(base, sort_keys=False))
+    return {"base": "base.yaml", "out": "cells", **content}
+
+
+def write(content: dict[str, Any]) -> str:
+    Path("grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return "grid.yaml"
+
+
+def refusal(content: dict[str, Any], **arguments: Any) -> str:
+    """The line with which a grid is refused, before anything is written."""
+    path = write(content)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError) as refused:
+        experiment(path, **arguments)
+    assert sorted(Path().rglob("*")) == before
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+# ---------------------------------------------------------------------- ready grids
+
+
+def kind(path: Path) -> str:
+    return path.parent.name if path.parent.name in COUNTS else path.stem
+
+
+def test_there_is_a_grid_of_each_kind_for_each_dataset() -> None:
+    wanted = {f"{name}/{dataset}.yaml" for name in COUNTS if name != "smoke" for dataset in DATASETS}
+    assert {path.relative_to(CONFIGS / "experiments").as_posix() for path in READY} == wanted | {"smoke.yaml"}
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: f"{kind(path)}-{path.stem}")
+def test_every_cell_of_a_ready_grid_is_what_fit_takes(
+    path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = path.relative_to(REPOSITORY).as_posix()
+    assert path.read_text().splitlines()[0] == f"# python -m lit_distill experiment --config {own}"
+    summary = run_experiment(["--config", own, "--dry_run"])
+    assert len(summary["cells"]) == summary["left"] == COUNTS[kind(path)]
+    assert sorted(file.name for file in here.iterdir()) == ["configs"]
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in summary["cells"])
+    out = yaml.safe_load(path.read_text())["out"]
+    assert out == (f"runs/{kind(path)}/{path.stem}" if kind(path) != "smoke" else "runs/smoke")
+
+
+def test_cells_of_the_ready_grids_by_hand(check: FitCheck, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment("configs/experiments/model_size/svamp.yaml", launcher="print", only="step_by_step-*-teacher-seed3")
+    lines = capsys.readouterr().out.splitlines()
+    names = [f"step_by_step-t5-v1_1-{size}-teacher-seed3" for size in ("small", "base", "large", "xl", "xxl")]
+    assert lines == [f"python -m lit_distill fit --config runs/model_size/svamp/{name}/fit.yaml" for name in names]
+    found = {}
+    for name in names:
+        config = yaml.safe_load(Path(f"runs/model_size/svamp/{name}/fit.yaml").read_text())
+        model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+        assert (config["seed_everything"], data["seed"], data["label_source"]) == (3, 3, "teacher")
+        devices = trainer.get("devices", 1)
+        batch = data["batch_size"] * trainer.get("accumulate_grad_batches", 1) * devices
+        found[model["student"]] = (batch, model["effective_batch_size"], trainer["max_steps"])
+        assert check.parsed(config)["model"]["class_path"] == "lit_distill.modules.StepByStepModule"
+    google = "google/t5-v1_1-"
+    assert found == {
+        f"{google}small": (64, 64, 10_000), f"{google}base": (64, 64, 10_000), f"{google}large": (64, 64, 10_000),
+        f"{google}xl": (64, 64, 10_000), f"{google}xxl": (32, 32, 4_000),
+    }  # fmt: skip
+
+
+def test_the_documented_grid_is_one() -> None:
+    assert grid_docs.__doc__ is not None
+    Path("grid.yaml").write_text(textwrap.dedent(grid_docs.__doc__.partition("yaml\n")[2].partition("\nKeys are")[0]))
+    found = experiment("grid.yaml", dry_run=True)["cells"]
+    assert len(found) == 2 * 2 * 4
+    assert "step_by_step-fraction0.25-weight0.5-seed3" in found
+
+
+def test_the_ablation_has_its_control() -> None:
+    experiment("configs/experiments/ablation/cqa.yaml", launcher="print", only="*-seed0")
+    folders = sorted(path.parent.name for path in Path("runs").rglob("fit.yaml"))
+    assert folders == [
+        "single_task-order_label_first-seed0", "single_task-order_rationale_first-seed0", "standard-seed0",
+        "step_by_step-own-weight0.5-seed0", "step_by_step-own-weight1-seed0", "step_by_step-own-weight2-seed0",
+        "step_by_step-shuffled-weight1-seed0",
+    ]  # fmt: skip
+
+    def init_args(name: str, group: str) -> dict[str, Any]:
+        content = yaml.safe_load(Path(f"runs/ablation/cqa/{name}/fit.yaml").read_text())
+        arguments: dict[str, Any] = content[group]["init_args"]
+        return arguments
+
+    # what the base says for another method is not there
+    assert "rationale_weight" not in init_args("standard-seed0", "model")
+    assert init_args("single_task-order_label_first-seed0", "model")["order"] == "label_first"
+    assert init_args("step_by_step-shuffled-weight1-seed0", "data")["rationale_pairing"] == "shuffled"
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_papers_table_is_what_is_judged(dataset: str) -> None:
+    # of the paper, T5-v1.1-base on all of the data: standard, single-task, step-by-step
+    table = {
+        "esnli": (88.38, 88.88, 89.51), "anli1": (43.58, 43.50, 49.58), "cqa": (62.19, 61.37, 63.29),
+        "svamp": (62.63, 63.00, 65.50),
+    }  # fmt: skip
+    content = yaml.safe_load((CONFIGS / "experiments" / "reproduce" / f"{dataset}.yaml").read_text())
+    methods = ("standard", "single_task", "step_by_step")
+    assert [(one["method"], one["accuracy"]) for one in content["published"]] == list(
+        zip(methods, table[dataset], strict=True)
+    )
+    # two standard errors: of the rows of test, and of four seeds on either side
+    rows = {"esnli": 9824, "anli1": 1000, "cqa": 1221, "svamp": 200}[dataset]
+    spread = {"esnli": 0.3, "anli1": 1.0, "cqa": 1.0, "svamp": 2.0}[dataset]
+    share = table[dataset][2] / 100
+    wanted = 2 * (1e4 * share * (1 - share) / rows + 2 * spread**2 / 4) ** 0.5
+    assert content["tolerance"] == pytest.approx(wanted, abs=0.06)
+    assert len(content["deviations"]) > 5
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({"grid": {"method": ["standrd"]}}, "model: unknown class 'StandrdModule' (did you mean StandardModule?)"),
+        ({"grid": {"dataset": ["CQADataModul"]}}, "data: unknown class 'CQADataModul' (did you mean CQADataModule?)"),
+        ({"grid": {"model.odrer": [1]}}, "model.odrer: no such argument"),
+        ({"grid": {"trainer.max_stps": [1]}}, "trainer.max_stps: no such argument (did you mean trainer.max_steps?)"),
+        ({"grid": {"fit.seed": [1]}}, "fit.seed: no such argument"),
+        ({"grid": {"label_source": ["silver"]}}, "data.label_source: got silver; allowed is one of 'gold', 'teacher'"),
+        ({"grid": {"rationales": ["mine"]}}, "data.rationale_pairing: got mine; allowed is one of 'own', 'shuffled'"),
+        ({"grid": {"train_fraction": ["half"]}}, "data.train_fraction: got half; allowed is float"),
+        # what no type says, and fit would refuse when it has begun
+        ({"grid": {"train_fraction": [0.5, 1.5]}}, "train_fraction must be in (0, 1], got 1.5"),
+        ({"grid": {"rationale_weight": [-1]}}, "rationale_weight must be at least 0, got -1.0"),
+        ({"grid": {"model.learning_rate": [0]}}, "learning_rate must be above 0, got 0.0"),
+        ({"grid": {"trainer.gradient_clip_val": [-1]}}, "trainer.gradient_clip_val must be at least 0, got -1"),
+        ({"grid": {"seed": [0]}, "set": {"trainer.max_steps": -1}}, "trainer.max_steps: -1 needs trainer.max_epochs"),
+        # given for a method that does not take it; of the base it would go by itself
+        (
+            {"grid": {"method": ["standard", "step_by_step"], "rationale_weight": [1]}},
+            "model.rationale_weight: no such argument",
+        ),
+        ({"cells": [{"method": "standard", "model.order": "label_first"}]}, "model.order: no such argument"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_at_once(student_folder: Path, content: dict[str, Any], line: str) -> None:
+    said = refusal(small(student_folder, **content))
+    assert said.startswith(line)
+    assert re.search(r" \(in the cell \S+ of grid\.yaml\)$", said)
+
+
+def test_other_refusals(student_folder: Path) -> None:
+    content = small(student_folder, grid={"seed": [0]})
+    assert refusal(content | {"base": "absent.yaml"}) == "base: no file 'absent.yaml'"
+    Path("list.yaml").write_text("- a")
+    assert refusal(content | {"base": ["list.yaml"]}) == "base: 'list.yaml' must hold keys with values"
+    assert refusal(content, only="*-seed9").startswith("only: no cell's name matches '*-seed9'")
+    assert refusal(content, jobs=0) == "jobs must be an integer >= 1, got 0"
+    # YAML takes the first for a text, and fit for the same number
+    twice = content | {"grid": {"model.learning_rate": ["5e-5", 5.0e-5]}}
+    assert "are the same run" in refusal(twice)
+    with pytest.raises(UserError, match=r"config: no file 'absent\.yaml'"):
+        run_experiment(["--config", "absent.yaml"])
+    with pytest.raises(UserError, match=r"launcher: got cloud; allowed is one of 'local', 'slurm', 'print'"):
+        run_experiment(["--config", "grid.yaml", "--launcher", "cloud"])
+    with pytest.raises(UserError, match="gird: no such argument"):
+        run_experiment(["--config", "grid.yaml", "--gird", "x"])
+
+
+def test_a_refusal_on_the_command_line_is_one_line(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(small(student_folder, grid={"train_fraction": [2]}))
+    line = command_refusal(capsys, "experiment", "--config", path)
+    assert line.startswith("train_fraction must be in (0, 1], got 2.0 (in the cell fraction2 of grid.yaml)")
+
+
+def test_help_is_the_functions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("experiment", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--config", "--out", "--launcher {local,slurm,print}", "--jobs", "--only", "--retry_failed"):
+        assert option in shown
+
+
+def test_many_cells_are_checked_in_no_time(check: FitCheck) -> None:
+    config = yaml.safe_load((CONFIGS / "cqa" / "step_by_step.yaml").read_text())
+    check.parsed(config)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        check.parsed(config)
+        times.append(time.perf_counter() - began)
+    # 40 ms where nothing else runs
+    assert min(times) < 0.4
+
+
+def test_the_arguments_of_a_class() -> None:
+    standard = accepted_arguments("StandardModule")
+    assert standard is not None
+    assert {"student", "label_prefix", "learning_rate"} <= set(standard)
+    assert not {"rationale_weight", "kwargs", "self"} & set(standard)
+    assert accepted_arguments("lit_distill.modules.StepByStepModule") == {
+        *standard,
+        "rationale_weight",
+        "rationale_prefix",
+    }
+    assert {"round", "train_fraction"} <= set(accepted_arguments("ANLIDataModule") or ())
+    assert accepted_arguments("no.such.Class") is None
+    assert accepted_arguments("Nothing") is None
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def test_cells_run_for_real(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = {"method": ["standard", "step_by_step"], "train_fraction": [0.5], "seed": [1]}
+    content = small(student_folder, grid=grid)
+    content |= {"published": [{"method": "standard", "accuracy": 100}], "tolerance": 0.5, "deviations": ["it is a toy"]}
+    path = write(content)
+    summary = run_experiment(["--config", path, "--jobs", "2"])
+    names = ["standard-fraction0.5-seed1", "step_by_step-fraction0.5-seed1"]
+    assert summary["cells"] == dict.fromkeys(names, "done"), [
+        (Path("cells") / name / "log.txt").read_text() for name in names
+    ]
+    assert summary["verdicts"] == {"standard": "below"}
+    shown = capsys.readouterr()
+    assert all(f"{name} " in shown.out for name in names)
+    assert "- it is a toy" in shown.out
+    assert "2 of 2 done" in shown.err
+    for name, method in zip(names, ("Standard", "StepByStep"), strict=True):
+        folder = Path("cells") / name
+        # all that a run leaves lies in the cell's own folder
+        for file in (
+            "fit.yaml",
+            "config.yaml",
+            "metrics.csv",
+            "log.txt",
+            "checkpoints/last.ckpt",
+            "student/config.json",
+        ):
+            assert (folder / file).exists(), file
+        record = read_record(folder)
+        assert (record.method, record.train_fraction, record.seed, record.data_seed) == (method, 0.5, 1, 1)
+        assert (record.steps, record.train_rows, record.test_rows) == (2, 6, 5)
+        assert 0 <= record.metrics["test/accuracy"] <= 1
+        assert len(read_predictions_file(folder)) == 5
+    # nothing lies elsewhere
+    assert not Path("runs").exists()
+    times = [(Path("cells") / name / "run.json").stat().st_mtime_ns for name in names]
+    assert run_experiment(["--config", path])["done"] == 2
+    # a further seed is one more cell; those that are done keep their names and stay done
+    content["grid"]["seed"] = [1, 0]
+    content["grid"]["train_fraction"] = [1.0, 0.5]
+    listed = experiment(write(content), dry_run=True)
+    assert {name for name, state in listed["cells"].items() if state == "done"} == set(names)
+    assert listed["left"] == 6
+    assert times == [(Path("cells") / name / "run.json").stat().st_mtime_ns for name in names]
+    # an edited grid does not take them for its own
+    for edit in ({"set": {"trainer.max_steps": 3}}, {"set": {"data.train_size": 10}}):
+        line = refusal(content | edit)
+        [value] = edit["set"].values()
+        assert line.startswith(f"cells/{names[0]}: holds a finished run of another config (")
+        assert f"{value!r} wanted" in line
+    # nor where a key is no longer set
+    base = yaml.safe_load(Path("base.yaml").read_text())
+    del base["data"]["init_args"]["train_size"]
+    Path("base.yaml").write_text(yaml.safe_dump(base))
+    assert "data.init_args.train_size: 12 there, 2000 wanted" in refusal(content)
+
+
+def test_a_finished_run_without_a_config_is_not_taken(student_folder: Path) -> None:
+    content = small(student_folder, grid={"seed": [0]})
+    folder = Path("cells/seed0")
+    folder.mkdir(parents=True)
+    write_record(folder, make_record(0.5))
+    assert "holds a finished run of another config" in refusal(content)
+
+
+@pytest.mark.parametrize(
+    ("states", "ended", "code"),
+    [(["done", "done"], True, 0), (["done", "failed"], True, 1), (["done", "left"], False, 130)],
+)
+def test_exit_codes(
+    states: list[str], ended: bool, code: int, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretend(board: Any, *arguments: object) -> bool:  # noqa: ANN401 - a board
+        for cell, state in zip(board.cells, states, strict=True):
+            board.states[cell.name] = State(state)
+        return ended
+
+    monkeypatch.setattr("lit_distill.commands.experiment.run_cells", pretend)
+    path = write(small(student_folder, grid={"seed": [0, 1]}))
+    if code == 0:
+        assert run_experiment(["--config", path])["done"] == 2
+        return
+    with pytest.raises(SystemExit) as stopped:
+        run_experiment(["--config", path])
+    assert stopped.value.code == code
+
+
+def test_a_logger_of_ones_own_stands_beside(student_folder: Path) -> None:
+    content = small(student_folder, grid={"seed": [0]})
+    experiment(write(content | {"base": ["base.yaml", "configs/logger/wandb.yaml"]}), launcher="print", out="beside")
+    loggers = yaml.safe_load(Path("beside/seed0/fit.yaml").read_text())["trainer"]["logger"]
+    assert [one["class_path"].rpartition(".")[2] for one in loggers] == ["CSVLogger", "WandbLogger"]
+    experiment(write(content | {"base": ["base.yaml", "configs/logger/csv.yaml"]}), launcher="print", out="instead")
+    loggers = yaml.safe_load(Path("instead/seed0/fit.yaml").read_text())["trainer"]["logger"]
+    assert [one["init_args"] for one in loggers] == [{"save_dir": "instead", "name": "seed0", "version": ""}]
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
+def agents_commands(path: Path) -> list[list[str]]:
+    """What an agent runs for each combination, put together by W&B's own code."""
+    sweep = yaml.safe_load(path.read_text())
+    assert sweep["method"] == "grid"
+    names = list(sweep["parameters"])
+    commands = []
+    for values in itertools.product(*(sweep["parameters"][name]["values"] for name in names)):
+        chosen = {name: {"value": value} for name, value in zip(names, values, strict=True)}
+        known = sweep_utils.create_sweep_command_args({"args": chosen})
+        known |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
+        parts = [known[part[2:-1]] if part.startswith("${") else [part] for part in sweep["command"]]
+        commands.append([text for part in parts for text in part])
+    return commands
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_a_sweep_is_the_same_cells(product: bool, student_folder: Path, check: FitCheck) -> None:
+    content = small(
+        student_folder, set={"trainer.max_steps": 3, "data.batching": "by_length", "trainer.callbacks": None},
+        grid={"method": ["standard", "step_by_step"], "train_fraction": [0.5, 1.0], "seed": [0, 7]},
+    )  # fmt: skip
+    if not product:
+        content["when"] = [{"if": {"method": "step_by_step"}, "set": {"rationale_weight": 2.0}}]
+    experiment(write(content), launcher="print")
+    commands = agents_commands(Path("cells/sweep.yaml"))
+    assert all(command[:5] == ["/usr/bin/env", "python", "-m", "lit_distill", "fit"] for command in commands)
+    parser = check._parser("fit")
+    swept = [parser.parse_args(command[5:]) for command in commands]
+    cells = [check.parsed(yaml.safe_load(path.read_text())) for path in Path("cells").glob("*/fit.yaml")]
+    assert len(cells) == 8
+
+    def told(config: Any) -> str:  # noqa: ANN401 - jsonargparse's
+        plain = without_own(check.plain(config))
+        # what settles itself when fit begins
+        return repr({key: value for key, value in plain.items() if key not in ("weights_only", "config")})
+
+    assert sorted(map(told, swept)) == sorted(map(told, cells))
+    for config in swept:
+        loggers = config["trainer"]["logger"]
+        last = loggers[-1] if isinstance(loggers, list) else loggers
+        assert last["class_path"].endswith("WandbLogger")
+        assert last["init_args"]["project"] == "lit_distill"
+        # by its own files a cell's run lies in its folder
+        assert (config["checkpoint"]["dirpath"] is None) == product
+    comment = Path("cells/sweep.yaml").read_text().splitlines()[0]
+    assert comment.startswith("# wandb sweep cells/sweep.yaml; then")
