@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lit_distill.cli import main
+from lit_distill.commands.experiment import experiment
 from lit_distill.commands.parser import Parser
 from lit_distill.commands.train import DistillCLI
 from tests.students import make_student_folder
@@ -45,6 +46,19 @@ def test_the_two_lines() -> None:
     assert section("Tests") == ['pip install -c constraints.txt -e ".[test]" && pytest']
 
 
+def yaml_block(word: str) -> str:
+    (block,) = [block for language, block in BLOCKS if language == "yaml" and word in block]
+    return block
+
+
+def test_the_grid_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "grid.yaml").write_text(yaml_block("grid:"))
+    monkeypatch.chdir(tmp_path)
+    summary = experiment("grid.yaml", dry_run=True)
+    assert len(summary["cells"]) == 3 * 3 * 4
+
+
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 18
     assert sum(command.startswith("annotate ") for command in COMMANDS) >= 6
@@ -52,7 +66,7 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*args: Any) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
         raise Parsed
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -63,6 +77,9 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(DistillCLI, "_parse_ckpt_path", lambda self: None)
     monkeypatch.setattr(DistillCLI, "instantiate_classes", stop)
     monkeypatch.setattr("lit_distill.commands.inspect_cli.InspectCLI.instantiate_classes", stop)
+    # the grid is checked, nothing is run
+    monkeypatch.setattr("lit_distill.commands.experiment.look", stop)
+    monkeypatch.setattr("lit_distill.commands.compare.find_runs", stop)
     # `annotate` parses, builds and asks
     monkeypatch.setattr(Parser, "instantiate_classes", stop)
     arguments = shlex.split(command)
@@ -101,8 +118,11 @@ def test_own_teacher_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refusing.chmod(0o755)
     toy = "annotate --data ToyDataModule --data.train_size 2 --out said --concurrency 1"
     toy += " --teacher readme_teachers.ProgramTeacher"
-    for script in (program, refusing):
-        main([*shlex.split(toy), "--teacher.model", str(script), "--teacher.layout", "completion"])
+    asked = "--teacher.layout completion"
+    main([*shlex.split(toy), "--teacher.model", str(program), *shlex.split(asked)])
+    # nothing was answered
+    with pytest.raises(SystemExit):
+        main([*shlex.split(toy), "--teacher.model", str(refusing), *shlex.split(asked)])
     rows = [json.loads(line) for line in (tmp_path / "said" / "rationales.jsonl").read_text().splitlines()]
     words = len((tmp_path / "prompt.txt").read_text().split())
     said = {(row["id"], row["teacher"]): (row["label"], row["error"]) for row in rows}
@@ -116,7 +136,7 @@ def test_own_teacher_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_own_data_block_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = [block for language, block in BLOCKS if language == "yaml"]
+    block = yaml_block("label_set")
     (tmp_path / "data.yaml").write_text(block)
     rows = ['{"title": "a", "body": "b", "sentiment": "positive", "why": "because"}'] * 12
     for split in ("train", "test"):

@@ -75,7 +75,8 @@ def record_run(
         fingerprints=_fingerprints(data),
         config=_saved_config(folder),
         data=data.describe(),
-        command=list(sys.orig_argv),
+        # without the interpreter's own place
+        command=[Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
         versions={"lit_distill": __version__, "python": platform.python_version(), **_versions()},
         git=_git(),
         machine=_machine(),
