@@ -55,7 +55,8 @@ class RunRecord:
     teacher_accuracy: float | None = None
     """The accuracy of the teacher's labels on test, where there are some."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Split -> hash of its rows' ids, inputs and gold labels, in order."""
+    """Split -> hash of its rows in order: of train, those that were trained on, with labels and rationales; of val and
+    test ids, inputs and gold labels, of test only the rows that were tested."""
     config: dict[str, Any] = field(default_factory=dict)
     """The whole config, as ``fit`` took it."""
     data: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from lit_distill.answers import Split
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.evaluation import answer_row
+from lit_distill.modules.evaluation import Evaluation, answer_row
 from lit_distill.rationales import Example, fingerprint
 from lit_distill.records import RunRecord, write_predictions_file, write_record
 
@@ -72,7 +72,7 @@ def record_run(
         rationales=data.rationale_pairing if any("rationale" in task for task in data.tasks) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=_teacher_accuracy(data),
-        fingerprints=_fingerprints(data),
+        fingerprints=_fingerprints(data, evaluation if tested else None),
         config=_saved_config(folder),
         data=data.describe(),
         # without the interpreter's own place
@@ -104,7 +104,7 @@ def _teacher_accuracy(data: RationaleDataModule) -> float | None:
     return counts["teacher_correct"] / answered if answered else None
 
 
-def _fingerprints(data: RationaleDataModule) -> dict[str, str]:
+def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[str, str]:
     found: dict[str, str] = {}
     splits: tuple[Split, ...] = ("train", "val", "test")
     for split in splits:
@@ -113,6 +113,9 @@ def _fingerprints(data: RationaleDataModule) -> dict[str, str]:
         used = data.used_rows(split)
         # what was trained on, rationales included; what was evaluated on, with gold labels
         rows: list[Example] = list(used.examples)
+        if split == "test" and tested is not None:
+            # those that the student was asked, of which a limited run leaves some out
+            rows = [rows[answer.index] for answer in tested.answers]
         found[split] = fingerprint(rows, rationales=split == "train")
     return found
 

@@ -85,6 +85,13 @@ def test_fingerprints_tell_data_apart(student_folder: Path) -> None:
         assert (changed["val"], changed["test"]) == (plain["val"], plain["test"])
 
 
+def test_a_test_of_fewer_rows_is_another_test(student_folder: Path) -> None:
+    plain = fingerprints(student_folder)
+    limited = fingerprints(student_folder, "--trainer.limit_test_batches=1", "--data.eval_batch_size=2")
+    assert limited["test"] != plain["test"]
+    assert (limited["train"], limited["val"]) == (plain["train"], plain["val"])
+
+
 def test_the_repository_s_state(student_folder: Path, here: Path) -> None:
     run("fit", small_toy(student_folder, steps=1))
     assert read_record(run_folders()[0]).git == {}
