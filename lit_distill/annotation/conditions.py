@@ -22,7 +22,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 _PART = re.compile(r"(?:(?P<no>not)\s+)?(?P<name>[A-Za-z_]\w*)(?:\s*(?P<sign>==|!=|>=|<=|>|<)\s*(?P<value>.+))?")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
-_AND = re.compile(r"""\s+and\s+(?=(?:[^'"]|'[^']*'|"[^"]*")*\Z)""")
+_TOKEN = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")|(?P<and>\s+and\s+)|.""", re.DOTALL)
+"""What is quoted stays whole; a quote behind a letter, as in `it's`, is part of a word."""
 _FORM = "a condition is a column, 'not' and a column, or a column, one of == != >= <= > < and a value, joined by 'and'"
 
 
@@ -53,7 +54,13 @@ def condition(text: str) -> Condition:
 
 
 def _parts(text: str) -> list[str]:
-    return _AND.split(text.strip()) if _AND.search(text) else re.split(r"\s+and\s+", text.strip())
+    parts = [""]
+    for token in _TOKEN.finditer(text.strip()):
+        if token["and"]:
+            parts.append("")
+        else:
+            parts[-1] += token[0]
+    return parts
 
 
 def _match(part: str) -> re.Match[str]:
@@ -85,6 +92,8 @@ def _test(found: re.Match[str]) -> Condition:
         # a label such as `yes` or `1` is a text in its column, whatever it is in YAML
         other = found["value"].strip().strip("'\"") if isinstance(held, str) else value
         try:
+            if isinstance(held, int | float) and isinstance(other, str):
+                raise TypeError  # a misspelt `true` would be unlike all
             return held is not None and compare(held, other)
         except TypeError:
             raise UserError(

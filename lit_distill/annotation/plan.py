@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_distill.annotation.demonstrations import Choose
 from lit_distill.annotation.prompts import Fields, PromptTemplate, write_prompt
-from lit_distill.annotation.record import Annotation, answer_schema, digest
+from lit_distill.annotation.record import Annotation, answer_schema, digest, input_hash
 from lit_distill.questions import Layout, Message, Prompt, Question, Sampling
 from lit_distill.rationales import Example
 
@@ -77,8 +77,13 @@ class Plan:
         stop = self.template.stop if self.layout == "completion" else ()
         schema = answer_schema(self.closed(example)) if self.structured else None
         written = prompt if isinstance(prompt, str) else [[turn.role, turn.content] for turn in prompt]
+        row = input_hash(example)
+        # choices are part of a row even where its prompt shows none
+        choices = [list(example.choices)] if example.choices else []
         # one hash of what all samples share, then a short one a sample
-        shared = digest(split, example.id, example.input, written, self.teacher, self.settings, stop, schema, length=32)
+        shared = digest(
+            split, example.id, example.input, written, self.teacher, self.settings, stop, schema, *choices, length=32
+        )
         keys: list[str] = []
 
         def ask(sample: int) -> list[tuple[Annotation, Question]]:
@@ -93,7 +98,7 @@ class Plan:
                 structured=self.structured,
                 prompt=self.prompt_hash,
                 settings=self.settings_hash,
-                input=digest(example.input),
+                input=row,
                 key=keys[-1],
             )
             sampling = replace(self.sampling, seed=self.sampling.seed + sample)

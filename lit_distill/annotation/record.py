@@ -63,7 +63,7 @@ class Annotation:
     settings: str | None = None
     """Hash of the teacher's and the sampling's settings."""
     input: str | None = None
-    """Hash of the row's input: an answer belongs to no other."""
+    """`input_hash` of the row: an answer belongs to no other."""
     key: str | None = None
     """Hash of all that was asked; the same question is never asked twice."""
 
@@ -87,6 +87,14 @@ def digest(*parts: Any, length: int = 12) -> str:
     """A hash of plain values in hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def input_hash(example: Example) -> str:
+    """Hash of what a row asks: its input, and its choices where it has any.
+
+    Under one id there may be another input later, or in another dataset: a row is its split, its id and this.
+    """
+    return digest(example.input, *([list(example.choices)] if example.choices else []))
 
 
 def to_line(annotation: Annotation, others: Mapping[str, Any] | None = None) -> bytes:
@@ -159,6 +167,11 @@ def read_text(
         leaks=leaks(rationale, label),
         length=len(rationale.split()),
     )
+
+
+def unread(annotation: Annotation) -> Annotation:
+    """A sample whose text could not be read for a fault in the reader: what follows from the text is not known."""
+    return replace(annotation, parsed=None, rationale=None, label=None, agrees=None, leaks=None, length=None)
 
 
 def parse_structured(text: str) -> tuple[str, str] | None:

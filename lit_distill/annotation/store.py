@@ -5,6 +5,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -33,6 +34,9 @@ _SYNC_SECONDS = 5.0
 _CHUNK = 10_000
 """Rows that are in memory at a time where all are gone through."""
 
+_STRANGERS = 1 << 62
+"""Places from here on are of rows that a job does not know."""
+
 _TYPES = {
     str: pa.string(),
     int: pa.int64(),
@@ -54,13 +58,19 @@ class AnnotationStore:
         folder: made if it is absent.
         see: is shown each sample, those in the file first, then each that is appended.
         ask_failed: questions without an answer are to be asked again.
+        read: the columns that follow from a sample's text, read again: a gold label may have changed since.
 
     Raises:
         UserError: another process has it, or its file is damaged elsewhere than at its end.
     """
 
     def __init__(
-        self, folder: str | Path, see: Callable[[Annotation], None] | None = None, *, ask_failed: bool = False
+        self,
+        folder: str | Path,
+        see: Callable[[Annotation], None] | None = None,
+        *,
+        ask_failed: bool = False,
+        read: Callable[[Annotation], Annotation] = lambda annotation: annotation,
     ) -> None:
         self.folder = Path(folder)
         self._see, self._ask_failed = see, ask_failed
@@ -87,7 +97,7 @@ class AnnotationStore:
         try:
             self._repair()
             for annotation in self:
-                self._note(annotation)
+                self._note(read(annotation))
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             self._lock.release()
@@ -133,31 +143,34 @@ class AnnotationStore:
         self._note(annotation)
 
     def finish(
-        self, read: Callable[[Annotation], Annotation], order: Mapping[tuple[str, str], int], agree: Agree
+        self, read: Callable[[Annotation], Annotation], place: Callable[[Annotation], int | None], agree: Agree
     ) -> None:
         """Write the file anew: in order, each question once, with the columns that need all samples of a row.
 
         Args:
             read: the columns that follow from a sample's text, read again.
-            order: ``(split, id)`` -> place among the rows; those that it lacks come after them, as they came.
+            place: where a sample's row stands among the rows; ``None`` for samples of no row, or of another input
+                than their row has now, which come after them, as they came.
             agree: which labels are one answer.
+
+        Raises:
+            UserError: it cannot be written; the file is as it was.
         """
-        strangers: dict[tuple[str, str], int] = {}
+        strangers: dict[tuple[str | None, str, str | None], int] = {}
         groups: dict[tuple[Any, ...], int] = {}
         # four numbers a sample: all that is held of it
         entries = array("q")
-        half = self.folder / f".{FILE}.half"
-        with self.path.open("rb") as file, half.open("wb") as out:
+        with self._anew(FILE) as half, self.path.open("rb") as file, half.open("wb") as out:
             offset = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     found = _from_line(line, self.path, number)
-                    name = (found.split or "", found.id)
-                    place = order.get(name)
-                    if place is None:
-                        place = strangers.setdefault(name, len(order) + len(strangers))
+                    at = place(found)
+                    if at is None:
+                        name = (found.split, found.id, found.input)
+                        at = strangers.setdefault(name, _STRANGERS + len(strangers))
                     group = groups.setdefault((found.teacher, found.prompt, found.settings), len(groups))
-                    entries.extend((place, group, found.sample, offset))
+                    entries.extend((at, group, found.sample, offset))
                 offset += len(line)
             table = np.array(entries, dtype=np.int64).reshape(-1, 4)
             ordered = table[np.lexsort(table.T[::-1])]
@@ -173,7 +186,6 @@ class AnnotationStore:
                     out.write(to_line(_with_votes(one, votes, agree), others))
             out.flush()
             os.fsync(out.fileno())
-        half.replace(self.path)
         os.close(self._file)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND, 0o644)
 
@@ -182,18 +194,41 @@ class AnnotationStore:
         return read_metadata(self.folder)
 
     def write_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Replace it."""
-        half = self.folder / f".{METADATA}.half"
-        half.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        half.replace(self.folder / METADATA)
+        """Replace it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self._anew(METADATA) as half:
+            half.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def close(self) -> None:
         """Let another process have it."""
-        if self._file >= 0:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
-        self._lock.release()
+        try:
+            if self._file >= 0:
+                file, self._file = self._file, -1
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _anew(self, name: str) -> Iterator[Path]:
+        """A file to write, which takes another's place when the block ends well and is gone when it does not."""
+        # what a link leads to is replaced, not the link
+        path = Path(os.path.realpath(self.folder / name))
+        half = path.with_name(f".{path.name}.half")
+        try:
+            try:
+                yield half
+                half.replace(path)
+            except BaseException:
+                half.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise UserError(f"out: {self.folder / name} cannot be written ({error.strerror or error})") from error
 
     def _note(self, annotation: Annotation) -> None:
         self.tokens += (annotation.input_tokens or 0) + (annotation.output_tokens or 0)
@@ -233,14 +268,17 @@ class AnnotationStore:
                 file.write(b"\n")
 
     def write_parquet(self) -> None:
-        """Write all samples as Parquet too, with the metadata in the file's own."""
-        half = self.folder / f".{PARQUET}.half"
+        """Write all samples as Parquet too, with the metadata in the file's own; it has the known columns alone.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         told = json.dumps(self.read_metadata(), ensure_ascii=False)
-        with pq.ParquetWriter(half, _SCHEMA.with_metadata({"lit_distill": told})) as writer:
+        schema = _SCHEMA.with_metadata({"lit_distill": told})
+        with self._anew(PARQUET) as half, pq.ParquetWriter(half, schema) as writer:
             rows = iter(self)
             while chunk := list(islice(rows, _CHUNK)):
                 writer.write_table(pa.Table.from_pylist([_whole(asdict(row)) for row in chunk], schema=_SCHEMA))
-        half.replace(self.folder / PARQUET)
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +303,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / METADATA} cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{folder / METADATA} cannot be read (not an object but {type(found).__name__})")
+    jobs = found.get("jobs", [])
+    if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
+        raise UserError(f"{folder / METADATA} cannot be read (jobs must be a list of objects)")
     return found
 
 

@@ -1,11 +1,16 @@
 """``annotate``: ask a teacher for a rationale and a label of every row, and keep all that it says."""
 
+import math
 import os
 import platform
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +25,7 @@ from lit_distill import __version__, checks
 from lit_distill.annotation.demonstrations import fixed, nearest
 from lit_distill.annotation.plan import Plan, shown
 from lit_distill.annotation.prompts import check_template, load_demonstrations, load_prompt, written_answer
-from lit_distill.annotation.record import Annotation, read_text
+from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
 from lit_distill.annotation.store import FILE, AnnotationStore
 from lit_distill.answers import Split
 from lit_distill.commands.annotation_progress import Tally, progress
@@ -28,7 +33,7 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.questions import Question, Reply, Sampling
 from lit_distill.rationales import Example
-from lit_distill.teachers.asking import Asking, Budget
+from lit_distill.teachers.asking import Asking, Budget, Interrupts
 from lit_distill.teachers.base import Teacher, TeacherError
 
 SHOWN = 2
@@ -64,7 +69,13 @@ def annotate(
 ) -> dict[str, Any]:
     """Ask a teacher about a split's whole file, before val is taken off.
 
-    What is in ``out`` already is not asked again, whatever ended the job that wrote it.
+    What is in ``out`` already is not asked again, whatever ended the job that wrote it. Answers belong to a row's
+    input: those to an input that it had earlier stay in ``out``, and are neither judged nor counted.
+
+    The first Ctrl-C (or SIGTERM) waits for the answers under way, a second one does not; both keep what was answered.
+    The command ends with code 0 where everything is settled or a budget ended it, with 1 where there is no answer at
+    all, or questions are left for another start because the teacher was busy, with 2 after an error that it tells in
+    one line, and with 130 after an interruption.
 
     Args:
         datamodule: the data.
@@ -86,7 +97,8 @@ def annotate(
         structured: have answers follow a JSON schema, where the teacher can.
         concurrency: questions under way at a time; if not given, what suits the teacher.
         limit: ask about the first rows only, so many.
-        max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included.
+        max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included; where a teacher
+            does not count them, an estimate counts (four characters are one).
         max_cost: likewise in US dollars; needs the teacher's prices.
         retry_errors: ask again what could not be answered.
         dry_run: show the first prompts in full and estimate tokens and cost; ask nothing, write nothing.
@@ -98,6 +110,19 @@ def annotate(
     Raises:
         UserError: an argument is wrong, or the teacher cannot be had.
     """
+    for name, path in (("out", out), ("prompt", prompt), ("demonstrations", demonstrations)):
+        if path is not None and not isinstance(path, Path):
+            checks.check_text(name, path)
+    if wandb_project is not None:
+        checks.check_text("wandb_project", wandb_project)
+    for name, switch in (
+        ("nearest_demonstrations", nearest_demonstrations),
+        ("structured", structured),
+        ("retry_errors", retry_errors),
+        ("dry_run", dry_run),
+    ):
+        checks.check_bool(name, switch)
+    checks.check_choice("split", split, ("train", "val", "test", "predict"))
     checks.check_int("num_samples", num_samples, 1)
     checks.check_range("temperature", temperature, at_least=0)
     if temperature is None:
@@ -115,8 +140,8 @@ def annotate(
     checks.check_range("max_cost", max_cost, above=0)
     if max_cost is not None and teacher.cost(1, 1) is None:
         raise UserError("max_cost needs teacher.input_price and teacher.output_price (US dollars a million tokens)")
-    if structured and not teacher.follows_schema:
-        raise UserError(f"structured: {type(teacher).__name__} cannot be held to a JSON schema")
+    if structured:
+        teacher.check_schema()
     plan = _plan(
         datamodule,
         teacher,
@@ -212,6 +237,10 @@ def _rows(datamodule: RationaleDataModule, split: Split) -> list[Example]:
     return rows
 
 
+_Asked = tuple[Annotation, Question]
+"""A question, and what its answer goes into."""
+
+
 @dataclass
 class _Job:
     """One run of the command."""
@@ -221,6 +250,9 @@ class _Job:
     plan: Plan
     split: Split
     rows: list[Example]
+    faults: dict[tuple[str, int], str] = field(default_factory=dict)
+    """What a user's own reading of an answer raised, by the row's id and the sample."""
+    _estimates: bool = False
 
     def run(
         self,
@@ -231,72 +263,165 @@ class _Job:
         max_cost: float | None,
         retry_errors: bool,
     ) -> dict[str, Any]:
-        places = {example.id: position for position, example in enumerate(self.rows)}
-        parse, agree = self.datamodule.parse_teacher, self.datamodule.teacher_agrees
-
-        def read(annotation: Annotation) -> Annotation:
-            place = places.get(annotation.id) if annotation.split == self.split else None
-            return annotation if place is None else read_text(annotation, self.rows[place], parse, agree)
-
         started = _now()
-        tally = Tally(lambda annotation: self.asked(annotation, places))
-        with AnnotationStore(folder, tally.add, ask_failed=retry_errors) as store:
+        tally = Tally(self.asked)
+        limited = max_tokens is not None or max_cost is not None
+        budget = Budget(max_tokens, max_cost)
+
+        opened = False
+
+        def see(annotation: Annotation) -> None:
+            tally.add(annotation)
+            if limited and not opened:
+                budget.use(*self._used(annotation))
+
+        with AnnotationStore(folder, see, ask_failed=retry_errors, read=self.read) as store:
+            opened = True
             if store.torn:
-                Console(stderr=True).print(f"{store.path}: a torn last line ({store.torn} bytes) was taken off")
+                _tell(f"{store.path}: a torn last line ({store.torn} bytes) was taken off")
+            if tally.answers:
+                self.teacher.has_answered = True
             _keep_prompt(self.plan, folder)
             self._note_job(store, started, None)
-            budget = Budget(max_tokens, max_cost, store.tokens, store.cost)
+            failed: set[bytes] = set()
 
-            def tell(annotation: Annotation, said: Reply | TeacherError) -> None:
+            def tell(asked: _Asked, said: Reply | TeacherError) -> None:
+                annotation, question = asked
                 if isinstance(said, TeacherError):
                     done = replace(annotation, error=" ".join(str(said).split()) or type(said).__name__)
+                    failed.add(bytes.fromhex(annotation.key or ""))
                 else:
-                    done = read(self._answered(annotation, said))
-                    budget.add((done.input_tokens or 0) + (done.output_tokens or 0), done.cost or 0.0)
+                    # an answer is kept whatever the user's own reading of it does
+                    done = self.read(self._answered(annotation, said))
+                    if limited:
+                        budget.add(*self._used(done, question))
                 store.append(done)
 
             asking = Asking(self.teacher, concurrency, tell, budget)
             tally.begin(len(self.rows) * self.plan.num_samples)
-            try:
-                with progress(tally, self.teacher.name):
-                    asking.run(self._questions(store))
-            finally:
-                # what was paid for is put in order, however it ended
-                store.finish(read, {(self.split, name): place for name, place in places.items()}, agree)
+
+            def finish() -> None:
+                store.finish(self.read, self.place, self.agree)
                 self._note_job(store, started, asking.stopped)
                 store.write_parquet()
-            summary = self._summary(store, places, agree) | {
-                "not asked yet": max(0, tally.total - tally.done),
+
+            with Interrupts() as interrupts:
+                try:
+                    with progress(tally, self.teacher.name):
+                        asking.run(self._questions(store), interrupts)
+                except BaseException:
+                    # what was paid for is put in order if it can be; why the job ended is what is told
+                    with suppress(UserError):
+                        finish()
+                    raise
+                finish()
+                unsettled = 0
+                if asking.stopped is not None or asking.busy:
+                    unsettled = sum(1 for _ in self._unsettled(store, failed))
+            summary = self._summary(store) | {
+                "rows not finished": unsettled,
                 "not answered now": asking.busy,
+                "could not be read": len(self.faults) or None,
                 "stopped": asking.stopped,
                 "seconds": round(tally.seconds, 1),
             }
+        if self.faults:
+            (name, _), fault = next(iter(self.faults.items()))
+            _tell(
+                f"{type(self.datamodule).__name__} could not read {len(self.faults)} answers, the first of row {name!r}"
+                f" ({fault}); they are kept, and read again at the next start"
+            )
         return summary | {"file": str(folder / FILE)}
 
-    def asked(self, annotation: Annotation, places: dict[str, int]) -> bool:
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {example.id: position for position, example in enumerate(self.rows)}
+
+    @cached_property
+    def _hashes(self) -> list[str]:
+        return [input_hash(example) for example in self.rows]
+
+    def place(self, annotation: Annotation) -> int | None:
+        """Where a sample's row stands among the rows; ``None`` where it is of no row, or of another input of one."""
+        found = self._places.get(annotation.id) if annotation.split == self.split else None
+        return found if found is not None and annotation.input in (None, self._hashes[found]) else None
+
+    def read(self, annotation: Annotation) -> Annotation:
+        """The columns that follow from a sample's text; not known where the user's own reading of it raises."""
+        place = self.place(annotation)
+        if place is None:
+            return annotation
+        try:
+            return read_text(
+                annotation, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees
+            )
+        except Exception as error:  # noqa: BLE001 - of a user's own code, whose fault loses no answer
+            self._note_fault(annotation, error)
+            return unread(annotation)
+
+    def agree(self, label: str, other: str) -> bool:
+        """Whether two labels are one answer, as far as the user's own comparison can tell."""
+        try:
+            return self.datamodule.teacher_agrees(label, other)
+        except Exception:  # noqa: BLE001 - likewise
+            return False
+
+    def _note_fault(self, annotation: Annotation, error: Exception) -> None:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        self.faults.setdefault((annotation.id, annotation.sample), f"{said}, in {where}")
+
+    def asked(self, annotation: Annotation) -> bool:
         """Whether a sample is one of this job's, by whichever run of it."""
         return (
-            annotation.split == self.split
-            and annotation.prompt == self.plan.prompt_hash
+            annotation.prompt == self.plan.prompt_hash
             and annotation.settings == self.plan.settings_hash
             and annotation.teacher == self.plan.teacher
-            and annotation.id in places
+            and self.place(annotation) is not None
         )
 
-    def _questions(self, store: AnnotationStore) -> Iterator[Iterator[list[tuple[Annotation, Question]]]]:
+    def _questions(self, store: AnnotationStore) -> Iterator[Iterator[list[tuple[_Asked, Question]]]]:
         for example in self.rows:
-            yield self.plan.questions(example, self.split, store.settled, store.agreeing)
+            rounds = self.plan.questions(example, self.split, store.settled, store.agreeing)
+            yield ([((annotation, question), question) for annotation, question in asked] for asked in rounds)
+
+    def _unsettled(self, store: AnnotationStore, failed: set[bytes]) -> Iterator[Example]:
+        """The rows that another start has something to ask about."""
+        settled = store.settled | failed
+        for example in self.rows:
+            if next(self.plan.questions(example, self.split, settled, store.agreeing), None) is not None:
+                yield example
+
+    def _used(self, annotation: Annotation, question: Question | None = None) -> tuple[int, float]:
+        """Tokens and US dollars of an answer, for the budget; estimated where the teacher does not count."""
+        read, written = annotation.input_tokens, annotation.output_tokens
+        if annotation.text is None or (read is not None and written is not None):
+            return (read or 0) + (written or 0), annotation.cost or 0.0
+        if read is None:
+            place = None if question else self.place(annotation)
+            prompt = question.prompt if question else None if place is None else self.plan.prompt(self.rows[place])
+            read = 0 if prompt is None else self.teacher.count_tokens(prompt)
+        if written is None:
+            written = len(annotation.text) // 4 + 1
+        if not self._estimates:
+            self._estimates = True
+            _tell(
+                f"{self.teacher.name} does not say how many tokens it used: max_tokens and max_cost count an estimate"
+            )
+        return read + written, self.teacher.cost(read, written) or 0.0
 
     def _answered(self, annotation: Annotation, reply: Reply) -> Annotation:
-        counted = reply.input_tokens is not None or reply.output_tokens is not None
+        read, written = _countable(reply.input_tokens), _countable(reply.output_tokens)
+        counted = read is not None or written is not None
         return replace(
             annotation,
             text=reply.text,
             finish=reply.finish,
-            input_tokens=reply.input_tokens,
-            output_tokens=reply.output_tokens,
-            logprob=reply.logprob,
-            cost=self.teacher.cost(reply.input_tokens or 0, reply.output_tokens or 0) if counted else None,
+            input_tokens=read,
+            output_tokens=written,
+            logprob=reply.logprob if reply.logprob is not None and math.isfinite(reply.logprob) else None,
+            cost=self.teacher.cost(read or 0, written or 0) if counted else None,
         )
 
     def _note_job(self, store: AnnotationStore, started: str, stopped: str | None) -> None:
@@ -321,17 +446,15 @@ class _Job:
             "stopped": stopped,
             "versions": {"lit_distill": __version__, "python": platform.python_version(), **_versions()},
         }
-        jobs = [one for one in metadata["jobs"] if one["started"] != started]
+        jobs = [one for one in metadata.get("jobs", []) if one.get("started") != started]
         store.write_metadata(metadata | {"jobs": [*jobs, job]})
 
-    def _summary(
-        self, store: AnnotationStore, places: dict[str, int], agree: Callable[[str, str], bool]
-    ) -> dict[str, Any]:
+    def _summary(self, store: AnnotationStore) -> dict[str, Any]:
         counts: Counter[str] = Counter()
         answered_rows: set[str] = set()
         tokens, cost, priced = [0, 0], 0.0, False
         for annotation in store:
-            if not self.asked(annotation, places):
+            if not self.asked(annotation):
                 continue
             tokens[0] += annotation.input_tokens or 0
             tokens[1] += annotation.output_tokens or 0
@@ -348,10 +471,10 @@ class _Job:
             if annotation.agrees is not None:
                 counts["judged"] += 1
                 counts["agree"] += annotation.agrees
-                gold = self.rows[places[annotation.id]].label
+                gold = self.rows[self._places[annotation.id]].label
                 if new and gold is not None:
                     counts["voted"] += 1
-                    counts["vote_agree"] += annotation.majority_label is not None and agree(
+                    counts["vote_agree"] += annotation.majority_label is not None and self.agree(
                         annotation.majority_label, gold
                     )
         return {
@@ -374,7 +497,10 @@ class _Job:
 
 def _estimate(plan: Plan, teacher: Teacher, rows: list[Example]) -> dict[str, Any]:
     step = max(1, len(rows) // _ESTIMATED_FROM)
-    measured = [teacher.count_tokens(plan.prompt(example)) for example in rows[::step]]
+    try:
+        measured = [teacher.count_tokens(plan.prompt(example)) for example in rows[::step]]
+    except TeacherError as error:
+        raise UserError(f"teacher: {error}") from error
     answers = [
         teacher.count_tokens(written_answer(plan.template, plan.fields, one)) for one in plan.template.demonstrations
     ]
@@ -403,12 +529,13 @@ def _show_prompts(plan: Plan, rows: list[Example]) -> None:
 
 
 def _show(title: str, summary: dict[str, Any]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False)
+    # as texts, so that no name is taken for markup
+    table = Table(title=Text(title, style="table.title"), title_justify="left", show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     for name, value in summary.items():
         if value is not None:
-            table.add_row(name, _cell(name, value))
+            table.add_row(name, Text(_cell(name, value)))
     Console().print(table)
 
 
@@ -418,6 +545,15 @@ def _cell(name: str, value: Any) -> str:  # noqa: ANN401 - plain values
     if isinstance(value, float) and name != "seconds":
         return f"{100 * value:.1f} %"
     return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _countable(tokens: int | None) -> int | None:
+    """A number of tokens that a column can hold."""
+    return tokens if tokens is not None and 0 <= tokens < 1 << 63 else None
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -437,7 +573,6 @@ def _keep_prompt(plan: Plan, folder: Path) -> None:
     path = folder / "prompts" / f"{plan.prompt_hash}.yaml"
     if path.exists():
         return
-    path.parent.mkdir(exist_ok=True)
     content = {"version": 1, **asdict(plan.template)}
     content["stop"] = list(plan.template.stop)
     content["demonstrations"] = [
@@ -446,8 +581,12 @@ def _keep_prompt(plan: Plan, folder: Path) -> None:
         for one in plan.template.demonstrations
     ]
     half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110), encoding="utf-8")
-    half.replace(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        half.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110), encoding="utf-8")
+        half.replace(path)
+    except OSError as error:
+        raise UserError(f"out: {path} cannot be written ({error.strerror})") from error
 
 
 def _log_to_wandb(project: str, job: _Job, summary: dict[str, Any]) -> None:

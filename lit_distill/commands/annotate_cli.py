@@ -5,7 +5,7 @@ from typing import Any
 from lit_distill.commands.annotate import annotate
 from lit_distill.commands.parser import Parser, Raised
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.messages import COMMANDS
+from lit_distill.messages import COMMANDS, without_keys
 from lit_distill.teachers.base import Teacher
 
 SWITCHES = ("nearest_demonstrations", "structured", "retry_errors", "dry_run")
@@ -13,6 +13,17 @@ SWITCHES = ("nearest_demonstrations", "structured", "retry_errors", "dry_run")
 
 INTERRUPTED = 130
 """The exit code of a job that Ctrl-C ended, as shells have it."""
+
+UNANSWERED = 1
+"""The exit code of a job that has no answer at all, or that a busy teacher left with questions for another start."""
+
+
+class _Parser(Parser):
+    """Keeps a teacher's key out of what is printed."""
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """As the base class's, but without the key; for ``--print_config``."""
+        return without_keys(super().dump(*args, **kwargs), "null")
 
 
 def run_annotate(args: list[str]) -> dict[str, Any]:
@@ -23,9 +34,10 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
 
     Raises:
         UserError: an argument is wrong, or the teacher cannot be had.
-        SystemExit: with code 130 after Ctrl-C, once what was under way is kept.
+        SystemExit: with code 130 after Ctrl-C, once what was under way is kept; with 1 where there is no answer at all,
+            or questions are left because the teacher was busy.
     """
-    parser = Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
+    parser = _Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
     # as Lightning's own commands have it
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     parser.add_subclass_arguments(RationaleDataModule, "data", required=True)
@@ -46,4 +58,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
     summary = annotate(datamodule, teacher, **arguments)
     if summary.get("stopped") == "interrupted":
         raise SystemExit(INTERRUPTED)
+    unanswered = summary.get("answers") == 0 and summary["stopped"] is None
+    if unanswered or summary.get("not answered now"):
+        raise SystemExit(UNANSWERED)
     return summary

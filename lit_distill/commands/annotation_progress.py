@@ -94,7 +94,7 @@ def progress(tally: Tally, name: str) -> Iterator[None]:
             thread.join()
         return
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         _Counts(tally),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_distill.annotation.conditions import columns_of, is_condition
-from lit_distill.annotation.record import COLUMNS, Agree, Annotation, digest, same_answer, vote
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, same_answer, vote
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
@@ -72,7 +72,7 @@ def join_annotations(examples: Sequence[Example], path: Path, split: str, agree:
             counts["strange"] += annotation.split is not None or split == "train"
             continue
         counts["joined"] += 1
-        if annotation.input is not None and annotation.input != digest(examples[place].input):
+        if annotation.input is not None and annotation.input != input_hash(examples[place]):
             outdated.setdefault(place, annotation.id)
             continue
         if annotation.text is None and annotation.rationale is None and annotation.label is None:

@@ -1,16 +1,19 @@
 """Ask a teacher very many questions: a bounded number at a time, within a budget, until it is told to stop."""
 
 import asyncio
+import queue
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import FrameType
-from typing import Generic, TypeVar
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, Generic, TypeVar
 
 from lit_distill.errors import UserError
 from lit_distill.questions import Question, Reply
-from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
+from lit_distill.teachers.base import DaemonThreads, Teacher, TeacherBusy, TeacherError
 
 Tag = TypeVar("Tag")
 """What a question is known by to whoever asks it."""
@@ -20,6 +23,15 @@ Rounds = Iterator[list[tuple[Tag, Question]]]
 
 GRACE_SECONDS = 10.0
 """How long questions under way may take once no other can be answered."""
+
+LEAVE_SECONDS = 1.0
+"""How long a teacher that is left at once has to close."""
+
+_LOOK_SECONDS = 0.2
+"""Between two looks at whether anything was interrupted."""
+
+_HELPERS = 32
+"""Threads at most for what a teacher hands to one (names of hosts are looked up there, too)."""
 
 _AHEAD = 8
 """Rows whose questions are written before one of those under way is answered."""
@@ -45,9 +57,13 @@ class Budget:
         self.tokens, self.cost = tokens, cost
         self._asked, self._tokens_asked, self._cost_asked = 0, 0, 0.0
 
+    def use(self, tokens: int, cost: float) -> None:
+        """Count what was used already."""
+        self.tokens, self.cost = self.tokens + tokens, self.cost + cost
+
     def add(self, tokens: int, cost: float) -> None:
         """Count an answer."""
-        self.tokens, self.cost = self.tokens + tokens, self.cost + cost
+        self.use(tokens, cost)
         self._asked += 1
         self._tokens_asked, self._cost_asked = self._tokens_asked + tokens, self._cost_asked + cost
 
@@ -61,13 +77,44 @@ class Budget:
         return None
 
 
+class Interrupts:
+    """Ctrl-C, and SIGTERM as schedulers send it, are noted for as long as the block runs, and interrupt nothing.
+
+    Only a process's first thread can be told so; in another, the block changes nothing.
+    """
+
+    def __init__(self) -> None:
+        # a handler may put into one whatever the thread was about
+        self.noted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        def note(number: int, frame: FrameType | None) -> None:
+            self.noted.put(True)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # one that is ignored, as under nohup, stays so
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+
 class Asking(Generic[Tag]):
     """A job of questions to one teacher.
 
     Args:
         teacher: who is asked; it is opened and closed here.
         concurrency: questions under way at most; few more rows than that are in memory.
-        tell: takes each answer, or why there is none for good, as soon as it is there.
+        tell: takes each answer, or why there is none for good, as soon as it is there; never once `run` has returned.
+            What a teacher refuses is told once it has answered anything, now or earlier.
         budget: counts what is used and ends the job; ``tell`` adds to it.
     """
 
@@ -81,37 +128,45 @@ class Asking(Generic[Tag]):
         self._teacher, self._concurrency, self._tell = teacher, concurrency, tell
         self._budget = budget or Budget()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Future[None] | None = None
+        self._opened = False
         self._under_way = 0
         self._busy_in_a_row = 0
-        self._answered = self._refused = 0
+        self._refused: list[tuple[Tag, TeacherError]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._given_up = False
+        self._telling = threading.Lock()
+        self._over = False
         self.stopped: str | None = None
         """Why no more is asked; ``None`` where everything was."""
         self.busy = 0
         """Questions that were not answered now, and are left for another start."""
 
     def stop(self, reason: str) -> None:
-        """Ask no more; what is under way is waited for. From any thread."""
-        if self._loop is not None and self._loop.is_running():
-            self._loop.call_soon_threadsafe(self._stop, reason)
-        else:
-            self._stop(reason)
+        """Ask no more; what is under way is waited for, a teacher that opens is not. From any thread."""
+        self._stop(reason)
+        self._call(self._cancel_opening)
 
-    def run(self, rows: Iterator[Rounds[Tag]]) -> None:
+    def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts | None = None) -> None:
         """Ask everything there is to ask.
 
-        The first Ctrl-C (or SIGTERM) waits for what is under way, a second one does not. Runs in a thread of its own,
-        so that it can be called where an event loop runs, as in a notebook.
+        The first Ctrl-C (or SIGTERM) waits for what is under way, a second one for nothing; while the teacher opens,
+        the first one does not either. Runs in a thread of its own, so that it can be called where an event loop runs,
+        as in a notebook; where a teacher does not let go of it, the thread is left behind, and tells nothing any more.
 
         Args:
             rows: each row's questions; read as they are needed.
+            interrupts: what was interrupted; its block may be longer than the asking.
 
         Raises:
             UserError: the teacher cannot answer any question.
         """
+        if interrupts is None:
+            with Interrupts() as interrupts:
+                return self.run(rows, interrupts)
         failures: list[BaseException] = []
-        ended = threading.Event()
+        noted = interrupts.noted
 
         def work() -> None:
             try:
@@ -119,30 +174,39 @@ class Asking(Generic[Tag]):
             except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
                 failures.append(error)
             finally:
-                ended.set()
+                noted.put(False)
 
         thread = threading.Thread(target=work, name="asking", daemon=True)
-        with _terminated_as_interrupted():
-            thread.start()
-            interrupted = False
-            # not `join`: interrupted, it takes the thread for ended
-            while not ended.is_set():
-                try:
-                    ended.wait(0.5)
-                except KeyboardInterrupt:
-                    if interrupted:
-                        self._give_up()
-                    self.stop("interrupted")
-                    interrupted = True
-        thread.join()
+        thread.start()
+        interrupted = False
+        deadline: float | None = None
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                # for a moment each time: a signal that the system gives to another thread wakes nobody here
+                if not noted.get(timeout=_LOOK_SECONDS):
+                    break
+            except queue.Empty:
+                continue
+            self._stop("interrupted")
+            if self._opened and not interrupted:
+                print("interrupted: what is under way is waited for, after a second interruption not", file=sys.stderr)
+            else:
+                self._call(self._give_up)
+                deadline = deadline or time.monotonic() + LEAVE_SECONDS
+            interrupted = True
+        with self._telling:
+            self._over = True
         if failures and not isinstance(failures[0], asyncio.CancelledError):
             raise failures[0]
+        return None
 
     async def _run(self, rows: Iterator[Rounds[Tag]]) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(DaemonThreads(_HELPERS))
         self._slots = asyncio.Semaphore(self._concurrency)
         try:
-            await self._teacher.open()
+            if not await self._open():
+                return
             for number, row in enumerate(rows):
                 if number % 256 == 0:
                     # rows that have nothing to ask are passed over without any wait; others go on meanwhile
@@ -159,11 +223,26 @@ class Asking(Generic[Tag]):
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             await self._wait_for_fewer_than(1)
+            if self._failure is None:
+                self._tell_refused()
         finally:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._teacher.close()
         if self._failure is not None:
             raise self._failure
+
+    async def _open(self) -> bool:
+        """Open the teacher; whether anything is to be asked then."""
+        self._opening = asyncio.ensure_future(self._teacher.open())
+        if self.stopped is not None:
+            self._opening.cancel()
+        try:
+            await self._opening
+        except asyncio.CancelledError:
+            if self.stopped is None:
+                raise
+        self._opened = True
+        return self.stopped is None
 
     async def _wait_for_fewer_than(self, rows: int) -> None:
         """Until fewer rows are under way; once no question can be answered, not much longer."""
@@ -182,32 +261,56 @@ class Asking(Generic[Tag]):
             self._fail(error)
 
     async def _one(self, tag: Tag, question: Question) -> None:
-        async with self._slots:
-            if self.stopped is None and (limit := self._budget.exhausted(self._under_way)) is not None:
-                self._stop(limit)
-            if self.stopped is not None:
-                return
-            self._under_way += 1
-            try:
-                said: Reply | TeacherError = await self._teacher.answer(question)
-            except TeacherError as error:
-                said = error
-                self._refused += 1
-            except TeacherBusy as error:
-                self.busy += 1
-                self._busy_in_a_row += 1
-                if self._busy_in_a_row >= _PATIENCE + self._concurrency:
-                    self._fail(UserError(f"teacher: {self._teacher.name} does not answer any more ({error})"))
-                return
-            finally:
-                self._under_way -= 1
-            self._busy_in_a_row = 0
-            self._tell(tag, said)
-            if isinstance(said, Reply):
-                self._answered += 1
-            elif not self._answered and self._refused >= _PATIENCE:
-                # what is wrong with all of them is not wrong with each
-                self._fail(UserError(f"teacher: the first {self._refused} questions were all refused ({said})"))
+        """Ask a question; what goes wrong for good ends the job, but not the row's other questions under way."""
+        try:
+            async with self._slots:
+                await self._ask(tag, question)
+        except asyncio.CancelledError:
+            if self._given_up or self._failure is not None:
+                raise
+            self._fail(RuntimeError(f"{type(self._teacher).__name__} cancelled a question that nobody gave up"))
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(error)
+
+    async def _ask(self, tag: Tag, question: Question) -> None:
+        if self.stopped is None and (limit := self._budget.exhausted(self._under_way)) is not None:
+            self._stop(limit)
+        if self.stopped is not None:
+            return
+        self._under_way += 1
+        try:
+            said: Reply | TeacherError = await self._teacher.answer(question)
+        except TeacherError as error:
+            said = error
+        except TeacherBusy as error:
+            self.busy += 1
+            self._busy_in_a_row += 1
+            if self._busy_in_a_row >= _PATIENCE + self._concurrency:
+                self._fail(UserError(f"teacher: {self._teacher.name} does not answer any more ({error})"))
+            return
+        finally:
+            self._under_way -= 1
+        self._busy_in_a_row = 0
+        if isinstance(said, TeacherError) and not self._teacher.has_answered:
+            # what is wrong with all of them is not wrong with each
+            self._refused.append((tag, said))
+            if len(self._refused) >= _PATIENCE:
+                refused = f"the first {len(self._refused)} questions were all refused ({said})"
+                self._fail(UserError(f"teacher: {refused}; none of them is kept as failed"))
+            return
+        if isinstance(said, Reply):
+            self._teacher.has_answered = True
+            self._tell_refused()
+        self._tell_unless_over(tag, said)
+
+    def _tell_refused(self) -> None:
+        while self._refused:
+            self._tell_unless_over(*self._refused.pop(0))
+
+    def _tell_unless_over(self, tag: Tag, said: Reply | TeacherError) -> None:
+        with self._telling:
+            if not self._over:
+                self._tell(tag, said)
 
     def _stop(self, reason: str) -> None:
         self.stopped = self.stopped or reason
@@ -216,30 +319,21 @@ class Asking(Generic[Tag]):
         self._failure = self._failure or error
         self._stop("failed")
 
+    def _call(self, function: Callable[[], None]) -> None:
+        """In the loop's thread, as long as there is one."""
+        with suppress(RuntimeError):
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function)
+
     def _give_up(self) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._cancel)
+        self._given_up = True
+        self._cancel_opening()
+        self._cancel()
+
+    def _cancel_opening(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
 
     def _cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
-
-
-def _terminated_as_interrupted() -> AbstractContextManager[None]:
-    """SIGTERM, as schedulers send it, is taken as Ctrl-C; only a process's first thread can be told so."""
-
-    @contextmanager
-    def taken() -> Iterator[None]:
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            raise KeyboardInterrupt
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    return taken()

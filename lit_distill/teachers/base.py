@@ -3,10 +3,14 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, ClassVar, TypeVar
 
 from lit_distill import checks
+from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Prompt, Question, Reply
 
 T = TypeVar("T")
@@ -37,6 +41,10 @@ class Teacher(ABC):
 
     follows_schema: ClassVar[bool] = False
     """Whether answers can be held to a JSON schema."""
+
+    has_answered: bool = False
+    """Whether it has answered anything, in this job or an earlier start of it: what it refuses then is refused for the
+    question's sake."""
 
     def __init__(
         self,
@@ -69,6 +77,15 @@ class Teacher(ABC):
             return None
         return (input_tokens * (self.input_price or 0.0) + output_tokens * (self.output_price or 0.0)) / 1e6
 
+    def check_schema(self) -> None:
+        """See that answers can be held to a JSON schema.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if not self.follows_schema:
+            raise UserError(f"structured: {type(self).__name__} cannot be held to a JSON schema")
+
     def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of a prompt, about: four characters are one."""
         texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
@@ -95,6 +112,57 @@ class Teacher(ABC):
         """Let go of what `open` took."""
 
 
+class DaemonThreads(ThreadPoolExecutor):
+    """Threads that nobody waits for: a process ends though one of them is stuck.
+
+    Args:
+        most: threads at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        # it starts no thread by itself
+        super().__init__(most)
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._most, self._started = most, 0
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
+        """As the base class's."""
+        future: Future[T] = Future()
+        self._calls.put((future, partial(fn, *args, **kwargs)))
+        if self._started < self._most:
+            self._started += 1
+            Thread(target=_call_all, args=(self._calls,), name="teacher", daemon=True).start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the threads end once they have done what was given to them; does not wait for it."""
+        for _ in range(self._started):
+            self._calls.put(None)
+        self._started = 0
+
+
+def _call_all(calls: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    while (call := calls.get()) is not None:
+        future, function = call
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
+            future.set_exception(_raisable(error))
+        # what a thread that waits would hold on to
+        del call, future, function
+
+
+def _raisable(error: BaseException) -> BaseException:
+    """An exception as one that a future can hold: a ``StopIteration`` would leave whoever waits for it waiting."""
+    if not isinstance(error, StopIteration):
+        return error
+    raisable = RuntimeError("a teacher's function raised StopIteration")
+    raisable.__cause__ = error
+    return raisable
+
+
 class BatchTeacher(Teacher):
     """A teacher that answers batches, as a model in this process does.
 
@@ -102,7 +170,8 @@ class BatchTeacher(Teacher):
     batch then holds little padding, and memory that does not suffice shows at once. Questions of one length go by
     their prompts and seeds, so that a window makes the same batches in whatever order it was asked.
 
-    Whatever is slow or holds a device runs in one thread, always the same.
+    Whatever is slow or holds a device runs in one thread, always the same, which the process does not wait for at its
+    end.
 
     Args:
         model: the model's name.
@@ -118,7 +187,7 @@ class BatchTeacher(Teacher):
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
         self._waiting: list[_Asked] = []
         self._pump: asyncio.Task[None] | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: DaemonThreads | None = None
 
     @property
     def concurrency(self) -> int:
@@ -170,7 +239,7 @@ class BatchTeacher(Teacher):
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=type(self).__name__)
+            self._thread = DaemonThreads(1)
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def _answer_waiting(self) -> None:
@@ -178,7 +247,12 @@ class BatchTeacher(Teacher):
             # let whoever is about to ask do so
             await asyncio.sleep(0.01)
             window, self._waiting = self._waiting, []
-            window = await self._sort(window)
+            try:
+                window = await self._sort(window)
+            except Exception as error:  # noqa: BLE001 - it is raised where the answers are waited for
+                for asked in window:
+                    _settle(asked, error)
+                continue
             for start in range(0, len(window), self.batch_size):
                 # nobody waits for what was given up
                 batch = [asked for asked in window[start : start + self.batch_size] if not asked[1].done()]
@@ -227,6 +301,6 @@ def _settle(asked: _Asked, outcome: Reply | Exception) -> None:
     if future.done():
         return
     if isinstance(outcome, Exception):
-        future.set_exception(outcome)
+        future.set_exception(_raisable(outcome))
     else:
         future.set_result(outcome)

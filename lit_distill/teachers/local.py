@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,8 @@ class TransformersTeacher(BatchTeacher):
     question's seed and prompt, row by row: it is the same in whatever batch the question stands, as far as the
     numbers of the model are (padding and the batch's size change them in their last digits), and the random
     generators of the process are not touched. Another device draws other noise.
+
+    Where a chat template refuses the system's turn, as Gemma's does, the instruction stands before the first question.
 
     Args:
         model: a name on the hub, or a folder in the Hugging Face format.
@@ -135,8 +137,18 @@ class TransformersTeacher(BatchTeacher):
         device = self._device()
         kind: Any = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
         try:
-            network = kind.from_pretrained(self.model, dtype=self.dtype, trust_remote_code=False)
+            network, found = kind.from_pretrained(
+                self.model,
+                dtype=self.dtype,
+                trust_remote_code=False,
+                # both are told in a line of our own
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            self._check_weights(found)
             network = network.to(device).eval()
+        except UserError:
+            raise
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -145,6 +157,15 @@ class TransformersTeacher(BatchTeacher):
             raise self._unreadable("its weights", error) from error
         network.generation_config = self._vocabulary(network.generation_config)
         self._network = network
+
+    def _check_weights(self, found: Mapping[str, Any]) -> None:
+        """See that no weight is one that transformers has drawn at random, of which it only warns."""
+        for kind, what in (("missing_keys", "does not hold"), ("mismatched_keys", "has in another size")):
+            # a mismatch comes with its sizes
+            names = sorted(name if isinstance(name, str) else str(name[0]) for name in found.get(kind) or ())
+            if names:
+                few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise UserError(f"model: {self.model!r} {what} the weights {few}, which would be drawn at random")
 
     def unload(self) -> None:
         """Free the device."""
@@ -212,11 +233,22 @@ class TransformersTeacher(BatchTeacher):
             return list(self.tokenizer(prompt)["input_ids"])
         turns = [{"role": message.role, "content": message.content} for message in prompt]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self._templated(turns)
         except (TemplateError, ValueError) as error:
-            raise TeacherError(f"the chat template of {self.model} refuses the prompt: {_first_line(error)}") from error
+            refusal = TeacherError(f"the chat template of {self.model} refuses the prompt: {_first_line(error)}")
+            if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+                raise refusal from error
+            instruction, first, *others = turns
+            folded = {"role": "user", "content": f"{instruction['content']}\n\n{first['content']}"}
+            try:
+                text = self._templated([folded, *others])
+            except (TemplateError, ValueError):
+                raise refusal from error
         # the template has written the special tokens
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _templated(self, turns: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _too_long(self, prompt: int, answer: int) -> str | None:
         """Why a prompt of so many tokens cannot be answered in so many."""

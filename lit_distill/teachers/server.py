@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from lit_distill.questions import Layout, Question, Reply
 from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 TokenLimit = Literal["max_tokens", "max_completion_tokens"]
@@ -50,6 +52,9 @@ _MOST_CONNECTIONS = 1000
 _PLACEHOLDER_KEY = "none"
 """Sent where no key is given: the client wants one, local servers do not look at it."""
 
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+"""What of the environment leads elsewhere."""
+
 _OWN_FIELDS = ("model", "messages", "prompt", "stream", "n")
 """What is not for `extra_body` to say."""
 
@@ -65,6 +70,15 @@ _NO_MODEL = re.compile(
 Failure = TeacherError | TeacherBusy | UserError
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """An error in a response of 200, as servers that pass questions on to others give it."""
+
+    status: int
+    code: str | None
+    said: str
+
+
 class OpenAITeacher(Teacher):
     """A teacher behind a server that speaks the OpenAI API.
 
@@ -78,7 +92,8 @@ class OpenAITeacher(Teacher):
         api_key: the server's key; if not given, what ``OPENAI_API_KEY`` says, which keeps it out of files. It goes to
             the server and nowhere else. Servers that want none are given a placeholder.
         layout: prompts as the turns of a ``chat`` or as a text for ``completion``.
-        timeout: seconds to wait for the next part of an answer before it is tried again.
+        timeout: seconds that one try of a question may take in all, until its answer is there whole; then it is tried
+            again.
         max_retries: how often a question is tried again.
         logprobs: ask for the tokens' log-probabilities; a server that has none is asked in vain.
         extra_body: fields of the request beside or instead of the usual ones, as ``{top_k: 20}``; one that is null is
@@ -115,7 +130,6 @@ class OpenAITeacher(Teacher):
         self.token_limit: TokenLimit = checks.check_choice(
             "token_limit", token_limit, ("max_tokens", "max_completion_tokens")
         )
-        self._has_answered = False
         self._client: openai.AsyncOpenAI | None = None
         self._key = ""
 
@@ -128,6 +142,11 @@ class OpenAITeacher(Teacher):
     def settings(self) -> dict[str, Any]:
         """With what else is sent, and whether log-probabilities are asked for."""
         return {**super().settings, "logprobs": self.logprobs, "extra_body": json.loads(json.dumps(self.extra_body))}
+
+    def check_schema(self) -> None:
+        """See that the layout is one with a field for a schema."""
+        if self.layout == "completion":
+            raise UserError("layout must be chat where answers follow a schema, got 'completion'")
 
     async def open(self) -> None:
         """Make the client, and see that somebody listens.
@@ -149,16 +168,23 @@ class OpenAITeacher(Teacher):
             key = _check_key("api_key (OPENAI_API_KEY)", os.environ["OPENAI_API_KEY"])
         if key is None and url is None:
             raise UserError("api_key must be given, best as OPENAI_API_KEY; or base_url, for a server of your own")
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+            if not os.environ.get(name, "").isascii():
+                raise UserError(f"{name} must be a text of ASCII letters, digits and signs, as it stands in a header")
         self._key = key or ""
-        self._client = client = openai.AsyncOpenAI(
-            api_key=key or _PLACEHOLDER_KEY,
-            base_url=url or HOSTED,
-            max_retries=self.max_retries,
-            timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT)),
-            http_client=openai.DefaultAsyncHttpxClient(
-                limits=httpx2.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=_MOST_CONNECTIONS)
-            ),
-        )
+        try:
+            self._client = client = openai.AsyncOpenAI(
+                api_key=key or _PLACEHOLDER_KEY,
+                base_url=url or HOSTED,
+                max_retries=self.max_retries,
+                timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT)),
+                http_client=_make_http_client(self.timeout),
+            )
+        except (ValueError, ImportError, OSError, TypeError, httpx2.InvalidURL, openai.OpenAIError) as error:
+            # what it reads beside its arguments
+            places = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE and OPENAI_*"
+            line = self._line(f"teacher: the client cannot be made ({error}); look at {places} in the environment")
+            raise UserError(line) from error
         refused = ""
         try:
             await self._list_models(client)
@@ -170,7 +196,9 @@ class OpenAITeacher(Teacher):
             pass
         if refused:
             await self.close()
-            raise UserError(f"base_url: no server answers at {url or HOSTED} ({refused})")
+            names = [name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
+            way = f", asked by way of {' or '.join(names)}" if names else ""
+            raise UserError(f"base_url: no server answers at {url or HOSTED} ({refused}{way})")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -194,7 +222,8 @@ class OpenAITeacher(Teacher):
                 content = await self._ask(client, question, body)
             except openai.APIStatusError as error:
                 asked = _asked_wait(error.response.headers)
-                failure = await self._explain(client, error)
+                said = _said(error.body) or error.response.reason_phrase
+                failure = await self._explain(client, error.status_code, error.code or error.type, said)
                 if not isinstance(failure, TeacherBusy) or asked <= _CLIENT_WAITS:
                     break
                 wait = min(asked, LONGEST_WAIT)
@@ -211,9 +240,14 @@ class OpenAITeacher(Teacher):
             else:
                 reply = _read(content, question.stop)
                 if isinstance(reply, Reply):
-                    self._has_answered = True
+                    self.has_answered = True
                     return reply
-                failure = TeacherError(self._line(f"{reply}, {tries} times"))
+                if isinstance(reply, _Refused):
+                    failure = await self._explain(client, reply.status, reply.code, reply.said)
+                    if not isinstance(failure, TeacherBusy):
+                        break
+                else:
+                    failure = TeacherError(self._line(f"{reply}, {tries} times"))
             if tries <= self.max_retries:
                 await asyncio.sleep(wait)
         raise failure
@@ -254,8 +288,7 @@ class OpenAITeacher(Teacher):
             # a number of alternatives for a completion, for which 0 is none at all to llama.cpp
             body["logprobs"] = True if self.layout == "chat" else 1
         if question.schema is not None:
-            if self.layout == "completion":
-                raise UserError("layout must be chat where answers follow a schema, got 'completion'")
+            self.check_schema()
             schema = {"name": "answer", "schema": dict(question.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return {field: value for field, value in (body | self.extra_body).items() if value is not None}
@@ -268,11 +301,12 @@ class OpenAITeacher(Teacher):
         except (ValueError, LookupError, TypeError):
             return []
 
-    async def _explain(self, client: "openai.AsyncOpenAI", error: "openai.APIStatusError") -> Failure:
+    async def _explain(self, client: "openai.AsyncOpenAI", status: int, code: str | None, said: str) -> Failure:
         """What a response of 4xx or 5xx means for the question, or for all of them."""
-        status, code = error.status_code, error.code or error.type
-        said = _said(error.body) or error.response.reason_phrase
         line = self._line(f"{status}: {said}")
+        if self.has_answered and status in (403, 404, 405):
+            # it lets this key in and has this model: a filter, or a region, that this question alone meets
+            return TeacherError(line)
         if code == "model_not_found" or (status == 404 and _NO_MODEL.search(said)):
             return UserError(
                 self._line(f"model: the server has no {self.model!r}{await self._others(client)} ({line})")
@@ -286,8 +320,7 @@ class OpenAITeacher(Teacher):
             return TeacherBusy(line)
         if status in (404, 405):
             # what a server answers that does not know the path
-            line = self._line(f"base_url: {line} (is its end, as /v1, right?)")
-            return TeacherError(line) if self._has_answered else UserError(line)
+            return UserError(self._line(f"base_url: {line} (is its end, as /v1, right?)"))
         if code in ("unsupported_parameter", "unsupported_value"):
             return UserError(self._line(f"extra_body: {line} (FIELD: null leaves a field out)"))
         return TeacherError(line)
@@ -308,6 +341,23 @@ class OpenAITeacher(Teacher):
             text = text.replace(self._key, "<api_key>")
         text = " ".join(text.split())
         return text if len(text) <= 500 else f"{text[:497]}..."
+
+
+def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
+    """A client whose tries end: a server may send a byte from time to time for ever."""
+    import httpx2
+    import openai
+
+    class Client(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: "httpx2.Request", **kwargs: Any) -> "httpx2.Response":
+            try:
+                async with asyncio.timeout(timeout):
+                    return await super().send(request, **kwargs)
+            except TimeoutError as error:
+                raise httpx2.ReadTimeout(f"no whole answer within {timeout:g} s", request=request) from error
+
+    limits = httpx2.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=_MOST_CONNECTIONS)
+    return Client(limits=limits)
 
 
 def _check_url(name: str, value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
@@ -371,7 +421,7 @@ def _said(body: object) -> str:
     return body if isinstance(body, str) else "" if body is None else json.dumps(body)
 
 
-def _read(content: bytes, stops: Sequence[str]) -> Reply | str:
+def _read(content: bytes, stops: Sequence[str]) -> Reply | _Refused | str:
     """The reply that a response holds, or what is wrong with it."""
     try:
         found = json.loads(content)
@@ -380,7 +430,9 @@ def _read(content: bytes, stops: Sequence[str]) -> Reply | str:
     choices = found.get("choices") if isinstance(found, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
-        # some that pass questions on to others answer 200 with an error
+        refused = _refused(found.get("error")) if isinstance(found, dict) else None
+        if refused is not None:
+            return refused
         return f"the server's answer has no choices: {_said(found)[:200]!r}"
     message = choice.get("message")
     text = _text(message.get("content") if isinstance(message, dict) else choice.get("text"))
@@ -403,13 +455,24 @@ def _read(content: bytes, stops: Sequence[str]) -> Reply | str:
     )
 
 
+def _refused(error: Any) -> _Refused | None:  # noqa: ANN401 - whatever JSON holds
+    if not isinstance(error, dict):
+        return None
+    for key in ("code", "status"):
+        digits = str(error.get(key))
+        if re.fullmatch("[45][0-9][0-9]", digits):
+            kind = error.get("type")
+            return _Refused(int(digits), kind if isinstance(kind, str) else None, _said(error))
+    return None
+
+
 def _text(content: Any) -> str | None:  # noqa: ANN401 - whatever JSON holds
     """An answer's text; that of a list of parts, as Mistral's reasoning models give it, without the thinking."""
     if content is None:
         return ""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        return "".join(str(part.get("text", "")) for part in parts)
+        return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
     return content if isinstance(content, str) else None
 
 
@@ -432,9 +495,20 @@ def _mean_logprob(found: Any) -> float | None:  # noqa: ANN401
         content = content if isinstance(content, list) else []
         values = [token.get("logprob") for token in content if isinstance(token, dict)]
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    mean = math.fsum(numbers) / len(numbers) if numbers else math.nan
+    try:
+        mean = math.fsum(numbers) / len(numbers) if numbers else math.nan
+    except (OverflowError, ValueError):
+        # whole numbers beyond all others, or infinities of both signs
+        return None
     return mean if math.isfinite(mean) else None
 
 
 def _count(value: Any) -> int | None:  # noqa: ANN401
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A number of tokens, as whatever number or text it is written."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value.strip()):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        return None
+    return value

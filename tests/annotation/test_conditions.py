@@ -111,6 +111,22 @@ def test_a_quoted_text_may_hold_the_word_that_joins() -> None:
     assert condition(text)({"agrees": True, "label": "rock"}) is False
 
 
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ("a and b", 'label == "a and b"'),
+        ("a and b", "label == 'a and b' and agrees"),
+        ("it's", "label == it's and teacher != bob's and agrees"),
+        ("a", "label == a and teacher != 'x and y' and agrees"),
+    ],
+)
+def test_conditions_are_split_outside_quotes(label: str, text: str) -> None:
+    assert is_condition(text)
+    row = {"label": label, "agrees": True, "teacher": "T"}
+    assert condition(text)(row) is True
+    assert condition(text)(row | {"label": "other"}) is False
+
+
 SIGNS = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -167,6 +183,8 @@ def test_what_is_none_names_the_argument(text: str) -> None:
     [
         ("votes >= many", {"votes": 3}, "votes holds 3, which cannot be compared with 'many'"),
         ("agrees > x", {"agrees": True}, "agrees holds True, which cannot be compared with 'x'"),
+        ("agrees != flase", {"agrees": True}, "agrees holds True, which cannot be compared with 'flase'"),
+        ('agrees == "true"', {"agrees": True}, "agrees holds True, which cannot be compared with 'true'"),
         ("tags > 3", {"tags": ["a"]}, "tags holds ['a'], which cannot be compared with 3"),
     ],
 )

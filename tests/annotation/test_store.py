@@ -68,7 +68,7 @@ def finish(
     read: Callable[[Annotation], Annotation] = as_it_is,
     order: Mapping[tuple[str, str], int] = ORDER,
 ) -> None:
-    store.finish(read, order, plainly)
+    store.finish(read, lambda found: order.get((found.split or "", found.id)), plainly)
 
 
 def write(folder: Path, samples: Iterable[Annotation]) -> Path:
@@ -529,13 +529,14 @@ def test_metadata_is_kept_beside_the_samples(tmp_path: Path) -> None:
     assert read_metadata(tmp_path) == {}
     with AnnotationStore(tmp_path) as store:
         assert store.read_metadata() == {}
-        for told in ({"jobs": [1]}, {"jobs": [1, {"teacher": "Ünal's"}]}):
+        told: dict[str, Any]
+        for told in ({"jobs": [{}]}, {"jobs": [{}, {"teacher": "Ünal's"}]}):
             store.write_metadata(told)
             assert store.read_metadata() == read_metadata(tmp_path) == told
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", METADATA, FILE]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"jobs": [', b"\xff", b"[1]"])
+@pytest.mark.parametrize("content", [b"", b'{"jobs": [', b"\xff", b"[1]", b'{"jobs": 5}', b'{"jobs": [1]}'])
 def test_damaged_metadata_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / METADATA))):
@@ -617,3 +618,51 @@ def test_a_row_of_parquet_that_is_no_sample_is_named(tmp_path: Path) -> None:
     assert next(rows)[0] == Annotation("a", label="yes")
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))}, row 1: not a sample: no key 'id'"):
         next(rows)
+
+
+# ---------------------------------------------------------------- rows and their inputs
+
+
+def test_samples_of_another_input_are_another_row(tmp_path: Path) -> None:
+    old = replace(answer("a", 0, "no"), input="old", key="ab")
+    write(tmp_path, [old, answer("a", 0, "yes")])
+    with AnnotationStore(tmp_path) as store:
+        store.finish(as_it_is, lambda found: 0 if found.input == "i" else None, plainly)
+    assert [(row["input"], row["votes"], row["majority_label"]) for row in raw(tmp_path)] == [
+        ("i", 1, "yes"),
+        ("old", 1, "no"),
+    ]
+
+
+def test_what_agrees_is_read_anew_when_it_is_opened(tmp_path: Path) -> None:
+    write(tmp_path, [answer("a", agrees=True), answer("b", agrees=False)])
+    with AnnotationStore(tmp_path, read=lambda found: replace(found, agrees=not found.agrees)) as store:
+        assert store.agreeing == keys(("b", 0))
+
+
+def test_the_file_that_a_link_leads_to_is_written(tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere" / "kept.jsonl"
+    write(real.parent, MIXED).rename(real)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FILE).symlink_to(real)
+    with AnnotationStore(tmp_path / "out") as store:
+        finish(store)
+        store.append(answer("b", 5))
+    assert (tmp_path / "out" / FILE).is_symlink()
+    assert len(real.read_bytes().splitlines()) == len(MIXED) + 1
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, MIXED)
+    before = path.read_bytes()
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with AnnotationStore(tmp_path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            with pytest.raises(UserError, match=r"^out: .* cannot be written \(No space left on device\)"):
+                finish(store)
+        assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE]

@@ -1,6 +1,8 @@
 """The command, against a server on loopback: what is asked, what is kept, what is said of it."""
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import wandb
 import yaml
 from wandb.sdk.wandb_summary import SummaryDict
 
+from lit_distill.annotation.store import AnnotationStore
 from lit_distill.commands import annotate as command
+from lit_distill.data import JSONLDataModule, ToyDataModule
+from lit_distill.errors import UserError
 from lit_distill.teachers import OpenAITeacher, Teacher
 from tests.runs import at_work_in, read_lines, refusal, run, small_model, small_trainer, write_lines, write_release
 from tests.teachers.models import make_talker
@@ -59,6 +64,12 @@ def numbered(folder: Path, rows: int, **more: Any) -> Path:
     """Rows of a user's own."""
     content = [{"id": f"r{i}", "input": f"what is {i}", "label": f"{i}"} | more for i in range(rows)]
     return write_lines(folder / "rows.jsonl", content)
+
+
+def exit_code(arguments: list[str]) -> Any:  # noqa: ANN401 - what a program ends with
+    with pytest.raises(SystemExit) as ended:
+        run("annotate", arguments)
+    return ended.value.code
 
 
 def own(data: Path, server: Server, *more: str) -> list[str]:
@@ -243,7 +254,259 @@ def test_a_parser_that_is_mended_reads_the_texts_anew(here: Path) -> None:
     ]  # fmt: skip
 
 
+def columns(*names: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[name] for name in names) for row in rows_of()]
+
+
+def test_samples_of_an_earlier_input_are_neither_judged_nor_counted(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(request: Request) -> str:
+        return f"Well. So the answer is {'yes' if 'old' in request.prompt else 'no'}."
+
+    def rows(word: str, label: str) -> Path:
+        return write_lines(
+            here / "rows.jsonl", [{"id": f"r{i}", "input": f"{word} {i}", "label": label} for i in (0, 1)]
+        )
+
+    with serving(saying(answer)) as server:
+        run("annotate", own(rows("old", "yes"), server))
+        capsys.readouterr()
+        run("annotate", own(rows("new", "no"), server))
+        assert len(server.requests) == 4
+    now = [("r0", "no", True, 1, "no", 1.0), ("r1", "no", True, 1, "no", 1.0)]
+    before = [("r0", "yes", True, 1, "yes", 1.0), ("r1", "yes", True, 1, "yes", 1.0)]
+    assert columns("id", "label", "agrees", "votes", "majority_label", "vote_share") == now + before
+    shown = capsys.readouterr().out
+    table = {
+        name.strip(): value.strip() for _, name, value, _ in (line.split("│") for line in shown.splitlines()[2:-1])
+    }
+    assert (table["answers"], table["agree with gold"]) == ("2", "100.0 %")
+    for word, label in (("old", "yes"), ("new", "no")):
+        joined = JSONLDataModule(train=str(rows(word, label)), rationales="out").released("train")
+        assert joined is not None
+        assert [(row.teacher_label, row.columns and row.columns["votes"]) for row in joined.examples] == [
+            (label, 1)
+        ] * 2
+        assert joined.samples == {}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_row_with_other_choices_is_another_row(shown: bool, here: Path) -> None:
+    (here / "bare.yaml").write_text('version: 1\nquestion: "{input}"\nanswer: "{rationale} So the answer is {label}"\n')
+    more = [] if shown else ["--prompt=bare.yaml"]
+    with serving(saying(lambda request: "Well. So the answer is yes.")) as server:
+        for choices in (["yes", "no"], ["yes", "no", "perhaps"]):
+            run("annotate", own(numbered(here, 1, label="yes", choices=choices), server, *more))
+        assert len(server.requests) == 2
+    assert columns("votes", "vote_share") == [(1, 1.0), (1, 1.0)]
+    joined = JSONLDataModule(train="rows.jsonl", rationales="out").released("train")
+    assert joined is not None
+    assert joined.samples == {}
+
+
+def test_a_gold_label_that_is_mended_ends_the_asking(here: Path) -> None:
+    with serving(
+        saying(lambda request: f"Well. So the answer is {'yes' if request.body['seed'] else 'no'}.")
+    ) as server:
+        run("annotate", own(numbered(here, 1, label="no"), server, "--until_agrees=4"))
+        assert columns("label", "agrees") == [("no", True)]
+        run("annotate", own(numbered(here, 1, label="yes"), server, "--until_agrees=4"))
+        assert columns("label", "agrees") == [("no", False), ("yes", True)]
+
+
 # ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("part", ["parse_teacher", "teacher_agrees"])
+def test_a_fault_in_a_user_s_own_reading_loses_no_answer(
+    part: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / f"faulty_{part}.py").write_text(
+        "from lit_distill.data import JSONLDataModule\n"
+        "class OwnDataModule(JSONLDataModule):\n"
+        f"    def {part}(self, *texts):\n"
+        "        if any('weird' in text for text in texts):\n"
+        "            raise LookupError('no\\nsuch text')\n"
+        f"        return super().{part}(*texts)\n"
+    )
+
+    def answer(request: Request) -> str:
+        return f"Well. So the answer is {'weird' if number_of(request) == 1 else number_of(request)}."
+
+    with serving(saying(answer)) as server:
+        arguments = [f"--data=faulty_{part}.OwnDataModule", *own(numbered(here, 4), server)[1:]]
+        for _ in range(2):
+            run("annotate", arguments)
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert line.startswith(
+                "OwnDataModule could not read 1 answers, the first of row 'r1' (LookupError: no such"
+            )
+            assert columns("id", "text", "parsed", "label")[1] == ("r1", "Well. So the answer is weird.", None, None)
+        assert len(server.requests) == 4
+        run("annotate", own(numbered(here, 4), server))
+        assert len(server.requests) == 4
+    assert columns("id", "parsed", "label")[1] == ("r1", True, "weird")
+
+
+def test_what_refuses_all_is_asked_again_once_it_is_mended(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def behave(request: Request) -> Act:
+        if broken:
+            return fail(400, "wrong settings")
+        return Act(body=completion(request, f"Well. So the answer is {number_of(request)}."))
+
+    data, broken = numbered(here, 60), True
+    with serving(lists_models(behave)) as server:
+        line = refusal(capsys, "annotate", own(data, server))
+        assert line.startswith("teacher: the first 20 questions were all refused (400: wrong settings)")
+        assert rows_of() == []
+        broken = False
+        run("annotate", own(data, server))
+    assert len(rows_of()) == 60
+
+
+def test_a_job_with_answers_goes_on_whatever_is_refused(here: Path) -> None:
+    def behave(request: Request) -> Act:
+        if number_of(request) >= 5:
+            return fail(403, "flagged") if number_of(request) % 2 else fail(404, "model not found here")
+        return Act(body=completion(request, f"Well. So the answer is {number_of(request)}."))
+
+    with serving(lists_models(behave)) as server:
+        run("annotate", own(numbered(here, 60), server, "--concurrency=1"))
+        run("annotate", own(numbered(here, 60), server, "--retry_errors"))
+    assert [row["error"] is None for row in rows_of()] == [True] * 5 + [False] * 55
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_a_job_without_any_answer_is_no_success(status: int, here: Path) -> None:
+    with serving(lists_models(lambda request: fail(status))) as server:
+        assert exit_code(own(numbered(here, 5), server, "--teacher.max_retries=0")) == 1
+
+
+def test_rows_that_are_not_finished_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(saying(lambda request: "Well. So the answer is cat.")) as server:
+        limits = ["--until_agrees=3", "--max_tokens=90", "--concurrency=1"]
+        run("annotate", own(numbered(here, 40), server, *limits))
+        asked = Counter(request.prompt for request in server.requests)
+    finished = sum(times == 3 for times in asked.values())
+    assert f"│ rows not finished         │ {40 - finished} │" in "│".join(
+        "│ "
+        + " │ ".join(cell.strip() if i else cell.strip().ljust(25) for i, cell in enumerate(line.split("│")[1:3]))
+        + " │"
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    )
+
+
+def test_a_budget_counts_an_estimate_where_a_server_counts_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def behave(request: Request) -> Act:
+        return Act(body=completion(request, "Well. So the answer is 1.") | {"usage": None})
+
+    prices = ["--teacher.input_price=1000", "--teacher.output_price=1000", "--max_cost=0.1", "--concurrency=1"]
+    with serving(lists_models(behave)) as server:
+        run("annotate", own(numbered(here, 200), server, *prices))
+        asked = len(server.requests)
+        assert 0 < asked < 20
+        assert capsys.readouterr().err.count("does not say how many tokens it used") == 1
+        # what an earlier start used is estimated again
+        run("annotate", own(numbered(here, 200), server, *prices))
+    assert len(server.requests) == asked
+    assert columns("input_tokens", "cost")[0] == (None, None)
+
+
+def test_why_a_job_ended_is_told_though_it_cannot_be_finished(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+
+    def full(file: int, content: bytes) -> int:
+        if b'"r3"' in content:
+            raise OSError(28, "No space left on device")
+        return write(file, content)
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise UserError("out: no room to finish either")
+
+    with serving(saying(lambda request: "Well. So the answer is 1.")) as server:
+        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(AnnotationStore, "write_parquet", no_room)
+        line = refusal(capsys, "annotate", own(numbered(here, 10), server, "--concurrency=1"))
+    assert line == "out: out/rationales.jsonl cannot be written (No space left on device)"
+    assert {"r0", "r1", "r2"} <= {row["id"] for row in rows_of()}
+
+
+@pytest.mark.parametrize("name", ["a[/b]", "a[bold]b"])
+def test_names_are_no_markup(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(saying(lambda request: "Well. So the answer is 1.")) as server:
+        run("annotate", own(numbered(here, 1), server, f"--teacher.name={name}", f"--out={name}"))
+    shown = capsys.readouterr().out
+    assert f"asked of {name}" in shown
+    assert f"{name}/rationales.jsonl" in shown
+
+
+@pytest.mark.parametrize("taken", ["prompts", "rationales.parquet/full", "metadata.json"])
+def test_what_is_in_the_way_is_one_line(taken: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("out") / taken
+    path.parent.mkdir(parents=True)
+    path.write_text('{"jobs": 5}')
+    with serving(saying(lambda request: "Well. So the answer is 1.")) as server:
+        line = refusal(capsys, "annotate", own(numbered(here, 1), server))
+    assert f"out/{taken.partition('/')[0]}" in line
+
+
+def test_answers_that_follow_a_schema_need_a_chat(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as server:
+        for more in ([], ["--dry_run"]):
+            arguments = own(numbered(here, 1), server, "--structured", "--teacher.layout=completion", *more)
+            assert refusal(capsys, "annotate", arguments).startswith(
+                "layout must be chat where answers follow a schema"
+            )
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"out": 5},
+        {"out": ""},
+        {"prompt": 3},
+        {"demonstrations": 1},
+        {"split": "dev"},
+        {"dry_run": "no"},
+        {"split": None},
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(UserError, match=rf"^{name} must be "):
+        command.annotate(ToyDataModule(train_size=2), OpenAITeacher("tiny"), **{"out": "out", **arguments})
+
+
+@pytest.mark.parametrize("written", ["sk-SECRET1", "[sk-SECRET1]", "998877"])
+@pytest.mark.parametrize("nested", ["init_args", "init_arg", None])
+def test_a_key_is_not_shown_by_what_is_said_of_a_config(
+    written: str, nested: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher: dict[str, Any] = {"model": 5, "api_key": yaml.safe_load(written)}
+    teacher = {nested: teacher} if nested else teacher
+    config = {"teacher": {"class_path": "OpenAITeacher", **teacher}}
+    (here / "own.yaml").write_text(yaml.safe_dump(config))
+    line = refusal(capsys, "annotate", "--config=own.yaml", f"--data.train={numbered(here, 1)}")
+    assert line.startswith("teacher")
+    assert "SECRET" not in line
+    assert "998877" not in line
+
+
+def test_a_key_is_not_printed_with_a_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as server, pytest.raises(SystemExit) as ended:
+        run("annotate", own(numbered(here, 1), server, "--teacher.api_key=sk-SECRET1", "--print_config"))
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "SECRET" not in shown
+    assert yaml.safe_load(shown)["teacher"]["init_args"]["api_key"] is None
+    assert yaml.safe_load(shown)["teacher"]["init_args"]["model"] == "tiny"
 
 
 def test_an_example_that_fails_for_good_is_kept_with_its_error(here: Path) -> None:
@@ -294,7 +557,7 @@ def test_what_is_too_busy_is_left_for_the_next_start(here: Path, capsys: pytest.
 
     data, busy = numbered(here, 3), True
     with serving(lists_models(behave)) as server:
-        run("annotate", own(data, server, "--teacher.max_retries=1"))
+        assert exit_code(own(data, server, "--teacher.max_retries=1")) == 1
         assert [row["id"] for row in rows_of()] == ["r0", "r2"]
         assert "not answered now" in capsys.readouterr().out
         busy = False
@@ -467,8 +730,6 @@ def test_an_unknown_teacher_s_own_fault_keeps_its_traceback() -> None:
     class Broken(OpenAITeacher):
         async def open(self) -> None:
             raise ZeroDivisionError
-
-    from lit_distill.data import ToyDataModule
 
     with pytest.raises(ZeroDivisionError):
         command.annotate(ToyDataModule(train_size=2), Broken("tiny", "http://127.0.0.1:9/v1"), out="out")

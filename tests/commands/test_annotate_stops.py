@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -145,10 +147,59 @@ def test_an_interruption_finishes_what_is_under_way(
     assert len(server.requests) == asked
 
 
+@pytest.mark.parametrize("between", [0.0, 0.0005])
+def test_two_interruptions_at_once_keep_what_was_answered(
+    between: float, forked: Forked, server: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "out" / "rationales.jsonl"
+    for _ in range(3):
+        before, asked = whole_lines(path), len(server.requests)
+        child = forked.start(job(tmp_path, server, 4000), str(tmp_path / "log"))
+        wait_for(lambda asked=asked: len(server.requests) >= asked + 30)  # type: ignore[misc]
+        found = whole_lines(path)
+        os.kill(child, signal.SIGINT)
+        time.sleep(between)
+        os.kill(child, signal.SIGINT)
+        assert forked.wait() == 130
+        assert "Traceback" not in (tmp_path / "log").read_text()
+        rows = whole_lines(path)
+        assert rows.keys() >= found.keys() | before.keys()
+        assert len(server.requests) - asked - CONCURRENCY <= len(rows) - len(before) <= len(server.requests) - asked
+        # it was finished
+        assert {row["vote_share"] for row in rows.values()} == {1.0}
+        assert json.loads((tmp_path / "out" / "metadata.json").read_text())["jobs"][-1]["stopped"] == "interrupted"
+
+
+def test_an_interruption_while_a_teacher_loads_ends_at_once(forked: Forked, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "slow_teacher.py").write_text(
+        "import time, pathlib\n"
+        "from lit_distill.teachers import BatchTeacher\n"
+        "class Slow(BatchTeacher):\n"
+        "    def load(self):\n"
+        f"        pathlib.Path({str(tmp_path / 'loading')!r}).touch()\n"
+        "        time.sleep(300)\n"
+        "    def answer_batch(self, questions):\n"
+        "        return []\n"
+    )
+    rows = [argument for argument in job(tmp_path, server, 3) if not argument.startswith("--teacher")]
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lit_distill.cli import main; main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", code, *rows, "--teacher=slow_teacher.Slow", "--teacher.model=m"])  # noqa: S603
+    try:
+        wait_for((tmp_path / "loading").exists)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        # to the end of the process
+        assert process.wait(60) == 130
+        assert time.monotonic() - began < 30
+    finally:
+        process.kill()
+    assert (tmp_path / "out" / "rationales.parquet").exists()
+
+
 def test_two_processes_do_not_write_one_store(forked: Forked, server: Server, tmp_path: Path) -> None:
-    child = forked.start(job(tmp_path, server, 5000), str(tmp_path / "log"))
-    wait_for(lambda: bool(server.requests))
     with forking() as other:
+        child = forked.start(job(tmp_path, server, 5000), str(tmp_path / "log"))
+        wait_for(lambda: bool(server.requests))
         other.start(job(tmp_path, server, 5000), str(tmp_path / "other"))
         assert other.wait() == 2
     os.kill(child, signal.SIGKILL)

@@ -122,7 +122,7 @@ def test_rows_and_samples_are_joined_by_id_not_by_place(tmp_path: Path, write_li
 
 
 def test_released_outputs_are_not_needed(write_cqa: WriteCQA, say: Say) -> None:
-    lines = [said(f"q{i}", input=digest(f"Q{i}?\nAnswer Choices:\n(a) yes\n(b) no")) for i in range(20)]
+    lines = [said(f"q{i}", input=digest(f"Q{i}?\nAnswer Choices:\n(a) yes\n(b) no", ["yes", "no"])) for i in range(20)]
     for outputs in ([], [cqa_output(0)], [cqa_output(i) for i in range(30)]):
         module = CQADataModule(data_dir=write_cqa(outputs=outputs), tasks=BOTH, rationales=say(lines))
         assert rationales(module) | rationales(module, "val") == {f"q{i}": f"R0 of q{i}" for i in range(20)}
@@ -357,7 +357,7 @@ def write_store(folder: Path, samples: Iterable[Annotation], *, ended: bool) -> 
         for sample in samples:
             store.append(sample)
         if ended:
-            store.finish(lambda found: found, {}, str.__eq__)
+            store.finish(lambda found: found, lambda found: None, str.__eq__)
             store.write_parquet()
 
 
@@ -383,7 +383,7 @@ def test_votes_are_there_whether_the_job_has_ended_or_not(ended: bool, tmp_path:
         with AnnotationStore(tmp_path / "out") as store:
             for sample in samples:
                 store.append(sample)
-            store.finish(lambda found: found, {}, module.teacher_agrees)
+            store.finish(lambda found: found, lambda found: None, module.teacher_agrees)
     else:
         write_store(tmp_path / "out", samples, ended=False)
     rows = rows_of(SVAMPDataModule(data_dir=data, rationales=tmp_path / "out"))

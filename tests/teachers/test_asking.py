@@ -14,7 +14,7 @@ from lit_distill.errors import UserError
 from lit_distill.questions import Question, Reply, Sampling
 from lit_distill.teachers import asking as module
 from lit_distill.teachers.asking import Asking, Budget, Rounds
-from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
+from lit_distill.teachers.base import BatchTeacher, Teacher, TeacherBusy, TeacherError
 
 Said = list[tuple[str, Reply | TeacherError]]
 
@@ -170,6 +170,15 @@ def test_a_teacher_that_refuses_whatever_it_is_asked_ends_the_job() -> None:
     with pytest.raises(UserError, match=r"^teacher: the first 20 questions were all refused \(it never will\)"):
         ask(teacher, one_each(["never"] * 1000))
     assert len(teacher.asked) < 30
+    # none of them is settled by that
+    said: Said = []
+    with pytest.raises(UserError):
+        Asking[str](Scripted(), 4, lambda tag, reply: said.append((tag, reply))).run(one_each(["never"] * 50))
+    assert said == []
+    # of a teacher that answered at an earlier start, each is refused for its own sake
+    known = Scripted()
+    known.has_answered = True
+    assert len(ask(known, one_each(["never"] * 50))[0]) == 50
     # fewer, or after an answer, are each on their own
     assert len(ask(Scripted(), one_each(["never"] * 19))[0]) == 19
     assert len(ask(Scripted(), one_each(["a", *["never"] * 100]))[0]) == 101
@@ -235,6 +244,106 @@ def test_a_second_interruption_waits_for_nothing() -> None:
     assert job.stopped == "interrupted"
     assert time.monotonic() - began < 60
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_row_s_other_samples_are_kept_when_one_fails_for_good() -> None:
+    class Late(Scripted):
+        async def answer(self, question: Question) -> Reply:
+            reply = await super().answer(question)
+            await asyncio.sleep(0.3)
+            return reply
+
+    said: Said = []
+    job: Asking[str] = Asking(Late(), 4, lambda tag, reply: said.append((tag, reply)))
+    with pytest.raises(UserError, match=r"^api_key: wrong"):
+        job.run(iter([iter([[question(text) for text in ("a", "key", "b")]])]))
+    assert texts_of(said) == {"a": "A", "b": "B"}
+
+
+def test_a_question_that_a_teacher_cancels_is_not_lost_in_silence() -> None:
+    class Cancels(Scripted):
+        async def answer(self, question: Question) -> Reply:
+            raise asyncio.CancelledError
+
+    with pytest.raises(RuntimeError, match="Cancels cancelled a question"):
+        ask(Cancels(), one_each(["a"]))
+
+
+class Stuck(BatchTeacher):
+    """Is stuck in a thread, in loading or in a batch."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__("stuck", batch_size=1)
+        self.where = where
+        self.let_go = threading.Event()
+
+    def load(self) -> None:
+        if self.where == "load":
+            self.let_go.wait(60)
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
+        self.let_go.wait(60)
+        return [Reply("late") for _ in questions]
+
+
+@pytest.mark.parametrize(("where", "after"), [("load", [0.2]), ("batch", [0.2, 0.4]), ("batch", [0.2, 0.2])])
+def test_a_thread_that_is_stuck_is_left_and_tells_nothing_any_more(
+    where: str, after: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 0.2)
+    teacher = Stuck(where)
+    said: Said = []
+    # of two kinds: two of one kind at once are one to a process
+    for seconds, number in zip(after, (signal.SIGINT, signal.SIGTERM), strict=False):
+        threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+    began = time.monotonic()
+    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: said.append((tag, reply)))
+    job.run(one_each(["q"] * 5))
+    assert job.stopped == "interrupted"
+    assert time.monotonic() - began < 20
+    teacher.let_go.set()
+    for thread in threading.enumerate():
+        if thread.name == "asking":
+            thread.join(20)
+    assert said == []
+
+
+def test_what_two_interruptions_at_once_stop_is_told_to_the_end_or_not_at_all(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for _ in range(20):
+        said: Said = []
+        job: Asking[str] = Asking(Scripted(delay=0.002), 3, lambda tag, reply, said=said: said.append((tag, reply)))  # type: ignore[misc]
+
+        def twice() -> None:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Timer(0.02, twice).start()
+        job.run(one_each([f"q{i}" for i in range(10_000)]))
+        told = len(said)
+        assert job.stopped == "interrupted"
+        time.sleep(0.01)
+        assert len(said) == told
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_interruption_says_that_a_second_one_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    Asking[str](Scripted(delay=0.3), 3, lambda tag, reply: None).run(one_each(["q"] * 10))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted: ")
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with module.Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.noted.empty()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_it_runs_where_an_event_loop_runs_already() -> None:

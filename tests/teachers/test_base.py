@@ -1,6 +1,8 @@
 """How a `BatchTeacher` makes batches of what it is asked one by one."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 
 from lit_distill.errors import UserError
 from lit_distill.questions import Message, Prompt, Question, Reply, Sampling
-from lit_distill.teachers import BatchTeacher
+from lit_distill.teachers import BatchTeacher, Teacher
 from lit_distill.teachers.base import TeacherError
 
 
@@ -104,6 +106,49 @@ def test_a_question_that_cannot_be_measured_is_told_so() -> None:
 def test_answers_that_are_too_few_leave_nobody_waiting() -> None:
     answers = ask(Echo(), "short", "b")
     assert all(str(answer) == "Echo answered 1 of 2 questions" for answer in answers)
+
+
+class Odd(Echo):
+    """Raises what no future can hold."""
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
+        if str(questions[0].prompt) == "unmeasurable":
+            raise AssertionError
+        return [next(iter(())) for _ in questions]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        return next(iter(())) if prompt == "unmeasurable" else 1
+
+
+@pytest.mark.parametrize("prompt", ["a", "unmeasurable"])
+def test_a_stopped_iteration_leaves_nobody_waiting(prompt: str) -> None:
+    (answer,) = asyncio.run(_in_time(Odd(), prompt))
+    assert isinstance(answer, RuntimeError)
+    assert "StopIteration" in str(answer)
+
+
+async def _in_time(teacher: Teacher, prompt: str) -> list[Reply | BaseException]:
+    await teacher.open()
+    async with asyncio.timeout(10):
+        return [*await asyncio.gather(teacher.answer(Question(prompt, Sampling())), return_exceptions=True)]
+
+
+def test_no_thread_of_a_teacher_is_waited_for_at_the_end_of_the_process() -> None:
+    code = (
+        "import asyncio, time\n"
+        "from tests.teachers.test_base import Echo\n"
+        "class Stuck(Echo):\n"
+        "    def load(self):\n"
+        "        time.sleep(600)\n"
+        "async def run():\n"
+        "    try:\n"
+        "        await asyncio.wait_for(Stuck().open(), 0.1)\n"
+        "    except TimeoutError:\n"
+        "        print('left')\n"
+        "asyncio.run(run())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
+    assert done.stdout == "left\n"
 
 
 async def _with(teacher: Echo, do: Callable[[], Awaitable[None]]) -> None:

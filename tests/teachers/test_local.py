@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lit_distill.data.toy import KINDS, TEXT_WORDS, toy_example
@@ -280,10 +282,46 @@ def test_a_template_may_refuse_a_prompt(talker: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokenizer.save_pretrained(tmp_path)
     user, system = Message("user", "one"), Message("system", "two")
-    replies = asyncio.run(_answers(on_cpu(tmp_path), [Question((user,), ROOM), Question((system, user), ROOM)]))
+    teacher = on_cpu(tmp_path)
+    prompts = [(user,), (system, Message("assistant", "three"))]
+    replies = asyncio.run(_answers(teacher, [Question(prompt, ROOM) for prompt in prompts]))
     assert isinstance(replies[0], Reply)
     assert isinstance(replies[1], TeacherError)
     assert "refuses the prompt: no system" in str(replies[1])
+
+
+def test_an_instruction_stands_before_the_first_question_where_no_system_s_turn_may(
+    talker: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }} {% endfor %}<go>"
+    )
+    for file in talker.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    teacher = on_cpu(tmp_path)
+    folded = (Message("user", "two\n\none"), Message("assistant", "three"), Message("user", "one"))
+    prompt = (Message("system", "two"), Message("user", "one"), *folded[1:])
+    assert teacher._encode(prompt) == teacher._encode(folded)
+    assert teacher.count_tokens(prompt) == teacher.count_tokens(folded)
+
+
+@pytest.mark.parametrize("trouble", ["missing", "mismatched"])
+def test_weights_that_would_be_drawn_at_random_are_named(trouble: str, talker: Path, tmp_path: Path) -> None:
+    for file in talker.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    if trouble == "missing":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:, :-1].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"^model: '{re.escape(str(tmp_path))}' .* {name}, which") as raised:
+        on_cpu(tmp_path).load()
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

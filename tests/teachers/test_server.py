@@ -351,9 +351,102 @@ def test_what_passes_is_tried_again(acts: list[Act]) -> None:
     assert all(request.body == server.requests[0].body for request in server.requests)
 
 
-def test_a_slow_answer_is_waited_for_while_it_comes() -> None:
-    with serving(lists_models(lambda _: Act(drip=0.15))) as server:
-        assert ask(OpenAITeacher("tiny", server.url, timeout=1.0)).text == "answer to <Why?>"
+def test_a_slow_answer_is_waited_for_while_its_time_lasts() -> None:
+    with serving(lists_models(lambda _: Act(drip=0.05))) as server:
+        assert ask(OpenAITeacher("tiny", server.url, timeout=10.0)).text == "answer to <Why?>"
+
+
+def test_an_answer_that_comes_for_ever_is_given_up_in_time() -> None:
+    # a byte comes again and again, so that no wait for the next one is long
+    with (
+        serving(lists_models(lambda _: Act(drip=0.2))) as server,
+        pytest.raises(TeacherBusy, match=r"within 0\.5 s, 2"),
+    ):
+        ask(OpenAITeacher("tiny", server.url, timeout=0.5, max_retries=1))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "line"),
+    [
+        ({"code": 429, "message": "slow down"}, TeacherBusy, "429: slow down"),
+        ({"code": "503", "message": "down"}, TeacherBusy, "503: down"),
+        ({"code": 401, "message": "no auth"}, UserError, "api_key: the server wants one, and none was given (401: no"),
+        ({"code": 400, "message": "too long"}, TeacherError, "400: too long"),
+    ],
+)
+def test_an_error_in_a_good_response_is_that_error(error: dict[str, Any], raised: type[Exception], line: str) -> None:
+    with serving(lists_models(lambda _: Act(body={"error": error}))) as server, pytest.raises(raised) as found:
+        ask(OpenAITeacher("tiny", server.url, max_retries=1))
+    assert str(found.value).startswith(line)
+    assert len(server.requests) == (2 if raised is TeacherBusy else 1)
+
+
+@pytest.mark.parametrize(
+    "act", [fail(403, "flagged"), fail(404, "model not found for this region"), fail(403, "no", "model_not_found")]
+)
+def test_what_one_question_meets_after_an_answer_is_its_own(act: Act) -> None:
+    def behave(request: Request) -> Act:
+        return act if "bad" in request.prompt else Act()
+
+    with serving(lists_models(behave)) as server:
+        teacher = OpenAITeacher("tiny", server.url)
+        assert isinstance(ask(teacher), Reply)
+        with pytest.raises(TeacherError, match=rf"^{act.status}: "):
+            ask(teacher, chat("bad"))
+
+
+def test_a_key_that_ends_is_everyone_s() -> None:
+    with serving([Act(), fail(401, "expired")]) as server:
+        teacher = OpenAITeacher("tiny", server.url)
+        ask(teacher)
+        with pytest.raises(UserError, match=r"^api_key: "):
+            ask(teacher)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": "12", "completion_tokens": 5.0}, (12, 5)),
+        ({"prompt_tokens": 10**30, "completion_tokens": -5}, (None, None)),
+        ({"prompt_tokens": 1.5, "completion_tokens": "many"}, (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_tokens_are_read_as_they_are_written(
+    usage: dict[str, Any] | None, counted: tuple[int | None, int | None]
+) -> None:
+    with serving(lists_models(lambda request: Act(body=completion(request) | {"usage": usage}))) as server:
+        reply = ask(OpenAITeacher("tiny", server.url))
+    assert (reply.input_tokens, reply.output_tokens) == counted
+
+
+def test_numbers_beyond_all_others_are_no_logprobs() -> None:
+    logprobs = {"content": [{"logprob": 10**400}, {"logprob": -1.0}]}
+    with serving(lists_models(lambda request: Act(body=completion(request, logprobs=logprobs)))) as server:
+        assert ask(OpenAITeacher("tiny", server.url)).logprob is None
+
+
+def test_a_part_without_a_text_is_no_text() -> None:
+    parts = [{"type": "text", "text": None}, {"type": "text", "text": "yes"}]
+    with serving(lists_models(lambda request: Act(body=completion(request, message={"content": parts})))) as server:
+        assert ask(OpenAITeacher("tiny", server.url)).text == "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTP_PROXY", "http://127.0.0.1:9"),
+        ("HTTPS_PROXY", "ftp://x"),
+        ("SSL_CERT_FILE", "/nope"),
+        ("OPENAI_ORG_ID", "örg"),
+    ],
+)
+def test_an_environment_that_does_not_suit_is_one_line(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name) as raised:
+        asyncio.run(OpenAITeacher("tiny", "http://teacher.invalid/v1").open())
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
