@@ -47,8 +47,9 @@ def test_the_two_lines() -> None:
 
 
 def yaml_block(word: str) -> str:
-    (block,) = [block for language, block in BLOCKS if language == "yaml" and word in block]
-    return block
+    found: list[str] = [block for language, block in BLOCKS if language == "yaml" and word in block]
+    assert len(found) == 1
+    return found[0]
 
 
 def test_the_grid_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
