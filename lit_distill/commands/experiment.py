@@ -1,5 +1,6 @@
 """``experiment``: the runs of a grid, each with a config and a folder of its own, each run once."""
 
+import copy
 import fnmatch
 import os
 import sys
@@ -22,7 +23,7 @@ import lit_distill.modules  # noqa: F401
 from lit_distill.commands import train
 from lit_distill.commands.parser import import_class
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import Cell, State, lay_out, record_of, write_whole, written_config
+from lit_distill.experiments.cells import Cell, State, check_record, lay_out, record_of, write_whole, written_config
 from lit_distill.experiments.grid import Grid, read_grid
 from lit_distill.experiments.keys import leaves, merge, settings, without_own
 from lit_distill.experiments.launchers import Launcher, Local
@@ -75,6 +76,7 @@ def experiment(
     """
     grid = read_grid(config)
     folder = Path(out or grid.out or Path("runs") / Path(config).stem)
+    _check_out(folder)
     check = FitCheck.make()
     cells = _cells(grid, folder, check)
     if only is not None:
@@ -89,7 +91,10 @@ def experiment(
     started = None if launcher == "print" else _launcher(launcher, folder, jobs, slurm)
     _lay_out(board, retry_failed=retry_failed)
     if only is None:
-        write_whole(folder / FILE, sweep_text(*make_sweep(grid, cells, folder)))
+        try:
+            write_whole(folder / FILE, sweep_text(*make_sweep(grid, cells, folder)))
+        except OSError as error:
+            raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
     if started is None:
         for cell in cells:
             if board.states[cell.name] is State.LEFT:
@@ -141,7 +146,7 @@ class FitCheck(train.DistillCLI):
         with warnings.catch_warnings():
             # what this process was started with is not what is parsed
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
-            super().parse_arguments(self._parser("fit"), dict(config))
+            super().parse_arguments(self._parser("fit"), copy.deepcopy(dict(config)))
         found: Namespace = self.config
         self.config = Namespace(subcommand="fit", fit=found)
         threads = torch.get_num_threads()
@@ -202,6 +207,21 @@ def accepted_arguments(class_path: str) -> Collection[str] | None:
 # ---------------------------------------------------------------------- from a grid to its cells
 
 
+def _check_out(folder: Path) -> None:
+    """A folder, or where one can be."""
+    try:
+        there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"out: {str(folder)!r} cannot be a folder ({getattr(error, 'strerror', error)})") from error
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
+        raise UserError(f"out: {str(folder)!r} cannot be a folder, as a name in it is too long")
+    if there is not None and not there.is_dir():
+        raise UserError(f"out: {str(folder)!r} cannot be a folder, as {there} is none")
+
+
 def _cells(grid: Grid, folder: Path, check: FitCheck) -> list[Cell]:
     """The cells, each of which ``fit`` would take."""
     base: dict[str, Any] = {}
@@ -243,6 +263,9 @@ def _read(path: str) -> dict[str, Any]:
 
 def _with_folder(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A config whose run lies in a folder of its own, and goes on there."""
+    for name in ("trainer", "checkpoint"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise UserError(f"{name} must hold keys with values, got {config[name]!r}")
     trainer = dict(config.get("trainer") or {})
     given = trainer.get("logger")
     others = [one for one in (given if isinstance(given, list) else [given]) if not isinstance(one, bool | None)]
@@ -261,8 +284,9 @@ def _is_csv(logger: Any) -> bool:  # noqa: ANN401 - whatever YAML holds
 
 
 def _refuse_other_runs(cells: Sequence[Cell], check: FitCheck) -> None:
-    """A folder with a finished run of another config is not taken for the cell's."""
+    """A folder with a finished run of another config, or one that cannot be told, is not taken for the cell's."""
     for cell in cells:
+        check_record(cell.folder)
         record = record_of(cell.folder)
         if record is not None and (key := _difference(cell, record, check)):
             raise UserError(
@@ -332,6 +356,9 @@ def _report(board: Board, grid: Grid) -> None:
         print(line)
     if grid.published:
         console.print(verdict_table(judge(grid, board.cells)))
+        count = len(grid.points())
+        if len(board.cells) < count:
+            print(f"Looked at {len(board.cells)} of the grid's {count} cells.")
     if grid.deviations:
         print("Deviations from what was published:")
         for text in grid.deviations:

@@ -93,6 +93,20 @@ def record_of(folder: Path) -> RunRecord | None:
         return None
 
 
+def check_record(folder: Path) -> None:
+    """Refuse a folder whose record cannot be read: what it holds may be a finished run, and is not run over.
+
+    Raises:
+        UserError: there is a record, half-written or of another format; the message names the file.
+    """
+    if not (folder / RECORD).exists():
+        return
+    try:
+        read_record(folder)
+    except UserError as error:
+        raise UserError(f"{error}; move it away to run the cell anew") from error
+
+
 def written_config(cell: Cell) -> dict[str, Any] | None:
     """The config in a cell's folder; ``None`` where there is none.
 
@@ -181,10 +195,12 @@ def lay_out(cell: Cell) -> Path | None:
     Raises:
         UserError: it cannot be written, or another process runs the cell with another config.
     """
-    lock = cell_lock(cell.folder)
     try:
+        lock = cell_lock(cell.folder)
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except OSError as error:
+        if not isinstance(error, Timeout):
+            raise UserError(f"out: {cell.folder} cannot be written ({error.strerror})") from error
         if edited(cell):
             raise UserError(f"{cell.folder}: another process runs it with another config; let it end") from error
         return None

@@ -22,6 +22,7 @@ verdict at the end.
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ import yaml
 
 from lit_distill.checks import check_int
 from lit_distill.errors import UserError
-from lit_distill.experiments.keys import ALIASES, OWN, canonical, canonical_value, targets
+from lit_distill.experiments.keys import ALIASES, OWN, canonical, canonical_value, flattened, targets
 from lit_distill.experiments.names import cell_name, value_text
 from lit_distill.messages import likely
 
@@ -97,8 +98,35 @@ class Grid:
         settings = dict(self.fixed)
         for condition in self.when:
             if condition.holds({**self.fixed, **point}):
+                # last, also where another name of the same key is there
+                settings = {key: value for key, value in settings.items() if key not in condition.settings}
                 settings |= condition.settings
         return settings | point
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes for numbers what ``fit`` does, and no key twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - PyYAML's
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise UserError(f"{key.value}: is there twice, again in line {key.start_mark.line + 1}; say it once")
+            seen.add((key.tag, key.value))
+        return node
+
+
+# YAML 1.1 has 1e-4 for a text, and 2024-01-01 for a date
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -108,15 +136,15 @@ def read_grid(path: str | Path) -> Grid:
         UserError: it is absent, or something in it is wrong; the message names the file and the key.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"config: no file {str(path)!r}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: {str(path)!r} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {str(path)!r} is not YAML: {error}") from error
     try:
-        return _grid(Path(path), content)
+        return _grid(Path(path), yaml.load(text, _Loader))  # noqa: S506 - a safe one
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
     except UserError as error:
         raise UserError(f"{error} (in {path})") from error
 
@@ -159,19 +187,30 @@ def _grid(path: Path, content: Any) -> Grid:  # noqa: ANN401 - whatever YAML hol
 
 
 def _check_keys(grid: Grid) -> None:
-    """No key is said twice, no condition is about nothing, and no two cells are one."""
+    """No key is said twice or within another, no condition is about nothing, and no two cells are one."""
     places: list[tuple[str, Mapping[str, Any]]] = [("set", grid.fixed), ("grid", grid.axes)]
     for cell in grid.cells:
         _disjoint([*places, ("cells", cell)])
     _disjoint(places)
     varied = {*grid.axes, *(key for cell in grid.cells for key in cell)}
     known = {*varied, *grid.fixed}
+    points = [{**grid.fixed, **point} for point in grid.points()]
+    everywhere = {
+        target: f"{place}.{key}" for place, keys in [*places, *(("cells", cell) for cell in grid.cells)]
+        for key in keys for target in targets(key)
+    }  # fmt: skip
     for i, condition in enumerate(grid.when):
         _known(f"when[{i}].if", condition.wanted, known)
+        _check_met(f"when[{i}].if", condition, points)
+        _disjoint([(f"when[{i}].set", condition.settings)])
         taken = {target for key in varied for target in targets(key)}
         for key in condition.settings:
             if taken & set(targets(key)):
                 raise UserError(f"when[{i}].set.{key}: varies in grid or cells, whose names would be wrong")
+        for key in condition.settings:
+            for target in targets(key):
+                _not_within(f"when[{i}].set.{key}", target, everywhere)
+                everywhere.setdefault(target, f"when[{i}].set.{key}")
     for i, one in enumerate(grid.published):
         _known(f"published[{i}]", one.point, known)
     names: dict[str, Point] = {}
@@ -190,7 +229,31 @@ def _disjoint(places: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
             for target in targets(key):
                 if target in taken:
                     raise UserError(f"{place}.{key}: {taken[target]} sets {target} as well; say it once")
+                _not_within(f"{place}.{key}", target, taken)
             taken |= dict.fromkeys(targets(key), f"{place}.{key}")
+
+
+def _not_within(name: str, target: str, taken: Mapping[str, str]) -> None:
+    """No key is a part of another's path: one of them would be gone."""
+    for other, place in taken.items():
+        if other.startswith(f"{target}.") or target.startswith(f"{other}."):
+            inner, outer = (other, target) if other.startswith(f"{target}.") else (target, other)
+            raise UserError(f"{name}: {place} is set as well, and {inner} lies within {outer}; give one of them")
+
+
+def _check_met(name: str, condition: Condition, points: Sequence[Point]) -> None:
+    """Each value of a condition is some cell's, and all of it holds for one."""
+    for key, values in condition.wanted.items():
+        there = list(dict.fromkeys(value_text(point[key]) for point in points if key in point))
+        for value in values:
+            if value_text(value) not in there:
+                close = likely(value_text(value), there)
+                raise UserError(f"{name}.{key}: no cell has {value_text(value)}{close}; there are {', '.join(there)}")
+    if not any(condition.holds(point) for point in points):
+        wanted = ", ".join(
+            f"{key} {' or '.join(value_text(value) for value in values)}" for key, values in condition.wanted.items()
+        )
+        raise UserError(f"{name}: no cell has all of {wanted}")
 
 
 def _known(name: str, keys: Mapping[str, Any], known: set[str]) -> None:
@@ -202,11 +265,14 @@ def _known(name: str, keys: Mapping[str, Any], known: set[str]) -> None:
 def _condition(name: str, given: Any) -> Condition:  # noqa: ANN401
     if not isinstance(given, dict) or set(given) != {"if", "set"}:
         raise UserError(f"{name} must hold the keys if and set, got {given!r}")
-    wanted = {
+    wanted: dict[str, list[Any]] = {
         key: value if isinstance(value, list) else [value]
         for key, value in _mapping(f"{name}.if", given["if"], empty=False).items()
     }
     wanted = {key: [canonical_value(key, value) for value in values] for key, values in wanted.items()}
+    for key, values in wanted.items():
+        if not values:
+            raise UserError(f"{name}.if.{key} must be a value, or a list of one or more, got []")
     return Condition(wanted, _mapping(f"{name}.set", given["set"], empty=False))
 
 
@@ -225,13 +291,15 @@ def _number(name: str, value: Any) -> float:  # noqa: ANN401
 
 
 def _mapping(name: str, given: Any, *, empty: bool = True) -> Point:  # noqa: ANN401
-    """A mapping with canonical keys."""
+    """A mapping, nested or not, with canonical keys."""
     if given is None and empty:
         return {}
-    if not isinstance(given, dict) or not all(isinstance(key, str) and key for key in given) or not (given or empty):
+    right = isinstance(given, dict) and all(isinstance(key, str) for key in given) and (given or empty)
+    flat = flattened(given) if right else []
+    if not right or not all(all(key.split(".")) for key, _ in flat):
         raise UserError(f"{name} must map keys of fit, or {', '.join(ALIASES)}, to values, got {given!r}")
     found: Point = {}
-    for key, value in given.items():
+    for key, value in flat:
         short = canonical(key)
         if short in found:
             raise UserError(f"{name}.{key}: {short} is there already; say it once")

@@ -1,5 +1,6 @@
 """The keys of a grid: short names for the keys of ``fit``, and configs that are put together from them."""
 
+import copy
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -23,7 +24,8 @@ Accepts = Callable[[str], Collection[str] | None]
 """``class path -> names of its arguments``; ``None`` for a class that is not known."""
 
 _GROUPS = ("model", "data")
-_OURS = "lit_distill.modules."
+_OURS = r"lit_distill\.modules\.(?:[a-z0-9_]+\.)?(?=[A-Z]\w*$)"
+"""The package, or a module of it, before a class."""
 
 
 def canonical(key: str) -> str:
@@ -43,10 +45,10 @@ def canonical_value(key: str, value: Any) -> Any:  # noqa: ANN401 - whatever YAM
     """A value as it is compared and named: methods in snake case (``StepByStepModule``: ``step_by_step``)."""
     if key != "method" or not isinstance(value, str):
         return value
-    bare = value.removeprefix(_OURS)
+    bare = re.sub(rf"^{_OURS}", "", value)
     if re.fullmatch(r"([A-Z][a-z0-9]+)+Module", bare):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", bare.removesuffix("Module")).lower()
-    return value
+    return bare
 
 
 def config_value(key: str, value: Any) -> Any:  # noqa: ANN401
@@ -62,7 +64,7 @@ def _method_class(method: str) -> str:
 
 
 def settings(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Canonical keys with values as a nested config."""
+    """Canonical keys with values as a nested config of its own: no key is a part of another's path."""
     config: dict[str, Any] = {}
     for key, value in point.items():
         for target in targets(key):
@@ -70,7 +72,7 @@ def settings(point: Mapping[str, Any]) -> dict[str, Any]:
             place = config
             for name in path:
                 place = place.setdefault(name, {})
-            place[last] = config_value(key, value)
+            place[last] = copy.deepcopy(config_value(key, value))
     return config
 
 
@@ -93,9 +95,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], accepts: Accepts) ->
             # a name alone is a class without arguments
             merged[key] = {"class_path": value} if key in _GROUPS and isinstance(value, str) else value
             continue
-        if "class_path" in value and value["class_path"] != old.get("class_path") and "init_args" in old:
+        arguments = old.get("init_args")
+        if "class_path" in value and value["class_path"] != old.get("class_path") and isinstance(arguments, Mapping):
             taken = accepts(str(value["class_path"])) or ()
-            old = {**old, "init_args": {name: given for name, given in old["init_args"].items() if name in taken}}
+            old = {**old, "init_args": {name: given for name, given in arguments.items() if name in taken}}
         merged[key] = merge(old, value, accepts)
     return merged
 
@@ -118,4 +121,18 @@ def leaves(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= leaves(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return flat
+
+
+def flattened(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a grid file says, by dotted keys: ``{model: {a: 1}, model.b: 2}`` are ``model.a`` and ``model.b``.
+
+    A class by its name alone (``model: StandardModule``) is its ``class_path``. A key may be there twice.
+    """
+    flat: list[tuple[str, Any]] = []
+    for key, value in given.items():
+        if isinstance(value, Mapping) and value and all(isinstance(name, str) and name for name in value):
+            flat += flattened({f"{key}.{name}": one for name, one in value.items()})
+        else:
+            flat.append((f"{key}.class_path" if key in _GROUPS and not isinstance(value, Mapping) else key, value))
     return flat

@@ -59,7 +59,10 @@ def _student(value: str) -> str:
     text = _safe(value, keep="-")
     if text.startswith("google+") and "+" not in text[7:] and re.match(r"[A-Za-z0-9]", text[7:]):
         return text[7:]
-    return text if "+" in text and not text.startswith(".") else f"_{text}"
+    if "+" not in text:
+        return f"_{text}"
+    # no folder is hidden, and none reads as an option
+    return f"%{ord(text[0]):02x}{text[1:]}" if text[0] in ".-" else text
 
 
 def _safe(text: str, keep: str = "") -> str:

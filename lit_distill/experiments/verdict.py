@@ -23,7 +23,7 @@ class Verdict:
     measured: tuple[float, ...]
     """One a finished cell."""
     cells: int
-    """How many there are to be."""
+    """How many the grid has, whether or not they were looked at."""
     tolerance: float
 
     @property
@@ -49,14 +49,21 @@ class Verdict:
 
 
 def judge(grid: Grid, cells: Sequence[Cell]) -> list[Verdict]:
-    """Each published figure beside the finished cells that it is about."""
+    """Each published figure beside the finished cells that it is about.
+
+    Args:
+        grid: it.
+        cells: those of its cells that are looked at.
+    """
     verdicts = []
+    points = [{**grid.fixed, **point} for point in grid.points()]
     for one in grid.published:
         about = [cell for cell in cells if _matches(one.point, {**grid.fixed, **cell.point})]
         records = [record for cell in about if (record := record_of(cell.folder)) is not None]
         measured = [100 * record.metrics["test/accuracy"] for record in records if "test/accuracy" in record.metrics]
         what = ", ".join(value_text(value) for value in one.point.values())
-        verdicts.append(Verdict(what, one.accuracy, tuple(measured), len(about), grid.tolerance or 0.0))
+        count = sum(_matches(one.point, point) for point in points)
+        verdicts.append(Verdict(what, one.accuracy, tuple(measured), count, grid.tolerance or 0.0))
     return verdicts
 
 

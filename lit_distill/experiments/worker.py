@@ -15,7 +15,8 @@ from types import FrameType
 
 from filelock import Timeout
 
-from lit_distill.experiments.cells import FAILED, LOG, cell_lock, record_of, write_failure
+from lit_distill.errors import UserError
+from lit_distill.experiments.cells import FAILED, LOG, cell_lock, check_record, record_of, write_failure
 
 BUSY = 75
 """The exit code where another process runs the cell: try again later."""
@@ -48,6 +49,11 @@ def run_cell(folder: str | Path, arguments: Sequence[str]) -> int:
         if record_of(folder) is not None:
             # another process was faster
             return 0
+        try:
+            check_record(folder)
+        except UserError as error:
+            write_failure(folder, 1, str(error))
+            return 1
         (folder / FAILED).unlink(missing_ok=True)
         _keep_metrics(folder)
         # the child holds the lock too: a worker that is killed leaves it to the run that goes on

@@ -221,8 +221,8 @@ def test_other_refusals(student_folder: Path) -> None:
     assert refusal(content | {"base": ["list.yaml"]}) == "base: 'list.yaml' must hold keys with values"
     assert refusal(content, only="*-seed9").startswith("only: no cell's name matches '*-seed9'")
     assert refusal(content, jobs=0) == "jobs must be an integer >= 1, got 0"
-    # YAML takes the first for a text, and fit for the same number
-    twice = content | {"grid": {"model.learning_rate": ["5e-5", 5.0e-5]}}
+    # two names of one class
+    twice = content | {"grid": {"dataset": ["ToyDataModule", "lit_distill.data.ToyDataModule"]}}
     assert "are the same run" in refusal(twice)
     with pytest.raises(UserError, match=r"config: no file 'absent\.yaml'"):
         run_experiment(["--config", "absent.yaml"])
@@ -230,6 +230,55 @@ def test_other_refusals(student_folder: Path) -> None:
         run_experiment(["--config", "grid.yaml", "--launcher", "cloud"])
     with pytest.raises(UserError, match="gird: no such argument"):
         run_experiment(["--config", "grid.yaml", "--gird", "x"])
+
+
+def test_groups_that_are_none(student_folder: Path) -> None:
+    assert refusal(small(student_folder, grid={"trainer": [3]})).startswith("trainer must hold keys with values, got 3")
+    content = small(student_folder, grid={"seed": [0]}, set={"checkpoint": "x"})
+    assert refusal(content).startswith("checkpoint must hold keys with values, got 'x'")
+
+
+def test_keys_of_a_condition_are_checked(student_folder: Path) -> None:
+    when = [{"if": {"method": "lit_distill.modules.StandardModule"}, "set": {"model.odrer": 1}}]
+    content = small(student_folder, grid={"method": ["step_by_step", "standard"]}, when=when)
+    assert refusal(content).startswith("model.odrer: no such argument")
+
+
+def test_settings_of_one_cell_stay_its_own(student_folder: Path) -> None:
+    content = small(
+        student_folder, set={"model": {"init_args": {"learning_rate": 0.001}}}, grid={"train_fraction": [0.25, 0.5]},
+        when=[{"if": {"train_fraction": 0.25}, "set": {"model.warmup_steps": 77}}],
+    )  # fmt: skip
+    experiment(write(content), launcher="print")
+    found = [yaml.safe_load(path.read_text())["model"]["init_args"] for path in sorted(Path().glob("cells/*/fit.yaml"))]
+    assert [(one["learning_rate"], one.get("warmup_steps")) for one in found] == [(0.001, 77), (0.001, None)]
+
+
+@pytest.mark.parametrize("damage", ["format", "half"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_record_that_cannot_be_read_is_not_run_over(damage: str, dry_run: bool, student_folder: Path) -> None:
+    content = small(student_folder, grid={"seed": [0, 1]})
+    folder = Path("cells/seed1")
+    folder.mkdir(parents=True)
+    write_record(folder, make_record(0.5))
+    text = (folder / "run.json").read_text()
+    text = text.replace('"format": 1', '"format": 2') if damage == "format" else text[:50]
+    (folder / "run.json").write_text(text)
+    line = refusal(content, dry_run=dry_run)
+    assert line.startswith("cells/seed1/run.json: ")
+    assert line.endswith("; move it away to run the cell anew")
+    # of cells that are not looked at, nothing is said
+    assert experiment("grid.yaml", only="seed0", dry_run=True)["left"] == 1
+
+
+def test_an_out_that_can_be_none(student_folder: Path) -> None:
+    content = small(student_folder, grid={"seed": [0]})
+    Path("file").write_text("")
+    Path("nowhere").symlink_to("absent")
+    for out in ("file", "file/below", "nowhere", "nowhere/below", "a" * 300, "a/" + "a" * 300 + "/b", "a\0b"):
+        for dry_run in (True, False):
+            line = refusal(content, out=out, dry_run=dry_run)
+            assert line.startswith(f"out: {out!r} cannot be a folder"), line
 
 
 def test_a_refusal_on_the_command_line_is_one_line(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,6 +410,20 @@ def test_exit_codes(
     with pytest.raises(SystemExit) as stopped:
         run_experiment(["--config", path])
     assert stopped.value.code == code
+
+
+def test_a_verdict_on_some_cells_says_so(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lit_distill.commands.experiment.run_cells", lambda *arguments: True)
+    figures = {"published": [{"method": "standard", "accuracy": 50}], "tolerance": 1}
+    path = write(small(student_folder, grid={"seed": [0, 1, 2]}, set={"method": "standard"}, **figures))
+    experiment(path, only="seed0")
+    shown = capsys.readouterr().out
+    assert "0 of 3" in shown
+    assert "Looked at 1 of the grid's 3 cells." in shown.splitlines()
+    experiment(path)
+    assert "Looked at" not in capsys.readouterr().out
 
 
 def test_a_logger_of_ones_own_stands_beside(student_folder: Path) -> None:

@@ -102,6 +102,11 @@ def test_short_names_are_keys_of_fit() -> None:
     [
         ({"model.class_path": "StepByStepModule"}, "method", "step_by_step"),
         ({"method": "lit_distill.modules.StepByStepModule"}, "method", "step_by_step"),
+        ({"method": "lit_distill.modules.step_by_step.StepByStepModule"}, "method", "step_by_step"),
+        ({"model": "StepByStepModule"}, "method", "step_by_step"),
+        ({"model": {"class_path": "StepByStepModule"}}, "method", "step_by_step"),
+        ({"model": {"order": "a"}}, "model.init_args.order", "a"),
+        ({"data": {"init_args": {"train_fraction": 0.5}}}, "train_fraction", 0.5),
         ({"method": "own.stuff.OwnModule"}, "method", "own.stuff.OwnModule"),
         # not what `mi_cot` would be the name of
         ({"method": "MICoTModule"}, "method", "MICoTModule"),
@@ -114,7 +119,9 @@ def test_short_names_are_keys_of_fit() -> None:
 )
 def test_a_key_has_one_name(tmp_path: Path, given: dict[str, Any], key: str, value: object) -> None:
     [(name, one)] = given.items()
-    assert grid(tmp_path, grid={name: [one]}).points() == [{key: value}]
+    assert grid(tmp_path, cells=[{name: one}]).points() == [{key: value}]
+    if not isinstance(one, dict):
+        assert grid(tmp_path, grid={name: [one]}).points() == [{key: value}]
     assert grid(tmp_path, grid={"trainer.max_steps": [1]}, set=given).fixed == {key: value}
 
 
@@ -142,6 +149,58 @@ def test_conditions_hold_for_some_cells(tmp_path: Path) -> None:
         ("step_by_step", "a/large", 8, 5, 0.5),
         ("step_by_step", "a/xl", 4, 5, 0.5),
     ]
+
+
+def test_conditions_set_their_own_cells_alone(tmp_path: Path) -> None:
+    when = [{"if": {"train_fraction": 0.25}, "set": {"model.warmup_steps": 77, "data.seed": 4}}]
+    given = {"model.init_args": {"learning_rate": 0.001}, "model.adam": {"betas": [1]}}
+    found = grid(tmp_path, set=given, grid={"train_fraction": [0.25, 0.5]}, when=when)
+    one, two = (settings(found.settings(point)) for point in found.points())
+    assert one["model"]["init_args"] == {"learning_rate": 0.001, "adam": {"betas": [1]}, "warmup_steps": 77}
+    assert two["model"]["init_args"] == {"learning_rate": 0.001, "adam": {"betas": [1]}}
+    one["model"]["init_args"]["adam"]["betas"].append(2)
+    assert two["model"]["init_args"]["adam"] == {"betas": [1]}
+
+
+def test_a_later_condition_wins_by_whatever_name(tmp_path: Path) -> None:
+    when = [{"if": {"method": "a"}, "set": given} for given in ({"data.seed": 1}, {"seed": 2}, {"data.seed": 3})]
+    found = grid(tmp_path, grid={"method": ["a"]}, when=when)
+    config = settings(found.settings({"method": "a"}))
+    assert (config["seed_everything"], config["data"]["init_args"]["seed"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "model"),
+    [
+        (
+            {"model.learning_rate": 0.5, "model.init_args": {"warmup_steps": 3}},
+            {"init_args": {"learning_rate": 0.5, "warmup_steps": 3}},
+        ),
+        (
+            {"model": "StandardModule", "model.learning_rate": 0.5},
+            {"class_path": "StandardModule", "init_args": {"learning_rate": 0.5}},
+        ),
+        (
+            {"model.learning_rate": 0.5, "model": {"class_path": "StandardModule", "adam": {"beta": 0.9}}},
+            {"class_path": "StandardModule", "init_args": {"learning_rate": 0.5, "adam": {"beta": 0.9}}},
+        ),
+        ({"model.table": {1: "a"}, "model.init_args.none": {}}, {"init_args": {"table": {1: "a"}, "none": {}}}),
+    ],
+)  # fmt: skip
+def test_nested_and_dotted_keys_are_the_same(tmp_path: Path, given: dict[str, Any], model: dict[str, Any]) -> None:
+    found = grid(tmp_path, set=given, grid={"train_fraction": [1]})
+    assert settings(found.settings({}))["model"] == model
+
+
+def test_numbers_are_fits(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "base: x\ngrid: {model.learning_rate: [1e-4, 5E+3, -1.5e2, '1e-4 ']}\nset: {label_source: 2024-01-01}\n"
+        "when: [{if: {model.learning_rate: 0.0001}, set: {seed: 1}}]\n"
+    )
+    found = read_grid(path)
+    assert [*found.axes["model.init_args.learning_rate"]] == [0.0001, 5000.0, -150.0, "1e-4 "]
+    assert found.fixed == {"label_source": "2024-01-01"}
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -201,6 +260,56 @@ SEEDS = {"seed": [0, 1]}
             {"grid": SEEDS, "when": [{"if": {"seed": 1}, "set": {"data.seed": 1}}]},
             "when[0].set.data.init_args.seed: varies in grid or cells, whose names would be wrong",
         ),
+        (
+            {"set": {"trainer.max_steps": 1, "trainer.max_steps.x": 2}, "grid": SEEDS},
+            "set.trainer.max_steps.x: set.trainer.max_steps is set as well, and trainer.max_steps.x lies within",
+        ),
+        ({"set": {"trainer": 1}, "grid": {"trainer.max_steps": [1]}}, "grid.trainer.max_steps: set.trainer is set as"),
+        (
+            {"cells": [{"method": "a", "model.class_path.x": 1}]},
+            "cells.model.class_path.x: cells.method is set as well",
+        ),
+        (
+            {"set": {"a.b": {"c": 1}}, "grid": SEEDS, "when": [{"if": {"seed": 1}, "set": {"a.b": 1}}]},
+            "when[0].set.a.b: set.a.b.c is set as well",
+        ),
+        (
+            {"grid": SEEDS, "when": [{"if": {"seed": 1}, "set": {"a": 1}}, {"if": {"seed": 1}, "set": {"a.b": 1}}]},
+            "when[1].set.a.b: when[0].set.a is set as well",
+        ),
+        (
+            {"grid": {"method": ["a"]}, "when": [{"if": {"method": "a"}, "set": {"seed": 1, "data.seed": 2}}]},
+            "when[0].set.data.init_args.seed: when[0].set.seed sets data.init_args.seed as well; say it once",
+        ),
+        (
+            {"grid": SEEDS, "set": {"model": {"order": 1}, "model.order": 2}},
+            "set.model.order: model.init_args.order is there already",
+        ),
+        ({"grid": SEEDS, "set": {"checkpoint": {"dirpath": "x"}}}, "set.checkpoint.dirpath: the folder of a run is"),
+        ({"grid": SEEDS, "set": {"model..x": 1}}, "set must map keys of fit"),
+        (
+            {"grid": {"train_fraction": [0.25, 0.5]}, "when": [{"if": {"train_fraction": 0.3}, "set": {"seed": 1}}]},
+            "when[0].if.train_fraction: no cell has 0.3; there are 0.25, 0.5",
+        ),
+        (
+            {"grid": {"method": ["step_by_step"]}, "when": [{"if": {"method": "stepbystep"}, "set": {"seed": 1}}]},
+            "when[0].if.method: no cell has stepbystep (did you mean step_by_step?); there are step_by_step",
+        ),
+        (
+            {"grid": SEEDS, "when": [{"if": {"seed": [1, 2]}, "set": {"data.batch_size": 1}}]},
+            "when[0].if.seed: no cell has 2; there are 0, 1",
+        ),
+        (
+            {"grid": SEEDS, "when": [{"if": {"seed": []}, "set": {"a": 1}}]},
+            "when[0].if.seed must be a value, or a list",
+        ),
+        (
+            {
+                "cells": [{"method": "a", "seed": 0}, {"method": "b", "seed": 1}],
+                "when": [{"if": {"method": "a", "seed": 1}, "set": {"data.batch_size": 1}}],
+            },
+            "when[0].if: no cell has all of method a, seed 1",
+        ),
         ({"grid": SEEDS, "out": 3}, "out must be a folder, got 3"),
         ({"grid": SEEDS, "tolerance": 1}, "published and tolerance must be given together"),
         ({"grid": SEEDS, "published": [{"accuracy": 3}], "tolerance": 1}, "published[0] must hold accuracy and which"),
@@ -219,6 +328,21 @@ def test_a_wrong_grid_is_one_line(tmp_path: Path, content: dict[str, Any], line:
     assert refusal(tmp_path, **content).startswith(line)
 
 
+def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    for text, key, line in (
+        ("base: x\ngrid: {seed: [0], 'seed': [1]}\n", "seed", 2),
+        ("base: x\nset: {a: 1}\ngrid: {seed: [0]}\nset: {b: 1}\n", "set", 4),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError) as refused:
+            read_grid(path)
+        assert str(refused.value) == f"{key}: is there twice, again in line {line}; say it once (in {path})"
+    # what is merged in may be said anew
+    path.write_text("base: x\ncells: [&a {method: a, model.x: 1}, &b {<<: *a, model.x: 2}, {<<: *b, model.x: 3}]\n")
+    assert [point["model.init_args.x"] for point in read_grid(path).points()] == [1, 2, 3]
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config: no file"):
         read_grid(tmp_path / "absent.yaml")
@@ -226,6 +350,10 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
         read_grid(tmp_path)
     path = tmp_path / "grid.yaml"
     path.write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML") as refused:
+        read_grid(path)
+    assert "\n" not in str(refused.value)
+    path.write_text("base: x\ngrid: {seed: [0]}\nset: &a {b: *a}\n")
     with pytest.raises(UserError, match="is not YAML"):
         read_grid(path)
     path.write_text("- a")

@@ -60,6 +60,9 @@ def test_a_name_is_safe_and_does_not_depend_on_order(
         ({"method": "standard", "student": "google/t5-v1_1-base", "seed": 0}, "standard-t5-v1_1-base-seed0"),
         ({"student": "configs/students/toy-t5"}, "configs+students+toy-t5"),
         ({"student": "t5-v1_1-base"}, "_t5-v1_1-base"),
+        ({"student": "-a/b"}, "%2da+b"),
+        ({"student": "./b"}, "%2e+b"),
+        ({"student": "_./b"}, "_.+b"),
         (
             {"method": "step_by_step", "rationales": "shuffled", "rationale_weight": 2.0},
             "step_by_step-shuffled-weight2",

@@ -83,12 +83,12 @@ def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     assert [starts(cell) for cell in cells] == [["new"], ["new"]]
 
 
-def test_a_record_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_read_is_not_run_over(tmp_path: Path) -> None:
     [cell] = make_cells(tmp_path, a={})
     (cell.folder / "run.json").write_text("{")
     board, _ = go([cell])
-    assert board.states == {"a": State.DONE}
-    assert len(starts(cell)) == 1
+    assert board.states == {"a": State.FAILED}
+    assert starts(cell) == []
 
 
 def test_a_failed_cell_is_kept_and_stops_no_other(tmp_path: Path) -> None:
@@ -389,3 +389,14 @@ def test_a_killed_experiment_resumes_what_was_killed_with_it(tmp_path: Path) -> 
     gate.touch()
     assert go([cell])[0].states == {"a": State.DONE}
     assert starts(cell) == ["new", "resumed"]
+
+
+def test_a_worker_does_not_run_over_a_record_that_it_cannot_read(tmp_path: Path) -> None:
+    [cell] = make_cells(tmp_path / "out", a={})
+    (cell.folder / "run.json").write_text('{"format": 9}')
+    assert run_cell(cell.folder, cell.arguments) == 1
+    assert starts(cell) == []
+    failure = failure_of(cell.folder)
+    assert failure is not None
+    assert failure.reason.startswith(f"{cell.folder / 'run.json'}: no record of format 1; move it away")
+    assert (cell.folder / "run.json").read_text() == '{"format": 9}'

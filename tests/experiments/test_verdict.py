@@ -60,6 +60,8 @@ def test_figures_find_their_cells(tmp_path: Path) -> None:
     assert standard.measured == pytest.approx((52.0, 50.0))
     assert (standard.cells, standard.verdict) == (2, WITHIN)
     assert (step_by_step.what, step_by_step.cells, step_by_step.verdict) == ("step_by_step, gold", 2, ABOVE)
+    # of cells that were not looked at, nothing is known; but there are as many as there are
+    assert [(len(one.measured), one.cells) for one in judge(grid, cells[:1])] == [(1, 2), (0, 2)]
     console = Console(width=150, file=io.StringIO(), record=True)
     console.print(verdict_table([standard, step_by_step]))
     lines = console.export_text().splitlines()
