@@ -110,6 +110,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "p_value": None if row.examples is None else row.examples.p_value,
         "difference_by_seed": None if row.seeds is None else row.seeds.mean,
         "standard_error_by_seed": None if row.seeds is None else row.seeds.standard_error,
+        "seeds_left_out": row.left_out,
         "published": None if row.published is None else row.published.accuracy,
     }
 
@@ -133,6 +134,8 @@ def _show(comparison: Comparison, folder: Path) -> None:
     found = [row.examples for section in comparison.sections for row in section.rows if row.examples]
     if any(one.differing < FEW for one in found):
         console.print(f"{numbers.DAGGER} rests on fewer than {FEW} rows that tell the two apart")
+    if any(any(row.left_out) for section in comparison.sections for row in section.rows):
+        console.print(f"{numbers.DOUBLE_DAGGER} over the seeds that both have; others were left out")
     for one in comparison.skipped:
         console.print(Text(f"skipped {one.source}: {one.reason}"), soft_wrap=True)
     for old, new in sorted(comparison.duplicates.items()):
@@ -177,9 +180,9 @@ def _cells(row: Row, metric: str) -> dict[str, str]:
         "rows": fraction_name(row.setting.train_fraction),
         "n": str(row.summary.n),
         "mean ± se": numbers.mean_and_error(row, metric),
-        "difference": numbers.change(found.difference, metric) if found else "baseline" if row.is_baseline else "",
+        "difference": numbers.difference(row, metric) or ("baseline" if row.is_baseline else ""),
         "95 % interval": numbers.interval(found, metric) if found else "",
         "p": numbers.p_value(found) if found else "",
-        "by seed ± se (n)": numbers.seed_difference(row.seeds, metric),
+        "by seed ± se (n)": numbers.by_seed(row, metric),
         "published": numbers.value(row.published.accuracy, metric) if row.published else "",
     }

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from lit_distill.comparison.baselines import find_baseline, read_baseline
-from lit_distill.comparison.names import method_name, short_keys, value_name, variant_name
+from lit_distill.comparison.names import method_name, short_keys, value_name, variant_names
 from lit_distill.comparison.published import SOURCE, TEACHER, Published, published
+from lit_distill.comparison.rows import SPLITTING, name_tests, split_by_training
 from lit_distill.comparison.runs import Found, Run, Skipped
 from lit_distill.comparison.settings import (
+    STUDENT,
     Setting,
+    aligned,
     differing_keys,
     flatten,
     following_keys,
     setting_of,
+    student_names,
+    student_path,
     student_sizes,
 )
 from lit_distill.comparison.statistics import (
@@ -46,6 +51,8 @@ class Row:
     """To the baseline, over test rows."""
     seeds: SeedDifference | None
     """To the baseline, over seeds."""
+    left_out: tuple[int, int]
+    """Runs of it and of the baseline that the differences leave out, as the other has none of the same seeds."""
     remark: str
     """Why a difference is missing."""
     published: Published | None
@@ -118,6 +125,9 @@ def compare_runs(
     by_dataset: dict[str, list[Run]] = defaultdict(list)
     for run in found.runs:
         by_dataset[run.record.dataset].append(run)
+    for dataset in by_dataset:
+        by_dataset[dataset] = name_tests(by_dataset[dataset])
+    compared = [run for runs in by_dataset.values() for run in runs]
     for dataset, runs in by_dataset.items():
         _check_tests(dataset, runs, allowed=allow_different_tests)
     sizes = student_sizes(found.runs)
@@ -130,6 +140,8 @@ def compare_runs(
         following[dataset] = following_keys(runs, keys[dataset])
         telling = [key for key in keys[dataset] if key not in following[dataset]]
         grouped[dataset], repeated = _group(runs, telling, sizes)
+        if any(len({student_path(run) for run in one}) > 1 for one in _by_student(runs).values()):
+            keys[dataset].append(STUDENT)
         duplicates |= repeated
     settings = [setting for groups in grouped.values() for setting in groups]
     wanted = read_baseline(baseline, settings)
@@ -140,13 +152,20 @@ def compare_runs(
     return Comparison(
         metric=metric,
         sections=sections,
-        runs=tuple(run for run in found.runs if run.source not in duplicates),
+        runs=tuple(run for run in compared if run.source not in duplicates),
         duplicates=duplicates,
-        repeated=tuple(run for run in found.runs if run.source in duplicates),
+        repeated=tuple(run for run in compared if run.source in duplicates),
         skipped=found.skipped,
         resamples=resamples,
         seed=seed,
     )
+
+
+def _by_student(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    students: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        students[run.record.student].append(run)
+    return students
 
 
 def _tests(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -174,14 +193,21 @@ def _group(
 ) -> tuple[dict[Setting, list[Run]], dict[str, str]]:
     """Runs by setting, each pair of seeds once; of runs that were done again, the one that was started last."""
     several = sum(bool(test) for test in _tests(runs)) > 1
-    groups: dict[Setting, dict[tuple[int, int], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    configs, students = aligned(runs), student_names(runs)
+    groups: dict[Setting, list[Run]] = defaultdict(list)
     for run in runs:
-        parameters = run.record.parameters or sizes.get(run.record.student, 0)
-        more = {"test rows": run.test or "unknown"} if several else {}
-        groups[setting_of(run, keys, parameters, more)][run.seeds].append(run)
+        parameters = run.record.parameters or sizes.get(student_path(run), 0)
+        setting = setting_of(run, keys, parameters, config=configs[run.source], student=students[run.source])
+        if several:
+            setting = setting.having("test rows", run.test or "unknown")
+        groups[setting].append(run)
     kept: dict[Setting, list[Run]] = {}
     duplicates: dict[str, str] = {}
-    for setting, by_seeds in groups.items():
+    parts = [part for setting, group in groups.items() for part in split_by_training(setting, group)]
+    for setting, group in parts:
+        by_seeds: dict[tuple[int, int], list[Run]] = defaultdict(list)
+        for run in group:
+            by_seeds[run.seeds].append(run)
         kept[setting] = []
         for _, same in sorted(by_seeds.items()):
             # predictions first: an online copy of a run knows less
@@ -206,21 +232,26 @@ def _section(
     rows = []
     found = {setting: find_baseline(setting, list(groups), wanted) for setting in groups}
     bases = {base for base, _ in found.values()}
+    names = variant_names(list(groups))
     for setting, group in groups.items():
         base, remark = found[setting]
         examples = seeds = None
+        left_out = 0, 0
         if base is not None:
+            own, other = _shared(group, groups[base])
+            left_out = len(group) - len(own), len(groups[base]) - len(other)
             seeds = _by_seed(values[setting], values[base], group, groups[base])
-            examples, remark = _by_example(group, groups[base], metric, resamples, seed)
+            examples, remark = _by_example(own, other, metric, resamples, seed)
         rows.append(
             Row(
                 setting=setting,
-                name=variant_name(setting, list(groups)),
+                name=names[setting],
                 runs=tuple(group),
                 summary=summarize(list(values[setting].values()), [run.predictions for run in group]),
                 baseline=base,
                 examples=examples,
                 seeds=seeds,
+                left_out=left_out,
                 remark=remark,
                 published=_published(group) if metric == ACCURACY else None,
                 is_baseline=setting in bases,
@@ -246,6 +277,14 @@ def _order(row: Row) -> tuple[object, ...]:
     variant = (setting.rationales not in (None, "own"), setting.rationale_weight or 0.0)
     size = (setting.parameters, setting.student)
     return setting.label_source, *size, setting.train_fraction, place, setting.method, variant, setting.extra
+
+
+def _shared(own: Sequence[Run], base: Sequence[Run]) -> tuple[Sequence[Run], Sequence[Run]]:
+    """The runs whose seeds both have, so that both differences are of the same runs; all where there are none."""
+    both = {run.seeds for run in own} & {run.seeds for run in base}
+    if not both:
+        return own, base
+    return [run for run in own if run.seeds in both], [run for run in base if run.seeds in both]
 
 
 def _by_seed(
@@ -280,7 +319,9 @@ def _published(group: Sequence[Run]) -> Published | None:
         published(
             dataset=run.record.dataset,
             method=run.record.method,
-            student=run.record.student,
+            student=student_path(run),
+            parameters=run.record.parameters,
+            train_rows=run.record.train_rows,
             label_source=run.record.label_source,
             train_fraction=run.record.train_fraction,
             rationales=run.record.rationales,
@@ -315,16 +356,14 @@ def _confounded(following: Mapping[str, Mapping[str, str]]) -> list[str]:
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader should know before reading a section's numbers."""
     remarks = []
+    apart = [row for row in rows if any(key in SPLITTING for key, _ in row.setting.extra)]
+    if apart:
+        names = ", ".join(f"{row.name} ({row.setting.student})" for row in apart)
+        remarks.append(
+            "Runs with the same config and data seed, or the same part of the data, were trained on different rows or "
+            f"rationales, and are not taken together: {names}"
+        )
     for row in rows:
-        trained: dict[int, set[str]] = defaultdict(set)
-        for run in row.runs:
-            if "train" in run.record.fingerprints:
-                trained[run.record.data_seed].add(run.record.fingerprints["train"])
-        if any(len(hashes) > 1 for hashes in trained.values()):
-            remarks.append(
-                f"{row.name} ({row.setting.student}): runs with the same config and data seed were trained on "
-                "different rows or rationales"
-            )
         tested = {run.test for run in row.runs}
         if "" in tested:
             remarks.append(f"{row.name} ({row.setting.student}): which rows some runs were tested on is not known")

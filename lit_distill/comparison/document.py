@@ -130,15 +130,15 @@ def _beside(path: Path, folder: Path) -> str:
 
 def _escape(text: str) -> str:
     """Signs that would set a text otherwise; names hold underscores, which Markdown keeps within words."""
-    for sign in "\\`*<[]":
+    for sign in "\\`*<[]&":
         text = text.replace(sign, f"\\{sign}")
-    return text
+    return " ".join(text.splitlines())
 
 
 def _cell(text: str) -> str:
     if set(text) <= {"-", ":"} and len(text) >= 3:
         return text
-    return _escape(text).replace("|", "\\|").replace("\n", " ")
+    return _escape(text).replace("|", "\\|")
 
 
 def to_html(parts: Sequence[Part]) -> str:

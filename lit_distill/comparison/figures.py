@@ -35,6 +35,8 @@ _SETTINGS: Final[Any] = {
     "svg.hashsalt": "lit_distill",
     "path.simplify": False,
     "axes.unicode_minus": True,
+    # a $ in a name is a $
+    "text.parse_math": False,
 }
 """Over matplotlib's own defaults in place of the user's, so that the same runs give the same files."""
 

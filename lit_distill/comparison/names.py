@@ -79,6 +79,25 @@ def variant_name(setting: Setting, among: Sequence[Setting], keys: Collection[st
     return ", ".join(parts)
 
 
+def variant_names(settings: Sequence[Setting], keys: Collection[str] | None = None) -> dict[Setting, str]:
+    """`variant_name` of each, with a number where different things would be called the same."""
+    names = {setting: variant_name(setting, settings, keys) for setting in settings}
+    called: dict[str, list[tuple[object, ...]]] = {}
+    for setting, name in sorted(names.items(), key=lambda item: item[0].extra):
+        what = _what(setting, keys)
+        if what not in called.setdefault(name, []):
+            called[name].append(what)
+    numbers = {setting: called[name].index(_what(setting, keys)) + 1 for setting, name in names.items()}
+    return {
+        setting: name + (f" ({numbers[setting]})" if len(called[name]) > 1 else "") for setting, name in names.items()
+    }
+
+
+def _what(setting: Setting, keys: Collection[str] | None) -> tuple[object, ...]:
+    told = tuple((key, value) for key, value in setting.extra if keys is None or key in keys)
+    return setting.method, setting.rationales, setting.rationale_weight, told
+
+
 def value_name(value: str) -> str:
     """A value of a config: classes by their names, paths by their ends."""
     try:

@@ -4,6 +4,9 @@ from lit_distill.comparison.comparing import Row
 from lit_distill.comparison.plots import is_share
 from lit_distill.comparison.statistics import FEW, ExampleDifference, SeedDifference
 
+DOUBLE_DAGGER = "\u2021"
+"""Marks a difference that leaves seeds out."""
+
 MINUS = "\u2212"
 """As wide as a plus."""
 
@@ -38,6 +41,23 @@ def seed_difference(found: SeedDifference | None, metric: str) -> str:
     error = found.standard_error
     spread = "" if error is None else f" ± {value(error, metric)}"
     return f"{change(found.mean, metric)}{spread} ({found.n})"
+
+
+def difference(row: Row, metric: str) -> str:
+    """+1.20, marked where seeds were left out; nothing where there is no difference."""
+    if row.examples is None:
+        return ""
+    return change(row.examples.difference, metric) + left_out(row)
+
+
+def by_seed(row: Row, metric: str) -> str:
+    """`seed_difference`, marked likewise."""
+    return "" if row.seeds is None else seed_difference(row.seeds, metric) + left_out(row)
+
+
+def left_out(row: Row) -> str:
+    """The mark of a row whose differences leave seeds out."""
+    return f" {DOUBLE_DAGGER}" if any(row.left_out) else ""
 
 
 def interval(found: ExampleDifference, metric: str) -> str:

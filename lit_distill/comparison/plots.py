@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from lit_distill.comparison.comparing import ACCURACY, Comparison, Row, Section
@@ -14,13 +14,17 @@ from lit_distill.comparison.names import (
     metric_name,
     short_keys,
     size_name,
-    variant_name,
+    variant_names,
 )
 from lit_distill.comparison.published import SOURCE
 from lit_distill.comparison.settings import Setting
 
 StyleKey = tuple[str, str]
 """A method and its variant, by which the same thing looks the same in all figures."""
+
+
+_LONGEST_PART = 60
+"""Bytes of a name in a file's name, which file systems limit to 255."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,21 @@ def plots(comparison: Comparison) -> list[LinePlot | DotPlot]:
             found += _sizes(section, rows, label_source, comparison.metric)
             for student, own in _split(rows, lambda row: row.setting.student):
                 found += _ablation(own, label_source, student, comparison.metric)
-    return found
+    return _with_own_files(found)
+
+
+def _with_own_files(found: Sequence[LinePlot | DotPlot]) -> list[LinePlot | DotPlot]:
+    """Figures of which no two have one file, on file systems that do not tell cases apart either."""
+    used: set[str] = set()
+    named: list[LinePlot | DotPlot] = []
+    for plot in found:
+        name, number = plot.name, 1
+        while name.lower() in used:
+            number += 1
+            name = f"{plot.name}-{number}"
+        used.add(name.lower())
+        named.append(replace(plot, name=name))
+    return named
 
 
 def _split(rows: Iterable[Row], key: Callable[[Row], str]) -> list[tuple[str, list[Row]]]:
@@ -113,8 +131,8 @@ def _title(section_rows: Sequence[Row], *parts: str) -> str:
 
 
 def _file(*parts: str) -> str:
-    text = "-".join(parts)
-    return "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in text)
+    parts = tuple(part.encode()[:_LONGEST_PART].decode(errors="ignore") for part in parts)
+    return "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in "-".join(parts))
 
 
 def _y_label(metric: str) -> str:
@@ -199,8 +217,9 @@ def _lines(rows: Sequence[Row], x: Callable[[Setting], float], *, with_family: b
     keys = {key for setting in settings for key, _ in setting.extra}
     splitting = {key for key in keys if _splits(key, settings, x)}
     groups: dict[str, list[Row]] = defaultdict(list)
+    names = variant_names(settings, splitting)
     for row in rows:
-        name = variant_name(row.setting, settings, splitting)
+        name = names[row.setting]
         groups[f"{name}, {family(row.setting.student)}" if with_family else name].append(row)
     lines = [
         Line(
@@ -283,7 +302,7 @@ def _ablation(rows: Sequence[Row], label_source: str, student: str, metric: str)
         for key in {key for setting in settings for key, _ in setting.extra}
         if len({setting.value(key) for setting in settings}) > 1
     }
-    names = {setting: variant_name(setting, settings, varying) for setting in settings}
+    names = variant_names(settings, varying)
     if base in names:
         base_name = names[base]
     dots = [
@@ -305,7 +324,8 @@ def _ablation(rows: Sequence[Row], label_source: str, student: str, metric: str)
         notes.append("small circles: single seeds")
     notes += _notes(rows)[1:]
     if base is not None and compared:
-        notes.append("right: 95 % bootstrap intervals over test rows")
+        over = ", of the seeds that both have" if any(any(row.left_out) for row in compared) else ""
+        notes.append(f"right: 95 % bootstrap intervals over test rows{over}")
     part = "all training rows" if fraction == 1 else f"{fraction_name(fraction)} of the training rows"
     return [
         DotPlot(

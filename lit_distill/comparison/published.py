@@ -7,6 +7,12 @@ from typing import Any, Final
 SOURCE: Final = "Hsieh et al. (2023)"
 """https://arxiv.org/abs/2305.02301, T5-v1.1-base trained on all of the data with human labels, means of 4 seeds."""
 
+TRAIN_ROWS: Final = {"esnli": 549_367, "anli1": 16_946, "cqa": 8_766, "svamp": 720}
+"""That were trained on."""
+
+_PARAMETERS: Final = 247_577_856
+"""Of the student."""
+
 STUDENT: Final = "t5-v1_1-base"
 """The only student of which numbers were published in figures one can read."""
 
@@ -46,6 +52,8 @@ def published(
     dataset: str,
     method: str,
     student: str,
+    parameters: int,
+    train_rows: int,
     label_source: str,
     train_fraction: float,
     rationales: str | None,
@@ -57,21 +65,25 @@ def published(
     Args:
         dataset: as in a record.
         method: likewise.
-        student: likewise.
+        student: as in the config, its owner or path included.
+        parameters: as in a record; what is not known is no match.
+        train_rows: likewise.
         label_source: likewise.
         train_fraction: likewise.
         rationales: likewise.
-        test_rows: likewise; 0 where it is not known.
+        test_rows: likewise.
         config: the run's, with its keys joined by dots.
     """
     row = _ROW_OF.get(method)
-    if row is None or dataset not in TEST_ROWS or student.rpartition("/")[2] != STUDENT:
+    if row is None or dataset not in TEST_ROWS or student not in (STUDENT, f"google/{STUDENT}"):
         return None
     as_published = (
         label_source == "gold"
         and train_fraction == 1
         and rationales in (None, "own")
-        and test_rows in (0, TEST_ROWS[dataset])
+        and test_rows == TEST_ROWS[dataset]
+        and _near(train_rows, TRAIN_ROWS[dataset], 0.01)
+        and _near(parameters, _PARAMETERS, 0.05)
         # rationales of another teacher, a part of them, another mixture, another order, no pretraining
         and config.get("data.init_args.rationales") is None
         and config.get("data.init_args.rationale_filter") in (None, "none")
@@ -80,3 +92,7 @@ def published(
         and not config.get("model.init_args.from_scratch")
     )
     return Published(row, ROWS[row][dataset]) if as_published else None
+
+
+def _near(number: int, expected: int, part: float) -> bool:
+    return abs(number - expected) <= part * expected

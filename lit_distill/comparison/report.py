@@ -62,12 +62,12 @@ def _compared(comparison: Comparison) -> list[Part]:
         rows.append((dataset_name(section.dataset), students, seeds, tests, *counts, teachers))
     unit = "in %" if is_share(comparison.metric) else "as it was logged"
     parts: list[Part] = [
-        Text(f"{len(comparison.runs)} runs by {metric_name(comparison.metric)} ({comparison.metric}), {unit}."),
+        Text(f"{_runs(len(comparison.runs))} by {metric_name(comparison.metric)} ({comparison.metric}), {unit}."),
         Table(head, tuple(rows), names=4),
     ]
     without = [run for run in comparison.runs if run.predictions is None]
     if without:
-        parts += [Text(f"{len(without)} runs without predictions, of which metrics alone are compared:")]
+        parts += [Text(f"{_runs(len(without))} without predictions, of which metrics alone are compared:")]
         parts += [Items(tuple(f"{run.source}: {run.remark}" for run in without))]
     if comparison.skipped:
         parts += [Text(f"{len(comparison.skipped)} skipped:")]
@@ -75,13 +75,17 @@ def _compared(comparison: Comparison) -> list[Part]:
     if comparison.duplicates:
         parts += [
             Text(
-                f"{len(comparison.duplicates)} runs were done again with the same setting and seeds. Of each, the run "
-                "that was started last is compared; the others are in runs.csv:"
+                f"{_runs(len(comparison.duplicates))} done again with the same setting and seeds. Of each, the run "
+                "that was started last is compared; all are in runs.csv:"
             ),
             Items(tuple(f"{old}: again as {new}" for old, new in sorted(comparison.duplicates.items()))),
         ]
     parts.append(Text("All runs with all that is known of them: runs.csv and runs.parquet beside this report."))
     return parts
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 # -------------------------------------------------------------------------------------------------------- dataset
@@ -111,11 +115,11 @@ def _results(rows: Sequence[Row], section: Section, metric: str) -> Table:
         ("pooled", _pooled(rows, metric)),
         (
             f"difference{points}",
-            [numbers.change(row.examples.difference, metric) if row.examples else _why(row) for row in rows],
+            [numbers.difference(row, metric) or _why(row) for row in rows],
         ),
         ("95 % interval", [numbers.interval(row.examples, metric) if row.examples else "" for row in rows]),
         ("p", [numbers.p_value(row.examples) if row.examples else "" for row in rows]),
-        ("by seed ± se (n)", [numbers.seed_difference(row.seeds, metric) for row in rows]),
+        ("by seed ± se (n)", [numbers.by_seed(row, metric) for row in rows]),
         (
             "published",
             [numbers.value(row.published.accuracy, metric) if row.published else "" for row in rows],
@@ -168,21 +172,33 @@ def _baseline_notes(rows: Sequence[Row], section: Section) -> list[Part]:
             bases[f"{base.name} of the same {_same(row, base)}"] += 1
     if bases:
         notes.append(
-            "Baseline: " + "; ".join(f"{name} ({count} settings)" for name, count in sorted(bases.items())) + "."
+            "Baseline: "
+            + "; ".join(
+                f"{name} ({count} {'setting' if count == 1 else 'settings'})" for name, count in sorted(bases.items())
+            )
+            + "."
         )
     missing: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.remark:
-            missing[row.remark].append(
-                f"{row.name} ({row.setting.student}, {fraction_name(row.setting.train_fraction)})"
-            )
+            missing[row.remark].append(_name(row))
     notes += [f"No interval: {reason}: {', '.join(names)}." for reason, names in sorted(missing.items())]
+    partly = [row for row in rows if any(row.left_out)]
+    if partly:
+        notes.append(
+            f"{numbers.DOUBLE_DAGGER} Both differences are over the seeds that both have. Left out, here and of the "
+            "baseline: " + "; ".join(f"{_name(row)} {row.left_out[0]} and {row.left_out[1]}" for row in partly) + "."
+        )
     few = [row for row in rows if row.examples is not None and row.examples.differing < FEW]
     if few:
         notes.append(
             f"{numbers.DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then too sure of itself."
         )
     return [Items(tuple(notes))] if notes else []
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} ({row.setting.student}, {fraction_name(row.setting.train_fraction)})"
 
 
 def _same(row: Row, base: Row) -> str:

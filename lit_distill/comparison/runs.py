@@ -1,5 +1,7 @@
 """Finding runs and reading them; of a run nothing is read but what `lit_distill.records` describes."""
 
+import hashlib
+import json
 import math
 import os
 from collections import Counter
@@ -15,10 +17,16 @@ from lit_distill.errors import UserError
 from lit_distill.records import PREDICTIONS, RECORD, RunRecord, read_predictions_file, read_record
 
 _NO_RUNS = ("wandb", "student", "checkpoints")
-"""Folders that hold no runs, though wandb's hold a ``config.yaml``."""
+"""Below a run they are its own; elsewhere they may hold runs, though wandb's ``config.yaml`` is none."""
 
-_STARTED = ("config.yaml", "checkpoints")
-"""What a run leaves before it ends."""
+_BEGUN = (("failed.json", "failed"), ("config.yaml", "the run has not ended"), ("checkpoints", "the run has not ended"))
+"""What a run leaves before it ends, and what it says of the run; the first that is there."""
+
+_PLANNED = "fit.yaml"
+"""What there is of a run before it starts."""
+
+_LARGEST = 2**63 - 1
+"""Of what tables hold."""
 
 _CLOSE = 1e-4
 """Metrics are kept in single precision."""
@@ -46,6 +54,10 @@ class Run:
     """``None`` where only metrics are known."""
     remark: str = ""
     """Why there are no predictions."""
+    ids: str = ""
+    """Hash of the ids of its test rows, in whatever order; empty where they are not known."""
+    tested: str | None = None
+    """Which of its dataset's test rows it was tested on, once that was found out; see `test`."""
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -54,8 +66,8 @@ class Run:
 
     @property
     def test(self) -> str:
-        """The hash of its test rows; empty where it is not known."""
-        return self.record.fingerprints.get("test", "")
+        """What its test rows are called: by their hash; empty where it is not known."""
+        return self.record.fingerprints.get("test", "") if self.tested is None else self.tested
 
 
 @dataclass(frozen=True)
@@ -84,16 +96,23 @@ class Found:
             UserError: none has it.
         """
         kept: list[Run] = []
-        missing: list[Run] = []
+        more: list[Skipped] = []
         for run in self.runs:
-            (kept if math.isfinite(run.record.metrics.get(metric, math.nan)) else missing).append(run)
+            value = run.record.metrics.get(metric)
+            if value is None:
+                more.append(Skipped(run.source, f"no {metric} among its metrics"))
+            elif not math.isfinite(value):
+                more.append(Skipped(run.source, f"its {metric} is {value}"))
+            else:
+                kept.append(run)
         if self.runs and not kept:
             names = sorted({name for run in self.runs for name in run.record.metrics})
+            if metric in names:
+                raise UserError(f"metric: {metric!r} is no number in any run")
             raise UserError(
                 f"metric: no run has {metric!r}; allowed are {', '.join(names) or 'none: no run was tested'}"
             )
-        more = tuple(Skipped(run.source, f"no {metric} among its metrics") for run in missing)
-        return Found(tuple(kept), self.skipped + more)
+        return Found(tuple(kept), (*self.skipped, *more))
 
 
 def find_runs(folders: Sequence[str | Path]) -> Found:
@@ -118,11 +137,17 @@ def find_runs(folders: Sequence[str | Path]) -> Found:
                 runs.append(_read(folder, known_ids))
             except UserError as error:
                 skipped.append(Skipped(source, str(error)))
+            except RecursionError:
+                skipped.append(Skipped(source, f"{folder / RECORD}: nested too deep"))
     return Found(tuple(runs), tuple(skipped))
 
 
 def _candidates(top: Path, seen: set[Path]) -> Iterator[Path]:
-    """The folders with a record, or with what a run leaves before it has one."""
+    """The folders with a record, with what a run leaves before it has one, or with nothing at all.
+
+    Below a run lie its own parts: a baseline's checkpoints are no run that was given up, but a record is a run's.
+    """
+    parts: set[Path] = set()
     for name, below, files in os.walk(top, followlinks=True):
         folder = Path(name)
         resolved = folder.resolve()
@@ -130,16 +155,26 @@ def _candidates(top: Path, seen: set[Path]) -> Iterator[Path]:
             below.clear()
             continue
         seen.add(resolved)
-        is_run = RECORD in files
-        if is_run or any(mark in files or mark in below for mark in _STARTED):
+        own = folder in parts or folder.name in _NO_RUNS
+        begun = _unended(files, below) is not None or not (files or below or folder == top)
+        if RECORD in files or (begun and not own):
             yield folder
-        # below a run lie its own parts: a baseline's checkpoints are no run that was given up
-        below[:] = [] if is_run else sorted(one for one in below if one not in _NO_RUNS and not one.startswith("."))
+        is_run = RECORD in files or (begun and not own)
+        below[:] = sorted(one for one in below if not one.startswith(".") and not (is_run and one in _NO_RUNS))
+        if is_run or own:
+            parts |= {folder / one for one in below}
+
+
+def _unended(files: Sequence[str], below: Sequence[str]) -> str | None:
+    """What became of a run without a record; ``None`` where there is none."""
+    marked = [said for mark, said in _BEGUN if mark in files or mark in below]
+    return marked[0] if marked else "not started, or ended early" if _PLANNED in files else None
 
 
 def _read(folder: Path, known_ids: dict[tuple[str, ...], tuple[str, ...]]) -> Run:
     if not (folder / RECORD).exists():
-        raise UserError(f"no {RECORD}: the run has not ended")
+        names = os.listdir(folder)
+        raise UserError(f"no {RECORD}: {_unended(names, ()) or 'not started: the folder is empty'}")
     record = read_record(folder)
     if fault := _fault(record):
         raise UserError(f"{folder / RECORD}: {fault}")
@@ -151,13 +186,21 @@ def _read(folder: Path, known_ids: dict[tuple[str, ...], tuple[str, ...]]) -> Ru
     if any(not isinstance(row["correct"], bool | None) for row in rows):
         raise UserError(f"{folder / PREDICTIONS}: correct must be true, false or null")
     predictions, remark = _predictions(rows, known_ids)
-    if predictions is not None and all(row["correct"] is not None for row in rows):
+    if predictions is not None:
         said, found = record.metrics.get("test/accuracy"), float(predictions.correct.mean())
         if said is not None and math.isfinite(said) and abs(said - found) > _CLOSE:
             raise UserError(
                 f"{folder / PREDICTIONS}: an accuracy of {found:.4f}, and {RECORD} speaks of {said:.4f}: another run's?"
             )
-    return Run(folder.as_posix(), record, predictions, remark)
+    return Run(folder.as_posix(), record, predictions, remark, _hash([str(row["id"]) for row in rows]))
+
+
+def _hash(ids: Sequence[str]) -> str:
+    """Of ids; the order of rows says nothing of accuracies."""
+    known = hashlib.sha256()
+    for one in sorted(ids):
+        known.update(json.dumps(one).encode() + b"\n")
+    return known.hexdigest()[:16]
 
 
 def _predictions(
@@ -175,31 +218,62 @@ def _predictions(
 
 def _fault(record: RunRecord) -> str | None:
     """What is wrong with a record's types, which reading leaves to its readers."""
-    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
-        ("dataset", str),
-        ("method", str),
-        ("student", str),
-        ("label_source", str),
-        ("train_fraction", (int, float)),
-        ("seed", int),
-        ("data_seed", int),
-        ("train_rows", int),
-        ("test_rows", int),
-        ("parameters", int),
-        ("metrics", dict),
-        ("validation", dict),
-        ("fingerprints", dict),
-        ("config", dict),
-        ("versions", dict),
-        ("git", dict),
-        ("command", list),
-    )
-    for name, kind in kinds:
-        value = getattr(record, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"{name} is {value!r}"
+    texts = ("dataset", "method", "student", "label_source", "started")
+    counts = ("seed", "data_seed", "train_rows", "test_rows", "steps", "parameters")
+    mappings = ("metrics", "validation", "fingerprints", "config", "data", "versions", "git")
+    for names, fits in (
+        (texts, _is_text),
+        (counts, _is_count),
+        (mappings, lambda value: isinstance(value, dict)),
+        (("rationales",), lambda value: value is None or _is_text(value)),
+        (("command",), lambda value: isinstance(value, list)),
+        (("wall_seconds", "peak_memory_mib"), lambda value: value is None or _is_number(value)),
+    ):
+        for name in names:
+            if not fits(getattr(record, name)):
+                return f"{name} is {_short(getattr(record, name))}"
+    fraction = record.train_fraction
+    if not _is_number(fraction) or not 0 < fraction <= 1:
+        return f"train_fraction is {_short(fraction)}"
     teacher = record.teacher_accuracy
     for name, value in (*record.metrics.items(), ("teacher_accuracy", 0.0 if teacher is None else teacher)):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return f"the metric {name} is {value!r}"
+        if not _is_number(value):
+            return f"the metric {name} is {_short(value)}"
+    for kind, found in (("fingerprint", record.fingerprints), ("version", record.versions)):
+        for key, text in found.items():
+            if not _is_text(text):
+                return f"the {kind} {key} is {_short(text)}"
+    if not isinstance(record.git.get("commit"), str | None):
+        return f"the commit is {_short(record.git['commit'])}"
+    model = record.config.get("model")
+    given = model.get("init_args") if isinstance(model, dict) else None
+    weight = given.get("rationale_weight") if isinstance(given, dict) else None
+    if isinstance(weight, int | float) and not _is_number(weight):
+        return f"rationale_weight is {_short(weight)}"
+    try:
+        json.dumps([record.config, record.metrics, record.command], ensure_ascii=False).encode()
+    except ValueError:
+        return "a text in it cannot be written"
     return None
+
+
+def _is_text(value: object) -> bool:
+    """A text that can be written."""
+    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_number(value: object) -> bool:
+    """A number, though it may be none (``NaN``), that is no larger than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= _LARGEST
+
+
+def _short(value: object) -> str:
+    # the text of a huge number is refused by Python itself
+    text = "a huge number" if isinstance(value, int) and abs(value) > _LARGEST else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

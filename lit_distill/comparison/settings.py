@@ -1,10 +1,11 @@
 """What a run was a run of: everything but its seeds."""
 
 import json
+import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_distill.comparison.runs import Run
@@ -22,12 +23,13 @@ _KNOWN = {
 
 _NO_DIFFERENCE = re.compile(
     r"trainer\.(logger|enable_\w+|log_every_n_steps|profiler|num_nodes|devices|strategy|accelerator)\b"
-    r"|(checkpoint|ckpt_path|predictions|weights_only|cpu_threads|test_after_fit|baseline_after_fit)\b"
+    # which checkpoint is tested is a difference
+    r"|checkpoint$|checkpoint\.(?!(monitor|mode)$)|(ckpt_path|predictions|weights_only|cpu_threads|test_after_fit|baseline_after_fit)\b"
     r"|data\.init_args\.(num_workers|eval_batch_size|predict_split)$"
     r"|model\.init_args\.(num_samples|score_choices|evaluate_\w+)$"
     # seeds, and where files lie
-    r"|(.*[._])?seed(_everything)?$"
-    r"|(.*[._])?(dir|dirpath|path|folder|file|out)$"
+    r"|(seed_everything|data\.init_args\.seed)$"
+    r"|(trainer\.default_root_dir|data\.init_args\.(data_dir|cache_dir)|run_dir|out)$"
 )
 """Keys that say on what and into what a run was run, and its seeds; what they do to the data, the hashes tell."""
 
@@ -46,6 +48,10 @@ class Setting:
     rationale_weight: float | None
     extra: tuple[tuple[str, str], ...] = ()
     """The other keys of the config that tell the settings of its dataset apart, with their values as text."""
+
+    def having(self, key: str, value: str) -> "Setting":
+        """It, with something more that tells it from others."""
+        return replace(self, extra=tuple(sorted((*self.extra, (key, value)))))
 
     def value(self, key: str) -> str | None:
         """The value of a field, or of a key of the config, as text; ``None`` where it has none."""
@@ -77,15 +83,64 @@ def as_text(value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
+WORLD = "devices"
+"""A key of `aligned`: on how many devices a batch was taken, where the config leaves the whole batch to them."""
+
+STUDENT = "model.init_args.student"
+"""The key of the student's whole path."""
+
+
+def aligned(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Source -> key -> value as text, with what a run's record does not have filled in.
+
+    A key that some runs of a method lack came later: for them it is as it is where it is not set or switched off.
+    A method has its own arguments, and all else of a config is everyone's.
+    """
+    configs = {run.source: whole_config(run) for run in runs}
+    methods: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        methods[run.record.method].append(run.source)
+    everywhere = {key for config in configs.values() for key in config}
+    filled: dict[str, dict[str, str]] = {source: {} for source in configs}
+    for key in everywhere:
+        found = {as_text(config[key]) for config in configs.values() if key in config}
+        absent = "false" if "false" in found and "null" not in found else "null"
+        for sources in methods.values():
+            if key.startswith("model.init_args.") and not any(key in configs[source] for source in sources):
+                continue
+            for source in sources:
+                filled[source][key] = as_text(configs[source][key]) if key in configs[source] else absent
+    return filled
+
+
+def whole_config(run: Run) -> dict[str, Any]:
+    """A run's config, flat, with `WORLD`."""
+    config = flatten(run.record.config)
+    if config.get("model.init_args.effective_batch_size") is not None:
+        return config
+    devices, nodes = config.get("trainer.devices", "auto"), config.get("trainer.num_nodes", 1)
+    if devices in ("auto", None) and config.get("trainer.accelerator") == "cpu":
+        devices = 1
+    if isinstance(devices, str) and re.fullmatch(r"\d+(,\d+)+,?", devices):
+        devices = devices.strip(",").split(",")
+    if isinstance(devices, list):
+        devices = len(devices)
+    try:
+        world: Any = int(devices) * int(nodes or 1)
+    except (TypeError, ValueError):
+        world = "auto" if devices is None else devices
+    return {**config, WORLD: world}
+
+
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """The keys of the config in which runs of one dataset differ, but for those that make no difference.
 
     A key that a method does not have is no difference to methods that do; what methods share is compared.
     """
     values: dict[str, set[str]] = defaultdict(set)
-    for by_key in _values(runs).values():
-        for key, found in by_key.items():
-            values[key] |= found
+    for config in aligned(runs).values():
+        for key, value in config.items():
+            values[key].add(value)
     return sorted(
         key for key, found in values.items() if len(found) > 1 and key not in _KNOWN and not _NO_DIFFERENCE.match(key)
     )
@@ -96,7 +151,11 @@ def following_keys(runs: Sequence[Run], keys: Iterable[str]) -> dict[str, dict[s
 
     They are worth a word all the same: methods with different learning rates differ in more than the method.
     """
-    values = _values(runs)
+    configs = aligned(runs)
+    values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for run in runs:
+        for key, value in configs[run.source].items():
+            values[run.record.method][key].add(value)
     following: dict[str, dict[str, str]] = {}
     for key in keys:
         by_method = {method: by_key[key] for method, by_key in sorted(values.items()) if key in by_key}
@@ -105,52 +164,72 @@ def following_keys(runs: Sequence[Run], keys: Iterable[str]) -> dict[str, dict[s
     return following
 
 
-def _values(runs: Sequence[Run]) -> dict[str, dict[str, set[str]]]:
-    """Method -> key -> its values as text; a method has its own arguments, and all else of a config."""
-    methods: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        methods[run.record.method].append(flatten(run.record.config))
-    everywhere = {key for configs in methods.values() for config in configs for key in config}
-    values: dict[str, dict[str, set[str]]] = {}
-    for method, configs in methods.items():
-        own = {key for config in configs for key in config}
-        values[method] = {
-            key: {as_text(config.get(key)) for config in configs}
-            for key in everywhere
-            if key in own or not key.startswith("model.init_args.")
-        }
-    return values
-
-
-def setting_of(run: Run, keys: Iterable[str], parameters: int, more: Mapping[str, str] | None = None) -> Setting:
+def setting_of(
+    run: Run,
+    keys: Iterable[str],
+    parameters: int,
+    *,
+    config: Mapping[str, str] | None = None,
+    student: str | None = None,
+) -> Setting:
     """The setting of a run.
 
     Args:
         run: the run.
         keys: the keys of the config that tell settings of its dataset apart.
         parameters: its student's.
-        more: what else tells it from others.
+        config: its own of `aligned`.
+        student: what its student is called; as in its record if not given.
     """
-    record, config = run.record, flatten(run.record.config)
-    weight = config.get("model.init_args.rationale_weight")
-    extra = {key: as_text(config.get(key)) for key in keys if key in config or not key.startswith("model.init_args.")}
+    record = run.record
+    config = aligned([run])[run.source] if config is None else config
+    weight = flatten(record.config).get("model.init_args.rationale_weight")
+    extra = {key: config.get(key, "null") for key in keys if key in config or not key.startswith("model.init_args.")}
     return Setting(
         dataset=record.dataset,
         method=record.method,
-        student=record.student,
+        student=record.student if student is None else student,
         parameters=parameters,
         label_source=record.label_source,
         train_fraction=float(record.train_fraction),
         rationales=record.rationales,
         rationale_weight=float(weight) if isinstance(weight, int | float) else None,
-        extra=tuple(sorted({**extra, **(more or {})}.items())),
+        extra=tuple(sorted(extra.items())),
     )
 
 
+def student_path(run: Run) -> str:
+    """The student as the config names it; by its own name where the config does not."""
+    given = flatten(run.record.config).get(STUDENT)
+    return posixpath.normpath(given) if isinstance(given, str) and given else run.record.student
+
+
+def student_names(runs: Iterable[Run]) -> dict[str, str]:
+    """Source -> what its student is called: students of one name are told apart by as much of their paths as needed."""
+    runs = list(runs)
+    paths: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        paths[run.record.student].add(student_path(run))
+    names: dict[str, str] = {}
+    for run in runs:
+        own, others = student_path(run), paths[run.record.student] - {student_path(run)}
+        names[run.source] = _end(own, others) if others else run.record.student
+    return names
+
+
+def _end(path: str, others: Iterable[str]) -> str:
+    parts = path.split("/")
+    for length in range(1, len(parts)):
+        end = "/".join(parts[-length:])
+        if not any(f"/{other}".endswith(f"/{end}") for other in others):
+            return end
+    return path
+
+
 def student_sizes(runs: Iterable[Run]) -> dict[str, int]:
-    """The parameters of each student, for the runs that do not say."""
+    """The parameters of each student by its path, for the runs that do not say."""
     sizes: dict[str, int] = {}
     for run in runs:
         if run.record.parameters:
-            sizes.setdefault(run.record.student, run.record.parameters)
+            sizes.setdefault(student_path(run), run.record.parameters)
     return sizes

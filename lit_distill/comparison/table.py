@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_distill.comparison.comparing import Comparison
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import as_text, flatten
+from lit_distill.comparison.settings import as_text, whole_config
 
 
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def _order(run: Run) -> tuple[object, ...]:
 
 
 def _row(run: Run, keys: Sequence[str], metrics: Sequence[str], duplicate_of: str | None) -> dict[str, Any]:
-    record, config = run.record, flatten(run.record.config)
+    record, config = run.record, whole_config(run)
     selected = {name: value for name, value in record.validation.items() if name != "step"}
     weight = config.get("model.init_args.rationale_weight")
     return {
@@ -51,7 +51,9 @@ def _row(run: Run, keys: Sequence[str], metrics: Sequence[str], duplicate_of: st
         "peak_memory_mib": _number(record.peak_memory_mib),
         "started": record.started,
         "commit": str(record.git.get("commit", "")) or None,
-        "test_fingerprint": run.test or None,
+        "train_fingerprint": record.fingerprints.get("train"),
+        "test_fingerprint": record.fingerprints.get("test"),
+        "test_ids": run.ids or None,
         "predictions": run.predictions is not None,
         "duplicate_of": duplicate_of,
         "folder": run.source,
@@ -60,7 +62,7 @@ def _row(run: Run, keys: Sequence[str], metrics: Sequence[str], duplicate_of: st
 
 def _number(value: object) -> float | None:
     """A finite number; a record holds whatever JSON does."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) > 1e308:
         return None
     return float(value)
 

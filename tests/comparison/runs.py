@@ -1,12 +1,13 @@
 """Run folders as a finished ``fit`` leaves them, without one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lit_distill.records import RunRecord, write_predictions_file, write_record
+from lit_distill.records import RECORD, RunRecord, write_predictions_file, write_record
 
 SIZES = {"t5-v1_1-small": 76_961_152, "t5-v1_1-base": 247_577_856, "t5-v1_1-large": 783_150_080}
 
@@ -127,6 +128,12 @@ def write_run(
         )
     write_record(folder, RunRecord(**(fields | more)))
     return folder
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change fields of a record."""
+    content = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps(content | changes))
 
 
 def write_runs(root: Path, seeds: Sequence[int], accuracy: float, rows: int = 200, **how: Any) -> None:

@@ -9,7 +9,8 @@ from lit_distill.comparison.comparing import Comparison, Row, compare_runs
 from lit_distill.comparison.runs import find_runs
 from lit_distill.comparison.table import run_rows
 from lit_distill.errors import UserError
-from tests.comparison.runs import answers, write_run, write_runs
+from lit_distill.records import read_predictions_file, write_predictions_file
+from tests.comparison.runs import answers, edit, write_run, write_runs
 
 
 def compared(root: Path, **how: Any) -> Comparison:
@@ -30,9 +31,11 @@ def test_seeds_are_one_setting(tmp_path: Path) -> None:
     assert (ours.name, ours.summary.n, ours.baseline) == ("step-by-step", 2, standard.setting)
     assert ours.summary.pooled == pytest.approx(ours.summary.mean)
     assert ours.examples is not None
-    assert ours.examples.difference == pytest.approx(ours.summary.mean - standard.summary.mean)
     assert ours.seeds is not None
     assert ours.seeds.n == 2
+    # both over the seeds that both have
+    assert ours.examples.difference == pytest.approx(ours.seeds.mean)
+    assert (ours.left_out, standard.left_out) == ((0, 1), (0, 0))
     own, base = ours.summary.values, standard.summary.values
     assert ours.seeds.mean == pytest.approx((own[0] - base[0] + own[1] - base[1]) / 2)
 
@@ -75,9 +78,13 @@ def test_no_pairs_across_different_test_rows(tmp_path: Path) -> None:
 
 
 def test_no_pairs_where_ids_differ_or_answers_are_not_known(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", correct=[True, False])
+    write_run(tmp_path / "a", correct=[True, False, True])
     write_run(tmp_path / "b", method="StepByStep", correct=[True, False, True])
-    write_run(tmp_path / "c", method="SingleTask", predictions=False)
+    # no label, no answer that is right or wrong
+    rows_there = read_predictions_file(tmp_path / "b")
+    write_predictions_file(tmp_path / "b", [*rows_there[:2], rows_there[2] | {"correct": None}])
+    edit(tmp_path / "b", metrics={"test/accuracy": 0.5})
+    write_run(tmp_path / "c", method="SingleTask", predictions=False, correct=[True, False, False])
     rows = rows_of(compared(tmp_path))
     assert rows["step-by-step"].remark == "the ids of the test rows differ"
     single = rows["single task: rationale and label"]
@@ -188,6 +195,10 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
     [
         {"correct": [True, False]},
         {"student": "t5-v1_1-large"},
+        {"model": {"student": "/home/me/runs/t5-v1_1-base"}},
+        {"parameters": 6_612_352},
+        {"train_rows": 320},
+        {"train_rows": 0},
         {"train_fraction": 0.5},
         {"label_source": "teacher"},
         {"rationales": "shuffled"},
@@ -216,8 +227,104 @@ def test_rows_that_changed_under_the_same_config_are_told(tmp_path: Path) -> Non
     for name, hashed in (("1", "x"), ("2", "y")):
         prints = {"train": hashed, "test": "cqa-test"}
         write_run(tmp_path / name, seed=int(name), data_seed=0, fingerprints=prints)
-    (remark,) = compared(tmp_path).sections[0].remarks
-    assert "trained on different rows or rationales" in remark
+    section = compared(tmp_path).sections[0]
+    (remark,) = section.remarks
+    assert "trained on different rows or rationales, and are not taken together" in remark
+    assert [(row.name, row.summary.n) for row in section.rows] == [
+        ("standard finetuning, training rows x", 1),
+        ("standard finetuning, training rows y", 1),
+    ]
+
+
+def test_equal_hashes_do_not_make_rows_equal(tmp_path: Path) -> None:
+    """A hash of a whole test set says nothing of a limit."""
+    write_run(tmp_path / "a", correct=answers(0.5, 200, 0))
+    write_run(tmp_path / "b", correct=answers(0.9, 100, 1), seed=1)
+    write_run(tmp_path / "c", correct=answers(0.9, 100, 1), method="StepByStep")
+    with pytest.raises(UserError, match=r"a \(cqa-test, 200 rows\), .*b \(cqa-test, 100 rows\) and 1 more"):
+        compared(tmp_path)
+    rows = compared(tmp_path, allow_different_tests=True).sections[0].rows
+    assert [row.summary.n for row in rows] == [1, 1, 1]
+    assert [row.seeds for row in rows] == [None, None, None]
+
+
+def test_equal_counts_do_not_make_rows_equal(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", correct=[True, False])
+    write_run(tmp_path / "b", correct=[True, False], seed=1)
+    rows = read_predictions_file(tmp_path / "b")
+    write_predictions_file(tmp_path / "b", [row | {"id": f"other-{row['id']}"} for row in rows])
+    write_run(tmp_path / "c", correct=[True, False], seed=2, fingerprints={})
+    with pytest.raises(UserError, match=r"tested on different rows: .*a \(cqa-test, ids \w{8}\) and 1 more like it"):
+        compared(tmp_path)
+    assert [row.summary.n for row in compared(tmp_path, allow_different_tests=True).sections[0].rows] in (
+        [2, 1],
+        [1, 2],
+    )
+
+
+def test_rows_without_a_hash_that_cannot_be_the_same(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", correct=[True, False], predictions=False)
+    write_run(tmp_path / "b", correct=[True, False], predictions=False, seed=1, fingerprints={})
+    assert compared(tmp_path).sections[0].rows[0].summary.n == 2
+    write_run(tmp_path / "c", correct=[True] * 3, predictions=False, seed=2, fingerprints={})
+    with pytest.raises(UserError, match=r"a \(cqa-test\), .*c \(3 rows\)"):
+        compared(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prints", [{"train": "x", "test": "cqa-test"}, {"train": "0.5-0-None", "test": "cqa-test"}], ids=["seed", "size"]
+)
+def test_runs_of_other_training_rows_are_no_duplicates(tmp_path: Path, prints: dict[str, str]) -> None:
+    write_run(tmp_path / "a", data={"data_dir": "here/first"})
+    write_run(tmp_path / "b", data={"data_dir": "there/second"}, train_rows=100, fingerprints=prints)
+    write_run(tmp_path / "c", data={"data_dir": "here/first"}, seed=1)
+    write_run(tmp_path / "d", data={"data_dir": "here/first"}, method="StepByStep")
+    found = compared(tmp_path)
+    assert found.duplicates == {}
+    assert {name: row.summary.n for name, row in rows_of(found).items()} == {
+        "standard finetuning, data dir first": 2,
+        "standard finetuning, data dir second": 1,
+        "step-by-step": 1,
+    }
+
+
+def test_other_numbers_of_training_rows_are_no_seeds(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", data_seed=0, train_rows=100)
+    write_run(tmp_path / "b", data_seed=1, seed=1, train_rows=9000)
+    assert [row.summary.n for row in compared(tmp_path).sections[0].rows] == [1, 1]
+
+
+def test_students_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", model={"student": "/home/me/distilled/t5-v1_1-base"})
+    write_run(tmp_path / "c", model={"student": "/home/me/distilled/t5-v1_1-base/"}, seed=1)
+    found = compared(tmp_path)
+    assert found.duplicates == {}
+    assert {row.setting.student: row.summary.n for row in found.sections[0].rows} == {
+        "google/t5-v1_1-base": 1,
+        "distilled/t5-v1_1-base": 2,
+    }
+    assert "model.init_args.student" in run_rows(found)[0]
+
+
+def test_of_other_seeds_the_shared_are_compared(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / f"s{seed}", seed=seed, correct=answers(0.5 + seed / 10, 200, seed))
+    for seed in (1, 2):
+        write_run(tmp_path / f"o{seed}", seed=seed, method="StepByStep", correct=answers(0.6 + seed / 10, 200, seed))
+    ours = rows_of(compared(tmp_path))["step-by-step"]
+    assert ours.examples is not None
+    assert ours.seeds is not None
+    assert ours.examples.difference == pytest.approx(ours.seeds.mean) == pytest.approx(0.1)
+    assert ours.left_out == (1, 1)
+
+
+def test_without_shared_seeds_all_are_compared(tmp_path: Path) -> None:
+    write_run(tmp_path / "s")
+    write_run(tmp_path / "o", seed=1, method="StepByStep")
+    ours = rows_of(compared(tmp_path))["step-by-step"]
+    assert (ours.seeds, ours.left_out) == (None, (0, 0))
+    assert ours.examples is not None
 
 
 def test_what_methods_differ_in_beside_is_told(tmp_path: Path) -> None:

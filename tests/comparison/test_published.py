@@ -1,6 +1,7 @@
 """The published numbers, against the paper's table as it is printed."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,15 @@ def test_the_table_is_the_papers() -> None:
 
 @pytest.mark.parametrize("student", ["t5-v1_1-base", "google/t5-v1_1-base"])
 def test_a_student_is_known_with_and_without_its_owner(student: str) -> None:
-    found = published("svamp", "StepByStep", student, "gold", 1, "own", 200, {"model.init_args.rationale_weight": 1.0})
+    how: dict[str, Any] = {"dataset": "svamp", "method": "StepByStep", "student": student, "parameters": 247_577_856}
+    how |= {"train_rows": 720, "label_source": "gold", "train_fraction": 1, "rationales": "own", "test_rows": 200}
+    found = published(**how, config={"model.init_args.rationale_weight": 1.0})
     assert found is not None
     assert (found.row, found.accuracy) == ("step-by-step, PaLM 540B rationales", 0.655)
-    # a test set of unknown size is not known to be another
-    assert published("svamp", "StepByStep", student, "gold", 1.0, "own", 0, {}) == found
+    assert published(**how | {"train_rows": 715}, config={}) == found
     other_order = {"model.init_args.order": "label_first"}
-    assert published("svamp", "SingleTask", student, "gold", 1.0, "own", 200, other_order) is None
+    assert published(**how | {"method": "SingleTask"}, config=other_order) is None
+    # what is not known is no match
+    for key in ("test_rows", "train_rows", "parameters"):
+        assert published(**how | {key: 0}, config={}) is None
+    assert published(**how | {"student": f"mine/{student}"}, config={}) is None

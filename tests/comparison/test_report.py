@@ -12,10 +12,12 @@ import pytest
 
 from lit_distill.comparison import numbers
 from lit_distill.comparison.comparing import Comparison, compare_runs
+from lit_distill.comparison.document import Text, to_html, to_markdown
 from lit_distill.comparison.report import write_report
 from lit_distill.comparison.runs import find_runs
 from lit_distill.comparison.statistics import ExampleDifference
-from tests.comparison.runs import answers, write_run, write_runs
+from lit_distill.records import read_predictions_file, write_predictions_file
+from tests.comparison.runs import answers, edit, write_run, write_runs
 
 
 def two_datasets(root: Path) -> None:
@@ -79,10 +81,10 @@ def expected_rows(comparison: Comparison) -> list[set[str]]:
         for row in section.rows:
             cells = {row.name, str(row.summary.n), numbers.mean_and_error(row, "test/accuracy")}
             if row.examples:
-                cells |= {numbers.change(row.examples.difference, "test/accuracy"), numbers.p_value(row.examples)}
+                cells |= {numbers.difference(row, "test/accuracy"), numbers.p_value(row.examples)}
                 cells |= {numbers.interval(row.examples, "test/accuracy")}
             if row.seeds:
-                cells.add(numbers.seed_difference(row.seeds, "test/accuracy"))
+                cells.add(numbers.by_seed(row, "test/accuracy"))
             if row.published:
                 cells.add(f"{100 * row.published.accuracy:.2f}")
             found.append(cells)
@@ -118,6 +120,9 @@ def test_what_was_not_compared_is_said(comparison: Comparison, tmp_path: Path) -
         "300 resamples, seed 0",
         "It does not cover seeds",
         "covers seeds and not test rows",
+        "If these very students were equally good on the population of test rows",
+        "41 % had p < 0.05",
+        "\N{DOUBLE DAGGER} Both differences are over the seeds that both have.",
     ):
         assert part in text, part
     for run in comparison.runs:
@@ -190,9 +195,31 @@ def test_numbers() -> None:
 
 def test_pooled_is_shown_where_it_is_not_the_mean(tmp_path: Path) -> None:
     for seed, correct in enumerate(([True] * 9 + [False], [False] * 20)):
-        write_run(tmp_path / "runs" / f"{seed}", seed=seed, correct=correct)
+        folder = write_run(tmp_path / "runs" / f"{seed}", seed=seed, correct=[*correct, *[False] * (20 - len(correct))])
+        rows = read_predictions_file(folder)
+        write_predictions_file(
+            folder, [row if i < len(correct) else row | {"correct": None} for i, row in enumerate(rows)]
+        )
+        edit(folder, metrics={"test/accuracy": sum(correct) / len(correct)})
     write_report(compare_runs(find_runs([tmp_path / "runs"]), resamples=300), tmp_path / "out")
-    rows = rows_of_markdown((tmp_path / "out" / "report.md").read_text(encoding="utf-8"))
-    head, row = next((rows[i], rows[i + 1]) for i in range(len(rows)) if "pooled" in rows[i])
+    cells = rows_of_markdown((tmp_path / "out" / "report.md").read_text(encoding="utf-8"))
+    head, row = next((cells[i], cells[i + 1]) for i in range(len(cells)) if "pooled" in cells[i])
     assert dict(zip(head, row, strict=True))["pooled"] == "30.00"
     assert "45.00 ± 45.00" in row
+
+
+def test_odd_names_spoil_neither_figures_nor_files(tmp_path: Path) -> None:
+    for method in ("Standard", "StepByStep"):
+        for fraction in (0.5, 1.0):
+            for student in ("dir$a$^{x", "x" * 300 + "1", "x" * 300 + "2"):
+                folder = tmp_path / "runs" / f"{method}{fraction}{student[:8]}{student[-1]}"
+                write_run(folder, method=method, train_fraction=fraction, student=student, parameters=5)
+    figures = write_report(compare_runs(find_runs([tmp_path / "runs"]), resamples=100), tmp_path / "out")
+    assert len({drawn.png for drawn in figures}) == len(figures) == 6
+    assert all(drawn.png.is_file() and drawn.svg.is_file() for drawn in figures)
+
+
+def test_markdown_says_what_the_page_says() -> None:
+    parts = [Text("a\nb &lt; c")]
+    assert to_markdown(parts, Path()) == "a b \\&lt; c\n"
+    assert "<p>a\nb &amp;lt; c</p>" in to_html(parts)

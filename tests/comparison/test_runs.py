@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_distill.comparison.comparing import compare_runs
 from lit_distill.comparison.runs import find_runs
 from lit_distill.errors import UserError
 from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, write_predictions_file
-from tests.comparison.runs import write_run
+from tests.comparison.runs import edit, write_run
 
 
 def reasons(root: Path) -> dict[str, str]:
@@ -56,13 +57,74 @@ def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
     (tmp_path / "wandb" / "run-1" / "files").mkdir(parents=True)
     (tmp_path / "wandb" / "run-1" / "files" / "config.yaml").write_text("{}")
     (tmp_path / "good" / "baseline" / "checkpoints").mkdir(parents=True)
-    assert reasons(tmp_path) == dict.fromkeys(("begun", "stopped"), "no run.json: the run has not ended")
+    for name in ("planned", "failed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "fit.yaml").write_text("{}")
+    (tmp_path / "failed" / "failed.json").write_text("{}")
+    (tmp_path / "failed" / "checkpoints").mkdir()
+    assert reasons(tmp_path) == {
+        "begun": "no run.json: the run has not ended",
+        "stopped": "no run.json: the run has not ended",
+        "empty": "no run.json: not started: the folder is empty",
+        "planned": "no run.json: not started, or ended early",
+        "failed": "no run.json: failed",
+    }
     assert len(find_runs([tmp_path]).runs) == 1
 
 
-def edit(folder: Path, **changes: object) -> None:
-    content = json.loads((folder / RECORD).read_text())
-    (folder / RECORD).write_text(json.dumps(content | changes))
+def test_a_run_hides_none_below_it(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path / "sub", seed=1)
+    write_run(tmp_path / "sub" / "student", seed=2)
+    write_run(tmp_path / "sub" / "checkpoints" / "deep", seed=3)
+    assert [run.record.seed for run in find_runs([tmp_path]).runs] == [0, 1]
+    # elsewhere these are names like any other
+    write_run(tmp_path / "other" / "student", seed=4)
+    assert [run.record.seed for run in find_runs([tmp_path / "other"]).runs] == [4]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"started": 5},
+        {"started": None},
+        {"steps": 1.5},
+        {"steps": 10**30},
+        {"seed": 10**400},
+        {"rationales": ["own"]},
+        {"rationales": {}},
+        {"versions": {"torch": None}},
+        {"versions": None},
+        {"fingerprints": {"test": 5}},
+        {"fingerprints": {"test": []}},
+        {"git": {"commit": ["a"]}},
+        {"metrics": {"test/accuracy": 10**400}},
+        {"train_fraction": float("nan")},
+        {"train_fraction": 10**400},
+        {"dataset": "\ud800"},
+        {"student": "\ud800"},
+        {"config": {"model": {"init_args": {"rationale_weight": 10**400}}}},
+        {"config": {"a": "\ud800"}},
+        {"command": "fit"},
+        {"data": []},
+        {"wall_seconds": "long"},
+        {"teacher_accuracy": 10**400},
+    ],
+)
+def test_odd_records_are_listed(tmp_path: Path, odd: dict[str, object]) -> None:
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "odd")
+    edit(tmp_path / "odd", **odd)
+    assert list(reasons(tmp_path)) == ["odd"]
+    assert compare_runs(find_runs([tmp_path]), resamples=100).runs
+
+
+def test_a_record_that_is_nested_too_deep_is_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "odd")
+    content = (tmp_path / "odd" / RECORD).read_text()
+    deep = "[" * 99999 + "]" * 99999
+    (tmp_path / "odd" / RECORD).write_text(content.replace('"config": {', f'"config": {{"a": {deep},', 1))
+    assert list(reasons(tmp_path)) == ["odd"]
 
 
 def test_damaged_records_are_listed(tmp_path: Path) -> None:
@@ -115,6 +177,11 @@ def test_runs_whose_answers_cannot_be_paired_keep_their_metrics(tmp_path: Path) 
     write_predictions_file(tmp_path / "twice", [row | {"id": "same"} for row in rows])
     write_predictions_file(tmp_path / "unlabelled", [row | {"correct": None} for row in rows])
     write_predictions_file(tmp_path / "partly", [rows[0] | {"correct": None}, *rows[1:]])
+    edit(tmp_path / "partly", metrics={"test/accuracy": 1 / 3})
+    # of the rows that have a label, the others' answers
+    write_run(tmp_path / "lies", correct=right)
+    write_predictions_file(tmp_path / "lies", [rows[0] | {"correct": None}, *rows[1:]])
+    assert "an accuracy of 0.3333, and run.json speaks of 0.5000" in reasons(tmp_path)["lies"]
     runs = {Path(run.source).name: run for run in find_runs([tmp_path]).runs}
     assert runs["absent"].remark == "no test_predictions.jsonl"
     assert runs["twice"].remark == "the id 'same' occurs more than once in test_predictions.jsonl"
@@ -136,9 +203,12 @@ def test_runs_without_the_metric_are_skipped(tmp_path: Path) -> None:
     write_run(tmp_path / "nan", metrics={"test/accuracy": float("nan")}, predictions=False)
     found = find_runs([tmp_path]).with_metric("test/accuracy")
     assert [Path(run.source).name for run in found.runs] == ["good"]
-    assert {Path(one.source).name: one.reason for one in found.skipped} == dict.fromkeys(
-        ("untested", "nan"), "no test/accuracy among its metrics"
-    )
+    assert {Path(one.source).name: one.reason for one in found.skipped} == {
+        "untested": "no test/accuracy among its metrics",
+        "nan": "its test/accuracy is nan",
+    }
+    with pytest.raises(UserError, match="'test/accuracy' is no number in any run"):
+        find_runs([tmp_path / "nan"]).with_metric("test/accuracy")
     with pytest.raises(UserError, match="no run has 'test/f1'; allowed are test/accuracy, test/loss"):
         find_runs([tmp_path / "good"]).with_metric("test/f1")
     with pytest.raises(UserError, match="no run was tested"):

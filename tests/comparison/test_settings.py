@@ -1,5 +1,6 @@
 """Which runs are one setting, and what settings are called."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from lit_distill.comparison.names import (
     short_keys,
     size_name,
     variant_name,
+    variant_names,
 )
 from lit_distill.comparison.runs import Run, find_runs
 from lit_distill.comparison.settings import Setting, differing_keys, flatten, following_keys, setting_of, student_sizes
-from tests.comparison.runs import write_run
+from tests.comparison.runs import edit, write_run
 
 
 def runs_of(root: Path, *hows: dict[str, Any]) -> list[Run]:
@@ -160,4 +162,48 @@ def test_families(student: str, name: str) -> None:
 
 def test_sizes_of_students_are_known_from_any_run(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, {"student": "a", "parameters": 0}, {"student": "a", "parameters": 5})
-    assert student_sizes(runs) == {"a": 5}
+    assert student_sizes(runs) == {"google/a": 5}
+
+
+def test_the_choice_of_a_checkpoint_is_a_difference(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, {"method": "Standard"}, {"method": "Standard", "seed": 1})
+    for run, monitor in zip(runs, ("val/accuracy", "val/label_loss"), strict=True):
+        edit(Path(run.source), config=run.record.config | {"checkpoint": {"monitor": monitor, "dirpath": run.source}})
+    assert differing_keys(list(find_runs([tmp_path]).runs)) == ["checkpoint.monitor"]
+
+
+@pytest.mark.parametrize(
+    ("effective", "devices", "nodes", "apart"),
+    [(None, 8, 1, True), (None, 1, 4, True), (None, [0], 1, False), (None, "0,1", 1, True), (64, 8, 4, False)],
+)
+def test_devices_count_where_they_make_the_batch(
+    tmp_path: Path, effective: int | None, devices: object, nodes: int, apart: bool
+) -> None:
+    runs = runs_of(tmp_path, *[{"seed": seed, "model": {"effective_batch_size": effective}} for seed in (0, 1)])
+    for run, trainer in zip(runs, ({"devices": 1}, {"devices": devices, "num_nodes": nodes}), strict=True):
+        edit(Path(run.source), config=run.record.config | {"trainer": trainer})
+    assert differing_keys(list(find_runs([tmp_path]).runs)) == (["devices"] if apart else [])
+
+
+def test_a_key_that_came_later_is_as_if_not_set(tmp_path: Path) -> None:
+    runs = runs_of(
+        tmp_path, {"seed": 0}, {"seed": 1, "model": {"compile": False}}, {"seed": 2, "data": {"shard": None}}
+    )
+    assert differing_keys(runs) == []
+    write_run(tmp_path / "more", model={"compile": None})
+    # here both are said
+    assert differing_keys(list(find_runs([tmp_path]).runs)) == ["model.init_args.compile"]
+
+
+def test_keys_that_only_look_like_paths_are_differences(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, {"data": {"rationales_file": "a"}}, {"data": {"rationales_file": "b", "noise_seed": 1}})
+    assert differing_keys(runs) == ["data.init_args.noise_seed", "data.init_args.rationales_file"]
+
+
+def test_names_that_clash_are_numbered() -> None:
+    plain = Setting("cqa", "Standard", "s", 1, "gold", 1.0, None, None)
+    settings = [replace(plain, extra=(("a.b", "x" * 90 + end),)) for end in "12"]
+    first, second = variant_names(settings).values()
+    assert (first[-7:], second[-7:]) == ("xxx... (1)"[-7:], "xxx... (2)"[-7:])
+    other = replace(settings[0], student="t")
+    assert variant_names([settings[0], other])[other].endswith("...")
