@@ -2,7 +2,8 @@
 
 python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-mini
 
-T5_FOLDER holds a T5 v1.1's config.json and tokenizer files; weights are not needed, the student starts from random ones.
+T5_FOLDER holds a T5 v1.1's config.json and tokenizer files; its weights are not needed: the student starts from random
+ones.
 """
 
 import argparse
