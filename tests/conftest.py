@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from tests.students import make_student_folder
 
 # the students are tiny: a second thread only waits, several times as long where cores are shared
 torch.set_num_threads(1)
+
+# a shell's background jobs ignore Ctrl-C, and with them all that they start; some tests send it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
