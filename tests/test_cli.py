@@ -124,11 +124,14 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # ---------------------------------------------------------------------- what is refused
 
 
+ALLOWED = "fit, validate, test, predict, annotate, experiment, compare, inspect"
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["a command must be given", "fit, validate, test, predict, inspect"]),
-        (["ft"], ["ft: no such command", "did you mean fit?", "allowed are fit, validate, test, predict, inspect"]),
+        ([], ["a command must be given", ALLOWED]),
+        (["ft"], ["ft: no such command", "did you mean fit?", f"allowed are {ALLOWED}"]),
         (["inspct"], ["inspct: no such command", "did you mean inspect?"]),
         (["frobnicate"], ["frobnicate: no such command; allowed are fit,"]),
         (["fit"], ["data, model: must be given", "--model"]),
