@@ -31,6 +31,7 @@ from lit_distill.data.splits import (
     evaluation_rows,
     hold_out,
     pair_wrongly,
+    repeated_rows,
     teacher_counts,
     train_rows,
 )
@@ -99,7 +100,7 @@ class RationaleDataModule(pl.LightningDataModule):
     name: str = ""
     """Names the dataset in ids, reports and the cache."""
     splits: Mapping[Split, str] = {"train": "train", "val": "valid", "test": "test"}
-    """The splits that are released -> their word in file names; without ``val``, a tenth of train is taken off."""
+    """The splits that are released -> their word in file names; without ``val``, a tenth of train's inputs is."""
     released_rows: Mapping[Split, int] = {}
     """The rows of the released splits, by which a download is checked."""
     metric: MetricName = "exact_match"
@@ -322,6 +323,14 @@ class RationaleDataModule(pl.LightningDataModule):
         train = self.released("train")
         return None if train is None else hold_out(train)[split == "val"]
 
+    def repeated_rows(self, split: Split) -> int:
+        """How many rows of a split have an input that is in train, too: what is measured on them is no generalisation.
+
+        0 where either is absent.
+        """
+        rows, train = self.split_rows(split), self.split_rows("train")
+        return 0 if rows is None or train is None else repeated_rows(rows, train)
+
     def used_rows(self, split: Split) -> UsedRows:
         """The rows of a split as this run uses them.
 
@@ -434,6 +443,8 @@ class RationaleDataModule(pl.LightningDataModule):
                 self._rows[split] = self._tokenize(split)
                 self._report(split)
         self._report_absent()
+        if stage != "predict":
+            self._report_repeated(("val", "test") if stage == "fit" else needed)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training rows, resumable."""
@@ -650,6 +661,22 @@ class RationaleDataModule(pl.LightningDataModule):
             if path is not None and not path.exists() and split not in self._notices:
                 self._notices.add(split)
                 _warn(self.absence(split))
+
+    def _report_repeated(self, splits: Sequence[Split]) -> None:
+        """Before training, so that it is not found out after it."""
+        for split in splits:
+            if f"repeated {split}" in self._notices:
+                continue
+            self._notices.add(f"repeated {split}")
+            try:
+                repeated = self.repeated_rows(split)
+            except UserError as error:
+                # what needs the split will say so; what does not is not kept from running
+                _warn(f"{self.name}: whether {split} repeats inputs of train is not known ({error})")
+                continue
+            if repeated:
+                total = len(self.split_rows(split) or ())
+                _warn(f"{self.name} {split}: {repeated} of {total} rows have an input that is also in train")
 
 
 def _alone(example: Example) -> Example:

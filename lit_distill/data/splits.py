@@ -51,19 +51,32 @@ class UsedRows:
 
 
 def hold_out(rows: SplitRows) -> tuple[SplitRows, SplitRows]:
-    """Split train into train and val: a tenth, rounded up, by a permutation that nothing but the length decides.
+    """Split train into train and val: a tenth of its inputs, rounded up, each with all of its rows.
 
-    No argument moves it, so that runs of any seed and fraction are validated on the same rows.
+    The permutation is decided by the number of inputs alone and no argument moves it, so that runs of any seed and
+    fraction are validated on the same rows. Where no input repeats it is a tenth of the rows.
 
     Raises:
-        UserError: there are fewer than two rows.
+        UserError: there are fewer than two inputs.
     """
-    if len(rows) < 2:
-        raise UserError(f"train has {len(rows)} row(s): no validation split can be taken off it")
-    count = math.ceil(VAL_FRACTION * len(rows))
+    groups: dict[str, list[int]] = {}
+    for position, example in enumerate(rows.examples):
+        groups.setdefault(example.input, []).append(position)
+    if len(groups) < 2:
+        found = f"{len(rows)} row(s) with {len(groups)} different input(s)"
+        raise UserError(f"train has {found}: no validation split can be taken off it")
+    count = math.ceil(VAL_FRACTION * len(groups))
     # RandomState's streams are frozen for good, those of newer generators are not
-    order = np.random.RandomState(0).permutation(len(rows)).tolist()
-    return rows.take(sorted(order[count:])), rows.take(sorted(order[:count]))
+    order = np.random.RandomState(0).permutation(len(groups)).tolist()
+    of_input = list(groups.values())
+    train, val = ([p for group in part for p in of_input[group]] for part in (order[count:], order[:count]))
+    return rows.take(sorted(train)), rows.take(sorted(val))
+
+
+def repeated_rows(rows: SplitRows, train: SplitRows) -> int:
+    """How many rows have an input that train has, too."""
+    inputs = {example.input for example in train.examples}
+    return sum(example.input in inputs for example in rows.examples)
 
 
 def sample(rows: int, fraction: float, seed: int) -> list[int]:

@@ -28,7 +28,7 @@ def cqa(tmp_path: Path) -> Path:
     """Ten rows of train whose gold answer is ``ab``; the teacher is right in six, outside in one, unread in one."""
     folder = tmp_path / "cqa"
     (folder / "llm").mkdir(parents=True)
-    rows = [{"id": f"q{i}", "question": "?", "choices": ["ab", "c"], "answer": "ab"} for i in range(10)]
+    rows = [{"id": f"q{i}", "question": str(i), "choices": ["ab", "c"], "answer": "ab"} for i in range(10)]
     lines = "\n".join(map(json.dumps, rows))
     (folder / "cqa_train.json").write_text(lines)
     (folder / "cqa_test.json").write_text(lines)
@@ -60,7 +60,7 @@ def test_figures(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         "truncated_targets": 5,
     }
     assert {key: train[key] for key in expected} == expected
-    text = "?\nAnswer Choices:\n(a) ab\n(b) c"
+    text = "0\nAnswer Choices:\n(a) ab\n(b) c"
     assert train["lengths"]["label"] == {
         "input": {"rows": 10, "median": 10 + len(text), "p95": 10 + len(text), "max": 10 + len(text), "truncated": 0},
         "target": {"rows": 10, "median": 3, "p95": 3, "max": 3, "truncated": 0},
@@ -81,14 +81,14 @@ def test_figures(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 def test_examples_are_what_the_student_sees(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     module = CQADataModule(data_dir=cqa, tokenizer=tokenizer, tasks=BOTH, max_source_length=12)
     path = cqa / "cqa" / "cqa_train.json"
-    path.write_text(path.read_text().replace("?", "é?"))
+    path.write_text(path.read_text().replace('"question": "', '"question": "é'))
     shown = inspect_data(module)["examples"]
     assert shown["split"] == "train"
     assert len(shown["rows"]) == 3
     first = shown["rows"][0]
     # cut, ended, and with what the tokenizer does not know
-    assert first["tasks"]["label"] == {"input": "predict: <unk>?</s>", "target": "ab</s>"}
-    assert first["tasks"]["rationale"]["input"] == "explain: <unk>?</s>"
+    assert first["tasks"]["label"] == {"input": f"predict: <unk>{first['id'][1:]}</s>", "target": "ab</s>"}
+    assert first["tasks"]["rationale"]["input"] == f"explain: <unk>{first['id'][1:]}</s>"
     assert first["tasks"]["rationale"]["target"] == f"{first['rationale']}</s>"
 
 

@@ -124,6 +124,31 @@ def test_val_does_not_move_with_seed_or_fraction(write_cqa: WriteCQA) -> None:
     assert len(ids[0]) == 4
 
 
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_inputs_that_test_shares_with_train_are_said(
+    stage: str,
+    tokenizer: PreTrainedTokenizerFast,
+    write_cqa: WriteCQA,
+    write_lines: WriteLines,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = write_cqa(train=40, test=4)
+    apart = [{"id": f"t{i}", "question": f"T{i}?", "choices": ["yes", "no"], "answer": "yes"} for i in range(3)]
+    module = CQADataModule(data_dir=data, tokenizer=tokenizer)
+    held = {text.partition("\n")[0] for text in module.answer_key("val").inputs}
+    shared = len({f"Q{i}?" for i in range(4)} - held)
+    assert shared > 0
+    module.setup(stage)
+    said = f"cqa test: {shared} of 4 rows have an input that is also in train"
+    assert caplog.text.count(said) == 1
+    module.setup("test")
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    write_lines(data / "cqa" / "cqa_test.json", apart)
+    CQADataModule(data_dir=data, tokenizer=tokenizer).setup(stage)
+    assert "also in train" not in caplog.text
+
+
 def test_fractions_are_of_what_remains_and_nested(write_cqa: WriteCQA) -> None:
     data = write_cqa(train=40)
 

@@ -40,6 +40,20 @@ def test_val_never_moves() -> None:
     assert ids(hold_out(rows(30))[1]) == ["2", "13", "28"]
 
 
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=200).filter(lambda found: len(set(found)) > 1))
+def test_rows_of_one_input_stay_together(inputs: list[int]) -> None:
+    train, val = hold_out(SplitRows([Example(str(i), f"in {one}", "yes") for i, one in enumerate(inputs)]))
+    trained, held = ({example.input for example in part.examples} for part in (train, val))
+    assert not trained & held
+    assert len(held) == math.ceil(len(set(inputs)) / 10)
+    assert sorted(ids(train) + ids(val), key=int) == [str(i) for i in range(len(inputs))]
+
+
+def test_val_cannot_be_taken_off_one_input() -> None:
+    with pytest.raises(UserError, match=r"train has 9 row\(s\) with 1 different input\(s\): no validation split"):
+        hold_out(SplitRows([Example(str(i), "in", "yes") for i in range(9)]))
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_val_cannot_be_taken_off_one_row(count: int) -> None:
     with pytest.raises(UserError, match="train has"):
