@@ -122,6 +122,13 @@ def target_text(task: str, example: Example) -> str | None:
     raise UserError(f"tasks: unknown task {task!r}; allowed are {', '.join(TASKS)}")
 
 
+def label_part(task: str, label: str) -> str:
+    """What a target has of its label, with the mark that sets it apart from a rationale: what must not be cut."""
+    if task == "rationale_label":
+        return f"{ANSWER_MARK}{label}"
+    return f"{label}{RATIONALE_MARK.rstrip()}" if task == "label_rationale" else label
+
+
 def read_label(task: str, text: str) -> str:
     """The label in what a student generated for a task; the whole text where a mark is missing."""
     if task == "rationale_label":

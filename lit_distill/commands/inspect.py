@@ -14,7 +14,7 @@ from rich.text import Text
 from lit_distill.answers import Split
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.splits import SplitRows, teacher_counts
-from lit_distill.data.tokenize import encode_examples, truncated
+from lit_distill.data.tokenize import CUTS, encode_examples
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example
 
@@ -100,9 +100,9 @@ def _lengths(datamodule: RationaleDataModule, rows: SplitRows) -> dict[str, Any]
     settings = datamodule.token_settings
     sources: dict[str, list[int]] = {task: [] for task in datamodule.tasks}
     targets: dict[str, list[int]] = {task: [] for task in datamodule.tasks}
-    cut = {"truncated_inputs": 0, "truncated_targets": 0}
-    for columns in encode_examples(rows.examples, datamodule.tokenizer, settings):
-        cut = {name: cut[name] + value for name, value in truncated(columns, settings).items()}
+    cut = dict.fromkeys(CUTS, 0)
+    for columns, counts in encode_examples(rows.examples, datamodule.tokenizer, settings):
+        cut = {name: cut[name] + counts[name] for name in CUTS}
         for task in datamodule.tasks:
             sources[task] += columns[f"{task}.input_length"]
             targets[task] += [length for length in columns[f"{task}.target_length"] if length is not None]
@@ -129,7 +129,7 @@ def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, A
     rows: list[Example] = list(datamodule.used_rows(split).examples[:EXAMPLES])
     shown: list[dict[str, Any]] = [{"id": row.id, "label": row.label, "rationale": row.rationale} for row in rows]
     decode = datamodule.tokenizer.decode
-    for columns in encode_examples(rows, datamodule.tokenizer, datamodule.token_settings):
+    for columns, _ in encode_examples(rows, datamodule.tokenizer, datamodule.token_settings):
         for position, row in enumerate(shown):
             row["tasks"] = {
                 task: {

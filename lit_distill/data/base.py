@@ -35,7 +35,7 @@ from lit_distill.data.splits import (
     teacher_counts,
     train_rows,
 )
-from lit_distill.data.tokenize import TokenSettings, tokenize_once
+from lit_distill.data.tokenize import CUTS, TokenSettings, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.metrics import judge
 from lit_distill.rationales import ANSWER_MARK, Example, RationaleFilter, filter_name, find_filter, label_agrees
@@ -80,7 +80,8 @@ class RationaleDataModule(pl.LightningDataModule):
             code draws it before).
         seed: decides the order of the training rows, and which of them a ``train_fraction`` holds.
         max_source_length: tokens of an input at most; longer ones are cut and counted.
-        max_target_length: tokens of a target at most; longer ones are cut and counted.
+        max_target_length: tokens of a target at most; longer ones are cut, in the rationale where there is one beside
+            the label, and counted.
         num_workers: processes that load batches, on each device; 0 loads in the main process.
         allow_extra_outputs: accept more teacher outputs than rows, for a file that is the beginning of the
             released one.
@@ -649,7 +650,7 @@ class RationaleDataModule(pl.LightningDataModule):
         counts = self.counts[split]
         parts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
         _info(f"{self.name} {split}: {parts}")
-        cut = {name: counts[name] for name in ("truncated_inputs", "truncated_targets") if counts[name]}
+        cut = {name: counts[name] for name in CUTS if counts[name]}
         if cut:
             limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
             found = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items())

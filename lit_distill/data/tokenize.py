@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,16 +20,20 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example, target_text
+from lit_distill.rationales import Example, label_part, target_text
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files' layout; raised when it changes, so that older files are not read."""
 
 BATCH = 1000
 """Rows that are tokenised, and written, at a time."""
+
+
+CUTS = ("truncated_inputs", "truncated_targets", "truncated_labels")
+"""What is counted of rows that are too long; a target whose label is cut counts as both."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class TokenSettings:
     max_source_length: int
     """Tokens of an input at most, the final end-of-sequence token included."""
     max_target_length: int
-    """Tokens of a target at most, likewise."""
+    """Tokens of a target at most, the final end-of-sequence token included."""
 
 
 @dataclass(frozen=True)
@@ -79,39 +84,56 @@ def _cut(ids: list[int], max_length: int, eos: int) -> list[int]:
     return [*ids[: max_length - 1], eos] if ids[-1] == eos else ids[:max_length]
 
 
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase, task: str, examples: Sequence[Example], max_length: int
+) -> tuple[Encoded, int]:
+    """Targets of a task, of rows that have one, and how many of their labels were cut.
+
+    Of a target that is too long the rationale is cut, wherever it stands, and the label only where it alone is too
+    long.
+    """
+    texts = [text for example in examples if (text := target_text(task, example)) is not None]
+    found = encode(tokenizer, texts, max_length, is_target=True)
+    long = [i for i, length in enumerate(found.lengths) if length > max_length]
+    if task == "rationale" or not long:
+        return found, 0
+    parts = [label_part(task, examples[i].label or "") for i in long]
+    labels = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if task == "rationale_label":
+        for i, label in zip(long, labels, strict=True):
+            ending = _cut([*label, eos], max_length, eos)
+            found.ids[i] = [*found.ids[i][: max_length - len(ending)], *ending]
+    return found, sum(len(label) >= max_length for label in labels)
+
+
 def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
-) -> Iterator[dict[str, list[Any]]]:
-    """Columns of ``BATCH`` rows at a time.
+) -> Iterator[tuple[dict[str, list[Any]], Counter[str]]]:
+    """Columns of ``BATCH`` rows at a time, and what of them was cut, over all tasks, as counts of ``CUTS``.
 
-    ``index``, and for each task ``<task>.input_ids``, ``<task>.labels``, and their untruncated lengths
+    The columns are ``index``, and for each task ``<task>.input_ids``, ``<task>.labels``, and their untruncated lengths
     ``<task>.input_length`` and ``<task>.target_length``; labels and their length are ``None`` without a target.
     """
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         columns: dict[str, list[Any]] = {"index": list(range(start, start + len(batch)))}
+        cut: Counter[str] = Counter(dict.fromkeys(CUTS, 0))
         for task, prefix in settings.prefixes.items():
             sources = [prefix + example.input for example in batch]
             encoded = encode(tokenizer, sources, settings.max_source_length, is_target=False)
-            targets = [target_text(task, example) for example in batch]
-            present = [text for text in targets if text is not None]
-            answers = encode(tokenizer, present, settings.max_target_length, is_target=True)
+            present = [target_text(task, example) is not None for example in batch]
+            having = [example for example, has in zip(batch, present, strict=True) if has]
+            answers, labels_cut = encode_targets(tokenizer, task, having, settings.max_target_length)
             labels, lengths = iter(answers.ids), iter(answers.lengths)
             columns[f"{task}.input_ids"] = encoded.ids
             columns[f"{task}.input_length"] = encoded.lengths
-            columns[f"{task}.labels"] = [None if text is None else next(labels) for text in targets]
-            columns[f"{task}.target_length"] = [None if text is None else next(lengths) for text in targets]
-        yield columns
-
-
-def truncated(columns: dict[str, list[Any]], settings: TokenSettings) -> dict[str, int]:
-    """How many inputs and targets of these rows were cut, over all tasks."""
-    inputs = [length for task in settings.prefixes for length in columns[f"{task}.input_length"]]
-    targets = [length for task in settings.prefixes for length in columns[f"{task}.target_length"]]
-    return {
-        "truncated_inputs": sum(length > settings.max_source_length for length in inputs),
-        "truncated_targets": sum(length is not None and length > settings.max_target_length for length in targets),
-    }
+            columns[f"{task}.labels"] = [next(labels) if has else None for has in present]
+            columns[f"{task}.target_length"] = [next(lengths) if has else None for has in present]
+            cut["truncated_inputs"] += sum(length > settings.max_source_length for length in encoded.lengths)
+            cut["truncated_targets"] += sum(length > settings.max_target_length for length in answers.lengths)
+            cut["truncated_labels"] += labels_cut
+        yield columns, cut
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -167,8 +189,7 @@ def tokenize_once(
         root: folder of the cache; created where it is absent.
 
     Returns:
-        The rows, memory-mapped, and how many inputs and targets were cut (``truncated_inputs``,
-        ``truncated_targets``, over all tasks).
+        The rows, memory-mapped, and how many of ``CUTS`` there were, over all tasks.
 
     Raises:
         UserError: the cache cannot be written.
@@ -216,13 +237,13 @@ def _write(
     half.mkdir()
     try:
         table = half / "rows.arrow"
-        cut = {"truncated_inputs": 0, "truncated_targets": 0}
+        cut = dict.fromkeys(CUTS, 0)
         schema = _schema(list(settings.prefixes))
         bar = tqdm(total=len(examples), desc=f"Tokenising {folder.name.rsplit('-', 1)[0]}", delay=3, disable=None)
         with bar, pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for columns in encode_examples(examples, tokenizer, settings):
+            for columns, counts in encode_examples(examples, tokenizer, settings):
                 writer.write_batch(pa.record_batch(columns, schema=schema))
-                cut = {key: cut[key] + value for key, value in truncated(columns, settings).items()}
+                cut = {key: cut[key] + counts[key] for key in CUTS}
                 bar.update(len(columns["index"]))
         done = {"fingerprint": mark, "rows": len(examples), "bytes": table.stat().st_size, "truncated": cut}
         (half / "done.json").write_text(json.dumps(done), encoding="utf-8")

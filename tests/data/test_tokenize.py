@@ -52,7 +52,7 @@ def test_rows_by_hand(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
             "rationale.target_length": None,
         },
     ]
-    assert cut == {"truncated_inputs": 2, "truncated_targets": 0}
+    assert cut == {"truncated_inputs": 2, "truncated_targets": 0, "truncated_labels": 0}
 
 
 def test_targets_end_even_where_the_tokenizer_adds_no_end(endless_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -77,6 +77,37 @@ def test_beyond_the_tokenizer_s_own_limit_there_is_no_warning(
     assert caplog.text + capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("task", "limit", "expected", "cut", "labels_cut"),
+    [
+        ("rationale_label", 32, "because it So the answer is yes", 1, 0),
+        ("rationale_label", 39, "because it is so. So the answer is yes", 0, 0),
+        ("rationale_label", 38, "because it is so So the answer is yes", 1, 0),
+        ("rationale_label", 26, "beca So the answer is yes", 1, 0),
+        ("rationale_label", 22, " So the answer is yes", 1, 0),
+        ("rationale_label", 21, " So the answer is ye", 1, 1),
+        ("label_rationale", 21, "yes Rationale: becau", 1, 0),
+        ("label_rationale", 15, "yes Rationale:", 1, 0),
+        ("label_rationale", 14, "yes Rationale", 1, 1),
+        ("rationale", 5, "beca", 1, 0),
+        ("label", 4, "yes", 0, 0),
+        ("label", 3, "ye", 1, 1),
+    ],
+)
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_rationale_is_cut_and_not_the_label(
+    task: str, limit: int, expected: str, cut: int, labels_cut: int, ends: bool
+) -> None:
+    example = Example("a", "in", "yes", None, "because it is so.")
+    settings = TokenSettings({task: ""}, 99, limit)
+    # of two rows the first has no target
+    rows = [Example("b", "in", None), example]
+    ((columns, counts),) = tokenize.encode_examples(rows, character_tokenizer(ends=ends), settings)
+    assert columns[f"{task}.labels"] == [None, [*codes(expected), 1]]
+    assert len(columns[f"{task}.labels"][1]) <= limit
+    assert counts == {"truncated_inputs": 0, "truncated_targets": cut, "truncated_labels": labels_cut}
+
+
 def test_many_batches_keep_their_order(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     examples = [Example(str(i), str(i), str(i % 7)) for i in range(2501)]
     rows, _ = tokenize_once("t", examples, tokenizer, TokenSettings({"label": ""}, 8, 8), tmp_path)
@@ -86,7 +117,7 @@ def test_many_batches_keep_their_order(tokenizer: PreTrainedTokenizerFast, tmp_p
 
 def test_no_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     rows, cut = tokenize_once("t", [], tokenizer, SETTINGS, tmp_path)
-    assert (len(rows), cut) == (0, {"truncated_inputs": 0, "truncated_targets": 0})
+    assert (len(rows), set(cut.values())) == (0, {0})
 
 
 def test_a_second_start_does_not_tokenise(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
