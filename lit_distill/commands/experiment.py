@@ -97,7 +97,7 @@ def experiment(
             raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
     if started is None:
         for cell in cells:
-            if board.states[cell.name] is State.LEFT:
+            if board.states[cell.name] is State.PENDING:
                 print(cell.line)
         print(f"{folder}: {counts(board)}", file=sys.stderr)
         return _summary(board, grid)

@@ -33,10 +33,10 @@ FIT = (sys.executable, "-m", "lit_distill", "fit")
 class State(StrEnum):
     """Where a cell stands."""
 
-    LEFT = "left"
+    PENDING = "pending"
     RUNNING = "running"
-    ELSEWHERE = "elsewhere"
-    """Another process runs it."""
+    RUNNING_ELSEWHERE = "running elsewhere"
+    """By another process."""
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lit_distill.checks import check_int
@@ -94,17 +95,13 @@ class _Process(Job):
         return self._process.poll()
 
     def interrupt(self) -> None:
-        self._signal(signal.SIGINT)
+        # the worker hands it on to its run
+        self._process.terminate()
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: int) -> None:
-        try:
+        with suppress(ProcessLookupError):
             # the worker, the run, and what the run has started
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _cores() -> int:

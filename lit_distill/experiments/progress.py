@@ -20,9 +20,9 @@ _COLOURS = {
     State.DONE: "green",
     State.FAILED: "red",
     State.RUNNING: "cyan",
-    State.ELSEWHERE: "cyan",
+    State.RUNNING_ELSEWHERE: "cyan",
     State.STOPPED: "yellow",
-    State.LEFT: "",
+    State.PENDING: "",
 }
 _TAIL = 8192
 _LOOK_SECONDS = 2.0

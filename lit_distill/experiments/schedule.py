@@ -32,7 +32,7 @@ class Board:
 
     def count(self, state: State) -> int:
         """Cells in a state."""
-        return sum(self.states.get(cell.name, State.LEFT) is state for cell in self.cells)
+        return sum(self.states.get(cell.name, State.PENDING) is state for cell in self.cells)
 
 
 class Watcher:
@@ -92,7 +92,7 @@ def run_cells(
 class _Schedule:
     def __init__(self, board: Board, launcher: Launcher, watcher: Watcher, elsewhere_pause: float) -> None:
         self.board, self.launcher, self.watcher = board, launcher, watcher
-        self.waiting = deque(cell for cell in board.cells if board.states[cell.name] is State.LEFT)
+        self.waiting = deque(cell for cell in board.cells if board.states[cell.name] is State.PENDING)
         self.running: list[tuple[Cell, Job]] = []
         self.elsewhere: list[Cell] = []
         self.elsewhere_pause, self.looked = elsewhere_pause, 0.0
@@ -117,7 +117,7 @@ class _Schedule:
             self._is_elsewhere(cell)
             return
         state = _standing(cell, retry_failed=cell.name in self.retried)
-        if state is not State.LEFT:
+        if state is not State.PENDING:
             self._set(cell, state)
             return
         job = self.launcher.start(cell)
@@ -134,11 +134,11 @@ class _Schedule:
             self._is_elsewhere(cell)
         elif failure_of(cell.folder) is not None:
             self._set(cell, State.FAILED)
-        elif code == INTERRUPTED and self.launcher.again:
-            self.waiting.append(cell)
-            self._set(cell, State.LEFT)
-        elif code == INTERRUPTED:
-            self._set(cell, State.STOPPED)
+        elif code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+            # the latter two where it was told before it could listen
+            if self.launcher.again:
+                self.waiting.append(cell)
+            self._set(cell, State.PENDING if self.launcher.again else State.STOPPED)
         else:
             write_failure(cell.folder, code, "its worker was ended")
             self._set(cell, State.FAILED)
@@ -146,7 +146,7 @@ class _Schedule:
     def _is_elsewhere(self, cell: Cell) -> None:
         self.retried.discard(cell.name)
         self.elsewhere.append(cell)
-        self._set(cell, State.ELSEWHERE)
+        self._set(cell, State.RUNNING_ELSEWHERE)
 
     def _look_elsewhere(self) -> None:
         if not self.elsewhere or time.monotonic() - self.looked < self.elsewhere_pause:
@@ -156,7 +156,7 @@ class _Schedule:
             if not is_busy(cell.folder):
                 self.elsewhere.remove(cell)
                 self.waiting.append(cell)
-                self._set(cell, State.LEFT)
+                self._set(cell, State.PENDING)
 
     def _set(self, cell: Cell, state: State) -> None:
         if state is not State.RUNNING:
@@ -193,7 +193,7 @@ def _standing(cell: Cell, *, retry_failed: bool) -> State:
         return State.DONE
     if not retry_failed and failure_of(cell.folder) is not None:
         return State.FAILED
-    return State.LEFT
+    return State.PENDING
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from typing import Any
 
 from lit_distill.checks import check_int
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import Cell, write_failure
+from lit_distill.experiments.cells import LOG, Cell, last_lines, write_failure
 from lit_distill.experiments.launchers import Job, Launcher
-from lit_distill.experiments.worker import INTERRUPTED, run_cell
+from lit_distill.experiments.worker import INTERRUPTED, STOPPED, run_cell
 
 
 class Slurm(Launcher):
@@ -71,6 +71,9 @@ class _Submitted(Job):
         try:
             code: int = self._job.result()
         except Exception as error:  # noqa: BLE001 - whatever became of the job is written down
+            if any(line.startswith(STOPPED) for line in last_lines(self._folder / LOG, 1)):
+                # its run has saved, and the cluster did not queue it again
+                return INTERRUPTED
             write_failure(
                 self._folder, 1, f"the job {self._job.job_id} failed: {str(error).strip().rpartition(chr(10))[2]}"
             )

@@ -102,7 +102,7 @@ def test_every_cell_of_a_ready_grid_is_what_fit_takes(
     own = path.relative_to(REPOSITORY).as_posix()
     assert path.read_text().splitlines()[0] == f"# python -m lit_distill experiment --config {own}"
     summary = run_experiment(["--config", own, "--dry_run"])
-    assert len(summary["cells"]) == summary["left"] == COUNTS[kind(path)]
+    assert len(summary["cells"]) == summary["pending"] == COUNTS[kind(path)]
     assert sorted(file.name for file in here.iterdir()) == ["configs"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in summary["cells"])
@@ -268,7 +268,7 @@ def test_a_record_that_cannot_be_read_is_not_run_over(damage: str, dry_run: bool
     assert line.startswith("cells/seed1/run.json: ")
     assert line.endswith("; move it away to run the cell anew")
     # of cells that are not looked at, nothing is said
-    assert experiment("grid.yaml", only="seed0", dry_run=True)["left"] == 1
+    assert experiment("grid.yaml", only="seed0", dry_run=True)["pending"] == 1
 
 
 def test_an_out_that_can_be_none(student_folder: Path) -> None:
@@ -367,7 +367,7 @@ def test_cells_run_for_real(student_folder: Path, capsys: pytest.CaptureFixture[
     content["grid"]["train_fraction"] = [1.0, 0.5]
     listed = experiment(write(content), dry_run=True)
     assert {name for name, state in listed["cells"].items() if state == "done"} == set(names)
-    assert listed["left"] == 6
+    assert listed["pending"] == 6
     assert times == [(Path("cells") / name / "run.json").stat().st_mtime_ns for name in names]
     # an edited grid does not take them for its own
     for edit in ({"set": {"trainer.max_steps": 3}}, {"set": {"data.train_size": 10}}):
@@ -392,7 +392,7 @@ def test_a_finished_run_without_a_config_is_not_taken(student_folder: Path) -> N
 
 @pytest.mark.parametrize(
     ("states", "ended", "code"),
-    [(["done", "done"], True, 0), (["done", "failed"], True, 1), (["done", "left"], False, 130)],
+    [(["done", "done"], True, 0), (["done", "failed"], True, 1), (["done", "pending"], False, 130)],
 )
 def test_exit_codes(
     states: list[str], ended: bool, code: int, student_folder: Path, monkeypatch: pytest.MonkeyPatch

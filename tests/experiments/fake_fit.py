@@ -1,6 +1,7 @@
 """Stands in for ``fit``: starts in no time, and does what its config says."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,9 +16,15 @@ def main(path: Path) -> int:
 
     Args:
         path: the config: ``sleep`` (seconds), ``until`` (a file that is waited for), ``code`` (the exit code), ``say``
-            (what is printed), ``once`` (fails the first time only), ``forget`` (leaves no record).
+            (what is printed), ``saves`` (seconds that saving takes),
+            ``deaf`` (does not listen),
+            ``once`` (fails the first time only), ``forget`` (leaves no record).
     """
+    # as `fit` does, which saves at both
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder, config = path.parent, yaml.safe_load(path.read_text())
+    if config.get("deaf"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(config.get("say", "at work"))
     resumed = (folder / "checkpoint").exists()
     (folder / "environment.txt").write_text(
@@ -31,8 +38,9 @@ def main(path: Path) -> int:
         while config.get("until") and not Path(config["until"]).exists():
             time.sleep(0.02)
     except KeyboardInterrupt:
+        time.sleep(config.get("saves", 0))
         (folder / "checkpoint").write_text("what was trained so far")
-        return 1
+        return 143
     first = len((folder / "starts.txt").read_text().splitlines()) == 1
     if config.get("code") and (first or not config.get("once")):
         return int(config["code"])

@@ -16,12 +16,12 @@ from tests.experiments.fake_fit import make_record
 
 @pytest.fixture
 def board(tmp_path: Path) -> Board:
-    cells = make_cells(tmp_path, done={}, failed={}, running={}, left={})
+    cells = make_cells(tmp_path, done={}, failed={}, running={}, pending={})
     write_record(cells[0].folder, make_record(0.625))
     (cells[1].folder / "log.txt").write_text("Traceback\nout of memory\n\n")
     write_failure(cells[1].folder, 1, "exit code 1")
     (cells[2].folder / "metrics.csv").write_text("step,train/loss,val/accuracy\n0,1.5,\n9,,0.25\n19,1.25,\n")
-    states = {"done": State.DONE, "failed": State.FAILED, "running": State.RUNNING, "left": State.LEFT}
+    states = {"done": State.DONE, "failed": State.FAILED, "running": State.RUNNING, "pending": State.PENDING}
     made = Board(cells, states)
     made.since["running"] = made.began
     return made
@@ -39,7 +39,7 @@ def test_a_line_for_each_event_where_there_is_no_terminal(board: Board) -> None:
             progress.changed(board, cell)
         progress.tick(board)
     lines = [line.split(maxsplit=1)[1] for line in text(console).splitlines()]
-    counts = "(1 of 4 done, 1 left, 1 running, 1 failed)"
+    counts = "(1 of 4 done, 1 pending, 1 running, 1 failed)"
     assert lines == [
         f"done      done  {counts}  test accuracy 0.625",
         f"failed    failed  {counts}  exit code 1: out of memory",
@@ -76,7 +76,7 @@ def test_the_summary_has_all_cells(board: Board) -> None:
         ["done", "done", "0.625", "1.5"],
         ["failed", "failed", "", ""],
         ["running", "running", "", ""],
-        ["left", "left", "", ""],
+        ["pending", "pending", "", ""],
     ]
     assert failure_lines(board.cells) == ["failed: exit code 1: out of memory"]
 

@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lit_distill.errors import UserError
+from lit_distill.experiments import worker
 from lit_distill.experiments.cells import FAILED, LOG, Cell, State, failure_of, is_busy, lay_out, record_of
-from lit_distill.experiments.launchers import Local
+from lit_distill.experiments.launchers import Job, Local
 from lit_distill.experiments.schedule import Board, Watcher, look, run_cells
-from lit_distill.experiments.worker import BUSY, run_cell
+from lit_distill.experiments.worker import BUSY, INTERRUPTED, run_cell
 from tests.experiments.cells import make_cell, make_cells, starts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -298,7 +300,7 @@ def test_a_stopped_experiment_stops_its_runs_and_goes_on(tmp_path: Path, number:
 
 def test_what_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
     [cell] = make_cells(tmp_path, a={})
-    deaf = "import signal, time, pathlib; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    deaf = "import signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     deaf += f"pathlib.Path({str(cell.folder / 'deaf')!r}).touch(); time.sleep(60)"
     stubborn = Cell("a", cell.folder, {}, {}, (sys.executable, "-c", deaf))
 
@@ -316,6 +318,84 @@ def test_what_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
     until(lambda: not is_busy(cell.folder))
 
 
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_worker_that_is_told_before_its_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def told(*arguments: object, **more: object) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    def told_and_started(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        told()
+        return started(*arguments, **more)
+
+    started = subprocess.Popen
+    [cell] = make_cells(tmp_path, a={"sleep": 3})
+    if moment == "before":
+        monkeypatch.setattr(worker.time, "strftime", told)
+    else:
+        monkeypatch.setattr(worker.subprocess, "Popen", told_and_started)
+    assert run_cell(cell.folder, cell.arguments) == INTERRUPTED
+    assert record_of(cell.folder) is failure_of(cell.folder) is None
+    assert not is_busy(cell.folder)
+    assert look([cell]).states == {"a": State.PENDING}
+
+
+def test_a_worker_that_is_ended_while_it_starts_leaves_its_cell_to_be_run(tmp_path: Path) -> None:
+    class Ends(Local):
+        def start(self, cell: Cell) -> Job:
+            job = super().start(cell)
+            job.interrupt()
+            return job
+
+    [cell] = make_cells(tmp_path, a={"sleep": 3})
+    board = look([cell])
+    assert run_cells(board, Ends(), pause=0.02)
+    assert board.states == {"a": State.STOPPED}
+    assert failure_of(cell.folder) is None
+
+
+def test_a_worker_that_is_unwound_waits_until_its_run_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As submitit's handler of a preemption does it, which ends the process."""
+    [cell] = make_cells(tmp_path, a={"sleep": 20, "saves": 0.5})
+    waited = subprocess.Popen.wait
+
+    def unwound(run: subprocess.Popen[bytes]) -> int:
+        monkeypatch.setattr(subprocess.Popen, "wait", waited)
+        until(lambda: bool(starts(cell)))
+        raise SystemExit(-1)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", unwound)
+    with pytest.raises(SystemExit):
+        run_cell(cell.folder, cell.arguments)
+    assert (cell.folder / "checkpoint").exists()
+    assert not is_busy(cell.folder)
+
+
+def test_a_run_that_goes_on_keeps_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = tmp_path / "gate"
+    [cell] = make_cells(tmp_path / "out", a={"until": str(gate), "deaf": True})
+    waited, runs = subprocess.Popen.wait, list[subprocess.Popen[bytes]]()
+
+    def unwound(run: subprocess.Popen[bytes]) -> int:
+        runs.append(run)
+        until(lambda: bool(starts(cell)))
+        raise SystemExit(-1)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", unwound)
+    with pytest.raises(SystemExit):
+        run_cell(cell.folder, cell.arguments)
+    assert is_busy(cell.folder)
+    assert run_cell(cell.folder, cell.arguments) == BUSY
+    gate.touch()
+    waited(runs[0])
+    assert record_of(cell.folder) is not None
+    assert not is_busy(cell.folder)
+
+
 def test_a_killed_experiment_leaves_its_run_to_end(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     cells = make_cells(tmp_path / "out", a={"until": str(gate)}, b={})
@@ -329,7 +409,7 @@ def test_a_killed_experiment_leaves_its_run_to_end(tmp_path: Path) -> None:
         gate.touch()
         code, said = ended(again)
     assert code == 0, said
-    assert said[0] == "elsewhere a"
+    assert said[0] == "running elsewhere a"
     # the run of the killed one ended well, and was not begun a second time
     assert [starts(cell) for cell in cells] == [["new"], ["new"]]
 
@@ -355,7 +435,7 @@ def test_a_killed_worker_leaves_the_lock_to_its_run(tmp_path: Path) -> None:
         run, worker = processes(cell)
         os.kill(worker, signal.SIGKILL)
         assert process.stdout is not None
-        assert [process.stdout.readline().strip() for _ in range(2)] == ["running a", "elsewhere a"]
+        assert [process.stdout.readline().strip() for _ in range(2)] == ["running a", "running elsewhere a"]
         assert alive(run)
         gate.touch()
         code, said = ended(process)

@@ -1,5 +1,7 @@
 """Cells as jobs: with a stand-in for submitit, and with submitit's own local executor where it is installed."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,3 +174,27 @@ def test_submitits_own_local_executor(tmp_path: Path) -> None:
     failure = failure_of(cells[1].folder)
     assert failure is not None
     assert failure.reason == "exit code 3"
+
+
+def test_a_preempted_run_saves_before_its_job_ends(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    gate = tmp_path / "gate"
+    [cell] = make_cells(tmp_path / "out", a={"until": str(gate), "saves": 0.5})
+
+    class Preempts(Watcher):
+        told = False
+
+        def tick(self, board: Board) -> None:
+            if starts(cell) and not self.told:
+                self.told = True
+                # a cluster signals all processes of a job
+                run, worker = map(int, (cell.folder / "starts.txt").read_text().split()[:2])
+                os.kill(run, signal.SIGUSR2)
+                os.kill(worker, signal.SIGUSR2)
+                gate.touch()
+
+    board = look([cell])
+    launcher = Slurm(tmp_path / ".submitit", None, {"cluster": "local", "timeout_min": 5})
+    assert run_cells(board, launcher, Preempts(), pause=0.05)
+    assert board.states == {"a": State.DONE}
+    assert starts(cell) == ["new", "resumed"]
