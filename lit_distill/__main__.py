@@ -1,6 +1,6 @@
 """``python -m lit_distill``."""
 
-from lit_distill.cli import main
+from lit_distill.cli import run
 
 if __name__ == "__main__":
-    main(own_process=True)
+    run()

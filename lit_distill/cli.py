@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS, DESCRIPTION, no_command
+from lit_distill.shipped import find_configs, list_or_copy
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
+
+
+def run() -> None:
+    """The program ``lit-distill``."""
+    main(own_process=True)
 
 
 def main(args: ArgsType = None, *, own_process: bool = False) -> None:
@@ -32,7 +38,10 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
     given = sys.argv[1:] if args is None else args
     try:
         if isinstance(given, list):
+            if given[:1] == ["configs"]:
+                return list_or_copy(given[1:])
             answer_at_once(given)
+            given = find_configs(given)
         if own_process:
             # what is imported is no garbage, and to look for some in it again and again takes a third of the start
             gc.disable()
@@ -43,7 +52,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
             # nor is it looked through while the command runs, or taken apart at the end
             gc.freeze()
             gc.enable()
-        dispatch(args)
+        dispatch(given)
     except UserError as error:
         print(f"lit_distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -69,7 +78,7 @@ def answer_at_once(given: list[str]) -> None:
 def overview() -> argparse.ArgumentParser:
     """A parser that knows the commands by name and none of their arguments, for its help."""
     parser = argparse.ArgumentParser(
-        prog="python -m lit_distill",
+        prog="lit-distill",
         description=DESCRIPTION,
         epilog="the arguments of a command, of a method, of a dataset:\n"
         "  %(prog)s fit --help\n"

@@ -17,6 +17,7 @@ COMMANDS = {
     "experiment": "Run a grid of fits, each a plain config of its own.",
     "compare": "Compare finished runs: tables, figures and a report.",
     "inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples.",
+    "configs": "List the configs that come with this, or copy them.",
 }
 """What the command line can be asked to do."""
 

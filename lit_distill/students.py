@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from lit_distill.errors import UserError
+from lit_distill.shipped import shipped
 
 CHECKPOINT_KEY = "lit_distill_student"
 """Where a Lightning checkpoint keeps the student's configuration and tokenizer."""
@@ -130,7 +131,7 @@ def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not a T5's.
     """
-    name = os.fspath(student)
+    name = shipped(os.fspath(student))
     if _is_checkpoint(name):
         return dict(_read_record(name)["config"])
     try:
@@ -162,7 +163,7 @@ def load_student(
     Raises:
         UserError: the student cannot be read, is not a T5, or has no weights and ``from_scratch`` is not set.
     """
-    name = os.fspath(student)
+    name = shipped(os.fspath(student))
     config = read_config(name)
     if from_scratch:
         try:
@@ -197,7 +198,7 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    name = os.fspath(student)
+    name = shipped(os.fspath(student))
     if _is_checkpoint(name):
         return restore_tokenizer(_read_record(name))
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):

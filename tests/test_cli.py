@@ -124,7 +124,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # ---------------------------------------------------------------------- what is refused
 
 
-ALLOWED = "fit, validate, test, predict, annotate, experiment, compare, inspect"
+ALLOWED = "fit, validate, test, predict, annotate, experiment, compare, inspect, configs"
 
 
 @pytest.mark.parametrize(
@@ -435,9 +435,9 @@ def test_help_lists_every_command(
     text = printed(capsys, "--help")
     assert max(map(len, text.splitlines())) <= width
     commands = dict(re.findall(r"^    (\w+) +(\S.*)$", text, flags=re.MULTILINE))
-    assert list(commands) == ["fit", "validate", "test", "predict", "annotate", "experiment", "compare", "inspect"]
+    assert list(commands) == ALLOWED.split(", ")
     # how to get further, to be copied
-    lines = [line.partition("-m lit_distill ")[2] for line in text.splitlines() if line.startswith("  python ")]
+    lines = [line.partition("lit-distill ")[2] for line in text.splitlines() if line.startswith("  lit-distill ")]
     assert len(lines) == 3
     for line in lines:
         assert printed(capsys, *shlex.split(line))
@@ -457,8 +457,9 @@ def test_the_overview_is_in_step_with_the_parser(
         run("fit")
     [whole] = parsers
     # the others stand beside LightningCLI's commands
-    assert [*whole._subcommands_action.choices, "annotate", "experiment", "compare", "inspect"] == list(COMMANDS)
-    assert set(BESIDE) == set(COMMANDS) - set(whole._subcommands_action.choices)
+    beside = ["annotate", "experiment", "compare", "inspect"]
+    assert set(BESIDE) == set(beside)
+    assert [*whole._subcommands_action.choices, *beside, "configs"] == list(COMMANDS)
     known = set(overview()._option_string_actions)
     assert known - {"--version"} <= set(whole._option_string_actions)
     for name, parser in whole._subcommands_action._name_parser_map.items():
@@ -629,3 +630,46 @@ def test_labels_of_ones_own_data_train(student_folder: Path) -> None:
     run("fit", small_model(student_folder, "StandardModule"), data, small_trainer())
     [folder] = run_folders()
     assert folder.parent.name == "jsonl-Standard-gold-1-seed0"
+
+
+# ---------------------------------------------------------------------- shipped configs
+
+
+def test_a_config_is_a_path_first_then_a_shipped_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def steps(*names: str) -> int:
+        text = printed(capsys, "fit", [f"--config={name}" for name in names], "--print_config")
+        found: int = yaml.safe_load(text)["trainer"]["max_steps"]
+        return found
+
+    # an empty folder: by name, by file name, as in the repository, and composed in their order
+    assert steps("quickstart") == steps("quickstart.yaml") == steps("configs/quickstart.yaml") == 500
+    assert steps("quickstart", "cqa/step_by_step") == 10_000
+    (here / "quickstart").write_text(
+        (CONFIGS / "quickstart.yaml").read_text().replace("max_steps: 500", "max_steps: 3")
+    )
+    assert steps("quickstart") == 3
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "annotate", "inspect", "experiment", "compare"])
+def test_a_config_that_is_nowhere(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--config", "cqa/step_by_stp"], ["--config=cqa/step_by_stp"], ["-c", "cqa/step_by_stp"]):
+        line = refusal(capsys, command, arguments)
+        assert line.startswith("config: no file 'cqa/step_by_stp', and no shipped config of that name")
+        assert "did you mean cqa/step_by_step?" in line
+
+
+def test_a_shipped_student_is_found_from_any_folder(here: Path) -> None:
+    run("inspect", "--config=quickstart", "--data.train_size=4", "--data.val_size=4", "--data.test_size=4")
+
+
+def test_the_shipped_configs_are_listed_and_copied(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("configs")
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(listed) == {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")}
+    assert listed["cqa/step_by_step"] == "Distilling step-by-step (Eq. 1): labels and rationales as two tasks."
+    run("configs", "--copy=configs")
+    assert (here / "configs" / "cqa" / "step_by_step.yaml").is_file()
+    (here / "configs" / "quickstart.yaml").write_text("mine")
+    # nothing is overwritten
+    assert refusal(capsys, "configs", "--copy=configs").startswith("copy: 'configs/")
+    assert (here / "configs" / "quickstart.yaml").read_text() == "mine"

@@ -15,7 +15,7 @@ import lit_distill
 PACKAGE = Path(lit_distill.__file__).parent
 # from the bottom up; a part may import parts of lower layers, and of its own except between the rooms of `ROOMS`
 LAYERS = (
-    ("__init__", "errors", "batch", "answers", "questions", "records", "messages"),
+    ("__init__", "errors", "batch", "answers", "questions", "records", "messages", "shipped"),
     ("equations",),
     ("rationales", "checks", "losses", "metrics", "students", "fast"),
     ("annotation", "comparison", "experiments"),
@@ -97,7 +97,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["-h"], 0), (["--version"], 0), ([], 2), (["ft"], 2), (["ft", "--help"], 2)],
+    [
+        (["--help"], 0),
+        (["-h"], 0),
+        (["--version"], 0),
+        ([], 2),
+        (["ft"], 2),
+        (["ft", "--help"], 2),
+        (["fit", "--config", "nowhere.yaml"], 2),
+        (["annotate", "--config=nowhere"], 2),
+        (["configs", "--help"], 0),
+    ],
 )
 def test_what_is_no_command_imports_nothing_heavy(arguments: list[str], code: int) -> None:
     found = run_python(

@@ -35,6 +35,7 @@ from lit_distill.experiments.sweep import FILE, make_sweep, sweep_text
 from lit_distill.experiments.verdict import judge, verdict_table
 from lit_distill.messages import known_subclasses
 from lit_distill.records import RunRecord
+from lit_distill.shipped import find_config
 
 _BASES = ("lit_distill.modules.base.DistillModule", "lit_distill.data.base.RationaleDataModule")
 
@@ -251,9 +252,7 @@ def _cells(grid: Grid, folder: Path, check: FitCheck) -> list[Cell]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"base: no file {path!r}") from error
+        content = yaml.safe_load(Path(find_config(path, "base")).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"base: {path!r} cannot be read ({error})") from error
     if not isinstance(content, dict):

@@ -75,8 +75,7 @@ def record_run(
         fingerprints=_fingerprints(data, evaluation if tested else None),
         config=_saved_config(folder),
         data=data.describe(),
-        # without the interpreter's own place
-        command=[Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
+        command=_command(),
         versions={"lit_distill": __version__, "python": platform.python_version(), **_versions()},
         git=_git(),
         machine=_machine(),
@@ -85,6 +84,14 @@ def record_run(
         peak_memory_mib=round(_peak_memory(), 1),
     )
     write_record(folder, record)
+
+
+def _command() -> list[str]:
+    """What was typed, without the places of the interpreter and of the installed program."""
+    program = Path(sys.argv[0]).name
+    if program == "lit-distill":
+        return [program, *sys.argv[1:]]
+    return [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
 
 
 def _validation(trainer: pl.Trainer) -> dict[str, float]:

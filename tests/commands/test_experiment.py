@@ -216,7 +216,7 @@ def test_what_fit_would_refuse_is_refused_at_once(student_folder: Path, content:
 
 def test_other_refusals(student_folder: Path) -> None:
     content = small(student_folder, grid={"seed": [0]})
-    assert refusal(content | {"base": "absent.yaml"}) == "base: no file 'absent.yaml'"
+    assert refusal(content | {"base": "absent.yaml"}).startswith("base: no file 'absent.yaml'")
     Path("list.yaml").write_text("- a")
     assert refusal(content | {"base": ["list.yaml"]}) == "base: 'list.yaml' must hold keys with values"
     assert refusal(content, only="*-seed9").startswith("only: no cell's name matches '*-seed9'")

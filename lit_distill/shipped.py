@@ -1,0 +1,98 @@
+"""The configs that come with the package, found by name from any working folder; imports nothing heavy."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from lit_distill.errors import UserError
+from lit_distill.messages import COMMANDS, likely
+
+_PACKAGE = Path(__file__).parent
+CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
+"""Their folder: in the installed package, or beside it in the repository."""
+
+
+def shipped(path: str) -> str:
+    """A path as it is, where something lies there; else a ``configs/...`` that comes with the package in its stead."""
+    if path.startswith("configs/") and not os.path.exists(path):
+        found = CONFIGS / path.removeprefix("configs/")
+        if found.exists():
+            return str(found)
+    return path
+
+
+def config_names() -> list[str]:
+    """The names of all shipped configs, without ``.yaml``."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def find_config(given: str, key: str = "config") -> str:
+    """What ``--config`` stands for: a file's path first, else a shipped config's name with or without ``.yaml``.
+
+    Args:
+        given: the path or the name.
+        key: where it was given.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if os.path.isfile(given):
+        return given
+    name = given.removeprefix("configs/").removesuffix(".yaml")
+    names = config_names()
+    if name in names:
+        return str(CONFIGS / f"{name}.yaml")
+    # a folder or a pipe is for the parser to judge, and so is YAML in place of a file's name
+    if os.path.exists(given) or any(mark in given for mark in "{[:\n"):
+        return given
+    raise UserError(
+        f"{key}: no file {given!r}, and no shipped config of that name{likely(name, names)};"
+        " `lit-distill configs` lists those"
+    )
+
+
+def find_configs(arguments: list[str]) -> list[str]:
+    """A command line with each ``--config`` replaced by the file that it stands for."""
+    found = list(arguments)
+    for place, word in enumerate(arguments):
+        if word.startswith("--config="):
+            found[place] = f"--config={find_config(word.removeprefix('--config='))}"
+        elif place and arguments[place - 1] in ("-c", "--config"):
+            found[place] = find_config(word)
+    return found
+
+
+def list_or_copy(arguments: list[str]) -> None:
+    """The command ``configs``: a line for each, or copies of all of them with the files that they name.
+
+    Raises:
+        UserError: a file is there already, or the folder cannot be written; no file is overwritten.
+        SystemExit: as argparse does for ``--help``, or an argument that is not known.
+    """
+    parser = argparse.ArgumentParser(prog="lit-distill configs", description=COMMANDS["configs"])
+    parser.add_argument("--copy", metavar="FOLDER", help="Copy all of them into this folder, to be edited.")
+    target = parser.parse_args(arguments).copy
+    if target is None:
+        # in one write: a reader like `head` may not wait for the end
+        print("\n".join(f"{name:<34} {_first_comment(CONFIGS / f'{name}.yaml')}" for name in config_names()))
+        return
+    files = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    there = next((Path(target, file) for file in files if Path(target, file).exists()), None)
+    if there is not None:
+        raise UserError(f"copy: {str(there)!r} is there already; give another folder")
+    try:
+        for file in files:
+            Path(target, file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(CONFIGS / file, Path(target, file))
+    except OSError as error:
+        raise UserError(f"copy: {target!r} cannot be written ({error.strerror})") from error
+    print(f"{len(files)} files in {target}")
+
+
+def _first_comment(path: Path) -> str:
+    """What a config says of itself, after its launch command."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = next((line[1:].strip() for line in lines[1:] if line.startswith("#")), "")
+    # where a sentence goes on in the next line, those before it
+    return line if line.endswith(".") else line[: line.rfind(". ") + 1]
