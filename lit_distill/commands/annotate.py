@@ -31,10 +31,10 @@ from lit_distill.answers import Split
 from lit_distill.commands.annotation_progress import Tally, progress
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.questions import Question, Reply, Sampling
+from lit_distill.questions import Question, Reply, Sampling, count_tokens
 from lit_distill.rationales import Example
-from lit_distill.teachers.asking import Asking, Budget, Interrupts
 from lit_distill.teachers.base import Teacher, TeacherError
+from lit_distill.teachers.runner import Budget, Interrupts, RequestRunner
 
 SHOWN = 2
 """Prompts that a dry run shows in full."""
@@ -72,7 +72,7 @@ def annotate(
     What is in ``out`` already is not asked again, whatever ended the job that wrote it. Answers belong to a row's
     input: those to an input that it had earlier stay in ``out``, and are neither judged nor counted.
 
-    The first Ctrl-C (or SIGTERM) waits for the answers under way, a second one does not; both keep what was answered.
+    The first Ctrl-C (or SIGTERM) waits for the answers in flight, a second one does not; both keep what was answered.
     The command ends with code 0 where everything is settled or a budget ended it, with 1 where there is no answer at
     all, or questions are left for another start because the teacher was busy, with 2 after an error that it tells in
     one line, and with 130 after an interruption.
@@ -95,11 +95,12 @@ def annotate(
         num_demonstrations: how many are shown; all of the prompt's, or 8 of a file's, if not given.
         nearest_demonstrations: show those whose inputs are most like the row's in place of the first ones.
         structured: have answers follow a JSON schema, where the teacher can.
-        concurrency: questions under way at a time; if not given, what suits the teacher.
+        concurrency: questions in flight at a time; if not given, what suits the teacher.
         limit: ask about the first rows only, so many.
-        max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included; where a teacher
-            does not count them, an estimate counts (four characters are one).
-        max_cost: likewise in US dollars; needs the teacher's prices.
+        max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included. A question is
+            asked only while its prompt (four bytes are taken for a token) and its longest answer fit, beside those of
+            all in flight; where a teacher does not count tokens, the same estimate counts.
+        max_cost: the same in US dollars; needs the teacher's prices.
         retry_errors: ask again what could not be answered.
         dry_run: show the first prompts in full and estimate tokens and cost; ask nothing, write nothing.
         wandb_project: also write the summary to this project of Weights & Biases.
@@ -108,7 +109,7 @@ def annotate(
         The summary that is printed.
 
     Raises:
-        UserError: an argument is wrong, or the teacher cannot be had.
+        UserError: an argument is wrong, or the teacher is unavailable.
     """
     for name, path in (("out", out), ("prompt", prompt), ("demonstrations", demonstrations)):
         if path is not None and not isinstance(path, Path):
@@ -156,7 +157,14 @@ def annotate(
     )
     rows = _rows(datamodule, split)[:limit]
     # a template that asks for what there is not is found out with the first row
-    plan.prompt(rows[0])
+    tokens = count_tokens(plan.prompt(rows[0])), max_new_tokens
+    for name, limit_given, least in (
+        ("max_tokens", max_tokens, sum(tokens)),
+        ("max_cost", max_cost, teacher.cost(*tokens) or 0.0),
+    ):
+        if limit_given is not None and limit_given < least:
+            per_question = f"a prompt of about {tokens[0]:,} tokens and an answer of max_new_tokens {max_new_tokens:,}"
+            raise UserError(f"{name} must be at least {least:.6g}, for {per_question}; got {limit_given:g}")
     if dry_run:
         summary = _estimate(plan, teacher, rows)
         _show_prompts(plan, rows)
@@ -285,7 +293,7 @@ class _Job:
             self._note_job(store, started, None)
             failed: set[bytes] = set()
 
-            def tell(asked: _Asked, said: Reply | TeacherError) -> None:
+            def on_result(asked: _Asked, said: Reply | TeacherError) -> None:
                 annotation, question = asked
                 if isinstance(said, TeacherError):
                     done = replace(annotation, error=" ".join(str(said).split()) or type(said).__name__)
@@ -294,21 +302,21 @@ class _Job:
                     # an answer is kept whatever the user's own reading of it does
                     done = self.read(self._answered(annotation, said))
                     if limited:
-                        budget.add(*self._used(done, question))
+                        budget.use(*self._used(done, question))
                 store.append(done)
 
-            asking = Asking(self.teacher, concurrency, tell, budget)
+            runner = RequestRunner(self.teacher, concurrency, on_result, budget)
             tally.begin(len(self.rows) * self.plan.num_samples)
 
             def finish() -> None:
                 store.finish(self.read, self.place, self.agree)
-                self._note_job(store, started, asking.stopped)
+                self._note_job(store, started, runner.stopped)
                 store.write_parquet()
 
             with Interrupts() as interrupts:
                 try:
                     with progress(tally, self.teacher.name):
-                        asking.run(self._questions(store), interrupts)
+                        runner.run(self._questions(store), interrupts)
                 except BaseException:
                     # what was paid for is put in order if it can be; why the job ended is what is told
                     with suppress(UserError):
@@ -316,13 +324,14 @@ class _Job:
                     raise
                 finish()
                 unsettled = 0
-                if asking.stopped is not None or asking.busy:
+                if runner.stopped is not None or runner.busy:
                     unsettled = sum(1 for _ in self._unsettled(store, failed))
             summary = self._summary(store) | {
                 "rows not finished": unsettled,
-                "not answered now": asking.busy,
+                "not answered now": runner.busy.total(),
+                "why not": _most_common(runner.busy),
                 "could not be read": len(self.faults) or None,
-                "stopped": asking.stopped,
+                "stopped": runner.stopped,
                 "seconds": round(tally.seconds, 1),
             }
         if self.faults:
@@ -451,6 +460,7 @@ class _Job:
 
     def _summary(self, store: AnnotationStore) -> dict[str, Any]:
         counts: Counter[str] = Counter()
+        errors: Counter[str] = Counter()
         answered_rows: set[str] = set()
         tokens, cost, priced = [0, 0], 0.0, False
         for annotation in store:
@@ -460,7 +470,7 @@ class _Job:
             tokens[1] += annotation.output_tokens or 0
             cost, priced = cost + (annotation.cost or 0.0), priced or annotation.cost is not None
             if annotation.text is None:
-                counts["errors"] += 1
+                errors[annotation.error or "not told"] += 1
                 continue
             new = annotation.id not in answered_rows
             answered_rows.add(annotation.id)
@@ -481,7 +491,8 @@ class _Job:
             "rows": len(self.rows),
             "rows answered": len(answered_rows),
             "answers": counts["answers"],
-            "errors": counts["errors"],
+            "errors": errors.total(),
+            "most frequent errors": _most_common(errors),
             "parsed": _share(counts["parsed"], counts["answers"]),
             "agree with gold": _share(counts["agree"], counts["judged"]),
             "majority agrees": _share(counts["vote_agree"], counts["voted"])
@@ -545,6 +556,11 @@ def _cell(name: str, value: Any) -> str:  # noqa: ANN401 - plain values
     if isinstance(value, float) and name != "seconds":
         return f"{100 * value:.1f} %"
     return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _most_common(reasons: Counter[str]) -> str | None:
+    """The most frequent reasons with their counts."""
+    return "; ".join(f"{count:,} x {reason[:200]}" for reason, count in reasons.most_common(3)) or None
 
 
 def _tell(line: str) -> None:

@@ -1,5 +1,6 @@
 """``annotate`` on the command line: a dataset, a teacher, and what is asked."""
 
+import sys
 from typing import Any
 
 from lit_distill.commands.annotate import annotate
@@ -33,8 +34,8 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
         The summary.
 
     Raises:
-        UserError: an argument is wrong, or the teacher cannot be had.
-        SystemExit: with code 130 after Ctrl-C, once what was under way is kept; with 1 where there is no answer at all,
+        UserError: an argument is wrong, or the teacher is unavailable.
+        SystemExit: with code 130 after Ctrl-C, once what was in flight is kept; with 1 where there is no answer at all,
             or questions are left because the teacher was busy.
     """
     parser = _Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
@@ -60,5 +61,8 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
         raise SystemExit(INTERRUPTED)
     unanswered = summary.get("answers") == 0 and summary["stopped"] is None
     if unanswered or summary.get("not answered now"):
+        reasons = [summary[name] for name in ("most frequent errors", "why not") if summary.get(name)]
+        kind = "no answer at all" if unanswered else f"{summary['not answered now']:,} questions not answered now"
+        print(f"lit_distill: {kind}: {'; '.join(reasons) or 'nothing was asked'}", file=sys.stderr)
         raise SystemExit(UNANSWERED)
     return summary

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Prompt, Question, Reply
+from lit_distill.questions import Layout, Prompt, Question, Reply, count_tokens
 
 T = TypeVar("T")
 
@@ -60,6 +60,8 @@ class Teacher(ABC):
         checks.check_range("input_price", input_price, at_least=0)
         checks.check_range("output_price", output_price, at_least=0)
         self.input_price, self.output_price = input_price, output_price
+        self.more_to_come: Callable[[], bool] = lambda: False
+        """Whether more questions are about to be asked, without waiting for an answer."""
 
     @property
     def concurrency(self) -> int:
@@ -87,9 +89,8 @@ class Teacher(ABC):
             raise UserError(f"structured: {type(self).__name__} cannot be held to a JSON schema")
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt, about: four characters are one."""
-        texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-        return sum(len(text) for text in texts) // 4 + 4 * len(texts)
+        """Tokens of a prompt; about, where a teacher has no tokenizer of its own."""
+        return count_tokens(prompt)
 
     async def open(self) -> None:  # noqa: B027 - there may be nothing to do
         """Get ready, before the first question.
@@ -244,8 +245,10 @@ class BatchTeacher(Teacher):
 
     async def _answer_waiting(self) -> None:
         while self._waiting:
-            # let whoever is about to ask do so
+            # a window that is not full wastes the device: let whoever is about to ask do so
             await asyncio.sleep(0.01)
+            while self.more_to_come() and len(self._waiting) < self.concurrency:
+                await asyncio.sleep(0.01)
             window, self._waiting = self._waiting, []
             try:
                 window = await self._sort(window)

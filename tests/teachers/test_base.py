@@ -209,8 +209,9 @@ def test_names_prices_and_counts() -> None:
     assert Echo().cost(1, 1) is None
     assert Echo(output_price=1.0).cost(9, 2_000_000) == 2.0
     assert Echo().settings == {"class": "Echo", "model": "folder/echo", "layout": "chat"}
-    # four characters are a token, and a turn has a few of its own
+    # four bytes are a token, and a turn has a few of its own
     assert super(Echo, teacher).count_tokens((Message("system", "1234"), Message("user", "12345678"))) == 3 + 8
+    assert super(Echo, teacher).count_tokens("слово") == 10 // 4 + 4
 
 
 @pytest.mark.parametrize(

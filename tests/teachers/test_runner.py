@@ -12,9 +12,9 @@ import pytest
 
 from lit_distill.errors import UserError
 from lit_distill.questions import Question, Reply, Sampling
-from lit_distill.teachers import asking as module
-from lit_distill.teachers.asking import Asking, Budget, Rounds
+from lit_distill.teachers import runner as module
 from lit_distill.teachers.base import BatchTeacher, Teacher, TeacherBusy, TeacherError
+from lit_distill.teachers.runner import Budget, RequestRunner, Rounds
 
 Said = list[tuple[str, Reply | TeacherError]]
 
@@ -55,26 +55,26 @@ class Scripted(Teacher):
         return Reply(question.prompt.upper(), input_tokens=3, output_tokens=2)
 
 
-def question(text: str) -> tuple[str, Question]:
-    return text, Question(text, Sampling())
+def question(text: str, max_new_tokens: int = 256) -> tuple[str, Question]:
+    return text, Question(text, Sampling(max_new_tokens=max_new_tokens))
 
 
-def one_each(texts: Sequence[str]) -> Iterator[Rounds[str]]:
+def one_each(texts: Sequence[str], max_new_tokens: int = 256) -> Iterator[Rounds[str]]:
     for text in texts:
-        yield iter([[question(text)]])
+        yield iter([[question(text, max_new_tokens)]])
 
 
 def ask(
     teacher: Teacher, rows: Iterator[Rounds[str]], concurrency: int = 4, budget: Budget | None = None
-) -> tuple[Said, Asking[str]]:
+) -> tuple[Said, RequestRunner[str]]:
     said: Said = []
 
     def tell(tag: str, reply: Reply | TeacherError) -> None:
         said.append((tag, reply))
         if budget is not None and isinstance(reply, Reply):
-            budget.add((reply.input_tokens or 0) + (reply.output_tokens or 0), 0.5)
+            budget.use((reply.input_tokens or 0) + (reply.output_tokens or 0), 0.5)
 
-    job = Asking(teacher, concurrency, tell, budget)
+    job = RequestRunner(teacher, concurrency, tell, budget)
     job.run(rows)
     return said, job
 
@@ -89,7 +89,7 @@ def test_each_question_is_asked_once_and_told_with_its_tag() -> None:
     said, job = ask(teacher, one_each(wanted))
     assert sorted(teacher.asked) == sorted(wanted)
     assert texts_of(said) == {text: text.upper() for text in wanted}
-    assert (job.stopped, job.busy, teacher.opened, teacher.closed) == (None, 0, 1, 1)
+    assert (job.stopped, job.busy.total(), teacher.opened, teacher.closed) == (None, 0, 1, 1)
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 16])
@@ -132,7 +132,7 @@ def test_a_further_round_sees_the_answers_of_the_one_before() -> None:
             seen.append((name, number))
             yield [question(f"{name} {number}")]
 
-    job: Asking[str] = Asking(teacher, 4, lambda tag, reply: said.append((tag, reply)))
+    job: RequestRunner[str] = RequestRunner(teacher, 4, lambda tag, reply: said.append((tag, reply)))
     job.run(iter([row("a"), row("b")]))
     assert sorted(seen) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
@@ -155,7 +155,7 @@ def test_what_is_never_answered_does_not_stop_the_others() -> None:
 def test_what_is_busy_is_left_and_counted() -> None:
     said, job = ask(Scripted(), one_each(["a", "busy", "b"]))
     assert texts_of(said) == {"a": "A", "b": "B"}
-    assert (len(said), job.busy, job.stopped) == (2, 1, None)
+    assert (len(said), job.busy, job.stopped) == (2, {"not now": 1}, None)
 
 
 def test_a_teacher_that_is_gone_ends_the_job() -> None:
@@ -173,7 +173,7 @@ def test_a_teacher_that_refuses_whatever_it_is_asked_ends_the_job() -> None:
     # none of them is settled by that
     said: Said = []
     with pytest.raises(UserError):
-        Asking[str](Scripted(), 4, lambda tag, reply: said.append((tag, reply))).run(one_each(["never"] * 50))
+        RequestRunner[str](Scripted(), 4, lambda tag, reply: said.append((tag, reply))).run(one_each(["never"] * 50))
     assert said == []
     # of a teacher that answered at an earlier start, each is refused for its own sake
     known = Scripted()
@@ -188,7 +188,7 @@ def test_a_wrong_key_ends_the_job_at_once_and_keeps_what_was_answered(monkeypatc
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
     teacher = Scripted()
     said: Said = []
-    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: said.append((tag, reply)))
+    job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: said.append((tag, reply)))
     with pytest.raises(UserError, match=r"^api_key: wrong"):
         job.run(one_each(["a", "b", "forever", "key", *(f"q{i}" for i in range(500))]))
     assert {"a", "b"} <= texts_of(said).keys()
@@ -201,33 +201,85 @@ def test_what_goes_wrong_in_telling_ends_the_job() -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        Asking(Scripted(), 2, tell).run(one_each([f"q{i}" for i in range(100)]))
+        RequestRunner(Scripted(), 2, tell).run(one_each([f"q{i}" for i in range(100)]))
 
 
 @pytest.mark.parametrize(
-    ("limits", "reason", "most"),
-    # 5 tokens and half a dollar an answer; once the first is there, what is under way is counted before it is answered
-    [({"max_tokens": 50}, "max_tokens 50 reached", 10), ({"max_cost": 3.0}, "max_cost 3 reached", 6)],
+    ("limits", "reason", "answers"),
+    # 5 tokens and half a dollar an answer; a question may use 4 tokens and 16 more, at a dollar for twenty
+    [
+        ({"max_tokens": 50}, "max_tokens 50 reached: 35 used, and the next question may take 20", 7),
+        ({"max_cost": 3.2}, "max_cost 3.2 reached: 2.5 used, and the next question may take 1", 5),
+    ],
 )
-def test_a_budget_ends_the_job(limits: dict[str, Any], reason: str, most: int) -> None:
-    teacher = Scripted(delay=0.001)
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_budget_ends_the_job(limits: dict[str, Any], reason: str, answers: int, concurrency: int) -> None:
+    teacher = Scripted(delay=0.001, input_price=50_000, output_price=50_000)
     budget = Budget(**limits)
-    said, job = ask(teacher, one_each([f"q{i}" for i in range(200)]), 4, budget)
+    said, job = ask(teacher, one_each([f"q{i}" for i in range(200)], max_new_tokens=16), concurrency, budget)
     assert job.stopped == reason
-    assert len(said) == len(teacher.asked) == most
-    assert (budget.tokens, budget.cost) == (5 * most, 0.5 * most)
+    assert len(said) == len(teacher.asked) == answers
+    assert (budget.tokens, budget.cost) == (5 * answers, 0.5 * answers)
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens": 1000}, {"max_cost": 10.0}])
+def test_a_budget_bounds_what_is_in_flight_before_the_first_answer(limits: dict[str, Any]) -> None:
+    class Thorough(Scripted):
+        """Uses all that a question may use: 4 tokens of the prompt and 96 of the answer, at a cent each."""
+
+        async def answer(self, question: Question) -> Reply:
+            await super().answer(question)
+            return Reply("", input_tokens=4, output_tokens=96)
+
+    teacher = Thorough(delay=0.01, input_price=10_000, output_price=10_000)
+    budget = Budget(**limits)
+    job: RequestRunner[str] = RequestRunner(teacher, 500, lambda tag, reply: budget.use(100, 1.0), budget)
+    job.run(one_each([f"q{i}" for i in range(2000)], max_new_tokens=96))
+    assert (teacher.peak, len(teacher.asked), budget.tokens, budget.cost) == (10, 10, 1000, 10.0)
+    assert str(job.stopped).startswith(f"{next(iter(limits))} ")
 
 
 def test_a_budget_that_is_used_up_asks_nothing() -> None:
     teacher = Scripted()
     _, job = ask(teacher, one_each(["a"]), budget=Budget(max_tokens=50, tokens=50))
-    assert (teacher.asked, job.stopped) == ([], "max_tokens 50 reached")
+    assert teacher.asked == []
+    assert str(job.stopped).startswith("max_tokens 50 reached: 50 used")
+
+
+class Batches(BatchTeacher):
+    """Notes how many questions each batch holds."""
+
+    windows = 1
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__("batches", batch_size)
+        self.sizes: list[int] = []
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
+        self.sizes.append(len(questions))
+        return [Reply("yes") for _ in questions]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(900, [300, 300, 300]), (700, [300, 300, 100]), (40, [40])])
+def test_windows_are_full_however_long_the_prompts_take_to_write(rows: int, sizes: list[int]) -> None:
+    def slow() -> Iterator[Rounds[str]]:
+        for i, row in enumerate(one_each([f"q{i}" for i in range(rows)])):
+            if i % 30 == 0:
+                # rows that have nothing to ask in between
+                yield from (iter(()) for _ in range(300))
+                time.sleep(0.02)
+            yield row
+
+    teacher = Batches(300)
+    said, _ = ask(teacher, slow(), teacher.concurrency)
+    assert len(said) == rows
+    assert teacher.sizes == sizes
 
 
 def test_an_interruption_waits_for_what_is_under_way() -> None:
     teacher = Scripted(delay=0.2)
     said: Said = []
-    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: said.append((tag, reply)))
+    job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: said.append((tag, reply)))
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     job.run(one_each([f"q{i}" for i in range(100)]))
     assert job.stopped == "interrupted"
@@ -239,7 +291,7 @@ def test_a_second_interruption_waits_for_nothing() -> None:
     for after in (0.2, 0.8):
         threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
-    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: None)
+    job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: None)
     job.run(one_each(["forever"] * 5))
     assert job.stopped == "interrupted"
     assert time.monotonic() - began < 60
@@ -254,7 +306,7 @@ def test_a_row_s_other_samples_are_kept_when_one_fails_for_good() -> None:
             return reply
 
     said: Said = []
-    job: Asking[str] = Asking(Late(), 4, lambda tag, reply: said.append((tag, reply)))
+    job: RequestRunner[str] = RequestRunner(Late(), 4, lambda tag, reply: said.append((tag, reply)))
     with pytest.raises(UserError, match=r"^api_key: wrong"):
         job.run(iter([iter([[question(text) for text in ("a", "key", "b")]])]))
     assert texts_of(said) == {"a": "A", "b": "B"}
@@ -297,7 +349,7 @@ def test_a_thread_that_is_stuck_is_left_and_tells_nothing_any_more(
     for seconds, number in zip(after, (signal.SIGINT, signal.SIGTERM), strict=False):
         threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
     began = time.monotonic()
-    job: Asking[str] = Asking(teacher, 3, lambda tag, reply: said.append((tag, reply)))
+    job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: said.append((tag, reply)))
     job.run(one_each(["q"] * 5))
     assert job.stopped == "interrupted"
     assert time.monotonic() - began < 20
@@ -313,7 +365,9 @@ def test_what_two_interruptions_at_once_stop_is_told_to_the_end_or_not_at_all(
 ) -> None:
     for _ in range(20):
         said: Said = []
-        job: Asking[str] = Asking(Scripted(delay=0.002), 3, lambda tag, reply, said=said: said.append((tag, reply)))  # type: ignore[misc]
+        job: RequestRunner[str] = RequestRunner(
+            Scripted(delay=0.002), 3, lambda tag, reply, said=said: said.append((tag, reply))
+        )  # type: ignore[misc]
 
         def twice() -> None:
             for _ in range(2):
@@ -331,7 +385,7 @@ def test_what_two_interruptions_at_once_stop_is_told_to_the_end_or_not_at_all(
 
 def test_an_interruption_says_that_a_second_one_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    Asking[str](Scripted(delay=0.3), 3, lambda tag, reply: None).run(one_each(["q"] * 10))
+    RequestRunner[str](Scripted(delay=0.3), 3, lambda tag, reply: None).run(one_each(["q"] * 10))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("interrupted: ")
 

@@ -6,13 +6,14 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from lit_distill.errors import UserError
-from lit_distill.questions import Question, Reply
+from lit_distill.questions import Question, Reply, count_tokens
 from lit_distill.teachers.base import DaemonThreads, Teacher, TeacherBusy, TeacherError
 
 Tag = TypeVar("Tag")
@@ -22,7 +23,7 @@ Rounds = Iterator[list[tuple[Tag, Question]]]
 """The questions about one row; a further round, where there is one, is asked for when the one before is answered."""
 
 GRACE_SECONDS = 10.0
-"""How long questions under way may take once no other can be answered."""
+"""How long questions in flight may take once no other can be answered."""
 
 LEAVE_SECONDS = 1.0
 """How long a teacher that is left at once has to close."""
@@ -34,14 +35,14 @@ _HELPERS = 32
 """Threads at most for what a teacher hands to one (names of hosts are looked up there, too)."""
 
 _AHEAD = 8
-"""Rows whose questions are written before one of those under way is answered."""
+"""Rows whose questions are written before one of those in flight is answered."""
 
 _PATIENCE = 20
-"""Questions in a row that are not answered, beside those under way, before a teacher counts as gone."""
+"""Questions in a row that are not answered, beside those in flight, before a teacher counts as gone."""
 
 
 class Budget:
-    """What a job may use; what is under way counts as much as questions did so far.
+    """What a job may use. A question is asked only where there is room for its prompt and its longest answer.
 
     Args:
         max_tokens: of prompts and answers together.
@@ -55,25 +56,24 @@ class Budget:
     ) -> None:
         self.max_tokens, self.max_cost = max_tokens, max_cost
         self.tokens, self.cost = tokens, cost
-        self._asked, self._tokens_asked, self._cost_asked = 0, 0, 0.0
+        self._reserved_tokens, self._reserved_cost = 0, 0.0
 
     def use(self, tokens: int, cost: float) -> None:
-        """Count what was used already."""
+        """Count what an answer used."""
         self.tokens, self.cost = self.tokens + tokens, self.cost + cost
 
-    def add(self, tokens: int, cost: float) -> None:
-        """Count an answer."""
-        self.use(tokens, cost)
-        self._asked += 1
-        self._tokens_asked, self._cost_asked = self._tokens_asked + tokens, self._cost_asked + cost
+    def reserve(self, tokens: int, cost: float) -> None:
+        """Set apart what a question may use; negative once it is answered."""
+        self._reserved_tokens, self._reserved_cost = self._reserved_tokens + tokens, self._reserved_cost + cost
 
-    def exhausted(self, under_way: int) -> str | None:
-        """Which limit is reached, with that many questions under way; ``None`` where another can be asked."""
-        expected = under_way / self._asked if self._asked else 0.0
-        if self.max_tokens is not None and self.tokens + expected * self._tokens_asked >= self.max_tokens:
-            return f"max_tokens {self.max_tokens:,} reached"
-        if self.max_cost is not None and self.cost + expected * self._cost_asked >= self.max_cost:
-            return f"max_cost {self.max_cost:g} reached"
+    def exhausted(self, tokens: int, cost: float) -> str | None:
+        """Which limit a question that may use so much would break, with those in flight; ``None`` where none."""
+        needed = "{} used, and the next question may take {}"
+        if self.max_tokens is not None and self.tokens + self._reserved_tokens + tokens > self.max_tokens:
+            return f"max_tokens {self.max_tokens:,} reached: " + needed.format(f"{self.tokens:,}", f"{tokens:,}")
+        # what is added and taken off again leaves a rounding error
+        if self.max_cost is not None and self.cost + self._reserved_cost + cost > self.max_cost * (1 + 1e-9):
+            return f"max_cost {self.max_cost:g} reached: " + needed.format(f"{self.cost:.4g}", f"{cost:.4g}")
         return None
 
 
@@ -107,30 +107,31 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-class Asking(Generic[Tag]):
+class RequestRunner(Generic[Tag]):
     """A job of questions to one teacher.
 
     Args:
         teacher: who is asked; it is opened and closed here.
-        concurrency: questions under way at most; few more rows than that are in memory.
-        tell: takes each answer, or why there is none for good, as soon as it is there; never once `run` has returned.
-            What a teacher refuses is told once it has answered anything, now or earlier.
-        budget: counts what is used and ends the job; ``tell`` adds to it.
+        concurrency: questions in flight at most; few more rows than that are in memory.
+        on_result: takes each answer, or why there is none for good, as soon as it is there; never once `run` has
+            returned. What a teacher refuses is told once it has answered anything, now or earlier.
+        budget: bounds what is used and ends the job; ``on_result`` counts what each answer used.
     """
 
     def __init__(
         self,
         teacher: Teacher,
         concurrency: int,
-        tell: Callable[[Tag, Reply | TeacherError], None],
+        on_result: Callable[[Tag, Reply | TeacherError], None],
         budget: Budget | None = None,
     ) -> None:
-        self._teacher, self._concurrency, self._tell = teacher, concurrency, tell
+        self._teacher, self._concurrency, self._on_result = teacher, concurrency, on_result
         self._budget = budget or Budget()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Future[None] | None = None
         self._opened = False
-        self._under_way = 0
+        self._in_flight = self._unasked = 0
+        self._more_rows, self._waits_for_room = True, False
         self._busy_in_a_row = 0
         self._refused: list[tuple[Tag, TeacherError]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,18 +141,18 @@ class Asking(Generic[Tag]):
         self._over = False
         self.stopped: str | None = None
         """Why no more is asked; ``None`` where everything was."""
-        self.busy = 0
-        """Questions that were not answered now, and are left for another start."""
+        self.busy: Counter[str] = Counter()
+        """Why questions were not answered now, which are left for another start, and how many."""
 
     def stop(self, reason: str) -> None:
-        """Ask no more; what is under way is waited for, a teacher that opens is not. From any thread."""
+        """Ask no more; what is in flight is waited for, a teacher that opens is not. From any thread."""
         self._stop(reason)
         self._call(self._cancel_opening)
 
     def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts | None = None) -> None:
         """Ask everything there is to ask.
 
-        The first Ctrl-C (or SIGTERM) waits for what is under way, a second one for nothing; while the teacher opens,
+        The first Ctrl-C (or SIGTERM) waits for what is in flight, a second one for nothing; while the teacher opens,
         the first one does not either. Runs in a thread of its own, so that it can be called where an event loop runs,
         as in a notebook; where a teacher does not let go of it, the thread is left behind, and tells nothing any more.
 
@@ -189,7 +190,7 @@ class Asking(Generic[Tag]):
                 continue
             self._stop("interrupted")
             if self._opened and not interrupted:
-                print("interrupted: what is under way is waited for, after a second interruption not", file=sys.stderr)
+                print("interrupted: what is in flight is waited for, after a second interruption not", file=sys.stderr)
             else:
                 self._call(self._give_up)
                 deadline = deadline or time.monotonic() + LEAVE_SECONDS
@@ -204,9 +205,11 @@ class Asking(Generic[Tag]):
         self._loop = asyncio.get_running_loop()
         self._loop.set_default_executor(DaemonThreads(_HELPERS))
         self._slots = asyncio.Semaphore(self._concurrency)
+        self._gate, self._answered = asyncio.Lock(), asyncio.Event()
         try:
             if not await self._open():
                 return
+            self._teacher.more_to_come = self._more_to_come
             for number, row in enumerate(rows):
                 if number % 256 == 0:
                     # rows that have nothing to ask are passed over without any wait; others go on meanwhile
@@ -222,10 +225,12 @@ class Asking(Generic[Tag]):
                 task = asyncio.create_task(self._row(row, first))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+            self._more_rows = False
             await self._wait_for_fewer_than(1)
             if self._failure is None:
                 self._tell_refused()
         finally:
+            self._more_rows = False
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._teacher.close()
         if self._failure is not None:
@@ -245,7 +250,7 @@ class Asking(Generic[Tag]):
         return self.stopped is None
 
     async def _wait_for_fewer_than(self, rows: int) -> None:
-        """Until fewer rows are under way; once no question can be answered, not much longer."""
+        """Until fewer rows are in flight; once no question can be answered, not much longer."""
         while len(self._tasks) >= rows and self._failure is None:
             await asyncio.wait(self._tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         if self._failure is not None and self._tasks:
@@ -255,13 +260,14 @@ class Asking(Generic[Tag]):
     async def _row(self, row: Rounds[Tag], asked: list[tuple[Tag, Question]] | None) -> None:
         try:
             while asked and self.stopped is None:
+                self._unasked += len(asked)
                 await asyncio.gather(*(self._one(tag, question) for tag, question in asked))
                 asked = next(row, None)
         except Exception as error:  # noqa: BLE001 - it is raised by `_run`, and ends the job
             self._fail(error)
 
     async def _one(self, tag: Tag, question: Question) -> None:
-        """Ask a question; what goes wrong for good ends the job, but not the row's other questions under way."""
+        """Ask a question; what goes wrong for good ends the job, but not the row's other questions in flight."""
         try:
             async with self._slots:
                 await self._ask(tag, question)
@@ -269,27 +275,41 @@ class Asking(Generic[Tag]):
             if self._given_up or self._failure is not None:
                 raise
             self._fail(RuntimeError(f"{type(self._teacher).__name__} cancelled a question that nobody gave up"))
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - it is raised by `_run`, too
             self._fail(error)
 
     async def _ask(self, tag: Tag, question: Question) -> None:
-        if self.stopped is None and (limit := self._budget.exhausted(self._under_way)) is not None:
-            self._stop(limit)
-        if self.stopped is not None:
-            return
-        self._under_way += 1
+        # one question after the other looks whether there is room for it
+        async with self._gate:
+            tokens, cost = self._most(question)
+            while self.stopped is None and (limit := self._budget.exhausted(tokens, cost)) is not None:
+                if not self._in_flight:
+                    self._stop(limit)
+                    break
+                # those in flight seldom use all that was set apart for them
+                self._waits_for_room = True
+                await self._answered.wait()
+                self._waits_for_room = False
+            if self.stopped is not None:
+                return
+            self._budget.reserve(tokens, cost)
+            self._in_flight += 1
+            self._unasked -= 1
         try:
             said: Reply | TeacherError = await self._teacher.answer(question)
         except TeacherError as error:
             said = error
         except TeacherBusy as error:
-            self.busy += 1
+            self.busy[" ".join(str(error).split())] += 1
             self._busy_in_a_row += 1
             if self._busy_in_a_row >= _PATIENCE + self._concurrency:
                 self._fail(UserError(f"teacher: {self._teacher.name} does not answer any more ({error})"))
             return
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1
+            self._budget.reserve(-tokens, -cost)
+            self._answered.set()
+            self._answered = asyncio.Event()
         self._busy_in_a_row = 0
         if isinstance(said, TeacherError) and not self._teacher.has_answered:
             # what is wrong with all of them is not wrong with each
@@ -303,6 +323,20 @@ class Asking(Generic[Tag]):
             self._tell_refused()
         self._tell_unless_over(tag, said)
 
+    def _more_to_come(self) -> bool:
+        """Whether more questions are about to be asked, without waiting for an answer."""
+        return (
+            (self._more_rows or self._unasked > 0)
+            and self._in_flight < self._concurrency
+            and not self._waits_for_room
+            and self.stopped is None
+        )
+
+    def _most(self, question: Question) -> tuple[int, float]:
+        """Tokens and US dollars that a question may use, about."""
+        read, written = count_tokens(question.prompt), question.sampling.max_new_tokens
+        return read + written, self._teacher.cost(read, written) or 0.0
+
     def _tell_refused(self) -> None:
         while self._refused:
             self._tell_unless_over(*self._refused.pop(0))
@@ -310,7 +344,7 @@ class Asking(Generic[Tag]):
     def _tell_unless_over(self, tag: Tag, said: Reply | TeacherError) -> None:
         with self._telling:
             if not self._over:
-                self._tell(tag, said)
+                self._on_result(tag, said)
 
     def _stop(self, reason: str) -> None:
         self.stopped = self.stopped or reason
