@@ -9,15 +9,39 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
 
 _NEVER = sys.maxsize
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own, but written beside the target: Lightning writes to the system's temporary folder and moves."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint; at every instant the file is the earlier one or the new one."""
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.ckpt.*.tmp"):
+            # a run that was killed left it; the next may save under another name
+            stale.unlink(missing_ok=True)
+        with atomic_write(path, "wb") as file:
+            torch.save(checkpoint, file)
+
+
+def save_atomically(trainer: pl.Trainer) -> None:
+    """Have a trainer write its checkpoints with `AtomicCheckpointIO`, unless its strategy has its own way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class ValidateEverySteps(Callback):

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from lit_distill import __version__
+from lit_distill.files import atomic_folder
 from lit_distill.students import (
     CHECKPOINT_KEY,
     StudentRecord,
@@ -43,7 +44,7 @@ def export_checkpoint(
 
     Args:
         checkpoint_path: a checkpoint of this framework, with a full state dict.
-        folder: where the student goes; made if absent, its files overwritten.
+        folder: where the student goes; an earlier one there is replaced whole.
         prefixes: task -> input prefix.
         generation: task -> ``generate``'s arguments; those of the first task become the folder's defaults.
         facts: the model card's content.
@@ -59,15 +60,17 @@ def export_checkpoint(
         setattr(student.generation_config, name, value)
     # greedy search: sampling settings of a pretrained student's own would contradict it
     student.generation_config.do_sample = False
-    folder.mkdir(parents=True, exist_ok=True)
-    save_student(student, restore_tokenizer(record), folder)
-    # Hugging Face's place for what a task puts before its inputs
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["prefix"] = prefixes[first]
-    config["task_specific_params"] = {task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(model_card(facts, prefixes, generation))
+    with atomic_folder(folder) as tmp_path:
+        save_student(student, restore_tokenizer(record), tmp_path)
+        # Hugging Face's place for what a task puts before its inputs
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text())
+        config["prefix"] = prefixes[first]
+        config["task_specific_params"] = {
+            task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()
+        }
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (tmp_path / "README.md").write_text(model_card(facts, prefixes, generation))
     return folder
 
 

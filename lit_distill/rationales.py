@@ -4,13 +4,13 @@ import hashlib
 import importlib
 import json
 import operator
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_write
 
 ANSWER_MARK = " So the answer is "
 """Stands between rationale and label in the target of ``rationale_label``."""
@@ -157,17 +157,12 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
-    try:
-        with half.open("w", encoding="utf-8") as file:
-            for example in examples:
-                kept = {key: value for key, value in asdict(example).items() if value is not None}
-                file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-                count += 1
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        for example in examples:
+            kept = {key: value for key, value in asdict(example).items() if value is not None}
+            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

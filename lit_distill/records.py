@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_write, write_text
 
 RECORD = "run.json"
 """The record; it is written last, so that a folder with one is of a run that ended."""
@@ -79,10 +79,8 @@ class RunRecord:
 
 def write_record(folder: str | Path, record: RunRecord) -> None:
     """Write a run's record; it is there whole or not at all."""
-    half = Path(folder) / f".{RECORD}.{os.getpid()}"
     content = {"format": FORMAT, **asdict(record)}
-    half.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    half.replace(Path(folder) / RECORD)
+    write_text(Path(folder) / RECORD, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_record(folder: str | Path) -> RunRecord:
@@ -109,11 +107,9 @@ def read_record(folder: str | Path) -> RunRecord:
 
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write what a student said of each test row; the file is there whole or not at all."""
-    half = Path(folder) / f".{PREDICTIONS}.{os.getpid()}"
-    with half.open("w", encoding="utf-8") as file:
+    with atomic_write(Path(folder) / PREDICTIONS) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    half.replace(Path(folder) / PREDICTIONS)
 
 
 def read_predictions_file(folder: str | Path) -> list[dict[str, Any]]:

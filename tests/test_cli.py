@@ -317,8 +317,8 @@ def test_a_file_of_ones_own_that_is_absent(
     ("name", "content", "parts"),
     [
         ("weights.pt", b"x", ["does not end in .ckpt"]),
-        ("half.ckpt", b"PK\x03\x04 broken off", ["is no checkpoint of lit_distill"]),
-        ("empty.ckpt", b"", ["is no checkpoint of lit_distill"]),
+        ("half.ckpt", b"PK\x03\x04 broken off", ["is damaged (cut off at 15 bytes)"]),
+        ("empty.ckpt", b"", ["is damaged (cut off at 0 bytes)", "no other in its folder is whole"]),
         ("other.ckpt", None, ["is no checkpoint of lit_distill"]),
     ],
 )

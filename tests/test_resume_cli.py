@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
+from tests.runs import at_work_in, metric_rows, refusal, run, run_folders, small_model, small_trainer, toy_data
 from tests.students import make_student_folder
 
 STEPS = 6
@@ -171,3 +171,20 @@ def test_the_same_command_starts_and_resumes(unbroken: Path, student_folder: Pat
     weights = last(unbroken)["state_dict"]
     assert all(torch.equal(weight, ended["state_dict"][name]) for name, weight in weights.items())
     assert Path("kept/student/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("command", "size"), [("fit", 0), ("fit", 4000), ("test", 4000)])
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(
+    command: str, size: int, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", arguments(student_folder), "--checkpoint.dirpath=kept", "--checkpoint.save_top_k=2")
+    older, newer = sorted(Path("kept").glob("best*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert older != newer
+    with Path("kept/last.ckpt").open("rb+") as file:
+        file.truncate(size)
+    for path in ("last", "kept/last.ckpt"):
+        line = refusal(capsys, command, arguments(student_folder), "--checkpoint.dirpath=kept", f"--ckpt_path={path}")
+        assert line == (
+            f"ckpt_path: 'kept/last.ckpt' is damaged (cut off at {size} bytes);"
+            f" the newest that is whole: --ckpt_path {newer}"
+        )

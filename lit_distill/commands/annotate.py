@@ -1,7 +1,6 @@
 """``annotate``: ask a teacher for a rationale and a label of every row, and keep all that it says."""
 
 import math
-import os
 import platform
 import sys
 import traceback
@@ -31,6 +30,7 @@ from lit_distill.answers import Split
 from lit_distill.commands.annotation_progress import Tally, progress
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.files import write_text
 from lit_distill.questions import Question, Reply, Sampling, count_tokens
 from lit_distill.rationales import Example
 from lit_distill.teachers.base import Teacher, TeacherError
@@ -596,11 +596,9 @@ def _keep_prompt(plan: Plan, folder: Path) -> None:
         | ({} if one.choices is None else {"choices": list(one.choices)})
         for one in plan.template.demonstrations
     ]
-    half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(exist_ok=True)
-        half.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110), encoding="utf-8")
-        half.replace(path)
+        write_text(path, yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110))
     except OSError as error:
         raise UserError(f"out: {path} cannot be written ({error.strerror})") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_distill.callbacks import ProgressBar, ValidateEverySteps
+from lit_distill.callbacks import ProgressBar, ValidateEverySteps, save_atomically
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.standard import StandardModule
@@ -53,6 +53,7 @@ def train_baseline(
         "enable_checkpointing": True,
     }
     trainer = pl.Trainer(**settings)
+    save_atomically(trainer)
     trainer.fit(module, datamodule=data)
     results = trainer.test(
         module, datamodule=data, ckpt_path=best.best_model_path or None, verbose=False, weights_only=True

@@ -23,7 +23,7 @@ import lit_distill.modules  # noqa: F401
 from lit_distill.commands import train
 from lit_distill.commands.parser import import_class
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import Cell, State, check_record, lay_out, record_of, write_whole, written_config
+from lit_distill.experiments.cells import Cell, State, check_record, lay_out, record_of, written_config
 from lit_distill.experiments.grid import Grid, read_grid
 from lit_distill.experiments.keys import leaves, merge, settings, without_own
 from lit_distill.experiments.launchers import Launcher, Local
@@ -33,6 +33,7 @@ from lit_distill.experiments.schedule import Board, look, run_cells
 from lit_distill.experiments.slurm import Slurm
 from lit_distill.experiments.sweep import FILE, make_sweep, sweep_text
 from lit_distill.experiments.verdict import judge, verdict_table
+from lit_distill.files import write_text
 from lit_distill.messages import known_subclasses
 from lit_distill.records import RunRecord
 from lit_distill.shipped import find_config
@@ -93,7 +94,7 @@ def experiment(
     _lay_out(board, retry_failed=retry_failed)
     if only is None:
         try:
-            write_whole(folder / FILE, sweep_text(*make_sweep(grid, cells, folder)))
+            write_text(folder / FILE, sweep_text(*make_sweep(grid, cells, folder)))
         except OSError as error:
             raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
     if started is None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_distill.batch import TaskBatch
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Answer, answer_row, gather_answers
 
@@ -43,7 +44,7 @@ class _Writer(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         key = self.datamodule.answer_key(self.datamodule.predict_split)
-        with self.path.open("w", encoding="utf-8") as file:
+        with atomic_write(self.path) as file:
             for answer in sorted(answers, key=lambda answer: answer.index):
                 file.write(json.dumps(answer_row(answer, key), ensure_ascii=False) + "\n")
         rank_zero_info(f"Wrote {len(answers)} predictions to {self.path}")

@@ -1,5 +1,6 @@
 """A run's name, its folder and its checkpoints."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bo
     if path == "last":
         last = None if folder is None else Path(folder) / "last.ckpt"
         if last is not None and last.exists():
+            check_whole(last)
             return str(last)
         if required or last is None:
             raise UserError(
@@ -46,11 +48,26 @@ def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bo
         return path
     if Path(path).suffix != ".ckpt":
         raise UserError(f"ckpt_path: {str(path)!r} does not end in .ckpt; {allowed}")
+    check_whole(Path(path))
     try:
         read_config(path)
     except UserError as error:
         raise UserError(f"ckpt_path: {str(path)!r} is no checkpoint of lit_distill; {allowed}") from error
     return path
+
+
+def check_whole(path: Path) -> None:
+    """See that a checkpoint file was written to its end, where its table of contents stands.
+
+    Raises:
+        UserError: it was not; the newest one in its folder that was is named.
+    """
+    if path.is_dir() or zipfile.is_zipfile(path):
+        return
+    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
+    whole = next((other for other in others if zipfile.is_zipfile(other)), None)
+    advice = "no other in its folder is whole" if whole is None else f"the newest that is whole: --ckpt_path {whole}"
+    raise UserError(f"ckpt_path: {str(path)!r} is damaged (cut off at {path.stat().st_size} bytes); {advice}")
 
 
 def best_checkpoint(trainer: pl.Trainer) -> Path | None:

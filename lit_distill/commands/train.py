@@ -20,6 +20,7 @@ from lit_distill.callbacks import (
     SampleTable,
     Throughput,
     ValidateEverySteps,
+    save_atomically,
 )
 from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
@@ -30,6 +31,7 @@ from lit_distill.commands.record import record_run
 from lit_distill.commands.runs import best_checkpoint, find_checkpoint, flat_config, names, run_folder, run_name
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.files import write_text
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 
@@ -48,7 +50,7 @@ class _SaveConfig(SaveConfigCallback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.config_filename
-        self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)
+        write_text(path, self.parser.dump(self.config, skip_unset=False))
         dataset, method = names(self.config)
         # beside the keys of the config, the two that runs are compared by
         flat = flat_config(self.config.as_dict()) | {"dataset": dataset, "method": method}
@@ -238,10 +240,12 @@ class DistillCLI(LightningCLI):
             own.append(ProgressBar())
         self.trainer_defaults["callbacks"] = [*own, Throughput(), SampleTable()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
             # all that a trainer is built from is its arguments and the machine
             raise UserError(f"trainer: {error}") from error
+        save_atomically(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """As Lightning's; a W&B run ends with its command, so that the next one in this process is another run."""

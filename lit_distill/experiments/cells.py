@@ -1,7 +1,6 @@
 """A cell: one run of ``fit``, its folder, and what the folder says of it."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from lit_distill.errors import UserError
 from lit_distill.experiments.keys import without_own
+from lit_distill.files import write_text
 from lit_distill.records import RECORD, RunRecord, read_record
 
 CONFIG = "fit.yaml"
@@ -145,7 +145,7 @@ def failure_of(folder: Path) -> Failure | None:
 def write_failure(folder: Path, exit_code: int, reason: str) -> None:
     """Keep how a cell failed, with the end of its log."""
     failure = Failure(exit_code, reason, last_lines(folder / LOG))
-    write_whole(folder / FAILED, json.dumps(asdict(failure), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / FAILED, json.dumps(asdict(failure), indent=2, ensure_ascii=False) + "\n")
 
 
 def last_lines(path: Path, count: int = 20, most: int = 20_000) -> list[str]:
@@ -157,13 +157,6 @@ def last_lines(path: Path, count: int = 20, most: int = 20_000) -> list[str]:
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
 
 
 def cell_lock(folder: Path) -> FileLock:
@@ -208,7 +201,7 @@ def lay_out(cell: Cell) -> Path | None:
         aside = _set_aside(cell.folder) if edited(cell) else None
         cell.folder.mkdir(parents=True, exist_ok=True)
         if written_config(cell) != cell.config:
-            write_whole(cell.folder / CONFIG, cell.text())
+            write_text(cell.folder / CONFIG, cell.text())
     except OSError as error:
         raise UserError(f"out: {cell.folder} cannot be written ({error.strerror})") from error
     finally:

@@ -1,0 +1,96 @@
+"""Files and folders that appear whole or not at all."""
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write that takes its place, whole and on the disk, when the block ends well; else nothing changes.
+
+    It is written beside its target: to move it in from another file system would be to copy it. What a killed process
+    has left of an earlier attempt is removed.
+
+    Args:
+        path: the file; of a link, what it leads to is replaced. Its folder exists.
+        mode: ``w`` for UTF-8 text, ``wb`` for bytes.
+    """
+    with _replacing(Path(path)) as tmp_path:
+        with tmp_path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        _sync(tmp_path)
+        tmp_path.replace(os.path.realpath(path))
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """As `atomic_write`, of a folder: one to fill, which takes the place of the earlier one."""
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder) as tmp_path:
+        tmp_path.mkdir()
+        yield tmp_path
+        for path in (*tmp_path.rglob("*"), tmp_path):
+            _sync(path)
+        if folder.exists():
+            # a folder cannot be renamed onto one that holds files
+            earlier = tmp_path.with_name(f".{folder.name}.{os.getpid()}-earlier.tmp")
+            folder.rename(earlier)
+            tmp_path.rename(folder)
+            shutil.rmtree(earlier)
+        else:
+            tmp_path.rename(folder)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file with `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path = Path(os.path.realpath(path))
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _is_running(stale.name.split(".")[-2]):
+            _remove(stale)
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp_path
+        _sync(path.parent)
+    finally:
+        _remove(tmp_path)
+
+
+def _is_running(process: str) -> bool:
+    """Whether another process of this number is there, which may be writing."""
+    if not process.isdecimal() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file's content, or a folder's names, to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
