@@ -77,6 +77,17 @@ class RunRecord:
     """The most memory that it held: of the accelerator where there is one, else of the process."""
 
 
+def flatten(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """A config with its keys joined by dots; lists stay as they are, and empty mappings are not there."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{before}{name}.")
+        else:
+            flat[f"{before}{name}"] = value
+    return flat
+
+
 def write_record(folder: str | Path, record: RunRecord) -> None:
     """Write a run's record; it is there whole or not at all."""
     content = {"format": FORMAT, **asdict(record)}

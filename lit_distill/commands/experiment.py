@@ -25,7 +25,7 @@ from lit_distill.commands.parser import import_class
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State, check_record, lay_out, record_of, written_config
 from lit_distill.experiments.grid import Grid, read_grid
-from lit_distill.experiments.keys import leaves, merge, settings, without_own
+from lit_distill.experiments.keys import merge, settings, without_own
 from lit_distill.experiments.launchers import Launcher, Local
 from lit_distill.experiments.names import cell_name
 from lit_distill.experiments.progress import Progress, counts, failure_lines, summary_table
@@ -35,7 +35,7 @@ from lit_distill.experiments.sweep import FILE, make_sweep, sweep_text
 from lit_distill.experiments.verdict import judge, verdict_table
 from lit_distill.files import write_text
 from lit_distill.messages import known_subclasses
-from lit_distill.records import RunRecord
+from lit_distill.records import RunRecord, flatten
 from lit_distill.shipped import find_config
 
 _BASES = ("lit_distill.modules.base.DistillModule", "lit_distill.data.base.RationaleDataModule")
@@ -297,7 +297,7 @@ def _refuse_other_runs(cells: Sequence[Cell], check: FitCheck) -> None:
 def _difference(cell: Cell, record: RunRecord, check: FitCheck) -> str | None:
     """The first key in which a finished run differs from what is wanted, of all that either config says."""
     wanted = check.plain(check.parsed(cell.config))
-    for key in leaves(without_own(written_config(cell) or {})) | leaves(without_own(cell.config)):
+    for key in flatten(without_own(written_config(cell) or {})) | flatten(without_own(cell.config)):
         found, given = _at(record.config, key), _at(wanted, key)
         if found != given:
             return f"{key}: {found!r} there, {given!r} wanted"

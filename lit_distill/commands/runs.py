@@ -1,7 +1,8 @@
 """A run's name, its folder and its checkpoints."""
 
+import hashlib
+import json
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, telling
 from lit_distill.errors import UserError
+from lit_distill.records import flatten
 from lit_distill.students import read_config
 
 
@@ -94,25 +97,34 @@ def names(config: Namespace) -> tuple[str, str]:
     return f"{dataset}{part}", model["class_path"].rpartition(".")[2].removesuffix("Module")
 
 
-def run_name(config: Namespace) -> tuple[str, str, list[str]]:
-    """A run's name, its group (all but the seed) and its tags, by which runs compare without further set-up."""
+def run_name(config: Namespace) -> str:
+    """A run's name, by which its folder is found."""
     arguments = config["data"].get("init_args") or Namespace()
-    dataset, method = names(config)
     source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
+    return f"{'-'.join(names(config))}-{source}-{fraction:g}-seed{config['seed_everything']}"
+
+
+def wandb_naming(config: Namespace) -> dict[str, Any]:
+    """The name, the group and the tags of a run in W&B: runs that differ in more than their seeds are in other groups.
+
+    A group is called by what is looked for most, and ends in a hash of all that tells runs apart in a comparison.
+    """
+    known = telling({key: value for key, value in config.as_dict().items() if key != "config"})
+    dataset, method = names(config)
+    student = Path(known.get(STUDENT, "")).name
+    source, fraction = known.get(LABELS, "gold"), float(known.get(FRACTION, 1))
+    weight = known.get(WEIGHT, "1")
+    odd = [f"weight{weight}"] * (weight != "1") + ["shuffled"] * (known.get(PAIRING) == "shuffled")
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
+    group = "-".join([dataset, method, source, f"{fraction:g}", student[:60], *odd, digest])
     seed = config["seed_everything"]
-    tags = [dataset, method, f"{source} labels", f"fraction {fraction:g}", f"seed {seed}"]
-    group = f"{dataset}-{method}-{source}-{fraction:g}"
-    return f"{group}-seed{seed}", group, tags
+    tags = [dataset, method, student, f"{source} labels", f"fraction {fraction:g}", *odd, f"seed {seed}"]
+    return {"name": f"{group}-seed{seed}", "group": group, "tags": [tag[:64] for tag in tags]}
 
 
-def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def plain_config(config: Namespace) -> dict[str, Any]:
     """A config with its keys joined by dots and plain values, as loggers take it."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Namespace):
-            value = value.as_dict()
-        if isinstance(value, Mapping):
-            flat |= flat_config(value, f"{before}{name}.")
-        else:
-            flat[before + name] = value if isinstance(value, int | float | str | bool | None) else str(value)
-    return flat
+    flat = flatten(config.as_dict())
+    return {
+        key: value if isinstance(value, int | float | str | bool | None) else str(value) for key, value in flat.items()
+    }

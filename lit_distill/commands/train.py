@@ -28,12 +28,21 @@ from lit_distill.commands.finish import report, save_best_student
 from lit_distill.commands.parser import Parser, Raised, import_class
 from lit_distill.commands.predict import write_predictions
 from lit_distill.commands.record import record_run
-from lit_distill.commands.runs import best_checkpoint, find_checkpoint, flat_config, names, run_folder, run_name
+from lit_distill.commands.runs import (
+    best_checkpoint,
+    find_checkpoint,
+    names,
+    plain_config,
+    run_folder,
+    run_name,
+    wandb_naming,
+)
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.files import write_text
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
+from lit_distill.modules.evaluation import Evaluation
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -53,9 +62,23 @@ class _SaveConfig(SaveConfigCallback):
         write_text(path, self.parser.dump(self.config, skip_unset=False))
         dataset, method = names(self.config)
         # beside the keys of the config, the two that runs are compared by
-        flat = flat_config(self.config.as_dict()) | {"dataset": dataset, "method": method}
+        flat = plain_config(self.config) | {"dataset": dataset, "method": method}
+        data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        train = data.used_rows("train").examples
+        flat["train_rows"] = len(train)
+        if any("rationale" in task for task in data.tasks):
+            flat["train_rationales"] = sum(row.rationale is not None for row in train)
+        if data.split_rows("val") is not None:
+            flat["val_rows"] = len(data.used_rows("val").examples)
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log how many rows were tested."""
+        evaluation = pl_module.evaluation
+        if isinstance(evaluation, Evaluation):
+            for logger in trainer.loggers:
+                logger.log_hyperparams({"test_rows": len(evaluation.answers)})
 
 
 class DistillCLI(LightningCLI):
@@ -177,15 +200,20 @@ class DistillCLI(LightningCLI):
                 )
             ]
         loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
-        name, group, tags = run_name(config)
+        name = run_name(config)
         for logger in loggers:
             if not isinstance(logger, Namespace):
                 continue
-            if logger.init_args.get("name") in (None, "lightning_logs"):
+            unnamed = logger.init_args.get("name") in (None, "lightning_logs")
+            if unnamed:
                 logger.init_args["name"] = name
             if logger.class_path.rpartition(".")[2] == "WandbLogger":
+                naming = wandb_naming(config)
+                whole = naming.pop("name")
+                if unnamed:
+                    logger.init_args["name"] = whole
                 extra = logger.get("dict_kwargs") or {}
-                logger["dict_kwargs"] = {"group": group, "tags": tags, "job_type": self.subcommand} | dict(extra)
+                logger["dict_kwargs"] = {**naming, "job_type": self.subcommand} | dict(extra)
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what the machine or the environment lacks is told in one line."""

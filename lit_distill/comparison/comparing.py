@@ -16,7 +16,6 @@ from lit_distill.comparison.settings import (
     Setting,
     aligned,
     differing_keys,
-    flatten,
     following_keys,
     setting_of,
     student_names,
@@ -32,6 +31,7 @@ from lit_distill.comparison.statistics import (
     summarize,
 )
 from lit_distill.errors import UserError
+from lit_distill.records import flatten
 
 ACCURACY = "test/accuracy"
 """The metric that predictions are judged by, and that was published."""

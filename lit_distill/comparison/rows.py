@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import Setting, as_text, flatten
+from lit_distill.comparison.settings import Setting, as_text
+from lit_distill.records import flatten
 
 DATA_DIR = "data.init_args.data_dir"
 """A key that tells settings apart only where the rows below it differ."""

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_distill.comparison.runs import Run
+from lit_distill.records import flatten
 
-_KNOWN = {
-    "model.class_path",
-    "model.init_args.student",
-    "model.init_args.rationale_weight",
-    "data.class_path",
-    "data.init_args.label_source",
-    "data.init_args.train_fraction",
-    "data.init_args.rationale_pairing",
-}
+STUDENT = "model.init_args.student"
+"""The student's whole path."""
+WEIGHT = "model.init_args.rationale_weight"
+LABELS = "data.init_args.label_source"
+FRACTION = "data.init_args.train_fraction"
+PAIRING = "data.init_args.rationale_pairing"
+
+_KNOWN = {"model.class_path", STUDENT, WEIGHT, "data.class_path", LABELS, FRACTION, PAIRING}
 """Keys that a column of their own stands for."""
 
 _NO_DIFFERENCE = re.compile(
@@ -65,17 +65,6 @@ FIELDS = ("dataset", "method", "student", "label_source", "train_fraction", "rat
 """Of a setting, those that a user may name."""
 
 
-def flatten(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """A config with its keys joined by dots; lists stay as they are, and empty mappings are not there."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{before}{name}.")
-        else:
-            flat[f"{before}{name}"] = value
-    return flat
-
-
 def as_text(value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
     """A value as it is compared and shown."""
     if isinstance(value, float):
@@ -86,9 +75,6 @@ def as_text(value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
 WORLD = "devices"
 """A key of `aligned`: on how many devices a batch was taken, where the config leaves the whole batch to them."""
 
-STUDENT = "model.init_args.student"
-"""The key of the student's whole path."""
-
 
 def aligned(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """Source -> key -> value as text, with what a run's record does not have filled in.
@@ -96,7 +82,7 @@ def aligned(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     A key that some runs of a method lack came later: for them it is as it is where it is not set or switched off.
     A method has its own arguments, and all else of a config is everyone's.
     """
-    configs = {run.source: whole_config(run) for run in runs}
+    configs = {run.source: whole_config(run.record.config) for run in runs}
     methods: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         methods[run.record.method].append(run.source)
@@ -113,9 +99,18 @@ def aligned(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     return filled
 
 
-def whole_config(run: Run) -> dict[str, Any]:
+def telling(config: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a config that tell its runs from others, with their values as text; not what is off or not set."""
+    return {
+        key: as_text(value)
+        for key, value in sorted(whole_config(config).items())
+        if not _NO_DIFFERENCE.match(key) and value is not None and value is not False
+    }
+
+
+def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config, flat, with `WORLD`."""
-    config = flatten(run.record.config)
+    config = flatten(config)
     if config.get("model.init_args.effective_batch_size") is not None:
         return config
     devices, nodes = config.get("trainer.devices", "auto"), config.get("trainer.num_nodes", 1)
@@ -183,7 +178,7 @@ def setting_of(
     """
     record = run.record
     config = aligned([run])[run.source] if config is None else config
-    weight = flatten(record.config).get("model.init_args.rationale_weight")
+    weight = flatten(record.config).get(WEIGHT)
     extra = {key: config.get(key, "null") for key in keys if key in config or not key.startswith("model.init_args.")}
     return Setting(
         dataset=record.dataset,

@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_distill.comparison.comparing import Comparison
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import as_text, whole_config
+from lit_distill.comparison.settings import WEIGHT, as_text, whole_config
 
 
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -24,9 +24,9 @@ def _order(run: Run) -> tuple[object, ...]:
 
 
 def _row(run: Run, keys: Sequence[str], metrics: Sequence[str], duplicate_of: str | None) -> dict[str, Any]:
-    record, config = run.record, whole_config(run)
+    record, config = run.record, whole_config(run.record.config)
     selected = {name: value for name, value in record.validation.items() if name != "step"}
-    weight = config.get("model.init_args.rationale_weight")
+    weight = config.get(WEIGHT)
     return {
         "dataset": record.dataset,
         "method": record.method,

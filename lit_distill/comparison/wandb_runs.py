@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from lit_distill.comparison.runs import Found, Run, Skipped
-from lit_distill.comparison.settings import flatten
 from lit_distill.errors import UserError
-from lit_distill.records import RunRecord
+from lit_distill.records import RunRecord, flatten
 
 SCHEME = "wandb://"
 """How an address begins."""
+
+
+_LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
+"""What `fit` logs beside the keys of its config."""
 
 
 class Api(Protocol):
@@ -73,12 +76,12 @@ def _record(run: Any) -> RunRecord:  # noqa: ANN401 - wandb's, or one like it
         train_fraction=float(config["data.init_args.train_fraction"]),
         seed=int(config["seed_everything"]),
         data_seed=int(config["data.init_args.seed"]),
-        train_rows=0,
-        test_rows=0,
+        train_rows=int(config.get("train_rows", 0)),
+        test_rows=int(config.get("test_rows", 0)),
         steps=int(numbers.get("trainer/global_step", 0)),
         metrics={name: value for name, value in numbers.items() if name.startswith("test/")},
         rationales=str(config.get("data.init_args.rationale_pairing", "own")) if trains_on_rationales else None,
-        config={name: value for name, value in config.items() if name not in ("dataset", "method")},
+        config={name: value for name, value in config.items() if name not in _LOGGED},
         wall_seconds=numbers.get("_runtime", math.nan),
     )
 

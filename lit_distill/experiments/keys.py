@@ -116,14 +116,6 @@ def without_own(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def leaves(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys with values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= leaves(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
-    return flat
-
-
 def flattened(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a grid file says, by dotted keys: ``{model: {a: 1}, model.b: 2}`` are ``model.a`` and ``model.b``.
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lit_distill.experiments.keys import leaves, merge, without_own
+from lit_distill.experiments.keys import merge, without_own
+from lit_distill.records import flatten
 
 ARGUMENTS = {"One": {"shared", "own"}, "Two": {"shared"}}
 
@@ -44,6 +45,6 @@ def test_a_run_without_its_place() -> None:
     }  # fmt: skip
     assert without_own(config) == {"trainer": {"max_steps": 2}, "a": {"b": 1}}
     assert "ckpt_path" in config
-    assert leaves(config) == {
+    assert flatten(config) == {
         "ckpt_path": "last", "checkpoint.dirpath": "x", "trainer.logger": [1], "trainer.max_steps": 2, "a.b": 1,
     }  # fmt: skip
