@@ -35,7 +35,7 @@ class TaskInputs(TypedDict):
     labels: Tensor
     """Target token ids with ``IGNORE_INDEX`` on padding, ``(batch, target_len)``."""
     index: NotRequired[Tensor]
-    """Evaluation only: the rows' positions in their split, ``(batch,)``."""
+    """The rows' positions in their split, ``(batch,)``."""
     source_lengths: NotRequired[tuple[int, ...]]
     """Tokens of each row's source as the collator made it, for whoever looks at batches. What the student is given
     are the tensors, which may have been changed since: `sources_of` and `targets_of` read those."""

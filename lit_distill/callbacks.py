@@ -11,8 +11,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_distill.errors import UserError
@@ -139,10 +137,10 @@ class ProgressBar(RichProgressBar):
 
 
 class Throughput(Callback):
-    """Log examples, tokens (padding left out) and optimizer steps a second, and the gradient's norm before clipping.
+    """Log examples, tokens (padding left out) and optimizer steps a second.
 
     The rates are this rank's times the number of ranks, over the training time since the last row; evaluation is left
-    out. Under sharded strategies the norm is of this rank's shard and is not logged.
+    out.
     """
 
     def __init__(self) -> None:
@@ -162,20 +160,6 @@ class Throughput(Callback):
         if self._started:
             self._seconds += time.perf_counter() - self._started
             self._started = 0.0
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Log the gradient's norm, on the steps that are logged."""
-        if (
-            not isinstance(pl_module, DistillModule)
-            or pl_module.sharded
-            or not self._is_logged(trainer, trainer.global_step + 1)
-        ):
-            return
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
-        pl_module.log("train/grad_norm", norm, batch_size=1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Count a complete step; log where it is logged."""

@@ -161,7 +161,8 @@ def load_student(
         dropout: dropout rate in place of the configuration's.
 
     Raises:
-        UserError: the student cannot be read, is not a T5, or has no weights and ``from_scratch`` is not set.
+        UserError: the student cannot be read, is not a T5, has weights that are not finite, or none and
+            ``from_scratch`` is not set.
     """
     name = shipped(os.fspath(student))
     config = read_config(name)
@@ -173,7 +174,9 @@ def load_student(
                 f"student: the configuration in {name!r} makes no T5 ({' '.join(str(error).split())})"
             ) from error
     if _is_checkpoint(name):
-        return restore_student(config, student_weights(_read_checkpoint(name)["state_dict"]), dropout=dropout)
+        weights = student_weights(_read_checkpoint(name)["state_dict"])
+        check_weights(weights, f"student: {name!r}")
+        return restore_student(config, weights, dropout=dropout)
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHT_FILES):
         raise UserError(
@@ -186,6 +189,7 @@ def load_student(
             model = T5ForConditionalGeneration.from_pretrained(name, **settings)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"student: cannot load {name!r} ({_first_line(error)}){_hint(name)}") from error
+    check_weights(dict(model.named_parameters()), f"student: {name!r}")
     if not _says_tied(config) or not is_tied(model):
         untie(model)
     # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
@@ -245,6 +249,24 @@ def save_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokeniz
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(true_config(model), indent=2, sort_keys=True) + "\n")
+
+
+def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        weights: tensors by name; those of integers are left out.
+        name: whose they are, for the message.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    floating = {key: weight for key, weight in weights.items() if weight.is_floating_point() and weight.numel()}
+    # the largest magnitude overflows nowhere, and all tensors are asked at once
+    if torch.nn.utils.get_total_norm(list(floating.values()), norm_type=float("inf")).isfinite():
+        return
+    bad = [key for key, weight in floating.items() if not weight.isfinite().all()]
+    raise UserError(f"{name}: {len(bad)} of {len(floating)} weights are not finite, the first is {bad[0]}")
 
 
 @contextmanager

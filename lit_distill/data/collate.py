@@ -70,7 +70,7 @@ class RationaleCollator:
     """Pads rows to a batch: task name -> that task's tensors.
 
     In training a task holds only the rows that have a target for it, perhaps none; in evaluation each task holds every
-    row, in the same order, with the rows' ``index``, and a row without a target has only ``IGNORE_INDEX`` labels.
+    row, in the same order, and a row without a target has only ``IGNORE_INDEX`` labels.
 
     Args:
         pad_token_id: fills ``input_ids`` up to the longest row.
@@ -106,9 +106,8 @@ class RationaleCollator:
             "labels": self._pad(targets, IGNORE_INDEX),
             "source_lengths": tuple(map(len, sources)),
             "target_lengths": tuple(map(len, targets)),
+            "index": torch.tensor([row["index"] for row in rows], dtype=torch.long),
         }
-        if self.evaluation:
-            batch["index"] = torch.tensor([row["index"] for row in rows], dtype=torch.long)
         return batch
 
     def _pad(self, sequences: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,11 +25,12 @@ from lit_distill.errors import UserError
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
 from lit_distill.modules.fast_path import FastPath
+from lit_distill.modules.finite import Part, first_not_finite, part_of, rows_of
 from lit_distill.modules.generation import answer_rows
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, clip_within_step, configure, take_off_clipping
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
-from lit_distill.students import CHECKPOINT_KEY, load_student, load_tokenizer, record_student
+from lit_distill.students import CHECKPOINT_KEY, check_weights, load_student, load_tokenizer, record_student
 
 _SEED_KEY = "lit_distill_seed"
 _PREFIXES_KEY = "lit_distill_prefixes"
@@ -141,6 +144,9 @@ class DistillModule(pl.LightningModule):
         self._window: Window | None = None
         self._window_weights: dict[str, Tensor] = {}
         self._window_terms: dict[str, Tensor] = {}
+        self._window_parts: list[Part] = []
+        self._gradient_norm: Tensor | None = None
+        self._eval_parts: list[Part] = []
         self._eval_sums: dict[str, Tensor] = {}
         self._eval_answers: list[Answer] = []
 
@@ -343,7 +349,7 @@ class DistillModule(pl.LightningModule):
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         self._window = window
         self._window_weights = self.window_weights(window)
-        self._window_terms = {}
+        self._window_terms, self._window_parts = {}, []
 
     def window_weights(self, window: Window) -> dict[str, Tensor]:
         """What turns a mean over one micro-batch's N_m counted things into its share of the mean over the whole step.
@@ -371,6 +377,7 @@ class DistillModule(pl.LightningModule):
             return self.total_loss(terms)
         # counted while the batch was on the host: the step does not wait for the device
         counts = self._window.batch_counts[batch_idx - self._window.start]
+        self._window_parts.append(part_of(terms, batch))
         weights = self._window_weights
         scaled = {
             name: term * (weights[name] * counts[name] if name in counts else weights[""])
@@ -403,6 +410,56 @@ class DistillModule(pl.LightningModule):
             total = self.total_loss(self._window_terms)
         self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's norm before clipping, and stop a run whose loss or gradient is not finite.
+
+        The weights have not moved yet. A device is waited for once a step, for one boolean. Under sharded strategies,
+        where each rank has a part of the gradient, and under loss scaling, which leaves out such steps by itself, the
+        loss alone is looked at.
+
+        Raises:
+            UserError: on all ranks; names the step, the term and the rows, and the last good checkpoint.
+        """
+        values, self._gradient_norm = list(self._window_terms.values()), None
+        if not self.sharded:
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", self._gradient_norm, batch_size=1)
+            if not self._scales_losses:
+                values.append(self._gradient_norm)
+        bad = (~torch.stack([value.float() for value in values]).isfinite().all()).float()
+        if self.trainer.world_size > 1:
+            bad = cast(Tensor, self.trainer.strategy.reduce(bad, reduce_op="sum"))
+        if bad:
+            raise UserError(self._divergence())
+
+    def _divergence(self) -> str:
+        found = first_not_finite(self._window_parts)
+        if found is not None:
+            number, term, value = found
+            micro_batch = (self._window.start if self._window else 0) + number
+            rows = rows_of(self._window_parts[number], self._row_ids("train"))
+            what = f"the {term} loss is {value} in micro-batch {micro_batch} of epoch {self.current_epoch}{rows}"
+        else:
+            gradients = ((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
+            bad = next((name for name, gradient in gradients if not gradient.isfinite().all()), None)
+            rows = rows_of(Part({}, [one for part in self._window_parts for one in part.rows]), self._row_ids("train"))
+            what = f"the gradient{f' of {bad}' if bad else ''} is not finite{rows}"
+        if self.trainer.world_size > 1:
+            what += f" on rank {self.global_rank}"
+        checkpoints = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        paths = [one.best_model_path for one in sorted(checkpoints, key=lambda one: one.monitor or "")]
+        good = next((path for path in paths if path and Path(path).exists()), "none yet")
+        return f"step {self.trainer.global_step + 1}: {what}; the last good checkpoint: {good}"
+
+    def _row_ids(self, split: Split) -> Sequence[str]:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return datamodule.answer_key(split).ids if hasattr(datamodule, "answer_key") else ()
+
+    @property
+    def _scales_losses(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
     @property
     def window(self) -> Window | None:
         """The optimizer step that is under way."""
@@ -434,9 +491,8 @@ class DistillModule(pl.LightningModule):
             return
         by_norm = gradient_clip_algorithm in (None, "norm")
         # gradients that a loss scaler has scaled have another norm
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        within = gradient_clip_val and by_norm and self.hparams["fast"] and not self.sharded and not scaled
-        if not (within and clip_within_step(optimizer, float(gradient_clip_val or 0))):
+        within = gradient_clip_val and by_norm and self.hparams["fast"] and not self.sharded and not self._scales_losses
+        if not (within and clip_within_step(optimizer, float(gradient_clip_val or 0), self._gradient_norm)):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
@@ -468,11 +524,11 @@ class DistillModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an evaluation that was broken off has left."""
-        self._eval_sums, self._eval_answers = {}, []
+        self._eval_sums, self._eval_answers, self._eval_parts = {}, [], []
 
     def on_test_epoch_start(self) -> None:
         """Likewise."""
-        self._eval_sums, self._eval_answers = {}, []
+        self._eval_sums, self._eval_answers, self._eval_parts = {}, [], []
 
     def on_validation_epoch_end(self) -> None:
         """Metrics of val."""
@@ -524,6 +580,7 @@ class DistillModule(pl.LightningModule):
         counted = batch if every else {self.answer_task: batch[self.answer_task]}
         with self.fast_path.sharing(counted):
             terms, counts = self._checked(self.loss_terms(counted)), self.term_counts(counted)
+            self._eval_parts.append(part_of({name: term for name, term in terms.items() if counts.get(name, 1)}, batch))
             self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
         if not every:
             terms = {self.answer_task: terms[self.answer_task]}
@@ -536,8 +593,8 @@ class DistillModule(pl.LightningModule):
             self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
 
     def _finish_evaluation(self, split: Literal["val", "test"]) -> None:
-        sums, answers = self._eval_sums, self._eval_answers
-        self._eval_sums, self._eval_answers = {}, []
+        sums, answers, parts = self._eval_sums, self._eval_answers, self._eval_parts
+        self._eval_sums, self._eval_answers, self._eval_parts = {}, [], []
         names = sorted(sums)
         pairs = torch.stack([sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
         if self.trainer.world_size > 1:
@@ -552,6 +609,11 @@ class DistillModule(pl.LightningModule):
         metrics = {f"{name}_loss": float(mean) for name, mean in means.items()}
         if self.hparams["evaluate_losses"] == "all":
             metrics["loss"] = float(self.total_loss(means))
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            found = first_not_finite(parts)
+            rows = rows_of(parts[found[0]], self._row_ids(split)) if found else ""
+            step = f"step {self.trainer.global_step}: " if self.trainer.state.fn == "fit" else ""
+            raise UserError(f"{step}{split}/{bad[0]} is {metrics[bad[0]]}{rows}")
         key = self._answer_key(split)
         settings = self.hparams
         metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
@@ -582,7 +644,13 @@ class DistillModule(pl.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what loading needs beside the weights, and rewind to the last complete optimizer step."""
+        """Keep what loading needs beside the weights, and rewind to the last complete optimizer step.
+
+        Raises:
+            UserError: a weight is not finite; nothing is written.
+        """
+        if not self.sharded:
+            check_weights(checkpoint["state_dict"], f"step {self.trainer.global_step}")
         checkpoint[CHECKPOINT_KEY] = record_student(self.student, self.tokenizer)
         checkpoint[_PREFIXES_KEY] = dict(self.prefixes)
         if self._seed is not None:
@@ -600,8 +668,10 @@ class DistillModule(pl.LightningModule):
         """Take up the run's seed and position.
 
         Raises:
-            UserError: the checkpoint was trained on other tasks or prefixes.
+            UserError: the checkpoint was trained on other tasks or prefixes, or a weight is not finite.
         """
+        if not self.sharded:
+            check_weights(checkpoint["state_dict"], "ckpt_path")
         trained = checkpoint.get(_PREFIXES_KEY, self.prefixes)
         if trained != self.prefixes:
             raise UserError(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
@@ -53,7 +53,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     return [group for group in groups if group["params"]]
 
 
-def clip_within_step(optimizer: Optimizer, max_norm: float) -> bool:
+def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor | None = None) -> bool:
     """Leave clipping by the gradient's norm to the coming step of a fused AdamW, which reads each gradient anyway.
 
     The kernel divides by ``grad_scale`` as it goes, where ``torch.nn.utils.clip_grad_norm_`` passes over all gradients
@@ -62,6 +62,7 @@ def clip_within_step(optimizer: Optimizer, max_norm: float) -> bool:
     Args:
         optimizer: the optimizer.
         max_norm: the norm that gradients are scaled down to where theirs is larger.
+        norm: theirs, where it is known.
 
     Returns:
         Whether the optimizer can; it takes the divisor as float32, and gradients of other types are left alone.
@@ -72,7 +73,8 @@ def clip_within_step(optimizer: Optimizer, max_norm: float) -> bool:
     gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
     if any(gradient.dtype != torch.float32 for gradient in gradients):
         return False
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if norm is None:
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if _DIVISOR not in vars(inner):
         # not taken away again: a step goes over its hooks while it calls them
         inner.register_step_post_hook(lambda own, *rest: take_off_clipping(own))

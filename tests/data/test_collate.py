@@ -36,7 +36,7 @@ def test_training_holds_only_rows_with_a_target() -> None:
     assert label["labels"].tolist() == [[6, 1, IGNORE_INDEX], [8, 8, 1]]
     assert rationale["input_ids"].tolist() == [[9, 7, 0, 1]]
     assert rationale["labels"].tolist() == [[4, 1]]
-    assert "index" not in label
+    assert (label["index"].tolist(), rationale["index"].tolist()) == ([0, 1], [1])
     assert (label["source_lengths"], label["target_lengths"]) == ((2, 3), (2, 3))
     assert (rationale["source_lengths"], rationale["target_lengths"]) == ((4,), (2,))
     assert {tensor.dtype for task in batch.values() for tensor in (task["input_ids"], task["labels"])} == {torch.int64}

@@ -10,8 +10,10 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_distill.batch import TaskBatch
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
+from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, StepByStepModule
 from lit_distill.modules.window import Window
 from tests.modules.batches import Row, Rows, RowsData, random_rows
@@ -142,6 +144,7 @@ def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
         }
 
     found["resume"] = {name: resumed(folder, out, rank, name) for name in ("whole", "stopped", "resumed")}
+    found["diverged"] = diverged(folder, rank)
     # what stands on this rank alone must be the same on both
     torch.save(found, out / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -161,6 +164,24 @@ def resumed(folder: Path, out: Path, rank: int, part: str) -> dict[str, Tensor]:
     if part == "stopped":
         trainer.save_checkpoint(out / "stopped.ckpt")
     return {name: tensor.clone() for name, tensor in module.student.state_dict().items()}
+
+
+def diverged(folder: Path, rank: int) -> dict[str, Any]:
+    """A loss that is not finite in the second step of the second rank alone."""
+    module = make_module(folder)
+    calls = iter(range(100))
+    right = module.loss_terms
+
+    def wrong(batch: TaskBatch) -> dict[str, Tensor]:
+        terms = right(batch)
+        return terms | {"label": terms["label"] * float("nan")} if next(calls) == 1 and rank == 1 else terms
+
+    module.loss_terms = wrong  # type: ignore[method-assign]
+    try:
+        ddp_trainer().fit(module, datamodule=InOrder(ROWS, 2, module.tasks))
+    except UserError as error:
+        return {"error": str(error), "finite": all(bool(p.isfinite().all()) for p in module.parameters())}
+    return {"error": "", "finite": False}
 
 
 def one_process(folder: Path) -> dict[str, float]:

@@ -1,0 +1,169 @@
+"""What is not finite stops a run before it reaches weights, checkpoints, students or records."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+
+from lit_distill.batch import TaskBatch
+from lit_distill.errors import UserError
+from lit_distill.modules import StepByStepModule
+from lit_distill.records import RECORD
+from tests.modules.batches import RowsData, random_rows
+from tests.modules.running import make_trainer
+from tests.runs import at_work_in, refusal, run, run_folders, small_toy
+
+ROWS = random_rows(14, seed=41)
+
+
+class Diverging(StepByStepModule):
+    """One term of one micro-batch, or one parameter's gradient there, is not finite."""
+
+    broken: tuple[str, int] = ("rationale", 5)
+    value: float = float("nan")
+    stage: str = "train"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.number = 0
+        self.hurt = False
+        if self.broken[0] == "gradient":
+            name, parameter = list(self.student.named_parameters())[7]
+            parameter.register_hook(lambda g: torch.full_like(g, self.value) if self.hurt else g)
+            self.parameter = name
+
+    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
+        terms = super().loss_terms(batch)
+        if self.training == (self.stage == "train"):
+            self.hurt = self.number == self.broken[1]
+            if self.hurt and self.broken[0] in terms:
+                terms[self.broken[0]] = terms[self.broken[0]] * self.value
+            self.number += 1
+        return terms
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> type[Diverging]:
+    for name, value in settings.items():
+        monkeypatch.setattr(Diverging, name, value)
+    return Diverging
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch, value: float, clip: float | None
+) -> None:
+    module = diverging(monkeypatch, value=value)(student_folder, from_scratch=True)
+    # seven micro-batches an epoch, four optimizer steps: micro-batch 5 is the second of the third step
+    trainer = make_trainer(max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=clip)
+    with pytest.raises(UserError, match=f"step 3: the rationale loss is {value}") as raised:
+        trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    assert "micro-batch 5 of epoch 0" in str(raised.value)
+    assert trainer.global_step == 2
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_named(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = diverging(monkeypatch, broken=("gradient", 2), value=float("inf"))(student_folder, from_scratch=True)
+    with pytest.raises(UserError, match=r"step 3: the gradient of .* is not finite") as raised:
+        make_trainer(max_epochs=1).fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    assert f"student.{module.parameter}" in str(raised.value)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(student_folder: Path, tmp_path: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True)
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    with torch.no_grad():
+        module.student.shared.weight[3, 1] = float("nan")
+    with pytest.raises(UserError, match=r"student\.shared\.weight"):
+        trainer.save_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "bad.ckpt").exists()
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: ANN401 - a generator
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def method(student: Path) -> list[str]:
+    return [*small_toy(student, steps=6, every=2), "--model=tests.modules.test_finite.Diverging"]
+
+
+def finite(path: Path) -> bool:
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return all(bool(weight.isfinite().all()) for weight in state.values())
+
+
+def test_a_run_that_diverges_says_where_and_keeps_what_was_good(
+    here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging(monkeypatch, broken=("label", 2))
+    line = refusal(capsys, "fit", method(student_folder))
+    [folder] = run_folders()
+    assert line.startswith("step 3: the label loss is nan in micro-batch 2 of epoch 0 (rows toy-train-")
+    assert str(folder / "checkpoints" / "last.ckpt") in line
+    kept = list(folder.glob("checkpoints/*.ckpt"))
+    assert kept
+    assert all(map(finite, kept))
+    assert not (folder / RECORD).exists()
+    assert not (folder / "student").exists()
+
+
+def test_a_learning_rate_that_is_far_too_high_stops_the_run(
+    here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, "fit", small_toy(student_folder, steps=60, every=20), "--model.learning_rate=1e36")
+    assert "not finite" in line or "loss is" in line
+    [folder] = run_folders()
+    assert all(map(finite, folder.glob("checkpoints/*.ckpt")))
+    assert not (folder / RECORD).exists()
+
+
+def test_a_validation_loss_that_is_not_finite_chooses_nothing(
+    here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging(monkeypatch, stage="val", broken=("rationale", 2))
+    line = refusal(capsys, "fit", method(student_folder), "--trainer.num_sanity_val_steps=0")
+    assert line.startswith("step 6: val/rationale_loss is nan (rows toy-val-")
+    [folder] = run_folders()
+    assert not list(folder.glob("checkpoints/best-step6.ckpt"))
+    assert not (folder / RECORD).exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_a_checkpoint_that_is_not_finite_is_refused(
+    command: str, here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", small_toy(student_folder, steps=1), "--test_after_fit=false")
+    [path] = Path("runs").glob("*/*/checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["student.encoder.final_layer_norm.weight"][0] = float("inf")
+    torch.save(checkpoint, "bad.ckpt")
+    line = refusal(capsys, command, small_toy(student_folder, steps=2), "--ckpt_path=bad.ckpt")
+    assert "bad.ckpt" in line
+    assert "not finite" in line
+    assert "encoder.final_layer_norm.weight" in line
+
+
+class Scaled(pl.Callback):
+    """Makes the trainer's precision look like one with a loss scaler, whose own business such gradients are."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.precision_plugin.scaler = object()  # type: ignore[attr-defined]
+
+
+def test_a_loss_scaler_s_overflows_are_left_to_it(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = diverging(monkeypatch, broken=("gradient", 2), value=float("inf"))(student_folder, from_scratch=True)
+    trainer = make_trainer(max_steps=3, callbacks=[Scaled()])
+    trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    assert trainer.global_step == 3
