@@ -69,7 +69,17 @@ def check_prefixes(value: Any, tasks: Sequence[str]) -> dict[str, str]:  # noqa:
         raise UserError(f"prefixes must map a task to a text, got {value!r}")
     if set(value) != set(tasks):
         raise UserError(f"prefixes must have the tasks as keys ({', '.join(tasks)}), got {', '.join(value) or 'none'}")
-    return {task: value[task] for task in tasks}
+    return check_distinct({task: value[task] for task in tasks})
+
+
+def check_distinct(prefixes: dict[str, str]) -> dict[str, str]:
+    """Prefixes that tell the tasks apart, blanks aside, which tokenizers may drop."""
+    tasks: dict[str, str] = {}
+    for task, prefix in prefixes.items():
+        other = tasks.setdefault(" ".join(prefix.split()), task)
+        if other != task:
+            raise UserError(f"prefixes: {other} and {task} both have {prefix!r}, so that nothing tells the tasks apart")
+    return prefixes
 
 
 def check_range(

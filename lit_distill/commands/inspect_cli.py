@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_distill.commands.inspect import inspect_data, render, write_report
 from lit_distill.commands.parser import Parser, import_class
-from lit_distill.commands.train import DistillCLI, linked_prefixes
+from lit_distill.commands.train import DistillCLI, linked
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS
@@ -60,9 +60,7 @@ class InspectCLI(DistillCLI):
         data = self.config["data"]
         arguments: dict[str, Any] = (data.get("init_args") or Namespace()).as_dict()
         if (model := self.config.get("model")) is not None:
-            settings = model.get("init_args") or Namespace()
-            prefixes = linked_prefixes(model["class_path"], settings)
-            arguments |= {"tokenizer": settings.get("student"), "prefixes": prefixes, "tasks": list(prefixes)}
+            arguments |= linked(model)
         built: RationaleDataModule = import_class(data["class_path"])(**arguments)
         report = inspect_data(built)
         render(report)

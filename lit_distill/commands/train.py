@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from jsonargparse._link_arguments import skip_apply_links
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -132,6 +133,7 @@ class DistillCLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         config = self.config if command is None else self.config[command]
+        self._refuse_overruled(parser, args, config)
         for group in ("trainer", "validation", "checkpoint"):
             if not isinstance(config[group], Namespace):
                 raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
@@ -139,6 +141,23 @@ class DistillCLI(LightningCLI):
         check_range("trainer.log_every_n_steps", config["trainer"]["log_every_n_steps"], at_least=0)
         check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], at_least=0)
         check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
+
+    def _refuse_overruled(self, parser: LightningArgumentParser, args: ArgsType, config: Namespace) -> None:
+        """Refuse what the data are given and the model overrules."""
+        if (model := config.get("model")) is None:
+            return
+        with skip_apply_links():
+            if isinstance(args, dict | Namespace):
+                given = parser.parse_object(args, defaults=False)
+            else:
+                given = parser.parse_args(args, defaults=False)
+        given = given if "subcommand" not in given else given[given["subcommand"]]
+        settings = (given.get("data") or Namespace()).get("init_args") or Namespace()
+        for name, value in linked(model).items():
+            if settings.get(name) not in (None, value):
+                raise UserError(
+                    f"data.{name}: {settings[name]!r} is overruled by the model, which gives {value!r}; leave it out"
+                )
 
     def _parse_ckpt_path(self) -> None:
         """See that the checkpoint is one, before anything is built.
@@ -381,6 +400,13 @@ def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict
     """Task -> prefix of a method that is only named yet."""
     method: type[DistillModule] = import_class(class_path)
     return dict(method.task_prefixes(init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}))
+
+
+def linked(model: Namespace) -> dict[str, Any]:
+    """The data module's arguments that a method decides, which is only named yet."""
+    settings = model.get("init_args") or Namespace()
+    prefixes = linked_prefixes(model["class_path"], settings)
+    return {"tokenizer": settings.get("student"), "tasks": list(prefixes), "prefixes": prefixes}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

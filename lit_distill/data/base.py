@@ -297,7 +297,7 @@ class RationaleDataModule(pl.LightningDataModule):
             if self.rationales is None:
                 rows = self.load_split(split) if split in self.splits else None
                 if rows is not None:
-                    self._check_ids(rows.examples, split)
+                    self._check_rows(rows.examples, split)
             elif (asked := self.rows_to_ask(split)) is not None:
                 rows, notice = join_annotations(asked, self.rationales, split, self.teacher_agrees)
                 if split == "train":
@@ -314,7 +314,7 @@ class RationaleDataModule(pl.LightningDataModule):
         """
         rows = self.load_rows(split) if split in self.splits else None
         if rows is not None:
-            self._check_ids(rows, split)
+            self._check_rows(rows, split)
         return rows
 
     def split_rows(self, split: Split) -> SplitRows | None:
@@ -545,6 +545,8 @@ class RationaleDataModule(pl.LightningDataModule):
             except UserError as error:
                 raise UserError(f"{path}:{line}: {error}") from error
             examples.append(self.with_id(example, split, len(examples)))
+        if not examples:
+            raise UserError(f"{split}: {path} is empty; give a file with rows, or remove it")
         return examples
 
     def with_id(self, example: Example, split: Split, position: int) -> Example:
@@ -567,12 +569,21 @@ class RationaleDataModule(pl.LightningDataModule):
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {rows} of them")
         return outputs[:rows]
 
-    def _check_ids(self, rows: Sequence[Example], split: Split) -> None:
-        """Rows are told apart by their ids in predictions and annotations."""
+    def _check_rows(self, rows: Sequence[Example], split: Split) -> None:
+        """Rows are told apart by their ids in predictions and annotations, and answered by one of their choices."""
         seen: dict[str, int] = {}
+        outside = []
         for position, example in enumerate(rows):
             if (first := seen.setdefault(example.id, position)) != position:
                 raise UserError(f"{self.name} {split}: rows {first} and {position} share the id {example.id!r}")
+            if example.choices is not None and example.label is not None and example.label not in example.choices:
+                outside.append(example)
+        if outside:
+            first_one = f"{outside[0].id!r} has {outside[0].label!r} of {', '.join(outside[0].choices or ()) or 'none'}"
+            raise UserError(
+                f"{self.name} {split}: the label of {len(outside)} of {len(rows)} rows is none of the row's choices"
+                f" ({first_one})"
+            )
 
     def _check_split(self, split: Split, stage: str) -> None:
         rows, used = self.split_rows(split), self.used_rows(split)
@@ -591,6 +602,12 @@ class RationaleDataModule(pl.LightningDataModule):
         asking += [] if self._keep is None else [f"rationale_filter: {self.rationale_filter}"]
         if asking and all(example.rationale is None for example in rows.examples):
             raise UserError(f"{asking[0]} needs the teacher's rationales of train, {self._missing_teacher()}")
+        if self.label_source == "gold" and (asking := [task for task in self.tasks if "label" in task]):
+            unlabelled = sum(example.label is None for example in rows.examples)
+            if unlabelled == len(rows):
+                raise UserError(f"tasks: {asking[0]} needs the labels of train, {self.missing_labels()}")
+            if unlabelled:
+                _warn(f"{self.name} train: {unlabelled} of {len(rows)} rows have no label to train on")
         if not used.examples:
             raise UserError(f"train: no row is left to train on ({self.counts['train']})")
         if self._keep is not None and all(example.rationale is None for example in used.examples):
@@ -602,6 +619,10 @@ class RationaleDataModule(pl.LightningDataModule):
     def missing_teacher(self) -> str:
         """What is missing where train has no teacher outputs, for messages."""
         return f"of which there is none in {self.folder / 'llm'}/{self.splits['train']}_CoT_*.json"
+
+    def missing_labels(self) -> str:
+        """What is missing where train has no labels, for messages."""
+        return f"of which there is none in {self.split_file('train') or self.name}"
 
     # ---------------------------------------------------------------- arguments and notices
 

@@ -14,7 +14,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The line number and the object of each line that is not blank.
 
     Raises:
-        UserError: a line is not UTF-8 or not a JSON object.
+        UserError: a line is not UTF-8, not a JSON object, or has a key twice.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -23,21 +23,38 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
-            except (RecursionError, ValueError) as error:
-                raise UserError(f"{path}:{number}: JSON too deep or with too large a number") from error
-            if b"\\ud" in line.lower() and not _is_text(row):
-                raise UserError(
-                    f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-                )
+            row = _parse(line.rstrip(), path, number)
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
             yield number, row
+
+
+def _parse(raw: bytes, path: Path, line: int) -> Any:  # noqa: ANN401 - whatever the JSON holds
+    """What a JSON text holds that begins at a line of a file."""
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        where = line + raw.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        where = line + error.lineno - 1
+        raise UserError(f"{path}:{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except UserError as error:
+        raise UserError(f"{path}:{line}: {error}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}:{line}: JSON too deep or with too large a number") from error
+    if b"\\ud" in raw.lower() and not _is_text(found):
+        raise UserError(f"{path}:{line}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise UserError(f"the key {twice!r} is there twice in one object")
+    return found
 
 
 def _is_text(row: object) -> bool:
@@ -84,16 +101,9 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
     """The content of a JSON file.
 
     Raises:
-        UserError: the file is not UTF-8 or not JSON.
+        UserError: the file is not UTF-8, not JSON, or has a key twice in one object.
     """
-    raw = path.read_bytes()
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    return _parse(path.read_bytes(), path, 1)
 
 
 def text_of(row: dict[str, Any], key: str) -> str:

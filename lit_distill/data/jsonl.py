@@ -113,6 +113,9 @@ class JSONLDataModule(RationaleDataModule):
             table = read_hub(self._hub, self._hub_config, self.sources[split])
         else:
             table = read_file(self._find(split), split)
+        if not table:
+            where = self.split_file(split) or f"{self.sources[split]!r} of {self._hub}"
+            raise UserError(f"{split}: {where} is empty; give one with rows, or leave {split} out")
         columns = self._choose_columns(table, split)
         if (label := columns["label"]) is not None and self.label_set is None and label in table.class_names:
             self.label_set = tuple(table.class_names[label])
@@ -144,6 +147,10 @@ class JSONLDataModule(RationaleDataModule):
     def missing_teacher(self) -> str:
         """What is missing where train has no rationales or teacher's labels, for messages."""
         return "of which there is none; see rationale_column and teacher_label_column"
+
+    def missing_labels(self) -> str:
+        """What is missing where train has no labels, for messages."""
+        return "of which there is none; see label_column"
 
     def _find(self, split: Split) -> Path:
         candidates = self._candidates(split)

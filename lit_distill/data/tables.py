@@ -4,7 +4,7 @@ Hugging Face datasets is imported where it reads something: it brings pandas, wh
 """
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ class Table:
     """
 
     def __init__(
-        self, columns: list[str], rows: Iterable[tuple[str, dict[str, Any]]], class_names: dict[str, list[str]]
+        self, columns: list[str], rows: Sequence[tuple[str, dict[str, Any]]], class_names: dict[str, list[str]]
     ) -> None:
         self.columns = columns
         self.class_names = class_names
         self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return iter(self._rows)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_distill.answers import AnswerKey, AnswerSource, Split
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, remember_rows, target_tokens
-from lit_distill.checks import check_range
+from lit_distill.checks import check_distinct, check_range
 from lit_distill.errors import UserError
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
@@ -120,6 +120,7 @@ class DistillModule(pl.LightningModule):
         self.save_hyperparameters()
         self.hparams["student"] = str(student)
         self._hparams_initial = copy.deepcopy(self.hparams)
+        self.prefixes: dict[str, str] = check_distinct(self.task_prefixes(dict(self.hparams)))
         self.student = load_student(student, from_scratch=from_scratch, dropout=dropout)
         if activation_checkpointing:
             # older releases of transformers know only the second name, which newer ones deprecate
@@ -131,7 +132,6 @@ class DistillModule(pl.LightningModule):
                 f"student: the tokenizer of {str(student)!r} has {len(self.tokenizer)} tokens, its configuration's"
                 f" vocab_size is {self.student.config.vocab_size}"
             )
-        self.prefixes: dict[str, str] = self.task_prefixes(dict(self.hparams))
         if evaluate_rationales and self.rationale_task is None:
             rank_zero_warn(f"evaluate_rationales: {type(self).__name__} writes no rationales, none are scored")
         self.fast_path = FastPath(self, wanted=fast)

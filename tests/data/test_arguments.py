@@ -85,6 +85,10 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
         ({"prefixes": "predict: "}, "prefixes must map a task to a text, got 'predict: '"),
         ({"prefixes": {"label": 1}}, "prefixes must map a task to a text, got {'label': 1}"),
         (
+            {"tasks": ["label", "rationale"], "prefixes": {"label": "do: ", "rationale": "do:"}},
+            "prefixes: label and rationale both have 'do:', so that nothing tells the tasks apart",
+        ),
+        (
             {"rationale_filter": 3},
             "rationale_filter must be none, label_agrees or a function (package.module.function), got 3",
         ),

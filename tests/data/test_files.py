@@ -29,6 +29,12 @@ from tests.data.conftest import WriteCQA, cqa_output, cqa_rows
             b'{"id": "x", "question": 3, "choices": ["a"], "answer": "a"}',
             r"cqa_train\.json:2: 'question' must be a string",
         ),
+        (b'{"id": "x", "id": "y"}', r"cqa_train\.json:2: the key 'id' is there twice"),
+        (b'{"a": {"b": 1, "b": 2}}', r"cqa_train\.json:2: the key 'b' is there twice"),
+        (
+            b'{"id": "x", "question": "q", "choices": ["a", "b"], "answer": "c"}',
+            r"cqa train: the label of 1 of 3 rows is none of the row's choices \('x' has 'c' of a, b\)",
+        ),
         (b'{"id": "q0", "question": "q", "choices": ["a"], "answer": "a"}', r"rows 0 and 1 share the id 'q0'"),
     ],
 )
@@ -39,6 +45,13 @@ def test_a_bad_row(line: bytes, message: str, write_cqa: WriteCQA) -> None:
     path.write_bytes(b"\n".join([lines[0], line, lines[2]]))
     with pytest.raises(UserError, match=message):
         CQADataModule(data_dir=data).released("train")
+
+
+def test_an_empty_file(write_cqa: WriteCQA) -> None:
+    data = write_cqa(train=3)
+    (data / "cqa" / "cqa_test.json").write_text("\n\n")
+    with pytest.raises(UserError, match=r"^test: .*cqa_test\.json is empty; give a file with rows, or remove it$"):
+        CQADataModule(data_dir=data).released("test")
 
 
 @pytest.mark.parametrize("label", [3, -1, "neutral", True, 1.0, None])

@@ -275,6 +275,22 @@ def read_all(**arguments: Any) -> None:
         ({"train": "null.jsonl"}, r"^.*null\.jsonl:1: column 'input' is empty"),
         ({"train": "twice.jsonl"}, "^jsonl train: rows 0 and 1 share the id 'a'"),
         ({"train": "broken.jsonl"}, r"broken\.jsonl:1: not JSON"),
+        ({"train": "keys.json"}, r"keys\.json:1: the key 'input' is there twice in one object"),
+        ({"train": "keys.jsonl"}, r"keys\.jsonl:1: the key 'input' is there twice in one object"),
+        ({"train": "deep.json"}, r"deep\.json:1: JSON too deep"),
+        ({"train": "surrogate.json"}, r"surrogate\.json:1: half of a surrogate pair"),
+        *(
+            (
+                {"train": f"empty{suffix}"},
+                rf"^train: .*empty\{suffix} is empty; give one with rows, or leave train out",
+            )
+            for suffix in (".jsonl", ".json", ".csv", ".parquet")
+        ),
+        ({"test": "header.csv"}, r"^test: .*header\.csv is empty; give one with rows, or leave test out$"),
+        (
+            {"test": "choices.jsonl"},
+            r"^jsonl test: the label of 2 of 3 rows is none of the row's choices \('jsonl-test-1' has 'B'",
+        ),
         ({"train": "items.json"}, r"items\.json: item 1 is not an object but int"),
         ({"train": "ragged.csv"}, r"ragged\.csv:3: another number of cells than the 2 columns"),
         ({"train": "latin.csv"}, r"latin\.csv: not a CSV file in UTF-8"),
@@ -289,6 +305,17 @@ def test_what_is_not_allowed(arguments: dict[str, Any], message: str, tmp_path: 
     (tmp_path / "null.jsonl").write_text('{"input": null}')
     (tmp_path / "twice.jsonl").write_text('{"input": "i", "id": "a"}\n{"input": "j", "id": "a"}')
     (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "keys.json").write_text('[{"input": "i", "input": "j"}]')
+    (tmp_path / "keys.jsonl").write_text('{"input": "i", "input": "j"}')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "surrogate.json").write_text('[{"input": "\\ud800"}]')
+    for suffix in (".jsonl", ".csv"):
+        (tmp_path / f"empty{suffix}").touch()
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "header.csv").write_text("input,label\n")
+    datasets.Dataset.from_dict({"input": [], "label": []}).to_parquet(tmp_path / "empty.parquet")
+    choice = '{"input": "%s", "label": "%s", "choices": ["no", "yes"]}\n'
+    (tmp_path / "choices.jsonl").write_text(choice % ("a", "no") + choice % ("b", "B") + choice % ("c", "A"))
     (tmp_path / "items.json").write_text('[{"input": "i"}, 3]')
     (tmp_path / "ragged.csv").write_text("input,label\na,b\nc\n")
     (tmp_path / "latin.csv").write_bytes("input\nähm\n".encode("latin-1"))
@@ -354,10 +381,6 @@ def test_csv_columns_and_cells(tmp_path: Path) -> None:
     twice.write_text("input,label,label\na,x,y\n")
     with pytest.raises(UserError, match="the column 'label' is there twice"):
         JSONLDataModule(train=twice).released("train")
-    empty = tmp_path / "empty.csv"
-    empty.write_text("")
-    with pytest.raises(UserError):
-        JSONLDataModule(train=empty).released("train")
     long = tmp_path / "long.csv"
     long.write_text(f"input,label\n{'a' * 200_000},x\n")
     rows = JSONLDataModule(train=long).released("train")
@@ -380,3 +403,31 @@ def test_label_agrees_needs_teacher_labels(tmp_path: Path, tokenizer: PreTrained
     )
     with pytest.raises(UserError, match="rationale_filter: label_agrees needs the teacher's labels"):
         data.setup("fit")
+
+
+def labelled(tmp_path: Path, labels: list[str | None]) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"input": f"in {i}", "label": label, "rationale": "so"} for i, label in enumerate(labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("tasks", [["label"], ["label", "rationale"], ["rationale_label"]])
+def test_a_training_file_without_labels(tasks: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = labelled(tmp_path, [None] * 5)
+    module = JSONLDataModule(train=path, val=labelled(tmp_path, [None] * 5), tokenizer=tokenizer, tasks=tasks)
+    with pytest.raises(UserError, match=rf"^tasks: {tasks[0]} needs the labels of train, .* none; see label_column$"):
+        module.setup("fit")
+
+
+def test_training_rows_without_a_label_are_said(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = labelled(tmp_path, ["a", "b", None, "a", None, "b"])
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"input": "x", "label": "a"}')
+    module = JSONLDataModule(train=path, val=test, tokenizer=tokenizer, tasks=["label", "rationale"], batch_size=6)
+    module.setup("fit")
+    assert "jsonl train: 2 of 6 rows have no label to train on" in caplog.text
+    (batch,) = module.train_dataloader()
+    assert [len(batch[task]["labels"]) for task in ("label", "rationale")] == [4, 6]
