@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS, DESCRIPTION, no_command
+from lit_distill.secrets import refuse_secrets
 from lit_distill.shipped import find_configs, list_or_copy
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
                 return list_or_copy(given[1:])
             answer_at_once(given)
             given = find_configs(given)
+            refuse_secrets(given)
         if own_process:
             # what is imported is no garbage, and to look for some in it again and again takes a third of the start
             gc.disable()

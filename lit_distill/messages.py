@@ -21,12 +21,6 @@ COMMANDS = {
 }
 """What the command line can be asked to do."""
 
-_KEY = re.compile(
-    r"""(?P<before>\bapi_key\\*['"]?[^\S\n]*[:=][^\S\n]*)(?!got |must be |no such argument)"""
-    r"""(?P<value>'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\{[^}]*\}|[^\s,}\]]+)"""
-)
-"""A teacher's key with its value, in YAML or in Python's writing."""
-
 _MANY = 30
 """Keys that are too many for a line."""
 
@@ -38,7 +32,6 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
         message: its text, of one or many lines.
         options: the options that the parser knows, for a likely spelling.
     """
-    message = without_keys(message)
     key_match = re.match(r'Parser key "([^"]+)":', message)
     key = key_match.group(1) if key_match else ""
     explanations = (_nested, _unknown_class, _unknown_option, _file, _wrong_class, _wrong_type, _required, _command)
@@ -47,19 +40,6 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
         if line is not None:
             return " ".join(line.split())
     return " ".join(message.split())
-
-
-def without_keys(text: str, instead: str = "'***'") -> str:
-    """A text in which no value of an ``api_key`` stands, however it is written there.
-
-    Args:
-        text: YAML, or what a parser says of it.
-        instead: stands for a value.
-    """
-    # of such a key alone the value stands at the end
-    if re.match(r'Parser key "([\w.]+\.)?api_key":', text):
-        text = re.sub(r"(Given value: |Got value: )(?!null$).+", rf"\1{instead}", text)
-    return _KEY.sub(lambda found: found[0] if found["value"] in ("null", "None") else found["before"] + instead, text)
 
 
 def import_given(message: str) -> None:

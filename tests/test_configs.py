@@ -161,8 +161,7 @@ def test_a_teacher_is_asked_once_a_row(path: Path, capsys: pytest.CaptureFixture
     assert (parsed["out"], parsed["split"]) == (f"annotations/{folder}", "train")
     # one sample, greedy as long as nobody asks for several
     assert (parsed["num_samples"], parsed["temperature"], parsed["until_agrees"]) == (1, None, None)
-    # a key is not for files
-    assert not parsed["teacher"]["init_args"].get("api_key")
+    assert "api_key" not in parsed["teacher"]["init_args"]
 
 
 @pytest.mark.parametrize("path", ANNOTATE, ids=relative)

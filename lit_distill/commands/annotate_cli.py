@@ -6,7 +6,7 @@ from typing import Any
 from lit_distill.commands.annotate import annotate
 from lit_distill.commands.parser import Parser, Raised
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.messages import COMMANDS, without_keys
+from lit_distill.messages import COMMANDS
 from lit_distill.teachers.base import Teacher
 
 SWITCHES = ("nearest_demonstrations", "structured", "retry_errors", "dry_run")
@@ -17,14 +17,6 @@ INTERRUPTED = 130
 
 UNANSWERED = 1
 """The exit code of a job that has no answer at all, or that a busy teacher left with questions for another start."""
-
-
-class _Parser(Parser):
-    """Keeps a teacher's key out of what is printed."""
-
-    def dump(self, *args: Any, **kwargs: Any) -> str:
-        """As the base class's, but without the key; for ``--print_config``."""
-        return without_keys(super().dump(*args, **kwargs), "null")
 
 
 def run_annotate(args: list[str]) -> dict[str, Any]:
@@ -38,7 +30,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
         SystemExit: with code 130 after Ctrl-C, once what was in flight is kept; with 1 where there is no answer at all,
             or questions are left because the teacher was busy.
     """
-    parser = _Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
+    parser = Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
     # as Lightning's own commands have it
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     parser.add_subclass_arguments(RationaleDataModule, "data", required=True)

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from lit_distill import checks
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Question, Reply
+from lit_distill.secrets import INSTEAD, secret_names
 from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ _MOST_STOPS = 4
 
 _MOST_CONNECTIONS = 1000
 """Far above any concurrency that is of use; all are kept for the next question."""
+
+_LONGEST_KEY = 4096
+"""Characters; servers take no longer headers."""
 
 _PLACEHOLDER_KEY = "none"
 """Sent where no key is given: the client wants one, local servers do not look at it."""
@@ -89,7 +94,7 @@ class OpenAITeacher(Teacher):
         model: the model's name as the server knows it.
         base_url: where the server is, with the version: ``http://localhost:8000/v1``; if not given, what
             ``OPENAI_BASE_URL`` says, or else OpenAI itself.
-        api_key: the server's key; if not given, what ``OPENAI_API_KEY`` says, which keeps it out of files. It goes to
+        api_key_file: file of the server's key alone; if not given, the key is what ``OPENAI_API_KEY`` says. It goes to
             the server and nowhere else. Servers that want none are given a placeholder.
         layout: prompts as the turns of a ``chat`` or as a text for ``completion``.
         timeout: seconds that one try of a question may take in all, until its answer is there whole; then it is tried
@@ -110,7 +115,7 @@ class OpenAITeacher(Teacher):
         self,
         model: str,
         base_url: str | None = None,
-        api_key: str | None = None,
+        api_key_file: str | Path | None = None,
         layout: Layout = "chat",
         timeout: float = 120.0,
         max_retries: int = 6,
@@ -121,7 +126,7 @@ class OpenAITeacher(Teacher):
     ) -> None:
         super().__init__(model, layout=layout, **kwargs)
         self.base_url = _check_url("base_url", base_url) if base_url is not None else None
-        self._given_key = _check_key("api_key", api_key) if api_key is not None else None
+        self._given_key = None if api_key_file is None else _read_key(api_key_file)
         checks.check_range("timeout", timeout, above=0)
         self.timeout = timeout
         self.max_retries = checks.check_int("max_retries", max_retries, 0)
@@ -165,9 +170,11 @@ class OpenAITeacher(Teacher):
             url = _check_url("base_url (OPENAI_BASE_URL)", os.environ["OPENAI_BASE_URL"])
         key = self._given_key
         if key is None and os.environ.get("OPENAI_API_KEY", "").strip():
-            key = _check_key("api_key (OPENAI_API_KEY)", os.environ["OPENAI_API_KEY"])
+            key = _check_key("OPENAI_API_KEY", os.environ["OPENAI_API_KEY"])
         if key is None and url is None:
-            raise UserError("api_key must be given, best as OPENAI_API_KEY; or base_url, for a server of your own")
+            raise UserError(
+                "a key must be given, as OPENAI_API_KEY or in api_key_file; or base_url, for your own server"
+            )
         for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
             if not os.environ.get(name, "").isascii():
                 raise UserError(f"{name} must be a text of ASCII letters, digits and signs, as it stands in a header")
@@ -375,23 +382,37 @@ def _check_url(name: str, value: Any) -> str:  # noqa: ANN401 - whatever YAML ho
     return url
 
 
-def _check_key(name: str, value: Any) -> str:  # noqa: ANN401
+def _read_key(path: str | Path) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            # a key is short, and a wrong path may lead to anything
+            key = file.read(_LONGEST_KEY + 1)
+    except (OSError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a path"
+        raise UserError(f"api_key_file: {str(path)!r} cannot be read ({reason})") from None
+    return _check_key(f"api_key_file: {path}", key)
+
+
+def _check_key(name: str, value: str) -> str:
     """A key that can stand in a header; it is not shown where it cannot."""
-    key = value.strip() if isinstance(value, str) else ""
-    if not key or not all("!" <= character <= "~" for character in key):
-        raise UserError(f"{name} must be a text of ASCII letters, digits and signs, got something else (not shown)")
+    key = value.strip()
+    if not 0 < len(key) <= _LONGEST_KEY or not all("!" <= character <= "~" for character in key):
+        raise UserError(f"{name} must hold a key of ASCII letters, digits and signs, and holds something else")
     return key
 
 
 def _check_extra(value: Any) -> dict[str, Any]:  # noqa: ANN401
     if value is None:
         return {}
+    # a value is not shown, as it may be a key
+    if found := next(secret_names(value), None):
+        raise UserError(f"extra_body.{found}: {INSTEAD}")
     try:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise TypeError
         extra: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError):
-        raise UserError(f"extra_body must map names to values that JSON knows, got {value!r}") from None
+    except (TypeError, ValueError, RecursionError):
+        raise UserError("extra_body must map names to values that JSON knows, as in {top_k: 20}") from None
     if own := [field for field in _OWN_FIELDS if field in extra]:
         raise UserError(f"extra_body must not hold {', '.join(_OWN_FIELDS)}, got {own[0]}")
     return extra

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from lit_distill import checks
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Question, Reply
+from lit_distill.secrets import INSTEAD, secret_names
 from lit_distill.teachers.base import BatchTeacher, TeacherError
 
 ENGINE_SETTINGS = (
@@ -129,8 +130,11 @@ def check_engine(engine: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         UserError: it is not.
     """
+    # a value is not shown, as it may be a key
+    if found := next(secret_names(engine), None):
+        raise UserError(f"engine.{found}: {INSTEAD}")
     if engine is not None and (not isinstance(engine, dict) or "model" in engine):
-        raise UserError(f"engine must map arguments of vllm's engine other than the model to values, got {engine!r}")
+        raise UserError("engine must map arguments of vllm's engine other than the model to values")
     return dict(engine or {})
 
 

@@ -487,29 +487,46 @@ def test_arguments_of_a_wrong_type_are_named(arguments: dict[str, Any]) -> None:
         command.annotate(ToyDataModule(train_size=2), OpenAITeacher("tiny"), **{"out": "out", **arguments})
 
 
-@pytest.mark.parametrize("written", ["sk-SECRET1", "[sk-SECRET1]", "998877"])
-@pytest.mark.parametrize("nested", ["init_args", "init_arg", None])
-def test_a_key_is_not_shown_by_what_is_said_of_a_config(
-    written: str, nested: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--teacher.api_key=sk-SECRET"], "teacher.api_key"),
+        (["--teacher.api_key", "sk-SECRET"], "teacher.api_key"),
+        (["--teacher.init_args.api_key=sk-SECRET", "--print_config"], "teacher.init_args.api_key"),
+        (
+            ["--teacher.extra_body={headers: {Authorization: Bearer SECRET}}"],
+            "teacher.extra_body.headers.Authorization",
+        ),
+        (["--teacher.extra_body={x-api-key: SECRET"], "teacher.extra_body.x-api-key"),
+        (["--teacher.extra_body.access_token=SECRET"], "teacher.extra_body.access_token"),
+        (["--teacher.engine.hf_token", "SECRET"], "teacher.engine.hf_token"),
+        ([{"teacher": {"api_key": "SECRET", "model": 5}}], "teacher.api_key (in own.yaml)"),
+        ([{"teacher": {"init_args": {"api_key": 998877}}}], "teacher.init_args.api_key (in own.yaml)"),
+        ([{"teacher": {"init_arg": {"api_key": ["SECRET"]}}}], "teacher.init_arg.api_key (in own.yaml)"),
+        ([{"teacher": "nested.yaml"}], "teacher.init_args.api_key (in own.yaml) (in nested.yaml)"),
+    ],
+)
+def test_a_key_on_the_command_line_or_in_a_config_is_refused_unseen(
+    given: list[Any], named: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher: dict[str, Any] = {"model": 5, "api_key": yaml.safe_load(written)}
-    teacher = {nested: teacher} if nested else teacher
-    config = {"teacher": {"class_path": "OpenAITeacher", **teacher}}
-    (here / "own.yaml").write_text(yaml.safe_dump(config))
-    line = refusal(capsys, "annotate", "--config=own.yaml", f"--data.train={numbered(here, 1)}")
-    assert line.startswith("teacher")
+    (here / "nested.yaml").write_text("class_path: OpenAITeacher\ninit_args: {api_key: SECRET}\n")
+    if isinstance(given[0], dict):
+        (here / "own.yaml").write_text(yaml.safe_dump({"max_new_tokens": 7, **given[0]}))
+        given = ["--config=own.yaml"]
+    teacher = [] if given[0] == "--config=own.yaml" else ["--teacher=OpenAITeacher", "--teacher.model=tiny"]
+    line = refusal(capsys, "annotate", "--data=JSONLDataModule", f"--data.train={numbered(here, 1)}", *teacher, *given)
+    assert line.startswith(f"{named}: a key must not stand on the command line or in a config, which logs keep: set it")
     assert "SECRET" not in line
     assert "998877" not in line
+    assert not Path("out").exists()
 
 
-def test_a_key_is_not_printed_with_a_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with serving() as server, pytest.raises(SystemExit) as ended:
-        run("annotate", own(numbered(here, 1), server, "--teacher.api_key=sk-SECRET1", "--print_config"))
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert "SECRET" not in shown
-    assert yaml.safe_load(shown)["teacher"]["init_args"]["api_key"] is None
-    assert yaml.safe_load(shown)["teacher"]["init_args"]["model"] == "tiny"
+def test_what_only_looks_like_a_key_is_taken(here: Path) -> None:
+    data = write_lines(here / "rows.jsonl", [{"id": "a", "input": "password: open", "label": "0", "token": "t"}])
+    more = ["--teacher.token_limit=max_completion_tokens", "--max_tokens=1000", "--teacher.extra_body={pad_token: x}"]
+    with serving(saying(lambda request: "Well. So the answer is 0.")) as server:
+        run("annotate", own(data, server, *more))
+    assert server.requests[0].body["pad_token"] == "x"  # noqa: S105 - none
 
 
 def test_an_example_that_fails_for_good_is_kept_with_its_error(here: Path) -> None:
@@ -723,15 +740,19 @@ def test_a_summary_goes_to_wandb(here: Path, monkeypatch: pytest.MonkeyPatch) ->
         update(self, values)
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    (here / "key").write_text("sk-hidden")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(SummaryDict, "update", see)
     with serving(saying(lambda request: f"Well. So the answer is {number_of(request)}.")) as server:
-        run("annotate", own(numbered(here, 3), server, "--wandb_project=mine", "--teacher.api_key=sk-hidden"))
+        run("annotate", own(numbered(here, 3), server, "--wandb_project=mine", "--teacher.api_key_file=key"))
     wandb.teardown()
     assert (seen["project"], seen["job_type"], seen["name"]) == ("mine", "annotate", "jsonl-train-tiny")
     assert (seen["summary"]["answers"], seen["summary"]["parsed"]) == (3, 1.0)
-    assert "sk-hidden" not in json.dumps(seen["config"])
+    assert server.requests[0].headers["authorization"] == "Bearer sk-hidden"
+    written = [path.read_bytes() for folder in ("wandb", "out") for path in Path(folder).rglob("*") if path.is_file()]
+    assert len(written) > 4
+    assert not any(b"sk-hidden" in content for content in written)
 
 
 def test_an_unknown_teacher_s_own_fault_keeps_its_traceback() -> None:

@@ -174,13 +174,16 @@ def test_a_window_is_one_batch(engine: list[LLM]) -> None:
 
 
 def test_settings_hold_what_answers_depend_on() -> None:
-    engine = {"dtype": "float16", "max_model_len": 9, "hf_token": "secret", "tensor_parallel_size": 4}
+    engine = {"dtype": "float16", "max_model_len": 9, "hf_token": True, "tensor_parallel_size": 4}
     assert VLLMTeacher("org/m", engine=engine).settings == {
         "class": "VLLMTeacher",
         "model": "org/m",
         "layout": "chat",
         "engine": {"dtype": "float16", "max_model_len": 9},
     }
+    with pytest.raises(UserError, match=r"^engine.hf_token: a key must not stand ") as raised:
+        VLLMTeacher("org/m", engine={"hf_token": "hf_hush"})
+    assert "hush" not in str(raised.value)
 
 
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

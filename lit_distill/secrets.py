@@ -1,0 +1,83 @@
+"""Keys and passwords come from the environment or a file of their own: configs and command lines are kept in logs."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_distill.errors import UserError
+
+_NAME = re.compile(
+    r"(?:\w+_)?(?:api_?key|access_?key|private_?key|auth|authorization|bearer|credentials?|secret|passwo?r?d)"
+    r"|(?:(?:access|api|auth|bearer|hf|hub|id|refresh|secret|session|wandb|x)_)*token"
+)
+_WORD = re.compile(r"""(?<![\w-])([\w-]+)['"]?\s*[:=]\s*['"]?([^\s'"])""")
+INSTEAD = (
+    "a key must not stand on the command line or in a config, which logs keep: set it in the environment"
+    " (OPENAI_API_KEY, HF_TOKEN) or write it to a file and name that as teacher.api_key_file"
+)
+
+
+def refuse_secrets(args: Sequence[str]) -> None:
+    """See that no argument, and no config that one names, holds a key.
+
+    Args:
+        args: of a command line.
+
+    Raises:
+        UserError: one does; the message names it without its value.
+    """
+    for before, arg, following in zip(["", *args], args, [*args[1:], ""], strict=False):
+        option, given, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
+        name = option.lstrip("-").rstrip("+")
+        if _is_secret(name.rpartition(".")[2], value if given else following):
+            raise UserError(f"{name}: {INSTEAD}")
+        is_config = name == "config" or before in ("-c", "--config")
+        if found := next(secret_names(Path(value) if is_config and Path(value).is_file() else value), None):
+            raise UserError(f"{found if is_config or not name else f'{name}.{found}'}: {INSTEAD}")
+
+
+def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML holds
+    """The keys in plain values under which a secret stands.
+
+    Args:
+        value: plain values, nested as deep as may be; a text of YAML; or the path of a YAML file. Texts in it that name
+            a YAML file are followed, as a config may name others.
+    """
+    open_values: list[tuple[str, str, Any]] = [("", "", value)]
+    # by identity, as YAML's aliases may lead to one value very often; kept, so that no identity is given twice
+    seen: dict[int, Any] = {}
+    while open_values:
+        name, where, found = open_values.pop()
+        if isinstance(found, str) and found.endswith((".yaml", ".yml")) and len(found) < 1024:
+            found = Path(found)
+        if isinstance(found, Path):
+            # neither a pipe nor a file that leads back to itself
+            if not found.is_file() or (inside := f"(in {found})") in where:
+                continue
+            found, where = found.read_text("utf-8", errors="replace"), f"{where} {inside}"
+        elif name and isinstance(found, str):
+            continue
+        if isinstance(found, str) and re.search("[:=]", found):
+            try:
+                found = yaml.safe_load(found)
+            except (yaml.YAMLError, ValueError, RecursionError):
+                # its parser's message would show it
+                yield from (word + where for word, inner in _WORD.findall(found) if _is_secret(word, inner))
+                continue
+        if id(found) in seen or not isinstance(found, Mapping | list | tuple):
+            continue
+        seen[id(found)] = found
+        for key, inner in found.items() if isinstance(found, Mapping) else enumerate(found):
+            below = f"{name}.{key}" if name else str(key)
+            if isinstance(found, Mapping) and _is_secret(str(key), inner):
+                yield below + where
+            open_values.append((below, where, inner))
+
+
+def _is_secret(name: str, value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, bool) or value in (None, "", "null", "None"):
+        return False
+    return _NAME.fullmatch(name.lower().replace("-", "_")) is not None
