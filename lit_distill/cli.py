@@ -17,6 +17,9 @@ from lit_distill.shipped import find_configs, list_or_copy
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
+_LONGEST = 2000
+"""Characters of an error's line."""
+
 
 def run() -> None:
     """The program ``lit-distill``."""
@@ -55,9 +58,26 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
             gc.freeze()
             gc.enable()
         dispatch(given)
-    except UserError as error:
-        print(f"lit_distill: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        line = str(error) if isinstance(error, UserError) else of_a_file(error)
+        if line is None:
+            raise
+        line = " ".join(line.split())
+        if len(line) > _LONGEST:
+            # what was given may be a file's whole content
+            line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
+        print(f"lit_distill: error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def of_a_file(error: OSError) -> str | None:
+    """That a file or folder cannot be read or written, and why; ``None`` where the error is about something else."""
+    if isinstance(error, ConnectionError | TimeoutError | ChildProcessError | ProcessLookupError) or not error.strerror:
+        return None
+    if error.filename is None:
+        return f"a file cannot be written: {error.strerror}"
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if not isinstance(name, int | None)]
+    return f"{' -> '.join(names)}: cannot be read or written: {error.strerror}"
 
 
 def answer_at_once(given: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write
+from lit_distill.reading import parse_json
 
 ANSWER_MARK = " So the answer is "
 """Stands between rationale and label in the target of ``rationale_label``."""
@@ -178,11 +179,9 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def _example_of(line: bytes, where: str) -> Example:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object ({error})") from error
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object but {type(row).__name__}")
     missing = {"id", "input"} - row.keys()

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write, write_text
+from lit_distill.reading import parse_json
 
 RECORD = "run.json"
 """The record; it is written last, so that a folder with one is of a run that ended."""
@@ -102,7 +103,7 @@ def read_record(folder: str | Path) -> RunRecord:
     """
     path = Path(folder) / RECORD
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: not there; the run has not ended") from error
     except (OSError, ValueError) as error:
@@ -131,8 +132,8 @@ def read_predictions_file(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / PREDICTIONS
     try:
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
+        with path.open("rb") as file:
+            rows = [parse_json(line) for line in file if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{path}: not there") from error
     except (OSError, ValueError) as error:

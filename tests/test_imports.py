@@ -15,7 +15,19 @@ import lit_distill
 PACKAGE = Path(lit_distill.__file__).parent
 # from the bottom up; a part may import parts of lower layers, and of its own except between the rooms of `ROOMS`
 LAYERS = (
-    ("__init__", "errors", "files", "batch", "answers", "questions", "records", "messages", "secrets", "shipped"),
+    (
+        "__init__",
+        "errors",
+        "files",
+        "batch",
+        "answers",
+        "questions",
+        "reading",
+        "records",
+        "messages",
+        "secrets",
+        "shipped",
+    ),
     ("equations",),
     ("rationales", "checks", "losses", "metrics", "students", "fast"),
     ("annotation", "comparison", "experiments"),

@@ -47,7 +47,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not a JSON object"),
+        ("{", "not JSON"),
         ("[1]", "not a JSON object but list"),
         ('{"id": "a"}', "missing input"),
         ('{"id": 1, "input": "x"}', "id must be a string"),

@@ -5,9 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import yaml
-
 from lit_distill.errors import UserError
+from lit_distill.reading import parse_yaml
 
 Condition = Callable[[Mapping[str, Any]], bool]
 """Whether a row of columns is kept."""
@@ -74,8 +73,8 @@ def _value(text: str) -> Any:  # noqa: ANN401 - whatever a column can hold
     if _NUMBER.fullmatch(text):
         return float(text)  # YAML wants a point before an exponent
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter is of dates that there are not
+        return parse_yaml(text)
+    except ValueError:
         return text
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import yaml
-
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.rationales import Example, read_examples
+from lit_distill.reading import parse_yaml
 
 VERSION = 1
 """Of the files' form."""
@@ -63,11 +62,11 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     """
     path = Path(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = parse_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(f"prompt: {str(path)!r} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt: {path} is not YAML ({' '.join(str(error).split())})") from error
+    except ValueError as error:
+        raise UserError(f"prompt: {path} is not YAML ({error})") from error
     allowed = ("version", *PromptTemplate.__dataclass_fields__)
     if not isinstance(found, dict):
         raise UserError(f"prompt: {path} must hold keys ({', '.join(allowed)}), got {type(found).__name__}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lit_distill.rationales import Example
+from lit_distill.reading import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +178,8 @@ def unread(annotation: Annotation) -> Annotation:
 def parse_structured(text: str) -> tuple[str, str] | None:
     """``(rationale, label)`` of an answer that follows `answer_schema`; ``None`` where it does not."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         return None
     if not isinstance(found, dict):
         return None

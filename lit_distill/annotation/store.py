@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from lit_distill.annotation.record import COLUMNS, KINDS, Agree, Annotation, from_row, same_answer, to_line, vote
 from lit_distill.errors import UserError
+from lit_distill.reading import parse_json
 
 FILE = "rationales.jsonl"
 """One object a sample."""
@@ -296,7 +297,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     try:
-        found: Any = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        found: Any = parse_json((folder / METADATA).read_bytes(), surrogates=True)
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
@@ -341,7 +342,7 @@ def read_rows(path: Path) -> Iterator[tuple[Annotation, dict[str, Any]]]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = parse_json(line, surrogates=True)
     except ValueError as error:
         raise UserError(f"{where}: not a sample: {error}") from error
     if not isinstance(row, dict):

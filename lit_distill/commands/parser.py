@@ -4,14 +4,31 @@ import importlib
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from yaml import YAMLError
 
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.messages import import_given, one_line
 from lit_distill.modules.base import DistillModule
+from lit_distill.reading import check_yaml
 from lit_distill.teachers.base import Teacher
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_bounded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
+    """As jsonargparse's own loader, which tells dates and numbers in its way; a bomb of aliases is refused before."""
+    try:
+        check_yaml(text)
+        return _load_yaml(text)
+    except ValueError as error:
+        # of a tag, or a number of thousands of digits
+        raise YAMLError(str(error)) from error
+
+
+set_loader("yaml", _load_bounded, exceptions=(YAMLError,))
 
 
 class Raised(BaseException):
@@ -45,6 +62,8 @@ class Parser(LightningArgumentParser):
             parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
             raise UserError(f"{error} (in {cfg_path})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: {str(cfg_path)!r} is not UTF-8 ({error.reason} at byte {error.start})") from error
         return parsed
 
 

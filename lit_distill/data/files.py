@@ -1,13 +1,13 @@
 """Read the released files; whatever is wrong with one is said with its name and line."""
 
 import codecs
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_distill.errors import UserError
+from lit_distill.reading import parse_json
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -23,46 +23,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
-            row = _parse(line.rstrip(), path, number)
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
             yield number, row
-
-
-def _parse(raw: bytes, path: Path, line: int) -> Any:  # noqa: ANN401 - whatever the JSON holds
-    """What a JSON text holds that begins at a line of a file."""
-    try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        where = line + raw.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        where = line + error.lineno - 1
-        raise UserError(f"{path}:{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except UserError as error:
-        raise UserError(f"{path}:{line}: {error}") from error
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}:{line}: JSON too deep or with too large a number") from error
-    if b"\\ud" in raw.lower() and not _is_text(found):
-        raise UserError(f"{path}:{line}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return found
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise UserError(f"the key {twice!r} is there twice in one object")
-    return found
-
-
-def _is_text(row: object) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def output_files(folder: Path, split: str) -> list[Path]:
@@ -103,7 +70,10 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
     Raises:
         UserError: the file is not UTF-8, not JSON, or has a key twice in one object.
     """
-    return _parse(path.read_bytes(), path, 1)
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def text_of(row: dict[str, Any], key: str) -> str:

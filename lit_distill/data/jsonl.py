@@ -1,6 +1,5 @@
 """A user's own data: files, saved folders or a hub dataset, with the columns' names by argument."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from lit_distill.data.splits import SplitRows
 from lit_distill.data.tables import Table, read_file, read_hub
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example
+from lit_distill.reading import parse_json
 
 
 class JSONLDataModule(RationaleDataModule):
@@ -239,8 +239,8 @@ def _text(name: str, value: Any) -> str:  # noqa: ANN401
 def _choices(value: Any) -> tuple[str, ...] | None:  # noqa: ANN401
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value)
+        except ValueError:
             raise UserError(f"choices must be a list (in a CSV cell: a JSON list), got {value!r}") from None
     if value is None:
         return None

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from lit_distill.errors import UserError
 from lit_distill.experiments.keys import without_own
 from lit_distill.files import write_text
+from lit_distill.reading import parse_json, parse_yaml
 from lit_distill.records import RECORD, RunRecord, read_record
 
 CONFIG = "fit.yaml"
@@ -115,10 +116,10 @@ def written_config(cell: Cell) -> dict[str, Any] | None:
     """
     path = cell.folder / CONFIG
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = parse_yaml(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move it away") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: no config; move it away")
@@ -135,7 +136,7 @@ def failure_of(folder: Path) -> Failure | None:
     """How a cell failed; ``None`` where it did not, a damaged file being a failure too."""
     path = folder / FAILED
     try:
-        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+        return Failure(**parse_json(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

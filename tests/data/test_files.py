@@ -116,8 +116,8 @@ def test_as_many_outputs_as_rows(count: int, admitted: bool, write_cqa: WriteCQA
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[", r"x_CoT_0\.json:1: not JSON"),
-        (b'\n\n["\xe4"]', r"x_CoT_0\.json:3: not UTF-8"),
+        (b"[", r"x_CoT_0\.json: not JSON"),
+        (b'\n\n["\xe4"]', r"x_CoT_0\.json: not UTF-8 .* in line 3"),
         (b'{"a": 1}', r"x_CoT_0\.json: not a JSON list"),
         (b'["a", null]', r"x_CoT_0\.json: output 1 is not a string but NoneType"),
     ],

@@ -1,0 +1,115 @@
+"""Read JSON and YAML from anywhere: bounded in depth and size, and wrong in one way, a ``ValueError`` of one line."""
+
+import json
+from typing import Any
+
+import yaml
+
+from lit_distill.errors import UserError
+
+_DEPTH = 100
+"""Levels of YAML at most; a config has ten."""
+
+_VALUES = 1_000_000
+"""Values that YAML may stand for, each alias counted as what it stands for."""
+
+_EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: ANN401 - whatever it holds
+    """What JSON holds.
+
+    Args:
+        text: the JSON.
+        surrogates: accept half a surrogate pair, which is no character and cannot be encoded again.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, is nested too deep, or holds a number of thousands of digits, half a
+            surrogate pair or a key twice in one object.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        found = json.loads(text, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(error)) from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON ({error.msg} at {line}column {error.colno})") from error
+    except UserError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise ValueError("JSON too deep or with too large a number") from error
+    if not surrogates and "\\ud" in text.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+    return found
+
+
+def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:  # noqa: ANN401
+    """What YAML holds.
+
+    Args:
+        text: the YAML.
+        loader: PyYAML's safe one, or one that is as safe.
+
+    Raises:
+        ValueError: it is not UTF-8 or not YAML, is nested too deep, or stands for too many values.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        check_yaml(text)
+        return yaml.load(text, loader)  # noqa: S506 - a safe one
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(error)) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(
+            f"the key {next(name for name in found if names.count(name) > 1)!r} is there twice in one object"
+        )
+    return found
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return f"not UTF-8 ({error.reason} at byte {error.start}{f', in line {line}' if line > 1 else ''})"
+
+
+def check_yaml(text: str) -> None:
+    """See that YAML is small, before anything is made of it: ten lines of aliases may stand for 10^10 values.
+
+    Raises:
+        YAMLError: it is not YAML, is nested too deep, or stands for too many values.
+    """
+    anchored: dict[str, int] = {}
+    # of the document and of each collection that is open: its anchor, and the values in it so far
+    open_: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=_EventLoader):
+        anchor, size = getattr(event, "anchor", None), 1
+        if isinstance(event, yaml.AliasEvent):
+            if anchor not in anchored:
+                raise yaml.YAMLError(f"the alias *{anchor} stands for nothing, or for what it is in")
+            anchor, size = None, anchored[str(anchor)]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_.append((anchor, 1))
+            if len(open_) > _DEPTH:
+                raise yaml.YAMLError(f"nested more than {_DEPTH} levels deep")
+            continue
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_.pop()
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        if anchor is not None:
+            anchored[anchor] = size
+        outer, before = open_[-1]
+        open_[-1] = outer, before + size
+        if before + size > _VALUES:
+            raise yaml.YAMLError(f"stands for more than {_VALUES:,} values")

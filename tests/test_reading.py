@@ -1,0 +1,69 @@
+"""JSON and YAML of every kind of trouble: one line, at once."""
+
+import time
+
+import pytest
+import yaml
+
+from lit_distill.reading import parse_json, parse_yaml
+from tests.commands.hostile import DEEP, bombs
+from tests.runs import CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"{", "not JSON (Expecting property name"),
+        (b'[1,\n"\xff"]', "not UTF-8 (invalid start byte at byte 5, in line 2)"),
+        (b"[" * 100_000, "JSON too deep"),
+        (b"9" * 6000, "too large a number"),
+        (b'"\\ud800"', "half of a surrogate pair"),
+    ],
+)
+def test_json_that_is_none(text: bytes, reason: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text follows
+        parse_json(text)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_pair_can_be_kept_and_a_whole_one_is_a_character() -> None:
+    assert parse_json('"\\ud800"', surrogates=True) == "\ud800"
+    assert parse_json('["\\ud83d\\ude00"]') == ["😀"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (bombs(), "stands for more than"),
+        (bombs(merge=True), "stands for more than"),
+        (b"[" * DEEP + b"]" * DEEP, "nested more than"),
+        (b"- " * DEEP + b"1", "nested more than"),
+        (b"&a [*a]", "the alias *a"),
+        (b"a: b: c", "not YAML"),
+        (b"a: \xff", "not UTF-8"),
+        (b"a: !!python/name:os.system x", "not YAML"),
+    ],
+)
+def test_yaml_that_is_none(text: bytes, reason: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text follows
+        parse_yaml(text)
+    assert time.monotonic() - began < 5
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_config_reads_as_it_did() -> None:
+    paths = sorted(CONFIGS.rglob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert parse_yaml(path.read_bytes()) == yaml.safe_load(path.read_text())
+
+
+def test_an_alias_stands_for_what_it_names() -> None:
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
+        "a": {"x": 1},
+        "b": {"x": 1, "y": 2},
+        "c": [{"x": 1}, {"x": 1}],
+    }
