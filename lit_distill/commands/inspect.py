@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lit_distill.answers import Split
 from lit_distill.data import RationaleDataModule
-from lit_distill.data.splits import SplitRows, teacher_counts
+from lit_distill.data.splits import SplitRows, UsedRows, teacher_counts
 from lit_distill.data.tokenize import CUTS, encode_examples
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example
@@ -23,12 +23,18 @@ EXAMPLES = 3
 
 
 def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
-    """A report in plain values over each released file whole, before val is taken off or anything is filtered.
+    """A report in plain values: each split as it is released, and what of it this run uses.
 
-    Where no val is released, ``val`` is the part that is taken off train (``released`` is false), and ``train`` is
-    still the whole file. A split that is absent is ``{"present": false}``. The teacher's label accuracy counts an
-    output that does not parse as wrong; it is ``None`` where there are no outputs or no labels. ``outside_label_set``
-    is 0 where there are no closed choices. Lengths are in tokens, before truncation.
+    Of each split that is there (one that is absent is ``{"present": false}``):
+
+    - of the released file whole, before val is taken off or anything is filtered: ``rows`` = ``parsed`` + ``unparsed``
+      + ``no_output``, ``teacher_label_accuracy`` (an output that does not parse is wrong; ``None`` without outputs or
+      labels), ``outside_label_set`` (0 without closed choices) and, of train, ``kept``: the rows with a rationale that
+      ``rationale_filter`` keeps. Where no val is released (``released`` is false), of the rows taken off train;
+    - what is taken away: ``taken_as_val``, ``left_out_by_fraction``, ``dropped_without_teacher_label`` and
+      ``dropped_without_target``, which lead from ``rows`` to ``used``;
+    - of the rows used: ``rationale_filtered``, ``used_rationales``, ``used_teacher_accuracy`` (where a rationale is
+      used), ``in_train`` (the input is also in train), the lengths in tokens before truncation, and what is truncated.
 
     Args:
         datamodule: the data, with a tokenizer; nothing is built of a student, and nothing is written to the cache.
@@ -75,15 +81,25 @@ def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, An
     counts = teacher_counts(rows, datamodule.teacher_agrees, datamodule.label_set)
     correct = counts.pop("teacher_correct")
     used = datamodule.used_rows(split)
-    return {
+    report = {
         "present": True,
         "released": not taken,
         **counts,
         "teacher_label_accuracy": _accuracy(rows, correct),
         "closed_choices": datamodule.label_set is not None or any(row.choices for row in rows.examples),
-        "used": len(used.examples),
-        **({name: value for name, value in used.counts.items() if name != "used"} if split == "train" else {}),
-        **_lengths(datamodule, rows),
+    }
+    if split == "train":
+        report |= {
+            "kept": datamodule.kept_rows(split),
+            "taken_as_val": len(rows) - len(datamodule.split_rows(split) or ()),
+        }
+    else:
+        report["in_train"] = datamodule.repeated_rows(split)
+    return report | {
+        **used.counts,
+        "used_rationales": sum(row.rationale is not None for row in used.examples),
+        "used_teacher_accuracy": _used_accuracy(datamodule, used),
+        **_lengths(datamodule, used.examples),
     }
 
 
@@ -96,12 +112,22 @@ def _accuracy(rows: SplitRows, correct: int) -> float | None:
     return correct / judged if judged else None
 
 
-def _lengths(datamodule: RationaleDataModule, rows: SplitRows) -> dict[str, Any]:
+def _used_accuracy(datamodule: RationaleDataModule, used: UsedRows) -> float | None:
+    """Of the rows whose rationale is used, as far as both labels are known."""
+    judged = [
+        datamodule.teacher_agrees(row.teacher_label, gold)
+        for row, gold in zip(used.examples, used.gold, strict=True)
+        if row.rationale is not None and row.teacher_label is not None and gold is not None
+    ]
+    return sum(judged) / len(judged) if judged else None
+
+
+def _lengths(datamodule: RationaleDataModule, rows: Sequence[Example]) -> dict[str, Any]:
     settings = datamodule.token_settings
     sources: dict[str, list[int]] = {task: [] for task in datamodule.tasks}
     targets: dict[str, list[int]] = {task: [] for task in datamodule.tasks}
     cut = dict.fromkeys(CUTS, 0)
-    for columns, counts in encode_examples(rows.examples, datamodule.tokenizer, settings):
+    for columns, counts in encode_examples(rows, datamodule.tokenizer, settings):
         cut = {name: cut[name] + counts[name] for name in CUTS}
         for task in datamodule.tasks:
             sources[task] += columns[f"{task}.input_length"]
@@ -156,32 +182,51 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
         console.print(_example_panel(row, f"example {number} of {shown['split']}: {row['id']}"))
 
 
+_RELEASED = {
+    "rows": "rows of the file",
+    "parsed": "- output parsed",
+    "unparsed": "- output not parsed",
+    "no_output": "- no output",
+    "teacher_label_accuracy": "teacher accuracy, of all outputs",
+    "outside_label_set": "teacher outside the choices",
+    "kept": "rationale kept by the filter",
+}
+_USED = {
+    "taken_as_val": "taken off for val",
+    "left_out_by_fraction": "left out by train_fraction",
+    "dropped_without_teacher_label": "dropped: no teacher label",
+    "dropped_without_target": "dropped: no target",
+    "used": "rows used",
+    "rationale_filtered": "- rationale filtered out",
+    "used_rationales": "- with a rationale",
+    "used_teacher_accuracy": "- teacher accuracy on these",
+    "in_train": "- input is also in train",
+}
+
+
 def _rows_table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['dataset']}: rows and what the teacher said", title_justify="left")
+    """Above the line each file whole, below it what this run takes of it."""
+    chosen = f"rationale_filter: {report['settings']['rationale_filter']}"
+    table = Table(title=f"{report['dataset']}: rows released, and rows used ({chosen})", title_justify="left")
     table.add_column("")
     splits: dict[str, dict[str, Any]] = report["splits"]
     for split, found in splits.items():
         taken = found["present"] and not found["released"]
         table.add_column(f"{split} (of train)" if taken else split, justify="right")
-    names = {
-        "rows": "rows",
-        "used": "rows as used",
-        "parsed": "outputs parsed",
-        "unparsed": "outputs unparsed",
-        "no_output": "without output",
-        "teacher_label_accuracy": "teacher accuracy",
-        "outside_label_set": "outside the choices",
-    }
-    for key, name in names.items():
-        table.add_row(name, *(_cell(found, key) for found in splits.values()))
+    for names in (_RELEASED, _USED):
+        for key, name in names.items():
+            table.add_row(name, *(_cell(found, key) for found in splits.values()))
+        table.add_section()
     return table
 
 
 def _cell(found: dict[str, Any], key: str) -> str:
     if not found["present"]:
         return "absent" if key == "rows" else ""
+    if key not in found:
+        return ""
     value = found[key]
-    if key == "teacher_label_accuracy":
+    if key.endswith("_accuracy"):
         return "none" if value is None else f"{100 * value:.2f} %"
     if key == "outside_label_set" and not found["closed_choices"]:
         return "no choices"
@@ -191,7 +236,7 @@ def _cell(found: dict[str, Any], key: str) -> str:
 def _lengths_table(report: dict[str, Any]) -> Table:
     settings = report["settings"]
     limits = f"inputs up to {settings['max_source_length']:,}, targets up to {settings['max_target_length']:,}"
-    table = Table(title=f"lengths in tokens ({limits})", title_justify="left")
+    table = Table(title=f"lengths in tokens of the rows used ({limits})", title_justify="left")
     table.add_column("split")
     table.add_column("task")
     table.add_column("")

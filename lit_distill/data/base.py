@@ -324,6 +324,11 @@ class RationaleDataModule(pl.LightningDataModule):
         train = self.released("train")
         return None if train is None else hold_out(train)[split == "val"]
 
+    def kept_rows(self, split: Split) -> int:
+        """How many rows of a released split, the whole of it, have a rationale that ``rationale_filter`` keeps."""
+        rows = self.released(split)
+        return 0 if rows is None else rows.kept(self._keep)
+
     def repeated_rows(self, split: Split) -> int:
         """How many rows of a split have an input that is in train, too: what is measured on them is no generalisation.
 

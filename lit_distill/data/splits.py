@@ -37,6 +37,15 @@ class SplitRows:
         samples = {new: self.samples[old] for new, old in enumerate(positions) if old in self.samples}
         return SplitRows([self.examples[position] for position in positions], unparsed, samples)
 
+    def said(self, position: int) -> list[Example]:
+        """A row with each of the teacher's samples that has a rationale, in their order."""
+        samples = (self.examples[position], *self.samples.get(position, ()))
+        return [example for example in samples if example.rationale is not None]
+
+    def kept(self, keep: RationaleFilter | None) -> int:
+        """How many rows have a rationale that a filter keeps."""
+        return sum(any(keep is None or keep(one) for one in self.said(p)) for p in range(len(self)))
+
 
 @dataclass(frozen=True)
 class UsedRows:
@@ -112,7 +121,7 @@ def train_rows(
     examples: list[Example] = []
     gold: list[str | None] = []
     for position, original in enumerate(drawn.examples):
-        said = [one for one in (original, *drawn.samples.get(position, ())) if one.rationale is not None]
+        said = drawn.said(position)
         example = next((one for one in said if keep is None or keep(one)), None)
         if example is None:
             counts["rationale_filtered"] += bool(said)

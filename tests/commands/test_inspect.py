@@ -55,27 +55,57 @@ def test_figures(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         "outside_label_set": 1,
         "teacher_label_accuracy": 0.6,
         "closed_choices": True,
-        # rationales have 1 to 9 characters and an end: those of 5 and more are beyond 5 tokens
+        "kept": 9,
+        "taken_as_val": 1,
+        "dropped_without_teacher_label": 1,
+        "used": 8,
+        "used_rationales": 8,
+        "used_teacher_accuracy": 5 / 8,
+        # row 2 is val; rationales have 1 to 9 characters and an end: those of 5 and more are beyond 5 tokens
         "truncated_inputs": 0,
         "truncated_targets": 5,
+        "truncated_labels": 0,
     }
     assert {key: train[key] for key in expected} == expected
     text = "0\nAnswer Choices:\n(a) ab\n(b) c"
     assert train["lengths"]["label"] == {
-        "input": {"rows": 10, "median": 10 + len(text), "p95": 10 + len(text), "max": 10 + len(text), "truncated": 0},
-        "target": {"rows": 10, "median": 3, "p95": 3, "max": 3, "truncated": 0},
+        "input": {"rows": 8, "median": 10 + len(text), "p95": 10 + len(text), "max": 10 + len(text), "truncated": 0},
+        "target": {"rows": 8, "median": 3, "p95": 3, "max": 3, "truncated": 0},
     }
     assert train["lengths"]["rationale"]["target"] == {
-        "rows": 9,
-        "median": 6,
-        "p95": pytest.approx(9.6),
+        "rows": 8,
+        "median": 6.5,
+        "p95": pytest.approx(9.65),
         "max": 10,
         "truncated": 5,
     }
     assert (val["present"], val["released"], val["rows"]) == (True, False, 1)
-    assert train["used"] + train["dropped_without_teacher_label"] == 9
+    # test has the very questions of train, of which val has taken one
+    assert (val["in_train"], test["in_train"]) == (0, 9)
     assert test["teacher_label_accuracy"] is None
     assert (test["rows"], test["parsed"], test["no_output"]) == (10, 0, 10)
+
+
+def test_filter_and_fraction(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = {"rationale_filter": "label_agrees", "train_fraction": 0.5, "label_source": "teacher"}
+    module = CQADataModule(data_dir=cqa, tokenizer=tokenizer, tasks=BOTH, **settings)  # type: ignore[arg-type]
+    report = inspect_data(module)
+    train = report["splits"]["train"]
+    assert (train["rows"], train["parsed"], train["kept"], train["taken_as_val"]) == (10, 9, 6, 1)
+    taken = ("taken_as_val", "left_out_by_fraction", "dropped_without_teacher_label", "dropped_without_target")
+    assert train["rows"] - sum(train[name] for name in taken) == train["used"]
+    assert train["used_rationales"] + train["rationale_filtered"] == train["used"]
+    assert (train["teacher_label_accuracy"], train["used_teacher_accuracy"]) == (0.6, 1)
+    # what is said of lengths is of the rows used
+    assert train["lengths"]["label"]["input"]["rows"] == train["used"] < 9
+    assert train["lengths"]["rationale"]["target"]["rows"] == train["used_rationales"] < train["used"]
+    shown = StringIO()
+    render(report, Console(file=shown, width=80))
+    rows = [line.split("│") for line in shown.getvalue().splitlines() if line.startswith("│")]
+    cells = {row[1].strip(): row[2].strip() for row in rows}
+    assert (cells["rationale kept by the filter"], cells["taken off for val"]) == ("6", "1")
+    assert cells["rows used"] == str(train["used"])
+    assert "rationale_filter: label_agrees" in shown.getvalue()
 
 
 def test_examples_are_what_the_student_sees(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -119,7 +149,7 @@ def test_tables_fit_the_terminal(cqa: Path, tokenizer: PreTrainedTokenizerFast, 
     render(report, Console(file=shown, width=width))
     lines = shown.getvalue().splitlines()
     assert max(map(len, lines)) <= width
-    (accuracy,) = (line for line in lines if "teacher accuracy" in line)
+    (accuracy,) = (line for line in lines if "teacher accuracy, of all" in line)
     assert next(cell.strip() for cell in accuracy.split("│")[2:-1]) == "60.00 %"
     assert "…" not in shown.getvalue()
     assert "val (of train)" in shown.getvalue()
