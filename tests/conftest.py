@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.students import make_student_folder
+from tests.students import add_weights, make_student_folder
 
 # the students are tiny: a second thread only waits, several times as long where cores are shared
 torch.set_num_threads(1)
@@ -20,3 +20,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny untied T5's configuration and tokenizer."""
     return make_student_folder(tmp_path_factory.mktemp("students") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untied T5 that has weights."""
+    return add_weights(make_student_folder(tmp_path_factory.mktemp("students") / "tiny"))

@@ -68,9 +68,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def small_model(student: Path, method: str = "StepByStepModule") -> list[str]:
-    """A tiny student from scratch that writes little."""
+    """A tiny student that writes little; from scratch where it has no weights."""
+    from_scratch = str(not (student / "model.safetensors").exists()).lower()
     lengths = ["--model.max_label_length=3", "--model.max_rationale_length=4"]
-    return [f"--model={method}", f"--model.student={student}", "--model.from_scratch=true", *lengths]
+    return [f"--model={method}", f"--model.student={student}", f"--model.from_scratch={from_scratch}", *lengths]
 
 
 def toy_data(train: int = 12, batch: int = 4) -> list[str]:

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from lit_distill.students import build_student, save_student
 
 WORDS = [
     "<pad>", "</s>", "<unk>", "predict:", "explain:", "Answer", "Choices:", "Rationale:", "So", "the", "answer", "is",
@@ -56,4 +59,11 @@ def make_student_folder(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def add_weights(folder: Path) -> Path:
+    """Give a folder with a configuration alone weights, as a pretrained student has them."""
+    torch.manual_seed(11)
+    save_student(build_student(CONFIG), make_tokenizer(), folder)
     return folder

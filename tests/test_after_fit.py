@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import at_work_in, metric_rows, refusal, run, run_folders, small_model, small_trainer, write_lines
+from tests.runs import (
+    at_work_in,
+    metric_rows,
+    refusal,
+    run,
+    run_folders,
+    small_model,
+    small_trainer,
+    toy_data,
+    write_lines,
+)
 
 ROWS = [{"input": f"cat {i}", "label": "a", "rationale": "because a"} for i in range(8)]
 
@@ -86,3 +96,16 @@ def test_lightnings_own_interval_is_heard(student_folder: Path, place: Path) -> 
     [folder] = run_folders()
     rows = [row["step"] for row in metric_rows(folder) if "val/accuracy" in row]
     assert rows == ["1", "3"]
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_random_weights_are_not_evaluated(
+    command: str, student_folder: Path, weights_folder: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    data = [*toy_data(), *small_trainer()]
+    line = refusal(capsys, command, small_model(student_folder), data)
+    assert line.startswith(f"ckpt_path: {command} would score random weights")
+    run(command, small_model(weights_folder), data)
+    told = [line for line in caplog.messages if "as it is" in line]
+    assert told == [f"No ckpt_path: {command} takes the student {str(weights_folder)!r} as it is."]

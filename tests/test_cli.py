@@ -285,17 +285,17 @@ def test_a_wrong_config_is_one_line(
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict", "inspect"])
 def test_missing_data_offline_names_the_folder_and_the_argument(
-    command: str, here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, here: Path, weights_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data=SVAMPDataModule", f"--data.data_dir={here / 'elsewhere'}"]
-    line = refusal(capsys, command, small_model(student_folder), data, small_trainer())
+    line = refusal(capsys, command, small_model(weights_folder), data, small_trainer())
     assert str(here / "elsewhere" / "svamp") in line
     assert "set data_dir" in line
     assert not (here / "elsewhere").exists()
 
 
 def test_an_absent_split_is_an_error_only_where_it_is_needed(
-    here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, student_folder: Path, weights_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_release(here / "release")
     (root / "anli1" / "anli1_train.json").unlink()
@@ -304,16 +304,17 @@ def test_an_absent_split_is_an_error_only_where_it_is_needed(
     line = refusal(capsys, "fit", arguments)
     assert "anli1 has no train split" in line
     assert line.endswith("needs it")
+    arguments = [*small_model(weights_folder), *data, *small_trainer()]
     run("validate", arguments)
     run("test", arguments)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_a_file_of_ones_own_that_is_absent(
-    command: str, student_folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, weights_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data=JSONLDataModule", "--data.train=mine.jsonl", "--data.test=mine.jsonl"]
-    line = refusal(capsys, command, small_model(student_folder), data, small_trainer())
+    line = refusal(capsys, command, small_model(weights_folder), data, small_trainer())
     assert line.startswith("train: there is no ")
     assert "mine.jsonl" in line
 
@@ -590,7 +591,7 @@ def test_tasks_prefixes_and_tokenizer_follow_from_the_method(
 
     monkeypatch.setattr("lit_distill.data.base.RationaleDataModule.setup", only_look)
     with pytest.raises(InterruptedError):
-        run("validate", small_model(student_folder, method), extra, toy_data(), small_trainer())
+        run("fit", small_model(student_folder, method), extra, toy_data(), small_trainer())
     assert built[0].prefixes == prefixes
     assert list(built[0].tasks) == list(prefixes)
     assert built[0].tokenizer.name_or_path == str(student_folder)

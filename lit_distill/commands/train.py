@@ -189,6 +189,8 @@ class DistillCLI(LightningCLI):
         endless = trainer["max_steps"] == -1 and trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None
         if self.subcommand == "fit" and endless:
             raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
+        if self.subcommand != "fit" and config["ckpt_path"] is None:
+            self._see_to_weights(config["model"]["init_args"])
         if config.get("verbose") is not None:
             # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
             config["verbose"] = False
@@ -200,6 +202,15 @@ class DistillCLI(LightningCLI):
             config["validation"]["every_n_steps"] = None
         if config["cpu_threads"] is not None:
             torch.set_num_threads(config["cpu_threads"])
+
+    def _see_to_weights(self, model: Namespace) -> None:
+        """Without a checkpoint the student is evaluated as it is, if it is anything at all."""
+        if model.get("from_scratch"):
+            raise UserError(
+                f"ckpt_path: {self.subcommand} would score random weights, which model.from_scratch asks for; give"
+                " ckpt_path, or a student that has weights and from_scratch: false"
+            )
+        rank_zero_info(f"No ckpt_path: {self.subcommand} takes the student {model.get('student')!r} as it is.")
 
     def _name_run(self) -> None:
         """Loggers that have no name get the run's, so that they need no set-up."""

@@ -76,11 +76,11 @@ def test_predictions_agree_with_plain_transformers(here: Path, student_folder: P
         assert row["rationale"] == texts["explain: "].strip()
 
 
-def test_rows_without_labels(here: Path, student_folder: Path) -> None:
+def test_rows_without_labels(here: Path, weights_folder: Path) -> None:
     rows = [{"id": f"é{i}", "input": f"cat {i} ?"} for i in range(7)]
     write_lines(here / "asked.jsonl", rows)
     data = ["--data=JSONLDataModule", "--data.predict=asked.jsonl", "--data.batch_size=3"]
-    run("predict", small_model(student_folder), data, small_trainer())
+    run("predict", small_model(weights_folder), data, small_trainer())
     [folder] = run_folders()
     found = read_lines(folder / "predictions.jsonl")
     assert [row["id"] for row in found] == [f"é{i}" for i in range(7)]
@@ -93,25 +93,25 @@ def test_rows_without_labels(here: Path, student_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "rationale"), [("StandardModule", False), ("SingleTaskModule", True)])
-def test_the_rationale_is_null_where_the_method_writes_none(method: str, rationale: bool, student_folder: Path) -> None:
-    arguments = [*small_model(student_folder, method), *small_toy(student_folder)[5:]]
+def test_the_rationale_is_null_where_the_method_writes_none(method: str, rationale: bool, weights_folder: Path) -> None:
+    arguments = [*small_model(weights_folder, method), *small_toy(weights_folder)[5:]]
     run("predict", arguments, "--predictions=put.jsonl")
     for row in read_lines(Path("put.jsonl")):
         assert (row["rationale"] is not None) == rationale
 
 
-def test_another_split(student_folder: Path) -> None:
-    run("predict", small_toy(student_folder), "--data.predict_split=val", "--predictions=put.jsonl")
+def test_another_split(weights_folder: Path) -> None:
+    run("predict", small_toy(weights_folder), "--data.predict_split=val", "--predictions=put.jsonl")
     assert [row["id"] for row in read_lines(Path("put.jsonl"))] == [f"toy-val-{i}" for i in range(4)]
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(
-    student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    weights_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning.pytorch.Trainer._run", lambda *args, **kwargs: pytest.fail("it predicted"))
     (tmp_path / "file").touch()
     target = f"--predictions={tmp_path / 'file' / 'out.jsonl'}"
     with pytest.raises(SystemExit) as stopped:
-        run("predict", small_model(student_folder), toy_data(), "--trainer.accelerator=cpu", target)
+        run("predict", small_model(weights_folder), toy_data(), "--trainer.accelerator=cpu", target)
     assert stopped.value.code == 2
     assert "predictions: cannot write" in capsys.readouterr().err
