@@ -11,7 +11,7 @@ a row that only pads a distributed sampler: its labels are ignored and its predi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -68,6 +68,22 @@ def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
     if "target_lengths" in inputs:
         taken["target_lengths"] = tuple(inputs["target_lengths"][row] for row in rows)
     return taken
+
+
+def join(parts: Sequence[TaskInputs]) -> TaskInputs:
+    """Rows of several evaluation batches of a task as one, padded to the longest."""
+
+    def joined(name: Literal["input_ids", "attention_mask", "labels"], value: int) -> Tensor:
+        width = max(part[name].shape[1] for part in parts)
+        return torch.cat([functional.pad(part[name], (0, width - part[name].shape[1]), value=value) for part in parts])
+
+    return {
+        # whatever fills it, the mask leaves it out
+        "input_ids": joined("input_ids", 0),
+        "attention_mask": joined("attention_mask", 0),
+        "labels": joined("labels", IGNORE_INDEX),
+        "index": torch.cat([part["index"] for part in parts]),
+    }
 
 
 @dataclass(frozen=True)

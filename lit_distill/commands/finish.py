@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -90,7 +91,9 @@ def report(module: DistillModule, *, student: Path | None = None, baseline: Mapp
 
 def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
     """The metrics with their 95 % intervals, and the baselines' accuracies beside."""
-    table = Table(title=f"{evaluation.split} ({len(evaluation.key)} rows)", title_justify="left")
+    rows, whole = len(evaluation.answers), len(evaluation.key)
+    shown = f"{rows} rows" if rows == whole else f"{rows} of {whole} rows"
+    table = Table(title=f"{evaluation.split} ({shown})", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
@@ -101,7 +104,8 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
         table.add_row(_NAMES.get(name, name.replace("_", " ")), f"{metrics[name]:.3f}", interval)
-    lines = [("chance: " + name, value, "") for name, value in chance_levels(evaluation).items()]
+    chance = chance_level(evaluation)
+    lines = [] if chance is None else [(f"chance: {chance[0]}", chance[1], "")]
     if baseline is not None:
         split = evaluation.split
         low, high = baseline[f"{split}/accuracy_low"], baseline[f"{split}/accuracy_high"]
@@ -109,21 +113,26 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
     if lines:
         table.add_section()
         for name, value, interval in lines:
-            table.add_row(name, f"{value:.3f}", interval)
+            table.add_row(escape(name), f"{value:.3f}", interval)
     return table
 
 
-def chance_levels(evaluation: Evaluation) -> dict[str, float]:
-    """Accuracies that need no input: a uniform guess among closed choices, and always the commonest training label."""
+def chance_level(evaluation: Evaluation) -> tuple[str, float] | None:
+    """The better of two ways to answer without reading the input, and its accuracy on the rows that were evaluated.
+
+    A uniform guess among closed choices, or always the commonest training label; ``None`` where there is neither.
+    """
     key = evaluation.key
-    levels: dict[str, float] = {}
-    if key.choices and all(key.choices):
-        levels["a uniform guess"] = sum(1 / len(choices) for choices in key.choices) / len(key.choices)
+    rows = [row for answer in evaluation.answers if key.labels[row := answer.index] is not None]
+    if not rows:
+        return None
+    levels: list[tuple[str, float]] = []
+    if key.choices and all(key.choices[row] for row in rows):
+        levels.append(("a uniform guess", sum(1 / len(key.choices[row]) for row in rows) / len(rows)))
     if key.majority_label is not None:
-        judged, majority = judge(key.metric), key.majority_label
-        hits = [judged(majority, label) for label in key.labels if label is not None]
-        levels["the commonest label"] = sum(hits) / len(hits) if hits else 0.0
-    return levels
+        hits = [judge(key.metric)(key.majority_label, str(key.labels[row])) for row in rows]
+        levels.append((f"always {key.majority_label!r}", sum(hits) / len(rows)))
+    return max(levels, key=lambda level: level[1], default=None)
 
 
 def _order(name: str) -> tuple[int, str]:

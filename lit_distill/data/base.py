@@ -506,6 +506,14 @@ class RationaleDataModule(pl.LightningDataModule):
         self.counts[split] |= cut
         return TokenRows(table, self.tasks)
 
+    def target_limits(self) -> dict[str, int]:
+        """Task -> generated tokens that its targets ask for: half more than the longest in train, and 4.
+
+        Never more than ``max_target_length``. A task without targets is absent.
+        """
+        found = {task: self._rows["train"].longest_target(task) for task in self.tasks}
+        return {task: min(n + n // 2 + 4, self.max_target_length) for task, n in found.items() if n}
+
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
         if split not in self._rows:
             raise RuntimeError(f"setup has not built the {split} split")

@@ -52,6 +52,11 @@ class TokenRows(Dataset[Row]):
         lengths: list[int] = total.to_pylist()  # type: ignore[attr-defined]
         return lengths
 
+    def longest_target(self, task: str) -> int:
+        """Tokens of the longest target of a task; 0 where none has one."""
+        column = self._table.with_format("arrow")[:][f"{task}.labels"]
+        return pc.max(pc.list_value_length(column)).as_py() or 0
+
     def __getitem__(self, position: int) -> Row:
         return self.__getitems__([position])[0]
 

@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.answers import AnswerKey, AnswerSource, Split
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, remember_rows, target_tokens
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, join, remember_rows, take, target_tokens
 from lit_distill.checks import check_distinct, check_range
 from lit_distill.errors import UserError
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
 from lit_distill.modules.fast_path import FastPath
 from lit_distill.modules.finite import Part, first_not_finite, part_of, rows_of
-from lit_distill.modules.generation import answer_rows
+from lit_distill.modules.generation import add_rationales, answer_rows
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, clip_within_step, configure, take_off_clipping
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
@@ -34,6 +34,7 @@ from lit_distill.students import CHECKPOINT_KEY, check_weights, load_student, lo
 
 _SEED_KEY = "lit_distill_seed"
 _PREFIXES_KEY = "lit_distill_prefixes"
+_LIMITS_KEY = "lit_distill_target_limits"
 
 
 class DistillModule(pl.LightningModule):
@@ -62,8 +63,9 @@ class DistillModule(pl.LightningModule):
             the run says why. Gradients of gradients need ``false``.
         compile: train through the student's own forward compiled by ``torch.compile`` for any shape, in place of the
             fast path; lengths rounded up by ``data.pad_to_multiple_of`` suit it. Evaluation is not compiled.
-        max_label_length: generated tokens at most for a label.
-        max_rationale_length: generated tokens at most for a rationale.
+        max_label_length: generated tokens at most for a label; by default half more than the longest label target in
+            train has. The paper's is 64.
+        max_rationale_length: generated tokens at most for a rationale; by default half more than the longest in train.
         num_beams: beams of the generation; 1 is greedy.
         evaluate_losses: compute the losses of ``all`` terms in evaluation, or only that of the task that gives the
             ``answer``, at less than half the time where there are two tasks; there is no ``val/loss`` then, and a
@@ -95,8 +97,8 @@ class DistillModule(pl.LightningModule):
         activation_checkpointing: bool = False,
         fast: bool = True,
         compile: bool = False,
-        max_label_length: int = 64,
-        max_rationale_length: int = 256,
+        max_label_length: int | None = None,
+        max_rationale_length: int | None = None,
         num_beams: int = 1,
         evaluate_losses: Literal["all", "answer"] = "all",
         evaluate_rationales: bool = False,
@@ -146,9 +148,9 @@ class DistillModule(pl.LightningModule):
         self._window_terms: dict[str, Tensor] = {}
         self._window_parts: list[Part] = []
         self._gradient_norm: Tensor | None = None
-        self._eval_parts: list[Part] = []
-        self._eval_sums: dict[str, Tensor] = {}
-        self._eval_answers: list[Answer] = []
+        self._target_limits: dict[str, int] = {}
+        self._unmeasured: tuple[str, ...] = ()
+        self._forget_evaluation()
 
     # ------------------------------------------------------------------ the two hooks, and what they declare
 
@@ -292,6 +294,8 @@ class DistillModule(pl.LightningModule):
             source: Any = self.trainer.fit_loop._data_source
             inner = source.inner if isinstance(source, WindowSource) else source
             self.trainer.fit_loop._data_source = WindowSource(inner, self._read_ahead)  # type: ignore[assignment]
+            if hasattr(datamodule, "target_limits"):
+                self._target_limits = datamodule.target_limits()
 
     def _check_tasks(self, built: dict[str, str]) -> None:
         if built != self.prefixes:
@@ -320,6 +324,9 @@ class DistillModule(pl.LightningModule):
         if self._seed is None:
             # one for all ranks: a checkpoint, which rank 0 writes, holds one
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+        if limits := {task: self.generation_settings(task)["max_new_tokens"] for task in self._target_limits}:
+            shown = ", ".join(f"{length} for {task}" for task, length in limits.items())
+            rank_zero_info(f"Generated tokens at most: {shown} (max_label_length, max_rationale_length).")
         per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if per_device is None:
             return
@@ -405,6 +412,10 @@ class DistillModule(pl.LightningModule):
         assert self._window is not None  # noqa: S101 - for the type checker
         distributed, examples = self.trainer.world_size > 1, max(self._window.examples, 1)
         for name, term in self._window_terms.items():
+            if self._window.counts.get(name) == 0 and not self._window_weights[name]:
+                # no rank has targets for it in this step; Lightning would log the last step's once more
+                cast(dict[str, Any], self.trainer._results).pop(f"training_step.train/{name}_loss", None)
+                continue
             self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
         with torch.no_grad():
             total = self.total_loss(self._window_terms)
@@ -524,11 +535,17 @@ class DistillModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an evaluation that was broken off has left."""
-        self._eval_sums, self._eval_answers, self._eval_parts = {}, [], []
+        self._forget_evaluation()
 
     def on_test_epoch_start(self) -> None:
-        """Likewise."""
-        self._eval_sums, self._eval_answers, self._eval_parts = {}, [], []
+        """Forget what an evaluation that was broken off has left."""
+        self._forget_evaluation()
+
+    def _forget_evaluation(self) -> None:
+        self._eval_parts: list[Part] = []
+        self._eval_sums: dict[str, Tensor] = {}
+        self._eval_answers: list[Answer] = []
+        self._eval_samples: list[TaskInputs] = []
 
     def on_validation_epoch_end(self) -> None:
         """Metrics of val."""
@@ -548,7 +565,7 @@ class DistillModule(pl.LightningModule):
 
     def answers(self, batch: TaskBatch, key: AnswerKey, *, rationales: bool) -> list[Answer]:
         """What the student says of each row of an evaluation batch; see `lit_distill.modules.generation`."""
-        return answer_rows(self, batch, key, every_rationale=rationales)
+        return answer_rows(self, batch, key, rationales=rationales)
 
     def shape_scores(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
         """Change the scores that the next token is chosen by; as they are unless a subclass overrides this.
@@ -562,9 +579,18 @@ class DistillModule(pl.LightningModule):
         return scores
 
     def generation_settings(self, task: str) -> dict[str, int]:
-        """``generate``'s arguments for a task: a target is as long as its parts may be together."""
-        lengths = {"label": self.hparams["max_label_length"], "rationale": self.hparams["max_rationale_length"]}
-        length = sum(limit for part, limit in lengths.items() if part in task.split("_"))
+        """``generate``'s arguments for a task: a target is as long as its parts may be together.
+
+        A part without a length of its own may be as long as train's targets of the task; of a student that was not
+        trained here, as its own configuration says, or else 64 tokens for a label and 256 for a rationale.
+        """
+        parts = [part for part in ("label", "rationale") if part in task.split("_")]
+        given = [length for part in parts if (length := self.hparams[f"max_{part}_length"]) is not None]
+        length = sum(given)
+        if len(given) < len(parts):
+            exported = (getattr(self.student.config, "task_specific_params", None) or {}).get(task, {})
+            default = exported.get("max_new_tokens", sum({"label": 64, "rationale": 256}[part] for part in parts))
+            length += self._target_limits.get(task, default)
         return {"max_new_tokens": length, "num_beams": self.hparams["num_beams"]}
 
     @property
@@ -582,6 +608,7 @@ class DistillModule(pl.LightningModule):
             terms, counts = self._checked(self.loss_terms(counted)), self.term_counts(counted)
             self._eval_parts.append(part_of({name: term for name, term in terms.items() if counts.get(name, 1)}, batch))
             self._eval_answers += self.answers(batch, key, rationales=self.hparams["evaluate_rationales"])
+        self._sample_rationales(batch, key)
         if not every:
             terms = {self.answer_task: terms[self.answer_task]}
         for name, term in terms.items():
@@ -592,9 +619,26 @@ class DistillModule(pl.LightningModule):
             pair = torch.stack([term.detach().float() * number, torch.tensor(float(number), device=term.device)])
             self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
 
+    def _sample_rationales(self, batch: TaskBatch, key: AnswerKey) -> None:
+        """Generate the rationales of the sample rows: all of them together, with the evaluation's last batch."""
+        task = self.rationale_task
+        if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
+            return
+        inputs = batch[cast(str, task)]
+        index = inputs["index"].tolist()
+        rows = [i for i, row in enumerate(index) if 0 <= row < self.hparams["num_samples"]]
+        last = self.trainer._evaluation_loop.batch_progress.is_last_batch
+        if last and self.sharded and not rows and not self._eval_samples:
+            # every rank has to generate as often, if only for a row that nobody asked for
+            rows = [0]
+        if rows:
+            self._eval_samples.append(take(inputs, rows))
+        if last and self._eval_samples:
+            add_rationales(self, self._eval_answers, join(self._eval_samples), key)
+
     def _finish_evaluation(self, split: Literal["val", "test"]) -> None:
         sums, answers, parts = self._eval_sums, self._eval_answers, self._eval_parts
-        self._eval_sums, self._eval_answers, self._eval_parts = {}, [], []
+        self._forget_evaluation()
         names = sorted(sums)
         pairs = torch.stack([sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
         if self.trainer.world_size > 1:
@@ -606,14 +650,17 @@ class DistillModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         means = {name: total / count.clamp(min=1) for name, (total, count) in zip(names, pairs, strict=True)}
-        metrics = {f"{name}_loss": float(mean) for name, mean in means.items()}
-        if self.hparams["evaluate_losses"] == "all":
+        measured = [name for name, (_, count) in zip(names, pairs, strict=True) if count > 0]
+        metrics = {f"{name}_loss": float(means[name]) for name in measured}
+        if self.hparams["evaluate_losses"] == "all" and measured:
+            # it is linear: a term of 0 is one that is left out
             metrics["loss"] = float(self.total_loss(means))
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             found = first_not_finite(parts)
             rows = rows_of(parts[found[0]], self._row_ids(split)) if found else ""
             step = f"step {self.trainer.global_step}: " if self.trainer.state.fn == "fit" else ""
             raise UserError(f"{step}{split}/{bad[0]} is {metrics[bad[0]]}{rows}")
+        self._say_unmeasured(split, [name for name in names if name not in measured])
         key = self._answer_key(split)
         settings = self.hparams
         metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
@@ -628,6 +675,12 @@ class DistillModule(pl.LightningModule):
                 batch_size=1,
                 prog_bar=split == "val" and name == "accuracy",
             )
+
+    def _say_unmeasured(self, split: str, names: Sequence[str]) -> None:
+        if names and (split, *names) != self._unmeasured:
+            self._unmeasured = (split, *names)
+            keys = ", ".join(f"{split}/{name}_loss" for name in names)
+            rank_zero_info(f"{split} has no targets for {', '.join(names)}: no {keys}, {split}/loss is without")
 
     def _answer_key(self, split: Split) -> AnswerKey:
         return self._datamodule().answer_key(split)
@@ -653,6 +706,7 @@ class DistillModule(pl.LightningModule):
             check_weights(checkpoint["state_dict"], f"step {self.trainer.global_step}")
         checkpoint[CHECKPOINT_KEY] = record_student(self.student, self.tokenizer)
         checkpoint[_PREFIXES_KEY] = dict(self.prefixes)
+        checkpoint[_LIMITS_KEY] = dict(self._target_limits)
         if self._seed is not None:
             checkpoint[_SEED_KEY] = self._seed
         if self._windows is not None and "loops" in checkpoint:
@@ -678,6 +732,7 @@ class DistillModule(pl.LightningModule):
                 f"ckpt_path: the checkpoint was trained on {trained} (task: prefix), {type(self).__name__} here asks"
                 f" for {self.prefixes}; give the method and the prefixes that it was trained with"
             )
+        self._target_limits = dict(checkpoint.get(_LIMITS_KEY, {}))
         self._seed = checkpoint.get(_SEED_KEY)
         if (loops := checkpoint.get("loops")) is not None:
             self._resumed_batches = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"]

@@ -78,10 +78,10 @@ def gather_answers(module: DistillModule, answers: Sequence[Answer]) -> list[Ans
     They travel as bytes in a tensor, which every strategy can gather, also those without object collectives.
     """
     own = json.dumps([asdict(answer) for answer in answers]).encode()
-    sizes = _gather(module, torch.tensor([len(own)], device=module.device)).flatten().tolist()
+    sizes = all_ranks(module, torch.tensor([len(own)], device=module.device)).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=module.device)
     padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(module.device)
-    gathered = _gather(module, padded).reshape(len(sizes), -1).cpu()
+    gathered = all_ranks(module, padded).reshape(len(sizes), -1).cpu()
     by_row: dict[int, Answer] = {}
     for size, row in zip(sizes, gathered, strict=True):
         for content in json.loads(row[:size].numpy().tobytes()):
@@ -89,7 +89,8 @@ def gather_answers(module: DistillModule, answers: Sequence[Answer]) -> list[Ans
     return [by_row[index] for index in sorted(by_row)]
 
 
-def _gather(module: DistillModule, tensor: Tensor) -> Tensor:
+def all_ranks(module: DistillModule, tensor: Tensor) -> Tensor:
+    """A tensor of the same shape from every rank, stacked."""
     gathered = module.all_gather(tensor)
     assert isinstance(gathered, Tensor)  # noqa: S101 - for the type checker: a tensor gives a tensor
     return gathered

@@ -16,7 +16,7 @@ from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, 
 from lit_distill.fast.greedy import Shape, greedy
 from lit_distill.fast.student import log_likelihoods
 from lit_distill.losses import sequence_log_likelihood
-from lit_distill.modules.evaluation import Answer
+from lit_distill.modules.evaluation import Answer, all_ranks
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule
@@ -25,14 +25,14 @@ _CHOICES_AT_ONCE = 256
 """Decoder rows of one scoring pass: bounds the logits, whatever the batch size and the number of choices."""
 
 
-def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, every_rationale: bool) -> list[Answer]:
+def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, rationales: bool) -> list[Answer]:
     """What a student says of each row of an evaluation batch.
 
     Args:
         module: the module whose student answers.
         batch: an evaluation batch.
         key: the answers of its split.
-        every_rationale: generate every row's rationale, not only the first ``num_samples`` rows'.
+        rationales: also generate the rationales, where they are a task of their own.
 
     Returns:
         An answer a row; rows that only pad a sampler are left out.
@@ -47,8 +47,8 @@ def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, ever
         )
         for row, text in zip(index, texts, strict=True)
     ]
-    if module.rationale_task is not None and module.rationale_task != task:
-        _add_rationales(module, found, batch[module.rationale_task], key, every=every_rationale)
+    if rationales and module.rationale_task not in (None, task):
+        add_rationales(module, found, batch[cast(str, module.rationale_task)], key)
     if task == "label" and module.hparams["score_choices"] and key.choices is not None:
         choices = [key.choices[max(row, 0)] for row in index]
         for answer, choice in zip(found, score_choices(module, inputs, choices), strict=True):
@@ -56,18 +56,20 @@ def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, ever
     return [answer for answer in found if answer.index != PADDING_ROW]
 
 
-def _add_rationales(
-    module: DistillModule, found: list[Answer], inputs: TaskInputs, key: AnswerKey, *, every: bool
-) -> None:
-    wanted = [i for i, answer in enumerate(found) if every or 0 <= answer.index < module.hparams["num_samples"]]
-    # under a sharded strategy every rank has to generate as often, if only for a row that nobody asked for
-    rows = wanted or ([0] if module.sharded else [])
-    if not rows:
-        return
+def add_rationales(module: DistillModule, answers: Sequence[Answer], inputs: TaskInputs, key: AnswerKey) -> None:
+    """Add what the student writes as the rationales of these rows to their answers.
+
+    Args:
+        module: the module whose student writes.
+        answers: of these rows and of others.
+        inputs: rows of the rationale task.
+        key: the answers of their split.
+    """
     task = cast(str, module.rationale_task)
-    texts = generate_texts(module, task, inputs, rows)
-    for row, text in zip(wanted, texts, strict=False):
-        found[row].rationale = key.read_rationale(task, text)
+    by_row = {answer.index: answer for answer in answers}
+    for row, text in zip(inputs["index"].tolist(), generate_texts(module, task, inputs), strict=True):
+        if row in by_row:
+            by_row[row].rationale = key.read_rationale(task, text)
 
 
 def generate_texts(
@@ -149,7 +151,11 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
         choices: the closed choices of each row; a row without any gets ``None``.
     """
     flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
-    if not flat:
+    passes = -(-len(flat) // _CHOICES_AT_ONCE)
+    if module.sharded:
+        # where a forward pass is a collective, every rank makes as many as the one with the most choices
+        passes = int(all_ranks(module, torch.tensor(passes, device=module.device)).max())
+    if not passes:
         return [None] * len(choices)
     end = module.tokenizer.eos_token_id
     targets = [
@@ -158,7 +164,7 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
         for ids in module.tokenizer([choice for _, choice in flat])["input_ids"]
     ]
     likelihoods = _fast_likelihoods if module.fast_path.applies([inputs]) else _plain_likelihoods
-    scores = likelihoods(module, inputs, [row for row, _ in flat], targets)
+    scores = likelihoods(module, inputs, [row for row, _ in flat], targets, passes)
     best: dict[int, tuple[float, str]] = {}
     for (row, choice), score in zip(flat, scores, strict=True):
         if row not in best or score > best[row][0]:
@@ -167,11 +173,11 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
 
 
 def _fast_likelihoods(
-    module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]]
+    module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]], passes: int
 ) -> list[float]:
     encoded, numbers = module.fast_path.encoded(inputs, range(len(inputs["labels"])))
     scores: list[float] = []
-    for start in range(0, len(rows), _CHOICES_AT_ONCE):
+    for start in range(0, passes * _CHOICES_AT_ONCE, _CHOICES_AT_ONCE):
         part = slice(start, start + _CHOICES_AT_ONCE)
         found = log_likelihoods(module.student, encoded, [numbers[row] for row in rows[part]], targets[part])
         scores += found.tolist()
@@ -179,17 +185,18 @@ def _fast_likelihoods(
 
 
 def _plain_likelihoods(
-    module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]]
+    module: DistillModule, inputs: TaskInputs, rows: list[int], targets: list[list[int]], passes: int
 ) -> list[float]:
     states = module.student.encoder(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
     ).last_hidden_state
     scores: list[float] = []
-    for start in range(0, len(rows), _CHOICES_AT_ONCE):
+    for start in range(0, passes * _CHOICES_AT_ONCE, _CHOICES_AT_ONCE):
         part = slice(start, start + _CHOICES_AT_ONCE)
-        chosen = torch.tensor(rows[part], device=states.device)
+        # a pass for which this rank has no choices left takes part with a row that nobody reads
+        chosen = torch.tensor(rows[part] or [0], device=states.device)
         labels = pad_sequence(
-            [torch.tensor(ids) for ids in targets[part]], batch_first=True, padding_value=IGNORE_INDEX
+            [torch.tensor(ids) for ids in targets[part] or [[0]]], batch_first=True, padding_value=IGNORE_INDEX
         ).to(states.device)
         logits = module.student(
             encoder_outputs=BaseModelOutput(last_hidden_state=states[chosen]),
@@ -197,5 +204,5 @@ def _plain_likelihoods(
             decoder_input_ids=module.student.prepare_decoder_input_ids_from_labels(labels),
             use_cache=False,
         ).logits
-        scores += sequence_log_likelihood(logits, labels).tolist()
+        scores += sequence_log_likelihood(logits, labels).tolist()[: len(rows[part])]
     return scores

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lit_distill.answers import AnswerKey
-from lit_distill.commands.finish import chance_levels, metrics_table
+from lit_distill.commands.finish import chance_level, metrics_table
 from lit_distill.modules import StepByStepModule
-from lit_distill.modules.evaluation import Evaluation
-from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_toy, small_trainer, write_lines
+from lit_distill.modules.evaluation import Answer, Evaluation
+from tests.runs import (
+    at_work_in,
+    metric_rows,
+    run,
+    run_folders,
+    small_model,
+    small_toy,
+    small_trainer,
+    toy_data,
+    write_lines,
+)
 from tests.students import make_student_folder
 
 
@@ -160,7 +170,44 @@ def test_a_fast_run_leaves_nothing(here: Path, student_folder: Path, capsys: pyt
     assert not list(here.rglob("*.ckpt"))
     assert not list(here.rglob("student"))
     assert not list(here.rglob("metrics.csv"))
-    assert "test (5 rows)" in capsys.readouterr().out
+    assert "test (4 of 5 rows)" in capsys.readouterr().out
+
+
+def test_generated_lengths_come_from_the_training_targets(
+    here: Path, student_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        "--model=StepByStepModule", f"--model.student={student_folder}", "--model.from_scratch=true", *toy_data(),
+        *small_trainer(1),
+    ]  # fmt: skip
+    run("fit", arguments, "--data.max_target_length=20")
+    # a label is a word and the end: 2 + 1 + 4; a rationale 16 words and the end, 17 + 8 + 4, but no target is above 20
+    told = "Generated tokens at most: 7 for label, 20 for rationale (max_label_length, max_rationale_length)."
+    assert told in caplog.messages
+    [folder] = run_folders()
+    assert json.loads((folder / "student" / "generation_config.json").read_text())["max_new_tokens"] == 7
+    asked: list[dict[str, int]] = []
+    plain = StepByStepModule.generation_settings
+
+    def spy(self: StepByStepModule, task: str) -> dict[str, int]:
+        asked.append({task: plain(self, task)["max_new_tokens"]})
+        return plain(self, task)
+
+    monkeypatch.setattr(StepByStepModule, "generation_settings", spy)
+    [best] = (folder / "checkpoints").glob("best*.ckpt")
+    exported = ["--model.from_scratch=false", f"--model.student={folder / 'student'}"]
+    # of the checkpoint, whatever data it is tested on; of the exported student; as they are given
+    for more, label, rationale in (
+        ([f"--ckpt_path={best}", "--data.max_target_length=5"], 7, 20),
+        (exported, 7, 20),
+        ([*exported, "--model.max_label_length=64", "--model.max_rationale_length=3"], 64, 3),
+        (["--trainer.max_steps=2", f"--ckpt_path={best}", "--data.max_target_length=6"], 7, 20),
+    ):
+        asked.clear()
+        run("fit" if "--trainer.max_steps=2" in more else "test", arguments, more)
+        assert {"label": label} in asked
+        assert {"rationale": rationale} in asked
+        assert all(found in ({"label": label}, {"rationale": rationale}) for found in asked)
 
 
 def test_without_checkpoints_the_last_weights_are_tested(here: Path, student_folder: Path) -> None:
@@ -211,15 +258,31 @@ def answer_key(labels: list[str | None], choices: list[tuple[str, ...]] | None, 
     )  # fmt: skip
 
 
-def test_chance_levels_by_hand() -> None:
+def evaluation(key: AnswerKey, rows: Sequence[int] | None = None, **metrics: float) -> Evaluation:
+    own = range(len(key)) if rows is None else rows
+    return Evaluation("test", metrics, [], key, [Answer(row, "", "") for row in own])
+
+
+def test_chance_is_the_better_of_two_and_of_the_rows_that_were_evaluated() -> None:
     key = answer_key(["a", "b", "a", None], [("a", "b"), ("a", "b", "c", "d"), ("a", "b"), ("a", "b")], "a")
-    levels = chance_levels(Evaluation("test", {}, [], key))
-    assert levels == {
-        "a uniform guess": pytest.approx((1 / 2 + 1 / 4 + 1 / 2 + 1 / 2) / 4),
-        "the commonest label": pytest.approx(2 / 3),
-    }
-    assert chance_levels(Evaluation("test", {}, [], answer_key(["a"], None, None))) == {}
-    assert chance_levels(Evaluation("test", {}, [], answer_key([], [], "a"))) == {"the commonest label": 0.0}
+    # the row without a label has no part in an accuracy
+    assert chance_level(evaluation(key)) == ("always 'a'", pytest.approx(2 / 3))
+    assert chance_level(evaluation(key, [1])) == ("a uniform guess", 1 / 4)
+    assert chance_level(evaluation(key, [0, 1])) == ("always 'a'", 1 / 2)
+    rare = answer_key(["a", "b"], [("a", "b"), ("a", "b", "c", "d")], "zebra")
+    assert chance_level(evaluation(rare)) == ("a uniform guess", pytest.approx((1 / 2 + 1 / 4) / 2))
+    assert chance_level(evaluation(answer_key(["a"], None, None))) is None
+    assert chance_level(evaluation(answer_key([], [], "a"))) is None
+    assert chance_level(evaluation(answer_key([None], None, "a"))) is None
+
+
+def test_the_table_says_how_many_rows_were_evaluated() -> None:
+    key = answer_key(["a", "b", "a"], None, "b")
+    assert metrics_table(evaluation(key), None).title == "test (3 rows)"
+    table = metrics_table(evaluation(key, [0, 2], accuracy=0.5), None)
+    assert table.title == "test (2 of 3 rows)"
+    assert list(table.columns[0].cells) == ["accuracy", "chance: always 'b'"]
+    assert list(table.columns[1].cells) == ["0.500", "0.000"]
 
 
 def test_the_table_shows_intervals_once_and_the_baseline_beside() -> None:

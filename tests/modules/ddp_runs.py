@@ -1,20 +1,23 @@
 """What two processes do for `test_ddp.py`: all of it in one launch, since starting a process takes seconds."""
 
+import dataclasses
 import os
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_distill.answers import AnswerKey, Split
 from lit_distill.batch import TaskBatch
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
 from lit_distill.errors import UserError
-from lit_distill.modules import DistillModule, StepByStepModule
+from lit_distill.modules import DistillModule, StepByStepModule, generation
 from lit_distill.modules.window import Window
 from tests.modules.batches import Row, Rows, RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
@@ -62,6 +65,15 @@ class Repeated(RankData):
     """Lightning's own sampler, which fills up with rows that are real, and so are there twice."""
 
     padded = False
+
+
+class Choices(RankData):
+    """Rows of the first rank have seven closed choices, those of the second one or none."""
+
+    def answer_key(self, split: Split) -> AnswerKey:
+        words = ("cat", "dog", "red", "blue", "yes", "no", "a b")
+        choices = [words if row % WORLD == 0 else words[: row % 4 // 2] for row in range(len(self.rows))]
+        return dataclasses.replace(super().answer_key(split), choices=choices)
 
 
 class InOrder(RowsData):
@@ -143,6 +155,9 @@ def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
             "samples": [vars(sample) for sample in module.evaluation.samples],
         }
 
+    found["forward passes"] = forward_passes(folder)
+    found["one rank's rationales"] = unevenly_measured(folder)
+
     found["resume"] = {name: resumed(folder, out, rank, name) for name in ("whole", "stopped", "resumed")}
     found["diverged"] = diverged(folder, rank)
     # what stands on this rank alone must be the same on both
@@ -182,6 +197,43 @@ def diverged(folder: Path, rank: int) -> dict[str, Any]:
     except UserError as error:
         return {"error": str(error), "finite": all(bool(p.isfinite().all()) for p in module.parameters())}
     return {"error": "", "finite": False}
+
+
+def forward_passes(folder: Path) -> list[int]:
+    """Passes over encoder and decoder of an evaluation in which each would be a collective."""
+    module = make_module(folder, evaluate_rationales=False)
+    counts = [0, 0]
+
+    def count(part: int) -> Any:  # noqa: ANN401 - a hook
+        def hook(*_: object) -> None:
+            counts[part] += 1
+
+        return hook
+
+    module.student.encoder.register_forward_hook(count(0))
+    module.student.decoder.register_forward_hook(count(1))
+    with mock.patch.object(DistillModule, "sharded", True), mock.patch.object(generation, "_CHOICES_AT_ONCE", 2):
+        data = Choices(EVALUATION_ROWS, 2, module.tasks)
+        ddp_trainer(limit_val_batches=1.0, use_distributed_sampler=False).validate(
+            module, datamodule=data, verbose=False
+        )
+    assert module.evaluation is not None
+    return counts
+
+
+def unevenly_measured(folder: Path) -> list[str]:
+    """The losses that are found where the first rank's rows of val alone have rationales."""
+    module = make_module(folder)
+    data = RankData(EVALUATION_ROWS, 2, module.tasks)
+    right = DistillModule.term_counts
+    DistillModule.term_counts = lambda self, batch: (  # type: ignore[method-assign]
+        right(self, batch) | ({"rationale": 0} if self.global_rank else {})
+    )
+    trainer = ddp_trainer(limit_val_batches=1.0, use_distributed_sampler=False)
+    trainer.validate(module, datamodule=data, verbose=False)
+    DistillModule.term_counts = right  # type: ignore[method-assign]
+    assert module.evaluation is not None
+    return sorted(name for name in module.evaluation.metrics if "loss" in name)
 
 
 def one_process(folder: Path) -> dict[str, float]:

@@ -96,6 +96,17 @@ def test_rows_that_are_there_twice_count_once(student_folder: Path, ranks: list[
             assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+def test_ranks_make_as_many_forward_passes_whatever_their_choices(ranks: list[Found]) -> None:
+    first, second = (rank["forward passes"] for rank in ranks)
+    assert first == second
+    assert min(first) > 0
+
+
+def test_a_loss_is_measured_where_one_rank_has_targets_for_it(ranks: list[Found]) -> None:
+    for rank in ranks:
+        assert rank["one rank's rationales"] == ["label_loss", "loss", "rationale_loss"]
+
+
 @pytest.mark.parametrize("sampler", ["padded", "repeated"])
 def test_samples_come_from_all_ranks_in_order(ranks: list[Found], sampler: str) -> None:
     assert len(EVALUATION_ROWS) % WORLD, "so that a row has to be filled in"

@@ -1,6 +1,7 @@
 """From a student's answers to the metrics of an evaluation."""
 
 import copy
+import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lit_distill import rationales
 from lit_distill.answers import AnswerKey, Split
-from lit_distill.batch import TaskBatch
+from lit_distill.batch import TaskBatch, TaskInputs
 from lit_distill.errors import UserError
-from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
+from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule, generation
 from lit_distill.modules.evaluation import Answer, answer_row, summarise
 from lit_distill.modules.generation import decode, generate_texts, score_choices
 from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
@@ -169,14 +171,33 @@ def test_val_loss_is_the_token_mean_over_the_split(student_folder: Path, batch_s
     assert found["val/loss"] == pytest.approx(terms["label"] + 0.3 * terms["rationale"], rel=1e-5)
 
 
-def test_a_split_without_rationales_has_a_loss_of_0(student_folder: Path) -> None:
+def test_a_split_without_rationales_has_no_rationale_loss(
+    student_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = random_rows(3, without_rationale=range(3))
     module = StepByStepModule(student_folder, from_scratch=True, max_rationale_length=3)
-    (found,) = make_trainer(limit_val_batches=1.0).validate(
-        module, datamodule=RowsData(rows, 2, module.tasks), verbose=False
-    )
-    assert found["val/rationale_loss"] == 0.0
-    assert found["val/loss"] == found["val/label_loss"]
+    for _ in range(2):
+        (found,) = make_trainer(limit_val_batches=1.0).validate(
+            module, datamodule=RowsData(rows, 2, module.tasks), verbose=False
+        )
+        assert "val/rationale_loss" not in found
+        assert found["val/loss"] == found["val/label_loss"] > 0
+    assert module.evaluation is not None
+    assert "rationale_loss" not in module.evaluation.metrics
+    told = [line for line in caplog.messages if "no targets" in line]
+    assert told == ["val has no targets for rationale: no val/rationale_loss, val/loss is without"]
+
+
+def test_a_step_without_rationales_logs_no_rationale_loss(student_folder: Path, tmp_path: Path) -> None:
+    # the second of three steps has no rationale, and the third has
+    rows = random_rows(6, without_rationale=(2, 3))
+    module = StepByStepModule(student_folder, from_scratch=True)
+    logger = CSVLogger(tmp_path)
+    make_trainer(logger=logger, log_every_n_steps=1).fit(module, datamodule=RowsData(rows, 2, module.tasks))
+    with Path(logger.log_dir, "metrics.csv").open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [bool(row["train/rationale_loss"]) for row in found] == [True, False, True]
+    assert found[1]["train/loss"] == found[1]["train/label_loss"]
 
 
 # ------------------------------------------------------------------------------------------------ state
@@ -229,6 +250,30 @@ def test_samples_have_rationales_and_the_others_do_not(student_folder: Path) -> 
     assert all(sample.rationale is not None for sample in module.evaluation.samples)
     assert [row["id"] for row in module.evaluation.sample_rows()] == ["row 0", "row 1", "row 2"]
     assert "rouge_l" not in module.evaluation.metrics
+
+
+def test_samples_of_several_batches_are_generated_together(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[int]]] = []
+
+    def spy(module: DistillModule, task: str, inputs: TaskInputs) -> list[str]:
+        asked.append((task, inputs["index"].tolist()))
+        return plain(module, task, inputs)
+
+    torch.manual_seed(7)
+    plain = generation.generate_texts
+    module = StepByStepModule(student_folder, from_scratch=True, num_samples=4, max_label_length=2)
+    # every row its own batch; expected: what the rows' rationales are when each is generated alone
+    data = ItemData(module, batch_size=1)
+    batches = list(data.val_dataloader())
+    with torch.no_grad():
+        expected = [plain(module.eval(), "rationale", batch["rationale"])[0] for batch in batches[:4]]
+    monkeypatch.setattr(generation, "generate_texts", spy)
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    assert [rows for task, rows in asked if task == "rationale"] == [[0, 1, 2, 3]]
+    assert module.evaluation is not None
+    assert [sample.rationale for sample in module.evaluation.samples] == expected
 
 
 def test_bare_loaders_cannot_be_evaluated(student_folder: Path) -> None:
@@ -308,6 +353,34 @@ def test_decoding_takes_any_padding(student_folder: Path) -> None:
     module = StandardModule(student_folder, from_scratch=True)
     written = [[0, 17, 19, 1, -100], [0, 18, 1, 0, 0], [0, -100]]
     assert decode(module, written) == ["cat red", "dog", ""]
+
+
+@pytest.mark.parametrize(
+    ("limits", "given", "expected"),
+    [
+        ({"label": 19, "rationale": 100}, {}, {"label": 19, "rationale": 100}),
+        ({"label": 19, "rationale": 100}, {"max_label_length": 64}, {"label": 64, "rationale": 100}),
+        # neither trained here nor given: what was the default ever since
+        ({}, {}, {"label": 64, "rationale": 256}),
+        ({}, {"max_rationale_length": 7}, {"label": 64, "rationale": 7}),
+    ],
+)
+def test_generated_lengths(
+    student_folder: Path, limits: dict[str, int], given: dict[str, int], expected: dict[str, int]
+) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True, **given)  # type: ignore[arg-type]
+    module.on_load_checkpoint({"state_dict": {}, "lit_distill_target_limits": limits})
+    assert {task: module.generation_settings(task)["max_new_tokens"] for task in module.tasks} == expected
+
+
+def test_generated_lengths_of_one_target_with_both(student_folder: Path) -> None:
+    module = SingleTaskModule(student_folder, from_scratch=True)
+    assert module.generation_settings("rationale_label")["max_new_tokens"] == 64 + 256
+    module.on_load_checkpoint({"state_dict": {}, "lit_distill_target_limits": {"rationale_label": 90}})
+    assert module.generation_settings("rationale_label")["max_new_tokens"] == 90
+    both = SingleTaskModule(student_folder, from_scratch=True, max_label_length=5, max_rationale_length=40)
+    both.on_load_checkpoint({"state_dict": {}, "lit_distill_target_limits": {"rationale_label": 90}})
+    assert both.generation_settings("rationale_label")["max_new_tokens"] == 45
 
 
 def test_rows_that_pad_have_no_answer(student_folder: Path) -> None:
