@@ -294,8 +294,8 @@ class DistillModule(pl.LightningModule):
             source: Any = self.trainer.fit_loop._data_source
             inner = source.inner if isinstance(source, WindowSource) else source
             self.trainer.fit_loop._data_source = WindowSource(inner, self._read_ahead)  # type: ignore[assignment]
-            if hasattr(datamodule, "target_limits"):
-                self._target_limits = datamodule.target_limits()
+            if (limits := getattr(datamodule, "target_limits", None)) is not None:
+                self._target_limits = limits()
 
     def _check_tasks(self, built: dict[str, str]) -> None:
         if built != self.prefixes:
@@ -624,7 +624,7 @@ class DistillModule(pl.LightningModule):
         task = self.rationale_task
         if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
             return
-        inputs = batch[cast(str, task)]
+        inputs = batch[task]
         index = inputs["index"].tolist()
         rows = [i for i, row in enumerate(index) if 0 <= row < self.hparams["num_samples"]]
         last = self.trainer._evaluation_loop.batch_progress.is_last_batch

@@ -48,7 +48,7 @@ def answer_rows(module: DistillModule, batch: TaskBatch, key: AnswerKey, *, rati
         for row, text in zip(index, texts, strict=True)
     ]
     if rationales and module.rationale_task not in (None, task):
-        add_rationales(module, found, batch[cast(str, module.rationale_task)], key)
+        add_rationales(module, found, batch[module.rationale_task], key)
     if task == "label" and module.hparams["score_choices"] and key.choices is not None:
         choices = [key.choices[max(row, 0)] for row in index]
         for answer, choice in zip(found, score_choices(module, inputs, choices), strict=True):
