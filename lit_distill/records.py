@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write, write_text
@@ -66,7 +69,7 @@ class RunRecord:
     """The command line."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of this package, of Python and of the libraries."""
-    git: dict[str, Any] = field(default_factory=dict)
+    git: dict[str, str | bool] = field(default_factory=dict)
     """Commit and whether files differed from it, where the working directory is a repository."""
     machine: dict[str, Any] = field(default_factory=dict)
     """What it ran on."""
@@ -99,7 +102,7 @@ def read_record(folder: str | Path) -> RunRecord:
     """Read a run's record.
 
     Raises:
-        UserError: there is none, or it is none; the message names the file.
+        UserError: there is none, it is none, or a value in it is none that a run has; the message names file and key.
     """
     path = Path(folder) / RECORD
     try:
@@ -112,9 +115,61 @@ def read_record(folder: str | Path) -> RunRecord:
         raise UserError(f"{path}: no record of format {FORMAT}")
     known = {one.name for one in fields(RunRecord)}
     try:
-        return RunRecord(**{name: value for name, value in found.items() if name in known})
+        record = RunRecord(**{name: value for name, value in found.items() if name in known})
     except TypeError as error:
         raise UserError(f"{path}: not a whole record ({error})") from error
+    try:
+        check_values(record)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return record
+
+
+def check_values(record: RunRecord) -> None:
+    """See that each value is of its type, and within what it can be.
+
+    Raises:
+        UserError: one is not; the message names the key.
+    """
+    for one in fields(RunRecord):
+        values, kind = {one.name: getattr(record, one.name)}, one.type
+        if get_origin(kind) is dict and isinstance(values[one.name], dict):
+            values, kind = flatten(values), get_args(kind)[1]
+        for name, value in values.items():
+            low, high = _bounds(name)
+            unknown = name in ("wall_seconds", "peak_memory_mib") and isinstance(value, float) and math.isnan(value)
+            # of a config only numbers that no float holds are out of bounds
+            bounded = isinstance(value, int if kind is Any else int | float) and not isinstance(value, bool)
+            if not _fits(value, kind) or (bounded and not low <= value <= high and not unknown):
+                text = repr(value)
+                allowed = _KINDS.get(get_origin(kind) or kind, "text")
+                if bounded or kind in (int, float, float | None):
+                    allowed = f"a number from {low:g} to {high:g}"
+                raise UserError(f"{name}: got {text if len(text) <= 80 else text[:77] + '...'}; allowed is {allowed}")
+
+
+_KINDS: Mapping[Any, str] = {dict: "a mapping", list: "a list of texts", str | bool: "text, true or false"}
+
+
+def _bounds(name: str) -> tuple[float, float]:
+    if name == "train_fraction":
+        return sys.float_info.min, 1
+    if re.match(r"(metrics|validation)\..*(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$|teacher", name):
+        return 0, 1
+    # a metric of the user's own, or a loss; else a count, seconds or MiB
+    return (-sys.float_info.max, sys.float_info.max) if "." in name else (0, 2**63 - 1)
+
+
+def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, as a dataclass has it
+    if kind is Any:
+        return True
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind) and (kind is not int or not isinstance(value, bool))
 
 
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -39,7 +39,7 @@ def compare(
             finetuning.
         metric: what is compared, by its logged name. Intervals over test rows are of ``test/accuracy`` alone.
         allow_different_tests: compare runs of one dataset though they were tested on different rows.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap; at most 1,000,000.
         seed: of its draws.
 
     Returns:
@@ -54,7 +54,7 @@ def compare(
     checks.check_text("out", out)
     checks.check_text("metric", metric)
     checks.check_bool("allow_different_tests", allow_different_tests)
-    checks.check_int("resamples", resamples, 100)
+    checks.check_int("resamples", resamples, 100, 1_000_000)
     checks.check_int("seed", seed, 0, 2**32 - 1)
     comparison = compare_runs(
         _find(runs),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +23,6 @@ _BEGUN = (("failed.json", "failed"), ("config.yaml", "the run has not ended"), (
 
 _PLANNED = "fit.yaml"
 """What there is of a run before it starts."""
-
-_LARGEST = 2**63 - 1
-"""Of what tables hold."""
 
 _CLOSE = 1e-4
 """Metrics are kept in single precision."""
@@ -95,24 +91,15 @@ class Found:
         Raises:
             UserError: none has it.
         """
-        kept: list[Run] = []
-        more: list[Skipped] = []
-        for run in self.runs:
-            value = run.record.metrics.get(metric)
-            if value is None:
-                more.append(Skipped(run.source, f"no {metric} among its metrics"))
-            elif not math.isfinite(value):
-                more.append(Skipped(run.source, f"its {metric} is {value}"))
-            else:
-                kept.append(run)
+        kept = tuple(run for run in self.runs if metric in run.record.metrics)
         if self.runs and not kept:
             names = sorted({name for run in self.runs for name in run.record.metrics})
-            if metric in names:
-                raise UserError(f"metric: {metric!r} is no number in any run")
             raise UserError(
                 f"metric: no run has {metric!r}; allowed are {', '.join(names) or 'none: no run was tested'}"
             )
-        return Found(tuple(kept), (*self.skipped, *more))
+        reason = f"no {metric} among its metrics"
+        more = [Skipped(run.source, reason) for run in self.runs if metric not in run.record.metrics]
+        return Found(kept, (*self.skipped, *more))
 
 
 def find_runs(folders: Sequence[str | Path]) -> Found:
@@ -137,8 +124,6 @@ def find_runs(folders: Sequence[str | Path]) -> Found:
                 runs.append(_read(folder, known_ids))
             except UserError as error:
                 skipped.append(Skipped(source, str(error)))
-            except RecursionError:
-                skipped.append(Skipped(source, f"{folder / RECORD}: nested too deep"))
     return Found(tuple(runs), tuple(skipped))
 
 
@@ -176,8 +161,6 @@ def _read(folder: Path, known_ids: dict[tuple[str, ...], tuple[str, ...]]) -> Ru
         names = os.listdir(folder)
         raise UserError(f"no {RECORD}: {_unended(names, ()) or 'not started: the folder is empty'}")
     record = read_record(folder)
-    if fault := _fault(record):
-        raise UserError(f"{folder / RECORD}: {fault}")
     if not (folder / PREDICTIONS).exists():
         return Run(folder.as_posix(), record, None, f"no {PREDICTIONS}")
     rows = read_predictions_file(folder)
@@ -188,7 +171,7 @@ def _read(folder: Path, known_ids: dict[tuple[str, ...], tuple[str, ...]]) -> Ru
     predictions, remark = _predictions(rows, known_ids)
     if predictions is not None:
         said, found = record.metrics.get("test/accuracy"), float(predictions.correct.mean())
-        if said is not None and math.isfinite(said) and abs(said - found) > _CLOSE:
+        if said is not None and abs(said - found) > _CLOSE:
             raise UserError(
                 f"{folder / PREDICTIONS}: an accuracy of {found:.4f}, and {RECORD} speaks of {said:.4f}: another run's?"
             )
@@ -214,66 +197,3 @@ def _predictions(
         return None, f"the id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {PREDICTIONS}"
     # runs share their test rows, so that one copy of the ids will do
     return Predictions(known_ids.setdefault(ids, ids), np.array([right for _, right in judged], dtype=np.bool_)), ""
-
-
-def _fault(record: RunRecord) -> str | None:
-    """What is wrong with a record's types, which reading leaves to its readers."""
-    texts = ("dataset", "method", "student", "label_source", "started")
-    counts = ("seed", "data_seed", "train_rows", "test_rows", "steps", "parameters")
-    mappings = ("metrics", "validation", "fingerprints", "config", "data", "versions", "git")
-    for names, fits in (
-        (texts, _is_text),
-        (counts, _is_count),
-        (mappings, lambda value: isinstance(value, dict)),
-        (("rationales",), lambda value: value is None or _is_text(value)),
-        (("command",), lambda value: isinstance(value, list)),
-        (("wall_seconds", "peak_memory_mib"), lambda value: value is None or _is_number(value)),
-    ):
-        for name in names:
-            if not fits(getattr(record, name)):
-                return f"{name} is {_short(getattr(record, name))}"
-    fraction = record.train_fraction
-    if not _is_number(fraction) or not 0 < fraction <= 1:
-        return f"train_fraction is {_short(fraction)}"
-    teacher = record.teacher_accuracy
-    for name, value in (*record.metrics.items(), ("teacher_accuracy", 0.0 if teacher is None else teacher)):
-        if not _is_number(value):
-            return f"the metric {name} is {_short(value)}"
-    for kind, found in (("fingerprint", record.fingerprints), ("version", record.versions)):
-        for key, text in found.items():
-            if not _is_text(text):
-                return f"the {kind} {key} is {_short(text)}"
-    if not isinstance(record.git.get("commit"), str | None):
-        return f"the commit is {_short(record.git['commit'])}"
-    model = record.config.get("model")
-    given = model.get("init_args") if isinstance(model, dict) else None
-    weight = given.get("rationale_weight") if isinstance(given, dict) else None
-    if isinstance(weight, int | float) and not _is_number(weight):
-        return f"rationale_weight is {_short(weight)}"
-    try:
-        json.dumps([record.config, record.metrics, record.command], ensure_ascii=False).encode()
-    except ValueError:
-        return "a text in it cannot be written"
-    return None
-
-
-def _is_text(value: object) -> bool:
-    """A text that can be written."""
-    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
-
-
-def _is_number(value: object) -> bool:
-    """A number, though it may be none (``NaN``), that is no larger than a float can be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, float) or abs(value) <= _LARGEST
-
-
-def _short(value: object) -> str:
-    # the text of a huge number is refused by Python itself
-    text = "a huge number" if isinstance(value, int) and abs(value) > _LARGEST else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

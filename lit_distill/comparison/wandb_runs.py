@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from lit_distill.comparison.runs import Found, Run, Skipped
 from lit_distill.errors import UserError
-from lit_distill.records import RunRecord, flatten
+from lit_distill.records import RunRecord, check_values, flatten
 
 SCHEME = "wandb://"
 """How an address begins."""
@@ -68,7 +68,7 @@ def _record(run: Any) -> RunRecord:  # noqa: ANN401 - wandb's, or one like it
     }
     method = str(config["method"])
     trains_on_rationales = method not in ("Standard",)
-    return RunRecord(
+    record = RunRecord(
         dataset=str(config["dataset"]),
         method=method,
         student=str(config["model.init_args.student"]).rstrip("/").rpartition("/")[2],
@@ -84,6 +84,8 @@ def _record(run: Any) -> RunRecord:  # noqa: ANN401 - wandb's, or one like it
         config={name: value for name, value in config.items() if name not in _LOGGED},
         wall_seconds=numbers.get("_runtime", math.nan),
     )
+    check_values(record)
+    return record
 
 
 def _read_list(value: Any) -> Any:  # noqa: ANN401 - whatever was logged

@@ -25,6 +25,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from lit_distill.reading import parse_yaml
 
 KEYS = ("base", "set", "when", "grid", "cells", "out", "published", "tolerance", "deviations")
 """What a grid file may hold."""
+
+MOST = 2000
+"""Cells of a grid: each is checked before any is run."""
 
 Point = dict[str, Any]
 """Canonical key -> value."""
@@ -159,7 +163,13 @@ def _grid(path: Path, content: Any) -> Grid:  # noqa: ANN401 - whatever YAML hol
     base = _texts("base", content.get("base", []))
     if not base:
         raise UserError("base must be given: a config of fit, or a list of them")
-    axes = {key: _values(f"grid.{key}", key, values) for key, values in _mapping("grid", content.get("grid")).items()}
+    given = _mapping("grid", content.get("grid"))
+    explicit = content.get("cells")
+    count = prod(len(values) for values in given.values() if isinstance(values, list))
+    count *= len(explicit) if isinstance(explicit, list) else 1
+    if count > MOST:
+        raise UserError(f"grid and cells make {count:,} cells; allowed are {MOST:,} in one grid")
+    axes = {key: _values(f"grid.{key}", key, values) for key, values in given.items()}
     cells = tuple(_mapping(f"cells[{i}]", cell, empty=False) for i, cell in enumerate(_list("cells", content)))
     if not axes and not cells:
         raise UserError("grid must have a key with values, or cells one cell: nothing varies")

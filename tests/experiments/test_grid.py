@@ -217,6 +217,14 @@ SEEDS = {"seed": [0, 1]}
         ({"base": ["a", ""]}, "base must be a text or a list of texts, got ['a', '']"),
         ({}, "grid must have a key with values, or cells one cell: nothing varies"),
         ({"grid": []}, "grid must map keys of fit, or method, student,"),
+        ({"grid": {"seed": list(range(100_000))}}, "grid and cells make 100,000 cells; allowed are 2,000 in one grid"),
+        (
+            {
+                "grid": {"seed": list(range(2001)), "model.a": list(range(1000))},
+                "cells": [{"model.b": 1}, {"model.b": 2}],
+            },
+            "grid and cells make 4,002,000 cells; allowed are 2,000 in one grid",
+        ),
         ({"grid": {"seed": []}}, "grid.seed must be a list of one or more values, got []"),
         ({"grid": {"seed": 1}}, "grid.seed must be a list of one or more values, got 1"),
         ({"grid": {"seed": None}}, "grid.seed must be a list of one or more values, got None"),
