@@ -217,7 +217,7 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 def record_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
     """What a checkpoint keeps so that it can be loaded without the hub and without the original folder."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer, Path(folder))
         files = {
             path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
             for path in sorted(Path(folder).iterdir())
@@ -232,7 +232,9 @@ def restore_tokenizer(record: StudentRecord) -> PreTrainedTokenizerBase:
         for name, content in record["tokenizer"].items():
             # a checkpoint is a file from elsewhere: a name in it must not lead out of the folder
             (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        _keep_sentencepiece(tokenizer)
+        return tokenizer
 
 
 def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +249,7 @@ def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a student in the Hugging Face format; the configuration states the true tying."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(true_config(model), indent=2, sort_keys=True) + "\n")
 
 
@@ -267,6 +269,36 @@ def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
         return
     bad = [key for key, weight in floating.items() if not weight.isfinite().all()]
     raise UserError(f"{name}: {len(bad)} of {len(floating)} weights are not finite, the first is {bad[0]}")
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer so that transformers 4 reads it as well as 5.
+
+    Version 5 writes names that 4 does not know, reads those of 4, and leaves out the SentencePiece model that the
+    tokenizer came from, which slow tokenizers of 4 and other programs need.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        content.pop(name, None)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # a tokenizer of no family gives `token_type_ids` as well in version 4, which a T5 refuses
+    content["model_input_names"] = ["input_ids", "attention_mask"]
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _keep_sentencepiece(tokenizer)
+    if (sentencepiece := getattr(tokenizer, "_sentencepiece", None)) is not None:
+        (folder / "spiece.model").write_bytes(sentencepiece)
+
+
+def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read a tokenizer's SentencePiece model into it, as the folder that it was loaded from may go."""
+    path = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if path.name == "spiece.model" and path.is_file():
+        tokenizer._sentencepiece = path.read_bytes()  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -1,16 +1,21 @@
 """The saved student's folder and its card."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import sentencepiece
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lit_distill.export import CardFacts, export_checkpoint, model_card
 from lit_distill.modules import SingleTaskModule
-from tests.students import make_student_folder
+from tests.students import WORDS, make_student_folder
 
 FACTS = CardFacts(
     method="StepByStep",
@@ -47,8 +52,6 @@ def test_the_card_leaves_out_what_is_not_known() -> None:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_checkpoint_becomes_a_folder_again_and_again(tied: bool, tmp_path: Path) -> None:
-    import lightning.pytorch as pl
-
     module = SingleTaskModule(make_student_folder(tmp_path / "student", tie_word_embeddings=tied), from_scratch=True)
     trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     trainer.strategy.connect(module)
@@ -70,3 +73,93 @@ def test_a_checkpoint_becomes_a_folder_again_and_again(tied: bool, tmp_path: Pat
     for name, weight in module.student.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
     assert (loaded.lm_head.weight.data_ptr() == loaded.shared.weight.data_ptr()) == tied
+
+
+# ---------------------------------------------------------------------- transformers 4
+
+
+def sentencepiece_folder(path: Path) -> Path:
+    """A T5 as the hub has them: a SentencePiece model and no ``tokenizer.json``."""
+    make_student_folder(path, tie_word_embeddings=False)
+    (path / "tokenizer.json").unlink()
+    text = path / "text.txt"
+    text.write_text(
+        "\n".join(f"the {first} is a {second} of {first}" for first in WORDS[9:26] for second in WORDS[9:26])
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(path / "spiece"), vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    extra = ["<extra_id_0>", "<extra_id_1>"]
+    content = {"tokenizer_class": "T5Tokenizer", "extra_ids": 2, "additional_special_tokens": extra}
+    (path / "tokenizer_config.json").write_text(json.dumps(content))
+    return path
+
+
+def exported(student: Path, folder: Path) -> Path:
+    """A student's folder after a checkpoint of a checkpoint, as a run that was resumed leaves it."""
+    module = SingleTaskModule(student, from_scratch=True)
+    for name in ("first.ckpt", "second.ckpt"):
+        trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(student / name)
+        module = SingleTaskModule(student / name)
+    return export_checkpoint(student / "second.ckpt", folder, prefixes=PREFIXES, generation=GENERATION, facts=FACTS)
+
+
+def test_the_tokenizer_is_written_in_the_words_of_transformers_4_too(tmp_path: Path) -> None:
+    student = sentencepiece_folder(tmp_path / "student")
+    folder = exported(student, tmp_path / "exported")
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    # version 4 takes `extra_special_tokens` for a mapping
+    assert "extra_special_tokens" not in content
+    assert content["additional_special_tokens"] == ["<extra_id_0>", "<extra_id_1>"]
+    assert content["tokenizer_class"] == "T5Tokenizer"
+    # what the slow tokenizer is built from
+    assert (folder / "spiece.model").read_bytes() == (student / "spiece.model").read_bytes()
+    text = "the cat is <extra_id_1> dog"
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (student, folder))
+    assert before(text)["input_ids"] == after(text)["input_ids"]
+    assert after.convert_tokens_to_ids("<extra_id_1>") in after(text)["input_ids"]
+
+
+def test_a_tokenizer_of_no_family_is_named_as_transformers_4_does(tmp_path: Path) -> None:
+    folder = exported(make_student_folder(tmp_path / "student"), tmp_path / "exported")
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not (folder / "spiece.model").exists()
+
+
+LOOK = """
+import sys, torch, transformers
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+folder, out = sys.argv[1:]
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+batch = tokenizer(["the cat is <extra_id_1>", "a  dog </s> of"], return_tensors="pt", padding=True)
+with torch.no_grad():
+    logits = model(**batch, decoder_input_ids=torch.tensor([[0, 3, 4]] * 2)).logits
+torch.save({"ids": batch["input_ids"], "logits": logits, "generated": model.generate(**batch)}, out)
+print(transformers.__version__)
+"""
+V4 = "LIT_DISTILL_TRANSFORMERS_4"
+"""A folder of ``pip install --no-deps --target FOLDER "transformers<5" "tokenizers<0.23" "huggingface_hub<1"``."""
+
+
+@pytest.mark.skipif(V4 not in os.environ, reason=f"{V4} names no folder with transformers 4")
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "PreTrainedTokenizerFast"])
+def test_transformers_4_reads_the_folder_as_5_does(kind: str, tmp_path: Path) -> None:
+    make = sentencepiece_folder if kind == "T5Tokenizer" else make_student_folder
+    folder = exported(make(tmp_path / "student"), tmp_path / "exported")
+    found = {}
+    for version, path in (("4", os.environ[V4]), ("5", "")):
+        out = tmp_path / f"{version}.pt"
+        done = subprocess.run(  # noqa: S603 - our own program
+            [sys.executable, "-c", LOOK, str(folder), str(out)],
+            env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().startswith(f"{version}.")
+        found[version] = torch.load(out)
+    assert torch.equal(found["4"]["ids"], found["5"]["ids"])
+    assert torch.equal(found["4"]["generated"], found["5"]["generated"])
+    assert torch.allclose(found["4"]["logits"], found["5"]["logits"], atol=1e-5)
