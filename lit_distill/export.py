@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import httpx2
 import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from lit_distill import __version__
+from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
 from lit_distill.students import (
     CHECKPOINT_KEY,
@@ -18,6 +21,9 @@ from lit_distill.students import (
     save_student,
     student_weights,
 )
+
+_HUB_ERRORS = (OSError, ValueError, httpx2.HTTPError)
+"""What a call to the hub raises: no network, no such name, no permission."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,17 @@ class CardFacts:
     settings: Mapping[str, Any]
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of test; an interval's bounds end in ``_low`` and ``_high``."""
+    rows: int = 0
+    """Of test, that the metrics are of."""
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    """The label-only baseline's metrics, under their logged names."""
+    base_model: str | None = None
+    """The hub name of what the weights began with."""
+    license: str | None = None
+    """The base model's."""
+    hub_dataset: str | None = None
+    """The dataset's name on the hub."""
 
 
 def export_checkpoint(
@@ -70,7 +87,7 @@ def export_checkpoint(
             task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()
         }
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (tmp_path / "README.md").write_text(model_card(facts, prefixes, generation))
+        (tmp_path / "README.md").write_text(model_card(facts, prefixes, generation), encoding="utf-8")
     return folder
 
 
@@ -78,14 +95,20 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
     """The card as Markdown with the hub's metadata block."""
     first = next(iter(prefixes))
     length = generation[first]["max_new_tokens"]
+    results = _eval_results(facts)
+    name = f"{facts.student} trained on {facts.dataset} with {facts.method}"
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text2text-generation",
+        tags=["lit_distill", "distilling-step-by-step", "t5"],
+        base_model=facts.base_model,
+        license=facts.license,
+        datasets=None if facts.hub_dataset is None else [facts.hub_dataset],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text2text-generation",
-        "tags: [lit_distill, distilling-step-by-step, t5]",
-        "---",
-        "",
-        f"# {facts.student} trained on {facts.dataset} with {facts.method}",
+        f"# {name}",
         "",
         f"Trained with lit_distill {__version__} after *Distilling step-by-step* (Hsieh et al., Findings of ACL 2023).",
         "",
@@ -103,10 +126,109 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
         "|---|---|---|",
         *(f"| {task} | `{json.dumps(prefix)}` | {_settings(generation[task])} |" for task, prefix in prefixes.items()),
     ]
-    for title, content in (("Metrics", facts.metrics), ("Method", facts.settings), ("Data", facts.data)):
+    if facts.metrics:
+        lines += ["", "## Metrics", "", *_metric_rows(facts)]
+    for title, content in (("Method", facts.settings), ("Data", facts.data)):
         if content:
             lines += ["", f"## {title}", "", "| | |", "|---|---|", *_rows(content)]
-    return "\n".join(lines) + "\n"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]:
+    """The hub name and the licence of what a student's weights began with, as far as they are known.
+
+    Args:
+        student: a hub name or a folder, whose card is read; for a hub name only where the hub is reachable.
+        from_scratch: the weights began as random ones.
+    """
+    if from_scratch:
+        return None, None
+    local = Path(student).exists()
+    try:
+        if not local:
+            # one request that is not repeated: many machines that train reach no hub
+            found = HfApi().model_info(student, timeout=5).card_data
+            return student, None if found is None else found.license
+        found = ModelCard.load(Path(student) / "README.md", ignore_metadata_errors=True).data
+    except _HUB_ERRORS:
+        return None if local else student, None
+    return found.base_model if isinstance(found.base_model, str) else None, found.license
+
+
+def check_hub(repository: str) -> None:
+    """Make a repository on the hub, if it is not there, so that what is trained can be pushed to it.
+
+    Raises:
+        UserError: the name is none, or this user cannot write to it from here.
+    """
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+    except _HUB_ERRORS as error:
+        raise UserError(
+            f"push_to_hub: cannot write to {repository!r} on the Hugging Face hub ({_reason(error)});"
+            " log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+
+
+def push_student(folder: Path, repository: str) -> None:
+    """Upload a student's folder.
+
+    Raises:
+        UserError: it cannot be uploaded; the folder is as it was.
+    """
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the student")
+    except _HUB_ERRORS as error:
+        raise UserError(
+            f"push_to_hub: the student was not uploaded ({_reason(error)});"
+            f" `hf upload {repository} {folder}` tries again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]
+
+
+def _measured(facts: CardFacts) -> list[str]:
+    """The metrics' names, without the bounds of their intervals."""
+    return [name for name in facts.metrics if not name.endswith(("_low", "_high"))]
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    """Accuracies, F1 and ROUGE of the test split; losses of other methods are other sums."""
+    return [
+        EvalResult(
+            task_type="text2text-generation",
+            dataset_type=facts.hub_dataset or facts.dataset,
+            dataset_name=facts.dataset,
+            dataset_split="test",
+            dataset_args={"rows": facts.rows},
+            metric_type=next((kind for kind in ("accuracy", "f1", "rouge") if kind in name), name),
+            metric_name=name,
+            metric_value=round(facts.metrics[name], 6),
+            metric_args={
+                "confidence_interval_95": [round(facts.metrics[f"{name}_{end}"], 6) for end in ("low", "high")]
+            },
+        )
+        for name in _measured(facts)
+        if f"{name}_low" in facts.metrics
+    ]
+
+
+def _metric_rows(facts: CardFacts) -> list[str]:
+    """A table: the student's figures with their intervals, and the baseline's accuracy beside."""
+    lines = [f"Of {facts.rows} rows of test.", "", "| metric | value | 95 % interval |", "|---|---|---|"]
+    figures = {name: facts.metrics for name in _measured(facts)}
+    lines += [_metric_row(name, name, metrics) for name, metrics in figures.items()]
+    if facts.baseline:
+        lines.append(_metric_row("accuracy of the label-only baseline", "test/accuracy", facts.baseline))
+    return lines
+
+
+def _metric_row(title: str, name: str, metrics: Mapping[str, float]) -> str:
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+    return f"| {title} | {metrics[name]:.4f} | {interval} |"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -119,6 +241,9 @@ def _rows(content: Mapping[str, Any], before: str = "") -> list[str]:
         if isinstance(value, Mapping):
             rows += _rows(value, f"{before}{name}.")
         else:
+            # a folder of this machine is of no use to whoever reads the card
+            if isinstance(value, str) and Path(value).is_absolute():
+                value = Path(value).name
             text = f"{value:.4f}" if isinstance(value, float) and 0 < abs(value) < 1 and value >= 1e-3 else f"{value}"
             rows.append(f"| {before}{name} | {text} |")
     return rows

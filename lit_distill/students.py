@@ -298,7 +298,7 @@ def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
     """Read a tokenizer's SentencePiece model into it, as the folder that it was loaded from may go."""
     path = Path(getattr(tokenizer, "vocab_file", None) or "")
     if path.name == "spiece.model" and path.is_file():
-        tokenizer._sentencepiece = path.read_bytes()  # type: ignore[attr-defined]
+        tokenizer._sentencepiece = path.read_bytes()
 
 
 @contextmanager

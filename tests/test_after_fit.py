@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import HfApi, ModelCard
 
 from tests.runs import (
     at_work_in,
@@ -12,6 +14,7 @@ from tests.runs import (
     run,
     run_folders,
     small_model,
+    small_toy,
     small_trainer,
     toy_data,
     write_lines,
@@ -109,3 +112,63 @@ def test_random_weights_are_not_evaluated(
     run(command, small_model(weights_folder), data)
     told = [line for line in caplog.messages if "as it is" in line]
     assert told == [f"No ckpt_path: {command} takes the student {str(weights_folder)!r} as it is."]
+
+
+class Hub:
+    """A stand-in for the hub: what it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.asked: list[str] = []
+        self.files: dict[str, str] = {}
+        monkeypatch.setattr(HfApi, "create_repo", self.create)
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload)
+        self.error = error
+
+    def create(self, repository: str, *, exist_ok: bool) -> None:
+        self.asked.append(f"create {repository}")
+        assert exist_ok
+        assert not list(Path("runs").rglob("*.ckpt")), "asked for once the training is over"
+
+    def upload(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self.asked.append(f"upload {repo_id}")
+        if self.error is not None:
+            raise self.error
+        self.files = {path.name: str(path) for path in folder_path.iterdir()}
+
+
+def test_the_student_is_pushed_with_its_baseline_in_the_card(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch)
+    run("fit", small_toy(student_folder), "--baseline_after_fit=true", "--push_to_hub=me/student")
+    assert hub.asked == ["create me/student", "upload me/student"]
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= hub.files.keys()
+    card = Path(hub.files["README.md"]).read_text()
+    assert "| accuracy of the label-only baseline | 0." in card
+    data: Any = ModelCard(card).data
+    assert {result.dataset_args["rows"] for result in data.eval_results} == {5}
+
+
+def test_a_repository_that_cannot_be_written_to_is_known_before_the_training(
+    student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the tests are offline; the second is no name of a repository
+    for name in ("me/student", "a/b/c"):
+        line = refusal(capsys, "fit", small_toy(student_folder), f"--push_to_hub={name}")
+        assert line.startswith(f"push_to_hub: cannot write to '{name}' on the Hugging Face hub (")
+        assert not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_an_upload_that_fails_leaves_the_student_and_says_how_to_go_on(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Hub(monkeypatch, ConnectionError("the line is dead"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", small_toy(student_folder), "--push_to_hub=me/student")
+    assert stopped.value.code == 2
+    [folder] = run_folders()
+    assert (folder / "student" / "model.safetensors").is_file()
+    assert (folder / "run.json").is_file()
+    error = capsys.readouterr().err
+    assert f"(the line is dead); `hf upload me/student {folder / 'student'}` tries again" in error

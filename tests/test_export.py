@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import sentencepiece
 import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lit_distill.export import CardFacts, export_checkpoint, model_card
+from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.modules import SingleTaskModule
 from tests.students import WORDS, make_student_folder
 
@@ -22,8 +25,13 @@ FACTS = CardFacts(
     dataset="cqa",
     student="t5-small",
     settings={"learning_rate": 5e-5, "rationale_weight": 0.5, "dropout": None},
-    data={"splits": {"train": {"used": 10}}},
-    metrics={"accuracy": 0.123456, "loss": 2.5},
+    data={"splits": {"train": {"used": 10}}, "data_dir": "/home/me/rows"},
+    metrics={"accuracy": 0.123456, "accuracy_low": 0.1, "accuracy_high": 0.15, "loss": 2.5},
+    rows=500,
+    baseline={"test/accuracy": 0.11, "test/accuracy_low": 0.05, "test/accuracy_high": 0.2},
+    base_model="google/t5-small",
+    license="apache-2.0",
+    hub_dataset="tau/commonsense_qa",
 )
 PREFIXES = {"label": "say|it: ", "rationale": "why: "}
 GENERATION = {"label": {"max_new_tokens": 7, "num_beams": 2}, "rationale": {"max_new_tokens": 9, "num_beams": 2}}
@@ -31,12 +39,11 @@ GENERATION = {"label": {"max_new_tokens": 7, "num_beams": 2}, "rationale": {"max
 
 def test_the_card_says_what_it_was_given() -> None:
     lines = model_card(FACTS, PREFIXES, GENERATION).splitlines()
-    assert lines[0] == "---"
-    assert "library_name: transformers" in lines
     assert "# t5-small trained on cqa with StepByStep" in lines
     for row in (
-        "| accuracy | 0.1235 |", "| loss | 2.5 |", "| learning_rate | 5e-05 |", "| rationale_weight | 0.5000 |",
-        "| dropout | None |", "| splits.train.used | 10 |",
+        "| accuracy | 0.1235 | 0.1000 to 0.1500 |", "| loss | 2.5000 |  |", "| learning_rate | 5e-05 |",
+        "| rationale_weight | 0.5000 |", "| dropout | None |", "| splits.train.used | 10 |", "| data_dir | rows |",
+        "| accuracy of the label-only baseline | 0.1100 | 0.0500 to 0.2000 |", "Of 500 rows of test.",
     ):  # fmt: skip
         assert row in lines
     [label] = [line for line in lines if line.startswith("| label |")]
@@ -48,6 +55,37 @@ def test_the_card_leaves_out_what_is_not_known() -> None:
     assert "## Metrics" not in card
     assert "## Data" not in card
     assert "## Method" not in card
+    data: Any = ModelCard(card).data
+    assert (data.base_model, data.license, data.datasets, data.eval_results) == (None, None, None, None)
+
+
+def test_the_hub_reads_the_card() -> None:
+    data: Any = ModelCard(model_card(FACTS, PREFIXES, GENERATION)).data
+    assert data.library_name == "transformers"
+    assert (data.base_model, data.license, data.datasets) == ("google/t5-small", "apache-2.0", ["tau/commonsense_qa"])
+    assert data.model_name == "t5-small trained on cqa with StepByStep"
+    # a loss is no result: other methods sum other terms
+    [result] = data.eval_results or []
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.123456)
+    assert result.metric_args == {"confidence_interval_95": [0.1, 0.15]}
+    assert (result.dataset_type, result.dataset_name) == ("tau/commonsense_qa", "cqa")
+    assert (result.dataset_split, result.dataset_args) == ("test", {"rows": 500})
+
+
+def test_where_the_weights_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert origin("google/t5-small", from_scratch=True) == (None, None)
+    assert origin(str(tmp_path), from_scratch=False) == (None, None)
+    # a student that was exported here and is trained on
+    (tmp_path / "README.md").write_text(model_card(FACTS, PREFIXES, GENERATION))
+    assert origin(str(tmp_path), from_scratch=False) == ("google/t5-small", "apache-2.0")
+    monkeypatch.setattr(
+        HfApi, "model_info", lambda self, name, timeout: SimpleNamespace(card_data=ModelCardData(license="mit"))
+    )
+    assert origin("google/t5-small", from_scratch=False) == ("google/t5-small", "mit")
+    monkeypatch.undo()
+    # the hub is not reached
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint="http://127.0.0.1:9"))
+    assert origin("google/t5-small", from_scratch=False) == ("google/t5-small", None)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -1,6 +1,7 @@
 """How a command ends: the metrics as a table, the saved student, sample predictions."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.export import CardFacts, export_checkpoint
+from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
+from lit_distill.files import write_text
 from lit_distill.metrics import judge
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
@@ -45,24 +47,43 @@ def save_best_student(
         return None
     target = folder / "student"
     if trainer.is_global_zero:
-        settings = dict(module.hparams)
-        evaluation = module.evaluation
         export_checkpoint(
-            best,
-            target,
-            prefixes=module.prefixes,
-            generation={task: module.generation_settings(task) for task in module.active_tasks},
-            facts=CardFacts(
-                method=type(module).__name__.removesuffix("Module"),
-                dataset=data.name,
-                student=Path(str(settings["student"])).name,
-                settings=settings,
-                data=data.describe(),
-                metrics=evaluation.metrics if evaluation is not None and evaluation.split == "test" else {},
-            ),
+            best, target, prefixes=module.prefixes, generation=_generation(module), facts=_card_facts(module, data)
         )
     trainer.strategy.barrier("student")
     return target
+
+
+@rank_zero_only
+def add_baseline(
+    student: Path, module: DistillModule, data: RationaleDataModule, baseline: Mapping[str, float]
+) -> None:
+    """Write a saved student's card once more, with the label-only baseline beside its metrics."""
+    facts = replace(_card_facts(module, data), baseline=baseline)
+    write_text(student / "README.md", model_card(facts, module.prefixes, _generation(module)))
+
+
+def _generation(module: DistillModule) -> dict[str, dict[str, Any]]:
+    return {task: module.generation_settings(task) for task in module.active_tasks}
+
+
+def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
+    settings = dict(module.hparams)
+    evaluation = module.evaluation
+    tested = evaluation is not None and evaluation.split == "test"
+    base_model, licence = origin(str(settings["student"]), from_scratch=settings["from_scratch"])
+    return CardFacts(
+        method=type(module).__name__.removesuffix("Module"),
+        dataset=data.name,
+        student=Path(str(settings["student"])).name,
+        settings=settings,
+        data=data.describe(),
+        metrics=evaluation.metrics if evaluation is not None and tested else {},
+        rows=len(evaluation.answers) if evaluation is not None and tested else 0,
+        base_model=base_model,
+        license=licence,
+        hub_dataset=data.hub_name,
+    )
 
 
 @rank_zero_only

@@ -25,7 +25,7 @@ from lit_distill.callbacks import (
 )
 from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
-from lit_distill.commands.finish import report, save_best_student
+from lit_distill.commands.finish import add_baseline, report, save_best_student
 from lit_distill.commands.parser import Parser, Raised, import_class
 from lit_distill.commands.predict import write_predictions
 from lit_distill.commands.record import record_run
@@ -40,6 +40,7 @@ from lit_distill.commands.runs import (
 )
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.export import check_hub, push_student
 from lit_distill.files import write_text
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
@@ -114,6 +115,12 @@ class DistillCLI(LightningCLI):
             help="After fit, train the label-only baseline on the same data for as many steps and print it beside.",
         )
         parser.add_argument(
+            "--push_to_hub",
+            type=str | None,
+            default=None,
+            help="Repository on the Hugging Face hub that fit uploads its student to, as in user/name.",
+        )
+        parser.add_argument(
             "--predictions",
             type=str | None,
             default=None,
@@ -172,8 +179,10 @@ class DistillCLI(LightningCLI):
         )
 
     def before_fit(self) -> None:
-        """Start the clock of the run's record."""
+        """Start the clock of the run's record; see that the student can be pushed where it is to go."""
         self._began = datetime.now(UTC)
+        if (repository := self.config[self.subcommand]["push_to_hub"]) is not None and self.trainer.is_global_zero:
+            check_hub(repository)
 
     def before_instantiate_classes(self) -> None:
         """Check and settle what depends on several keys at once, and name the run."""
@@ -340,9 +349,13 @@ class DistillCLI(LightningCLI):
         if config["baseline_after_fit"] and tested and not config["trainer"]["fast_dev_run"]:
             rank_zero_info("Training the label-only baseline: same data, settings and steps.")
             baseline = self._baseline(folder)
+            if student is not None and baseline is not None:
+                add_baseline(student, self.model, self.datamodule, baseline)
         if not config["trainer"]["fast_dev_run"]:
             self._record(folder, steps)
         report(self.model, student=student, baseline=baseline)
+        if config["push_to_hub"] is not None and student is not None and self.trainer.is_global_zero:
+            push_student(student, config["push_to_hub"])
 
     @rank_zero_only
     def _record(self, folder: Path, steps: int) -> None:

@@ -100,6 +100,8 @@ class RationaleDataModule(pl.LightningDataModule):
 
     name: str = ""
     """Names the dataset in ids, reports and the cache."""
+    hub_name: str | None = None
+    """The dataset's name on the Hugging Face hub, for the cards of what is trained on it."""
     splits: Mapping[Split, str] = {"train": "train", "val": "valid", "test": "test"}
     """The splits that are released -> their word in file names; without ``val``, a tenth of train's inputs is."""
     released_rows: Mapping[Split, int] = {}

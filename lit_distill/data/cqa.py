@@ -16,6 +16,7 @@ class CQADataModule(RationaleDataModule):
     """CommonsenseQA: the answer's text out of five choices; val is a tenth of train, test is the released one."""
 
     name = "cqa"
+    hub_name = "tau/commonsense_qa"
     prompt: ClassVar[str] = "cqa"
     splits: Mapping[Split, str] = {"train": "train", "test": "test"}
     released_rows: Mapping[Split, int] = {"train": 9741, "test": 1221}

@@ -87,6 +87,7 @@ class JSONLDataModule(RationaleDataModule):
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
         self._hub, self._hub_config = hub, hub_config
+        self.hub_name = None if hub is None or Path(hub).exists() else hub
         if predict_split is None:
             predict_split = "predict" if predict is not None else "test"
         super().__init__(predict_split=predict_split, **kwargs)

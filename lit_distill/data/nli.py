@@ -46,6 +46,7 @@ class ESNLIDataModule(_NLIDataModule):
     """e-SNLI: everyday premises."""
 
     name = "esnli"
+    hub_name = "esnli/esnli"
     prompt: ClassVar[str] = "esnli"
     released_rows: Mapping[Split, int] = {"train": 549_367, "val": 9842, "test": 9824}
 
@@ -66,6 +67,7 @@ class ANLIDataModule(_NLIDataModule):
         **kwargs: the arguments of `RationaleDataModule`.
     """
 
+    hub_name = "facebook/anli"
     prompt: ClassVar[str] = "anli"
 
     def __init__(self, round: Literal[1, 2, 3] = 1, **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ class SVAMPDataModule(RationaleDataModule):
     """SVAMP: the equation that solves a word problem, judged by its value; val is a tenth of train."""
 
     name = "svamp"
+    hub_name = "ChilleD/SVAMP"
     prompt: ClassVar[str] = "svamp"
     splits: Mapping[Split, str] = {"train": "train", "test": "test"}
     released_rows: Mapping[Split, int] = {"train": 800, "test": 200}

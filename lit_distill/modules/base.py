@@ -703,7 +703,7 @@ class DistillModule(pl.LightningModule):
             UserError: a weight is not finite; nothing is written.
         """
         if not self.sharded:
-            check_weights(checkpoint["state_dict"], f"step {self.trainer.global_step}")
+            check_weights(checkpoint["state_dict"], f"step {checkpoint['global_step']}")
         checkpoint[CHECKPOINT_KEY] = record_student(self.student, self.tokenizer)
         checkpoint[_PREFIXES_KEY] = dict(self.prefixes)
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
