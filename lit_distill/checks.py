@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from string import Formatter
 from typing import Any, TypeVar
 
 from lit_distill.errors import UserError
@@ -37,6 +38,21 @@ def check_bool(name: str, value: Any) -> bool:  # noqa: ANN401
     if not isinstance(value, bool):
         raise UserError(f"{name} must be true or false, got {value!r}")
     return value
+
+
+def check_format(name: str, template: str) -> list[str]:
+    """The fields of a format string, in order; those with a format, a conversion or an access are refused.
+
+    ``{input:>2000000000}`` fills the memory, and ``{input.x}`` reads what is no column.
+    """
+    try:
+        fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise UserError(f"{name}: {error}, in {template!r:.200}") from error
+    for field, form, conversion in fields:
+        if form or conversion:
+            raise UserError(f"{name}: {{{field}}} must stand without ':' and '!', a format or a conversion")
+    return [str(field) for field, _, _ in fields]
 
 
 def check_choice(name: str, value: T, allowed: Collection[T]) -> T:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from statistics import NormalDist
 from typing import Any, Final
 
@@ -198,25 +197,33 @@ def macro_f1(predictions: Sequence[str], labels: Sequence[str], label_set: Seque
 # --------------------------------------------------------------------------------------------------- rationales
 
 
-@cache
-def _rouge_l_scorer() -> Callable[[str, str], float]:
-    # Imported here: rouge_score brings nltk, which takes seconds that most runs never need.
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return lambda prediction, reference: float(scorer.score(reference, prediction)["rougeL"].fmeasure)
-
-
 def rouge_l(prediction: str, reference: str) -> float:
     r"""ROUGE-L F-measure of a pair: how long a common subsequence of words the two texts have.
 
     .. math:: F = \frac{2PR}{P + R}, \quad P = \frac{LCS(p, r)}{|p|}, \quad R = \frac{LCS(p, r)}{|r|}
 
     with :math:`p` and :math:`r` the lower-cased words of prediction and reference, and :math:`LCS` the length of their
-    longest common subsequence; Lin (2004), https://aclanthology.org/W04-1013, with :math:`\beta = 1` as in the
-    ``rouge_score`` package that computes it. Without stemming; 0 where a text has no words.
+    longest common subsequence; Lin (2004), https://aclanthology.org/W04-1013, with :math:`\beta = 1` and words (letters
+    a to z and digits) as in the ``rouge_score`` package. Without stemming; 0 where a text has no words.
     """
-    return _rouge_l_scorer()(prediction, reference)
+    words, others = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    return 2 * _common_subsequence(words, others) / max(len(words) + len(others), 1)
+
+
+def _common_subsequence(words: Sequence[str], others: Sequence[str]) -> int:
+    """Length of the longest common subsequence, exact, by operations on whole rows of bits (Hyyrö 2004).
+
+    The plain table takes minutes for two texts of 20,000 words.
+    """
+    words, others = sorted((words, others), key=len)
+    places: dict[str, int] = {}
+    for place, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << place
+    row = everything = (1 << len(words)) - 1
+    for word in others:
+        found = row & places.get(word, 0)
+        row = (row + found | row - found) & everything
+    return len(words) - row.bit_count()
 
 
 _TRAILING: Final = " \t\n\r\f\v.!?\"'`\u201d\u2019\u00bb)]}"

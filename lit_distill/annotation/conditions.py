@@ -8,6 +8,9 @@ from typing import Any
 from lit_distill.errors import UserError
 from lit_distill.reading import parse_yaml
 
+MAX_LENGTH = 2000
+"""Characters of all conditions together."""
+
 Condition = Callable[[Mapping[str, Any]], bool]
 """Whether a row of columns is kept."""
 
@@ -53,6 +56,8 @@ def condition(text: str) -> Condition:
 
 
 def _parts(text: str) -> list[str]:
+    if len(text) > MAX_LENGTH:
+        raise UserError(f"rationale_filter must have at most {MAX_LENGTH:,} characters, got {len(text):,}")
     parts = [""]
     for token in _TOKEN.finditer(text.strip()):
         if token["and"]:
@@ -73,9 +78,11 @@ def _value(text: str) -> Any:  # noqa: ANN401 - whatever a column can hold
     if _NUMBER.fullmatch(text):
         return float(text)  # YAML wants a point before an exponent
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except ValueError:
         return text
+    # lists and mappings are no column's values, and YAML's aliases make them as large as they like
+    return text if isinstance(value, list | dict | set) else value
 
 
 def _test(found: re.Match[str]) -> Condition:

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from lit_distill.checks import check_format
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.rationales import Example, read_examples
@@ -212,11 +213,7 @@ def _as_json(example: Example) -> str:
 
 def _filled(name: str, template: str, values: Mapping[str, str], where: str = "") -> str:
     place = f"prompt: {where}: {name}" if where else f"prompt: {name}"
-    try:
-        wanted = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
-    for field in wanted:
+    for field in check_format(place, template):
         if field not in values:
             raise UserError(f"{place} asks for {{{field}}}, and there are {', '.join(f'{{{key}}}' for key in values)}")
     # spelt out in place of `format`, which would also follow attributes

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Any, Literal
 
 from lit_distill import checks
@@ -222,12 +221,9 @@ class JSONLDataModule(RationaleDataModule):
 
 
 def _fields(template: str) -> list[str]:
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"input_template: {error}, in {template!r}") from error
+    names = checks.check_format("input_template", checks.check_text("input_template", template))
     if not names or not all(name.isidentifier() for name in names):
-        raise UserError(f"input_template must name columns in braces, as in {{question}}, got {template!r}")
+        raise UserError(f"input_template must name columns in braces, as in {{question}}, got {template!r:.200}")
     return names
 
 

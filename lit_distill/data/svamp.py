@@ -1,6 +1,5 @@
 """Word problems whose answer is an equation (SVAMP)."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,8 +8,6 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.files import text_of
 from lit_distill.equations import evaluate
 from lit_distill.rationales import Example
-
-_WIDEST_PARENTHESES = re.compile(r"\(.*\)", re.DOTALL)
 
 
 class SVAMPDataModule(RationaleDataModule):
@@ -33,11 +30,9 @@ class SVAMPDataModule(RationaleDataModule):
         They are part of the equation: of ``(19 - 6) + (18 - 15)`` no parenthesis can be spared.
         """
         rationale, _, answer = text.partition("Q:")[0].partition("The answer is")
-        found = _WIDEST_PARENTHESES.search(answer)
+        equation = answer[answer.find("(") : answer.rfind(")") + 1] if "(" in answer else ""
         rationale = rationale.strip()
-        if found is None or not rationale or not found[0][1:-1].strip():
-            return None
-        return rationale, found[0]
+        return (rationale, equation) if rationale and equation[1:-1].strip() else None
 
     def teacher_agrees(self, teacher_label: str, label: str) -> bool:
         """By value; several equations, as in ``(29/2) and (30/2)``, are worth what Python's ``and`` gives.

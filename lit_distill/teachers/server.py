@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -48,6 +49,11 @@ _CONNECT_TIMEOUT = 30.0
 _MOST_STOPS = 4
 """Stop texts that OpenAI and TGI take; the others are seen to here."""
 
+_MOST_BYTES = 16 << 20
+"""Of a response; the longest answers with all their log-probabilities have a tenth of it."""
+
+_CHUNK_BYTES = 1 << 16
+
 _MOST_CONNECTIONS = 1000
 """Far above any concurrency that is of use; all are kept for the next question."""
 
@@ -73,6 +79,10 @@ _NO_MODEL = re.compile(
 )
 
 Failure = TeacherError | TeacherBusy | UserError
+
+
+class _TooLarge(Exception):
+    """A response that is not read to its end."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +249,9 @@ class OpenAITeacher(Teacher):
                 break
             except openai.APIConnectionError as error:
                 cause = error.__cause__ or error
+                if isinstance(cause, _TooLarge):
+                    failure = TeacherError(str(cause))
+                    break
                 failure = TeacherBusy(self._line(f"no connection: {str(cause) or type(cause).__name__}"))
                 break
             except UnicodeEncodeError:
@@ -343,15 +356,15 @@ class OpenAITeacher(Teacher):
         return f", but {few}" if found else ""
 
     def _line(self, text: str) -> str:
-        """A text as one line of at most 500 characters that does not hold the key."""
+        """A text as one line of at most 500 characters that does not hold the key and can be printed."""
         if self._key:
             text = text.replace(self._key, "<api_key>")
-        text = " ".join(text.split())
+        text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
         return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
-    """A client whose tries end: a server may send a byte from time to time for ever."""
+    """A client whose tries end: a server may send a byte from time to time for ever, or bytes without end."""
     import httpx2
     import openai
 
@@ -359,9 +372,18 @@ def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
         async def send(self, request: "httpx2.Request", **kwargs: Any) -> "httpx2.Response":
             try:
                 async with asyncio.timeout(timeout):
-                    return await super().send(request, **kwargs)
+                    response = await super().send(request, **{**kwargs, "stream": True})
+                    content = bytearray()
+                    # as it is unpacked: a few bytes may stand for very many
+                    async with aclosing(response):
+                        async for part in response.aiter_bytes(_CHUNK_BYTES):
+                            content += part
+                            if len(content) > _MOST_BYTES:
+                                raise _TooLarge(f"the server's answer is larger than {_MOST_BYTES:,} bytes")
             except TimeoutError as error:
                 raise httpx2.ReadTimeout(f"no whole answer within {timeout:g} s", request=request) from error
+            headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
+            return httpx2.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
     limits = httpx2.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=_MOST_CONNECTIONS)
     return Client(limits=limits)
@@ -434,12 +456,18 @@ def _asked_wait(headers: Mapping[str, str]) -> float:
 
 def _said(body: object) -> str:
     """What the body of an error says, wherever a server puts it."""
-    if isinstance(body, Mapping):
-        # OpenAI's, vLLM's and llama.cpp's; FastAPI's; TGI's
-        for key in ("message", "detail", "error"):
-            if body.get(key):
-                return _said(body[key])
-    return body if isinstance(body, str) else "" if body is None else json.dumps(body)
+    # OpenAI's, vLLM's and llama.cpp's; FastAPI's; TGI's
+    while isinstance(body, Mapping) and (key := next(filter(body.get, ("message", "detail", "error")), None)):
+        body = body[key]
+    return body if isinstance(body, str) else "" if body is None else _as_json(body)
+
+
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        # what could just be read may be too deep to be written
+        return "(nested too deep to be shown)"
 
 
 def _read(content: bytes, stops: Sequence[str]) -> Reply | _Refused | str:
@@ -458,7 +486,7 @@ def _read(content: bytes, stops: Sequence[str]) -> Reply | _Refused | str:
     message = choice.get("message")
     text = _text(message.get("content") if isinstance(message, dict) else choice.get("text"))
     if text is None or (message is None and "text" not in choice):
-        return f"the server's answer has no text: {json.dumps(choice)[:200]!r}"
+        return f"the server's answer has no text: {_as_json(choice)[:200]!r}"
     finish = choice.get("finish_reason")
     finish = _FINISHES.get(finish, finish) if isinstance(finish, str) else None
     # what was not asked for here, or is part of the text as with `transformers serve`

@@ -179,6 +179,22 @@ def test_what_is_none_names_the_argument(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["agrees and " * 20_000 + "agrees", "x" * 200_000, "agrees" + " " * 200_000, "a." * 100_000 + "a", "'" * 9_999],
+)
+def test_too_long_a_text_is_refused_unread(text: str) -> None:
+    for read in (is_condition, condition, columns_of):
+        with pytest.raises(UserError, match=r"^rationale_filter must have at most 2,000 characters, got [0-9,]+$"):
+            read(text)
+
+
+@pytest.mark.parametrize("value", ["[" * 1900, "{a: " * 450 + "b", "[1, 2]", "{a: 1}", "!!set {a}", "&a [b, *a]"])
+def test_a_value_that_is_no_column_s_is_a_text(value: str) -> None:
+    assert condition(f"label == {value}")({"label": value}) is True
+    assert condition(f"label == {value}")({"label": "other"}) is False
+
+
+@pytest.mark.parametrize(
     ("text", "row", "says"),
     [
         ("votes >= many", {"votes": 3}, "votes holds 3, which cannot be compared with 'many'"),

@@ -217,6 +217,11 @@ def test_a_good_template_passes() -> None:
         ({"question": "{input"}, "question: ", "expected '}'"),
         ({"answer": "{letter}"}, "answer", "asks for {letter}, and there are {input}, {choices}, {options}, {rat"),
         ({"answer": "{rationale} }"}, "answer: ", "Single '}'"),
+        ({"question": "{input:>2000000000}"}, "question: ", "{input} must stand without ':' and '!'"),
+        ({"question": "{input:{label}}"}, "question: ", "{input} must stand without ':' and '!'"),
+        ({"answer": "{rationale} {label!r}"}, "answer: ", "{label} must stand without ':' and '!'"),
+        ({"question": "{input.__class__}"}, "question", "asks for {input.__class__}, and there are {input}"),
+        ({"question": "{input[0]}"}, "question", "asks for {input[0]}, and there are {input}"),
     ],
 )
 def test_templates_ask_for_what_the_dataset_offers(

@@ -248,6 +248,13 @@ def read_all(**arguments: Any) -> None:
         ({"train": "x.jsonl", "input_template": "{a"}, "^input_template: expected '}' before end of string, in '{a'"),
         ({"train": "x.jsonl", "input_template": "{a.__class__}"}, "^input_template must name columns in braces"),
         ({"train": "x.jsonl", "input_template": "{}"}, "^input_template must name columns in braces"),
+        (
+            {"train": "x.jsonl", "input_template": "{a:>2000000000}"},
+            "^input_template: {a} must stand without ':' and '!'",
+        ),
+        ({"train": "x.jsonl", "input_template": "{a!r}"}, "^input_template: {a} must stand without ':'"),
+        ({"train": "x.jsonl", "input_template": "{a[0]}"}, "^input_template must name columns in braces"),
+        ({"train": "x.jsonl", "input_template": 5}, "^input_template must be a text, got 5"),
         ({"train": "x.jsonl", "train_fraction": 2}, r"^train_fraction must be in \(0, 1\], got 2"),
         ({"train": "x.txt"}, r"^train: .*x\.txt is none of \.jsonl, \.json, \.csv, \.parquet and no folder"),
         (

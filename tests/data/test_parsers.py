@@ -1,5 +1,8 @@
 """The teacher's text: shapes that PaLM really wrote (retold here), and mutations of them."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,3 +161,18 @@ def test_any_text_at_all(text: str) -> None:
 )
 def test_svamp_agreement_is_by_value(equation: str, gold: str, right: bool) -> None:
     assert SVAMP.teacher_agrees(equation, gold) is right
+
+
+@given(st.text("()1 ", max_size=12))
+def test_an_equation_reaches_from_the_first_bracket_to_the_last(answer: str) -> None:
+    found = re.search(r"\(.*\)", answer)
+    read = SVAMP.parse_teacher(f"So. The answer is {answer}")
+    assert read == (("So.", found[0]) if found and found[0][1:-1].strip() else None)
+
+
+@pytest.mark.parametrize("answer", ["(" * 500_000, ")" * 500_000 + "(", "(" * 250_000 + ")"])
+def test_brackets_without_end_are_read_at_once(answer: str) -> None:
+    began = time.monotonic()
+    SVAMP.parse_teacher(f"So. The answer is {answer}")
+    # a search from every bracket on takes minutes
+    assert time.monotonic() - began < 5

@@ -1,6 +1,7 @@
 """A teacher behind a server: what it sends, what it makes of answers, and of servers that misbehave."""
 
 import asyncio
+import gzip
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from lit_distill.questions import Message, Question, Reply, Sampling
 from lit_distill.teachers import server as module
 from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
 from lit_distill.teachers.server import OpenAITeacher
+from lit_distill.teachers.server import _read as read_answer
 from tests.teachers.models import make_talker
 from tests.teachers.servers import (
     MODELS,
@@ -359,6 +361,44 @@ def test_what_passes_is_tried_again(acts: list[Act]) -> None:
     assert len(server.requests) >= len(acts) + 1
     # the same again
     assert all(request.body == server.requests[0].body for request in server.requests)
+
+
+DEEP = [b'{"error":{"code":400,"message":%b1%b}}', b'{"choices":[{"x":%b1%b}]}', b"%b1%b"]
+
+
+@pytest.mark.parametrize("body", DEEP)
+@pytest.mark.parametrize(("opens", "closes"), [(b"[", b"]"), (b'{"message":', b"}")])
+def test_an_answer_of_any_depth_is_no_more_than_an_error(body: bytes, opens: bytes, closes: bytes) -> None:
+    # what can just be read is too deep to be written
+    for depth in (*range(500, sys.getrecursionlimit() + 10), 100_000):
+        found = read_answer(body % (opens * depth, closes * depth), ())
+        assert not isinstance(found, Reply)
+
+
+HOSTILE: list[Act] = [
+    Act(body=b"[" * 100_000),
+    Act(body=b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":%b}}' % (b"9" * 6000)),
+    Act(400, b'{"error":{"message":%b1%b}}' % (b'{"a":' * 5000, b"}" * 5000)),
+    Act(400, b'{"error":{"message":"half \\ud800 of a character"}}'),
+    Act(body=b'{"choices":[{"message":{"content":"' + b"a" * (17 << 20) + b'"}}]}'),
+    Act(body=gzip.compress(b" " * (64 << 20)), headers={"content-encoding": "gzip"}),
+    Act(500, b" " * (17 << 20)),
+]
+
+
+@pytest.mark.parametrize("act", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_answer_is_an_error_of_its_question(act: Act) -> None:
+    with pytest.raises(TeacherError) as raised:
+        answered([act, act], max_retries=1)
+    str(raised.value).encode()
+    assert len(str(raised.value)) <= 500
+    if len(act.body) > 16 << 20 or "content-encoding" in act.headers:
+        assert str(raised.value) == "the server's answer is larger than 16,777,216 bytes"
+
+
+def test_a_packed_answer_is_unpacked() -> None:
+    body = json.dumps({"choices": [{"message": {"content": "packed " * 1000}}]}).encode()
+    assert answered(Act(body=gzip.compress(body), headers={"content-encoding": "gzip"})).text == "packed " * 1000
 
 
 def test_a_slow_answer_is_waited_for_while_its_time_lasts() -> None:
