@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_distill.errors import UserError
+from lit_distill.reading import parse_yaml
 
 _NAME = re.compile(
     r"(?:\w+_)?(?:api_?key|access_?key|private_?key|auth|authorization|bearer|credentials?|secret|passwo?r?d)"
@@ -62,8 +61,8 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
             continue
         if isinstance(found, str) and re.search("[:=]", found):
             try:
-                found = yaml.safe_load(found)
-            except (yaml.YAMLError, ValueError, RecursionError):
+                found = parse_yaml(found)
+            except ValueError:
                 # its parser's message would show it
                 yield from (word + where for word, inner in _WORD.findall(found) if _is_secret(word, inner))
                 continue

@@ -178,7 +178,7 @@ def unread(annotation: Annotation) -> Annotation:
 def parse_structured(text: str) -> tuple[str, str] | None:
     """``(rationale, label)`` of an answer that follows `answer_schema`; ``None`` where it does not."""
     try:
-        found = parse_json(text)
+        found = parse_json(text, surrogates=True)
     except ValueError:
         return None
     if not isinstance(found, dict):
