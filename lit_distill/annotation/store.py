@@ -310,10 +310,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_rows(path: Path) -> Iterator[tuple[Annotation, dict[str, Any]]]:
+def read_rows(
+    path: Path, on_torn: Callable[[str], None] = lambda where: None
+) -> Iterator[tuple[Annotation, dict[str, Any]]]:
     """The samples of a JSON lines or Parquet file, each with its row as it stands, which may hold more.
 
-    A torn last line, as there is one while a job writes, is left aside.
+    Args:
+        path: the file.
+        on_torn: is told where a last line is torn, as one is while a job writes or when it was killed.
 
     Raises:
         UserError: a row is not a sample.
@@ -336,7 +340,7 @@ def read_rows(path: Path) -> Iterator[tuple[Annotation, dict[str, Any]]]:
             except UserError:
                 if line.endswith(b"\n"):
                     raise
-                return
+                return on_torn(f"{path}:{number}")
             yield _sample(row, f"{path}:{number}"), row
 
 

@@ -1,14 +1,14 @@
 """Rows joined to what a teacher was asked about them: by id, each of its samples, with all that is known of it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lit_distill.annotation.conditions import columns_of, is_condition
-from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, same_answer, vote
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, same_answer, vote
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
@@ -39,16 +39,24 @@ def annotations_file(path: Path) -> Path:
     return path
 
 
-def join_annotations(examples: Sequence[Example], path: Path, split: str, agree: Agree) -> tuple[SplitRows, str | None]:
+def join_annotations(
+    examples: Sequence[Example],
+    path: Path,
+    split: str,
+    agree: Agree,
+    parse: Callable[[str], tuple[str, str] | None],
+) -> tuple[SplitRows, str | None]:
     """Join rows with a teacher's samples.
 
-    Of a row's samples the first stands for the teacher; the others are kept beside it.
+    Of a row's samples the first stands for the teacher; the others are kept beside it. A sample that holds a text and
+    nothing of what follows from it is parsed here.
 
     Args:
         examples: the rows of a split, without a teacher.
         path: the samples' file or folder.
         split: samples of other splits are left aside.
         agree: which labels are one answer.
+        parse: the dataset's own reading of a teacher's text.
 
     Returns:
         The rows, and what a user has to know of the join, if anything.
@@ -63,7 +71,9 @@ def join_annotations(examples: Sequence[Example], path: Path, split: str, agree:
     teachers: dict[str | None, None] = {}
     outdated: dict[int, str] = {}
     counts: Counter[str] = Counter()
-    for annotation, row in read_rows(path):
+    notices: list[str] = []
+    torn = "{} is torn: no sample, so that its row may have none (annotate asks it again)"
+    for annotation, row in read_rows(path, lambda where: notices.append(torn.format(where))):
         if annotation.split is not None and annotation.split != split:
             continue
         place = places.get(annotation.id)
@@ -77,6 +87,9 @@ def join_annotations(examples: Sequence[Example], path: Path, split: str, agree:
             continue
         if annotation.text is None and annotation.rationale is None and annotation.label is None:
             continue
+        if annotation.text is not None and annotation.parsed is annotation.rationale is annotation.label is None:
+            annotation = read_text(annotation, examples[place], parse, agree)
+            row |= {name: getattr(annotation, name) for name in ("parsed", "agrees", "leaks", "length")}
         group = groups.setdefault((annotation.teacher, annotation.prompt, annotation.settings), len(groups))
         teachers[annotation.teacher] = None
         found.setdefault(place, []).append(((group, annotation.sample), annotation, row))
@@ -94,7 +107,6 @@ def join_annotations(examples: Sequence[Example], path: Path, split: str, agree:
             unparsed.add(place)
         if others:
             samples[place] = tuple(others)
-    notices = []
     if counts["strange"]:
         notices.append(f"{counts['strange']} samples in {path} are of rows that are not here")
     if outdated:

@@ -301,7 +301,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 if rows is not None:
                     self._check_rows(rows.examples, split)
             elif (asked := self.rows_to_ask(split)) is not None:
-                rows, notice = join_annotations(asked, self.rationales, split, self.teacher_agrees)
+                rows, notice = join_annotations(asked, self.rationales, split, self.teacher_agrees, self.parse_teacher)
                 if split == "train":
                     check_columns(self.rationale_filter, rows)
                 if notice:

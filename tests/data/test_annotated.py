@@ -628,3 +628,40 @@ def test_a_checkpoint_holds_the_path_as_plain_text(as_text: bool, write_cqa: Wri
 def test_without_rationales_there_is_none() -> None:
     assert ToyDataModule().hparams["rationales"] is None
     assert ToyDataModule().describe()["rationales"] is None
+
+
+def test_texts_alone_are_parsed_as_the_dataset_has_it(jsonl: Make) -> None:
+    texts = {"a": "Well. So the answer is yes.", "b": "It is yes. So the answer is yes.", "c": "I cannot say."}
+    data = jsonl([{"id": row, "text": text} for row, text in texts.items()])
+    rows = data.released("train")
+    assert rows is not None
+    assert [(row.rationale, row.teacher_label) for row in rows.examples] == [
+        ("Well.", "yes"),
+        ("It is yes.", "yes"),
+        (None, None),
+    ]
+    assert rows.unparsed == {2}
+    known = [row.columns or {} for row in rows.examples]
+    assert [(c["parsed"], c["agrees"], c.get("leaks"), c.get("length")) for c in known] == [
+        (True, True, False, 1),
+        (True, False, True, 3),
+        (False, False, None, None),
+    ]
+    lines = [{"id": row, "text": text} for row, text in texts.items()]
+    filtered = jsonl(lines, rationale_filter="agrees and not leaks")
+    assert [row.rationale for row in filtered.used_rows("train").examples] == ["Well.", None, None]
+
+
+def test_a_torn_line_is_named(jsonl: Make, say: Say, caplog: pytest.LogCaptureFixture) -> None:
+    folder = say([said("a"), said("b"), said("c")])
+    path = folder / FILE
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    rows = jsonl(folder).released("train")
+    assert f"jsonl train: {path}:3 is torn: no sample, so that its row may have none" in caplog.text
+    assert rows is not None
+    assert [row.rationale for row in rows.examples] == ["R0 of a", "R0 of b", None]
+    # elsewhere than at its end it is damage
+    path.write_bytes(content.replace(b'"id"', b'"i', 1))
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: not a sample: ")):
+        jsonl(folder).released("train")

@@ -365,9 +365,11 @@ def test_what_two_interruptions_at_once_stop_is_told_to_the_end_or_not_at_all(
 ) -> None:
     for _ in range(20):
         said: Said = []
-        job: RequestRunner[str] = RequestRunner(
-            Scripted(delay=0.002), 3, lambda tag, reply, said=said: said.append((tag, reply))
-        )  # type: ignore[misc]
+
+        def tell(tag: str, reply: Reply | TeacherError, said: Said = said) -> None:
+            said.append((tag, reply))
+
+        job: RequestRunner[str] = RequestRunner(Scripted(delay=0.002), 3, tell)
 
         def twice() -> None:
             for _ in range(2):
