@@ -58,6 +58,8 @@ class RunRecord:
     """The student's parameters."""
     teacher_accuracy: float | None = None
     """The accuracy of the teacher's labels on test, where there are some."""
+    chance: float | None = None
+    """The accuracy on test without reading an input: of a uniform guess, or of always the commonest training label."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Split -> hash of its rows in order: of train, those that were trained on, with labels and rationales; of val and
     test ids, inputs and gold labels, of test only the rows that were tested."""
@@ -154,7 +156,9 @@ _KINDS: Mapping[Any, str] = {dict: "a mapping", list: "a list of texts", str | b
 def _bounds(name: str) -> tuple[float, float]:
     if name == "train_fraction":
         return sys.float_info.min, 1
-    if re.match(r"(metrics|validation)\..*(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$|teacher", name):
+    if re.match(
+        r"(metrics|validation)\..*(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$|teacher|chance", name
+    ):
         return 0, 1
     # a metric of the user's own, or a loss; else a count, seconds or MiB
     return (-sys.float_info.max, sys.float_info.max) if "." in name else (0, 2**63 - 1)

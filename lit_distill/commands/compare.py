@@ -1,5 +1,6 @@
 """``compare``: runs side by side, with what may be said of their differences."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,11 @@ def _plain(row: Row) -> dict[str, Any]:
 
 _ALWAYS = ("setting", "n", "mean ± se")
 _NAMES = ("setting", "student")
-_NAME_WIDTH = 16
-_LEAST_FIRST = ("published", "by seed ± se (n)", "p", "95 % interval")
+_STACKED = (
+    ("setting", "student", "rows"), ("n",), ("mean ± se", "published"),
+    ("difference", "95 % interval"), ("p", "by seed ± se (n)"),
+)  # fmt: skip
+"""The columns of a narrow table, in which what belongs together stands below each other."""
 
 
 def _show(comparison: Comparison, folder: Path) -> None:
@@ -148,28 +152,33 @@ def _show(comparison: Comparison, folder: Path) -> None:
 def _table(section: Section, label_source: str, rows: list[Row], metric: str, width: int) -> Table:
     unit = " (%)" if is_share(metric) else ""
     title = f"{dataset_name(section.dataset)}, {labels_name(label_source)}: {metric_name(metric)}{unit}"
-    table = Table(title=title, title_justify="left")
     cells = [_cells(row, metric) for row in rows]
-    for name in _fitting(cells, width):
-        numeric = name not in _NAMES
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    if section.chance is not None:
+        chance = {"setting": "chance", "mean ± se": numbers.value(section.chance, metric)}
+        cells.append(dict.fromkeys(cells[0], "") | chance)
+    # what is the same for all only takes room
+    kept = [name for name in cells[0] if name in _ALWAYS or len({cell[name] for cell in cells[: len(rows)]}) > 1]
+    columns = [(name,) for name in kept]
+    if Console(width=1000).measure(_grid(title, columns, cells)).maximum > width:
+        columns = [here for names in _STACKED if (here := tuple(name for name in names if name in kept))]
+    return _grid(title, columns, cells)
+
+
+def _grid(title: str, columns: Sequence[tuple[str, ...]], cells: Sequence[Mapping[str, str]]) -> Table:
+    stacked = any(len(names) > 1 for names in columns)
+    table = Table(title=title, title_justify="left", show_lines=stacked)
+    for names in columns:
+        numeric = names[0] not in _NAMES
+        table.add_column(_stack(names), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for cell in cells:
         # values of a config may look like rich's own marks
-        table.add_row(*(Text(cell[column.header]) for column in table.columns if isinstance(column.header, str)))
+        table.add_row(*(Text(_stack([cell[name] for name in names])) for names in columns))
     return table
 
 
-def _fitting(cells: list[dict[str, str]], width: int) -> list[str]:
-    """The columns that there is room for; the report has them all."""
-    # what is the same for all only takes room
-    kept = [name for name in cells[0] if name in _ALWAYS or len({cell[name] for cell in cells}) > 1]
-    for name in _LEAST_FIRST:
-        needed = {other: max(len(other), *(len(cell[other]) for cell in cells)) for other in kept}
-        needed |= {other: min(needed[other], _NAME_WIDTH) for other in _NAMES if other in kept}
-        if sum(needed.values()) + 3 * len(kept) + 1 <= width:
-            break
-        kept = [other for other in kept if other != name]
-    return kept
+def _stack(texts: Sequence[str]) -> str:
+    first, *others = filter(None, texts) if any(texts) else [""]
+    return "\n".join(filter(None, (first, ", ".join(others))))
 
 
 def _cells(row: Row, metric: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill import __version__
 from lit_distill.answers import Split
+from lit_distill.commands.finish import chance_level
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.modules.base import DistillModule
@@ -72,6 +73,7 @@ def record_run(
         rationales=data.rationale_pairing if any("rationale" in task for task in data.tasks) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=_teacher_accuracy(data),
+        chance=chance[1] if evaluation and tested and (chance := chance_level(evaluation)) else None,
         fingerprints=_fingerprints(data, evaluation if tested else None),
         config=_saved_config(folder),
         data=data.describe(),

@@ -36,6 +36,9 @@ from lit_distill.records import flatten
 ACCURACY = "test/accuracy"
 """The metric that predictions are judged by, and that was published."""
 
+SCORED = "test/scored_accuracy"
+"""Of the likeliest of the choices."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -73,6 +76,8 @@ class Section:
     teachers: Mapping[float, str]
     """Accuracy of a teacher's labels -> where it is from."""
     remarks: tuple[str, ...]
+    chance: float | None
+    """Of the metric, where it is an accuracy and a run knows it."""
 
     def row(self, setting: Setting) -> Row:
         """The row of a setting."""
@@ -266,6 +271,9 @@ def _section(
         tests=tests,
         teachers=_teachers(dataset, runs),
         remarks=tuple([*_confounded(following), *_remarks(rows)]),
+        chance=max((run.chance for run in runs if run.chance is not None), default=None)
+        if metric in (ACCURACY, SCORED)
+        else None,
     )
 
 

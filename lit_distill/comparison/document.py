@@ -78,10 +78,24 @@ td { white-space: nowrap; }
 th.name, td.name { text-align: left; }
 td.name { white-space: normal; min-width: 10.5rem; }
 tbody tr:hover { background: var(--shade); }
-figure { margin: 1.5rem 0; }
+figure { margin: 1.5rem 0; overflow-x: auto; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 pre { background: var(--shade); padding: .75rem 1rem; font-size: .8rem; line-height: 1.5; border-radius: 4px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media screen and (max-width: 45rem) {
+  main { padding: 1.25rem 1rem 3rem; }
+  /* below this its letters cannot be read */
+  figure img { min-width: 38rem; max-width: none; }
+  ul { padding-left: 1.25rem; }
+  thead { display: none; }
+  table, tbody, tr, td { display: block; }
+  tr { border-bottom: 1px solid var(--rule); padding: .4rem 0; }
+  td, td.name { border: 0; display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0; }
+  td, td.name { text-align: right; white-space: normal; }
+  td:first-child { font-weight: 600; text-align: left; }
+  td::before { content: attr(data-name); color: var(--faint); text-align: left; white-space: nowrap; }
+  td:first-child::before, td:empty { display: none; }
+}
 @page { size: A4 landscape; margin: 12mm; }
 @media print {
   :root { --ink: #000; --faint: #333; --rule: #bbb; --paper: #fff; --shade: #f5f5f3; }
@@ -176,7 +190,9 @@ def _html(part: Part) -> str:
         case Table(head, rows, names):
             kinds = [' class="name"' if i < names else "" for i in range(len(head))]
             top = f"<tr>{_cells('th', head, kinds)}</tr>"
-            body = [f"<tr>{_cells('td', row, kinds)}</tr>" for row in rows]
+            # a phone shows a row as a list, in which each value has its column's name
+            named = [f'{kind} data-name="{say(name)}"' for kind, name in zip(kinds, head, strict=True)]
+            body = [f"<tr>{_cells('td', row, named)}</tr>" for row in rows]
             return "\n".join(
                 ['<div class="wide"><table><thead>', top, "</thead><tbody>", *body, "</tbody></table></div>"]
             )

@@ -34,7 +34,7 @@ def dot_figure(plot: DotPlot, styles: dict[StyleKey, Style], scale: float) -> Fi
     tall = sum(heights)
     left = PAD + max(measure(label, TEXT)[0] for label in labels) + 0.15
     wide, gap, second = 3.4, 0.45, 2.9
-    compared = plot.baseline is not None and any(dot.difference for dot in plot.dots)
+    compared = plot.baseline is not None
     width = left + wide + PAD + 0.15 + ((gap + second) if compared else 0.0)
     frame = Frame.of(plot.title, plot.notes, width - 2 * PAD)
     x_labels = [plot.x_label, fold(f"difference to {plot.baseline} (points)", 34)]
@@ -46,7 +46,7 @@ def dot_figure(plot: DotPlot, styles: dict[StyleKey, Style], scale: float) -> Fi
     for label, centre in zip(labels, centres, strict=True):
         canvas.text(left - 0.12, bottom + centre, label, TEXT, color=INK, ha="right", va="center")
     axes = canvas.axes(left, bottom, wide, tall)
-    _values_panel(axes, plot.dots, centres, styles, scale)
+    _values_panel(axes, plot, centres, styles, scale)
     under = PAD + frame.below + lowest
     canvas.text(left + wide / 2, under, x_labels[0], TEXT, color=INK, ha="center", va="top")
     panels = [axes]
@@ -65,10 +65,14 @@ def dot_figure(plot: DotPlot, styles: dict[StyleKey, Style], scale: float) -> Fi
 
 
 def _values_panel(
-    axes: Axes, dots: Sequence[Dot], centres: Sequence[float], styles: dict[StyleKey, Style], scale: float
+    axes: Axes, plot: DotPlot, centres: Sequence[float], styles: dict[StyleKey, Style], scale: float
 ) -> None:
+    dots = plot.dots
     more = [scale * value for dot in dots for value in dot.values]
     more += [scale * dot.published for dot in dots if dot.published is not None]
+    if plot.chance is not None:
+        more.append(scale * plot.chance)
+        axes.axvline(scale * plot.chance, color=FAINT, linewidth=1.2, linestyle=":", zorder=1)
     errors = [None if dot.error is None else scale * dot.error for dot in dots]
     low, high = limits_of(spans([scale * dot.mean for dot in dots], errors, more), 0.02 * scale)
     axes.set_xlim(low, high)

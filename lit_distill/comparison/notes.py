@@ -6,39 +6,68 @@ from typing import Any
 
 from lit_distill.comparison.comparing import Comparison
 from lit_distill.comparison.document import Code, Heading, Items, Part, Table
-from lit_distill.comparison.numbers import DOUBLE_DAGGER
+from lit_distill.comparison.numbers import DOUBLE_DAGGER, pooled
 from lit_distill.comparison.runs import Run
 
 
 def meaning(comparison: Comparison) -> list[Part]:
     """What the statistics say and what they do not."""
-    compared = sum(row.examples is not None for section in comparison.sections for row in section.rows)
+    rows = [row for section in comparison.sections for row in section.rows]
+    compared = sum(row.examples is not None for row in rows)
+    by_seed = any(row.seeds is not None for row in rows)
     expected = f"{0.05 * compared:.1f}".removesuffix(".0")
     plural = "" if compared == 1 else "s"
-    by_chance = f"of {compared} comparison{plural} here, about {expected}" if compared else "one of 20"
-    items = (
+    items = [
         "mean ± se: the mean over seeds and its standard error (divisor n - 1). It says how far another set of seeds "
-        "would move the mean, with the test rows as they are. A single seed has no standard error.",
-        "pooled: the part of all seeds' answers that is right; shown where it is not the same as the mean, which it is "
-        "where all seeds were tested on as many rows.",
-        "difference, 95 % interval, p: the difference to the baseline by a paired bootstrap over "
-        "test rows "
-        f"({comparison.resamples:,} resamples, seed {comparison.seed}). Of several seeds, each row first counts with "
-        "the part of them that had it right. The interval covers test rows: what others of the same source would have "
-        "given for these very students. It does not cover seeds: what students of other seeds would have given.",
-        "by seed: the difference between runs with the same seed and data seed, its mean and standard error over "
-        "those seeds (their number in brackets). It covers seeds and not test rows. With fewer than 4 or 5 seeds the "
-        "standard error is itself a rough guess. Where there are seeds that both have, both differences are over "
-        f"those; {DOUBLE_DAGGER} marks where others were left out.",
-        "A difference is to be believed where both say so. Neither says anything of other datasets, students or "
-        "settings, nor makes up for a choice of settings by their test results.",
-        "p-values are not corrected for their number. If these very students were equally good on the population of "
-        f"test rows, {by_chance} would have p < 0.05. That is no promise about methods: for few seeds, two identical "
-        "methods are found different far more often (in a simulation of one seed each, with a standard deviation over "
-        "seeds of 1.5 points and 2,000 test rows, 41 % had p < 0.05). Look at the column by seed.",
-        "published: taken from the paper, found by other code. Its answers are not known, so that it cannot be paired.",
-    )
-    return [Heading(2, "What the numbers mean"), Items(items)]
+        "would move the mean, with the test rows as they are. A single seed has no standard error."
+    ]
+    if any(section.chance is not None for section in comparison.sections):
+        items.append(
+            "chance: the accuracy of whoever does not read the input, by a uniform guess among closed choices or "
+            "always the commonest label, whichever is better. Differences between settings that are not above it say "
+            "nothing."
+        )
+    if any(any(pooled(section.rows, comparison.metric)) for section in comparison.sections):
+        items.append(
+            "pooled: the part of all seeds' answers that is right; shown where it is not the same as the mean, which "
+            "it is where all seeds were tested on as many rows."
+        )
+    if compared:
+        items.append(
+            "difference, 95 % interval, p: the difference to the baseline by a paired bootstrap over test rows "
+            f"({comparison.resamples:,} resamples, seed {comparison.seed}). Of several seeds, each row first counts "
+            "with the part of them that had it right. The interval covers test rows: what others of the same source "
+            "would have given for these very students. It does not cover seeds: what students of other seeds would "
+            "have given."
+        )
+    if by_seed:
+        both = " Where there are seeds that both have, both differences are over those"
+        left_out = any(any(row.left_out) for row in rows)
+        both += f"; {DOUBLE_DAGGER} marks where others were left out." if left_out else "."
+        items.append(
+            "by seed: the difference between runs with the same seed and data seed, its mean and standard error over "
+            "those seeds (their number in brackets). It covers seeds and not test rows. With fewer than 4 or 5 seeds "
+            "the standard error is itself a rough guess." + both
+        )
+    if compared and by_seed:
+        items.append(
+            "A difference is to be believed where both say so. Neither says anything of other datasets, students or "
+            "settings, nor makes up for a choice of settings by their test results."
+        )
+    if compared:
+        items.append(
+            "p-values are not corrected for their number. If these very students were equally good on the population "
+            f"of test rows, of {compared} comparison{plural} here, about {expected} would have p < 0.05. That is no "
+            "promise about methods: for few seeds, two identical methods are found different far more often (in a "
+            "simulation of one seed each, with a standard deviation over seeds of 1.5 points and 2,000 test rows, 41 % "
+            "had p < 0.05)." + (" Look at the column by seed." if by_seed else "")
+        )
+    if any(row.published for row in rows):
+        items.append(
+            "published: taken from the paper, found by other code. Its answers are not known, so that it cannot be "
+            "paired."
+        )
+    return [Heading(2, "What the numbers mean"), Items(tuple(items))]
 
 
 def software(comparison: Comparison) -> list[Part]:
@@ -51,13 +80,16 @@ def software(comparison: Comparison) -> list[Part]:
         rows.append((name, found))
         if ";" in found:
             differing.append(name)
-    commits = _counted([_commit(run) for run in comparison.runs])
-    rows.append(("commit", commits))
+    known = [run for run in comparison.runs if run.record.git.get("commit")]
+    if known:
+        rows.append(("commit", _counted([_commit(run) for run in comparison.runs])))
+    if not rows:
+        return []
     parts: list[Part] = [Heading(2, "What the runs were run with"), Table(("", "version (runs)"), tuple(rows), names=2)]
     warnings = []
     if differing:
         warnings.append(f"Versions differ between runs: {', '.join(differing)}.")
-    if len({run.record.git.get("commit") for run in comparison.runs}) > 1:
+    if len({run.record.git["commit"] for run in known}) > 1:
         warnings.append("Runs are of different commits.")
     if any(run.record.git.get("changed") for run in comparison.runs):
         warnings.append("Some runs had files that differed from their commit.")
@@ -67,7 +99,7 @@ def software(comparison: Comparison) -> list[Part]:
 def _commit(run: Run) -> str:
     git: dict[str, Any] = run.record.git
     if not git.get("commit"):
-        return "not known"
+        return "no git checkout"
     return str(git["commit"])[:12] + (" with changes" if git.get("changed") else "")
 
 

@@ -1,6 +1,8 @@
 """Numbers as a report writes them."""
 
-from lit_distill.comparison.comparing import Row
+from collections.abc import Sequence
+
+from lit_distill.comparison.comparing import ACCURACY, Row
 from lit_distill.comparison.plots import is_share
 from lit_distill.comparison.statistics import FEW, ExampleDifference, SeedDifference
 
@@ -69,3 +71,12 @@ def p_value(found: ExampleDifference) -> str:
     """A p-value, marked where few rows differ."""
     shown = "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
     return f"{shown} {DAGGER}" if found.differing < FEW else shown
+
+
+def pooled(rows: Sequence[Row], metric: str) -> list[str]:
+    """The pooled accuracies, where one is not the mean: of seeds on as many rows the two are the same."""
+    if metric != ACCURACY:
+        return [""] * len(rows)
+    shown = [value(row.summary.pooled, metric) for row in rows]
+    same = all(not text or text == value(row.summary.mean, metric) for text, row in zip(shown, rows, strict=True))
+    return [""] * len(rows) if same else shown

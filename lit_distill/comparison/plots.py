@@ -91,6 +91,8 @@ class DotPlot:
     dots: tuple[Dot, ...]
     """From the top."""
     baseline: str | None
+    """What the second panel compares with; without it there is none."""
+    chance: float | None
     notes: tuple[str, ...]
 
 
@@ -103,7 +105,7 @@ def plots(comparison: Comparison) -> list[LinePlot | DotPlot]:
                 found += _fractions(section, own, label_source, student, comparison.metric)
             found += _sizes(section, rows, label_source, comparison.metric)
             for student, own in _split(rows, lambda row: row.setting.student):
-                found += _ablation(own, label_source, student, comparison.metric)
+                found += _ablation(section, own, label_source, student, comparison.metric)
     return _with_own_files(found)
 
 
@@ -165,7 +167,7 @@ def _fractions(section: Section, rows: Sequence[Row], label_source: str, student
             y_label=_y_label(metric),
             ticks=tuple(ticks),
             lines=tuple(lines),
-            levels=(),
+            levels=_chance(section),
             notes=tuple(notes),
         )
     ]
@@ -190,9 +192,9 @@ def _sizes(section: Section, rows: Sequence[Row], label_source: str, metric: str
     for row in rows:
         if row.setting.student not in students[row.setting.parameters]:
             students[row.setting.parameters].append(row.setting.student)
-    levels: tuple[tuple[float, str], ...] = ()
+    levels = _chance(section)
     if metric == ACCURACY:
-        levels = tuple((accuracy, "teacher's labels") for accuracy in section.teachers)
+        levels += tuple((accuracy, "teacher's labels") for accuracy in section.teachers)
     part = "all training rows" if fraction == 1 else f"{fraction_name(fraction)} of the training rows"
     return [
         LinePlot(
@@ -209,6 +211,10 @@ def _sizes(section: Section, rows: Sequence[Row], label_source: str, metric: str
             notes=tuple(notes),
         )
     ]
+
+
+def _chance(section: Section) -> tuple[tuple[float, str], ...]:
+    return () if section.chance is None else ((section.chance, "chance"),)
 
 
 def _lines(rows: Sequence[Row], x: Callable[[Setting], float], *, with_family: bool) -> tuple[list[Line], list[str]]:
@@ -281,7 +287,7 @@ def _seeds(counts: Sequence[int]) -> str:
     return f"means of {span} seeds, bars: ± standard error over seeds"
 
 
-def _ablation(rows: Sequence[Row], label_source: str, student: str, metric: str) -> list[DotPlot]:
+def _ablation(section: Section, rows: Sequence[Row], label_source: str, student: str, metric: str) -> list[DotPlot]:
     """At the largest fraction at which there are two settings."""
     by_fraction: dict[float, list[Row]] = defaultdict(list)
     for row in rows:
@@ -319,11 +325,14 @@ def _ablation(rows: Sequence[Row], label_source: str, student: str, metric: str)
         for row in sorted(rows, key=lambda row: (-row.summary.mean, row.name))
     ]
     counts = sorted({row.summary.n for row in rows})
-    notes = [f"left: {_seeds(counts)}"]
+    two_panels = base is not None and bool(compared)
+    notes = [f"left: {_seeds(counts)}" if two_panels else _seeds(counts)]
     if counts != [1]:
         notes.append("small circles: single seeds")
     notes += _notes(rows)[1:]
-    if base is not None and compared:
+    if section.chance is not None:
+        notes.append("dotted: chance")
+    if two_panels:
         over = ", of the seeds that both have" if any(any(row.left_out) for row in compared) else ""
         notes.append(f"right: 95 % bootstrap intervals over test rows{over}")
     part = "all training rows" if fraction == 1 else f"{fraction_name(fraction)} of the training rows"
@@ -334,7 +343,8 @@ def _ablation(rows: Sequence[Row], label_source: str, student: str, metric: str)
             title=_title(rows, student, part),
             x_label=_y_label(metric),
             dots=tuple(dots),
-            baseline=base_name if base is not None else None,
+            baseline=base_name if two_panels else None,
+            chance=section.chance,
             notes=tuple(notes),
         )
     ]

@@ -112,7 +112,7 @@ def _results(rows: Sequence[Row], section: Section, metric: str) -> Table:
         ("training rows", [_training_rows(row) for row in rows]),
         ("n", [str(row.summary.n) for row in rows]),
         ("mean ± se", [numbers.mean_and_error(row, metric) for row in rows]),
-        ("pooled", _pooled(rows, metric)),
+        ("pooled", numbers.pooled(rows, metric)),
         (
             f"difference{points}",
             [numbers.difference(row, metric) or _why(row) for row in rows],
@@ -127,22 +127,11 @@ def _results(rows: Sequence[Row], section: Section, metric: str) -> Table:
     ]
     always = ("setting", "student", "training rows", "n", "mean ± se")
     kept = [(name, cells) for name, cells in columns if name in always or any(cells)]
-    return Table(
-        head=tuple(name for name, _ in kept),
-        rows=tuple(zip(*(cells for _, cells in kept), strict=True)),
-        names=2,
-    )
-
-
-def _pooled(rows: Sequence[Row], metric: str) -> list[str]:
-    """Only where it is not the mean: where seeds were tested on as many rows, the two are the same."""
-    if metric != ACCURACY:
-        return [""] * len(rows)
-    shown = [numbers.value(row.summary.pooled, metric) for row in rows]
-    same = all(
-        not text or text == numbers.value(row.summary.mean, metric) for text, row in zip(shown, rows, strict=True)
-    )
-    return [""] * len(rows) if same else shown
+    body = list(zip(*(cells for _, cells in kept), strict=True))
+    if section.chance is not None:
+        said = {"setting": "chance", "mean ± se": numbers.value(section.chance, metric)}
+        body.append(tuple(said.get(name, "") for name, _ in kept))
+    return Table(head=tuple(name for name, _ in kept), rows=tuple(body), names=2)
 
 
 def _why(row: Row) -> str:

@@ -24,6 +24,9 @@ _BEGUN = (("failed.json", "failed"), ("config.yaml", "the run has not ended"), (
 _PLANNED = "fit.yaml"
 """What there is of a run before it starts."""
 
+_CLOSED = 10
+"""Gold labels, more of which are no closed set."""
+
 _CLOSE = 1e-4
 """Metrics are kept in single precision."""
 
@@ -52,6 +55,8 @@ class Run:
     """Why there are no predictions."""
     ids: str = ""
     """Hash of the ids of its test rows, in whatever order; empty where they are not known."""
+    chance: float | None = None
+    """The accuracy on its test rows without reading them, where it is known."""
     tested: str | None = None
     """Which of its dataset's test rows it was tested on, once that was found out; see `test`."""
 
@@ -175,7 +180,14 @@ def _read(folder: Path, known_ids: dict[tuple[str, ...], tuple[str, ...]]) -> Ru
             raise UserError(
                 f"{folder / PREDICTIONS}: an accuracy of {found:.4f}, and {RECORD} speaks of {said:.4f}: another run's?"
             )
-    return Run(folder.as_posix(), record, predictions, remark, _hash([str(row["id"]) for row in rows]))
+    chance = _commonest(rows) if record.chance is None else record.chance
+    return Run(folder.as_posix(), record, predictions, remark, _hash([str(row["id"]) for row in rows]), chance)
+
+
+def _commonest(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The part of the commonest gold label, for records without a chance; none where labels are no closed set."""
+    counts = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
+    return max(counts.values()) / counts.total() if 1 < len(counts) <= _CLOSED else None
 
 
 def _hash(ids: Sequence[str]) -> str:

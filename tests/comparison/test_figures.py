@@ -142,6 +142,20 @@ def test_there_is_a_figure_for_each_question_that_runs_answer(tmp_path: Path) ->
     assert all(not plot.levels for plot in plots_of(tmp_path, metric="test/loss") if isinstance(plot, LinePlot))
 
 
+def test_sides_are_named_where_there_are_two(tmp_path: Path) -> None:
+    # of two variants neither is compared with the other
+    for rationales in ("own", "shuffled"):
+        write_runs(tmp_path, [0, 1], 0.6, method="StepByStep", rationales=rationales)
+    [alone] = plots_of(tmp_path)
+    assert isinstance(alone, DotPlot)
+    assert alone.baseline is None
+    assert len(figure_of(alone, styles_of([alone]), percent=True).axes) == 1
+    assert not any("left" in note or "right" in note for note in alone.notes)
+    write_runs(tmp_path, [0, 1], 0.5, method="Standard")
+    [beside] = plots_of(tmp_path)
+    assert [note.partition(":")[0] for note in beside.notes][::2] == ["left", "right"]
+
+
 def test_there_is_none_without_two_values(tmp_path: Path) -> None:
     write_runs(tmp_path, [0, 1], 0.6, method="Standard")
     assert plots_of(tmp_path) == []

@@ -13,6 +13,7 @@ import pytest
 from lit_distill.comparison import numbers
 from lit_distill.comparison.comparing import Comparison, compare_runs
 from lit_distill.comparison.document import Text, to_html, to_markdown
+from lit_distill.comparison.plots import DotPlot, plots
 from lit_distill.comparison.report import write_report
 from lit_distill.comparison.runs import find_runs
 from lit_distill.comparison.statistics import ExampleDifference
@@ -114,7 +115,7 @@ def test_what_was_not_compared_is_said(comparison: Comparison, tmp_path: Path) -
         f"again as {runs}/again",
         f"{runs}/metrics only: no test_predictions.jsonl",
         "Versions differ between runs: lit_distill, torch.",
-        "Runs are of different commits.",
+        "no git checkout (1)",
         "step-by-step, GPT-NeoX 20B rationales",
         "No interval: no baseline with its student, labels and fraction: step-by-step (t5-v1_1-base, 100 %)",
         "300 resamples, seed 0",
@@ -127,6 +128,40 @@ def test_what_was_not_compared_is_said(comparison: Comparison, tmp_path: Path) -
         assert part in text, part
     for run in comparison.runs:
         assert shlex.join(run.record.command) in text
+
+
+def test_nothing_is_said_of_what_does_not_occur(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "one", correct=answers(0.6, 50, 0), student="mine", git={})
+    one = compare_runs(find_runs([tmp_path / "runs"]), resamples=100)
+    write_report(one, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    meaning = text[text.index("What the numbers mean") :]
+    assert "mean ± se" in meaning
+    for term in ("pooled", "bootstrap", "by seed", "p-values", "published", "chance", numbers.DOUBLE_DAGGER, "commit"):
+        assert term not in meaning, term
+    write_run(tmp_path / "runs" / "two", correct=answers(0.7, 50, 0), method="StepByStep", student="mine", git={})
+    write_report(compare_runs(find_runs([tmp_path / "runs"]), resamples=100), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert all(term in text for term in ("bootstrap", "by seed", "p-values"))
+    assert "Runs are of different commits" not in text
+
+
+def test_chance_is_in_table_figures_and_notes(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for method, accuracy in (("Standard", 0.3), ("StepByStep", 0.36)):
+            folder = tmp_path / "runs" / f"{method}{seed}"
+            write_run(folder, correct=answers(accuracy, 50, seed), method=method, seed=seed, chance=0.34)
+    found = compare_runs(find_runs([tmp_path / "runs"]), resamples=100)
+    write_report(found, tmp_path / "out")
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| chance \|.* 34\.00 \|", report, re.MULTILINE)
+    assert "does not read the input" in report
+    assert found.sections[0].chance == 0.34
+    [plot] = plots(found)
+    assert isinstance(plot, DotPlot)
+    assert plot.chance == 0.34
+    # a loss has no chance
+    assert compare_runs(find_runs([tmp_path / "runs"]), metric="test/loss").sections[0].chance is None
 
 
 def test_the_page_needs_no_other_file(comparison: Comparison, tmp_path: Path) -> None:

@@ -164,6 +164,16 @@ def test_damaged_records_are_listed(tmp_path: Path) -> None:
     assert find_runs([tmp_path]).runs == ()
 
 
+def test_chance_is_the_records_or_the_commonest_label_of_a_closed_set(tmp_path: Path) -> None:
+    for name in ("recorded", "closed", "open"):
+        write_run(tmp_path / name, correct=[True, False, False] * 4, **({"chance": 0.4} if name == "recorded" else {}))
+    rows = read_predictions_file(tmp_path / "closed")
+    write_predictions_file(tmp_path / "closed", [row | {"label": "abbccc"[i % 6]} for i, row in enumerate(rows)])
+    write_predictions_file(tmp_path / "open", [row | {"label": str(i)} for i, row in enumerate(rows)])
+    chances = {Path(run.source).name: run.chance for run in find_runs([tmp_path]).runs}
+    assert chances == {"recorded": 0.4, "closed": 0.5, "open": None}
+
+
 def test_damaged_predictions_are_listed(tmp_path: Path) -> None:
     right = [True, True, False, False]
     for name in ("torn", "rows", "kind", "foreign"):
