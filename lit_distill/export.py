@@ -155,14 +155,14 @@ def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]
     return found.base_model if isinstance(found.base_model, str) else None, found.license
 
 
-def check_hub(repository: str) -> None:
-    """Make a repository on the hub, if it is not there, so that what is trained can be pushed to it.
+def check_hub(repository: str, kind: str = "model") -> None:
+    """Make a repository on the hub, if it is not there, so that a ``model`` or ``dataset`` can be pushed to it.
 
     Raises:
         UserError: the name is none, or this user cannot write to it from here.
     """
     try:
-        HfApi().create_repo(repository, exist_ok=True)
+        HfApi().create_repo(repository, repo_type=kind, exist_ok=True)
     except _HUB_ERRORS as error:
         raise UserError(
             f"push_to_hub: cannot write to {repository!r} on the Hugging Face hub ({_reason(error)});"
@@ -170,18 +170,24 @@ def check_hub(repository: str) -> None:
         ) from error
 
 
-def push_student(folder: Path, repository: str) -> None:
-    """Upload a student's folder.
+def push_folder(folder: Path, repository: str, kind: str = "model") -> None:
+    """Upload a folder, without its hidden files.
 
     Raises:
         UserError: it cannot be uploaded; the folder is as it was.
     """
     try:
-        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the student")
+        HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            repo_type=kind,
+            commit_message=f"Add the {kind}",
+            ignore_patterns=[".*"],
+        )
     except _HUB_ERRORS as error:
         raise UserError(
-            f"push_to_hub: the student was not uploaded ({_reason(error)});"
-            f" `hf upload {repository} {folder}` tries again"
+            f"push_to_hub: {folder} was not uploaded ({_reason(error)});"
+            f" `hf upload {repository} {folder}{' --repo-type dataset' if kind == 'dataset' else ''}` tries again"
         ) from error
 
 

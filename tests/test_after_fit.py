@@ -124,12 +124,12 @@ class Hub:
         monkeypatch.setattr(HfApi, "upload_folder", self.upload)
         self.error = error
 
-    def create(self, repository: str, *, exist_ok: bool) -> None:
+    def create(self, repository: str, *, repo_type: str, exist_ok: bool) -> None:
         self.asked.append(f"create {repository}")
-        assert exist_ok
+        assert (repo_type, exist_ok) == ("model", True)
         assert not list(Path("runs").rglob("*.ckpt")), "asked for once the training is over"
 
-    def upload(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload(self, *, repo_id: str, folder_path: Path, **others: Any) -> None:
         self.asked.append(f"upload {repo_id}")
         if self.error is not None:
             raise self.error

@@ -18,12 +18,16 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
+from lit_distill.annotation.card import MARK, write_card
 from lit_distill.annotation.record import COLUMNS, KINDS, Agree, Annotation, from_row, same_answer, to_line, vote
 from lit_distill.errors import UserError
 from lit_distill.reading import parse_json
 
 FILE = "rationales.jsonl"
 """One object a sample."""
+
+CARD = "README.md"
+"""What the hub shows of a folder."""
 
 PARQUET = "rationales.parquet"
 """The same, written at the end of a job."""
@@ -280,6 +284,20 @@ class AnnotationStore:
             rows = iter(self)
             while chunk := list(islice(rows, _CHUNK)):
                 writer.write_table(pa.Table.from_pylist([_whole(asdict(row)) for row in chunk], schema=_SCHEMA))
+
+    def write_card(self) -> bool:
+        """Write what the hub shows of the folder, unless somebody's own words stand there; whether it was written.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = self.folder / CARD
+        if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            return False
+        with self._anew(CARD) as half:
+            text = write_card(self.read_metadata().get("jobs", []), self, PARQUET, self.folder.name)
+            half.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return True
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from lit_distill.annotation.demonstrations import fixed, nearest
 from lit_distill.annotation.plan import Plan, shown
 from lit_distill.annotation.prompts import check_template, load_demonstrations, load_prompt, written_answer
 from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
-from lit_distill.annotation.store import FILE, AnnotationStore
+from lit_distill.annotation.store import CARD, FILE, AnnotationStore
 from lit_distill.answers import Split
 from lit_distill.commands.annotation_progress import Tally, progress
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
 from lit_distill.questions import Question, Reply, Sampling, count_tokens
 from lit_distill.rationales import Example
@@ -66,6 +67,7 @@ def annotate(
     retry_errors: bool = False,
     dry_run: bool = False,
     wandb_project: str | None = None,
+    push_to_hub: str | None = None,
 ) -> dict[str, Any]:
     """Ask a teacher about a split's whole file, before val is taken off.
 
@@ -104,6 +106,7 @@ def annotate(
         retry_errors: ask again what could not be answered.
         dry_run: show the first prompts in full and estimate tokens and cost; ask nothing, write nothing.
         wandb_project: also write the summary to this project of Weights & Biases.
+        push_to_hub: upload ``out`` to this dataset (``USER/NAME``) on the Hugging Face hub, unless interrupted.
 
     Returns:
         The summary that is printed.
@@ -114,8 +117,9 @@ def annotate(
     for name, path in (("out", out), ("prompt", prompt), ("demonstrations", demonstrations)):
         if path is not None and not isinstance(path, Path):
             checks.check_text(name, path)
-    if wandb_project is not None:
-        checks.check_text("wandb_project", wandb_project)
+    for name, given in (("wandb_project", wandb_project), ("push_to_hub", push_to_hub)):
+        if given is not None:
+            checks.check_text(name, given)
     for name, switch in (
         ("nearest_demonstrations", nearest_demonstrations),
         ("structured", structured),
@@ -172,6 +176,8 @@ def annotate(
         return summary
     if out is None:
         raise UserError("out must be given: the folder that the answers go to")
+    if push_to_hub is not None:
+        check_hub(push_to_hub, "dataset")
     job = _Job(datamodule, teacher, plan, split, rows)
     summary = job.run(
         Path(out),
@@ -183,6 +189,8 @@ def annotate(
     _show(f"{datamodule.name} {split}, asked of {teacher.name}", summary)
     if wandb_project is not None:
         _log_to_wandb(wandb_project, job, summary)
+    if push_to_hub is not None and summary["stopped"] != "interrupted":
+        push_folder(Path(out), push_to_hub, "dataset")
     return summary
 
 
@@ -312,6 +320,8 @@ class _Job:
                 store.finish(self.read, self.place, self.agree)
                 self._note_job(store, started, runner.stopped)
                 store.write_parquet()
+                if not store.write_card():
+                    _tell(f"{folder / CARD} holds words of your own and was left as it is")
 
             with Interrupts() as interrupts:
                 try:

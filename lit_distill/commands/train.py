@@ -40,7 +40,7 @@ from lit_distill.commands.runs import (
 )
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.export import check_hub, push_student
+from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
@@ -355,7 +355,7 @@ class DistillCLI(LightningCLI):
             self._record(folder, steps)
         report(self.model, student=student, baseline=baseline)
         if config["push_to_hub"] is not None and student is not None and self.trainer.is_global_zero:
-            push_student(student, config["push_to_hub"])
+            push_folder(student, config["push_to_hub"])
 
     @rank_zero_only
     def _record(self, folder: Path, steps: int) -> None:

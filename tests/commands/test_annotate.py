@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import wandb
 import yaml
+from huggingface_hub import HfApi, ModelCard
 from wandb.sdk.wandb_summary import SummaryDict
 
 from lit_distill.annotation.store import AnnotationStore
@@ -753,6 +755,59 @@ def test_a_summary_goes_to_wandb(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     written = [path.read_bytes() for folder in ("wandb", "out") for path in Path(folder).rglob("*") if path.is_file()]
     assert len(written) > 4
     assert not any(b"sk-hidden" in content for content in written)
+
+
+def test_the_folder_is_a_dataset_with_a_card(here: Path) -> None:
+    def behave(request: Request) -> Act:
+        if number_of(request) == 2:
+            return fail(400, "too long")
+        return Act(body=completion(request, f"Well {number_of(request)}. So the answer is {number_of(request)}."))
+
+    with serving(lists_models(behave)) as server:
+        run("annotate", own(numbered(here, 4), server, "--num_samples=2"))
+        card = ModelCard.load("out/README.md", ignore_metadata_errors=True)
+        rows = datasets.load_dataset("out", split="train", cache_dir=str(here / "cache")).to_list()
+        assert rows == rows_of()
+        assert card.data.to_dict()["license"] == "other"
+        assert f"| jsonl | train | 4 | tiny | 2 |  | {rows[0]['prompt']} |" in card.text
+        # samples, errors, parsed, agreeing, with the label in the rationale
+        assert "| train | tiny | 8 | 2 | 6 | 6 | 6 |" in card.text
+        assert [line.split("`")[1] for line in card.text.splitlines() if line.startswith("| `")] == list(rows[0])
+        assert "| `vote_share` | float | The part of them with that label. |" in card.text
+        assert "The licence of the source data and the terms of the teacher" in card.text
+        # a user's own words stay, those of an earlier start do not
+        run("annotate", own(numbered(here, 5), server, "--num_samples=2"))
+        assert "| train | tiny | 10 | 2 | 8 | 8 | 8 |" in Path("out/README.md").read_text()
+        Path("out/README.md").write_text("my own")
+        run("annotate", own(numbered(here, 5), server, "--num_samples=2"))
+    assert Path("out/README.md").read_text() == "my own"
+
+
+def test_the_folder_is_pushed_to_the_hub(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+    data = numbered(here, 2)
+
+    def create(hub: HfApi, repository: str, **arguments: Any) -> None:
+        assert not Path("out").exists(), "asked for once all is answered"
+        asked.append({"repository": repository, **arguments})
+
+    def upload(hub: HfApi, **arguments: Any) -> None:
+        asked.append(arguments | {"names": {path.name for path in Path(arguments["folder_path"]).iterdir()}})
+
+    # the tests are offline
+    with serving(saying(lambda request: "Well. So the answer is 1.")) as server:
+        line = refusal(capsys, "annotate", own(data, server, "--push_to_hub=me/said"))
+        assert line.startswith("push_to_hub: cannot write to 'me/said' on the Hugging Face hub (")
+        assert (server.requests, Path("out").exists()) == ([], False)
+        monkeypatch.setattr(HfApi, "create_repo", create)
+        monkeypatch.setattr(HfApi, "upload_folder", upload)
+        run("annotate", own(data, server, "--push_to_hub=me/said"))
+    made, uploaded = asked
+    assert made == {"repository": "me/said", "repo_type": "dataset", "exist_ok": True}
+    assert (uploaded["repo_id"], uploaded["repo_type"], uploaded["ignore_patterns"]) == ("me/said", "dataset", [".*"])
+    assert {"README.md", "rationales.jsonl", "rationales.parquet", "metadata.json", "prompts"} <= uploaded["names"]
 
 
 def test_an_unknown_teacher_s_own_fault_keeps_its_traceback() -> None:
