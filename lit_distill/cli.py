@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
+from lit_distill.help import COMMANDS_IN_SHORT, short_help
 from lit_distill.messages import COMMANDS, DESCRIPTION, no_command
 from lit_distill.secrets import refuse_secrets
 from lit_distill.shipped import find_configs, list_or_copy
@@ -45,7 +46,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
             if given[:1] == ["configs"]:
                 return list_or_copy(given[1:])
             answer_at_once(given)
-            given = find_configs(given)
+            given = ["--help" if word == "--help_all" else word for word in find_configs(given)]
             refuse_secrets(given)
         if own_process:
             # what is imported is no garbage, and to look for some in it again and again takes a third of the start
@@ -81,7 +82,7 @@ def of_a_file(error: OSError) -> str | None:
 
 
 def answer_at_once(given: list[str]) -> None:
-    """End the program where there is no command to run; return where there may be one.
+    """End the program where no command is to be run; return where one may be.
 
     Raises:
         SystemExit: with code 0, once the help or the version is printed.
@@ -95,6 +96,9 @@ def answer_at_once(given: list[str]) -> None:
     # an option that stands before the command is for the commands' own parser to judge
     if not given[0].startswith("-") and given[0] not in COMMANDS:
         raise UserError(no_command(given[0]))
+    if given[0] in COMMANDS_IN_SHORT and {"-h", "--help"} & set(given):
+        print(short_help(given[0]))
+        raise SystemExit(0)
 
 
 def overview() -> argparse.ArgumentParser:

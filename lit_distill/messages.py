@@ -117,7 +117,7 @@ def _beside(name: str, options: Sequence[str]) -> str:
         for option in options
         if option.startswith(start)
     }
-    keys -= {"help", "config", "print_config", "print_shtab"}
+    keys -= {"help", "config", "print_config", "print_shtab", "print_completion"}
     if 0 < len(keys) <= _MANY:
         return ", ".join(sorted(keys))
     return f"the keys{f' of {group}' if group else ''} that --help lists"

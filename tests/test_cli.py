@@ -18,6 +18,7 @@ import lit_distill.modules.base
 from lit_distill.cli import overview
 from lit_distill.commands.dispatch import BESIDE
 from lit_distill.commands.train import DistillCLI
+from lit_distill.help import COMMANDS_IN_SHORT
 from lit_distill.messages import COMMANDS
 from tests.runs import (
     CONFIGS,
@@ -492,13 +493,42 @@ def test_a_process_of_others_is_collected_as_before(student_folder: Path, capsys
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "inspect"])
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, command, "--help")
+    text = printed(capsys, command, "--help_all")
     for option in ("--config", "--model", "--data", "--trainer.max_steps"):
         assert option in text
     assert ("--json" in text) == (command == "inspect")
     if command == "fit":
         for option in ("--test_after_fit", "--validation.every_n_steps", "--checkpoint.monitor", "--ckpt_path"):
             assert option in text
+
+
+@pytest.mark.parametrize("command", COMMANDS_IN_SHORT)
+def test_help_fits_on_a_screen(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in (80, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = printed(capsys, command, "--help").splitlines()
+        assert len(lines) <= 66
+        assert max(map(len, lines)) <= columns
+    assert any(line.startswith("  --data.batch_size ") and line.endswith("[64]") for line in lines)
+    assert f"All arguments: lit-distill {command} --help_all" in lines
+
+
+def test_the_help_on_one_screen_says_what_is_parsed(
+    student_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = printed(capsys, "fit", "--help")
+    shown = dict(re.findall(r"^  --([\w.]+) .*?(?: \[(.*)\])?$", text, flags=re.MULTILINE))
+    classes = ["--model=StepByStepModule", f"--model.student={student_folder}", "--data=SVAMPDataModule"]
+    parsed = yaml.safe_load(printed(capsys, "fit", classes, "--print_config"))
+    for name in set(shown) - {"config", "print_config", "model.student"}:
+        group, _, key = name.rpartition(".")
+        place = parsed[group] if group else parsed
+        value = (place["init_args"] if group in ("model", "data") else place)[key]
+        assert yaml.safe_load(f"[{shown[name]}]") == [value] or shown[name] == str(value), name
+    assert len(shown) > 40
 
 
 def test_help_of_a_method_shows_its_own_and_the_shared_arguments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -679,3 +709,17 @@ def test_the_shipped_configs_are_listed_and_copied(here: Path, capsys: pytest.Ca
     # nothing is overwritten
     assert refusal(capsys, "configs", "--copy=configs").startswith("copy: 'configs/")
     assert (here / "configs" / "quickstart.yaml").read_text() == "mine"
+
+
+def test_completion_for_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    Path("completion.sh").write_text(printed(capsys, "--print_completion=shtab-bash"))
+    ask = """
+    source completion.sh
+    for words in "fi" "annot" "fit --trainer.max_st" "fit --data.train_fr" "predict --predi"; do
+        COMPREPLY=() COMP_WORDS=(lit-distill $words); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_lit_distill
+        echo "${COMPREPLY[@]}"
+    done
+    """
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    assert done.stdout.split() == ["fit", "annotate", "--trainer.max_steps", "--data.train_fraction", "--predictions"]

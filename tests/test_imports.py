@@ -27,6 +27,7 @@ LAYERS = (
         "messages",
         "secrets",
         "shipped",
+        "help",
     ),
     ("equations",),
     ("rationales", "checks", "losses", "metrics", "students", "fast"),
@@ -119,6 +120,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         (["fit", "--config", "nowhere.yaml"], 2),
         (["annotate", "--config=nowhere"], 2),
         (["configs", "--help"], 0),
+        (["fit", "--config", "quickstart", "--help"], 0),
     ],
 )
 def test_what_is_no_command_imports_nothing_heavy(arguments: list[str], code: int) -> None:

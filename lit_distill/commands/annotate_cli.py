@@ -30,7 +30,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
         SystemExit: with code 130 after Ctrl-C, once what was in flight is kept; with 1 where there is no answer at all,
             or questions are left because the teacher was busy.
     """
-    parser = Parser(prog="lit_distill annotate", description=COMMANDS["annotate"])
+    parser = Parser(prog="lit-distill annotate", description=COMMANDS["annotate"])
     # as Lightning's own commands have it
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     parser.add_subclass_arguments(RationaleDataModule, "data", required=True)

@@ -19,7 +19,7 @@ def run_compare(args: list[str]) -> dict[str, Any]:
     Raises:
         UserError: an argument is wrong, no run was found, or runs cannot be compared.
     """
-    parser = Parser(prog="lit_distill compare", description=COMMANDS["compare"])
+    parser = Parser(prog="lit-distill compare", description=COMMANDS["compare"])
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     parser.add_argument("folders", nargs="*", type=str, metavar="RUNS", help=_RUNS)
     # jsonargparse takes no positional arguments from a file

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import transformers
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
 
@@ -39,6 +40,7 @@ def dispatch(args: ArgsType) -> None:
         UserError: whatever the user can mend.
     """
     quieten()
+    set_parsing_settings(add_print_completion_argument=True)
     given = sys.argv[1:] if args is None else args
     try:
         if isinstance(given, list) and given and given[0] in BESIDE:

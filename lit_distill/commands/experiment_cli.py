@@ -23,7 +23,7 @@ def run_experiment(args: list[str]) -> dict[str, Any]:
         UserError: an argument, the grid or a cell's config is wrong; nothing has been run.
         SystemExit: with code 1 where a cell is not done, with code 130 after Ctrl-C.
     """
-    parser = Parser(prog="lit_distill experiment", description=COMMANDS["experiment"])
+    parser = Parser(prog="lit-distill experiment", description=COMMANDS["experiment"])
     parser.add_function_arguments(experiment)
     for switch in SWITCHES:
         # also without a value

@@ -32,7 +32,7 @@ class InspectCLI(DistillCLI):
             run=False,
             parser_class=Parser,
             parser_kwargs={
-                "prog": "lit_distill inspect",
+                "prog": "lit-distill inspect",
                 "description": f"{COMMANDS['inspect']} A student is never built.",
             },
             seed_everything_default=0,

@@ -137,6 +137,11 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """As Lightning's, with checks of what no type says."""
+        commands = parser._subcommands_action
+        if commands is not None and isinstance(args, list) and args and args[0].startswith("--print_completion"):
+            # the other commands have parsers of their own: of them the names are completed
+            for name in set(COMMANDS) - set(commands.choices):
+                commands.add_subcommand(name, Parser(description=COMMANDS[name]))
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         config = self.config if command is None else self.config[command]
@@ -456,7 +461,7 @@ def run_trainer(args: ArgsType, cli: type[DistillCLI] = DistillCLI) -> DistillCL
         args=args,
         parser_class=Parser,
         parser_kwargs={
-            "prog": "lit_distill",
+            "prog": "lit-distill",
             "description": DESCRIPTION,
             # LightningCLI hands each command's parser what stands under its name
             **{name: {"description": text} for name, text in COMMANDS.items() if name in DistillCLI.subcommands()},
