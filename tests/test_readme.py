@@ -46,6 +46,17 @@ def test_the_two_lines() -> None:
     assert section("Tests") == ['pip install -c constraints.txt -e ".[test]" && pytest']
 
 
+def test_the_contents_name_every_section_and_each_link_leads_somewhere() -> None:
+    titles = re.findall(r"^## (.+)$", README, flags=re.MULTILINE)
+    contents = README.split("**Contents:**", 1)[1].split("\n\n", 1)[0]
+    named = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", contents)
+    assert named == [(title, re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")) for title in titles]
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} <= {Path(link).name for link in links}
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
 def yaml_block(word: str) -> str:
     found: list[str] = [block for language, block in BLOCKS if language == "yaml" and word in block]
     assert len(found) == 1
