@@ -150,7 +150,7 @@ def test_own_teacher_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_own_data_block_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = yaml_block("label_set")
     (tmp_path / "data.yaml").write_text(block)
-    rows = ['{"title": "a", "body": "b", "sentiment": "positive", "why": "because"}'] * 12
+    rows = [f'{{"title": "a", "body": "b{i}", "sentiment": "positive", "why": "because"}}' for i in range(12)]
     for split in ("train", "test"):
         (tmp_path / f"reviews_{split}.jsonl").write_text("\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
