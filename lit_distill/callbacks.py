@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
@@ -129,13 +129,6 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
 
-class ProgressBar(RichProgressBar):
-    """Lightning's own, without an epoch's number out of infinitely many."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch}"
-
-
 class Throughput(Callback):
     """Log examples, tokens (padding left out) and optimizer steps a second.
 
@@ -149,6 +142,17 @@ class Throughput(Callback):
         self._examples = 0
         self._tokens = 0
         self._steps = 0
+        self._validation_began = 0.0
+        self.validation_seconds = 0.0
+        """What validation took of this run, and of those that it goes on from."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time that validation took."""
+        return {"validation_seconds": self.validation_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.validation_seconds = state_dict["validation_seconds"]
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -156,10 +160,15 @@ class Throughput(Callback):
             self._started = time.perf_counter()
 
     def on_validation_start(self, *args: Any) -> None:
-        """Stop the clock while it evaluates."""
+        """Stop the clock while it evaluates, and start another."""
+        self._validation_began = now = time.perf_counter()
         if self._started:
-            self._seconds += time.perf_counter() - self._started
+            self._seconds += now - self._started
             self._started = 0.0
+
+    def on_validation_end(self, *args: Any) -> None:
+        """Stop that one."""
+        self.validation_seconds += time.perf_counter() - self._validation_began
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Count a complete step; log where it is logged."""
@@ -189,6 +198,12 @@ class Throughput(Callback):
         # Lightning gives the trainer this attribute without declaring it; 0 stands for never
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and step % every == 0
+
+
+def validation_seconds(trainer: pl.Trainer) -> float:
+    """What validation took of a fit and of those that it goes on from; 0 where nobody counted."""
+    found = (one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
+    return sum(one.validation_seconds for one in found)
 
 
 class SampleTable(Callback):

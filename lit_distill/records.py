@@ -79,6 +79,8 @@ class RunRecord:
     """When, in UTC."""
     wall_seconds: float = math.nan
     """How long it took, test and saving included."""
+    validation_seconds: float = math.nan
+    """How long of that validation took."""
     peak_memory_mib: float = math.nan
     """The most memory that it held: of the accelerator where there is one, else of the process."""
 
@@ -139,7 +141,11 @@ def check_values(record: RunRecord) -> None:
             values, kind = flatten(values), get_args(kind)[1]
         for name, value in values.items():
             low, high = _bounds(name)
-            unknown = name in ("wall_seconds", "peak_memory_mib") and isinstance(value, float) and math.isnan(value)
+            unknown = (
+                name in ("wall_seconds", "validation_seconds", "peak_memory_mib")
+                and isinstance(value, float)
+                and math.isnan(value)
+            )
             # of a config only numbers that no float holds are out of bounds
             bounded = isinstance(value, int if kind is Any else int | float) and not isinstance(value, bool)
             if not _fits(value, kind) or (bounded and not low <= value <= high and not unknown):

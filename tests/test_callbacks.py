@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lit_distill.callbacks
-from lit_distill.callbacks import ProgressBar, ValidateEverySteps
+from lit_distill.callbacks import ValidateEverySteps
 from lit_distill.data.toy import toy_example
 from lit_distill.errors import UserError
 from tests.runs import CONFIGS, at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
@@ -174,7 +174,3 @@ def test_the_same_effective_batch_does_not(student_folder: Path) -> None:
     fit(student_folder, more, steps=1)
     [folder] = run_folders()
     assert "effective_batch: 8" in (folder / "hparams.yaml").read_text()
-
-
-def test_the_progress_bar_counts_no_epochs_out_of_infinitely_many() -> None:
-    assert ProgressBar()._get_train_description(3) == "Epoch 3"

@@ -32,7 +32,7 @@ LAYERS = (
     ("equations",),
     ("rationales", "checks", "losses", "metrics", "students", "fast"),
     ("annotation", "comparison", "experiments"),
-    ("data", "modules", "callbacks", "export", "teachers"),
+    ("data", "modules", "callbacks", "progress", "export", "teachers"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -8,10 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_distill.callbacks import ProgressBar, ValidateEverySteps, save_atomically
+from lit_distill.callbacks import ValidateEverySteps, save_atomically
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.standard import StandardModule
+from lit_distill.progress import Progress
 
 
 def train_baseline(
@@ -45,7 +46,7 @@ def train_baseline(
     best = ModelCheckpoint(
         dirpath=folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False
     )
-    bar = [] if trainer_args.get("enable_progress_bar") is False else [ProgressBar()]
+    bar = [] if trainer_args.get("enable_progress_bar") is False else [Progress()]
     settings = dict(trainer_args) | {
         "logger": False,
         "callbacks": [ValidateEverySteps(every_n_steps), best, *bar],

@@ -87,13 +87,22 @@ def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
 
 
 @rank_zero_only
-def report(module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None) -> None:
+def report(
+    module: DistillModule,
+    *,
+    student: Path | None = None,
+    baseline: Mapping[str, float] | None = None,
+    seconds: float = 0.0,
+    validation: float = 0.0,
+) -> None:
     """Print an evaluation: a table of metrics, the student's folder, sample predictions.
 
     Args:
         module: it holds its last evaluation.
         student: the folder of the saved student, if there is one.
         baseline: metrics of a label-only baseline to show beside, under their logged names.
+        seconds: how long the command took.
+        validation: seconds of it that validation took.
     """
     evaluation = module.evaluation
     if evaluation is None:
@@ -101,6 +110,8 @@ def report(module: DistillModule, *, student: Path | None = None, baseline: Mapp
     console = Console()
     console.print()
     console.print(metrics_table(evaluation, baseline))
+    if validation:
+        console.print(f"Validation took {validation:.0f} s of {seconds:.0f} s ({validation / seconds:.0%}).")
     if student is not None:
         # on a line of its own and unwrapped, so that it can be copied
         console.print("Saved student:", style="bold")

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill import __version__
 from lit_distill.answers import Split
+from lit_distill.callbacks import validation_seconds
 from lit_distill.commands.finish import chance_level
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule
@@ -83,6 +84,7 @@ def record_run(
         machine=_machine(),
         started=started,
         wall_seconds=round(seconds, 2),
+        validation_seconds=round(validation_seconds(trainer), 2),
         peak_memory_mib=round(_peak_memory(), 1),
     )
     write_record(folder, record)

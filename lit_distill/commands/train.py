@@ -17,11 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lit_distill.callbacks import (
     BestCheckpoint,
     LastCheckpoint,
-    ProgressBar,
     SampleTable,
     Throughput,
     ValidateEverySteps,
     save_atomically,
+    validation_seconds,
 )
 from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
@@ -45,6 +45,7 @@ from lit_distill.files import write_text
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
+from lit_distill.progress import Progress
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -309,7 +310,7 @@ class DistillCLI(LightningCLI):
         else:
             own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
         if config["enable_progress_bar"] is not False:
-            own.append(ProgressBar())
+            own.append(Progress())
         self.trainer_defaults["callbacks"] = [*own, Throughput(), SampleTable()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -356,14 +357,17 @@ class DistillCLI(LightningCLI):
             baseline = self._baseline(folder)
             if student is not None and baseline is not None:
                 add_baseline(student, self.model, self.datamodule, baseline)
+        seconds = (datetime.now(UTC) - self._began).total_seconds()
         if not config["trainer"]["fast_dev_run"]:
-            self._record(folder, steps)
-        report(self.model, student=student, baseline=baseline)
+            self._record(folder, steps, seconds)
+        report(
+            self.model, student=student, baseline=baseline, seconds=seconds, validation=validation_seconds(self.trainer)
+        )
         if config["push_to_hub"] is not None and student is not None and self.trainer.is_global_zero:
             push_folder(student, config["push_to_hub"])
 
     @rank_zero_only
-    def _record(self, folder: Path, steps: int) -> None:
+    def _record(self, folder: Path, steps: int, seconds: float) -> None:
         record_run(
             folder,
             config=self.config[self.subcommand],
@@ -371,7 +375,7 @@ class DistillCLI(LightningCLI):
             module=self.model,
             data=self.datamodule,
             started=self._began.isoformat(timespec="seconds"),
-            seconds=(datetime.now(UTC) - self._began).total_seconds(),
+            seconds=seconds,
             steps=steps,
         )
 

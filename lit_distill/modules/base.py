@@ -325,8 +325,8 @@ class DistillModule(pl.LightningModule):
             # one for all ranks: a checkpoint, which rank 0 writes, holds one
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
         if limits := {task: self.generation_settings(task)["max_new_tokens"] for task in self._target_limits}:
-            shown = ", ".join(f"{length} for {task}" for task, length in limits.items())
-            rank_zero_info(f"Generated tokens at most: {shown} (max_label_length, max_rationale_length).")
+            shown = ", ".join(f"{task} {length}" for task, length in limits.items())
+            rank_zero_info(f"Generated tokens at most: {shown} (max_..._length sets them).")
         per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if per_device is None:
             return
