@@ -227,7 +227,7 @@ def unevenly_measured(folder: Path) -> list[str]:
     data = RankData(EVALUATION_ROWS, 2, module.tasks)
     right = DistillModule.term_counts
     DistillModule.term_counts = lambda self, batch: (  # type: ignore[method-assign]
-        right(self, batch) | ({"rationale": 0} if self.global_rank else {})
+        {**right(self, batch), **({"rationale": 0} if self.global_rank else {})}
     )
     trainer = ddp_trainer(limit_val_batches=1.0, use_distributed_sampler=False)
     trainer.validate(module, datamodule=data, verbose=False)
