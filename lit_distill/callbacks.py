@@ -144,15 +144,7 @@ class Throughput(Callback):
         self._steps = 0
         self._validation_began = 0.0
         self.validation_seconds = 0.0
-        """What validation took of this run, and of those that it goes on from."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The time that validation took."""
-        return {"validation_seconds": self.validation_seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.validation_seconds = state_dict["validation_seconds"]
+        """What validation took of this command."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -201,7 +193,7 @@ class Throughput(Callback):
 
 
 def validation_seconds(trainer: pl.Trainer) -> float:
-    """What validation took of a fit and of those that it goes on from; 0 where nobody counted."""
+    """What validation took of a command; 0 where nobody counted."""
     found = (one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
     return sum(one.validation_seconds for one in found)
 
