@@ -158,7 +158,7 @@ def _table(section: Section, label_source: str, rows: list[Row], metric: str, wi
         cells.append(dict.fromkeys(cells[0], "") | chance)
     # what is the same for all only takes room
     kept = [name for name in cells[0] if name in _ALWAYS or len({cell[name] for cell in cells[: len(rows)]}) > 1]
-    columns = [(name,) for name in kept]
+    columns: list[tuple[str, ...]] = [(name,) for name in kept]
     if Console(width=1000).measure(_grid(title, columns, cells)).maximum > width:
         columns = [here for names in _STACKED if (here := tuple(name for name in names if name in kept))]
     return _grid(title, columns, cells)

@@ -166,7 +166,7 @@ def test_damaged_records_are_listed(tmp_path: Path) -> None:
 
 def test_chance_is_the_records_or_the_commonest_label_of_a_closed_set(tmp_path: Path) -> None:
     for name in ("recorded", "closed", "open"):
-        write_run(tmp_path / name, correct=[True, False, False] * 4, **({"chance": 0.4} if name == "recorded" else {}))
+        write_run(tmp_path / name, correct=[True, False, False] * 4, chance=0.4 if name == "recorded" else None)
     rows = read_predictions_file(tmp_path / "closed")
     write_predictions_file(tmp_path / "closed", [row | {"label": "abbccc"[i % 6]} for i, row in enumerate(rows)])
     write_predictions_file(tmp_path / "open", [row | {"label": str(i)} for i, row in enumerate(rows)])
