@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lit_distill.comparison.comparing import compare_runs
-from lit_distill.comparison.figures import draw, figure_of, styles_of
-from lit_distill.comparison.layout import keep_apart, spread
+from lit_distill.comparison.figures import draw, figure_of, keep_apart, styles_of
 from lit_distill.comparison.plots import DotPlot, LinePlot, plots
 from lit_distill.comparison.runs import find_runs
 from tests.comparison.runs import answers, write_run, write_runs
@@ -278,14 +277,6 @@ def test_files_are_the_same_each_time_and_leave_matplotlib_as_it_was(
         assert one.svg.read_bytes() == other.svg.read_bytes()
         assert one.png.read_bytes().startswith(b"\x89PNG")
         assert "62.00" in one.alt
-
-
-def test_labels_are_spread_as_little_as_needed() -> None:
-    assert spread([3.0, 1.0], [0.5, 0.5], 0, 4) == [3.0, 1.0]
-    assert spread([2.0, 2.0], [1.0, 1.0], 0, 4) == pytest.approx([2.5, 1.5])
-    assert spread([3.9, 3.8, 0.1], [1.0, 1.0, 1.0], 0, 4) == pytest.approx([3.5, 2.5, 0.5])
-    centres = spread([1.0] * 5, [0.8] * 5, 0, 4)
-    assert centres == pytest.approx([3.6, 2.8, 2.0, 1.2, 0.4])
 
 
 def test_labels_of_an_axis_are_kept_from_the_right() -> None:
