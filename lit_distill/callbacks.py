@@ -1,5 +1,7 @@
 """What happens beside training: when to validate and to save, how fast it goes, what is shown."""
 
+import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,8 +34,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         for stale in folder.glob(".*.ckpt.*.tmp"):
             # a run that was killed left it; the next may save under another name
             stale.unlink(missing_ok=True)
-        with atomic_write(path, "wb") as file:
-            torch.save(checkpoint, file)
+        try:
+            with atomic_write(path, "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # what torch makes of a write that failed
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def save_atomically(trainer: pl.Trainer) -> None:

@@ -84,6 +84,8 @@ def _unknown_class(key: str, message: str, options: Sequence[str]) -> str | None
         name = found.group(1)
         allowed = sorted(known_subclasses(base))
         return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join(allowed)}, {own}"
+    if found := re.search(r"Problem with given class_path '[^']+':\s*'(\w+)' object has no attribute 'keys'", message):
+        return f"{key}.init_args: got a {found.group(1)}; allowed is a mapping of the class's arguments"
     found = re.search(r"Problem with given class_path '([^']+)':\s*(.+)", message)
     if found:
         return f"{key}: cannot use the class {found.group(1)!r}: {found.group(2)}"
@@ -128,6 +130,8 @@ def _file(key: str, message: str, options: Sequence[str]) -> str | None:
         return f"{key or 'config'}: no file {found.group(1)!r}"
     if found := re.search(r"Path is not a file: '([^']+)'", message):
         return f"{key or 'config'}: {found.group(1)!r} is not a file"
+    if found := re.search(r"Unable to load config '(.*?)'", message, re.DOTALL):
+        return f"{key}: got {found.group(1)!r}; allowed is a file, or a mapping of the keys that --help lists"
     if found := re.match(r"Problems parsing config: (.+)", message, re.DOTALL):
         return f"config: not YAML: {found.group(1)}"
     if found := re.match(r"Unexpected config: (.*)", message, re.DOTALL):
@@ -150,7 +154,7 @@ def _wrong_type(key: str, message: str, options: Sequence[str]) -> str | None:
     if not key or not expected:
         return None
     value = _given(message) or next((got for _, got in expected if got), "")
-    allowed = dict.fromkeys(_plain_type(kind) for kind, _ in expected if not kind.startswith("path but"))
+    allowed = dict.fromkeys(plain_type(kind) for kind, _ in expected if not kind.startswith("path but"))
     return f"{key}: got {value}; allowed is {', or '.join(allowed)}"
 
 
@@ -159,7 +163,8 @@ def _given(message: str) -> str:
     return found.group(1) if found else ""
 
 
-def _plain_type(text: str) -> str:
+def plain_type(text: str) -> str:
+    """A type as Python writes it, in plain words."""
     literal = re.search(r"typing\.Literal\[(.+)\]", text)
     if literal:
         return f"one of {literal.group(1)}"

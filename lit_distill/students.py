@@ -13,17 +13,21 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypedDict, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
+from lit_distill.checks import check_int, check_range
 from lit_distill.errors import UserError
 from lit_distill.shipped import shipped
 
@@ -41,6 +45,20 @@ _WEIGHT_FILES = (
 )
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+
+
+_SIZES = {
+    "vocab_size": 2**24,
+    "d_model": 2**20,
+    "d_kv": 2**20,
+    "d_ff": 2**20,
+    "num_layers": 1000,
+    "num_decoder_layers": 1000,
+    "num_heads": 2**16,
+    "relative_attention_num_buckets": 2**16,
+    "relative_attention_max_distance": 2**30,
+}
+"""Of a configuration: the greatest that is not taken for a mistake."""
 
 
 class StudentRecord(TypedDict):
@@ -111,7 +129,20 @@ def restore_student(
 
 
 def _t5_config(config: Mapping[str, Any], dropout: float | None) -> T5Config:
-    return T5Config.from_dict(dict(config) | ({} if dropout is None else {"dropout_rate": dropout}))
+    """The configuration of a model that can be built, and that this machine's memory holds."""
+    made = T5Config.from_dict(dict(config) | ({} if dropout is None else {"dropout_rate": dropout}))
+    for name, most in _SIZES.items():
+        check_int(name, getattr(made, name), 1, most)
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        check_int(name, getattr(made, name), 0, made.vocab_size - 1)
+    check_range("dropout_rate", made.dropout_rate, at_least=0, below=1)
+    attention, feed_forward = 4 * made.d_model * made.d_kv * made.num_heads, 2 * made.d_model * made.d_ff
+    layers = made.num_layers * (attention + feed_forward) + made.num_decoder_layers * (2 * attention + feed_forward)
+    needed = 4 * (made.vocab_size * made.d_model + layers)
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        raise UserError(f"its weights need {needed / 2**30:.0f} GiB, this machine has {held / 2**30:.0f} GiB of memory")
+    return made
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
@@ -133,15 +164,12 @@ def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
     """
     name = shipped(os.fspath(student))
     if _is_checkpoint(name):
-        return dict(_read_record(name)["config"])
-    try:
-        content, _ = T5Config.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"student: cannot read a configuration from {name!r} ({_first_line(error)}){_hint(name)}"
-        ) from error
+        content = dict(_read_record(name)["config"])
+    else:
+        with _reading("student: cannot read a configuration from", name):
+            content, _ = T5Config.get_config_dict(name)
     if not content:
-        raise UserError(f"student: no config.json in {name!r}{_hint(name)}")
+        raise UserError(f"student: the config.json of {name!r} is absent or empty{_hint(name)}")
     if content.get("model_type") != "t5":
         raise UserError(
             f"student: {name!r} is a {content.get('model_type')!r} model; allowed is a T5 (model_type 't5')"
@@ -166,17 +194,15 @@ def load_student(
     """
     name = shipped(os.fspath(student))
     config = read_config(name)
-    if from_scratch:
-        try:
+    with _reading("student: the configuration makes no T5 in", name):
+        _t5_config(config, dropout)
+        if from_scratch:
             return build_student(config, dropout=dropout)
-        except StrictDataclassError as error:
-            raise UserError(
-                f"student: the configuration in {name!r} makes no T5 ({' '.join(str(error).split())})"
-            ) from error
     if _is_checkpoint(name):
         weights = student_weights(_read_checkpoint(name)["state_dict"])
         check_weights(weights, f"student: {name!r}")
-        return restore_student(config, weights, dropout=dropout)
+        with _reading("student: the weights do not fit the configuration in", name):
+            return restore_student(config, weights, dropout=dropout)
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHT_FILES):
         raise UserError(
@@ -184,11 +210,10 @@ def load_student(
             " set from_scratch to true for random weights from its configuration"
         )
     settings: dict[str, Any] = {} if dropout is None else {"dropout_rate": dropout}
-    try:
-        with _quiet_loading():
-            model = T5ForConditionalGeneration.from_pretrained(name, **settings)
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"student: cannot load {name!r} ({_first_line(error)}){_hint(name)}") from error
+    with _reading("student: cannot load", name), _quiet_loading():
+        model = T5ForConditionalGeneration.from_pretrained(name, **settings)
+    # as of a student from a checkpoint: how it generates is said by the arguments alone
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     check_weights(dict(model.named_parameters()), f"student: {name!r}")
     if not _says_tied(config) or not is_tied(model):
         untie(model)
@@ -204,14 +229,14 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     name = shipped(os.fspath(student))
     if _is_checkpoint(name):
-        return restore_tokenizer(_read_record(name))
+        record = _read_record(name)
+        with _reading("tokenizer: cannot load the one in", name):
+            return restore_tokenizer(record)
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
         # transformers would make an empty one from the configuration's `model_type`
         raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
-    try:
+    with _reading("tokenizer: cannot load one from", name):
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer: cannot load one from {name!r} ({_first_line(error)}){_hint(name)}") from error
 
 
 def record_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
@@ -320,22 +345,39 @@ def _read_checkpoint(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"student: no checkpoint file {name!r}")
-    try:
+    with _reading("student: cannot read the checkpoint file", name):
         # memory-mapped: asking for a tokenizer must not read gigabytes of weights
-        return cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"student: cannot read the checkpoint file {name!r} ({_first_line(error)})") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    found: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    record = found.get(CHECKPOINT_KEY)
+    parts = record if isinstance(record, dict) else {}
+    if not isinstance(parts.get("config"), dict) or not _are_tensors(parts.get("tokenizer")):
+        raise UserError(f"student: {name!r} is not a checkpoint of lit_distill (it has no whole {CHECKPOINT_KEY!r})")
+    if not _are_tensors(found.get("state_dict")):
+        raise UserError(f"student: {name!r} is a checkpoint without weights (it has no whole 'state_dict')")
+    return found
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(one, Tensor) for name, one in value.items()
+    )
 
 
 def _read_record(name: str) -> StudentRecord:
-    checkpoint = _read_checkpoint(name)
-    if CHECKPOINT_KEY not in checkpoint:
-        raise UserError(f"student: {name!r} is not a checkpoint of lit_distill (it has no {CHECKPOINT_KEY!r})")
-    return cast(StudentRecord, checkpoint[CHECKPOINT_KEY])
+    return cast(StudentRecord, _read_checkpoint(name)[CHECKPOINT_KEY])
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]
+@contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Turn whatever transformers or torch raise of a file that is damaged, or is none, into one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().split("\n")
+        # torch puts what is wrong below a heading
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise UserError(f"{what} {name!r} ({reason or type(error).__name__}){_hint(name)}") from error
 
 
 def _hint(name: str) -> str:

@@ -197,6 +197,22 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val must be at least 0, got -1"]),
     ("--trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches must be at least 1, got 0"]),
     ("--seed_everything=-4", ["seed_everything must be at least 0", "got -4"]),
+    ("--model.learning_rate", ["model.learning_rate: a value must be given, as --model.learning_rate VALUE"]),
+    ("--model.learning_rate=null", ["learning_rate: got null; allowed is float"]),
+    ("--model.lr_schedule=null", ["lr_schedule: got null; allowed is one of 'linear', 'constant'"]),
+    ("--data.batch_size=null", ["batch_size: got null; allowed is int"]),
+    ("--data.batch_size=1000000000000", ["batch_size must be an integer in [1, 2147483647]"]),
+    ("--data.train_size=1000000000000", ["train_size must be an integer in [1, 10000000]"]),
+    ("--data.pad_to_multiple_of=1000000000", ["pad_to_multiple_of must be an integer in [1, 4096]"]),
+    ("--model.num_beams=100000", ["num_beams must be an integer at least 1 and below 101, got 100000"]),
+    ("--model.max_rationale_length=1000000000", ["max_rationale_length must be an integer at least 1 and below 10001"]),
+    ("--trainer.val_check_interval=0", ["trainer.val_check_interval must be above 0, got 0"]),
+    ("--trainer.check_val_every_n_epoch=0", ["trainer.check_val_every_n_epoch must be above 0, got 0"]),
+    ("--trainer.max_steps=0", ["trainer.max_steps: 0 trains nothing"]),
+    ("--trainer.limit_train_batches=0", ["not one step was taken, so that nothing is tested or saved"]),
+    ("--trainer.num_nodes=2147483648", ["trainer.num_nodes must be at least 1 and below 65536"]),
+    ("--trainer=3", ["trainer: got '3'; allowed is a file, or a mapping"]),
+    ("--checkpoint.dirpath=/proc/none/below", ["/proc/none", "cannot be read or written: No such file or directory"]),
     ("--trainer.max_epochs=-5", ["trainer: ", "max_epochs", "-5"]),
     ("--trainer.devices=-3", ["trainer: ", "devices"]),
     ("--checkpoint.mode=highest", ["mode", "min, max", "highest"]),
@@ -270,18 +286,31 @@ IN_YAML: list[tuple[str, list[str]]] = [
     ),
     ("trainer: [\n", ["config: not YAML", "line 2", "overlay.yaml"]),
     ("a: b: c\n", ["config: not YAML", "line 1", "overlay.yaml"]),
+    ("trainer: " + "[" * 5000, ["config: not YAML", "nested more than 100 levels", "overlay.yaml"]),
+    (
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+        ["config: not YAML", "stands for more than 1,000,000 values", "overlay.yaml"],
+    ),
+    ("data:\n  init_args: [1]\n", ["data.init_args: got a list; allowed is a mapping", "overlay.yaml"]),
     ("- 3\n", ["config: must hold keys with values", "overlay.yaml"]),
     ("# nothing\n", ["config: must hold keys with values", "overlay.yaml"]),
 ]
 
 
 @pytest.mark.parametrize("command", ["fit", "inspect"])
-@pytest.mark.parametrize(("text", "parts"), IN_YAML, ids=[repr(text) for text, _ in IN_YAML])
+@pytest.mark.parametrize(("text", "parts"), IN_YAML, ids=[repr(text[:60]) for text, _ in IN_YAML])
 def test_a_wrong_config_is_one_line(
     command: str, text: str, parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refusal(capsys, command, f"--config={CONFIGS / 'cqa' / 'step_by_step.yaml'}", overlay(text))
     assert all(part in line for part in parts), line
+
+
+def test_a_config_that_is_not_utf8(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("latin.yaml").write_bytes(b"data:\n  name: caf\xe9\n")
+    line = refusal(capsys, "fit", small_toy(student_folder), "--config=latin.yaml")
+    assert line.startswith("config: 'latin.yaml' is not UTF-8"), line
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict", "inspect"])

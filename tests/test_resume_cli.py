@@ -188,3 +188,26 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(
             f"ckpt_path: 'kept/last.ckpt' is damaged (cut off at {size} bytes);"
             f" the newest that is whole: --ckpt_path {newer}"
         )
+
+
+def test_a_checkpoint_of_another_optimizer_is_not_gone_on_from(
+    student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", arguments(student_folder), "--trainer.max_steps=1")
+    path = run_folders()[0] / "checkpoints" / "last.ckpt"
+    line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}", "--model.optimizer=adafactor")
+    assert "the state of adamw" in line
+    assert "give --model.optimizer adamw" in line
+
+
+@pytest.mark.parametrize("part", ["optimizer_states", "loops"])
+def test_a_checkpoint_without_a_part_is_one_line(
+    part: str, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", arguments(student_folder), "--trainer.max_steps=1")
+    path = run_folders()[0] / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content[part] = 3
+    torch.save(content, path)
+    line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}")
+    assert line.startswith(f"ckpt_path: {str(path)!r} does not fit what is run here")

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +277,59 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=r"^student: cannot load"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vocab_size": 10**18}, "vocab_size must be an integer in [1, 16777216]"),
+        ({"d_model": -1}, "d_model must be an integer in [1, 1048576]"),
+        ({"num_layers": 0}, "num_layers must be an integer in [1, 1000]"),
+        ({"d_ff": 2**20, "d_model": 2**20, "num_layers": 999}, "GiB of memory"),
+        ({"pad_token_id": 10**6}, "pad_token_id must be an integer in [0, "),
+        ({"decoder_start_token_id": None}, "decoder_start_token_id must be an integer in"),
+        ({"dropout_rate": 7.0}, "dropout_rate must be"),
+    ],
+)
+def test_a_configuration_of_impossible_sizes(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    make_student_folder(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        load_student(tmp_path, from_scratch=True)
+    assert fails(error).startswith("student: the configuration makes no T5 in ")
+    assert reason in fails(error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_files_that_are_nested_too_deep(tmp_path: Path, name: str) -> None:
+    saved(tmp_path, tied=False)
+    (tmp_path / name).write_text("[" * 100_000)
+    load = load_tokenizer if "tokenizer" in name else load_student
+    with pytest.raises(UserError, match=r"^(student|tokenizer): cannot "):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content.pop("state_dict"), "is a checkpoint without weights"),
+        (lambda content: content["state_dict"].update({"student.shared.weight": 3}), "is a checkpoint without weights"),
+        (lambda content: content["state_dict"].pop("student.shared.weight"), "Missing key"),
+        (lambda content: content["state_dict"].update({"student.shared.weight": torch.zeros(3)}), "size mismatch"),
+        (lambda content: content["lit_distill_student"].pop("tokenizer"), "is not a checkpoint of lit_distill"),
+        (lambda content: content["lit_distill_student"]["config"].pop("model_type"), "allowed is a T5"),
+    ],
+)
+def test_checkpoints_that_lack_a_part(tmp_path: Path, change: Callable[[dict[str, Any]], object], reason: str) -> None:
+    student = build_student(CONFIG)
+    content = {
+        "lit_distill_student": dict(record_student(student, make_tokenizer())),
+        "state_dict": {f"student.{name}": tensor for name, tensor in student.state_dict().items()},
+    }
+    change(content)
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(UserError) as error:
+        load_student(tmp_path / "a.ckpt")
+    assert reason in fails(error)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def annotate(
     ):
         checks.check_bool(name, switch)
     checks.check_choice("split", split, ("train", "val", "test", "predict"))
-    checks.check_int("num_samples", num_samples, 1)
+    checks.check_int("num_samples", num_samples, 1, 10_000)
     checks.check_range("temperature", temperature, at_least=0)
     if temperature is None:
         temperature = 0.0 if num_samples == 1 and until_agrees is None else 0.7
@@ -136,7 +136,7 @@ def annotate(
     checks.check_int("seed", seed, 0, 2**31 - 1)
     sampling = Sampling(float(temperature), checks.check_fraction("top_p", top_p), max_new_tokens, seed)
     if until_agrees is not None:
-        checks.check_int("until_agrees", until_agrees, num_samples + 1)
+        checks.check_int("until_agrees", until_agrees, num_samples + 1, 10_000)
     if (num_samples > 1 or until_agrees is not None) and temperature == 0:
         raise UserError("temperature must be above 0 for several samples: at 0 they are all the same")
     for name, value in (("concurrency", concurrency), ("limit", limit), ("max_tokens", max_tokens)):

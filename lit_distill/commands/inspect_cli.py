@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_distill.commands.inspect import inspect_data, render, write_report
-from lit_distill.commands.parser import Parser, import_class
+from lit_distill.commands.parser import Parser, check_nulls, import_class
 from lit_distill.commands.train import DistillCLI, linked
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -61,6 +61,7 @@ class InspectCLI(DistillCLI):
         arguments: dict[str, Any] = (data.get("init_args") or Namespace()).as_dict()
         if (model := self.config.get("model")) is not None:
             arguments |= linked(model)
+        check_nulls(import_class(data["class_path"]), arguments)
         built: RationaleDataModule = import_class(data["class_path"])(**arguments)
         report = inspect_data(built)
         render(report)

@@ -1,7 +1,11 @@
 """The parser of all commands: errors in one line, constructors whose exceptions stay as they are."""
 
 import importlib
-from typing import Any
+import inspect
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, get_args, get_type_hints
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, get_loader, set_loader
@@ -10,7 +14,7 @@ from yaml import YAMLError
 
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.messages import import_given, one_line
+from lit_distill.messages import import_given, one_line, plain_type
 from lit_distill.modules.base import DistillModule
 from lit_distill.reading import check_yaml
 from lit_distill.teachers.base import Teacher
@@ -46,8 +50,19 @@ class Parser(LightningArgumentParser):
         # an abbreviation is a typo that happens to be a beginning, and means something else once an option is added
         super().__init__(*args, **kwargs, allow_abbrev=False)
 
+    def _parse_known_args(self, arg_strings: list[str], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """As argparse's; the arguments are kept for messages."""
+        self._given = list(arg_strings)
+        return super()._parse_known_args(arg_strings, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
         """Turn any parsing error into a ``UserError``; what a user's own file raises when imported goes through."""
+        if found := re.match(r"argument (--[\w.]+): expected one argument", message):
+            # of a class's argument the class alone is named
+            pairs = pairwise([*getattr(self, "_given", ()), "--"])
+            ends = (word for word, following in pairs if following.startswith("--") and "=" not in word)
+            whole = next((word for word in ends if word.startswith(f"{found[1]}.")), found[1])
+            message = message.replace(found[1], whole)
         import_given(message)
         raise UserError(one_line(message, known_options(self))) from ex
 
@@ -83,8 +98,27 @@ def known_options(parser: LightningArgumentParser) -> list[str]:
     return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
 
 
+def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse null for arguments whose types do not have it; of a class's arguments jsonargparse lets it through.
+
+    Raises:
+        UserError: names the argument and its type.
+    """
+    makers = [vars(klass)["__init__"] for klass in class_type.__mro__ if "__init__" in vars(klass)]
+    for name in (name for name, value in arguments.items() if value is None):
+        for maker in makers:
+            if name not in inspect.signature(maker).parameters:
+                continue
+            hint = get_type_hints(maker).get(name, Any)
+            if hint is not Any and type(None) not in (hint, *get_args(hint)):
+                allowed = plain_type(str(hint) if get_args(hint) else repr(hint))
+                raise UserError(f"{name}: got null; allowed is {allowed}")
+            break
+
+
 def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     try:
+        check_nulls(class_type, kwargs)
         return class_type(*args, **kwargs)
     except Exception as error:
         raise Raised(error) from error

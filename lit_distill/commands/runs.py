@@ -55,7 +55,7 @@ def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bo
     try:
         read_config(path)
     except UserError as error:
-        raise UserError(f"ckpt_path: {str(path)!r} is no checkpoint of lit_distill; {allowed}") from error
+        raise UserError(f"ckpt_path: {str(path)!r} is no checkpoint of lit_distill ({error}); {allowed}") from error
     return path
 
 
@@ -77,7 +77,9 @@ def best_checkpoint(trainer: pl.Trainer) -> Path | None:
     """The best checkpoint of a run; ``None`` where none was kept."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            return Path(callback.best_model_path)
+            # of a resumed run it may lie elsewhere, or be gone
+            found = Path(callback.best_model_path)
+            return found if found.exists() else None
     return None
 
 

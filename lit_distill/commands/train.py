@@ -1,5 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over methods and datasets."""
 
+import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,6 +152,10 @@ class DistillCLI(LightningCLI):
             if not isinstance(config[group], Namespace):
                 raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
         check_range("trainer.accumulate_grad_batches", config["trainer"]["accumulate_grad_batches"], at_least=1)
+        check_range("trainer.num_nodes", config["trainer"]["num_nodes"], at_least=1, below=2**16)
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if isinstance(interval := config["trainer"][name], int | float):
+                check_range(f"trainer.{name}", interval, above=0)
         check_range("trainer.log_every_n_steps", config["trainer"]["log_every_n_steps"], at_least=0)
         check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], at_least=0)
         check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
@@ -198,10 +203,13 @@ class DistillCLI(LightningCLI):
     def _settle(self) -> None:
         config = self.config[self.subcommand]
         trainer = config["trainer"]
-        check_range("cpu_threads", config["cpu_threads"], at_least=1, whole=True)
+        check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
         if config["baseline_after_fit"] and not config["test_after_fit"]:
             raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
         endless = trainer["max_steps"] == -1 and trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None
+        for name in ("max_steps", "max_epochs"):
+            if self.subcommand == "fit" and trainer[name] == 0:
+                raise UserError(f"trainer.{name}: 0 trains nothing; allowed is at least 1, or -1 for no bound")
         if self.subcommand == "fit" and endless:
             raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
         if self.subcommand != "fit" and config["ckpt_path"] is None:
@@ -326,6 +334,21 @@ class DistillCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
             failed = False
+        except UserError:
+            raise
+        except OSError as error:
+            # of a write to a full disk the system names no file
+            error.filename = error.filename or str(run_folder(self.trainer))
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any(frame.filename.endswith("checkpoint_connector.py") for frame in frames):
+                raise
+            path = self.config[subcommand]["ckpt_path"]
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"ckpt_path: {str(path)!r} does not fit what is run here ({type(error).__name__}: {reason})"
+            ) from error
         finally:
             if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
                 import wandb
@@ -338,6 +361,11 @@ class DistillCLI(LightningCLI):
         """Test the best checkpoint once, save its student, and say so."""
         config = self.config[self.subcommand]
         folder, steps = run_folder(self.trainer), self.trainer.global_step
+        if steps == 0:
+            raise UserError(
+                "trainer: not one step was taken, so that nothing is tested or saved;"
+                " see max_steps, max_epochs, max_time and limit_train_batches"
+            )
         best = best_checkpoint(self.trainer) or self._save_unvalidated(folder)
         tested = config["test_after_fit"] and self.datamodule.split_rows("test") is not None
         if config["test_after_fit"] and not tested:
@@ -383,7 +411,9 @@ class DistillCLI(LightningCLI):
         """The last step's checkpoint of a run in which no validation has chosen one; ``None`` where none is wanted."""
         if not self.trainer.checkpoint_callbacks or self.config[self.subcommand]["trainer"]["fast_dev_run"]:
             return None
-        rank_zero_warn("No validation has chosen a best checkpoint: the student of the last step is tested and saved")
+        rank_zero_warn(
+            "There is no checkpoint that a validation has chosen: the student of the last step is tested and saved"
+        )
         path = folder / "checkpoints" / "last.ckpt"
         self.trainer.save_checkpoint(path)
         return path

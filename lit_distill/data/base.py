@@ -159,7 +159,7 @@ class RationaleDataModule(pl.LightningDataModule):
         self.seed = checks.check_int("seed", seed, 0, 2**32 - 1)
         self.max_source_length = checks.check_int("max_source_length", max_source_length, 1)
         self.max_target_length = checks.check_int("max_target_length", max_target_length, 1)
-        self.num_workers = checks.check_int("num_workers", num_workers, 0)
+        self.num_workers = checks.check_int("num_workers", num_workers, 0, 256)
         self.allow_extra_outputs = checks.check_bool("allow_extra_outputs", allow_extra_outputs)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.predict_split: Split = checks.check_choice(
@@ -167,7 +167,7 @@ class RationaleDataModule(pl.LightningDataModule):
         )
         self.batching = checks.check_choice("batching", batching, ("shuffled", "by_length"))
         if pad_to_multiple_of is not None:
-            checks.check_int("pad_to_multiple_of", pad_to_multiple_of, 1)
+            checks.check_int("pad_to_multiple_of", pad_to_multiple_of, 1, 4096)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.counts: dict[str, dict[str, int]] = {}
         self._tokenizer = self._check_tokenizer(tokenizer)

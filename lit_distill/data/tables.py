@@ -72,7 +72,11 @@ def read_file(path: Path, split: Split) -> Table:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file ({error})") from error
-        return _from_dataset(Dataset(InMemoryTable(table)), str(path))
+        try:
+            rows = Dataset(InMemoryTable(table))
+        except Exception:  # noqa: BLE001 - what other tools left in the file's metadata is no features of datasets
+            rows = Dataset(InMemoryTable(table.replace_schema_metadata()))
+        return _from_dataset(rows, str(path))
     if suffix in (".json", ".jsonl"):
         return _read_json(path)
     raise UserError(f"{split}: {path} is none of {', '.join(SUFFIXES)} and no folder")

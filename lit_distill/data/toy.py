@@ -79,9 +79,9 @@ class ToyDataModule(RationaleDataModule):
     ) -> None:
         super().__init__(**kwargs)
         self.sizes: dict[Split, int] = {
-            "train": checks.check_int("train_size", train_size, 1),
-            "val": checks.check_int("val_size", val_size, 1),
-            "test": checks.check_int("test_size", test_size, 1),
+            "train": checks.check_int("train_size", train_size, 1, 10_000_000),
+            "val": checks.check_int("val_size", val_size, 1, 10_000_000),
+            "test": checks.check_int("test_size", test_size, 1, 10_000_000),
         }
         self.toy_seed = checks.check_int("toy_seed", toy_seed, 0)
         self.save_hyperparameters(

@@ -111,9 +111,9 @@ class DistillModule(pl.LightningModule):
         check_range("weight_decay", weight_decay, at_least=0)
         check_range("warmup_steps", warmup_steps, at_least=0, whole=True)
         check_range("dropout", dropout, at_least=0, below=1)
-        check_range("max_label_length", max_label_length, at_least=1, whole=True)
-        check_range("max_rationale_length", max_rationale_length, at_least=1, whole=True)
-        check_range("num_beams", num_beams, at_least=1, whole=True)
+        check_range("max_label_length", max_label_length, at_least=1, below=10_001, whole=True)
+        check_range("max_rationale_length", max_rationale_length, at_least=1, below=10_001, whole=True)
+        check_range("num_beams", num_beams, at_least=1, below=101, whole=True)
         check_range("num_samples", num_samples, at_least=0, whole=True)
         check_range("effective_batch_size", effective_batch_size, at_least=1, whole=True)
         if evaluate_losses not in ("all", "answer"):
@@ -726,6 +726,12 @@ class DistillModule(pl.LightningModule):
         """
         if not self.sharded:
             check_weights(checkpoint["state_dict"], "ckpt_path")
+        before, now = checkpoint.get("hyper_parameters", {}).get("optimizer"), self.hparams["optimizer"]
+        if before not in (None, now) and self._trainer is not None and self._trainer.training:
+            raise UserError(
+                f"ckpt_path: the checkpoint holds the state of {before}, which is of no use to {now};"
+                f" give --model.optimizer {before}"
+            )
         trained = checkpoint.get(_PREFIXES_KEY, self.prefixes)
         if trained != self.prefixes:
             raise UserError(

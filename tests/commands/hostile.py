@@ -48,6 +48,8 @@ class Case:
     """What the line has to name."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Path in the folder of the case -> content."""
+    others: tuple[str, ...] = ()
+    """Or one of these."""
     file_size: int | None = None
     """Bytes that a file may hold, as on a full disk."""
 
@@ -204,16 +206,16 @@ def argument_cases(assets: Assets, draw: random.Random) -> Iterator[Case]:
                 if name == "CSVLogger":
                     config["trainer"]["logger"]["class_path"] = name
                 elif name is not None:
-                    others = own_data.get(name, {})
-                    if group == "data" and name != "ToyDataModule" and not others:
-                        others = {"data_dir": str(assets.release)}
+                    given = own_data.get(name, {})
+                    if group == "data" and name != "ToyDataModule" and not given:
+                        given = {"data_dir": str(assets.release)}
                     if group == "teacher":
-                        others = {"model": "m"}
+                        given = {"model": "m"}
                     if group == "model":
-                        others = {"student": str(assets.scratch), "from_scratch": True, "max_label_length": 3}
+                        given = {"student": str(assets.scratch), "from_scratch": True, "max_label_length": 3}
                     if group == "data" and command == "inspect":
-                        others = {"tokenizer": str(assets.scratch)} | others
-                    config[group] = {"class_path": name, "init_args": others | config[group].get("init_args", {})}
+                        given = {"tokenizer": str(assets.scratch)} | given
+                    config[group] = {"class_path": name, "init_args": given | config[group].get("init_args", {})}
                 flag = (name is None and draw.random() < 0.5) or command == "experiment"
                 label = f"{command} {name or ''} {key}={value!r:.60}"
                 if flag:
@@ -221,10 +223,12 @@ def argument_cases(assets: Assets, draw: random.Random) -> Iterator[Case]:
                     text = text.removesuffix("\n...\n").strip("\n")
                     if "\0" in text or "\ud800" in text:
                         continue
-                    yield Case(label, [command, *base, f"--{key}={text}"], key)
+                    yield Case(label, [command, *base, f"--{key}={text}"], key, others=(repr(value),))
                 else:
                     overlay = {"over.yaml": as_yaml(config)}
-                    yield Case(label, [command, *base, "--config=over.yaml"], key, overlay)
+                    # a teacher in this process looks for its model before all else
+                    others = (repr(value), "model: cannot load") if group == "teacher" else (repr(value),)
+                    yield Case(label, [command, *base, "--config=over.yaml"], key, overlay, others)
             # no value, on the command line
             yield Case(f"{command} {key} without a value", [command, *base, f"--{key.replace('.init_args', '')}"], key)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import JSONLDataModule
+from lit_distill.data.tables import read_file
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example, write_examples
 
@@ -168,6 +170,14 @@ def test_labels(value: Any, label_set: list[str] | None, expected: str | None, t
     rows = JSONLDataModule(train=path, label_set=label_set).released("train")
     assert rows is not None
     assert rows.examples[0].label == expected
+
+
+@pytest.mark.parametrize("told", ["", "{", "[]", '{"info": 3}', '{"info": {"features": {"a": {"_type": "No"}}}}'])
+def test_parquet_with_what_other_tools_left_in_its_metadata(tmp_path: Path, told: str) -> None:
+    path = as_parquet(tmp_path)
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"huggingface": told}), path)
+    assert len(list(read_file(path, "train"))) == len(ROWS)
 
 
 @pytest.mark.parametrize("write", ["parquet", "saved"])
