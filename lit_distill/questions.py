@@ -63,6 +63,6 @@ class Reply:
     input_tokens: int | None = None
     """Tokens of the prompt, as the teacher counts them; ``None`` where it does not."""
     output_tokens: int | None = None
-    """Tokens of the answer, likewise."""
+    """Tokens of the answer, as the teacher counts them."""
     logprob: float | None = None
     """Mean log-probability (natural logarithm) of the answer's tokens; ``None`` where it is not known."""

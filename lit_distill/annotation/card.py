@@ -28,7 +28,7 @@ def write_card(jobs: Sequence[Mapping[str, Any]], samples: Iterable[Annotation],
     for one in samples:
         found = counts.setdefault((one.split or "any", one.teacher or "not told"), Counter())
         found.update(samples=1, errors=one.text is None, parsed=bool(one.parsed))
-        found.update({"agrees with gold": bool(one.agrees), "rationale holds the label": bool(one.leaks)})
+        found.update({"agrees with gold": bool(one.agrees), "rationale holds the label": bool(one.contains_label)})
     datasets = list(dict.fromkeys(str(job.get("dataset")) for job in jobs))
     splits = {split for split, _ in counts}
     data = DatasetCardData(

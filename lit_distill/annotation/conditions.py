@@ -1,4 +1,4 @@
-"""Conditions on columns as text, as in ``agrees and vote_share >= 0.6 and not leaks``."""
+"""Conditions on columns as text, as in ``agrees and vote_share >= 0.6 and not contains_label``."""
 
 import operator
 import re

@@ -67,8 +67,8 @@ class Plan:
         Args:
             example: the row.
             split: where it is from.
-            answered: keys of what is not to be asked again; looked at anew for each round.
-            agreeing: keys of the answers that agree with the gold label, likewise.
+            answered: keys of what is not to be asked again; looked at again for each round.
+            agreeing: keys of the answers that agree with the gold label; looked at again, too.
 
         Yields:
             For each question the annotation that its answer goes into.

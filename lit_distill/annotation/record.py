@@ -35,7 +35,7 @@ class Annotation:
     """Whether the text parses; ``None`` where there is none."""
     agrees: bool | None = None
     """Whether the label is the gold one (not parsed is wrong); ``None`` without a gold label or an answer."""
-    leaks: bool | None = None
+    contains_label: bool | None = None
     """Whether the rationale holds the label, as whole words in any case; ``None`` where the text does not parse."""
     length: int | None = None
     """Words of the rationale."""
@@ -154,7 +154,7 @@ def read_text(
             parsed=False,
             rationale=None,
             label=None,
-            leaks=None,
+            contains_label=None,
             length=None,
             agrees=None if example.label is None else False,
         )
@@ -165,14 +165,14 @@ def read_text(
         rationale=rationale,
         label=label,
         agrees=None if example.label is None else agree(label, example.label),
-        leaks=leaks(rationale, label),
+        contains_label=contains_label(rationale, label),
         length=len(rationale.split()),
     )
 
 
 def unread(annotation: Annotation) -> Annotation:
     """A sample whose text could not be read for a fault in the reader: what follows from the text is not known."""
-    return replace(annotation, parsed=None, rationale=None, label=None, agrees=None, leaks=None, length=None)
+    return replace(annotation, parsed=None, rationale=None, label=None, agrees=None, contains_label=None, length=None)
 
 
 def parse_structured(text: str) -> tuple[str, str] | None:
@@ -202,7 +202,7 @@ def answer_schema(choices: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def leaks(rationale: str, label: str) -> bool:
+def contains_label(rationale: str, label: str) -> bool:
     """Whether a rationale holds a label, as whole words, in any case."""
     return re.search(rf"(?<!\w){re.escape(label.strip())}(?!\w)", rationale, re.IGNORECASE) is not None
 

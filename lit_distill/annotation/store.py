@@ -11,7 +11,7 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from lit_distill.annotation.card import MARK, write_card
 from lit_distill.annotation.record import COLUMNS, KINDS, Agree, Annotation, from_row, same_answer, to_line, vote
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_write
 from lit_distill.reading import parse_json
 
 FILE = "rationales.jsonl"
@@ -39,7 +40,7 @@ _SYNC_SECONDS = 5.0
 _CHUNK = 10_000
 """Rows that are in memory at a time where all are gone through."""
 
-_STRANGERS = 1 << 62
+_UNMATCHED = 1 << 62
 """Places from here on are of rows that a job does not know."""
 
 _TYPES = {
@@ -150,7 +151,7 @@ class AnnotationStore:
     def finish(
         self, read: Callable[[Annotation], Annotation], place: Callable[[Annotation], int | None], agree: Agree
     ) -> None:
-        """Write the file anew: in order, each question once, with the columns that need all samples of a row.
+        """Rewrite the file: in order, each question once, with the columns that need all samples of a row.
 
         Args:
             read: the columns that follow from a sample's text, read again.
@@ -161,11 +162,11 @@ class AnnotationStore:
         Raises:
             UserError: it cannot be written; the file is as it was.
         """
-        strangers: dict[tuple[str | None, str, str | None], int] = {}
+        unmatched: dict[tuple[str | None, str, str | None], int] = {}
         groups: dict[tuple[Any, ...], int] = {}
         # four numbers a sample: all that is held of it
         entries = array("q")
-        with self._anew(FILE) as half, self.path.open("rb") as file, half.open("wb") as out:
+        with self._replacing(FILE) as out, self.path.open("rb") as file:
             offset = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -173,7 +174,7 @@ class AnnotationStore:
                     at = place(found)
                     if at is None:
                         name = (found.split, found.id, found.input)
-                        at = strangers.setdefault(name, _STRANGERS + len(strangers))
+                        at = unmatched.setdefault(name, _UNMATCHED + len(unmatched))
                     group = groups.setdefault((found.teacher, found.prompt, found.settings), len(groups))
                     entries.extend((at, group, found.sample, offset))
                 offset += len(line)
@@ -189,8 +190,6 @@ class AnnotationStore:
                 for one, row in zip(said, rows, strict=True):
                     others = {name: row[name] for name in row if name not in COLUMNS}
                     out.write(to_line(_with_votes(one, votes, agree), others))
-            out.flush()
-            os.fsync(out.fileno())
         os.close(self._file)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND, 0o644)
 
@@ -204,8 +203,8 @@ class AnnotationStore:
         Raises:
             UserError: it cannot be written.
         """
-        with self._anew(METADATA) as half:
-            half.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with self._replacing(METADATA) as out:
+            out.write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
 
     def close(self) -> None:
         """Let another process have it."""
@@ -220,18 +219,11 @@ class AnnotationStore:
             self._lock.release()
 
     @contextmanager
-    def _anew(self, name: str) -> Iterator[Path]:
-        """A file to write, which takes another's place when the block ends well and is gone when it does not."""
-        # what a link leads to is replaced, not the link
-        path = Path(os.path.realpath(self.folder / name))
-        half = path.with_name(f".{path.name}.half")
+    def _replacing(self, name: str) -> Iterator[IO[bytes]]:
+        """A file that takes another's place when the block ends well."""
         try:
-            try:
-                yield half
-                half.replace(path)
-            except BaseException:
-                half.unlink(missing_ok=True)
-                raise
+            with atomic_write(self.folder / name, "wb") as out:
+                yield out
         except OSError as error:
             raise UserError(f"out: {self.folder / name} cannot be written ({error.strerror or error})") from error
 
@@ -280,7 +272,7 @@ class AnnotationStore:
         """
         told = json.dumps(self.read_metadata(), ensure_ascii=False)
         schema = _SCHEMA.with_metadata({"lit_distill": told})
-        with self._anew(PARQUET) as half, pq.ParquetWriter(half, schema) as writer:
+        with self._replacing(PARQUET) as out, pq.ParquetWriter(out, schema) as writer:
             rows = iter(self)
             while chunk := list(islice(rows, _CHUNK)):
                 writer.write_table(pa.Table.from_pylist([_whole(asdict(row)) for row in chunk], schema=_SCHEMA))
@@ -294,9 +286,9 @@ class AnnotationStore:
         path = self.folder / CARD
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return False
-        with self._anew(CARD) as half:
+        with self._replacing(CARD) as out:
             text = write_card(self.read_metadata().get("jobs", []), self, PARQUET, self.folder.name)
-            half.write_text(text, encoding="utf-8", errors="backslashreplace")
+            out.write(text.encode("utf-8", "backslashreplace"))
         return True
 
 
@@ -345,6 +337,7 @@ def read_rows(
             with pq.ParquetFile(path) as file:
                 rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
                 for number, row in enumerate(rows):
+                    row = _with_new_names(row)
                     yield _sample(row, f"{path}, row {number}"), row
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file ({error})") from error
@@ -369,6 +362,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not a sample: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a sample: not an object but {type(row).__name__}")
+    return _with_new_names(row)
+
+
+def _with_new_names(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the columns' names of today."""
+    if isinstance(row.get("leaks"), bool) or ("leaks" in row and row["leaks"] is None):
+        row.setdefault("contains_label", row.pop("leaks"))
     return row
 
 

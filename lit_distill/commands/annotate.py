@@ -382,7 +382,7 @@ class _Job:
         """Whether two labels are one answer, as far as the user's own comparison can tell."""
         try:
             return self.datamodule.teacher_agrees(label, other)
-        except Exception:  # noqa: BLE001 - likewise
+        except Exception:  # noqa: BLE001 - of a user's own code, too
             return False
 
     def _note_fault(self, annotation: Annotation, error: Exception) -> None:
@@ -486,7 +486,7 @@ class _Job:
             answered_rows.add(annotation.id)
             counts["answers"] += 1
             counts["parsed"] += bool(annotation.parsed)
-            counts["leak"] += bool(annotation.leaks)
+            counts["contains_label"] += bool(annotation.contains_label)
             counts["cut"] += annotation.finish == "length"
             if annotation.agrees is not None:
                 counts["judged"] += 1
@@ -508,7 +508,7 @@ class _Job:
             "majority agrees": _share(counts["vote_agree"], counts["voted"])
             if self.plan.num_samples > 1 or self.plan.until_agrees
             else None,
-            "rationale holds the label": _share(counts["leak"], counts["parsed"]),
+            "rationale holds the label": _share(counts["contains_label"], counts["parsed"]),
             "cut at max_new_tokens": counts["cut"],
             "prompt tokens": tokens[0],
             "answer tokens": tokens[1],

@@ -79,7 +79,7 @@ def join_annotations(
         place = places.get(annotation.id)
         if place is None:
             # hand-written samples that name no split are of train; of the others they say nothing
-            counts["strange"] += annotation.split is not None or split == "train"
+            counts["unmatched"] += annotation.split is not None or split == "train"
             continue
         counts["joined"] += 1
         if annotation.input is not None and annotation.input != input_hash(examples[place]):
@@ -87,16 +87,16 @@ def join_annotations(
             continue
         if annotation.text is None and annotation.rationale is None and annotation.label is None:
             continue
-        if annotation.text is not None and annotation.parsed is annotation.rationale is annotation.label is None:
+        if annotation.text is not None and (annotation.parsed, annotation.rationale, annotation.label) == (None,) * 3:
             annotation = read_text(annotation, examples[place], parse, agree)
-            row |= {name: getattr(annotation, name) for name in ("parsed", "agrees", "leaks", "length")}
+            row |= {name: getattr(annotation, name) for name in ("parsed", "agrees", "contains_label", "length")}
         group = groups.setdefault((annotation.teacher, annotation.prompt, annotation.settings), len(groups))
         teachers[annotation.teacher] = None
         found.setdefault(place, []).append(((group, annotation.sample), annotation, row))
     if alone := [name for place, name in outdated.items() if place not in found]:
         raise UserError(f"rationales: {path}: {alone[0]!r} was asked with another input than the row has now")
-    if counts["strange"] and not counts["joined"]:
-        raise UserError(f"rationales: none of the {counts['strange']} ids in {path} is one of {split}'s rows")
+    if counts["unmatched"] and not counts["joined"]:
+        raise UserError(f"rationales: none of the {counts['unmatched']} ids in {path} is one of {split}'s rows")
     rows, unparsed, samples = list(examples), set(), {}
     for place, said in found.items():
         said.sort(key=lambda one: one[0])
@@ -107,8 +107,8 @@ def join_annotations(
             unparsed.add(place)
         if others:
             samples[place] = tuple(others)
-    if counts["strange"]:
-        notices.append(f"{counts['strange']} samples in {path} are of rows that are not here")
+    if counts["unmatched"]:
+        notices.append(f"{counts['unmatched']} samples in {path} are of rows that are not here")
     if outdated:
         notices.append(f"samples of earlier inputs of {len(outdated)} rows in {path} are left aside")
     if len(teachers) > 1:

@@ -75,7 +75,7 @@ class RationaleDataModule(pl.LightningDataModule):
         label_source: train on the data's own labels (``gold``) or on the teacher's; val and test are always gold.
         rationale_filter: which rationales to train on: ``none`` filters nothing, ``label_agrees`` keeps those whose
             teacher label is right, ``package.module.function`` keeps those that the function returns true for. With
-            ``rationales`` also conditions on their columns, as in ``agrees and vote_share >= 0.6 and not leaks``.
+            ``rationales`` also conditions on their columns, as in ``agrees and not contains_label``.
         train_fraction: part of the training rows to train on, drawn by ``seed`` after val was taken off (the reference
             code draws it before).
         seed: decides the order of the training rows, and which of them a ``train_fraction`` holds.

@@ -96,7 +96,7 @@ class Teacher(ABC):
         """Get ready, before the first question.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it is unavailable.
         """
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Teacher(ABC):
             UserError: no question can.
         """
 
-    async def close(self) -> None:  # noqa: B027 - likewise
+    async def close(self) -> None:  # noqa: B027 - there may be nothing to do
         """Let go of what `open` took."""
 
 
@@ -199,7 +199,7 @@ class BatchTeacher(Teacher):
         """Get ready; runs in the thread of the batches.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it is unavailable.
         """
 
     @abstractmethod
@@ -217,7 +217,7 @@ class BatchTeacher(Teacher):
         """Load what answers.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it is unavailable.
         """
         await self._in_thread(self.load)
 
@@ -230,7 +230,7 @@ class BatchTeacher(Teacher):
         return await future
 
     async def close(self) -> None:
-        """Wait for the batch under way, and let go of what answered."""
+        """Wait for the batch in flight, and let go of what answered."""
         if self._pump is not None and not self._pump.done():
             await asyncio.wait([self._pump])
         await self._in_thread(self.unload)

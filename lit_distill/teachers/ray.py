@@ -17,7 +17,7 @@ class RayTeacher(BatchTeacher):
     """Replicas of a model on a Ray cluster, by ``ray.data.llm``.
 
     A window of questions becomes a dataset, runs through the replicas, and is joined back by position. Ray starts the
-    engines for every dataset anew, so that a window should hold many thousands of questions. It finds its cluster as
+    engines again for every dataset, so that a window should hold many thousands of questions. It finds its cluster as
     always: by ``RAY_ADDRESS``, else one of this machine alone. (Its stage that applies the chat template may let the
     model's tokenizer run code of its own: take models that you trust.)
 
@@ -27,7 +27,7 @@ class RayTeacher(BatchTeacher):
 
     Args:
         model: a name on the hub, or a folder that every machine sees.
-        batch_size: questions that a replica is given at a time; several such batches are under way in each.
+        batch_size: questions that a replica is given at a time; several such batches are in flight in each.
         window: questions of a dataset.
         replicas: engines, each with the GPUs that ``engine`` asks for (``tensor_parallel_size`` times
             ``pipeline_parallel_size``).

@@ -13,7 +13,7 @@ from lit_distill.errors import UserError
 
 ROW: dict[str, Any] = {
     "agrees": True,
-    "leaks": False,
+    "contains_label": False,
     "vote_share": 0.6,
     "votes": 5,
     "logprob": -1.5,
@@ -31,17 +31,17 @@ ROW: dict[str, Any] = {
     [
         ("agrees", True),
         ("not agrees", False),
-        ("leaks", False),
-        ("not leaks", True),
-        ("agrees and not leaks", True),
-        ("agrees and leaks", False),
-        ("agrees and vote_share >= 0.6 and not leaks", True),
-        ("agrees and vote_share > 0.6 and not leaks", False),
-        ("  agrees\n  and   not\tleaks ", True),
+        ("contains_label", False),
+        ("not contains_label", True),
+        ("agrees and not contains_label", True),
+        ("agrees and contains_label", False),
+        ("agrees and vote_share >= 0.6 and not contains_label", True),
+        ("agrees and vote_share > 0.6 and not contains_label", False),
+        ("  agrees\n  and   not\tcontains_label ", True),
         ("agrees == true", True),
         ("agrees == yes", True),  # as YAML has it
         ("agrees == false", False),
-        ("leaks != true", True),
+        ("contains_label != true", True),
         ("vote_share>=0.6", True),
         ("vote_share <= .5", False),
         ("votes == 5", True),
@@ -157,7 +157,7 @@ def test_numbers_may_have_an_exponent(value: str) -> None:
     [
         "",
         "agrees and",
-        "agrees or leaks",
+        "agrees or contains_label",
         "not not agrees",
         "not votes >= 3",
         "agrees ==",
@@ -166,7 +166,7 @@ def test_numbers_may_have_an_exponent(value: str) -> None:
         "votes => 3",
         "3 < votes",
         "(agrees)",
-        "agrees, leaks",
+        "agrees, contains_label",
         "agrees and my.module.function",
     ],
 )
@@ -210,16 +210,17 @@ def test_what_cannot_be_compared_is_said(text: str, row: dict[str, Any], says: s
 
 
 @pytest.mark.parametrize(
-    "text", ["tests.data.test_base.never", "my.module.function", "a.b", "agrees.x and leaks", "C:\\x", "", "x-y"]
+    "text",
+    ["tests.data.test_base.never", "my.module.function", "a.b", "agrees.x and length", "C:\\x", "", "x-y"],
 )
 def test_an_import_path_is_no_condition(text: str) -> None:
     assert not is_condition(text)
 
 
 def test_columns_are_named_in_order() -> None:
-    assert columns_of("agrees and vote_share >= 0.6 and not leaks and x_1 == y") == [
+    assert columns_of("agrees and vote_share >= 0.6 and not contains_label and x_1 == y") == [
         "agrees",
         "vote_share",
-        "leaks",
+        "contains_label",
         "x_1",
     ]

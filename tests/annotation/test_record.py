@@ -15,9 +15,9 @@ from lit_distill.annotation.record import (
     Agree,
     Annotation,
     answer_schema,
+    contains_label,
     digest,
     from_row,
-    leaks,
     parse_structured,
     read_text,
     to_line,
@@ -37,7 +37,7 @@ FULL = Annotation(
     error="once timed out",
     parsed=True,
     agrees=False,
-    leaks=False,
+    contains_label=False,
     length=2,
     logprob=-0.125,
     votes=4,
@@ -115,7 +115,7 @@ def test_votes_as_counted_plainly(labels: list[str | None]) -> None:
     assert (winner, share) == (frequent[0] if frequent else None, most / len(labels))
 
 
-# ---------------------------------------------------------------- leaks
+# ---------------------------------------------------------------- contains_label
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_votes_as_counted_plainly(labels: list[str | None]) -> None:
     ],
 )
 def test_leaks(rationale: str, label: str, leaking: bool) -> None:
-    assert leaks(rationale, label) is leaking
+    assert contains_label(rationale, label) is leaking
 
 
 # ---------------------------------------------------------------- what follows from a text
 
 TOY = ToyDataModule()
 ROW = Example("q7", "do birds fly ?", "yes", ("yes", "no"))
-NOT_READ = {"parsed": False, "rationale": None, "label": None, "leaks": None, "length": None}
+NOT_READ = {"parsed": False, "rationale": None, "label": None, "contains_label": None, "length": None}
 
 
 def read(text: str | None, gold: str | None = "yes", agree: Agree = exactly, **columns: Any) -> dict[str, Any]:
@@ -163,10 +163,10 @@ def but(**columns: Any) -> dict[str, Any]:
 def test_a_text_that_parses() -> None:
     said = {"parsed": True, "rationale": "Birds do, oh yes.", "label": "yes", "length": 4}
     text = " Birds do, oh yes.  So the answer is yes. "
-    assert read(text) == but(**said, agrees=True, leaks=True)
-    assert read(text, "no") == but(**said, agrees=False, leaks=True)
-    assert read(text, None) == but(**said, agrees=None, leaks=True)
-    assert read("Birds do. So the answer is yes.")["leaks"] is False
+    assert read(text) == but(**said, agrees=True, contains_label=True)
+    assert read(text, "no") == but(**said, agrees=False, contains_label=True)
+    assert read(text, None) == but(**said, agrees=None, contains_label=True)
+    assert read("Birds do. So the answer is yes.")["contains_label"] is False
 
 
 def test_agreement_is_the_dataset_s() -> None:
@@ -186,18 +186,18 @@ def test_what_was_read_otherwise_before_is_read_anew() -> None:
         "label": "old",
         "parsed": True,
         "agrees": True,
-        "leaks": True,
+        "contains_label": True,
         "length": 9,
     }
     assert read("Nothing.", **old) == but(**NOT_READ, agrees=False)
     assert read("New one. So the answer is yes.", **old) == but(
-        rationale="New one.", label="yes", parsed=True, agrees=True, leaks=False, length=2
+        rationale="New one.", label="yes", parsed=True, agrees=True, contains_label=False, length=2
     )
 
 
 def test_a_structured_text_is_read_as_json_alone() -> None:
     text = json.dumps({"rationale": "Birds do.", "label": "yes"})
-    said = {"parsed": True, "rationale": "Birds do.", "label": "yes", "length": 2, "leaks": False}
+    said = {"parsed": True, "rationale": "Birds do.", "label": "yes", "length": 2, "contains_label": False}
     assert read(text, structured=True) == but(structured=True, **said, agrees=True)
     assert read(text) == but(**NOT_READ, agrees=False)
     written = "Birds do. So the answer is yes."
@@ -252,7 +252,7 @@ def test_a_row_needs_an_id(row: dict[str, Any]) -> None:
 KINDS = {
     **dict.fromkeys(("sample", "length", "votes", "input_tokens", "output_tokens"), "int"),
     **dict.fromkeys(("logprob", "vote_share", "cost"), "float"),
-    **dict.fromkeys(("parsed", "agrees", "leaks", "in_majority", "structured"), "bool"),
+    **dict.fromkeys(("parsed", "agrees", "contains_label", "in_majority", "structured"), "bool"),
 }
 WRONG: dict[str, list[Any]] = {
     "str": [3, True, ["x"]],

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
@@ -575,7 +576,7 @@ def test_parquet_s_columns_have_their_types(exported: Path) -> None:
     types = {field.name: str(field.type) for field in pq.read_schema(exported / PARQUET)}
     whole = ("sample", "length", "votes", "input_tokens", "output_tokens")
     numbers = ("logprob", "vote_share", "cost")
-    yes_or_no = ("parsed", "agrees", "leaks", "in_majority", "structured")
+    yes_or_no = ("parsed", "agrees", "contains_label", "in_majority", "structured")
     expected = dict.fromkeys(COLUMNS, "string") | dict.fromkeys(whole, "int64") | dict.fromkeys(numbers, "double")
     assert types == expected | dict.fromkeys(yes_or_no, "bool")
 
@@ -666,3 +667,16 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_old_file(tmp_path: Path, monk
                 finish(store)
         assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE]
+
+
+def test_a_column_s_earlier_name_is_read(tmp_path: Path) -> None:
+    line = json.dumps({"id": "a", "text": "t", "leaks": True}).encode() + b"\n"
+    (tmp_path / FILE).write_bytes(line)
+    pq.write_table(pa.table({"id": ["a"], "leaks": [True]}), tmp_path / "old.parquet")
+    for path in (tmp_path / FILE, tmp_path / "old.parquet"):
+        ((annotation, row),) = read_rows(path)
+        assert (annotation.contains_label, row["contains_label"], "leaks" in row) == (True, True, False)
+    with AnnotationStore(tmp_path) as store:
+        store.finish(lambda one: one, lambda one: 0, str.__eq__)
+    (kept,) = map(json.loads, (tmp_path / FILE).read_bytes().splitlines())
+    assert (kept["contains_label"], "leaks" in kept) == (True, False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import wandb
@@ -95,7 +95,8 @@ def test_a_whole_split_is_asked_once_for_good(release: Path, capsys: pytest.Capt
     # the file whole, in its order, before val is taken off
     assert [row["id"] for row in rows] == [f"svamp-train-{i}" for i in range(12)]
     expected = {
-        "split": "train", "sample": 0, "teacher": "tiny", "error": None, "parsed": True, "agrees": True, "leaks": False,
+        "split": "train", "sample": 0, "teacher": "tiny", "error": None, "parsed": True, "agrees": True,
+        "contains_label": False,
         "votes": 1, "vote_share": 1.0, "in_majority": True, "finish": "stop", "cost": None, "structured": False,
         "rationale": "One more than 3.", "label": "(3 + 1)", "majority_label": "(3 + 1)", "length": 4, "logprob": None,
         "text": "One more than 3. The answer is (3 + 1).", "input_tokens": 4, "output_tokens": 10,
@@ -220,7 +221,12 @@ def test_answers_that_follow_a_schema(here: Path) -> None:
     assert "JSON" in server.requests[0].body["messages"][0]["content"]
     bad, good = rows_of()
     assert (bad["parsed"], bad["agrees"], bad["text"]) == (False, False, "not JSON")
-    assert (good["rationale"], good["label"], good["agrees"], good["leaks"]) == ("It is so.", "no", True, False)
+    assert (good["rationale"], good["label"], good["agrees"], good["contains_label"]) == (
+        "It is so.",
+        "no",
+        True,
+        False,
+    )
 
 
 def test_rows_without_labels_are_asked_too(here: Path) -> None:

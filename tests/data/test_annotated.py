@@ -642,13 +642,13 @@ def test_texts_alone_are_parsed_as_the_dataset_has_it(jsonl: Make) -> None:
     ]
     assert rows.unparsed == {2}
     known = [row.columns or {} for row in rows.examples]
-    assert [(c["parsed"], c["agrees"], c.get("leaks"), c.get("length")) for c in known] == [
+    assert [(c["parsed"], c["agrees"], c.get("contains_label"), c.get("length")) for c in known] == [
         (True, True, False, 1),
         (True, False, True, 3),
         (False, False, None, None),
     ]
     lines = [{"id": row, "text": text} for row, text in texts.items()]
-    filtered = jsonl(lines, rationale_filter="agrees and not leaks")
+    filtered = jsonl(lines, rationale_filter="agrees and not contains_label")
     assert [row.rationale for row in filtered.used_rows("train").examples] == ["Well.", None, None]
 
 
