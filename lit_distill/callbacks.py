@@ -12,11 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write
+from lit_distill.interrupts import Interrupted, on_signals
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
 
@@ -66,12 +68,48 @@ class ValidateEverySteps(Callback):
             raise UserError(f"validation.every_n_steps must be at least 1 or null, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._last_step = 0
+        self._is_due = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the validation that is due after the last step has yet to end."""
+        return {"is_due": self._is_due}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up whether a validation is due."""
+        self._is_due = checkpoint["callbacks"].get(self.state_key, {}).get("is_due", False)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self.on_fit_start(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Where the validation after the very last step is due, have the trainer begin at all."""
+        if self._is_due and trainer.max_steps != -1:
+            # the schedule of the learning rate has been made by now
+            trainer.fit_loop.epoch_loop.max_steps += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing is due yet."""
+        """Run the validation that the run was broken off before or in; else nothing is due yet."""
         self._last_step = trainer.global_step
+        loop = trainer.fit_loop.epoch_loop
+        if self._is_due:
+            if trainer.max_steps != -1:
+                loop.max_steps -= 1
+            # as the training loop does; its rows are those of the step before it is counted for the loggers
+            trainer.validating = True
+            loop._batches_that_stepped = trainer.global_step - 1
+            loop.val_loop.restarting = False
+            loop.val_loop.run()
+            # or the loop takes a resumed epoch without batches left for one that it has ended, over and over
+            loop.val_loop._has_run = False
+            loop._batches_that_stepped = trainer.global_step
+            trainer.training = True
         if self.every_n_steps is not None and isinstance(trainer.val_check_batch, int | float):
             trainer.val_check_batch = _NEVER
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """It has ended before checkpoints are written."""
+        self._is_due = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """A resumed run looks at this once before its first batch has counted."""
@@ -79,14 +117,14 @@ class ValidateEverySteps(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Make Lightning's count come out even exactly where validation is due."""
-        if self.every_n_steps is None:
-            return
-        progress = trainer.fit_loop.epoch_loop
-        stepped = trainer.global_step != self._last_step
-        due = stepped and (trainer.global_step % self.every_n_steps == 0 or self._is_last(trainer))
-        across_epochs = trainer.check_val_every_n_epoch is None
-        done = (progress.total_batch_idx if across_epochs else progress.batch_idx) + 1
-        trainer.val_check_batch = done if due else _NEVER
+        loop, stepped = trainer.fit_loop.epoch_loop, trainer.global_step != self._last_step
+        if self.every_n_steps is not None:
+            due = stepped and (trainer.global_step % self.every_n_steps == 0 or self._is_last(trainer))
+            across_epochs = trainer.check_val_every_n_epoch is None
+            done = (loop.total_batch_idx if across_epochs else loop.batch_idx) + 1
+            trainer.val_check_batch = done if due else _NEVER
+        # one in the midst of a step comes again by itself, as a resumed run begins with that step
+        self._is_due = stepped and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
     @staticmethod
     def _is_last(trainer: pl.Trainer) -> bool:
@@ -97,10 +135,38 @@ class ValidateEverySteps(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """The best checkpoints by a metric; a run that is resumed in a folder of its own still knows the earlier best."""
+    """The best checkpoints by a metric; a run that is resumed in a folder of its own still knows the earlier best.
+
+    One that a better one has replaced is removed once ``last.ckpt`` knows of the better one: a run that is killed in
+    between resumes with either.
+    """
+
+    _replaced: tuple[str, ...] = ()
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self._replaced = (*self._replaced, filepath)
+
+    def _remove_replaced(self, trainer: pl.Trainer) -> None:
+        for path in self._replaced:
+            trainer.strategy.remove_checkpoint(path)
+        self._replaced = ()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """The checkpoints of a validation before are all written."""
+        self._remove_replaced(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As before a batch."""
+        super().on_train_end(trainer, pl_module)
+        self._remove_replaced(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Lightning's, with what is yet to be removed."""
+        return super().state_dict() | {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Lightning's, which forgets the earlier best where the folder is another one."""
+        self._replaced = tuple(state_dict.get("replaced", ()))
         best = {path: score for path, score in state_dict["best_k_models"].items() if Path(path).exists()}
         if state_dict["dirpath"] == self.dirpath or len(best) == len(state_dict["best_k_models"]):
             super().load_state_dict({**state_dict, "dirpath": self.dirpath})
@@ -108,8 +174,71 @@ class BestCheckpoint(ModelCheckpoint):
             rank_zero_warn("The earlier best checkpoints are gone; the best is chosen from here on.")
 
 
+class StopAtSignals(Callback):
+    """SIGINT (Ctrl-C) and SIGTERM stop ``fit`` between two batches, all ranks at the same one, so that it can be saved.
+
+    An exception in the midst of an optimizer step or of a checkpoint would leave either in part. A batch of
+    validation, which changes nothing, is broken off where one process trains. It stands before all other callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._in_validation_batch = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over, Lightning's SIGTERM too; when the run ends, Lightning sets back what it found."""
+        self._number = 0
+        on_signals(lambda number: self._note(number, trainer))
+
+    def _note(self, number: int, trainer: pl.Trainer) -> None:
+        if self._number:
+            return
+        self._number = number
+        # not `print`, which a signal may have interrupted
+        os.write(2, b"\nStopping at the end of this batch.\n" if trainer.is_global_zero else b"")
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)
+        if self._in_validation_batch and trainer.world_size == 1:
+            raise Interrupted(number)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        number = self._number
+        if trainer.world_size > 1:
+            asked = torch.tensor(float(number), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if number:
+            raise Interrupted(number)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop before a batch."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before a validation."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop before a batch, or at once from here on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._in_validation_batch = True
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """A checkpoint may be written next."""
+        self._in_validation_batch = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before what follows training."""
+        self._stop_if_asked(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing that came since the end of training is lost."""
+        if self._number:
+            raise Interrupted(self._number)
+
+
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``: written after every validation, and once more when a run is interrupted.
+    """``last.ckpt``: written after every validation, at the end of training, and when a run is interrupted.
 
     A run on several processes is not saved when an exception stops one of them: saving waits for all.
 
@@ -118,6 +247,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
+        self._training = False
+        self._open_step = -1
         super().__init__(
             dirpath=dirpath,
             filename="last",
@@ -128,13 +259,38 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.format_checkpoint_name({}))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing of an earlier run's is needed, whose folder may be another one."""
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What a run is resumed from is saved already."""
+        super().on_train_start(trainer, pl_module)
+        self._training = True
+        self._last_global_step_saved = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Remember the step: until the trainer has counted it, the weights may have moved in part."""
+        self._open_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what no validation has followed."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, str(self.path))
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was trained so far, under the same name."""
-        if trainer.world_size == 1 and trainer.training and self._should_save_on_exception(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+        if not self._training or trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
+            return
+        together = trainer.world_size == 1 or isinstance(exception, Interrupted)
+        # a user's fault is found before the weights move
+        stepping = self._open_step == trainer.global_step and not isinstance(exception, UserError)
+        if together and not stepping:
+            self._save_checkpoint(trainer, str(self.path))
 
 
 class Throughput(Callback):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.help import COMMANDS_IN_SHORT, short_help
+from lit_distill.interrupts import Interrupted
 from lit_distill.messages import COMMANDS, DESCRIPTION, no_command
 from lit_distill.secrets import refuse_secrets
 from lit_distill.shipped import find_configs, list_or_copy
@@ -35,7 +37,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
         own_process: the process is there for this command alone, so that what is imported for it may stay for good.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr, for what the user can mend.
+        SystemExit: with one line on stderr: code 2 for what the user can mend, 130 or 143 after SIGINT or SIGTERM.
     """
     # a user's own classes lie in the folder that the command is given in
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -69,6 +71,10 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
         print(f"lit_distill: error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        stopped = stopped if isinstance(stopped, Interrupted) else Interrupted(signal.SIGINT)
+        print(f"lit_distill: stopped by {stopped.name}", file=sys.stderr)
+        raise stopped from None
 
 
 def of_a_file(error: OSError) -> str | None:

@@ -19,6 +19,7 @@ LAYERS = (
         "__init__",
         "errors",
         "files",
+        "interrupts",
         "batch",
         "answers",
         "questions",

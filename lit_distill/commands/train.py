@@ -1,5 +1,7 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI over methods and datasets."""
 
+import shlex
+import sys
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,6 +21,7 @@ from lit_distill.callbacks import (
     BestCheckpoint,
     LastCheckpoint,
     SampleTable,
+    StopAtSignals,
     Throughput,
     ValidateEverySteps,
     save_atomically,
@@ -43,6 +46,7 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
+from lit_distill.interrupts import Interrupted, interruptible
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
@@ -98,6 +102,8 @@ class DistillCLI(LightningCLI):
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best-step{step}",
                 "checkpoint.auto_insert_metric_name": False,
+                # a resumed run writes the same one in its place
+                "checkpoint.enable_version_counter": False,
                 "checkpoint.save_on_train_epoch_end": False,
             }
         )
@@ -144,6 +150,7 @@ class DistillCLI(LightningCLI):
             # the other commands have parsers of their own: of them the names are completed
             for name in set(COMMANDS) - set(commands.choices):
                 commands.add_subcommand(name, Parser(description=COMMANDS[name]))
+        self._command = ["python", "-m", "lit_distill", *(args if isinstance(args, list) else sys.argv[1:])]
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         config = self.config if command is None else self.config[command]
@@ -326,6 +333,8 @@ class DistillCLI(LightningCLI):
             # all that a trainer is built from is its arguments and the machine
             raise UserError(f"trainer: {error}") from error
         save_atomically(trainer)
+        # before those that Lightning adds by itself, too
+        trainer.callbacks.insert(0, StopAtSignals())  # type: ignore[attr-defined]  # not declared by Lightning
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -349,11 +358,27 @@ class DistillCLI(LightningCLI):
             raise UserError(
                 f"ckpt_path: {str(path)!r} does not fit what is run here ({type(error).__name__}: {reason})"
             ) from error
+        except Interrupted as stopped:
+            if subcommand == "fit":
+                self._say_how_to_go_on(stopped)
+            raise
         finally:
             if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
                 import wandb
 
                 wandb.finish(exit_code=int(failed))
+
+    @rank_zero_only
+    def _say_how_to_go_on(self, stopped: Interrupted) -> None:
+        """Print what an interrupted ``fit`` has saved, and the command that goes on from there."""
+        trainer, command, what = self.trainer, self._command, "nothing was trained that could be kept"
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint) and callback.dirpath and callback.path.exists():
+                what = f"saved in {callback.path.parent.parent}"
+                command = [*command, *(["--resume"] if "--resume" not in command else [])]
+        of = f" of {trainer.max_steps}" if trainer.max_steps != -1 else ""
+        print(f"Stopped by {stopped.name} at step {trainer.global_step}{of}: {what}", file=sys.stderr)
+        print(f"To go on: {shlex.join(command)}", file=sys.stderr)
 
     # ------------------------------------------------------------------ what follows a command
 
@@ -478,6 +503,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+@interruptible()
 def run_trainer(args: ArgsType, cli: type[DistillCLI] = DistillCLI) -> DistillCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM, as an exception that ends a command with the exit code of a shell."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(SystemExit):
+    """A signal asked a command to end: exit code 130 after SIGINT (Ctrl-C), 143 after SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM raise `Interrupted` in it."""
+
+    def stop(number: int) -> None:
+        raise Interrupted(number)
+
+    before = on_signals(stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def on_signals(handle: Callable[[int], None]) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
+    """Have SIGINT and SIGTERM handled, unless they are ignored or this is not the main thread.
+
+    Returns:
+        What handled them before.
+    """
+    process = os.getpid()
+
+    def of_this_process(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            handle(number)
+        else:
+            # a worker process of a data loader; SIGTERM is how its parent ends it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {
+        number: signal.signal(number, of_this_process)
+        for number in SIGNALS
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
