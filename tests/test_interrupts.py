@@ -187,9 +187,10 @@ def test_a_signal_in_the_test_after_fit_keeps_what_was_trained(
     [("validate", "on_validation_batch_start"), ("test", "on_test_batch_start"), ("predict", "on_predict_batch_start")],
 )
 def test_other_commands_end_with_one_line(
-    command: str, hook: str, student_folder: Path, capfd: pytest.CaptureFixture[str]
+    command: str, hook: str, unbroken: Path, student_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, lines = stopped(capfd, command, arguments(student_folder), send(hook, signal.SIGTERM))
+    trained = f"--ckpt_path={unbroken / 'checkpoints' / 'last.ckpt'}"
+    code, lines = stopped(capfd, command, arguments(student_folder, trained), send(hook, signal.SIGTERM))
     assert code == 143
     assert lines[-1] == "lit_distill: stopped by SIGTERM"
     assert not list(Path().rglob("predictions.jsonl"))
