@@ -96,7 +96,7 @@ def test_there_is_a_config_for_each_dataset_and_method() -> None:
     assert set(PAPER) <= set(FILES)
     assert not set(WHOLE) & set(ANNOTATE)
     assert {path.relative_to(CONFIGS).as_posix() for path in ANNOTATE} == {
-        f"{dataset}/annotate.yaml" for dataset in (*DATASETS, "toy")
+        f"{dataset}/annotate.yaml" for dataset in (*DATASETS, "tickets", "toy")
     }
     assert OVERLAYS
     assert len(EXPERIMENTS) == 17
@@ -156,7 +156,7 @@ def test_a_teacher_is_asked_once_a_row(path: Path, capsys: pytest.CaptureFixture
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert_holds(parsed, content(path), but=())
     folder = path.parent.name
-    name = {**DATASETS, "toy": "Toy"}[folder]
+    name = {**DATASETS, "tickets": "JSONL", "toy": "Toy"}[folder]
     assert parsed["data"]["class_path"] == f"lit_distill.data.{name}DataModule"
     assert (parsed["out"], parsed["split"]) == (f"annotations/{folder}", "train")
     # one sample, greedy as long as nobody asks for several
@@ -175,11 +175,14 @@ def test_what_would_be_asked_is_shown(
         arguments += ["--data.train_size=12"]
     run("annotate", "--config", path, arguments, "--dry_run")
     shown = capsys.readouterr().out
-    # the twelve rows of the release, each once
-    assert re.search(r"rows +│ +12 │", shown)
-    assert re.search(r"questions +│ +12 │", shown)
-    # an answer in the dataset's own form stands in a demonstration
-    assert {"svamp": "The answer is (", "esnli": "Answer: "}.get(path.parent.name, "So the answer is ") in shown
+    # the twelve rows of the release, or those of the example, each once
+    count = 220 if path.parent.name == "tickets" else 12
+    assert re.search(rf"rows +│ +{count} │", shown)
+    assert re.search(rf"questions +│ +{count} │", shown)
+    # an answer in the dataset's own form stands in a demonstration, or is asked for
+    assert {"svamp": "The answer is (", "esnli": "Answer: ", "tickets": "this very form"}.get(
+        path.parent.name, "So the answer is "
+    ) in shown
     assert not Path("annotations").exists()
 
 

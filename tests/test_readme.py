@@ -1,15 +1,21 @@
+import csv
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lit_distill.cli import main
 from lit_distill.commands.experiment import experiment
 from lit_distill.commands.parser import Parser
 from lit_distill.commands.train import DistillCLI
+from lit_distill.data import JSONLDataModule
+from lit_distill.students import load_tokenizer
+from tests.runs import QUIET, at_work_in
 from tests.students import make_student_folder
 
 ROOT = Path(__file__).parents[1]
@@ -147,14 +153,47 @@ def test_own_teacher_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
-def test_own_data_block_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = yaml_block("label_set")
-    (tmp_path / "data.yaml").write_text(block)
-    rows = [f'{{"title": "a", "body": "b{i}", "sentiment": "positive", "why": "because"}}' for i in range(12)]
-    for split in ("train", "test"):
-        (tmp_path / f"reviews_{split}.jsonl").write_text("\n".join(rows) + "\n")
-    monkeypatch.chdir(tmp_path)
-    student = make_student_folder(tmp_path / "student")
-    report = tmp_path / "report.json"
-    main(["inspect", "--config", "data.yaml", "--data.tokenizer", str(student), "--json", str(report)])
-    assert '"rows": 12' in report.read_text()
+def test_own_data_block_is_that_of_its_config() -> None:
+    config = yaml.safe_load((ROOT / "configs" / "tickets" / "step_by_step.yaml").read_text())
+    assert yaml.safe_load(yaml_block("label_set")) == {"data": config["data"]}
+
+
+def test_own_data_commands_run_and_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = [
+        shlex.split(line.partition("-m lit_distill ")[2]) for line in section("Your own data") if line[0] != "#"
+    ]
+    assert [command[0] for command in commands] == ["inspect", "annotate", "fit", "fit", "compare"]
+    with at_work_in(tmp_path, monkeypatch):
+        (tmp_path / "configs").symlink_to(ROOT / "configs")
+        for command in commands:
+            short = ["--trainer.max_steps=40", "--validation.every_n_steps=20", *QUIET] if command[0] == "fit" else []
+            main([*command, *short])
+        shown = capsys.readouterr().out
+        records = [json.loads(path.read_text()) for path in sorted(Path("runs").rglob("run.json"))]
+        report = Path("report", "report.md").read_text()
+    assert re.search(r"rows of the file +│ +220 │ +22 │ +80 │", shown)
+    assert re.search(r"questions at most +│ +220 │", shown)
+    assert not (tmp_path / "annotations").exists()
+    assert {record["method"] for record in records} == {"Standard", "StepByStep"}
+    # by guessing it were 0.25
+    assert min(record["metrics"]["test/accuracy"] for record in records) > 0.4
+    assert "step-by-step" in report
+
+
+def test_the_tickets_are_what_their_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / "configs" / "tickets"
+    script = runpy.run_path(str(folder / "make_tickets.py"))
+    monkeypatch.setitem(script["main"].__globals__, "FOLDER", tmp_path)
+    script["main"]()
+    for name in ("train.csv", "test.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    module = JSONLDataModule(
+        train=tmp_path / "train.csv", test=tmp_path / "test.csv", input_column="message", label_column="team"
+    )
+    assert module.repeated_rows("test") == 0
+    tokenizer = load_tokenizer(ROOT / "configs" / "students" / "tickets-t5")
+    with (tmp_path / "train.csv").open(newline="") as file:
+        cells = [cell for row in list(csv.reader(file))[1:] for cell in row[1:]]
+    assert tokenizer.unk_token_id not in {token for ids in tokenizer(cells)["input_ids"] for token in ids}

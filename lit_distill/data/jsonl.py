@@ -14,6 +14,7 @@ from lit_distill.data.tables import Table, read_file, read_hub
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example
 from lit_distill.reading import parse_json
+from lit_distill.shipped import shipped
 
 
 class JSONLDataModule(RationaleDataModule):
@@ -160,7 +161,7 @@ class JSONLDataModule(RationaleDataModule):
         raise UserError(f"{split}: there is no {' nor '.join(map(str, candidates))}")
 
     def _candidates(self, split: Split) -> list[Path]:
-        path = Path(self.sources[split])
+        path = Path(shipped(self.sources[split]))
         # absolute, so that a message says where it was looked for
         return [path] if path.is_absolute() else [path.absolute(), (self.data_dir / path).absolute()]
 
