@@ -221,8 +221,3 @@ def _filled(name: str, template: str, values: Mapping[str, str], where: str = ""
         literal + (values[field] if field is not None else "") for literal, field, _, _ in Formatter().parse(template)
     )
     return text.strip()
-
-
-def prompt_length(prompt: Prompt) -> int:
-    """Characters of a prompt."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)

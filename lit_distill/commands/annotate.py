@@ -21,9 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill import __version__, checks
-from lit_distill.annotation.demonstrations import fixed, nearest
+from lit_distill.annotation.demonstrations import Choose, fixed
+from lit_distill.annotation.demonstrations import nearest as nearest_of
 from lit_distill.annotation.plan import Plan, shown
-from lit_distill.annotation.prompts import check_template, load_demonstrations, load_prompt, written_answer
+from lit_distill.annotation.prompts import (
+    PromptTemplate,
+    check_template,
+    load_demonstrations,
+    load_prompt,
+    written_answer,
+)
 from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
 from lit_distill.annotation.store import CARD, FILE, AnnotationStore
 from lit_distill.answers import Split
@@ -147,17 +154,22 @@ def annotate(
         raise UserError("max_cost needs teacher.input_price and teacher.output_price (US dollars a million tokens)")
     if structured:
         teacher.check_schema()
-    plan = _plan(
-        datamodule,
-        teacher,
-        sampling,
+    template, choose, selection = _prompt(
+        datamodule, prompt, demonstrations, num_demonstrations, nearest=nearest_demonstrations
+    )
+    plan = Plan(
+        template=template,
+        choose=choose,
+        fields=datamodule.prompt_fields,
+        layout=teacher.layout,
+        teacher=teacher.name,
+        teacher_settings=teacher.settings,
+        sampling=sampling,
         num_samples=num_samples,
         until_agrees=until_agrees,
         structured=structured,
-        prompt=prompt,
-        demonstrations=demonstrations,
-        num_demonstrations=num_demonstrations,
-        nearest_demonstrations=nearest_demonstrations,
+        closed=lambda example: example.choices or datamodule.label_set or (),
+        selection=selection,
     )
     rows = _rows(datamodule, split)[:limit]
     # a template that asks for what there is not is found out with the first row
@@ -194,52 +206,26 @@ def annotate(
     return summary
 
 
-def _plan(
-    datamodule: RationaleDataModule,
-    teacher: Teacher,
-    sampling: Sampling,
-    *,
-    num_samples: int,
-    until_agrees: int | None,
-    structured: bool,
-    prompt: str | None,
-    demonstrations: str | None,
-    num_demonstrations: int | None,
-    nearest_demonstrations: bool,
-) -> Plan:
+def _prompt(
+    datamodule: RationaleDataModule, prompt: str | None, demonstrations: str | None, count: int | None, *, nearest: bool
+) -> tuple[PromptTemplate, Choose, dict[str, Any] | None]:
+    """The template, how a row's demonstrations are chosen, and that choice in plain values."""
     path = Path(prompt) if prompt is not None else datamodule.prompt_file
     template = load_prompt(path)
-    count, selection = num_demonstrations, None
     if count is not None:
         checks.check_int("num_demonstrations", count, 0)
     if demonstrations is not None:
         template = replace(template, demonstrations=load_demonstrations(demonstrations))
         count = 8 if count is None else count
-    if count is not None and count > len(template.demonstrations):
-        raise UserError(f"num_demonstrations must be at most {len(template.demonstrations)}, got {count}")
+    shown = template.demonstrations
+    if count is not None and count > len(shown):
+        raise UserError(f"num_demonstrations must be at most {len(shown)}, got {count}")
     check_template(template, datamodule.prompt_fields, datamodule.parse_teacher, str(demonstrations or path))
-    if nearest_demonstrations:
-        if not template.demonstrations:
-            raise UserError("nearest_demonstrations: there are no demonstrations to choose from")
-        choose = nearest(template.demonstrations, len(template.demonstrations) if count is None else count)
-        selection = {"nearest": count}
-    else:
-        template = replace(template, demonstrations=template.demonstrations[:count])
-        choose = fixed(template.demonstrations, count)
-    return Plan(
-        template=template,
-        choose=choose,
-        fields=datamodule.prompt_fields,
-        layout=teacher.layout,
-        teacher=teacher.name,
-        teacher_settings=teacher.settings,
-        sampling=sampling,
-        num_samples=num_samples,
-        until_agrees=until_agrees,
-        structured=structured,
-        closed=lambda example: example.choices or datamodule.label_set or (),
-        selection=selection,
-    )
+    if not nearest:
+        return replace(template, demonstrations=shown[:count]), fixed(shown[:count], count), None
+    if not shown:
+        raise UserError("nearest_demonstrations: there are no demonstrations to choose from")
+    return template, nearest_of(shown, len(shown) if count is None else count), {"nearest": count}
 
 
 def _rows(datamodule: RationaleDataModule, split: Split) -> list[Example]:

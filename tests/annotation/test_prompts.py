@@ -15,7 +15,6 @@ from lit_distill.annotation.prompts import (
     check_template,
     load_demonstrations,
     load_prompt,
-    prompt_length,
     write_prompt,
     written_answer,
 )
@@ -297,11 +296,6 @@ def test_a_field_that_is_not_offered_is_said_without_a_file_too() -> None:
     for question in ("{premise}", "{"):
         with pytest.raises(UserError, match=r"^prompt: question[: ]"):
             write_prompt(replace(TEMPLATE, question=question), "chat", TOY.prompt_fields, (), ROW)
-
-
-def test_length_is_that_of_all_turns() -> None:
-    assert prompt_length("four") == 4
-    assert prompt_length((Message("system", "ab"), Message("user", "cde"))) == 5
 
 
 # ---------------------------------------------------------------- the hash

@@ -680,3 +680,9 @@ def test_a_column_s_earlier_name_is_read(tmp_path: Path) -> None:
         store.finish(lambda one: one, lambda one: 0, str.__eq__)
     (kept,) = map(json.loads, (tmp_path / FILE).read_bytes().splitlines())
     assert (kept["contains_label"], "leaks" in kept) == (True, False)
+
+
+def test_a_key_twice_in_one_row_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"id": "a", "text": "t"}\n{"id": "a", "text": "t", "text": "u"}\n')
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / FILE}:2: not a sample: the key 'text' is there twice")):
+        AnnotationStore(tmp_path)
