@@ -14,9 +14,9 @@ T = TypeVar("T")
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:  # noqa: ANN401 - whatever YAML holds
     """An integer from ``low`` to ``high`` (``None``: as far as 32 bits go); a bool is none."""
     most = 2**31 - 1 if high is None else high
-    good = isinstance(value, int) and not isinstance(value, bool)
-    allowed = f">= {low}" if high is None and not (good and value > most) else f"in [{low}, {most}]"
-    if not good or not low <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= most:
+        beyond = isinstance(value, int) and value > most
+        allowed = f">= {low}" if high is None and not beyond else f"in [{low}, {most}]"
         raise UserError(f"{name} must be an integer {allowed}, got {value!r}")
     return value
 

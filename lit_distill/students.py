@@ -137,7 +137,9 @@ def _t5_config(config: Mapping[str, Any], dropout: float | None) -> T5Config:
         check_int(name, getattr(made, name), 0, made.vocab_size - 1)
     check_range("dropout_rate", made.dropout_rate, at_least=0, below=1)
     attention, feed_forward = 4 * made.d_model * made.d_kv * made.num_heads, 2 * made.d_model * made.d_ff
-    layers = made.num_layers * (attention + feed_forward) + made.num_decoder_layers * (2 * attention + feed_forward)
+    layers = made.num_layers * (attention + feed_forward) + (made.num_decoder_layers or 0) * (
+        2 * attention + feed_forward
+    )
     needed = 4 * (made.vocab_size * made.d_model + layers)
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > held:
@@ -231,12 +233,20 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if _is_checkpoint(name):
         record = _read_record(name)
         with _reading("tokenizer: cannot load the one in", name):
-            return restore_tokenizer(record)
+            return _usable(restore_tokenizer(record))
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
         # transformers would make an empty one from the configuration's `model_type`
         raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
     with _reading("tokenizer: cannot load one from", name):
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        return _usable(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
+def _usable(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that makes ids of a text and knows how a target ends; of a damaged one the first row would tell."""
+    tokenizer(["a"], verbose=True)
+    if tokenizer.eos_token_id is None:
+        raise UserError("it has no end-of-sequence token")
+    return tokenizer
 
 
 def record_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:

@@ -308,6 +308,18 @@ def test_files_that_are_nested_too_deep(tmp_path: Path, name: str) -> None:
         load(tmp_path)
 
 
+def test_a_tokenizer_that_makes_no_ids_or_ends_no_target(tmp_path: Path) -> None:
+    saved(tmp_path, tied=False)
+    path = tmp_path / "tokenizer_config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"model_max_length": "x"}))
+    with pytest.raises(UserError, match=r"^tokenizer: cannot load one from"):
+        load_tokenizer(tmp_path)
+    path.write_text(json.dumps(told | {"eos_token": None}))
+    with pytest.raises(UserError, match=r"^tokenizer: .*no end-of-sequence token"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -183,7 +183,7 @@ def argument_cases(assets: Assets, draw: random.Random) -> Iterator[Case]:
         "JSONLDataModule": {"test": str(assets.root / "rows.jsonl"), "train": str(assets.root / "rows.jsonl")},
     }
     for command, base in assets.base.items():
-        keys = [(None, key, kind) for key, kind in arguments_of(parser_of(command))]
+        keys: list[tuple[str | None, str, Any]] = [(None, key, kind) for key, kind in arguments_of(parser_of(command))]
         groups = [group for group in bases if (None, group) in {(None, key) for _, key, _ in keys}]
         for group in groups:
             if command in ("test", "predict") or (command == "inspect" and group == "model"):
@@ -252,20 +252,19 @@ def changed_bytes(content: bytes, draw: random.Random) -> bytes:
     """Bytes that are cut, overwritten or put in."""
     place = draw.randrange(len(content) + 1)
     insert = draw.choice([b"\0", b"\xff\xfe", b"\xf0\x28", b"\\ud800", b"\n", b'"', b"}", b"9" * 6000, b"\t", b"{{"])
-    return draw.choice(
-        [
-            lambda: b"",
-            lambda: content[:place],
-            lambda: content[place:],
-            lambda: content[:place] + insert + content[place:],
-            lambda: content[:place] + insert + content[place + len(insert) :],
-            lambda: content + content,
-            lambda: content.decode("latin-1").encode("utf-16"),
-            lambda: b"[" * DEEP + b"]" * DEEP,
-            lambda: b'{"a":' * DEEP + b"1" + b"}" * DEEP,
-            lambda: draw.randbytes(200),
-        ]
-    )()
+    changes: list[Callable[[], bytes]] = [
+        lambda: b"",
+        lambda: content[:place],
+        lambda: content[place:],
+        lambda: content[:place] + insert + content[place:],
+        lambda: content[:place] + insert + content[place + len(insert) :],
+        lambda: content + content,
+        lambda: content.decode("latin-1").encode("utf-16"),
+        lambda: b"[" * DEEP + b"]" * DEEP,
+        lambda: b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+        lambda: draw.randbytes(200),
+    ]
+    return draw.choice(changes)()
 
 
 def bombs(merge: bool = False) -> bytes:
@@ -357,10 +356,9 @@ def config_file(assets: Assets, draw: random.Random) -> Case:
 
 
 def rows_file(assets: Assets, draw: random.Random) -> Case:
-    suffix, write = draw.choice(
-        [("jsonl", as_lines), ("json", as_json), ("csv", as_csv), ("parquet", None)]  # type: ignore[list-item]
-    )
-    content = parquet(ROWS, draw) if write is None else mapping_file(ROWS, write, draw)
+    writers: dict[str, Callable[[Any], bytes]] = {"jsonl": as_lines, "json": as_json, "csv": as_csv}
+    suffix = draw.choice([*writers, "parquet"])
+    content = mapping_file(ROWS, writers[suffix], draw) if suffix in writers else parquet(ROWS, draw)
     name = f"rows.{suffix}"
     source = [f"--data.test={name}"] if draw.random() < 0.5 else [f"--data.train={name}"]
     if draw.random() < 0.3:
@@ -486,10 +484,8 @@ def released_file(assets: Assets, draw: random.Random) -> Case:
     chosen = draw.choice(sorted(files))
     try:
         rows: list[Any] = [json.loads(line) for line in files[chosen].splitlines()]
-        write = as_lines
-        if "CoT" in chosen:
-            rows, write = rows[0], as_json
-        files[chosen] = mapping_file(rows, write, draw)
+        whole = "CoT" in chosen
+        files[chosen] = mapping_file(rows[0] if whole else rows, as_json if whole else as_lines, draw)
     except ValueError:
         files[chosen] = changed_bytes(files[chosen], draw)
     classes = {"cqa": "CQA", "svamp": "SVAMP", "esnli": "ESNLI", "anli1": "ANLI"}
