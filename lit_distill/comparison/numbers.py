@@ -53,7 +53,7 @@ def difference(row: Row, metric: str) -> str:
 
 
 def by_seed(row: Row, metric: str) -> str:
-    """`seed_difference`, marked likewise."""
+    """`seed_difference`, marked where seeds were left out."""
     return "" if row.seeds is None else seed_difference(row.seeds, metric) + left_out(row)
 
 

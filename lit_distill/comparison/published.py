@@ -64,14 +64,14 @@ def published(
 
     Args:
         dataset: as in a record.
-        method: likewise.
+        method: as in a record.
         student: as in the config, its owner or path included.
         parameters: as in a record; what is not known is no match.
-        train_rows: likewise.
-        label_source: likewise.
-        train_fraction: likewise.
-        rationales: likewise.
-        test_rows: likewise.
+        train_rows: as in a record.
+        label_source: as in a record.
+        train_fraction: as in a record.
+        rationales: as in a record.
+        test_rows: as in a record.
         config: the run's, with its keys joined by dots.
     """
     row = _ROW_OF.get(method)

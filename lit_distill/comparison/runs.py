@@ -88,7 +88,7 @@ class Found:
     runs: tuple[Run, ...]
     """In the order of their sources."""
     skipped: tuple[Skipped, ...]
-    """Likewise."""
+    """In the order of their sources, those of a search before those without the metric."""
 
     def with_metric(self, metric: str) -> "Found":
         """Only the runs that have a metric; the others are skipped.

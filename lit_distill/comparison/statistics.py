@@ -68,7 +68,7 @@ def summarize(values: Sequence[float], predictions: Sequence[Predictions | None]
 
     Args:
         values: one a run.
-        predictions: likewise.
+        predictions: of each run.
     """
     known = [one.correct for one in predictions if one is not None]
     whole = len(known) == len(predictions) > 0
@@ -178,7 +178,7 @@ def paired_by_seed(
 
     Args:
         own: seeds -> metric.
-        baseline: likewise.
+        baseline: seeds -> its metric.
     """
     both = sorted(own.keys() & baseline.keys())
     return SeedDifference(tuple(own[seeds] - baseline[seeds] for seeds in both)) if both else None

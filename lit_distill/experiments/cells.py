@@ -98,14 +98,14 @@ def check_record(folder: Path) -> None:
     """Refuse a folder whose record cannot be read: what it holds may be a finished run, and is not run over.
 
     Raises:
-        UserError: there is a record, half-written or of another format; the message names the file.
+        UserError: there is a record, cut off or of another format; the message names the file.
     """
     if not (folder / RECORD).exists():
         return
     try:
         read_record(folder)
     except UserError as error:
-        raise UserError(f"{error}; move it away to run the cell anew") from error
+        raise UserError(f"{error}; move it away to run the cell again") from error
 
 
 def written_config(cell: Cell) -> dict[str, Any] | None:

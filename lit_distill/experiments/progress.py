@@ -63,7 +63,7 @@ class Progress(Watcher):
         self._console.print(Text(text, style=_COLOURS[state] if self._live else ""), soft_wrap=True)
 
     def tick(self, board: Board) -> None:
-        """Draw the table anew, not too often."""
+        """Redraw the table, not too often."""
         if self._live is not None and time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
             self._live.update(running_table(board), refresh=True)

@@ -41,7 +41,7 @@ class Slurm(Launcher):
 
     def start(self, cell: Cell) -> Job:
         """Submit a job."""
-        # to submitit the cell is a function and texts, which the job imports and reads anew
+        # to submitit the cell is a function and texts, which the job imports and reads
         return _Submitted(self._executor.submit(Requeued(), str(cell.folder), list(cell.arguments)), cell.folder)
 
 
