@@ -266,7 +266,7 @@ def test_a_record_that_cannot_be_read_is_not_run_over(damage: str, dry_run: bool
     (folder / "run.json").write_text(text)
     line = refusal(content, dry_run=dry_run)
     assert line.startswith("cells/seed1/run.json: ")
-    assert line.endswith("; move it away to run the cell anew")
+    assert line.endswith("; move it away to run the cell again")
     # of cells that are not looked at, nothing is said
     assert experiment("grid.yaml", only="seed0", dry_run=True)["pending"] == 1
 
