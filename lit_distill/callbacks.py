@@ -4,11 +4,14 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -23,6 +26,9 @@ from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
 
 _NEVER = sys.maxsize
+
+LOCK = ".lock"
+"""The file in a run's folder that the process which runs it locks."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -291,6 +297,67 @@ class LastCheckpoint(ModelCheckpoint):
         stepping = self._open_step == trainer.global_step and not isinstance(exception, UserError)
         if together and not stepping:
             self._save_checkpoint(trainer, str(self.path))
+
+
+class RunHistory(Callback):
+    """What a run that goes on has to know of its earlier parts, kept in its checkpoints, and the lock on its folder.
+
+    Args:
+        folder: finds the run's folder.
+    """
+
+    def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        """When its first part began, in UTC."""
+        self._folder = folder
+        self._before = 0.0
+        self._began = time.monotonic()
+        self._fitted = False
+        self._versions: list[int | str | None] = []
+        self._lock: FileLock | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took: this part, and the earlier ones up to the checkpoints that were gone on from."""
+        return self._before + self.part_seconds
+
+    @property
+    def part_seconds(self) -> float:
+        """How long this part took."""
+        return time.monotonic() - self._began
+
+    @staticmethod
+    def of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of it; empty where that is nothing."""
+        states = checkpoint.get("callbacks", {})
+        return next((dict(state) for name, state in states.items() if name.startswith(RunHistory.__name__)), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"started": self.started, "seconds": self.seconds, "versions": self._versions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on; Lightning loads it for the test that ends a run, too."""
+        if not self._fitted:
+            self.started, self._before = state_dict["started"], state_dict["seconds"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold the run's folder until `release`."""
+        self._fitted = True
+        self._versions = [logger.version for logger in trainer.loggers]
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / LOCK)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UserError(f"{folder}: another process is running it") from error
+
+    def release(self) -> None:
+        """Let others run in the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
 
 class Throughput(Callback):

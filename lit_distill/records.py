@@ -78,9 +78,9 @@ class RunRecord:
     started: str = ""
     """When, in UTC."""
     wall_seconds: float = math.nan
-    """How long it took, test and saving included."""
+    """How long it took, test and saving included; of a run that was resumed all parts, without what was lost."""
     validation_seconds: float = math.nan
-    """How long of that validation took."""
+    """How long of that validation took; of a run that was resumed, in its last part."""
     peak_memory_mib: float = math.nan
     """The most memory that it held: of the accelerator where there is one, else of the process."""
 

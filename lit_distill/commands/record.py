@@ -48,8 +48,8 @@ def record_run(
         trainer: it has ended.
         module: it holds its last evaluation.
         data: it holds the rows.
-        started: when, in UTC.
-        seconds: how long ago.
+        started: when its first part began, in UTC.
+        seconds: how long it took, all parts together.
         steps: optimizer steps that were taken.
     """
     dataset, method = names(config)

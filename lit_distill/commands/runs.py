@@ -37,9 +37,8 @@ def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bo
             check_whole(last)
             return str(last)
         if required or last is None:
-            raise UserError(
-                f"ckpt_path: 'last' is looked for in checkpoint.dirpath, and there is no {last or 'such key'}"
-            )
+            where = "needs checkpoint.dirpath" if last is None else f"there is no {last}"
+            raise UserError(f"ckpt_path: 'last' {where}; fit --resume finds the run by itself")
         return None
     allowed = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.dirpath"
     if not Path(path).exists():

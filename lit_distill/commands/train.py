@@ -3,13 +3,14 @@
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
 from jsonargparse._link_arguments import skip_apply_links
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lit_distill.callbacks import (
     BestCheckpoint,
     LastCheckpoint,
+    RunHistory,
     SampleTable,
     StopAtSignals,
     Throughput,
@@ -33,6 +35,16 @@ from lit_distill.commands.finish import add_baseline, report, save_best_student
 from lit_distill.commands.parser import Parser, Raised, import_class
 from lit_distill.commands.predict import write_predictions
 from lit_distill.commands.record import record_run
+from lit_distill.commands.resume import (
+    check_same_training,
+    check_unused,
+    fixed_folder,
+    keep_metrics,
+    loggers_go_on,
+    newest_run,
+    read_progress,
+    say_finished,
+)
 from lit_distill.commands.runs import (
     best_checkpoint,
     find_checkpoint,
@@ -51,6 +63,7 @@ from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation
 from lit_distill.progress import Progress
+from lit_distill.records import RECORD
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -92,6 +105,11 @@ class _SaveConfig(SaveConfigCallback):
 class DistillCLI(LightningCLI):
     """LightningCLI in subclass mode; what the data module has to know of the method is linked when parsing."""
 
+    _last = False
+    """Whether the checkpoint to go on from was asked for as ``last``."""
+    _goes_on: Path | None = None
+    """The folder of an earlier run that this one goes on in."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
         parser.add_lightning_class_args(ValidateEverySteps, "validation")
@@ -127,6 +145,11 @@ class DistillCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Repository on the Hugging Face hub that fit uploads its student to, as in user/name.",
+        )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="Go on, in its folder, with the newest run of this configuration if it is not finished; fit only.",
         )
         parser.add_argument(
             "--predictions",
@@ -192,13 +215,20 @@ class DistillCLI(LightningCLI):
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]
+        if config["resume"] and self.config.subcommand != "fit":
+            raise UserError("resume: only fit goes on with a run; to evaluate one give --ckpt_path")
+        if config["resume"] and config["ckpt_path"] == "last":
+            # which is the same where the run's folder is fixed
+            config["ckpt_path"] = None
+        if config["resume"] and config["ckpt_path"] is not None:
+            raise UserError("ckpt_path: not with --resume, which finds the run and its newest checkpoint by itself")
+        self._last = config["ckpt_path"] == "last"
         config["ckpt_path"] = find_checkpoint(
             config["ckpt_path"], config["checkpoint"]["dirpath"], required=self.config.subcommand != "fit"
         )
 
     def before_fit(self) -> None:
-        """Start the clock of the run's record; see that the student can be pushed where it is to go."""
-        self._began = datetime.now(UTC)
+        """See that the student can be pushed where it is to go."""
         if (repository := self.config[self.subcommand]["push_to_hub"]) is not None and self.trainer.is_global_zero:
             check_hub(repository)
 
@@ -206,6 +236,38 @@ class DistillCLI(LightningCLI):
         """Check and settle what depends on several keys at once, and name the run."""
         self._settle()
         self._name_run()
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Find the run that is gone on with, if any, and see that no other one is written over.
+
+        Each process of a distributed run decides by files that none of them changes before all have joined.
+        """
+        config = self.config[self.subcommand]
+        folder, path = fixed_folder(config), config["ckpt_path"]
+        own = folder is not None and path is not None and Path(path).absolute().is_relative_to(folder.absolute())
+        if config["resume"]:
+            config["resume"] = False
+            plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
+            earlier = newest_run(config, plain)
+            if earlier is not None and earlier.finished:
+                say_finished(earlier.folder)
+                raise SystemExit(0)
+            if earlier is not None:
+                earlier.check_free()
+                self._goes_on, config["ckpt_path"] = earlier.folder, earlier.checkpoint and str(earlier.checkpoint)
+                rank_zero_info(
+                    f"--resume: going on with {earlier.folder} from {config['ckpt_path'] or 'its beginning'}"
+                )
+        elif self.subcommand == "fit" and folder is not None and (own or self._last) and not (folder / RECORD).exists():
+            self._goes_on = folder
+        if self._goes_on is None:
+            check_unused(config, str(self.subcommand))
+        else:
+            warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+        self._progress = read_progress(Path(config["ckpt_path"])) if config["ckpt_path"] else {}
+        if self.subcommand == "fit":
+            check_same_training(config, import_class(config["model"]["class_path"]), self._progress)
 
     def _settle(self) -> None:
         config = self.config[self.subcommand]
@@ -300,6 +362,8 @@ class DistillCLI(LightningCLI):
         """The config to build from: a checkpoint brings its own student, neither hub nor original folder is read."""
         path = self.config[self.subcommand]["ckpt_path"]
         whole: Namespace = self.config.clone()
+        if self._goes_on is not None:
+            loggers_go_on(whole[str(self.subcommand)], self._goes_on, self._progress)
         if path is None or not Path(path).is_file():
             return whole
         config = whole[str(self.subcommand)]
@@ -326,7 +390,8 @@ class DistillCLI(LightningCLI):
             own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
         if config["enable_progress_bar"] is not False:
             own.append(Progress())
-        self.trainer_defaults["callbacks"] = [*own, Throughput(), SampleTable()]
+        self._history = RunHistory(run_folder)
+        self.trainer_defaults["callbacks"] = [*own, self._history, Throughput(), SampleTable()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
@@ -335,6 +400,8 @@ class DistillCLI(LightningCLI):
         save_atomically(trainer)
         # before those that Lightning adds by itself, too
         trainer.callbacks.insert(0, StopAtSignals())  # type: ignore[attr-defined]  # not declared by Lightning
+        if self._goes_on is not None:
+            keep_metrics(trainer.loggers, self._progress)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -363,6 +430,7 @@ class DistillCLI(LightningCLI):
                 self._say_how_to_go_on(stopped)
             raise
         finally:
+            self._history.release()
             if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
                 import wandb
 
@@ -375,7 +443,10 @@ class DistillCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint) and callback.dirpath and callback.path.exists():
                 what = f"saved in {callback.path.parent.parent}"
-                command = [*command, *(["--resume"] if "--resume" not in command else [])]
+                # what it began with is in its checkpoint
+                path = self.config[self.subcommand]["ckpt_path"]
+                command = [word for word in command if word not in ("--resume", "--ckpt_path", path)]
+                command = [word for word in command if not word.startswith("--ckpt_path=")] + ["--resume"]
         of = f" of {trainer.max_steps}" if trainer.max_steps != -1 else ""
         print(f"Stopped by {stopped.name} at step {trainer.global_step}{of}: {what}", file=sys.stderr)
         print(f"To go on: {shlex.join(command)}", file=sys.stderr)
@@ -410,25 +481,28 @@ class DistillCLI(LightningCLI):
             baseline = self._baseline(folder)
             if student is not None and baseline is not None:
                 add_baseline(student, self.model, self.datamodule, baseline)
-        seconds = (datetime.now(UTC) - self._began).total_seconds()
         if not config["trainer"]["fast_dev_run"]:
-            self._record(folder, steps, seconds)
+            self._record(folder, steps)
         report(
-            self.model, student=student, baseline=baseline, seconds=seconds, validation=validation_seconds(self.trainer)
+            self.model,
+            student=student,
+            baseline=baseline,
+            seconds=self._history.part_seconds,
+            validation=validation_seconds(self.trainer),
         )
         if config["push_to_hub"] is not None and student is not None and self.trainer.is_global_zero:
             push_folder(student, config["push_to_hub"])
 
     @rank_zero_only
-    def _record(self, folder: Path, steps: int, seconds: float) -> None:
+    def _record(self, folder: Path, steps: int) -> None:
         record_run(
             folder,
             config=self.config[self.subcommand],
             trainer=self.trainer,
             module=self.model,
             data=self.datamodule,
-            started=self._began.isoformat(timespec="seconds"),
-            seconds=seconds,
+            started=self._history.started,
+            seconds=self._history.seconds,
             steps=steps,
         )
 

@@ -464,7 +464,7 @@ class DistillModule(pl.LightningModule):
         return f"step {self.trainer.global_step + 1}: {what}; the last good checkpoint: {good}"
 
     def _row_ids(self, split: Split) -> Sequence[str]:
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         return datamodule.answer_key(split).ids if hasattr(datamodule, "answer_key") else ()
 
     @property

@@ -1,0 +1,255 @@
+"""``fit --resume``: the same command goes on in the folder of the run that was broken off."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+from lit_distill.callbacks import Throughput
+from lit_distill.cli import main
+from lit_distill.records import PREDICTIONS, RECORD, read_record
+from tests.runs import at_work_in, flat, metric_rows, refusal, run, run_folders, small_model, small_toy, toy_data
+from tests.runs import small_trainer as trainer_settings
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def command(student: Path) -> list[str]:
+    # with dropout and accumulation: nothing may start again where it began
+    model = [*small_model(student), "--model.dropout=0.2", "--model.learning_rate=0.01"]
+    return [*model, *toy_data(10, 4), *trainer_settings(STEPS, 2), "--trainer.accumulate_grad_batches=2"]
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: object, saving: bool = True) -> None:
+    """Break a run off before micro-batch ``after``; without saving, as a kill would."""
+    with monkeypatch.context() as patch:
+
+        def stop(self: Throughput, trainer: Any, *args: Any) -> None:  # noqa: ANN401
+            if trainer.fit_loop.epoch_loop.total_batch_idx == after:
+                raise FloatingPointError
+
+        patch.setattr(Throughput, "on_train_batch_start", stop)
+        if not saving:
+            patch.setattr("lit_distill.callbacks.LastCheckpoint.on_exception", lambda *args: None)
+        with pytest.raises(FloatingPointError):
+            run("fit", *arguments)
+
+
+def steps(folder: Path, name: str) -> list[int]:
+    return [int(row["step"]) for row in metric_rows(folder) if name in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return found
+
+
+def without(row: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in row.items() if not name.endswith("_per_second")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch, at_work_in(tmp_path_factory.mktemp("unbroken"), patch) as folder:
+        run("fit", command(student_folder))
+        return folder / run_folders()[0]
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_a_run_goes_on_in_its_own_folder(
+    saving: bool, unbroken: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [*command(student_folder), "--resume"]
+    # within steps 4, 5 and 6; what was validated last is step 2, 4 and 4
+    for after in (5, 7, 8):
+        broken(monkeypatch, after, same, saving=saving)
+    run("fit", same)
+    [folder] = run_folders()
+    rows, whole = metric_rows(folder), metric_rows(unbroken)
+    assert [without(row) for row in rows] == [without(row) for row in whole]
+    assert steps(folder, "train/loss") == list(range(STEPS))
+    assert all(torch.equal(weight, weights(unbroken)[name]) for name, weight in weights(folder).items())
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (kept["resume"], kept["trainer"]["logger"][0]["init_args"]["version"]) == (False, None)
+
+
+def test_the_record_has_the_whole_wall_time(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 7, same)
+    [folder] = run_folders()
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    [state] = [state for name, state in checkpoint["callbacks"].items() if name.startswith("RunHistory")]
+    assert 0 < state["seconds"] < 600
+    state["seconds"], state["started"] = 5000.0, "2020-01-01T00:00:00+00:00"
+    torch.save(checkpoint, path)
+    run("fit", same)
+    record = read_record(folder)
+    assert 5000 < record.wall_seconds < 5600
+    assert record.started == "2020-01-01T00:00:00+00:00"
+    assert record.steps == STEPS
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_its_folder(
+    student_folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 2, same, saving=False)
+    run("fit", same)
+    [folder] = run_folders()
+    assert steps(folder, "train/loss") == list(range(STEPS))
+
+
+def test_a_finished_run_is_not_run_again(
+    student_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [*small_toy(student_folder), "--resume"]
+    run("fit", same)
+    [folder] = run_folders()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(flat(["fit", same]))
+    assert ended.value.code == 0
+    assert f"this run is finished: {folder}" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_another_configuration_is_another_run(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken(monkeypatch, 2, small_toy(student_folder, steps=4), "--resume")
+    assert "no earlier run" in caplog.text
+    with caplog.at_level("INFO"):
+        run("fit", small_toy(student_folder, steps=3), "--resume", "--test_after_fit=false")
+    assert len(run_folders()) == 2
+    assert "version_0 differs in test_after_fit, trainer.max_steps" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_passed_over(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 7, same)
+    [folder] = run_folders()
+    path = folder / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    run("fit", same)
+    assert run_folders() == [folder]
+    assert steps(folder, "train/loss") == list(range(STEPS))
+
+
+def test_a_run_that_is_running_is_left_alone(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 7, same)
+    [folder] = run_folders()
+    with FileLock(folder / ".lock"):
+        assert refusal(capsys, "fit", same) == f"resume: another process is running {folder}"
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_only_fit_resumes(student_folder: Path, capsys: pytest.CaptureFixture[str], subcommand: str) -> None:
+    assert refusal(capsys, subcommand, small_toy(student_folder), "--resume").startswith("resume: only fit")
+
+
+def test_what_to_resume_is_said_once(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "fit", small_toy(student_folder), "--resume", "--ckpt_path=a.ckpt")
+    assert line.startswith("ckpt_path: not with --resume")
+    assert "--resume" in refusal(capsys, "fit", small_toy(student_folder), "--ckpt_path=last")
+
+
+def test_a_checkpoint_folder_of_its_own(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--checkpoint.dirpath=kept/checkpoints", "--resume"]
+    broken(monkeypatch, 7, same)
+    run("fit", same)
+    assert read_record("kept").steps == STEPS
+    [folder] = run_folders()
+    assert steps(folder, "train/loss") == list(range(STEPS))
+
+
+def test_tensorboard_goes_on_in_its_folder(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs"]
+    same = [*command(student_folder), *logger, "--resume"]
+    broken(monkeypatch, 7, same, saving=False)
+    run("fit", same)
+    [folder] = run_folders()
+    events: Any = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(STEPS))
+
+
+# ---------------------------------------------------------------------------------- what is never written over
+
+
+def test_a_fixed_version_writes_over_nothing(
+    student_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.version=0"]
+    same = [*command(student_folder), *logger]
+    broken(monkeypatch, 7, same)
+    [folder] = run_folders()
+    before = (folder / "metrics.csv").read_bytes()
+    for name in ("fit", "test"):
+        assert refusal(capsys, name, same).startswith(f"{folder}: holds an earlier run")
+    assert (folder / "metrics.csv").read_bytes() == before
+    run("fit", same, "--resume")
+    assert run_folders() == [folder]
+    assert steps(folder, "train/loss") == list(range(STEPS))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_finished_run_is_never_written_over(
+    last: bool, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [*small_toy(student_folder), "--checkpoint.dirpath=kept/checkpoints"]
+    run("fit", same)
+    record, predictions = Path("kept", RECORD).read_bytes(), Path("kept", PREDICTIONS).read_bytes()
+    more = ["--ckpt_path=last"] if last else []
+    line = refusal(capsys, "fit", same, "--trainer.max_steps=3", more)
+    assert line.startswith("kept: holds a finished run")
+    assert (Path("kept", RECORD).read_bytes(), Path("kept", PREDICTIONS).read_bytes()) == (record, predictions)
+
+
+# --------------------------------------------------------------------------------- what a record says is true
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("--model.learning_rate=0.5", "model.learning_rate: the checkpoint was trained with 0.01, got 0.5"),
+        ("--model.rationale_weight=3", "model.rationale_weight: the checkpoint was trained with 1.0, got 3.0"),
+        ("--model.optimizer=adafactor", "model.optimizer: the checkpoint was trained with adamw, got adafactor"),
+        ("--seed_everything=4", "seed_everything: the checkpoint was trained with 0, got 4"),
+        ("--data.train_fraction=0.5", "data.train_fraction: the checkpoint was trained with 1.0, got 0.5"),
+        ("--model.student=other", "model.student: the checkpoint was trained with tiny, got other"),
+    ],
+)
+def test_what_contradicts_a_checkpoint_is_refused(
+    change: str, line: str, student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(student_folder, "other")
+    broken(monkeypatch, 5, command(student_folder))
+    [path] = Path("runs").glob("*/*/checkpoints/last.ckpt")
+    assert refusal(capsys, "fit", command(student_folder), f"--ckpt_path={path}", change).startswith(line)
+
+
+def test_an_evaluation_s_settings_may_differ(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, 5, command(student_folder))
+    [path] = Path("runs").glob("*/*/checkpoints/last.ckpt")
+    run("fit", command(student_folder), f"--ckpt_path={path}", "--model.max_label_length=4")
+    record = json.loads((run_folders()[1] / RECORD).read_text())
+    assert record["student"] == student_folder.name
