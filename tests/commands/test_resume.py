@@ -203,8 +203,9 @@ def test_a_fixed_version_writes_over_nothing(
     broken(monkeypatch, 7, same)
     [folder] = run_folders()
     before = (folder / "metrics.csv").read_bytes()
-    for name in ("fit", "test"):
-        assert refusal(capsys, name, same).startswith(f"{folder}: holds an earlier run")
+    last = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    for again in (["fit", same], ["test", same, last]):
+        assert refusal(capsys, again).startswith(f"{folder}: holds an earlier run")
     assert (folder / "metrics.csv").read_bytes() == before
     run("fit", same, "--resume")
     assert run_folders() == [folder]
