@@ -20,6 +20,11 @@ Prompt = str | tuple[Message, ...]
 """A text to go on with, or a chat that ends with the user's turn."""
 
 
+def turns(prompt: Prompt) -> list[dict[str, str]]:
+    """The turns of a chat as OpenAI writes them; none of a text."""
+    return [{"role": one.role, "content": one.content} for one in prompt if isinstance(one, Message)]
+
+
 def count_tokens(prompt: Prompt) -> int:
     """Tokens of a prompt, about: four bytes of UTF-8 are one, and a turn has a few of its own."""
     texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]

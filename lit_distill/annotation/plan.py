@@ -8,7 +8,7 @@ from typing import Any
 from lit_distill.annotation.demonstrations import Choose
 from lit_distill.annotation.prompts import Fields, PromptTemplate, write_prompt
 from lit_distill.annotation.record import Annotation, answer_schema, digest, input_hash
-from lit_distill.questions import Layout, Message, Prompt, Question, Sampling
+from lit_distill.questions import Layout, Prompt, Question, Sampling
 from lit_distill.rationales import Example
 
 
@@ -119,8 +119,4 @@ def shown(prompt: Prompt) -> str:
     """A prompt as it is looked at."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"[{_title(message)}]\n{message.content}" for message in prompt)
-
-
-def _title(message: Message) -> str:
-    return message.role
+    return "\n\n".join(f"[{message.role}]\n{message.content}" for message in prompt)

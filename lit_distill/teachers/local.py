@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Prompt, Question, Reply
+from lit_distill.questions import Layout, Prompt, Question, Reply, turns
 from lit_distill.teachers.base import BatchTeacher, TeacherError
 
 if TYPE_CHECKING:
@@ -231,14 +231,14 @@ class TransformersTeacher(BatchTeacher):
 
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        turns = [{"role": message.role, "content": message.content} for message in prompt]
+        chat = turns(prompt)
         try:
-            text = self._templated(turns)
+            text = self._templated(chat)
         except (TemplateError, ValueError) as error:
             refusal = TeacherError(f"the chat template of {self.model} refuses the prompt: {_first_line(error)}")
-            if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+            if [turn["role"] for turn in chat[:2]] != ["system", "user"]:
                 raise refusal from error
-            instruction, first, *others = turns
+            instruction, first, *others = chat
             folded = {"role": "user", "content": f"{instruction['content']}\n\n{first['content']}"}
             try:
                 text = self._templated([folded, *others])
@@ -247,8 +247,8 @@ class TransformersTeacher(BatchTeacher):
         # the template has written the special tokens
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _templated(self, turns: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    def _templated(self, chat: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
     def _too_long(self, prompt: int, answer: int) -> str | None:
         """Why a prompt of so many tokens cannot be answered in so many."""
@@ -442,8 +442,8 @@ def _end(answer: Sequence[int], eos: set[int], stopped: int | None) -> tuple[int
 def _seed(question: Question) -> int:
     """A seed that two questions share only if they are the same; of 63 bits."""
     prompt = question.prompt
-    turns = prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
-    digest = hashlib.sha256(json.dumps([question.sampling.seed, turns]).encode()).digest()
+    asked = prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
+    digest = hashlib.sha256(json.dumps([question.sampling.seed, asked]).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 

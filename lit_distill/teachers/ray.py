@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Question, Reply
+from lit_distill.questions import Layout, Question, Reply, turns
 from lit_distill.teachers.base import BatchTeacher, TeacherError
-from lit_distill.teachers.vllm import check_engine, engine_settings, messages, sampling_settings
+from lit_distill.teachers.vllm import check_engine, engine_settings, sampling_settings
 
 Row = dict[str, Any]
 
@@ -132,7 +132,7 @@ class RayTeacher(BatchTeacher):
             # as a text: its fields would become columns
             settings["guided_decoding"] = {"json": json.dumps(dict(question.schema))}
         prompt = question.prompt
-        asked: Row = {"prompt": prompt} if isinstance(prompt, str) else {"messages": messages(question)}
+        asked: Row = {"prompt": prompt} if isinstance(prompt, str) else {"messages": turns(prompt)}
         return asked | {"sampling_params": settings}
 
     def _reply(self, question: Question, row: Row) -> Reply:

@@ -1,4 +1,4 @@
-"""Ask a teacher very many questions: a bounded number at a time, within a budget, until it is told to stop."""
+"""Ask a teacher very many questions: a bounded number at a time, within a budget, until it is interrupted."""
 
 import asyncio
 import queue
@@ -108,7 +108,7 @@ class Interrupts:
 
 
 class RequestRunner(Generic[Tag]):
-    """A job of questions to one teacher.
+    """Asks one teacher a job's questions.
 
     Args:
         teacher: who is asked; it is opened and closed here.
@@ -143,11 +143,6 @@ class RequestRunner(Generic[Tag]):
         """Why no more is asked; ``None`` where everything was."""
         self.busy: Counter[str] = Counter()
         """Why questions were not answered now, which are left for another start, and how many."""
-
-    def stop(self, reason: str) -> None:
-        """Ask no more; what is in flight is waited for, a teacher that opens is not. From any thread."""
-        self._stop(reason)
-        self._call(self._cancel_opening)
 
     def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts | None = None) -> None:
         """Ask everything there is to ask.
@@ -192,7 +187,10 @@ class RequestRunner(Generic[Tag]):
             if self._opened and not interrupted:
                 print("interrupted: what is in flight is waited for, after a second interruption not", file=sys.stderr)
             else:
-                self._call(self._give_up)
+                if self._loop is not None:
+                    # it may have ended meanwhile
+                    with suppress(RuntimeError):
+                        self._loop.call_soon_threadsafe(self._give_up)
                 deadline = deadline or time.monotonic() + LEAVE_SECONDS
             interrupted = True
         with self._telling:
@@ -353,20 +351,11 @@ class RequestRunner(Generic[Tag]):
         self._failure = self._failure or error
         self._stop("failed")
 
-    def _call(self, function: Callable[[], None]) -> None:
-        """In the loop's thread, as long as there is one."""
-        with suppress(RuntimeError):
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(function)
-
     def _give_up(self) -> None:
         self._given_up = True
-        self._cancel_opening()
-        self._cancel()
-
-    def _cancel_opening(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
+        self._cancel()
 
     def _cancel(self) -> None:
         for task in self._tasks:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Question, Reply
+from lit_distill.questions import Layout, Question, Reply, turns
 from lit_distill.secrets import INSTEAD, secret_names
 from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
 
@@ -283,10 +283,9 @@ class OpenAITeacher(Teacher):
             return text.http_response.content
         if isinstance(question.prompt, str):
             raise TypeError("a chat is asked with messages, not with a text")
-        messages: Any = [{"role": message.role, "content": message.content} for message in question.prompt]
         # beside the body: the client walks through messages of its own with what takes longer than all else here
         chat = await client.chat.completions.with_raw_response.create(
-            model=self.model, messages=[], extra_body={**body, "messages": messages}
+            model=self.model, messages=[], extra_body={**body, "messages": turns(question.prompt)}
         )
         return chat.http_response.content
 

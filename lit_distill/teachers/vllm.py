@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Question, Reply
+from lit_distill.questions import Layout, Question, Reply, turns
 from lit_distill.secrets import INSTEAD, secret_names
 from lit_distill.teachers.base import BatchTeacher, TeacherError
 
@@ -89,8 +89,8 @@ class VLLMTeacher(BatchTeacher):
         try:
             params = [self._params(question) for question in questions]
             if chat:
-                turns = [messages(question) for question in questions]
-                outputs = self._llm.chat(turns, params, use_tqdm=False)
+                chats = [turns(question.prompt) for question in questions]
+                outputs = self._llm.chat(chats, params, use_tqdm=False)
             else:
                 outputs = self._llm.generate([question.prompt for question in questions], params, use_tqdm=False)
         except ValueError as error:
@@ -141,15 +141,6 @@ def check_engine(engine: dict[str, Any] | None) -> dict[str, Any]:
 def engine_settings(engine: Mapping[str, Any]) -> dict[str, Any]:
     """What of an engine's arguments its answers depend on."""
     return {name: engine[name] for name in ENGINE_SETTINGS if name in engine}
-
-
-def messages(question: Question) -> list[dict[str, str]]:
-    """The turns of a chat as OpenAI writes them."""
-    return [
-        {"role": message.role, "content": message.content}
-        for message in question.prompt
-        if not isinstance(message, str)
-    ]
 
 
 def sampling_settings(question: Question, logprobs: bool) -> dict[str, Any]:
