@@ -31,7 +31,6 @@ from lit_distill.data.splits import (
     evaluation_rows,
     hold_out,
     pair_wrongly,
-    repeated_rows,
     teacher_counts,
     train_rows,
 )
@@ -142,6 +141,7 @@ class RationaleDataModule(pl.LightningDataModule):
         rationales: str | Path | None = None,
         rationale_pairing: Literal["own", "shuffled"] = "own",
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.data_dir = Path(data_dir)
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
@@ -178,30 +178,12 @@ class RationaleDataModule(pl.LightningDataModule):
         self._majority: tuple[str | None] | None = None
         self._notices: set[str] = set()
         # plain types only: a checkpoint has to load with `weights_only=True`
-        self.save_hyperparameters(
-            {
-                "data_dir": str(data_dir),
-                "tokenizer": self._tokenizer_name(),
-                "batch_size": batch_size,
-                "eval_batch_size": eval_batch_size,
-                "tasks": list(self.tasks),
-                "prefixes": dict(self.prefixes),
-                "label_source": label_source,
-                "rationale_filter": self.rationale_filter,
-                "train_fraction": self.train_fraction,
-                "seed": seed,
-                "max_source_length": max_source_length,
-                "max_target_length": max_target_length,
-                "num_workers": num_workers,
-                "allow_extra_outputs": allow_extra_outputs,
-                "cache_dir": None if cache_dir is None else str(cache_dir),
-                "predict_split": predict_split,
-                "batching": batching,
-                "pad_to_multiple_of": pad_to_multiple_of,
-                "rationales": None if rationales is None else str(rationales),
-                "rationale_pairing": rationale_pairing,
-            }
-        )
+        paths = {
+            name: None if given[name] is None else str(given[name]) for name in ("data_dir", "cache_dir", "rationales")
+        }
+        plain: dict[str, Any] = {"tokenizer": self._tokenizer_name(), "rationale_filter": self.rationale_filter}
+        plain |= {"tasks": list(self.tasks), "prefixes": dict(self.prefixes)}
+        self.save_hyperparameters(given | paths | plain)
 
     # ---------------------------------------------------------------- what a dataset says of itself
 
@@ -337,7 +319,10 @@ class RationaleDataModule(pl.LightningDataModule):
         0 where either is absent.
         """
         rows, train = self.split_rows(split), self.split_rows("train")
-        return 0 if rows is None or train is None else repeated_rows(rows, train)
+        if rows is None or train is None:
+            return 0
+        inputs = {example.input for example in train.examples}
+        return sum(example.input in inputs for example in rows.examples)
 
     def used_rows(self, split: Split) -> UsedRows:
         """The rows of a split as this run uses them.

@@ -82,12 +82,6 @@ def hold_out(rows: SplitRows) -> tuple[SplitRows, SplitRows]:
     return rows.take(sorted(train)), rows.take(sorted(val))
 
 
-def repeated_rows(rows: SplitRows, train: SplitRows) -> int:
-    """How many rows have an input that train has, too."""
-    inputs = {example.input for example in train.examples}
-    return sum(example.input in inputs for example in rows.examples)
-
-
 def sample(rows: int, fraction: float, seed: int) -> list[int]:
     """Positions of a fraction of the rows, at least one; a smaller fraction of a seed is part of a larger one."""
     count = max(1, round(fraction * rows)) if rows else 0
