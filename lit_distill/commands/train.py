@@ -149,7 +149,8 @@ class DistillCLI(LightningCLI):
         parser.add_argument(
             "--resume",
             action="store_true",
-            help="Go on, in its folder, with the newest run of this configuration if it is not finished; fit only.",
+            default=False,
+            help="Go on with the newest run of this configuration, in its folder, unless it is finished; fit only.",
         )
         parser.add_argument(
             "--predictions",
