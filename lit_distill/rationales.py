@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -76,6 +77,13 @@ def find_filter(name: str) -> RationaleFilter:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"rationale_filter: {module_name!r} has no function {attribute!r}; {allowed}")
+    if inspect.isbuiltin(function) or inspect.isclass(function):
+        # `os._exit` takes an argument too
+        raise UserError(f"rationale_filter: {name!r} is no function of an example in Python; {allowed}")
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"rationale_filter: {name!r} takes no single example ({error}); {allowed}") from error
     found: RationaleFilter = function
     return found
 

@@ -92,6 +92,10 @@ def test_find_filter() -> None:
         ("no_such_package.function", "'no_such_package' cannot be imported"),
         ("lit_distill.rationales.nothing", "no function 'nothing'"),
         ("lit_distill.rationales.ANSWER_MARK", "no function 'ANSWER_MARK'"),
+        ("os._exit", "'os._exit' is no function of an example"),
+        ("builtins.open", "'builtins.open' is no function of an example"),
+        ("pathlib.Path", "'pathlib.Path' is no function of an example"),
+        ("lit_distill.rationales.target_text", "takes no single example"),
     ],
 )
 def test_a_filter_that_is_none(name: str, message: str) -> None:

@@ -179,7 +179,7 @@ def argument_cases(assets: Assets, draw: random.Random) -> Iterator[Case]:
         "data": "lit_distill.data.base.RationaleDataModule",
         "teacher": "lit_distill.teachers.base.Teacher",
     }
-    own_data = {
+    own_data: dict[str, dict[str, Any]] = {
         "JSONLDataModule": {"test": str(assets.root / "rows.jsonl"), "train": str(assets.root / "rows.jsonl")},
     }
     for command, base in assets.base.items():
@@ -206,7 +206,7 @@ def argument_cases(assets: Assets, draw: random.Random) -> Iterator[Case]:
                 if name == "CSVLogger":
                     config["trainer"]["logger"]["class_path"] = name
                 elif name is not None:
-                    given = own_data.get(name, {})
+                    given: dict[str, Any] = own_data.get(name, {})
                     if group == "data" and name != "ToyDataModule" and not given:
                         given = {"data_dir": str(assets.release)}
                     if group == "teacher":
