@@ -148,8 +148,10 @@ class Progress(ProgressBar):
             # a step that came too soon after the last that was shown
             self._bars.update(self._fit.task, completed=self._fit.done)
         rows = None
-        if isinstance(loader, DataLoader) and loader.batch_size is not None and not math.isinf(sum(batches)):
-            read = int(sum(batches)) * loader.batch_size * trainer.world_size
+        # Lightning wraps the sampler of predict, and then the loader itself has no size
+        batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        if isinstance(loader, DataLoader) and batch_size is not None and not math.isinf(sum(batches)):
+            read = int(sum(batches)) * batch_size * trainer.world_size
             rows = min(read, len(loader.dataset))  # type: ignore[arg-type]  # sized, or its batches had no number
         self._evaluation = self._begin(name, rows)
         self._line(f"{name} begins" if rows is None else f"{name}: {rows} rows")

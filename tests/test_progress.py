@@ -71,6 +71,17 @@ def test_a_resumed_run_says_what_is_done(student_folder: Path, capsys: pytest.Ca
     assert [line.partition(":")[0] for line in lines if "train/loss" in line] == ["step 3 of 4", "step 4 of 4"]
 
 
+@pytest.mark.parametrize(("command", "name", "rows"), [("validate", "validation", 4), ("test", "test", 5),
+                                                       ("predict", "predict", 5)])  # fmt: skip
+def test_an_evaluation_alone_says_how_many_rows_it_has(
+    command: str, name: str, rows: int, weights_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(command, small_model(weights_folder), toy_data(), small_trainer(), "--trainer.enable_progress_bar=true")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{name}: {rows} rows" in lines
+    assert any(re.fullmatch(rf"{name}: {rows} rows in \d:\d\d:\d\d", line) for line in lines)
+
+
 def test_without_a_bar_there_are_no_lines(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(student_folder, "--trainer.enable_progress_bar=false")
     out = capsys.readouterr().out

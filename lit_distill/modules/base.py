@@ -628,7 +628,7 @@ class DistillModule(pl.LightningModule):
         index = inputs["index"].tolist()
         rows = [i for i, row in enumerate(index) if 0 <= row < self.hparams["num_samples"]]
         last = self.trainer._evaluation_loop.batch_progress.is_last_batch
-        if last and self.sharded and not rows and not self._eval_samples:
+        if last and self.sharded and self.hparams["num_samples"] and not rows and not self._eval_samples:
             # every rank has to generate as often, if only for a row that nobody asked for
             rows = [0]
         if rows:
