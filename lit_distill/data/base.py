@@ -30,7 +30,7 @@ from lit_distill.data.splits import (
     UsedRows,
     evaluation_rows,
     hold_out,
-    pair_wrongly,
+    shuffle_rationales,
     teacher_counts,
     train_rows,
 )
@@ -344,7 +344,7 @@ class RationaleDataModule(pl.LightningDataModule):
                     seed=self.seed,
                 )
                 if self.rationale_pairing == "shuffled" and any("rationale" in task for task in self.tasks):
-                    used = pair_wrongly(used, self.seed)
+                    used = shuffle_rationales(used, self.seed)
             else:
                 used = evaluation_rows(rows)
             self.counts[split] = teacher_counts(rows, self.teacher_agrees, self.label_set) | used.counts

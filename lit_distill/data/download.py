@@ -72,23 +72,23 @@ def _fetch(
     with lock:
         if any((target / name).is_file() for name in expected):
             return  # another process was here first
-        half = data_dir / f".{folder}.half"
-        shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+        tmp_folder = data_dir / f".{folder}.tmp"
+        shutil.rmtree(tmp_folder, ignore_errors=True)  # of a process that was killed
         try:
-            half.mkdir()
+            tmp_folder.mkdir()
             try:
-                _download(url, half / "release.zip")
+                _download(url, tmp_folder / "release.zip")
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, urllib.error.HTTPError):
                     error.close()  # it is the response, with an open socket
                 raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
-            _unpack(half / "release.zip", half / folder, folder, list(expected), url)
-            _check_rows(half / folder, expected, url)
+            _unpack(tmp_folder / "release.zip", tmp_folder / folder, folder, list(expected), url)
+            _check_rows(tmp_folder / folder, expected, url)
             if target.exists():
                 target.rmdir()
-            (half / folder).rename(target)
+            (tmp_folder / folder).rename(target)
         finally:
-            shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(tmp_folder, ignore_errors=True)
 
 
 def _download(url: str, path: Path) -> None:

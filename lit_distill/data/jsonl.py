@@ -26,9 +26,9 @@ class JSONLDataModule(RationaleDataModule):
     Args:
         train: file, or folder of ``save_to_disk``, of the training rows; with ``hub``, the split's name. A relative
             path is looked up from the working directory, then from ``data_dir``.
-        val: likewise of the validation rows; if not given, a fixed tenth of train's inputs.
-        test: likewise of the test rows.
-        predict: likewise of rows to predict, which need no label.
+        val: the same of the validation rows; if not given, a fixed tenth of train's inputs.
+        test: the same of the test rows.
+        predict: the same of rows to predict, which need no label.
         hub: name of a hub dataset, or a folder that ``load_dataset`` reads.
         hub_config: the configuration of the hub dataset, where it has several.
         id_column: column of the rows' ids; if not given, ``id`` where there is one, else the position.

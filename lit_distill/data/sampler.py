@@ -26,7 +26,7 @@ class EpochSampler(DistributedSampler[int]):
         dataset: what is sampled; only its length is used.
         num_replicas: number of ranks.
         rank: this rank.
-        shuffle: shuffle anew each epoch (training), or keep the order and pad (evaluation).
+        shuffle: another order each epoch (training), or keep the order and pad (evaluation).
         seed: the run's seed; an epoch's order depends on it and on the epoch alone.
         lengths: the rows' lengths, where the order is to go by them: shuffling then makes batches of rows of like
             length (`by_length`), and otherwise the longest row comes first (`longest_first`).

@@ -136,7 +136,7 @@ def train_rows(
     return UsedRows(examples, gold, {name: counts[name] for name in names} | {"used": len(examples)})
 
 
-def pair_wrongly(used: UsedRows, seed: int) -> UsedRows:
+def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     """The same rationales, each with another row's input: a control that keeps all of their text but its pertinence.
 
     Rows are drawn into one ring, along which each rationale goes on by one, so that none comes back to its own row.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_folder
 from lit_distill.rationales import Example, label_part, target_text
 
 if TYPE_CHECKING:
@@ -230,13 +229,8 @@ def _write(
     folder: Path, mark: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
 ) -> None:
     """Write a folder whole, in the place of whatever is there; only the holder of its lock may."""
-    for half in folder.parent.glob(f"{folder.name}.half-*"):
-        shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
-    shutil.rmtree(folder, ignore_errors=True)
-    half = folder.with_name(f"{folder.name}.half-{os.getpid()}")
-    half.mkdir()
-    try:
-        table = half / "rows.arrow"
+    with atomic_folder(folder) as tmp_folder:
+        table = tmp_folder / "rows.arrow"
         cut = dict.fromkeys(CUTS, 0)
         schema = _schema(list(settings.prefixes))
         bar = tqdm(total=len(examples), desc=f"Tokenising {folder.name.rsplit('-', 1)[0]}", delay=3, disable=None)
@@ -246,10 +240,7 @@ def _write(
                 cut = {key: cut[key] + counts[key] for key in CUTS}
                 bar.update(len(columns["index"]))
         done = {"fingerprint": mark, "rows": len(examples), "bytes": table.stat().st_size, "truncated": cut}
-        (half / "done.json").write_text(json.dumps(done), encoding="utf-8")
-        half.rename(folder)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+        (tmp_folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
 
 
 def _schema(tasks: Sequence[str]) -> Any:  # noqa: ANN401 - pyarrow has no types

@@ -10,8 +10,8 @@ from lit_distill.data.splits import (
     SplitRows,
     UsedRows,
     hold_out,
-    pair_wrongly,
     sample,
+    shuffle_rationales,
     teacher_counts,
     train_rows,
 )
@@ -152,7 +152,7 @@ def test_teacher_counts_by_hand() -> None:
 @given(st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda has: sum(has) > 1), st.integers(0, 2**32 - 1))
 def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
     examples = [Example(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
-    used = pair_wrongly(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}), seed)
+    used = shuffle_rationales(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}), seed)
     assert [(one.id, one.input, one.label) for one in used.examples] == [(o.id, o.input, o.label) for o in examples]
     # the same rationales, in other places, and none where there was none
     assert sorted(filter(None, (one.rationale for one in used.examples))) == sorted(
@@ -165,10 +165,10 @@ def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
 
 def test_seeds_pair_differently() -> None:
     used = UsedRows(rows(50).examples, ["yes"] * 50, {})
-    pairings = [tuple(one.rationale for one in pair_wrongly(used, seed).examples) for seed in (0, 0, 1)]
+    pairings = [tuple(one.rationale for one in shuffle_rationales(used, seed).examples) for seed in (0, 0, 1)]
     assert pairings[0] == pairings[1] != pairings[2]
 
 
 def test_one_rationale_cannot_be_exchanged() -> None:
     with pytest.raises(UserError, match="rationale_pairing: shuffled needs two rationales at least, and there are 1"):
-        pair_wrongly(UsedRows(rows(1).examples, ["yes"], {}), 0)
+        shuffle_rationales(UsedRows(rows(1).examples, ["yes"], {}), 0)
