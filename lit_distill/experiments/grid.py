@@ -314,7 +314,7 @@ def _mapping(name: str, given: Any, *, empty: bool = True) -> Point:  # noqa: AN
         short = canonical(key)
         if short in found:
             raise UserError(f"{name}.{key}: {short} is there already; say it once")
-        if any(target == own or target.startswith(f"{own}.") for target in targets(short) for own in OWN[:2]):
+        if any(target == own or target.startswith(f"{own}.") for target in targets(short) for own in OWN[:3]):
             raise UserError(f"{name}.{key}: the folder of a run is the experiment's own to choose; see out")
         found[short] = canonical_value(short, value)
     return found

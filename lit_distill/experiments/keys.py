@@ -17,7 +17,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Short name -> the keys of ``fit`` that it sets."""
 
-OWN = ("checkpoint.dirpath", "ckpt_path", "trainer.logger")
+OWN = ("checkpoint.dirpath", "ckpt_path", "resume", "trainer.logger")
 """Keys that decide where a run lies: the experiment's."""
 
 Accepts = Callable[[str], Collection[str] | None]

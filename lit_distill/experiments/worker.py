@@ -28,9 +28,6 @@ INTERRUPTED = 130
 STOPPED = "--- stopped by"
 """The beginning of the last line of a log whose run was told to stop."""
 
-METRICS = "metrics.csv"
-"""What Lightning's logger replaces at each start."""
-
 
 def run_cell(folder: str | Path, arguments: Sequence[str]) -> int:
     """Run a cell to its end.
@@ -105,7 +102,6 @@ def _run_locked(folder: Path, arguments: Sequence[str], signals: _Signals) -> in
             write_failure(folder, 1, str(error))
             return 1
         (folder / FAILED).unlink(missing_ok=True)
-        _keep_metrics(folder)
         # the run holds the lock too: a worker that is killed leaves it to the run that goes on
         descriptor = lock._context.lock_file_fd
         code = _run(folder / LOG, arguments, () if descriptor is None else (descriptor,), signals)
@@ -157,15 +153,6 @@ def _run(log: Path, arguments: Sequence[str], descriptors: Sequence[int], signal
         signals.hand_on()
         signals.run.wait()
         raise
-
-
-def _keep_metrics(folder: Path) -> None:
-    """The metrics of an earlier try stay beside those of the next one."""
-    if (folder / METRICS).exists():
-        number = 1
-        while (folder / f"metrics.{number}.csv").exists():
-            number += 1
-        (folder / METRICS).rename(folder / f"metrics.{number}.csv")
 
 
 def _reason(code: int) -> str:

@@ -257,6 +257,7 @@ SEEDS = {"seed": [0, 1]}
         ({"cells": [{"method": "a"}, {"method": "a"}]}, "cells: a is there twice"),
         ({"grid": SEEDS, "set": [1]}, "set must map keys of fit"),
         ({"grid": SEEDS, "set": {"ckpt_path": "x"}}, "set.ckpt_path: the folder of a run is the experiment's own"),
+        ({"grid": SEEDS, "set": {"resume": True}}, "set.resume: the folder of a run is the experiment's own"),
         ({"grid": {"checkpoint.dirpath": ["x"]}}, "grid.checkpoint.dirpath: the folder of a run is the experiment's"),
         ({"grid": SEEDS, "when": {"if": 1}}, "when must be a list of one or more entries"),
         ({"grid": SEEDS, "when": [{"if": {"seed": 1}}]}, "when[0] must hold the keys if and set"),

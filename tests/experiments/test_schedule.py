@@ -136,15 +136,6 @@ def test_a_command_that_is_not_there_has_failed(tmp_path: Path) -> None:
     assert "No such file" in failure.lines[-1]
 
 
-def test_metrics_of_an_earlier_try_are_kept(tmp_path: Path) -> None:
-    [cell] = make_cells(tmp_path, a={})
-    for content in ("first", "second"):
-        (cell.folder / "metrics.csv").write_text(content)
-        assert run_cell(cell.folder, [sys.executable, "-c", "raise SystemExit(1)"]) == 1
-    assert (cell.folder / "metrics.1.csv").read_text() == "first"
-    assert (cell.folder / "metrics.2.csv").read_text() == "second"
-
-
 def test_slots_share_cores_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
