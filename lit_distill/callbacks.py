@@ -130,7 +130,8 @@ class ValidateEverySteps(Callback):
             done = (loop.total_batch_idx if across_epochs else loop.batch_idx) + 1
             trainer.val_check_batch = done if due else _NEVER
         # one in the midst of a step comes again by itself, as a resumed run begins with that step
-        self._is_due = stepped and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        fetcher = trainer.fit_loop._data_fetcher
+        self._is_due = stepped and fetcher is not None and loop._should_check_val_fx(fetcher)
 
     @staticmethod
     def _is_last(trainer: pl.Trainer) -> bool:

@@ -175,7 +175,9 @@ def test_a_signal_in_the_test_after_fit_keeps_what_was_trained(
     assert code == 143
     assert lines[0].startswith("Stopped by SIGTERM at step 6 of 6: saved in ")
     assert_same_run(unbroken, Path("kept"))
-    # not tested yet: what goes on from here has that to do
+    # what goes on from here finds the checkpoint by itself, and has the test to do
+    resumed = arguments(student_folder, "--ckpt_path", "last")
+    assert stopped(capfd, "fit", resumed, sent)[1][1] == lines[1]
     assert not Path("kept/run.json").exists()
     run("fit", arguments(student_folder), "--ckpt_path=last")
     assert_same_run(unbroken, Path("kept"))

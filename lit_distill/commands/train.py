@@ -4,7 +4,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -444,10 +444,7 @@ class DistillCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint) and callback.dirpath and callback.path.exists():
                 what = f"saved in {callback.path.parent.parent}"
-                # what it began with is in its checkpoint
-                path = self.config[self.subcommand]["ckpt_path"]
-                command = [word for word in command if word not in ("--resume", "--ckpt_path", path)]
-                command = [word for word in command if not word.startswith("--ckpt_path=")] + ["--resume"]
+                command = [*_without_checkpoint(command), "--resume"]
         of = f" of {trainer.max_steps}" if trainer.max_steps != -1 else ""
         print(f"Stopped by {stopped.name} at step {trainer.global_step}{of}: {what}", file=sys.stderr)
         print(f"To go on: {shlex.join(command)}", file=sys.stderr)
@@ -570,6 +567,16 @@ def linked(model: Namespace) -> dict[str, Any]:
     settings = model.get("init_args") or Namespace()
     prefixes = linked_prefixes(model["class_path"], settings)
     return {"tokenizer": settings.get("student"), "tasks": list(prefixes), "prefixes": prefixes}
+
+
+def _without_checkpoint(command: Sequence[str]) -> Iterator[str]:
+    """A command without what says where it goes on: ``--resume`` finds that by itself."""
+    values = iter(command)
+    for value in values:
+        if value == "--ckpt_path":
+            next(values, None)
+        elif value != "--resume" and not value.startswith("--ckpt_path="):
+            yield value
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
