@@ -28,9 +28,10 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     Of each split that is there (one that is absent is ``{"present": false}``):
 
     - of the released file whole, before val is taken off or anything is filtered: ``rows`` = ``parsed`` + ``unparsed``
-      + ``no_output``, ``teacher_label_accuracy`` (an output that does not parse is wrong; ``None`` without outputs or
-      labels), ``outside_label_set`` (0 without closed choices) and, of train, ``kept``: the rows with a rationale that
-      ``rationale_filter`` keeps. Where no val is released (``released`` is false), of the rows taken off train;
+      + ``no_output``, ``without_label`` (no gold label), ``teacher_label_accuracy`` (an output that does not parse is
+      wrong; ``None`` without outputs or labels), ``outside_label_set`` (0 without closed choices) and, of train,
+      ``kept``: the rows with a rationale that ``rationale_filter`` keeps. Where no val is released (``released`` is
+      false), of the rows taken off train;
     - what is taken away: ``taken_as_val``, ``left_out_by_fraction``, ``dropped_without_teacher_label`` and
       ``dropped_without_target``, which lead from ``rows`` to ``used``;
     - of the rows used: ``rationale_filtered``, ``used_rationales``, ``used_teacher_accuracy`` (where a rationale is
@@ -85,6 +86,7 @@ def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, An
         "present": True,
         "released": not taken,
         **counts,
+        "without_label": sum(row.label is None for row in rows.examples),
         "teacher_label_accuracy": _accuracy(rows, correct),
         "closed_choices": datamodule.label_set is not None or any(row.choices for row in rows.examples),
     }
@@ -184,6 +186,7 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
 
 _RELEASED = {
     "rows": "rows of the file",
+    "without_label": "- no gold label",
     "parsed": "- output parsed",
     "unparsed": "- output not parsed",
     "no_output": "- no output",

@@ -135,7 +135,7 @@ def test_an_absent_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
 def test_a_file_to_predict(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "rows.jsonl").write_text('{"input": "a"}')
     report = inspect_data(JSONLDataModule(predict=tmp_path / "rows.jsonl", tokenizer=tokenizer))
-    assert report["splits"]["predict"]["rows"] == 1
+    assert (report["splits"]["predict"]["rows"], report["splits"]["predict"]["without_label"]) == (1, 1)
     assert report["examples"]["rows"][0]["tasks"]["label"] == {"input": "a</s>", "target": None}
     console = Console(file=StringIO(), width=100)
     render(report, console)
