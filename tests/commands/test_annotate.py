@@ -651,9 +651,9 @@ def test_a_budget_of_dollars(here: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--num_samples=0"], "num_samples must be an integer >= 1, got 0"),
+        (["--num_samples=0"], "num_samples must be an integer in [1, 10000], got 0"),
         (["--num_samples=2", "--temperature=0"], "temperature must be above 0 for several samples"),
-        (["--until_agrees=1"], "until_agrees must be an integer >= 2, got 1"),
+        (["--until_agrees=1"], "until_agrees must be an integer in [2, 10000], got 1"),
         (["--temperature=-1"], "temperature must be at least 0, got -1.0"),
         (["--top_p=0"], "top_p must be in (0, 1], got 0.0"),
         (["--concurrency=0"], "concurrency must be an integer >= 1, got 0"),
