@@ -277,8 +277,8 @@ def _with_folder(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         *(one for one in others if not _is_csv(one)),
     ]
     checkpoint = {**(config.get("checkpoint") or {}), "dirpath": str(folder / "checkpoints")}
-    others = {key: value for key, value in config.items() if key != "ckpt_path"}
-    return {**others, "trainer": trainer, "checkpoint": checkpoint, "resume": True}
+    kept = {key: value for key, value in config.items() if key != "ckpt_path"}
+    return {**kept, "trainer": trainer, "checkpoint": checkpoint, "resume": True}
 
 
 def _is_csv(logger: Any) -> bool:  # noqa: ANN401 - whatever YAML holds
