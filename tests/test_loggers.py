@@ -190,3 +190,34 @@ def test_a_wandb_run_that_fails_says_so(
     [path] = here.glob("runs/wandb/offline-run-*/*.wandb")
     codes = [r.exit.exit_code for r in wandb_records(path) if r.WhichOneof("record_type") == "exit"]
     assert codes == [1]
+
+
+def test_a_resumed_run_is_the_same_wandb_run(
+    here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    import wandb
+
+    wandb.teardown()
+    request.addfinalizer(wandb.teardown)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    same = [*small_toy(student_folder), f"--config={CONFIGS / 'logger' / 'wandb.yaml'}", "--resume"]
+
+    def fault(*args: object, **kwargs: object) -> None:
+        raise FloatingPointError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_distill.callbacks.SampleTable.on_test_end", fault)
+        with pytest.raises(FloatingPointError):
+            run("fit", same)
+    run("fit", same)
+    [record] = here.glob("runs/**/run.json")
+    wandb.teardown()
+    runs = [
+        found.run
+        for path in here.glob("runs/wandb/offline-run-*/*.wandb")
+        for found in wandb_records(path)
+        if found.WhichOneof("record_type") == "run"
+    ]
+    assert {run.run_id for run in runs} == {record.parent.name}
+    assert len(list(here.glob("runs/wandb/offline-run-*"))) == 2
