@@ -28,7 +28,7 @@ _METRICS = "metrics.csv"
 _NOT_THE_RESULT = {"resume", "predictions", "trainer.enable_progress_bar", "trainer.enable_model_summary"}
 """Keys that change nothing of a run's result, beside those that say where it lies."""
 
-_TRAINED_WITH = ("student", "learning_rate", "optimizer", "weight_decay", "lr_schedule", "warmup_steps", "dropout")
+_TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout")
 """A method's arguments that a checkpoint was trained with, beside those that it has and other methods have not."""
 
 _TRAINED_ON = ("label_source", "train_fraction", "rationale_pairing", "seed")

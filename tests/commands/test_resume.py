@@ -233,7 +233,6 @@ def test_a_finished_run_is_never_written_over(
     [
         ("--model.learning_rate=0.5", "model.learning_rate: the checkpoint was trained with 0.01, got 0.5"),
         ("--model.rationale_weight=3", "model.rationale_weight: the checkpoint was trained with 1.0, got 3.0"),
-        ("--model.optimizer=adafactor", "model.optimizer: the checkpoint was trained with adamw, got adafactor"),
         ("--seed_everything=4", "seed_everything: the checkpoint was trained with 0, got 4"),
         ("--data.train_fraction=0.5", "data.train_fraction: the checkpoint was trained with 1.0, got 0.5"),
         ("--model.student=other", "model.student: the checkpoint was trained with tiny, got other"),
