@@ -63,6 +63,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield tmp_path
         _sync(path.parent)
+    except OSError as error:
+        # of a write to a full disk the system names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         _remove(tmp_path)
 

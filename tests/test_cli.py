@@ -293,6 +293,7 @@ IN_YAML: list[tuple[str, list[str]]] = [
         ["config: not YAML", "stands for more than 1,000,000 values", "overlay.yaml"],
     ),
     ("data:\n  init_args: [1]\n", ["data.init_args: got a list; allowed is a mapping", "overlay.yaml"]),
+    ("config: 3\n", ["config: a file cannot name another", "overlay.yaml"]),
     ("- 3\n", ["config: must hold keys with values", "overlay.yaml"]),
     ("# nothing\n", ["config: must hold keys with values", "overlay.yaml"]),
 ]

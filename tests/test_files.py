@@ -1,5 +1,6 @@
 """What is written is there whole or not at all, whatever ends the writer."""
 
+import errno
 import os
 import signal
 import tempfile
@@ -121,3 +122,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Pa
         io.save_checkpoint({"weights": torch.zeros(1000), "other": Unsaved()}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert names(tmp_path) == ["last.ckpt"]
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())

@@ -79,6 +79,8 @@ class Parser(LightningArgumentParser):
             raise UserError(f"{error} (in {cfg_path})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"config: {str(cfg_path)!r} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        if parsed.get("config") is not None:
+            raise UserError(f"config: a file cannot name another, give --config several times (in {cfg_path})")
         return parsed
 
 
