@@ -458,9 +458,16 @@ class DistillModule(pl.LightningModule):
             what = f"the gradient{f' of {bad}' if bad else ''} is not finite{rows}"
         if self.trainer.world_size > 1:
             what += f" on rank {self.global_rank}"
-        checkpoints = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        paths = [one.best_model_path for one in sorted(checkpoints, key=lambda one: one.monitor or "")]
-        good = next((path for path in paths if path and Path(path).exists()), "none yet")
+        good = "none yet"
+        for one in self.trainer.checkpoint_callbacks:
+            if not isinstance(one, ModelCheckpoint):
+                continue
+            # on one process the last complete step is saved as the run ends
+            saves = one.save_on_exception and self.trainer.world_size == 1
+            if saves and one._last_global_step_saved != self.trainer.global_step:
+                good = str(Path(str(one.dirpath)) / f"{one.filename}{one.FILE_EXTENSION}")
+            elif one.best_model_path and Path(one.best_model_path).exists():
+                good = one.best_model_path
         return f"step {self.trainer.global_step + 1}: {what}; the last good checkpoint: {good}"
 
     def _row_ids(self, split: Split) -> Sequence[str]:
