@@ -102,7 +102,7 @@ def test_the_repository_s_state(student_folder: Path, here: Path) -> None:
         subprocess.run([*git, *command], check=True, cwd=here)  # noqa: S603
     run("fit", small_toy(student_folder, steps=1))
     found = read_record(run_folders()[1]).git
-    assert len(found["commit"]) == 40
+    assert len(str(found["commit"])) == 40
     # the runs' own folder is there by now
     assert found["changed"] is True
 
