@@ -21,25 +21,29 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 class Mark(pl.Callback):
-    """Tells other processes by a file that a validation is running, and makes it last."""
+    """Tells other processes by files that a run trains, and validates, and makes that last."""
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, folder: str) -> None:
+        self.training, self.validating = Path(folder, "training"), Path(folder, "validating")
+
+    def on_train_batch_start(self, *args: object) -> None:
+        self.training.touch()
+        time.sleep(0.02)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
         if not trainer.sanity_checking:
-            self.path.touch()
+            self.validating.touch()
             time.sleep(0.02)
 
     def on_validation_end(self, *args: object) -> None:
-        self.path.unlink(missing_ok=True)
+        self.validating.unlink(missing_ok=True)
 
 
 def arguments(student: Path, folder: Path) -> list[str]:
     model = [*small_model(student), "--model.dropout=0.2", "--model.learning_rate=0.01"]
     trainer = [*small_trainer(STEPS, 4), "--trainer.accumulate_grad_batches=2", f"--trainer.default_root_dir={folder}"]
     best = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=min"]
-    mark = ["--trainer.callbacks=tests.test_kills.Mark", f"--trainer.callbacks.path={folder / 'validating'}"]
+    mark = ["--trainer.callbacks=tests.test_kills.Mark", f"--trainer.callbacks.folder={folder}"]
     return ["fit", *model, *toy_data(10, 4), *trainer, *best, *mark, "--data.eval_batch_size=1", "--resume"]
 
 
@@ -48,20 +52,17 @@ def folder_of(root: Path) -> Path:
     return folder
 
 
-def kill_once(forked: Forked, given: list[str], root: Path, number: int, *, validating: bool, delay: float) -> bool:
-    """Start or resume a run and kill it.
+def kill_once(forked: Forked, given: list[str], root: Path, number: int, *, once: str, delay: float) -> bool:
+    """Start or resume a run and kill it, so long after its start, or once it is ``training`` or ``validating``.
 
     Returns:
         Whether it was killed; it may have ended before.
     """
-    mark, log = root / "validating", root / "log"
-    mark.unlink(missing_ok=True)
+    log = root / "log"
+    for name in ("training", "validating"):
+        (root / name).unlink(missing_ok=True)
     child = forked.start(given, str(log))
-    deadline = time.monotonic() + 60
-    while validating and not mark.exists() and time.monotonic() < deadline:
-        with suppress(ChildProcessError):
-            if not Path(f"/proc/{child}").exists():
-                break
+    while once and not (root / once).exists() and Path(f"/proc/{child}").exists():
         time.sleep(0.002)
     time.sleep(delay)
     with suppress(ProcessLookupError):
@@ -81,13 +82,13 @@ def run_killed(
     root.mkdir(parents=True)
     given = arguments(student, root)
     for number in range(kills):
-        in_validation = number < validating
+        once = "validating" if number < validating else draw.choice(("training", "training", "training", ""))
         sent = SIGNALS[draw.randrange(3)]
-        delay = draw.uniform(0, 0.05) if in_validation else draw.uniform(0, 2.0)
-        if not kill_once(forked, given, root, sent, validating=in_validation, delay=delay):
+        delay = draw.uniform(0, {"validating": 0.05, "training": 0.6, "": 3.0}[once])
+        if not kill_once(forked, given, root, sent, once=once, delay=delay):
             break
         counts[sent.name] += 1
-        counts["in validation"] += in_validation
+        counts[once or "at any time"] += 1
     forked.start(given, str(root / "log"))
     assert forked.wait() == 0, (root / "log").read_text()
     return folder_of(root)
@@ -136,7 +137,7 @@ def campaign(student: Path, root: Path, *, kills: int, validating: int, seed: in
         while (done := sum(counts[one.name] for one in SIGNALS)) < kills:
             runs += 1
             left = min(10, kills - done)
-            to_validate = min(left, 4 if validating > 4 else validating, validating - counts["in validation"])
+            to_validate = min(left, 4 if validating > 4 else validating, validating - counts["validating"])
             killed = run_killed(forked, student, root / f"run{runs}", draw, counts, kills=left, validating=to_validate)
             assert_unharmed(whole, killed)
     counts["runs"] = runs
@@ -145,7 +146,7 @@ def campaign(student: Path, root: Path, *, kills: int, validating: int, seed: in
 
 def test_a_run_that_is_killed_six_times_ends_as_if_it_had_not_been(student_folder: Path, cwd: Path) -> None:
     counts = campaign(student_folder, cwd, kills=6, validating=3, seed=0)
-    assert counts["in validation"] == 3
+    assert counts["validating"] == 3
 
 
 @pytest.mark.slow
