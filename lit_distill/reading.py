@@ -1,6 +1,7 @@
 """Read JSON and YAML from anywhere: bounded in depth and size, and wrong in one way, a ``ValueError`` of one line."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +13,9 @@ _DEPTH = 100
 
 _VALUES = 1_000_000
 """Values that YAML may stand for, each alias counted as what it stands for."""
+
+_BYTES = 2**26
+"""Of a file that is written by hand, at most."""
 
 _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -46,6 +50,19 @@ def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: 
         except UnicodeEncodeError as error:
             raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
     return found
+
+
+def read_small(path: str | Path) -> bytes:
+    """The content of a file that is written by hand.
+
+    Raises:
+        ValueError: it has no end, or is none that anyone wrote.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(_BYTES + 1)
+    if len(content) > _BYTES:
+        raise ValueError(f"larger than {_BYTES >> 20} MiB")
+    return content
 
 
 def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:  # noqa: ANN401

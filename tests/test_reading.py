@@ -5,7 +5,7 @@ import time
 import pytest
 import yaml
 
-from lit_distill.reading import parse_json, parse_yaml
+from lit_distill.reading import parse_json, parse_yaml, read_small
 from tests.commands.hostile import DEEP, bombs
 from tests.runs import CONFIGS
 
@@ -67,3 +67,8 @@ def test_an_alias_stands_for_what_it_names() -> None:
         "b": {"x": 1, "y": 2},
         "c": [{"x": 1}, {"x": 1}],
     }
+
+
+def test_a_file_without_an_end() -> None:
+    with pytest.raises(ValueError, match="larger than 64 MiB"):
+        read_small("/dev/zero")

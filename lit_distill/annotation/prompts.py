@@ -13,7 +13,7 @@ from lit_distill.checks import check_format
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.rationales import Example, read_examples
-from lit_distill.reading import parse_yaml
+from lit_distill.reading import parse_yaml, read_small
 
 VERSION = 1
 """Of the files' form."""
@@ -63,7 +63,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     """
     path = Path(path)
     try:
-        found = parse_yaml(path.read_bytes())
+        found = parse_yaml(read_small(path))
     except OSError as error:
         raise UserError(f"prompt: {str(path)!r} cannot be read ({error.strerror})") from error
     except ValueError as error:

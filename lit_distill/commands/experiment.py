@@ -35,7 +35,7 @@ from lit_distill.experiments.sweep import FILE, make_sweep, sweep_text
 from lit_distill.experiments.verdict import judge, verdict_table
 from lit_distill.files import write_text
 from lit_distill.messages import known_subclasses
-from lit_distill.reading import parse_yaml
+from lit_distill.reading import parse_yaml, read_small
 from lit_distill.records import RunRecord, flatten
 from lit_distill.shipped import find_config
 
@@ -255,7 +255,7 @@ def _cells(grid: Grid, folder: Path, check: FitCheck) -> list[Cell]:
 def _read(path: str) -> dict[str, Any]:
     path = find_config(path, "base")
     try:
-        content = parse_yaml(Path(path).read_bytes())
+        content = parse_yaml(read_small(path))
     except (OSError, ValueError) as error:
         raise UserError(f"base: {path!r} cannot be read ({error})") from error
     if not isinstance(content, dict):

@@ -34,7 +34,8 @@ for line in sys.stdin:
             # the log is a file too
             keep = os.dup(1)
             pipe_out, pipe_in = os.pipe()
-            if os.fork() == 0:
+            reader = os.fork()
+            if reader == 0:
                 os.close(pipe_in)
                 while chunk := os.read(pipe_out, 65536):
                     os.write(keep, chunk)
@@ -53,6 +54,11 @@ for line in sys.stdin:
             code = 70
         sys.stdout.flush()
         sys.stderr.flush()
+        if file_size is not None:
+            # until what was said is in the log
+            os.close(1)
+            os.close(2)
+            os.waitpid(reader, 0)
         os._exit(code)
     print(child, flush=True)
     _, status = os.waitpid(child, 0)
