@@ -36,7 +36,7 @@ from lit_distill.errors import UserError
 from lit_distill.experiments.keys import ALIASES, OWN, canonical, canonical_value, flattened, targets
 from lit_distill.experiments.names import cell_name, value_text
 from lit_distill.messages import likely
-from lit_distill.reading import parse_yaml
+from lit_distill.reading import parse_yaml, read_small
 
 KEYS = ("base", "set", "when", "grid", "cells", "out", "published", "tolerance", "deviations")
 """What a grid file may hold."""
@@ -141,13 +141,11 @@ def read_grid(path: str | Path) -> Grid:
         UserError: it is absent, or something in it is wrong; the message names the file and the key.
     """
     try:
-        text = Path(path).read_bytes()
+        return _grid(Path(path), parse_yaml(read_small(path), _Loader))
     except FileNotFoundError as error:
         raise UserError(f"config: no file {str(path)!r}") from error
     except OSError as error:
         raise UserError(f"config: {str(path)!r} cannot be read ({error})") from error
-    try:
-        return _grid(Path(path), parse_yaml(text, _Loader))
     except UserError as error:
         raise UserError(f"{error} (in {path})") from error
     except ValueError as error:
