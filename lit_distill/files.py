@@ -3,10 +3,13 @@
 import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+_HOST = socket.gethostname().partition(".")[0]
 
 
 @contextmanager
@@ -20,6 +23,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         path: the file; of a link, what it leads to is replaced. Its folder exists.
         mode: ``w`` for UTF-8 text, ``wb`` for bytes.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        # a pipe or a terminal has nothing to keep, and is not for a file to replace
+        with Path(path).open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        return
     with _replacing(Path(path)) as tmp_path:
         with tmp_path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -39,7 +47,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             _sync(path)
         if folder.exists():
             # a folder cannot be renamed onto one that holds files
-            earlier = tmp_path.with_name(f".{folder.name}.{os.getpid()}-earlier.tmp")
+            earlier = tmp_path.with_name(f".{folder.name}.{_HOST}.{os.getpid()}-earlier.tmp")
             folder.rename(earlier)
             tmp_path.rename(folder)
             shutil.rmtree(earlier)
@@ -57,9 +65,11 @@ def write_text(path: str | Path, text: str) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _is_running(stale.name.split(".")[-2]):
+        host, process = stale.name.split(".")[-3:-1]
+        # of another machine that shares the folder nothing is known
+        if host == _HOST and not _is_running(process):
             _remove(stale)
-    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp_path = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
         yield tmp_path
         _sync(path.parent)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +60,26 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     killed(fill)
     assert path.read_text() == "earlier"
     assert len(names(tmp_path)) == 2
-    # of a process that still runs
-    (tmp_path / f".run.json.{os.getppid()}.tmp").write_text("other")
+    # of a process that still runs, and of one on another machine
+    others = [
+        f".run.json.elsewhere.{2**22 + 1}.tmp",
+        f".run.json.{socket.gethostname().partition('.')[0]}.{os.getppid()}.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("other")
     write_text(path, "new")
-    assert names(tmp_path) == [f".run.json.{os.getppid()}.tmp", "run.json"]
+    assert names(tmp_path) == sorted([*others, "run.json"])
     assert path.read_text() == "new"
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert names(tmp_path) == ["pipe"]
 
 
 def test_a_link_is_kept(tmp_path: Path) -> None:

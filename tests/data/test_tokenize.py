@@ -1,6 +1,7 @@
 """Tokens by hand (ids are character codes), and the cache."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -201,7 +202,7 @@ def test_what_a_killed_process_left_is_cleared(tokenizer: PreTrainedTokenizerFas
         tokenize_once("t", EXAMPLES, tokenizer, SETTINGS, tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     name = f"t-{fingerprint(EXAMPLES, tokenizer_fingerprint(tokenizer), SETTINGS)[:32]}"
-    (tmp_path / f".{name}.999999999.tmp").mkdir()
+    (tmp_path / f".{name}.{socket.gethostname().partition('.')[0]}.999999999.tmp").mkdir()
     rows, _ = tokenize_once("t", EXAMPLES, tokenizer, SETTINGS, tmp_path)
     assert len(rows) == 2
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [name]
