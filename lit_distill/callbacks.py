@@ -311,8 +311,11 @@ class RunHistory(Callback):
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         """When its first part began, in UTC."""
         self._folder = folder
+        self.validation_seconds = 0.0
+        """How long it validated, of `seconds`."""
         self._before = 0.0
         self._began = time.monotonic()
+        self._validation_began = 0.0
         self._fitted = False
         self._versions: list[int | str | None] = []
         self._lock: FileLock | None = None
@@ -320,12 +323,7 @@ class RunHistory(Callback):
     @property
     def seconds(self) -> float:
         """How long it took: this part, and the earlier ones up to the checkpoints that were gone on from."""
-        return self._before + self.part_seconds
-
-    @property
-    def part_seconds(self) -> float:
-        """How long this part took."""
-        return time.monotonic() - self._began
+        return self._before + time.monotonic() - self._began
 
     @staticmethod
     def of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,12 +333,18 @@ class RunHistory(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"started": self.started, "seconds": self.seconds, "versions": self._versions}
+        return {
+            "started": self.started,
+            "seconds": self.seconds,
+            "validation_seconds": self.validation_seconds,
+            "versions": self._versions,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on; Lightning loads it for the test that ends a run, too."""
         if not self._fitted:
             self.started, self._before = state_dict["started"], state_dict["seconds"]
+            self.validation_seconds = state_dict["validation_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold the run's folder until `release`."""
@@ -354,6 +358,14 @@ class RunHistory(Callback):
                 self._lock.acquire(timeout=0)
             except Timeout as error:
                 raise UserError(f"{folder}: another process is running it") from error
+
+    def on_validation_start(self, *args: Any) -> None:
+        """Start the clock of validation."""
+        self._validation_began = time.monotonic()
+
+    def on_validation_end(self, *args: Any) -> None:
+        """Stop it."""
+        self.validation_seconds += time.monotonic() - self._validation_began
 
     def release(self) -> None:
         """Let others run in the folder."""
@@ -374,9 +386,6 @@ class Throughput(Callback):
         self._examples = 0
         self._tokens = 0
         self._steps = 0
-        self._validation_began = 0.0
-        self.validation_seconds = 0.0
-        """What validation took of this command."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -384,15 +393,10 @@ class Throughput(Callback):
             self._started = time.perf_counter()
 
     def on_validation_start(self, *args: Any) -> None:
-        """Stop the clock while it evaluates, and start another."""
-        self._validation_began = now = time.perf_counter()
+        """Stop the clock while it evaluates."""
         if self._started:
-            self._seconds += now - self._started
+            self._seconds += time.perf_counter() - self._started
             self._started = 0.0
-
-    def on_validation_end(self, *args: Any) -> None:
-        """Stop that one."""
-        self.validation_seconds += time.perf_counter() - self._validation_began
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Count a complete step; log where it is logged."""
@@ -422,12 +426,6 @@ class Throughput(Callback):
         # Lightning gives the trainer this attribute without declaring it; 0 stands for never
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and step % every == 0
-
-
-def validation_seconds(trainer: pl.Trainer) -> float:
-    """What validation took of a command; 0 where nobody counted."""
-    found = (one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
-    return sum(one.validation_seconds for one in found)
 
 
 class SampleTable(Callback):

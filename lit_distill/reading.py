@@ -124,6 +124,8 @@ def check_yaml(text: str) -> None:
             anchor, size = open_.pop()
         elif not isinstance(event, yaml.ScalarEvent):
             continue
+        elif "\0" in event.value:
+            raise yaml.YAMLError(f"holds a NUL character in line {event.start_mark.line + 1}")
         if anchor is not None:
             anchored[anchor] = size
         outer, before = open_[-1]

@@ -80,7 +80,7 @@ class RunRecord:
     wall_seconds: float = math.nan
     """How long it took, test and saving included; of a run that was resumed all parts, without what was lost."""
     validation_seconds: float = math.nan
-    """How long of that validation took; of a run that was resumed, in its last part."""
+    """How long of that validation took."""
     peak_memory_mib: float = math.nan
     """The most memory that it held: of the accelerator where there is one, else of the process."""
 

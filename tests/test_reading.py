@@ -40,6 +40,7 @@ def test_half_a_pair_can_be_kept_and_a_whole_one_is_a_character() -> None:
         (b"[" * DEEP + b"]" * DEEP, "nested more than"),
         (b"- " * DEEP + b"1", "nested more than"),
         (b"&a [*a]", "the alias *a"),
+        (b'a: 1\nb: "\\0"', "a NUL character in line 2"),
         (b"a: b: c", "not YAML"),
         (b"a: \xff", "not UTF-8"),
         (b"a: !!python/name:os.system x", "not YAML"),

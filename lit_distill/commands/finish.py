@@ -101,7 +101,7 @@ def report(
         module: it holds its last evaluation.
         student: the folder of the saved student, if there is one.
         baseline: metrics of a label-only baseline to show beside, under their logged names.
-        seconds: how long the command took.
+        seconds: how long the run took.
         validation: seconds of it that validation took.
     """
     evaluation = module.evaluation

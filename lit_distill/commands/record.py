@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill import __version__
 from lit_distill.answers import Split
-from lit_distill.callbacks import validation_seconds
+from lit_distill.callbacks import RunHistory
 from lit_distill.commands.finish import chance_level
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule
@@ -36,8 +36,7 @@ def record_run(
     trainer: pl.Trainer,
     module: DistillModule,
     data: RationaleDataModule,
-    started: str,
-    seconds: float,
+    history: RunHistory,
     steps: int,
 ) -> None:
     """Write a run's record, and its test predictions where it was tested.
@@ -48,8 +47,7 @@ def record_run(
         trainer: it has ended.
         module: it holds its last evaluation.
         data: it holds the rows.
-        started: when its first part began, in UTC.
-        seconds: how long it took, all parts together.
+        history: when it began, and how long it took.
         steps: optimizer steps that were taken.
     """
     dataset, method = names(config)
@@ -82,9 +80,9 @@ def record_run(
         versions={"lit_distill": __version__, "python": platform.python_version(), **_versions()},
         git=_git(),
         machine=_machine(),
-        started=started,
-        wall_seconds=round(seconds, 2),
-        validation_seconds=round(validation_seconds(trainer), 2),
+        started=history.started,
+        wall_seconds=round(history.seconds, 2),
+        validation_seconds=round(history.validation_seconds, 2),
         peak_memory_mib=round(_peak_memory(), 1),
     )
     write_record(folder, record)

@@ -27,7 +27,6 @@ from lit_distill.callbacks import (
     Throughput,
     ValidateEverySteps,
     save_atomically,
-    validation_seconds,
 )
 from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
@@ -485,8 +484,8 @@ class DistillCLI(LightningCLI):
             self.model,
             student=student,
             baseline=baseline,
-            seconds=self._history.part_seconds,
-            validation=validation_seconds(self.trainer),
+            seconds=self._history.seconds,
+            validation=self._history.validation_seconds,
         )
         if config["push_to_hub"] is not None and student is not None and self.trainer.is_global_zero:
             push_folder(student, config["push_to_hub"])
@@ -499,8 +498,7 @@ class DistillCLI(LightningCLI):
             trainer=self.trainer,
             module=self.model,
             data=self.datamodule,
-            started=self._history.started,
-            seconds=self._history.seconds,
+            history=self._history,
             steps=steps,
         )
 
