@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lit_distill.errors import UserError
@@ -300,14 +300,30 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, str(self.path))
 
 
+@rank_zero_only
+def lock_folder(folder: Path) -> FileLock:
+    """Keep other processes from running in a run's folder.
+
+    Raises:
+        UserError: one does.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is running it") from error
+    return lock
+
+
 class RunHistory(Callback):
     """What a run that goes on has to know of its earlier parts, kept in its checkpoints, and the lock on its folder.
 
     Args:
         folder: finds the run's folder.
+        lock: the lock, where it is held already.
     """
 
-    def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
+    def __init__(self, folder: Callable[[pl.Trainer], Path], lock: FileLock | None = None) -> None:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         """When its first part began, in UTC."""
         self._folder = folder
@@ -318,7 +334,7 @@ class RunHistory(Callback):
         self._validation_began = 0.0
         self._fitted = False
         self._versions: list[int | str | None] = []
-        self._lock: FileLock | None = None
+        self._lock = lock
 
     @property
     def seconds(self) -> float:
@@ -353,11 +369,7 @@ class RunHistory(Callback):
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / LOCK)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise UserError(f"{folder}: another process is running it") from error
+            self._lock = self._lock or lock_folder(folder)
 
     def on_validation_start(self, *args: Any) -> None:
         """Start the clock of validation."""

@@ -1,25 +1,24 @@
 """``fit --resume``: the newest run of a configuration, and its folder and loggers as of its last checkpoint."""
 
 import csv
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lit_distill.callbacks import LOCK, RunHistory
+from lit_distill.callbacks import RunHistory
+from lit_distill.commands.runs import find_checkpoint
 from lit_distill.errors import UserError
 from lit_distill.experiments.keys import without_own
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
+from lit_distill.reading import parse_yaml
 from lit_distill.records import RECORD, flatten
 
 _CONFIG = "config.yaml"
@@ -51,18 +50,6 @@ class Earlier:
     def changed(self) -> float:
         """When it was last known to go on."""
         return (self.checkpoint or self.folder / _CONFIG).stat().st_mtime
-
-    @rank_zero_only
-    def check_free(self) -> None:
-        """See that nobody is running it.
-
-        Raises:
-            UserError: another process is.
-        """
-        try:
-            FileLock(self.folder / LOCK).acquire(timeout=0).lock.release()
-        except Timeout as error:
-            raise UserError(f"resume: another process is running {self.folder}") from error
 
 
 def loggers_of(config: Namespace) -> list[Namespace]:
@@ -120,22 +107,22 @@ def newest_run(config: Namespace, plain: Mapping[str, Any]) -> Earlier | None:
         config: what ``fit`` is given.
         plain: the same, as its ``config.yaml`` will say it.
     """
-    wanted, others = _settings(plain), []
+    wanted = _settings(plain)
     found: list[Earlier] = []
+    others: dict[Path, str] = {}
     for folder in _folders(config):
-        saved = _settings(yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8")) or {})
-        earlier = Earlier(folder, _newest_checkpoint(folder, config))
+        saved = _saved_settings(folder)
         keys = [key for key in {**wanted, **saved} if wanted.get(key) != saved.get(key)]
         if not keys:
-            found.append(earlier)
-        elif not earlier.finished:
-            others.append((earlier, ", ".join(sorted(keys)[:3])))
+            found.append(Earlier(folder, _newest_checkpoint(folder, config)))
+        elif not (folder / RECORD).exists():
+            others[folder] = ", ".join(sorted(keys)[:3])
     if found:
         return max(found, key=lambda earlier: earlier.changed)
     hint = ""
     if others:
-        nearest, key = max(others, key=lambda other: other[0].changed)
-        hint = f"; the unfinished {nearest.folder} differs in {key}"
+        nearest = max(others, key=lambda folder: (folder / _CONFIG).stat().st_mtime)
+        hint = f"; the unfinished {nearest} differs in {others[nearest]}"
     rank_zero_info(f"--resume: no earlier run of this configuration{hint}. A new one begins.")
     return None
 
@@ -155,10 +142,25 @@ def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(without_own(plain)).items() if key not in _NOT_THE_RESULT}
 
 
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    try:
+        saved = parse_yaml((folder / _CONFIG).read_bytes())
+    except ValueError as error:
+        raise UserError(f"resume: {folder / _CONFIG} is damaged ({error}); move the run away") from error
+    return _settings(saved if isinstance(saved, Mapping) else {})
+
+
 def _newest_checkpoint(folder: Path, config: Namespace) -> Path | None:
-    place = Path(config["checkpoint"]["dirpath"] or folder / "checkpoints")
-    whole = [path for path in place.glob("*.ckpt") if path.is_dir() or zipfile.is_zipfile(path)]
-    return max(whole, key=lambda path: path.stat().st_mtime, default=None)
+    """The one of the latest step; a copied folder has other times."""
+    whole: list[Path] = []
+    for path in Path(config["checkpoint"]["dirpath"] or folder / "checkpoints").glob("*.ckpt"):
+        try:
+            find_checkpoint(path, None, required=True)
+        except UserError as error:
+            rank_zero_warn(f"--resume: passed over: {error}")
+        else:
+            whole.append(path)
+    return max(whole, key=lambda path: (read_progress(path).get("global_step", 0), path.stat().st_mtime), default=None)
 
 
 def read_progress(checkpoint: Path | None) -> dict[str, Any]:

@@ -59,17 +59,29 @@ def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bo
 
 
 def check_whole(path: Path) -> None:
-    """See that a checkpoint file was written to its end, where its table of contents stands.
+    """See that a checkpoint file was written to its end, and that its parts have the checksums that they were given.
 
     Raises:
         UserError: it was not; the newest one in its folder that was is named.
     """
-    if path.is_dir() or zipfile.is_zipfile(path):
+    if (damage := _damage(path)) is None:
         return
     others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
-    whole = next((other for other in others if zipfile.is_zipfile(other)), None)
+    whole = next((other for other in others if _damage(other) is None), None)
     advice = "no other in its folder is whole" if whole is None else f"the newest that is whole: --ckpt_path {whole}"
-    raise UserError(f"ckpt_path: {str(path)!r} is damaged (cut off at {path.stat().st_size} bytes); {advice}")
+    raise UserError(f"ckpt_path: {str(path)!r} is damaged ({damage}); {advice}")
+
+
+def _damage(path: Path) -> str | None:
+    if path.is_dir():
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+    except (zipfile.BadZipFile, RuntimeError, EOFError):
+        # its table of contents stands at its end
+        return f"cut off at {path.stat().st_size} bytes"
+    return None if part is None else f"{part} is not what was written"
 
 
 def best_checkpoint(trainer: pl.Trainer) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from filelock import FileLock
 from jsonargparse import Namespace
 from jsonargparse._link_arguments import skip_apply_links
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,6 +27,7 @@ from lit_distill.callbacks import (
     StopAtSignals,
     Throughput,
     ValidateEverySteps,
+    lock_folder,
     save_atomically,
 )
 from lit_distill.checks import check_range
@@ -108,6 +110,8 @@ class DistillCLI(LightningCLI):
     """Whether the checkpoint to go on from was asked for as ``last``."""
     _goes_on: Path | None = None
     """The folder of an earlier run that this one goes on in."""
+    _lock: FileLock | None = None
+    """It, locked."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
@@ -254,7 +258,6 @@ class DistillCLI(LightningCLI):
                 say_finished(earlier.folder)
                 raise SystemExit(0)
             if earlier is not None:
-                earlier.check_free()
                 self._goes_on, config["ckpt_path"] = earlier.folder, earlier.checkpoint and str(earlier.checkpoint)
                 rank_zero_info(
                     f"--resume: going on with {earlier.folder} from {config['ckpt_path'] or 'its beginning'}"
@@ -264,6 +267,7 @@ class DistillCLI(LightningCLI):
         if self._goes_on is None:
             check_unused(config, str(self.subcommand))
         else:
+            self._lock = lock_folder(self._goes_on)
             warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
         self._progress = read_progress(Path(config["ckpt_path"])) if config["ckpt_path"] else {}
         if self.subcommand == "fit":
@@ -390,7 +394,7 @@ class DistillCLI(LightningCLI):
             own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
         if config["enable_progress_bar"] is not False:
             own.append(Progress())
-        self._history = RunHistory(run_folder)
+        self._history = RunHistory(run_folder, self._lock)
         self.trainer_defaults["callbacks"] = [*own, self._history, Throughput(), SampleTable()]
         try:
             trainer = super().instantiate_trainer(**kwargs)

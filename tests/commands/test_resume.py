@@ -1,7 +1,9 @@
 """``fit --resume``: the same command goes on in the folder of the run that was broken off."""
 
 import json
+import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lit_distill.callbacks import Throughput
 from lit_distill.cli import main
@@ -139,15 +141,61 @@ def test_another_configuration_is_another_run(
     assert "version_0 differs in test_after_fit, trainer.max_steps" in caplog.text
 
 
-def test_a_damaged_checkpoint_is_passed_over(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:--resume. passed over:UserWarning")
+@pytest.mark.parametrize("damage", ["cut", "middle", "another_file", "a_list", "an_empty_folder"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    damage: str, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     same = [*command(student_folder), "--resume"]
     broken(monkeypatch, 7, same)
     [folder] = run_folders()
     path = folder / "checkpoints" / "last.ckpt"
-    path.write_bytes(path.read_bytes()[:1000])
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "cut":
+        path.write_bytes(content[:1000])
+    elif damage == "middle":
+        path.write_bytes(content[:middle] + bytes(2000) + content[middle + 2000 :])
+    elif damage == "another_file":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("notes.txt", "")
+    elif damage == "a_list":
+        torch.save([1], path)
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.warns(UserWarning, match=f"passed over: .*{path}"):
+        broken(monkeypatch, 5, same, saving=False)
+    if path.is_dir():
+        path.rmdir()
     run("fit", same)
     assert run_folders() == [folder]
     assert steps(folder, "train/loss") == list(range(STEPS))
+
+
+def test_a_copied_run_goes_on_from_its_latest_step(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 7, same)
+    [folder] = run_folders()
+    # a copy's files are as old as the copying of each
+    for path in folder.glob("checkpoints/best*"):
+        os.utime(path, (2e9, 2e9))
+    with monkeypatch.context() as patch:
+        started: list[int] = []
+        patch.setattr(Throughput, "on_train_start", lambda self, trainer, module: started.append(trainer.global_step))
+        run("fit", same)
+    assert started == [4]
+
+
+@pytest.mark.parametrize("content", [b"{a: [", b"\xff", b"!!python/object:os.system {}"])
+def test_a_damaged_config_is_named(
+    content: bytes, student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 2, same)
+    [folder] = run_folders()
+    (folder / "config.yaml").write_bytes(content)
+    assert refusal(capsys, "fit", same).startswith(f"resume: {folder}/config.yaml is damaged (")
 
 
 def test_a_run_that_is_running_is_left_alone(
@@ -156,8 +204,25 @@ def test_a_run_that_is_running_is_left_alone(
     same = [*command(student_folder), "--resume"]
     broken(monkeypatch, 7, same)
     [folder] = run_folders()
+    before = (folder / "metrics.csv").read_bytes()
     with FileLock(folder / ".lock"):
-        assert refusal(capsys, "fit", same) == f"resume: another process is running {folder}"
+        assert refusal(capsys, "fit", same) == f"{folder}: another process is running it"
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_a_run_is_locked_before_its_files_are_changed(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--resume"]
+    broken(monkeypatch, 7, same)
+    [folder] = run_folders()
+
+    def locked(*args: object) -> None:
+        with pytest.raises(Timeout):
+            FileLock(folder / ".lock").acquire(timeout=0)
+        raise FloatingPointError
+
+    monkeypatch.setattr("lit_distill.commands.train.keep_metrics", locked)
+    with pytest.raises(FloatingPointError):
+        run("fit", same)
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
