@@ -458,6 +458,9 @@ class DistillModule(pl.LightningModule):
             what = f"the gradient{f' of {bad}' if bad else ''} is not finite{rows}"
         if self.trainer.world_size > 1:
             what += f" on rank {self.global_rank}"
+        return f"step {self.trainer.global_step + 1}: {what}; {self._last_good()}"
+
+    def _last_good(self) -> str:
         good = "none yet"
         for one in self.trainer.checkpoint_callbacks:
             if not isinstance(one, ModelCheckpoint):
@@ -468,7 +471,7 @@ class DistillModule(pl.LightningModule):
                 good = str(Path(str(one.dirpath)) / f"{one.filename}{one.FILE_EXTENSION}")
             elif one.best_model_path and Path(one.best_model_path).exists():
                 good = one.best_model_path
-        return f"step {self.trainer.global_step + 1}: {what}; the last good checkpoint: {good}"
+        return f"the last good checkpoint: {good}"
 
     def _row_ids(self, split: Split) -> Sequence[str]:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -665,8 +668,9 @@ class DistillModule(pl.LightningModule):
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             found = first_not_finite(parts)
             rows = rows_of(parts[found[0]], self._row_ids(split)) if found else ""
-            step = f"step {self.trainer.global_step}: " if self.trainer.state.fn == "fit" else ""
-            raise UserError(f"{step}{split}/{bad[0]} is {metrics[bad[0]]}{rows}")
+            what = f"{split}/{bad[0]} is {metrics[bad[0]]}{rows}"
+            fitting = self.trainer.state.fn == "fit"
+            raise UserError(f"step {self.trainer.global_step}: {what}; {self._last_good()}" if fitting else what)
         self._say_unmeasured(split, [name for name in names if name not in measured])
         key = self._answer_key(split)
         settings = self.hparams

@@ -138,6 +138,9 @@ def test_a_validation_loss_that_is_not_finite_chooses_nothing(
     line = refusal(capsys, "fit", method(student_folder), "--trainer.num_sanity_val_steps=0")
     assert line.startswith("step 6: val/rationale_loss is nan (rows toy-val-")
     [folder] = run_folders()
+    good = folder / "checkpoints" / "last.ckpt"
+    assert good.exists()
+    assert line.endswith(f"; the last good checkpoint: {good.absolute()}")
     assert not list(folder.glob("checkpoints/best-step6.ckpt"))
     assert not (folder / RECORD).exists()
 
