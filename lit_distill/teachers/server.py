@@ -209,7 +209,7 @@ class OpenAITeacher(Teacher):
             # any other trouble is not the list's to report: it may be slow, closed to this key, or not there
             if isinstance(error.__cause__, httpx2.ConnectError):
                 refused = self._line(str(error.__cause__) or type(error.__cause__).__name__)
-        except openai.APIStatusError:
+        except (openai.APIStatusError, _TooLarge):
             pass
         if refused:
             await self.close()
@@ -247,7 +247,8 @@ class OpenAITeacher(Teacher):
             except openai.APITimeoutError:
                 failure = TeacherBusy(f"no answer within {self.timeout:g} s, {self.max_retries + 1} times")
                 break
-            except openai.APIConnectionError as error:
+            except (openai.APIConnectionError, _TooLarge) as error:
+                # some releases of the client raise what its transport raised as it is
                 cause = error.__cause__ or error
                 if isinstance(cause, _TooLarge):
                     failure = TeacherError(str(cause))
@@ -349,7 +350,7 @@ class OpenAITeacher(Teacher):
 
         try:
             found = await self._list_models(client)
-        except openai.APIError:
+        except (openai.APIError, _TooLarge):
             return ""
         few = ", ".join(sorted(found)[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
         return f", but {few}" if found else ""
@@ -410,7 +411,8 @@ def _read_key(path: str | Path) -> str:
             key = file.read(_LONGEST_KEY + 1)
     except (OSError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        raise UserError(f"api_key_file: {str(path)!r} cannot be read ({reason})") from None
+        # a key that was given in its file's place is not shown
+        raise UserError(f"api_key_file: what it names cannot be read ({reason})") from None
     return _check_key(f"api_key_file: {path}", key)
 
 

@@ -778,8 +778,9 @@ def test_an_address_is_one(url: Any, monkeypatch: pytest.MonkeyPatch) -> None:  
         ({"input_price": -1}, r"input_price must be at least 0, got -1"),
         ({"base_url": "http://user:secret@host/v1"}, r"base_url must be .*, without user, password, query or fragment"),
         ({"base_url": "http://host/v1?key=secret"}, r"base_url must be .*, without user, password, query or fragment"),
-        ({"api_key_file": "nowhere"}, r"api_key_file: 'nowhere' cannot be read \(No such file or directory\)"),
-        ({"api_key_file": 5_000}, r"api_key_file: '5000' cannot be read"),
+        ({"api_key_file": "sk-secret"}, r"api_key_file: what it names cannot be read \(No such file or directory\)"),
+        ({"api_key_file": 5_000}, r"api_key_file: what it names cannot be read"),
+        ({"extra_body": {"accessToken": "secret"}}, r"extra_body.accessToken: a key must not stand "),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], line: str) -> None:
