@@ -24,7 +24,8 @@ _KNOWN = {"model.class_path", STUDENT, WEIGHT, "data.class_path", LABELS, FRACTI
 _NO_DIFFERENCE = re.compile(
     r"trainer\.(logger|enable_\w+|log_every_n_steps|profiler|num_nodes|devices|strategy|accelerator)\b"
     # which checkpoint is tested is a difference
-    r"|checkpoint$|checkpoint\.(?!(monitor|mode)$)|(ckpt_path|predictions|weights_only|cpu_threads|test_after_fit|baseline_after_fit)\b"
+    r"|checkpoint$|checkpoint\.(?!(monitor|mode)$)|(ckpt_path|predictions|weights_only|cpu_threads)\b"
+    r"|(test_after_fit|baseline_after_fit|push_to_hub|resume)$"
     r"|data\.init_args\.(num_workers|eval_batch_size|predict_split)$"
     r"|model\.init_args\.(num_samples|score_choices|evaluate_\w+)$"
     # seeds, and where files lie

@@ -59,7 +59,7 @@ def test_seeds_paths_loggers_and_strategies_make_no_other_group(check: FitCheck,
     other = config(
         check, student_folder, seed=3, trainer__strategy="ddp", trainer__num_nodes=1, cpu_threads=2,
         trainer__default_root_dir="/elsewhere", trainer__enable_progress_bar=False, data__init_args__num_workers=2,
-        checkpoint__dirpath="/elsewhere/checkpoints",
+        checkpoint__dirpath="/elsewhere/checkpoints", push_to_hub="own/student-seed3", resume=True,
     )  # fmt: skip
     one, two = wandb_naming(plain), wandb_naming(other)
     assert one["group"] == two["group"]
