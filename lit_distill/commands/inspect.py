@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lit_distill.answers import Split
 from lit_distill.data import RationaleDataModule
-from lit_distill.data.splits import SplitRows, UsedRows, teacher_counts
+from lit_distill.data.splits import UsedRows, teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import CUTS, encode_examples
 from lit_distill.errors import UserError
 from lit_distill.rationales import Example
@@ -80,14 +80,14 @@ def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, An
     if rows is None:
         return {"present": False}
     counts = teacher_counts(rows, datamodule.teacher_agrees, datamodule.label_set)
-    correct = counts.pop("teacher_correct")
+    del counts["teacher_correct"]
     used = datamodule.used_rows(split)
     report = {
         "present": True,
         "released": not taken,
         **counts,
         "without_label": sum(row.label is None for row in rows.examples),
-        "teacher_label_accuracy": _accuracy(rows, correct),
+        "teacher_label_accuracy": teacher_accuracy(rows, datamodule.teacher_agrees),
         "closed_choices": datamodule.label_set is not None or any(row.choices for row in rows.examples),
     }
     if split == "train":
@@ -103,15 +103,6 @@ def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, An
         "used_teacher_accuracy": _used_accuracy(datamodule, used),
         **_lengths(datamodule, used.examples),
     }
-
-
-def _accuracy(rows: SplitRows, correct: int) -> float | None:
-    """Of the rows with a label and an output, whether it parsed or not."""
-    judged = sum(
-        example.label is not None and (example.teacher_label is not None or position in rows.unparsed)
-        for position, example in enumerate(rows.examples)
-    )
-    return correct / judged if judged else None
 
 
 def _used_accuracy(datamodule: RationaleDataModule, used: UsedRows) -> float | None:

@@ -21,6 +21,7 @@ from lit_distill.callbacks import RunHistory
 from lit_distill.commands.finish import chance_level
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.splits import teacher_accuracy
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.evaluation import Evaluation, answer_row
 from lit_distill.rationales import Example, fingerprint
@@ -71,7 +72,7 @@ def record_run(
         validation=_validation(trainer),
         rationales=data.rationale_pairing if any("rationale" in task for task in data.tasks) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
-        teacher_accuracy=_teacher_accuracy(data),
+        teacher_accuracy=_teacher_accuracy(data, evaluation if tested else None),
         chance=chance[1] if evaluation and tested and (chance := chance_level(evaluation)) else None,
         fingerprints=_fingerprints(data, evaluation if tested else None),
         config=_saved_config(folder),
@@ -106,11 +107,14 @@ def _validation(trainer: pl.Trainer) -> dict[str, float]:
     return {}
 
 
-def _teacher_accuracy(data: RationaleDataModule) -> float | None:
-    """Of the teacher's labels on test; what does not parse is wrong."""
-    counts = data.counts.get("test", {})
-    answered = counts.get("parsed", 0) + counts.get("unparsed", 0)
-    return counts["teacher_correct"] / answered if answered else None
+def _teacher_accuracy(data: RationaleDataModule, tested: Evaluation | None) -> float | None:
+    """Of the teacher's labels on the rows that were tested, or on all of test."""
+    rows = data.split_rows("test")
+    if rows is None:
+        return None
+    if tested is not None:
+        rows = rows.take([answer.index for answer in tested.answers])
+    return teacher_accuracy(rows, data.teacher_agrees)
 
 
 def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[str, str]:

@@ -181,3 +181,13 @@ def teacher_counts(rows: SplitRows, agree: Agree, label_set: tuple[str, ...] | N
         counts["outside_label_set"] += choices is not None and example.teacher_label not in choices
     names = ("rows", "parsed", "unparsed", "no_output", "teacher_correct", "outside_label_set")
     return {name: counts[name] for name in names}
+
+
+def teacher_accuracy(rows: SplitRows, agree: Agree) -> float | None:
+    """Of the rows with a label and an output that should hold one; what does not parse is wrong. ``None`` of no row."""
+    judged = [
+        example.teacher_label is not None and agree(example.teacher_label, example.label)
+        for position, example in enumerate(rows.examples)
+        if example.label is not None and (example.teacher_label is not None or position in rows.unparsed)
+    ]
+    return sum(judged) / len(judged) if judged else None

@@ -94,6 +94,24 @@ def test_a_test_of_fewer_rows_is_another_test(student_folder: Path) -> None:
     assert (limited["train"], limited["val"]) == (plain["train"], plain["val"])
 
 
+def test_a_teacher_is_judged_by_its_labels_on_the_rows_that_are_tested(student_folder: Path, here: Path) -> None:
+    rows = [{"id": str(i), "input": f"red {i}", "label": "yes", "rationale": "because"} for i in range(12)]
+    for name, said in (("none", {}), ("some", {"teacher_label": "no"})):
+        own = [
+            row | (said if i < 4 else {}) | ({"teacher_label": "yes"} if said and i == 4 else {})
+            for i, row in enumerate(rows)
+        ]
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    found = []
+    for name, more in (("none", []), ("some", []), ("some", ["--trainer.limit_test_batches=2"])):
+        data = ["--data=JSONLDataModule", f"--data.train={name}.jsonl", f"--data.test={name}.jsonl"]
+        sizes = ["--data.batch_size=4", "--data.eval_batch_size=2"]
+        run("fit", small_model(student_folder), data, sizes, small_trainer(1), more)
+        found.append(read_record(run_folders()[-1]).teacher_accuracy)
+    # rationales alone are no labels
+    assert found == [None, 1 / 5, 0.0]
+
+
 def test_the_repository_s_state(student_folder: Path, here: Path) -> None:
     run("fit", small_toy(student_folder, steps=1))
     assert read_record(run_folders()[0]).git == {}
