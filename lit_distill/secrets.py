@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,11 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
         elif name and isinstance(found, str):
             continue
         if isinstance(found, str) and re.search("[:=]", found):
-            try:
-                found = parse_yaml(found)
-            except ValueError:
-                # its parser's message would show it
-                yield from (word + where for word, inner in _WORD.findall(found) if _is_secret(word, inner))
-                continue
+            text = found
+            with suppress(ValueError):  # its parser's message would show it
+                found = parse_yaml(text)
+            if isinstance(found, str):
+                yield from (word + where for word, inner in _WORD.findall(text) if _is_secret(word, inner))
         if id(found) in seen or not isinstance(found, Mapping | list | tuple):
             continue
         seen[id(found)] = found
@@ -79,4 +79,6 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
 def _is_secret(name: str, value: Any) -> bool:  # noqa: ANN401
     if isinstance(value, bool) or value in (None, "", "null", "None"):
         return False
-    return _NAME.fullmatch(name.lower().replace("-", "_")) is not None
+    # accessToken is access_token
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", name)
+    return _NAME.fullmatch(words.lower().replace("-", "_")) is not None

@@ -508,6 +508,8 @@ def test_arguments_of_a_wrong_type_are_named(arguments: dict[str, Any]) -> None:
         (["--teacher.extra_body={x-api-key: SECRET"], "teacher.extra_body.x-api-key"),
         (["--teacher.extra_body.access_token=SECRET"], "teacher.extra_body.access_token"),
         (["--teacher.engine.hf_token", "SECRET"], "teacher.engine.hf_token"),
+        (["--teacher.extra_body=apiKey=SECRET"], "teacher.extra_body.apiKey"),
+        (["OPENAI_API_KEY=SECRET"], "OPENAI_API_KEY"),
         ([{"teacher": {"api_key": "SECRET", "model": 5}}], "teacher.api_key (in own.yaml)"),
         ([{"teacher": {"init_args": {"api_key": 998877}}}], "teacher.init_args.api_key (in own.yaml)"),
         ([{"teacher": {"init_arg": {"api_key": ["SECRET"]}}}], "teacher.init_arg.api_key (in own.yaml)"),
