@@ -498,8 +498,12 @@ class RationaleDataModule(pl.LightningDataModule):
 
         Never more than ``max_target_length``. A task without targets is absent.
         """
-        found = {task: self._rows["train"].longest_target(task) for task in self.tasks}
+        found = {task: max(self._rows["train"].target_lengths(task), default=0) for task in self.tasks}
         return {task: min(n + n // 2 + 4, self.max_target_length) for task, n in found.items() if n}
+
+    def longer_targets(self, split: Split, task: str, tokens: int) -> int:
+        """How many targets of a task are longer than so many tokens."""
+        return sum(length > tokens for length in self._rows[split].target_lengths(task))
 
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
         if split not in self._rows:

@@ -52,10 +52,11 @@ class TokenRows(Dataset[Row]):
         lengths: list[int] = total.to_pylist()  # type: ignore[attr-defined]
         return lengths
 
-    def longest_target(self, task: str) -> int:
-        """Tokens of the longest target of a task; 0 where none has one."""
+    def target_lengths(self, task: str) -> list[int]:
+        """Tokens of the targets of a task, of the rows that have one."""
         column = self._table.with_format("arrow")[:][f"{task}.labels"]
-        return pc.max(pc.list_value_length(column)).as_py() or 0
+        lengths: list[int] = pc.list_value_length(column).drop_null().to_pylist()
+        return lengths
 
     def __getitem__(self, position: int) -> Row:
         return self.__getitems__([position])[0]

@@ -149,7 +149,7 @@ class DistillModule(pl.LightningModule):
         self._window_parts: list[Part] = []
         self._gradient_norm: Tensor | None = None
         self._target_limits: dict[str, int] = {}
-        self._unmeasured: tuple[str, ...] = ()
+        self._told: set[str] = set()
         self._forget_evaluation()
 
     # ------------------------------------------------------------------ the two hooks, and what they declare
@@ -687,11 +687,23 @@ class DistillModule(pl.LightningModule):
                 prog_bar=split == "val" and name == "accuracy",
             )
 
-    def _say_unmeasured(self, split: str, names: Sequence[str]) -> None:
-        if names and (split, *names) != self._unmeasured:
-            self._unmeasured = (split, *names)
+    def _say_unmeasured(self, split: Literal["val", "test"], names: Sequence[str]) -> None:
+        """Once each: terms that have nothing to be measured on, and answers that are right and cannot be given."""
+        lines = []
+        if names:
             keys = ", ".join(f"{split}/{name}_loss" for name in names)
-            rank_zero_info(f"{split} has no targets for {', '.join(names)}: no {keys}, {split}/loss is without")
+            lines.append(f"{split} has no targets for {', '.join(names)}: no {keys}, {split}/loss is without")
+        task, count = self.answer_task, getattr(self._datamodule(), "longer_targets", None)
+        limit = self.generation_settings(task)["max_new_tokens"]
+        if count is not None and (longer := count(split, task, limit)):
+            lines.append(
+                f"{split}: {longer} targets of {task} are longer than the {limit} tokens that are generated at most,"
+                " and such answers are cut (max_..._length sets them)"
+            )
+        for line in lines:
+            if line not in self._told:
+                self._told.add(line)
+                rank_zero_info(line)
 
     def _answer_key(self, split: Split) -> AnswerKey:
         return self._datamodule().answer_key(split)
