@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -80,6 +81,9 @@ KINDS: dict[str, type] = {
 }
 """Column -> the type of its values."""
 
+_BOUNDS: dict[str, tuple[float, float]] = {"vote_share": (0, 1), "logprob": (-sys.float_info.max, sys.float_info.max)}
+"""Column of numbers -> the least and the greatest; the others count something."""
+
 Agree = Callable[[str, str], bool]
 """``(label, other label) -> the same answer``."""
 
@@ -116,7 +120,9 @@ def from_row(row: Mapping[str, Any]) -> Annotation:
         KeyError: there is no id.
         TypeError: a value is of another type.
     """
-    known = {name: _of_kind(name, row[name]) for name in COLUMNS if row.get(name) is not None}
+    # NaN, which is unlike itself, is how other tools keep a gap
+    held = {name: value for name in COLUMNS if (value := row.get(name)) is not None and value == value}
+    known = {name: _of_kind(name, value) for name, value in held.items()}
     if "id" not in known:
         raise KeyError("id")
     return Annotation(**known)
@@ -129,6 +135,9 @@ def _of_kind(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever a row hol
     taken = int | float if kind is float else kind
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, taken):
         raise TypeError(f"{name} must be {_KIND_NAMES[kind]}, got {value!r}")
+    low, high = _BOUNDS.get(name, (0, 2**63 - 1))
+    if kind in (int, float) and not low <= value <= high:
+        raise TypeError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
     if name == "key" and not re.fullmatch("(?:[0-9a-f]{2})+", str(value)):
         raise TypeError(f"key must be a hash in hexadecimal digits, got {value!r}")
     return value
@@ -204,7 +213,10 @@ def answer_schema(choices: Sequence[str]) -> dict[str, Any]:
 
 def contains_label(rationale: str, label: str) -> bool:
     """Whether a rationale holds a label, as whole words, in any case."""
-    return re.search(rf"(?<!\w){re.escape(label.strip())}(?!\w)", rationale, re.IGNORECASE) is not None
+    # in linear time, unlike a pattern: a label may be as long as an answer
+    words = (["", *re.findall(r"\w+|\W", text.lower()), ""] for text in (label.strip(), rationale))
+    sought, held = map("\0".join, words)
+    return sought in held
 
 
 def same_answer(label: str, other: str, agree: Agree) -> bool:

@@ -1,6 +1,8 @@
 """One sample of a teacher: its line, its columns, and what many of them vote for."""
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -143,6 +145,13 @@ def test_leaks(rationale: str, label: str, leaking: bool) -> None:
     assert contains_label(rationale, label) is leaking
 
 
+def test_a_label_as_long_as_an_answer_is_looked_for_in_linear_time() -> None:
+    before = time.process_time()
+    assert not contains_label("a " * 100_000, "a " * 50_000 + "b")
+    assert contains_label("a " * 100_000 + "b.", "a " * 50_000 + "b")
+    assert time.process_time() - before < 3
+
+
 # ---------------------------------------------------------------- what follows from a text
 
 TOY = ToyDataModule()
@@ -270,7 +279,7 @@ def test_a_value_of_another_type_is_named(name: str) -> None:
 
 
 def test_a_whole_number_is_a_number() -> None:
-    assert from_row({"id": "q", "cost": 0, "logprob": -1}) == Annotation("q", cost=0, logprob=-1)
+    assert from_row({"id": "q", "cost": 0, "logprob": -1, "votes": math.nan}) == Annotation("q", cost=0, logprob=-1)
 
 
 # ---------------------------------------------------------------- hashes
@@ -371,3 +380,19 @@ def test_a_schema_asks_for_the_rationale_first() -> None:
     # a label that is written before its rationale does not follow from it
     assert list(answer_schema(["b", "a"])["properties"]) == ["rationale", "label"]
     assert answer_schema(["b", "a"])["properties"]["label"]["enum"] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "allowed"),
+    [
+        ("vote_share", 7.0, "from 0 to 1"),
+        ("votes", -3, "from 0 to"),
+        ("sample", -1, "from 0 to"),
+        ("input_tokens", 10**30, "from 0 to"),
+        ("cost", math.inf, "from 0 to"),
+        ("logprob", -math.inf, "from -1.79"),
+    ],
+)
+def test_a_number_that_no_sample_has_is_refused(name: str, wrong: float, allowed: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be {allowed}"):
+        from_row({"id": "q", name: wrong})
