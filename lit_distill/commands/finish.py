@@ -160,9 +160,11 @@ def chance_level(evaluation: Evaluation) -> tuple[str, float] | None:
         return None
     levels: list[tuple[str, float]] = []
     if key.choices and all(key.choices[row] for row in rows):
-        levels.append(("a uniform guess", sum(1 / len(key.choices[row]) for row in rows) / len(rows)))
+        # a choice that is there twice is guessed twice as often
+        hits = [key.choices[row].count(str(key.labels[row])) / len(key.choices[row]) for row in rows]
+        levels.append(("a uniform guess", sum(hits) / len(rows)))
     if key.majority_label is not None:
-        hits = [judge(key.metric)(key.majority_label, str(key.labels[row])) for row in rows]
+        hits = [float(judge(key.metric)(key.majority_label, str(key.labels[row]))) for row in rows]
         levels.append((f"always {key.majority_label!r}", sum(hits) / len(rows)))
     return max(levels, key=lambda level: level[1], default=None)
 

@@ -76,6 +76,8 @@ class JSONLDataModule(RationaleDataModule):
         if label_set is not None:
             if isinstance(label_set, str) or not label_set or not all(isinstance(label, str) for label in label_set):
                 raise UserError(f"label_set must be a list of texts, got {label_set!r}")
+            if len({label.strip() for label in label_set} - {""}) < len(label_set):
+                raise UserError(f"label_set must hold different texts, none of them empty, got {label_set!r}")
             self.label_set = tuple(label_set)
         self._columns = {
             "id": id_column,

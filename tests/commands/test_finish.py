@@ -291,6 +291,9 @@ def test_chance_is_the_better_of_two_and_of_the_rows_that_were_evaluated() -> No
     assert chance_level(evaluation(key)) == ("always 'a'", 2 / 3)
     assert chance_level(evaluation(key, [1])) == ("a uniform guess", 1 / 4)
     assert chance_level(evaluation(key, [0, 1])) == ("always 'a'", 1 / 2)
+    # as in 24 of CQA's test rows
+    twice = answer_key(["a", "b"], [("a", "a", "b", "c"), ("a", "a", "b", "c")], None)
+    assert chance_level(evaluation(twice)) == ("a uniform guess", (2 / 4 + 1 / 4) / 2)
     rare = answer_key(["a", "b"], [("a", "b"), ("a", "b", "c", "d")], "zebra")
     assert chance_level(evaluation(rare)) == ("a uniform guess", (1 / 2 + 1 / 4) / 2)
     assert chance_level(evaluation(answer_key(["a"], None, None))) is None

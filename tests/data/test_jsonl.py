@@ -253,6 +253,11 @@ def read_all(**arguments: Any) -> None:
         ({}, "^train, val, test or predict must be given"),
         ({"train": "x.jsonl", "metric": "f1"}, "^metric must be one of exact_match, equation, got 'f1'"),
         ({"train": "x.jsonl", "label_set": "yes"}, "^label_set must be a list of texts, got 'yes'"),
+        (
+            {"train": "x.jsonl", "label_set": ["a", "b", "a "]},
+            "^label_set must hold different texts, none of them empty",
+        ),
+        ({"train": "x.jsonl", "label_set": ["a", ""]}, "^label_set must hold different texts, none of them empty"),
         ({"train": "x.jsonl", "label_set": [0, 1]}, r"^label_set must be a list of texts, got \[0, 1\]"),
         ({"train": "x.jsonl", "input_template": "no columns"}, "^input_template must name columns in braces"),
         ({"train": "x.jsonl", "input_template": "{a"}, "^input_template: expected '}' before end of string, in '{a'"),
