@@ -130,7 +130,7 @@ def restore_student(
 
 def _t5_config(config: Mapping[str, Any], dropout: float | None) -> T5Config:
     """The configuration of a model that can be built, and that this machine's memory holds."""
-    made = T5Config.from_dict(dict(config) | ({} if dropout is None else {"dropout_rate": dropout}))
+    made = T5Config.from_dict(dict(config) | _settings(dropout))
     for name, most in _SIZES.items():
         check_int(name, getattr(made, name), 1, most)
     for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
@@ -145,6 +145,12 @@ def _t5_config(config: Mapping[str, Any], dropout: float | None) -> T5Config:
     if needed > held:
         raise UserError(f"its weights need {needed / 2**30:.0f} GiB, this machine has {held / 2**30:.0f} GiB of memory")
     return made
+
+
+def _settings(dropout: float | None) -> dict[str, Any]:
+    """What a configuration says is replaced: the dropout rate, and what a forward pass returns unless its call says."""
+    returned = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+    return returned | ({} if dropout is None else {"dropout_rate": dropout})
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
@@ -211,9 +217,8 @@ def load_student(
             f"student: no weights in the folder {name!r} (one of {', '.join(_WEIGHT_FILES)});"
             " set from_scratch to true for random weights from its configuration"
         )
-    settings: dict[str, Any] = {} if dropout is None else {"dropout_rate": dropout}
     with _reading("student: cannot load", name), _quiet_loading():
-        model = T5ForConditionalGeneration.from_pretrained(name, **settings)
+        model = T5ForConditionalGeneration.from_pretrained(name, **_settings(dropout))
     # as of a student from a checkpoint: how it generates is said by the arguments alone
     model.generation_config = GenerationConfig.from_model_config(model.config)
     check_weights(dict(model.named_parameters()), f"student: {name!r}")

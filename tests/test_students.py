@@ -58,6 +58,16 @@ def saved(folder: Path, tied: bool, seed: int = 3) -> T5ForConditionalGeneration
 # ------------------------------------------------------------------------------------------------ from a configuration
 
 
+def test_what_a_forward_returns_is_for_its_caller_to_say(tmp_path: Path) -> None:
+    saved(tmp_path / "a", tied=False)
+    path = tmp_path / "a" / "config.json"
+    flags = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | flags))
+    for student in (load_student(tmp_path / "a"), load_student(tmp_path / "a", from_scratch=True)):
+        assert logits(student).shape == (2, 2, CONFIG["vocab_size"])
+        save_student(student, make_tokenizer(), tmp_path / "b")
+
+
 def test_an_untied_head_is_a_tensor_of_its_own_with_unit_logits() -> None:
     torch.manual_seed(0)
     # wide enough that the estimate of the deviation is good to a per cent

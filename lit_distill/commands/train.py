@@ -281,8 +281,10 @@ class DistillCLI(LightningCLI):
             raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
         endless = trainer["max_steps"] == -1 and trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None
         for name in ("max_steps", "max_epochs"):
-            if self.subcommand == "fit" and trainer[name] == 0:
-                raise UserError(f"trainer.{name}: 0 trains nothing; allowed is at least 1, or -1 for no bound")
+            if self.subcommand == "fit" and trainer[name] not in (None, -1) and not 1 <= trainer[name] < 2**31:
+                raise UserError(
+                    f"trainer.{name}: got {trainer[name]}; allowed is from 1 to {2**31 - 1}, or -1 for no bound"
+                )
         if self.subcommand == "fit" and endless:
             raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
         if self.subcommand != "fit" and config["ckpt_path"] is None:
