@@ -172,11 +172,18 @@ class BestCheckpoint(ModelCheckpoint):
         return super().state_dict() | {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lightning's, which forgets the earlier best where the folder is another one."""
-        self._replaced = tuple(state_dict.get("replaced", ()))
-        best = {path: score for path, score in state_dict["best_k_models"].items() if Path(path).exists()}
-        if state_dict["dirpath"] == self.dirpath or len(best) == len(state_dict["best_k_models"]):
-            super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+        """As Lightning's, which forgets the earlier best where the folder is another one; it may have been moved."""
+
+        def found(path: str) -> str:
+            moved = Path(str(self.dirpath)) / Path(path).name
+            return str(moved) if not Path(path).exists() and moved.is_file() else path
+
+        self._replaced = tuple(map(found, state_dict.get("replaced", ())))
+        known = {found(path): score for path, score in state_dict["best_k_models"].items()}
+        paths = {name: found(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
+        best = {path: score for path, score in known.items() if Path(path).exists()}
+        if state_dict["dirpath"] == self.dirpath or len(best) == len(known):
+            super().load_state_dict({**state_dict, **paths, "best_k_models": known, "dirpath": self.dirpath})
         else:
             rank_zero_warn("The earlier best checkpoints are gone; the best is chosen from here on.")
 

@@ -24,7 +24,13 @@ from lit_distill.records import RECORD, flatten
 _CONFIG = "config.yaml"
 _METRICS = "metrics.csv"
 
-_NOT_THE_RESULT = {"resume", "predictions", "trainer.enable_progress_bar", "trainer.enable_model_summary"}
+_NOT_THE_RESULT = {
+    "resume",
+    "predictions",
+    "trainer.default_root_dir",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+}
 """Keys that change nothing of a run's result, beside those that say where it lies."""
 
 _TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout")

@@ -187,6 +187,20 @@ def test_a_copied_run_goes_on_from_its_latest_step(student_folder: Path, monkeyp
     assert started == [4]
 
 
+def test_a_run_that_was_moved_goes_on_and_keeps_its_best(
+    here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the loss falls: the first validation stays the best
+    best = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max", "--resume"]
+    broken(monkeypatch, 7, command(student_folder), best, f"--trainer.default_root_dir={here / 'before'}")
+    shutil.move("before", "after")
+    run("fit", command(student_folder), best, f"--trainer.default_root_dir={here / 'after'}")
+    [folder] = run_folders(Path("after/runs"))
+    assert steps(folder, "train/loss") == list(range(STEPS))
+    assert [path.name for path in folder.glob("checkpoints/best*")] == ["best-step2.ckpt"]
+    assert read_record(folder).validation["step"] == 2
+
+
 @pytest.mark.parametrize("content", [b"{a: [", b"\xff", b"!!python/object:os.system {}"])
 def test_a_damaged_config_is_named(
     content: bytes, student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
