@@ -341,6 +341,7 @@ class RunHistory(Callback):
         self._validation_began = 0.0
         self._fitted = False
         self._versions: list[int | str | None] = []
+        self._dataset = ""
         self._lock = lock
 
     @property
@@ -361,6 +362,7 @@ class RunHistory(Callback):
             "seconds": self.seconds,
             "validation_seconds": self.validation_seconds,
             "versions": self._versions,
+            "dataset": self._dataset,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -373,6 +375,7 @@ class RunHistory(Callback):
         """Hold the run's folder until `release`."""
         self._fitted = True
         self._versions = [logger.version for logger in trainer.loggers]
+        self._dataset = type(getattr(trainer, "datamodule", None)).__name__
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """``fit --resume``: the newest run of a configuration, and its folder and loggers as of its last checkpoint."""
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ _NOT_THE_RESULT = {
 _TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout")
 """A method's arguments that a checkpoint was trained with, beside those that it has and other methods have not."""
 
-_TRAINED_ON = ("label_source", "train_fraction", "rationale_pairing", "seed")
+_TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_pairing", "seed")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def fixed_folder(config: Namespace) -> Path | None:
 
 def _root(logger: Namespace) -> Path:
     arguments = logger.init_args
-    name = arguments.get("project") if _is(logger, "WandbLogger") else arguments.get("name")
+    name = arguments.get("name")
+    if _is(logger, "WandbLogger"):
+        name = arguments.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
     return Path(arguments.get("save_dir") or arguments.get("dir") or ".") / (name or "")
 
 
@@ -249,7 +252,9 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
     Raises:
         UserError: names an argument that contradicts the checkpoint.
     """
-    trained = progress.get("hyper_parameters", {})
+    dataset, trained = RunHistory.of(progress).get("dataset"), progress.get("hyper_parameters", {})
+    if dataset not in (None, wanted := str(config["data"]["class_path"]).rpartition(".")[2]):
+        _contradicts("data", dataset, wanted)
     given = method.init_settings(config["model"]["init_args"].as_dict())
     base = DistillModule.init_settings({})
     own = [name for name in trained if name in given and name not in base and not name.endswith("_prefix")]
@@ -257,7 +262,8 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
     rows = config["data"]["init_args"].as_dict()
     pairs += [("data", name, progress.get("datamodule_hyper_parameters", {}), rows) for name in _TRAINED_ON]
     for group, name, before, now in pairs:
-        if name not in before or name not in now or now[name] == before[name]:
+        # of an object a checkpoint has the name alone
+        if name not in before or isinstance(now.get(name, {}), Mapping) or now[name] == before[name]:
             continue
         old, new = before[name], now[name]
         if name == "student":

@@ -315,6 +315,8 @@ def test_a_finished_run_is_never_written_over(
         ("--model.rationale_weight=3", "model.rationale_weight: the checkpoint was trained with 1.0, got 3.0"),
         ("--seed_everything=4", "seed_everything: the checkpoint was trained with 0, got 4"),
         ("--data.train_fraction=0.5", "data.train_fraction: the checkpoint was trained with 1.0, got 0.5"),
+        ("--data=CQADataModule", "data: the checkpoint was trained with ToyDataModule, got CQADataModule"),
+        ("--data.rationale_filter=agrees", "data.rationale_filter: the checkpoint was trained with none, got agrees"),
         ("--model.student=other", "model.student: the checkpoint was trained with tiny, got other"),
     ],
 )
@@ -325,6 +327,23 @@ def test_what_contradicts_a_checkpoint_is_refused(
     broken(monkeypatch, 5, command(student_folder))
     [path] = Path("runs").glob("*/*/checkpoints/last.ckpt")
     assert refusal(capsys, "fit", command(student_folder), f"--ckpt_path={path}", change).startswith(line)
+
+
+class Keep:
+    """A filter that has settings."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+
+    def __call__(self, row: object) -> bool:
+        return True
+
+
+def test_a_filter_with_settings_is_the_same_when_resumed(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [f"--data.rationale_filter={__name__}.Keep", "--data.rationale_filter.count=3", "--resume"]
+    broken(monkeypatch, 7, command(student_folder), kept)
+    run("fit", command(student_folder), kept)
+    assert len(run_folders()) == 1
 
 
 def test_an_evaluation_s_settings_may_differ(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
