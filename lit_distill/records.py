@@ -147,11 +147,12 @@ def check_values(record: RunRecord) -> None:
                 and math.isnan(value)
             )
             # of a config only numbers that no float holds are out of bounds
-            bounded = isinstance(value, int if kind is Any else int | float) and not isinstance(value, bool)
+            numeric = kind in (Any, int, float, float | None)
+            bounded = numeric and isinstance(value, int if kind is Any else int | float) and not isinstance(value, bool)
             if not _fits(value, kind) or (bounded and not low <= value <= high and not unknown):
                 text = repr(value)
                 allowed = _KINDS.get(get_origin(kind) or kind, "text")
-                if bounded or kind in (int, float, float | None):
+                if numeric:
                     allowed = f"a number from {low:g} to {high:g}"
                 raise UserError(f"{name}: got {text if len(text) <= 80 else text[:77] + '...'}; allowed is {allowed}")
 

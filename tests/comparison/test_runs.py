@@ -140,7 +140,7 @@ def test_a_record_that_is_nested_too_deep_is_listed(tmp_path: Path) -> None:
 
 
 def test_damaged_records_are_listed(tmp_path: Path) -> None:
-    for name in ("torn", "list", "other", "short", "seed", "metric", "config", "teacher"):
+    for name in ("torn", "list", "other", "short", "seed", "metric", "config", "teacher", "versions"):
         write_run(tmp_path / name)
     (tmp_path / "torn" / RECORD).write_text('{"format": 1, "data')
     (tmp_path / "list" / RECORD).write_text("[]")
@@ -152,6 +152,7 @@ def test_damaged_records_are_listed(tmp_path: Path) -> None:
     edit(tmp_path / "metric", metrics={"test/accuracy": None})
     edit(tmp_path / "config", config=[])
     edit(tmp_path / "teacher", teacher_accuracy="good")
+    edit(tmp_path / "versions", versions={"torch": 2})
     found = reasons(tmp_path)
     assert "cannot be read" in found["torn"]
     assert "no record of format 1" in found["list"]
@@ -161,6 +162,7 @@ def test_damaged_records_are_listed(tmp_path: Path) -> None:
     assert found["metric"].endswith("run.json: metrics.test/accuracy: got None; allowed is a number from 0 to 1")
     assert found["config"].endswith("run.json: config: got []; allowed is a mapping")
     assert found["teacher"].endswith("run.json: teacher_accuracy: got 'good'; allowed is a number from 0 to 1")
+    assert found["versions"].endswith("run.json: versions.torch: got 2; allowed is text")
     assert find_runs([tmp_path]).runs == ()
 
 
