@@ -458,12 +458,13 @@ class _Job:
         counts: Counter[str] = Counter()
         errors: Counter[str] = Counter()
         answered_rows: set[str] = set()
-        tokens, cost, priced = [0, 0], 0.0, False
+        tokens: list[int | None] = [None, None]
+        cost, priced = 0.0, False
         for annotation in store:
             if not self.asked(annotation):
                 continue
-            tokens[0] += annotation.input_tokens or 0
-            tokens[1] += annotation.output_tokens or 0
+            own = annotation.input_tokens, annotation.output_tokens
+            tokens = [a if b is None else (a or 0) + b for a, b in zip(tokens, own, strict=True)]
             cost, priced = cost + (annotation.cost or 0.0), priced or annotation.cost is not None
             if annotation.text is None:
                 errors[annotation.error or "not told"] += 1
@@ -471,6 +472,7 @@ class _Job:
             new = annotation.id not in answered_rows
             answered_rows.add(annotation.id)
             counts["answers"] += 1
+            counts["uncounted"] += None in own
             counts["parsed"] += bool(annotation.parsed)
             counts["contains_label"] += bool(annotation.contains_label)
             counts["cut"] += annotation.finish == "length"
@@ -498,6 +500,7 @@ class _Job:
             "cut at max_new_tokens": counts["cut"],
             "prompt tokens": tokens[0],
             "answer tokens": tokens[1],
+            "answers without their tokens": counts["uncounted"] or None,
             "cost": round(cost, 6) if priced else None,
         }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -420,7 +421,11 @@ def test_a_budget_counts_an_estimate_where_a_server_counts_nothing(
         run("annotate", own(numbered(here, 200), server, *prices))
         asked = len(server.requests)
         assert 0 < asked < 20
-        assert capsys.readouterr().err.count("does not say how many tokens it used") == 1
+        told = capsys.readouterr()
+        assert told.err.count("does not say how many tokens it used") == 1
+        # what nobody counted is absent from the summary, and no 0
+        assert "prompt tokens" not in told.out
+        assert re.search(rf"answers without their tokens +│ +{asked} ", told.out)
         # what an earlier start used is estimated again
         run("annotate", own(numbered(here, 200), server, *prices))
     assert len(server.requests) == asked
