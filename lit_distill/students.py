@@ -176,8 +176,8 @@ def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         with _reading("student: cannot read a configuration from", name):
             content, _ = T5Config.get_config_dict(name)
-    if not content:
-        raise UserError(f"student: the config.json of {name!r} is absent or empty{_hint(name)}")
+    if not content or not isinstance(content, dict):
+        raise UserError(f"student: the config.json of {name!r} is absent, empty or no object{_hint(name)}")
     if content.get("model_type") != "t5":
         raise UserError(
             f"student: {name!r} is a {content.get('model_type')!r} model; allowed is a T5 (model_type 't5')"

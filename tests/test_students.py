@@ -270,9 +270,10 @@ def test_another_model_than_a_t5(tmp_path: Path) -> None:
         assert "'t5'" in message
 
 
-def test_a_configuration_that_is_no_json(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"^student: cannot read a configuration from"):
+@pytest.mark.parametrize(("content", "said"), [("{", "cannot read a configuration"), ('"t5"', "the config.json of")])
+def test_a_configuration_that_is_no_json_object(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"^student: {said}"):
         load_student(tmp_path)
 
 
