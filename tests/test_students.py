@@ -283,6 +283,16 @@ def test_a_configuration_that_makes_no_model(tmp_path: Path) -> None:
         load_student(tmp_path, from_scratch=True)
 
 
+def test_a_tokenizer_that_names_a_token_it_does_not_have(tmp_path: Path) -> None:
+    make_student_folder(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    assert content["post_processor"]["special_tokens"].pop("</s>")
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"^tokenizer: cannot load one from"):
+        load_tokenizer(tmp_path)
+
+
 def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     saved(tmp_path, tied=True)
     (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
