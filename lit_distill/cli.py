@@ -13,7 +13,7 @@ from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.help import COMMANDS_IN_SHORT, short_help
 from lit_distill.interrupts import Interrupted
-from lit_distill.messages import COMMANDS, DESCRIPTION, no_command
+from lit_distill.messages import COMMANDS, DESCRIPTION, likely, no_command
 from lit_distill.secrets import refuse_secrets
 from lit_distill.shipped import find_configs, list_or_copy
 
@@ -99,9 +99,15 @@ def answer_at_once(given: list[str]) -> None:
         overview().parse_args(given[:1])
     if not given:
         raise UserError(no_command())
-    # an option that stands before the command is for the commands' own parser to judge
-    if not given[0].startswith("-") and given[0] not in COMMANDS:
-        raise UserError(no_command(given[0]))
+    option = given[0].partition("=")[0]
+    before = ("help", "version", "config", "print_completion")
+    if not option.startswith("-") and option not in COMMANDS:
+        raise UserError(no_command(option))
+    if option.startswith("-") and option not in ("-h", "-c", *(f"--{name}" for name in before)):
+        name = option.lstrip("-")
+        raise UserError(
+            f"{name}: no such argument{likely(name, before)}; allowed before a command are {', '.join(before)}"
+        )
     if given[0] in COMMANDS_IN_SHORT and {"-h", "--help"} & set(given):
         print(short_help(given[0]))
         raise SystemExit(0)

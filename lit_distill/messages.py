@@ -94,7 +94,7 @@ def _unknown_class(key: str, message: str, options: Sequence[str]) -> str | None
 
 def _unknown_option(key: str, message: str, options: Sequence[str]) -> str | None:
     if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
-        return f"{found.group(1)!r} stands alone; allowed are --key value and --config FILE"
+        return f"unexpected argument {found.group(1)!r}; allowed are --key value and --config FILE"
     for pattern in (
         r"unrecognized arguments: --?(\S+?)(?:[= ]|$)",
         r"Group '(?P<group>[^']+)' does not accept option '([^']+)'",
@@ -177,7 +177,7 @@ def _required(key: str, message: str, options: Sequence[str]) -> str | None:
     if found:
         keys = [name.strip().partition(".")[2] or name.strip() for name in found.group(1).split(",")]
         return f"{', '.join(keys)}: must be given, in a config file or as {', '.join(f'--{name}' for name in keys)}"
-    if found := re.search(r"argument --([\w.]+): expected one argument", message):
+    if found := re.search(r"argument (?:-\w/)?--([\w.]+): expected one argument", message):
         return f"{found.group(1)}: a value must be given, as --{found.group(1)} VALUE"
     return None
 

@@ -4,9 +4,10 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 from lit_distill.errors import UserError
-from lit_distill.messages import COMMANDS, likely
+from lit_distill.messages import COMMANDS, likely, one_line
 
 _PACKAGE = Path(__file__).parent
 CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
@@ -46,9 +47,10 @@ def find_config(given: str, key: str = "config") -> str:
     # a folder or a pipe is for the parser to judge, and so is YAML in place of a file's name
     if os.path.exists(given) or any(mark in given for mark in "{[:\n"):
         return given
+    below = ", ".join(each for each in names if each.startswith(f"{name}/"))
+    hint = f" (there are {below})" if below else likely(name, names)
     raise UserError(
-        f"{key}: no file {given!r}, and no shipped config of that name{likely(name, names)};"
-        " `lit-distill configs` lists those"
+        f"{key}: no file {given!r}, and no shipped config of that name{hint}; `lit-distill configs` lists those"
     )
 
 
@@ -68,9 +70,10 @@ def list_or_copy(arguments: list[str]) -> None:
 
     Raises:
         UserError: a file is there already, or the folder cannot be written; no file is overwritten.
-        SystemExit: as argparse does for ``--help``, or an argument that is not known.
+            Or an argument is not known.
+        SystemExit: with code 0, after ``--help``.
     """
-    parser = argparse.ArgumentParser(prog="lit-distill configs", description=COMMANDS["configs"])
+    parser = _Parser(prog="lit-distill configs", description=COMMANDS["configs"])
     parser.add_argument("--copy", metavar="FOLDER", help="Copy all of them into this folder, to be edited.")
     target = parser.parse_args(arguments).copy
     if target is None:
@@ -88,6 +91,11 @@ def list_or_copy(arguments: list[str]) -> None:
     except OSError as error:
         raise UserError(f"copy: {target!r} cannot be written ({error.strerror})") from error
     print(f"{len(files)} files in {target}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(one_line(message, ("copy",)))
 
 
 def _first_comment(path: Path) -> str:

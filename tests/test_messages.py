@@ -33,7 +33,7 @@ UNION = """Parser key "trainer.precision":
             "trainer.max_step: no such argument (did you mean trainer.max_steps?);"
             " allowed are trainer.devices, trainer.max_steps",
         ),
-        ("unrecognized arguments: stray --x", "'stray' stands alone; allowed are --key value and --config FILE"),
+        ("unrecognized arguments: stray --x", "unexpected argument 'stray'; allowed are --key value and --config FILE"),
         (
             "Group 'trainer' does not accept option 'max_step'",
             "trainer.max_step: no such argument (did you mean trainer.max_steps?);"
