@@ -1,12 +1,13 @@
 """How far a run is: bars on a terminal, plain lines in a file."""
 
+import logging
 import math
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -57,6 +58,7 @@ class Progress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bars: rich.Progress | None = None
+        self._logs: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._fit: _Stage | None = None
         self._evaluation: _Stage | None = None
 
@@ -198,6 +200,9 @@ class Progress(ProgressBar):
     def _stop(self) -> None:
         if self._bars is not None:
             self._bars.stop()
+        for handler, stream in self._logs:
+            handler.setStream(stream)
+        self._logs = []
         self._bars = self._fit = self._evaluation = None
 
     def _begin(self, name: str, total: int | None, first: int = 0) -> _Stage | None:
@@ -219,6 +224,11 @@ class Progress(ProgressBar):
                     auto_refresh=False,
                 )
                 self._bars.start()
+                # Lightning's messages above the bars, as the bars have it of what else is printed
+                handlers = [each for each in logging.getLogger("lightning.pytorch").handlers if _on_terminal(each)]
+                self._logs = [(each, each.stream) for each in handlers]
+                for each in handlers:
+                    each.setStream(sys.stderr)
             stage.task = self._bars.add_task(name, total=total, completed=first, pace="", left="", numbers="")
             self._bars.refresh()
         return stage
@@ -227,8 +237,7 @@ class Progress(ProgressBar):
         if stage is not None and stage.task is not None and self._bars is not None:
             self._bars.remove_task(stage.task)
             if not self._bars.tasks:
-                self._bars.stop()
-                self._bars = None
+                self._stop()
 
     def _due(self, stage: _Stage) -> bool:
         now = time.monotonic()
@@ -247,6 +256,10 @@ class Progress(ProgressBar):
         if self._enabled and self._bars is None:
             # at once, for whoever follows the file
             print(text, flush=True)
+
+
+def _on_terminal(handler: logging.Handler) -> TypeGuard[logging.StreamHandler[Any]]:
+    return isinstance(handler, logging.StreamHandler) and handler.stream.isatty()
 
 
 def _step(stage: _Stage) -> str:

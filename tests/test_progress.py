@@ -1,6 +1,7 @@
 """What is seen of a run while it goes: bars that fit a terminal, lines in a file."""
 
 import io
+import logging
 import os
 import re
 import threading
@@ -104,14 +105,20 @@ def test_on_a_terminal_bars_count_the_runs_steps_in_80_columns(
             except OSError:
                 return
 
-    thread = threading.Thread(target=read)
+    thread = threading.Thread(target=read, daemon=True)
     thread.start()
     with monkeypatch.context() as terminal, os.fdopen(writer, "w") as stdout:
         terminal.setattr("sys.stdout", stdout)
+        # Lightning's own, as it is when stderr is the terminal, too
+        log = logging.getLogger("lightning.pytorch")
+        terminal.setattr(log, "handlers", [logging.StreamHandler(stdout)])
         fit(student_folder, "--test_after_fit=false")
     thread.join()
     os.close(reader)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", found.getvalue().decode())
+    raw = found.getvalue().decode()
+    # a message stands on a line of its own, from which the bars were taken before
+    assert re.search(r"(\n|\x1b\[2K)`Trainer.fit` stopped", raw)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
     bars = [line for line in re.split(r"[\r\n]+", text) if re.match(r"(fit|validation) .*━", line)]
     assert max(map(len, bars)) <= 80
     steps = [re.search(r"(\d+)/(\d+)", line) for line in bars if line.startswith("fit")]

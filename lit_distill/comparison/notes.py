@@ -15,7 +15,7 @@ def meaning(comparison: Comparison) -> list[Part]:
     rows = [row for section in comparison.sections for row in section.rows]
     compared = sum(row.examples is not None for row in rows)
     by_seed = any(row.seeds is not None for row in rows)
-    expected = f"{0.05 * compared:.1f}".removesuffix(".0")
+    expected = f"{0.05 * compared:.2g}"
     plural = "" if compared == 1 else "s"
     items = [
         "mean ± se: the mean over seeds and its standard error (divisor n - 1). It says how far another set of seeds "
