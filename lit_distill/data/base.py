@@ -87,7 +87,7 @@ class RationaleDataModule(pl.LightningDataModule):
         cache_dir: folder of the tokenised rows; by default ``$LIT_DISTILL_CACHE``, else a folder in the cache of
             Hugging Face datasets.
         predict_split: the split that ``predict`` reads.
-        batching: what a training batch is made of: any rows (``shuffled``), or rows of like length (``by_length``),
+        batching: what a training batch is made of: any rows (``shuffled``), or rows of similar length (``by_length``),
             which need less padding; either way the batches of an epoch come in a random order.
         rationales: what a teacher said, as ``annotate`` writes it, in place of the released outputs: a folder or its
             ``rationales.jsonl`` or ``rationales.parquet``, joined to the rows by ``id``.

@@ -95,11 +95,11 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """An epoch's order, rearranged so that each batch holds rows of like length.
+    """An epoch's order, rearranged so that each batch holds rows of similar length.
 
     Windows of the order are sorted and cut into batches, and the batches of all windows are shuffled. The rows that
     do not fill a batch are the order's last ones, whatever their length, and stay the last: no length is favoured.
-    Within a batch the rows are sorted, so that ranks that take turns have rows of like length as well.
+    Within a batch the rows are sorted, so that ranks that take turns have rows of similar length as well.
 
     Args:
         order: the rows of an epoch, shuffled, ``(positions,)``.

@@ -568,7 +568,7 @@ class DistillModule(pl.LightningModule):
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> list[Answer]:
         """Answers of one batch, with the rationales.
 
-        Batches hold rows of like length, longest first: ``Answer.index`` says which row an answer belongs to.
+        Batches hold rows of similar length, longest first: ``Answer.index`` says which row an answer belongs to.
         """
         key = self._answer_key(cast(Split, getattr(self._datamodule(), "predict_split", "predict")))
         return self.answers(batch, key, rationales=True)
