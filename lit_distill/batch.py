@@ -78,7 +78,7 @@ def join(parts: Sequence[TaskInputs]) -> TaskInputs:
         return torch.cat([functional.pad(part[name], (0, width - part[name].shape[1]), value=value) for part in parts])
 
     return {
-        # whatever fills it, the mask leaves it out
+        # any value: the mask excludes it
         "input_ids": joined("input_ids", 0),
         "attention_mask": joined("attention_mask", 0),
         "labels": joined("labels", IGNORE_INDEX),

@@ -77,25 +77,25 @@ class ValidateEverySteps(Callback):
         self._is_due = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the validation that is due after the last step has yet to end."""
+        """Whether the validation due after the last step has not ended."""
         return {"is_due": self._is_due}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up whether a validation is due."""
+        """Restore whether a validation is due."""
         self._is_due = checkpoint["callbacks"].get(self.state_key, {}).get("is_due", False)
         if trainer.strategy.restore_checkpoint_after_setup:
             self.on_fit_start(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Where the validation after the very last step is due, have the trainer begin at all."""
+        """Let a trainer with no steps left start if the validation after the last step is due."""
         if self._is_due and trainer.max_steps != -1:
             # the schedule of the learning rate has been made by now
             trainer.fit_loop.epoch_loop.max_steps += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the validation that the run was broken off before or in; else nothing is due yet."""
+        """Run the validation before or in which the run was interrupted, if there is one."""
         self._last_step = trainer.global_step
         loop = trainer.fit_loop.epoch_loop
         if self._is_due:
@@ -114,7 +114,7 @@ class ValidateEverySteps(Callback):
             trainer.val_check_batch = _NEVER
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """It has ended before checkpoints are written."""
+        """Mark the validation as ended, before checkpoints are written."""
         self._is_due = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -168,7 +168,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._remove_replaced(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """As Lightning's, with what is yet to be removed."""
+        """As Lightning's, with the files that are still to be removed."""
         return super().state_dict() | {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,7 +246,7 @@ class StopAtSignals(Callback):
         self._stop_if_asked(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing that came since the end of training is lost."""
+        """Stop at once from here on: what training made is saved."""
         if self._number:
             raise Interrupted(self._number)
 
@@ -282,7 +282,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Nothing of an earlier run's is needed, whose folder may be another one."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What a run is resumed from is saved already."""
+        """Nothing to do: the state to resume from is saved already."""
         super().on_train_start(trainer, pl_module)
         self._training = True
         self._last_global_step_saved = trainer.global_step
@@ -323,7 +323,7 @@ def lock_folder(folder: Path) -> FileLock:
 
 
 class RunHistory(Callback):
-    """What a run that goes on has to know of its earlier parts, kept in its checkpoints, and the lock on its folder.
+    """What a resumed run has to know of its earlier parts, stored in checkpoints, and the lock on its folder.
 
     Args:
         folder: finds the run's folder.
@@ -346,12 +346,12 @@ class RunHistory(Callback):
 
     @property
     def seconds(self) -> float:
-        """How long it took: this part, and the earlier ones up to the checkpoints that were gone on from."""
+        """Seconds: this part, and the earlier ones up to the checkpoints they were resumed from."""
         return self._before + time.monotonic() - self._began
 
     @staticmethod
     def of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint keeps of it; empty where that is nothing."""
+        """The part stored in a checkpoint; empty if there is none."""
         states = checkpoint.get("callbacks", {})
         return next((dict(state) for name, state in states.items() if name.startswith(RunHistory.__name__)), {})
 
@@ -366,7 +366,7 @@ class RunHistory(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on; Lightning loads it for the test that ends a run, too."""
+        """Continue the count; Lightning also loads it for the test that ends a run."""
         if not self._fitted:
             self.started, self._before = state_dict["started"], state_dict["seconds"]
             self.validation_seconds = state_dict["validation_seconds"]

@@ -78,7 +78,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
 
 
 def of_a_file(error: OSError) -> str | None:
-    """That a file or folder cannot be read or written, and why; ``None`` where the error is about something else."""
+    """The message that a file or folder cannot be read or written, and why; ``None`` for other errors."""
     if isinstance(error, ConnectionError | TimeoutError | ChildProcessError | ProcessLookupError) or not error.strerror:
         return None
     if error.filename is None:

@@ -190,7 +190,7 @@ def _command(key: str, message: str, options: Sequence[str]) -> str | None:
 
 
 def no_command(given: str | None = None) -> str:
-    """That no command, or none of that name, was given."""
+    """The message that no command, or an unknown one, was given."""
     start = f"{given}: no such command{likely(given, tuple(COMMANDS))}" if given else "a command must be given"
     return f"{start}; allowed are {', '.join(COMMANDS)}"
 

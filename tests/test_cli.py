@@ -235,9 +235,9 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--ckpt_path=best", ["ckpt_path: no checkpoint 'best'"]),
     ("--model.from_scratch=false", ["student: no weights in the folder", "from_scratch"]),
     # what the model decides of the data
-    ("--data.tokenizer=t5-small", ["data.tokenizer: 't5-small' is overruled by the model"]),
-    ('--data.tasks=["label"]', ["data.tasks: ['label'] is overruled by the model", "['label', 'rationale']"]),
-    ('--data.prefixes={"label": "x "}', ["data.prefixes: {'label': 'x '} is overruled by the model", "'predict: '"]),
+    ("--data.tokenizer=t5-small", ["data.tokenizer: 't5-small' is decided by the model"]),
+    ('--data.tasks=["label"]', ["data.tasks: ['label'] is decided by the model", "['label', 'rationale']"]),
+    ('--data.prefixes={"label": "x "}', ["data.prefixes: {'label': 'x '} is decided by the model", "'predict: '"]),
     ("--model.rationale_prefix=predict: ", ["prefixes: label and rationale both have 'predict: '"]),
 ]
 

@@ -366,7 +366,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _with_new_names(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the columns' names of today."""
+    """A row with earlier versions' column names replaced."""
     if isinstance(row.get("leaks"), bool) or ("leaks" in row and row["leaks"] is None):
         row.setdefault("contains_label", row.pop("leaks"))
     return row

@@ -32,7 +32,7 @@ _NOT_THE_RESULT = {
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
 }
-"""Keys that change nothing of a run's result, beside those that say where it lies."""
+"""Keys without effect on a run's result, besides those of its location."""
 
 _TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout")
 """A method's arguments that a checkpoint was trained with, beside those that it has and other methods have not."""
@@ -46,7 +46,7 @@ class Earlier:
 
     folder: Path
     checkpoint: Path | None
-    """The newest that is whole."""
+    """The newest undamaged one."""
 
     @property
     def finished(self) -> bool:
@@ -55,7 +55,7 @@ class Earlier:
 
     @property
     def changed(self) -> float:
-        """When it was last known to go on."""
+        """When it last wrote something."""
         return (self.checkpoint or self.folder / _CONFIG).stat().st_mtime
 
 
@@ -92,7 +92,7 @@ def _is(logger: Namespace, name: str) -> bool:
 
 
 def check_unused(config: Namespace, command: str) -> None:
-    """See that a run which goes on nowhere writes over no earlier one.
+    """Refuse a run that is not resumed and would overwrite an earlier one.
 
     Raises:
         UserError: its folder holds one; the line names the folder.
@@ -202,7 +202,7 @@ def loggers_go_on(config: Namespace, folder: Path, progress: Mapping[str, Any]) 
         if logger.init_args.get("version") is None:
             logger.init_args["version"] = version
         if _is(logger, "TensorBoardLogger"):
-            # it hides what it holds of later steps
+            # it hides later steps
             logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": progress.get("global_step", 0)}
 
 
@@ -225,7 +225,7 @@ class Metrics(ExperimentWriter):
         path.unlink(missing_ok=True) if not rows else self._write(rows, self.metrics_keys)
 
     def _check_log_dir_exists(self) -> None:
-        """What earlier parts of the run have left stays."""
+        """Keep the files of the run's earlier parts."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with Path(self.metrics_file_path).open(encoding="utf-8", newline="") as file:
@@ -247,7 +247,7 @@ def keep_metrics(loggers: Sequence[Logger], progress: Mapping[str, Any]) -> None
 
 
 def check_same_training(config: Namespace, method: type[DistillModule], progress: Mapping[str, Any]) -> None:
-    """See that what a run's record will say of its training is true of the checkpoint that it goes on from, too.
+    """Refuse arguments that contradict those which the checkpoint to resume from was trained with.
 
     Raises:
         UserError: names an argument that contradicts the checkpoint.
@@ -285,5 +285,5 @@ def _contradicts(key: str, old: object, new: object) -> None:
 
 @rank_zero_only
 def say_finished(folder: Path) -> None:
-    """Tell a job that is started once more that nothing is left to do."""
+    """Say that the run is finished, for a job that is started again."""
     print(f"--resume: this run is finished: {folder}")

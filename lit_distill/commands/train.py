@@ -195,7 +195,7 @@ class DistillCLI(LightningCLI):
         check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
 
     def _refuse_overruled(self, parser: LightningArgumentParser, args: ArgsType, config: Namespace) -> None:
-        """Refuse what the data are given and the model overrules."""
+        """Refuse data arguments that the model decides."""
         if (model := config.get("model")) is None:
             return
         with skip_apply_links():
@@ -207,9 +207,7 @@ class DistillCLI(LightningCLI):
         settings = (given.get("data") or Namespace()).get("init_args") or Namespace()
         for name, value in linked(model).items():
             if settings.get(name) not in (None, value):
-                raise UserError(
-                    f"data.{name}: {settings[name]!r} is overruled by the model, which gives {value!r}; leave it out"
-                )
+                raise UserError(f"data.{name}: {settings[name]!r} is decided by the model, as {value!r}; leave it out")
 
     def _parse_ckpt_path(self) -> None:
         """See that the checkpoint is one, before anything is built.
@@ -243,7 +241,7 @@ class DistillCLI(LightningCLI):
         self._take_up()
 
     def _take_up(self) -> None:
-        """Find the run that is gone on with, if any, and see that no other one is written over.
+        """Find the run to resume, if any, and check that no other one is overwritten.
 
         Each process of a distributed run decides by files that none of them changes before all have joined.
         """
@@ -302,7 +300,7 @@ class DistillCLI(LightningCLI):
             torch.set_num_threads(config["cpu_threads"])
 
     def _see_to_weights(self, model: Namespace) -> None:
-        """Without a checkpoint the student is evaluated as it is, if it is anything at all."""
+        """Without a checkpoint evaluate the student as it is; refuse one with random weights."""
         if model.get("from_scratch"):
             raise UserError(
                 f"ckpt_path: {self.subcommand} would score random weights, which model.from_scratch asks for; give"
@@ -567,14 +565,14 @@ def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict
 
 
 def linked(model: Namespace) -> dict[str, Any]:
-    """The data module's arguments that a method decides, which is only named yet."""
+    """The data module's arguments that a method, known by name only so far, decides."""
     settings = model.get("init_args") or Namespace()
     prefixes = linked_prefixes(model["class_path"], settings)
     return {"tokenizer": settings.get("student"), "tasks": list(prefixes), "prefixes": prefixes}
 
 
 def _without_checkpoint(command: Sequence[str]) -> Iterator[str]:
-    """A command without what says where it goes on: ``--resume`` finds that by itself."""
+    """A command without ``--ckpt_path``: ``--resume`` finds the checkpoint by itself."""
     values = iter(command)
     for value in values:
         if value == "--ckpt_path":

@@ -37,7 +37,7 @@ ACCURACY = "test/accuracy"
 """The metric that predictions are judged by, and that was published."""
 
 SCORED = "test/scored_accuracy"
-"""Of the likeliest of the choices."""
+"""The accuracy of the likeliest choice."""
 
 
 @dataclass(frozen=True)

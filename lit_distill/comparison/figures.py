@@ -255,7 +255,7 @@ def _places(xs: Sequence[float]) -> list[float]:
 
 
 def _x_texts(texts: Sequence[str], places: Sequence[float]) -> list[str]:
-    """Labels of the axis, of which those go that would meet: first the lower lines, then whole labels."""
+    """Labels of the axis; where they would overlap, first their lower lines are dropped, then whole labels."""
     folded = [_fold(text, 16) for text in texts]
     short = [text.split("\n")[0] for text in texts]
     for candidate in (folded, short):

@@ -23,22 +23,21 @@ def meaning(comparison: Comparison) -> list[Part]:
     ]
     if any(section.chance is not None for section in comparison.sections):
         items.append(
-            "chance: the accuracy of whoever does not read the input, by a uniform guess among closed choices or "
-            "always the commonest label, whichever is better. Differences between settings that are not above it say "
+            "chance: the accuracy without reading the input, by a uniform guess among closed choices or always the "
+            "most frequent label, whichever is better. Differences between settings that are not above it say "
             "nothing."
         )
     if any(any(pooled(section.rows, comparison.metric)) for section in comparison.sections):
         items.append(
-            "pooled: the part of all seeds' answers that is right; shown where it is not the same as the mean, which "
-            "it is where all seeds were tested on as many rows."
+            "pooled: the share of all seeds' answers that is right; shown where it differs from the mean because seeds "
+            "were tested on different numbers of rows."
         )
     if compared:
         items.append(
             "difference, 95 % interval, p: the difference to the baseline by a paired bootstrap over test rows "
-            f"({comparison.resamples:,} resamples, seed {comparison.seed}). Of several seeds, each row first counts "
-            "with the part of them that had it right. The interval covers test rows: what others of the same source "
-            "would have given for these very students. It does not cover seeds: what students of other seeds would "
-            "have given."
+            f"({comparison.resamples:,} resamples, seed {comparison.seed}). With several seeds, each row first gets "
+            "the share of seeds that answered it right. The interval covers the choice of test rows, for these "
+            "very students, but not the choice of seeds."
         )
     if by_seed:
         both = " Where there are seeds that both have, both differences are over those"
@@ -51,21 +50,20 @@ def meaning(comparison: Comparison) -> list[Part]:
         )
     if compared and by_seed:
         items.append(
-            "A difference is to be believed where both say so. Neither says anything of other datasets, students or "
-            "settings, nor makes up for a choice of settings by their test results."
+            "Believe a difference where both agree. Neither says anything about other datasets, students or settings, "
+            "nor corrects for choosing settings by their test results."
         )
     if compared:
         items.append(
             "p-values are not corrected for their number. If these very students were equally good on the population "
-            f"of test rows, of {compared} comparison{plural} here, about {expected} would have p < 0.05. That is no "
-            "promise about methods: for few seeds, two identical methods are found different far more often (in a "
+            f"of test rows, of {compared} comparison{plural} here, about {expected} would have p < 0.05. This "
+            "does not hold for methods: with few seeds, two identical methods get such p far more often (in a "
             "simulation of one seed each, with a standard deviation over seeds of 1.5 points and 2,000 test rows, 41 % "
-            "had p < 0.05)." + (" Look at the column by seed." if by_seed else "")
+            "had p < 0.05)." + (" See the column by seed." if by_seed else "")
         )
     if any(row.published for row in rows):
         items.append(
-            "published: taken from the paper, found by other code. Its answers are not known, so that it cannot be "
-            "paired."
+            "published: the paper's number, from other code. Its single answers are not known, so it cannot be paired."
         )
     return [Heading(2, "What the numbers mean"), Items(tuple(items))]
 

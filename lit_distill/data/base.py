@@ -689,7 +689,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 _warn(self.absence(split))
 
     def _report_repeated(self, splits: Sequence[Split]) -> None:
-        """Before training, so that it is not found out after it."""
+        """Check before training, not after it."""
         for split in splits:
             if f"repeated {split}" in self._notices:
                 continue
@@ -697,7 +697,7 @@ class RationaleDataModule(pl.LightningDataModule):
             try:
                 repeated = self.repeated_rows(split)
             except UserError as error:
-                # what needs the split will say so; what does not is not kept from running
+                # what needs the split will say so; the rest can run without it
                 _warn(f"{self.name}: whether {split} repeats inputs of train is not known ({error})")
                 continue
             if repeated:

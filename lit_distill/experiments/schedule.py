@@ -135,7 +135,7 @@ class _Schedule:
         elif failure_of(cell.folder) is not None:
             self._set(cell, State.FAILED)
         elif code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
-            # the latter two where it was told before it could listen
+            # the latter two if the signal came before its handler was set
             if self.launcher.again:
                 self.waiting.append(cell)
             self._set(cell, State.PENDING if self.launcher.again else State.STOPPED)

@@ -23,10 +23,10 @@ BUSY = 75
 """The exit code where another process runs the cell: try again later."""
 
 INTERRUPTED = 130
-"""The exit code where it was told to stop."""
+"""The exit code after a signal to stop."""
 
 STOPPED = "--- stopped by"
-"""The beginning of the last line of a log whose run was told to stop."""
+"""The beginning of a log's last line if a signal stopped the run."""
 
 
 def run_cell(folder: str | Path, arguments: Sequence[str]) -> int:

@@ -119,7 +119,7 @@ def test_what_was_not_compared_is_said(comparison: Comparison, tmp_path: Path) -
         "step-by-step, GPT-NeoX 20B rationales",
         "No interval: no baseline with its student, labels and fraction: step-by-step (t5-v1_1-base, 100 %)",
         "300 resamples, seed 0",
-        "It does not cover seeds",
+        "but not the choice of seeds",
         "covers seeds and not test rows",
         "If these very students were equally good on the population of test rows",
         "41 % had p < 0.05",
@@ -155,7 +155,7 @@ def test_chance_is_in_table_figures_and_notes(tmp_path: Path) -> None:
     write_report(found, tmp_path / "out")
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert re.search(r"^\| chance \|.* 34\.00 \|", report, re.MULTILINE)
-    assert "does not read the input" in report
+    assert "without reading the input" in report
     assert found.sections[0].chance == 0.34
     [plot] = plots(found)
     assert isinstance(plot, DotPlot)
