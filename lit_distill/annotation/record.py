@@ -136,7 +136,7 @@ def _of_kind(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever a row hol
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, taken):
         raise TypeError(f"{name} must be {_KIND_NAMES[kind]}, got {value!r}")
     low, high = _BOUNDS.get(name, (0, 2**63 - 1))
-    if kind in (int, float) and not low <= value <= high:
+    if isinstance(value, int | float) and not low <= value <= high:
         raise TypeError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
     if name == "key" and not re.fullmatch("(?:[0-9a-f]{2})+", str(value)):
         raise TypeError(f"key must be a hash in hexadecimal digits, got {value!r}")
