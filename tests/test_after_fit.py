@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
+from lit_distill.modules import DistillModule
 from tests.runs import (
     at_work_in,
     metric_rows,
@@ -46,18 +47,30 @@ def test_without_a_test_split_the_student_is_saved_untested(student_folder: Path
     assert (folder / "student" / "model.safetensors").is_file()
 
 
-def test_a_test_that_stumbles_does_not_lose_the_student(
-    student_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
+def test_a_test_that_stumbles_does_not_lose_the_student(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(self: DistillModule, batch: object, batch_idx: int) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(DistillModule, "test_step", stumble)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run("fit", small_toy(student_folder))
+    [folder] = run_folders()
+    assert (folder / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("row", [{"input": "cat", "label": None}, {"input": "cat"}, {"input": ["cat"], "label": "a"}])
+def test_a_test_that_cannot_be_is_refused_before_training(
+    row: dict[str, Any], student_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_lines(place / "rows.jsonl", ROWS)
-    unlabelled = write_lines(place / "test.jsonl", [{"input": "cat", "label": None}])
-    data = own_rows(train=rows, val=rows, test=unlabelled)
-    capsys.readouterr()
+    data = own_rows(train=rows, val=rows, test=write_lines(place / "test.jsonl", [row]))
     with pytest.raises(SystemExit) as stopped:
         run("fit", small_model(student_folder), data, small_trainer())
     assert stopped.value.code == 2
-    [folder] = run_folders()
-    assert (folder / "student" / "model.safetensors").is_file()
+    assert "test" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(Path("runs").rglob("*.ckpt"))
+    if row["input"] == "cat" and "label" in row:
+        run("fit", small_model(student_folder), data, small_trainer(), "--test_after_fit=false")
 
 
 def test_a_baseline_needs_a_test(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,11 @@ class _SaveConfig(SaveConfigCallback):
     """Writes the whole config into the run's folder, and gives it to the loggers."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Too early: the checkpoints' folder, which is the run's, is not known before all callbacks are set up."""
+        """See that the test after fit will have what it needs; the run's folder is not known yet."""
+        data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        # the record reads it in any case
+        if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
+            data.check_split("test", "test")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save and log, on rank 0."""

@@ -431,7 +431,7 @@ class RationaleDataModule(pl.LightningDataModule):
             if self.split_rows(split) is None:
                 raise UserError(f"{self.absence(split)}, and {getattr(stage, 'value', stage)} needs it")
             if stage != "predict":
-                self._check_split(split, stage)
+                self.check_split(split, stage)
             if split not in self._rows:
                 self._rows[split] = self._tokenize(split)
                 self._report(split)
@@ -589,7 +589,12 @@ class RationaleDataModule(pl.LightningDataModule):
                 f" ({first_one})"
             )
 
-    def _check_split(self, split: Split, stage: str) -> None:
+    def check_split(self, split: Split, stage: str) -> None:
+        """See that a split, which is there, has what a stage needs of it.
+
+        Raises:
+            UserError: it has not.
+        """
         rows, used = self.split_rows(split), self.used_rows(split)
         assert rows is not None  # noqa: S101 - for the type checker; setup has checked it
         if split != "train":
