@@ -125,7 +125,8 @@ def check_yaml(text: str) -> None:
         elif not isinstance(event, yaml.ScalarEvent):
             continue
         elif "\0" in event.value:
-            raise yaml.YAMLError(f"holds a NUL character in line {event.start_mark.line + 1}")
+            mark: Any = event.start_mark
+            raise yaml.YAMLError(f"holds a NUL character in line {mark.line + 1}")
         if anchor is not None:
             anchored[anchor] = size
         outer, before = open_[-1]
