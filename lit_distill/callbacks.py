@@ -307,30 +307,14 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, str(self.path))
 
 
-@rank_zero_only
-def lock_folder(folder: Path) -> FileLock:
-    """Keep other processes from running in a run's folder.
-
-    Raises:
-        UserError: one does.
-    """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is running it") from error
-    return lock
-
-
 class RunHistory(Callback):
     """What a resumed run has to know of its earlier parts, stored in checkpoints, and the lock on its folder.
 
     Args:
         folder: finds the run's folder.
-        lock: the lock, where it is held already.
     """
 
-    def __init__(self, folder: Callable[[pl.Trainer], Path], lock: FileLock | None = None) -> None:
+    def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         """When its first part began, in UTC."""
         self._folder = folder
@@ -342,7 +326,7 @@ class RunHistory(Callback):
         self._fitted = False
         self._versions: list[int | str | None] = []
         self._dataset = ""
-        self._lock = lock
+        self._lock: FileLock | None = None
 
     @property
     def seconds(self) -> float:
@@ -376,10 +360,22 @@ class RunHistory(Callback):
         self._fitted = True
         self._versions = [logger.version for logger in trainer.loggers]
         self._dataset = type(getattr(trainer, "datamodule", None)).__name__
-        folder = self._folder(trainer)
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or lock_folder(folder)
+        # on every rank, as finding the folder is a collective
+        self.lock(self._folder(trainer))
+
+    @rank_zero_only
+    def lock(self, folder: Path) -> None:
+        """Keep other processes from running in a folder, until `release`.
+
+        Raises:
+            UserError: one does.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or FileLock(folder / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{folder}: another process is running it") from error
 
     def on_validation_start(self, *args: Any) -> None:
         """Start the clock of validation."""
@@ -392,7 +388,7 @@ class RunHistory(Callback):
     def release(self) -> None:
         """Let others run in the folder."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.release(force=True)
 
 
 class Throughput(Callback):

@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from filelock import FileLock
 from jsonargparse import Namespace
 from jsonargparse._link_arguments import skip_apply_links
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,7 +26,6 @@ from lit_distill.callbacks import (
     StopAtSignals,
     Throughput,
     ValidateEverySteps,
-    lock_folder,
     save_atomically,
 )
 from lit_distill.checks import check_range
@@ -114,8 +112,6 @@ class DistillCLI(LightningCLI):
     """Whether the checkpoint to go on from was asked for as ``last``."""
     _goes_on: Path | None = None
     """The folder of an earlier run that this one goes on in."""
-    _lock: FileLock | None = None
-    """It, locked."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
@@ -269,7 +265,6 @@ class DistillCLI(LightningCLI):
         if self._goes_on is None:
             check_unused(config, str(self.subcommand))
         else:
-            self._lock = lock_folder(self._goes_on)
             warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
         self._progress = read_progress(Path(config["ckpt_path"])) if config["ckpt_path"] else {}
         if self.subcommand == "fit":
@@ -398,7 +393,7 @@ class DistillCLI(LightningCLI):
             own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
         if config["enable_progress_bar"] is not False:
             own.append(Progress())
-        self._history = RunHistory(run_folder, self._lock)
+        self._history = RunHistory(run_folder)
         self.trainer_defaults["callbacks"] = [*own, self._history, Throughput(), SampleTable()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -409,6 +404,7 @@ class DistillCLI(LightningCLI):
         # before those that Lightning adds by itself, too
         trainer.callbacks.insert(0, StopAtSignals())  # type: ignore[attr-defined]  # not declared by Lightning
         if self._goes_on is not None:
+            self._history.lock(self._goes_on)
             keep_metrics(trainer.loggers, self._progress)
         return trainer
 

@@ -224,6 +224,16 @@ def test_a_run_that_is_running_is_left_alone(
     assert (folder / "metrics.csv").read_bytes() == before
 
 
+def test_a_refused_command_locks_nothing(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--checkpoint.dirpath=kept/checkpoints", "--ckpt_path=last"]
+    broken(monkeypatch, 7, same)
+    with pytest.raises(SystemExit) as refused:
+        main(flat(["fit", same, "--model.learning_rate=0.5"]))
+    # as a notebook keeps the last error
+    assert refused.value.code == 2
+    run("fit", same)
+
+
 def test_a_run_is_locked_before_its_files_are_changed(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = [*command(student_folder), "--resume"]
     broken(monkeypatch, 7, same)
