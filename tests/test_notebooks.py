@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from lit_distill.annotation.record import KINDS
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
 
@@ -39,6 +41,13 @@ def test_notebook_is_kept_as_it_ran(path: Path) -> None:
     assert len(shown) < 20_000
     # neither places of a machine nor how long it took
     assert not re.search(r"/(root|home|tmp|work|Users|var)/|\b\d+(\.\d+)? ?(s|ms|seconds|it/s)\b", shown)
+
+
+def test_the_columns_that_are_shown_are_the_ones_written() -> None:
+    shown = (FOLDER / "03_annotate.ipynb").read_text(encoding="utf-8")
+    found = re.search(r"with the columns ([\w, ]+)", shown)
+    assert found is not None
+    assert found[1].split(", ") == list(KINDS)
 
 
 def plain(output: Any) -> Any:  # noqa: ANN401 - a node of JSON
