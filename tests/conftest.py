@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,12 @@ from tests.students import add_weights, make_student_folder
 
 # the students are tiny: a second thread only waits, several times as long where cores are shared
 torch.set_num_threads(1)
+
+# on a busy machine slowness says nothing of what is tested
+hypothesis.settings.register_profile(
+    "any_speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any_speed")
 
 # a shell's background jobs ignore Ctrl-C, and with them all that they start; some tests send it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_distill.annotation.conditions import columns_of, condition, is_condition
@@ -138,7 +138,6 @@ SIGNS = {
 NUMBERS = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(SIGNS)), NUMBERS, st.sampled_from([None, 1.0]) | NUMBERS, st.sampled_from(["", " "]))
 def test_numbers_are_compared_as_python_does(sign: str, held: float, other: float | None, space: str) -> None:
     value = held if other is None else other  # the same one often enough

@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_distill.annotation.record import (
@@ -108,7 +108,6 @@ def test_equations_vote_by_value(labels: Sequence[str | None], winner: str, shar
     assert vote(labels, SVAMP.teacher_agrees) == (winner, share)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1))
 def test_votes_as_counted_plainly(labels: list[str | None]) -> None:
     winner, share = vote(labels, exactly)
@@ -237,7 +236,6 @@ def test_a_sample_is_one_line_whatever_its_texts(odd: str) -> None:
     assert from_row(json.loads(line.decode("utf-8"))) == sample
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=())), st.floats(allow_nan=False, allow_infinity=False))
 def test_any_text_and_number_survive(text: str, number: float) -> None:
     # two halves of a pair that stand side by side are its character

@@ -27,7 +27,7 @@ def pairs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return one, two
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(pairs())
 def test_a_name_is_of_one_point(points: tuple[dict[str, Any], dict[str, Any]]) -> None:
     one, two = points
@@ -36,7 +36,7 @@ def test_a_name_is_of_one_point(points: tuple[dict[str, Any], dict[str, Any]]) -
     assert (cell_name(one) == cell_name(two)) == same
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(pairs(), st.randoms())
 def test_a_name_is_safe_and_does_not_depend_on_order(
     points: tuple[dict[str, Any], dict[str, Any]], draw: Any  # noqa: ANN401 - hypothesis's random

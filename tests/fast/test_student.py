@@ -254,9 +254,10 @@ def test_encoded_states_are_the_encoders(student: T5ForConditionalGeneration) ->
     rows = [row for task in TASKS for row in zip(task["input_ids"], task["attention_mask"], strict=True)]
     for (ids, mask), start, length in zip(rows, encoded.packing.starts, encoded.packing.lengths, strict=True):
         own = ids[mask.bool()][None]
+        # float32 states of about 1, summed in an order that the processor's kernels choose
         torch.testing.assert_close(
             encoded.states[start : start + length], student.encoder(input_ids=own).last_hidden_state[0],
-            rtol=1e-5, atol=1e-6,
+            rtol=1e-5, atol=5e-6,
         )  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def test_effective_batch_is_compared(
 
 def test_a_checkpoint_of_other_prefixes_is_refused(student_folder: Path, tmp_path: Path) -> None:
     module = StepByStepModule(student_folder, from_scratch=True)
-    checkpoint: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 0}
     module.on_save_checkpoint(checkpoint)
     StepByStepModule(student_folder, from_scratch=True).on_load_checkpoint(checkpoint)
     for other in (
