@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lit_distill.callbacks import AtomicCheckpointIO, save_atomically
+from lit_distill.checkpoints import AtomicCheckpointIO, save_atomically
 from lit_distill.files import atomic_folder, atomic_write, write_text
 
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("equations",),
     ("rationales", "checks", "losses", "metrics", "students", "fast"),
     ("annotation", "comparison", "experiments"),
-    ("data", "modules", "callbacks", "progress", "export", "teachers"),
+    ("data", "modules", "callbacks", "checkpoints", "progress", "export", "teachers"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_distill.callbacks import ValidateEverySteps, save_atomically
+from lit_distill.callbacks import ValidateEverySteps
+from lit_distill.checkpoints import save_atomically
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.standard import StandardModule

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill import __version__
 from lit_distill.answers import Split
-from lit_distill.callbacks import RunHistory
+from lit_distill.checkpoints import RunHistory
 from lit_distill.commands.finish import chance_level
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lit_distill.callbacks import RunHistory
+from lit_distill.checkpoints import RunHistory
 from lit_distill.commands.runs import find_checkpoint
 from lit_distill.errors import UserError
 from lit_distill.experiments.keys import without_own

@@ -18,16 +18,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lit_distill.callbacks import (
-    BestCheckpoint,
-    LastCheckpoint,
-    RunHistory,
-    SampleTable,
-    StopAtSignals,
-    Throughput,
-    ValidateEverySteps,
-    save_atomically,
-)
+from lit_distill.callbacks import SampleTable, Throughput, ValidateEverySteps
+from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
 from lit_distill.checks import check_range
 from lit_distill.commands.baseline import train_baseline
 from lit_distill.commands.finish import add_baseline, report, save_best_student

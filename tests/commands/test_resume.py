@@ -44,7 +44,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: object, savi
 
         patch.setattr(Throughput, "on_train_batch_start", stop)
         if not saving:
-            patch.setattr("lit_distill.callbacks.LastCheckpoint.on_exception", lambda *args: None)
+            patch.setattr("lit_distill.checkpoints.LastCheckpoint.on_exception", lambda *args: None)
         with pytest.raises(FloatingPointError):
             run("fit", *arguments)
 

@@ -1,0 +1,302 @@
+"""What a run keeps of itself: its checkpoints, whole at every instant, and how signals stop it to be saved."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from typing_extensions import override
+
+from lit_distill.errors import UserError
+from lit_distill.files import atomic_write
+from lit_distill.interrupts import Interrupted, on_signals
+
+LOCK = ".lock"
+"""The file in a run's folder that the process which runs it locks."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own, but written beside the target: Lightning writes to the system's temporary folder and moves."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint; at every instant the file is the earlier one or the new one."""
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.ckpt.*.tmp"):
+            # a run that was killed left it; the next may save under another name
+            stale.unlink(missing_ok=True)
+        try:
+            with atomic_write(path, "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # what torch makes of a write that failed
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def save_atomically(trainer: pl.Trainer) -> None:
+    """Have a trainer write its checkpoints with `AtomicCheckpointIO`, unless its strategy has its own way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The best checkpoints by a metric; a run that is resumed in a folder of its own still knows the earlier best.
+
+    One that a better one has replaced is removed once ``last.ckpt`` knows of the better one: a run that is killed in
+    between resumes with either.
+    """
+
+    _replaced: tuple[str, ...] = ()
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self._replaced = (*self._replaced, filepath)
+
+    def _remove_replaced(self, trainer: pl.Trainer) -> None:
+        for path in self._replaced:
+            trainer.strategy.remove_checkpoint(path)
+        self._replaced = ()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """The checkpoints of a validation before are all written."""
+        self._remove_replaced(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As before a batch."""
+        super().on_train_end(trainer, pl_module)
+        self._remove_replaced(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Lightning's, with the files that are still to be removed."""
+        return super().state_dict() | {"replaced": list(self._replaced)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Lightning's, which forgets the earlier best where the folder is another one; it may have been moved."""
+
+        def found(path: str) -> str:
+            moved = Path(str(self.dirpath)) / Path(path).name
+            return str(moved) if not Path(path).exists() and moved.is_file() else path
+
+        self._replaced = tuple(map(found, state_dict.get("replaced", ())))
+        known = {found(path): score for path, score in state_dict["best_k_models"].items()}
+        paths = {name: found(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
+        best = {path: score for path, score in known.items() if Path(path).exists()}
+        if state_dict["dirpath"] == self.dirpath or len(best) == len(known):
+            super().load_state_dict({**state_dict, **paths, "best_k_models": known, "dirpath": self.dirpath})
+        else:
+            rank_zero_warn("The earlier best checkpoints are gone; the best is chosen from here on.")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: written after every validation, at the end of training, and when a run is interrupted.
+
+    A run on several processes is not saved when an exception stops one of them: saving waits for all.
+
+    Args:
+        dirpath: folder; by default ``checkpoints`` in the run's.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self._training = False
+        self._open_step = -1
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            monitor=None,
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.format_checkpoint_name({}))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing of an earlier run's is needed, whose folder may be another one."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing to do: the state to resume from is saved already."""
+        super().on_train_start(trainer, pl_module)
+        self._training = True
+        self._last_global_step_saved = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Remember the step: until the trainer has counted it, the weights may have moved in part."""
+        self._open_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what no validation has followed."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, str(self.path))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save what was trained so far, under the same name."""
+        if not self._training or trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
+            return
+        together = trainer.world_size == 1 or isinstance(exception, Interrupted)
+        # a user's fault is found before the weights move
+        stepping = self._open_step == trainer.global_step and not isinstance(exception, UserError)
+        if together and not stepping:
+            self._save_checkpoint(trainer, str(self.path))
+
+
+class StopAtSignals(Callback):
+    """SIGINT (Ctrl-C) and SIGTERM stop ``fit`` between two batches, all ranks at the same one, so that it can be saved.
+
+    An exception in the midst of an optimizer step or of a checkpoint would leave either in part. A batch of
+    validation, which changes nothing, is broken off where one process trains. It stands before all other callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._in_validation_batch = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over, Lightning's SIGTERM too; when the run ends, Lightning sets back what it found."""
+        self._number = 0
+        on_signals(lambda number: self._note(number, trainer))
+
+    def _note(self, number: int, trainer: pl.Trainer) -> None:
+        if self._number:
+            return
+        self._number = number
+        # not `print`, which a signal may have interrupted
+        os.write(2, b"\nStopping at the end of this batch.\n" if trainer.is_global_zero else b"")
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)
+        if self._in_validation_batch and trainer.world_size == 1:
+            raise Interrupted(number)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        number = self._number
+        if trainer.world_size > 1:
+            asked = torch.tensor(float(number), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if number:
+            raise Interrupted(number)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop before a batch."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before a validation."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop before a batch, or at once from here on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._in_validation_batch = True
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """A checkpoint may be written next."""
+        self._in_validation_batch = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before what follows training."""
+        self._stop_if_asked(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop at once from here on: what training made is saved."""
+        if self._number:
+            raise Interrupted(self._number)
+
+
+class RunHistory(Callback):
+    """What a resumed run has to know of its earlier parts, stored in checkpoints, and the lock on its folder.
+
+    Args:
+        folder: finds the run's folder.
+    """
+
+    def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        """When its first part began, in UTC."""
+        self._folder = folder
+        self.validation_seconds = 0.0
+        """How long it validated, of `seconds`."""
+        self._before = 0.0
+        self._began = time.monotonic()
+        self._validation_began = 0.0
+        self._fitted = False
+        self._versions: list[int | str | None] = []
+        self._dataset = ""
+        self._lock: FileLock | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds: this part, and the earlier ones up to the checkpoints they were resumed from."""
+        return self._before + time.monotonic() - self._began
+
+    @staticmethod
+    def of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """The part stored in a checkpoint; empty if there is none."""
+        states = checkpoint.get("callbacks", {})
+        return next((dict(state) for name, state in states.items() if name.startswith(RunHistory.__name__)), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "started": self.started,
+            "seconds": self.seconds,
+            "validation_seconds": self.validation_seconds,
+            "versions": self._versions,
+            "dataset": self._dataset,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the count; Lightning also loads it for the test that ends a run."""
+        if not self._fitted:
+            self.started, self._before = state_dict["started"], state_dict["seconds"]
+            self.validation_seconds = state_dict["validation_seconds"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold the run's folder until `release`."""
+        self._fitted = True
+        self._versions = [logger.version for logger in trainer.loggers]
+        self._dataset = type(getattr(trainer, "datamodule", None)).__name__
+        # on every rank, as finding the folder is a collective
+        self.lock(self._folder(trainer))
+
+    @rank_zero_only
+    def lock(self, folder: Path) -> None:
+        """Keep other processes from running in a folder, until `release`.
+
+        Raises:
+            UserError: one does.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or FileLock(folder / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{folder}: another process is running it") from error
+
+    def on_validation_start(self, *args: Any) -> None:
+        """Start the clock of validation."""
+        self._validation_began = time.monotonic()
+
+    def on_validation_end(self, *args: Any) -> None:
+        """Stop it."""
+        self.validation_seconds += time.monotonic() - self._validation_began
+
+    def release(self) -> None:
+        """Let others run in the folder."""
+        if self._lock is not None:
+            self._lock.release(force=True)
