@@ -142,6 +142,8 @@ def _file(key: str, message: str, options: Sequence[str]) -> str | None:
 def _wrong_class(key: str, message: str, options: Sequence[str]) -> str | None:
     kinds = "a class's name or import path, or a mapping of class_path and init_args"
     value = _given(message)
+    if key and (found := re.search(r"NestedArg\(key='([^']+)'", message)):
+        return f"{key}: no class is given for --{key}.{found.group(1)}; put --{key} CLASS before it"
     if found := re.search(r"does not correspond to a subclass of (\w+)", message):
         return f"{key}: {value} is no {found.group(1)}; allowed is {kinds}"
     if key and "Not a valid subclass of" in message:

@@ -74,6 +74,11 @@ def test_an_error_inside_a_class_names_the_whole_key() -> None:
     )
 
 
+def test_an_argument_of_no_class_yet() -> None:
+    message = "Parser key \"teacher\":\n  Expected instantiatable class. Got value: NestedArg(key='model', val='m')"
+    assert one_line(message) == "teacher: no class is given for --teacher.model; put --teacher CLASS before it"
+
+
 @given(st.text(), st.lists(st.text(max_size=8), max_size=4))
 def test_whatever_the_text_it_is_one_line(message: str, options: list[str]) -> None:
     assert len(one_line(message, options).splitlines()) <= 1
