@@ -88,6 +88,8 @@ class JSONLDataModule(RationaleDataModule):
         }
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
+        if hub is not None and not checks.check_text("hub", hub).strip("/\\. "):
+            raise UserError(f"hub must be a dataset's name or a folder of one, got {hub!r}")
         self._hub, self._hub_config = hub, hub_config
         self.hub_name = None if hub is None or Path(hub).exists() else hub
         if predict_split is None:

@@ -56,6 +56,8 @@ def fault_of(case: Case, forked: Forked, folder: Path) -> str | None:
     # the argument, its group, or the file that holds it
     names = [
         "cannot be read or written",
+        # a number that is allowed, and that no training survives
+        "the last good checkpoint",
         *case.names.rsplit(".", 1)[-1:],
         case.names.split(".")[0],
         *case.files,

@@ -235,6 +235,12 @@ def test_hub_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         JSONLDataModule(hub=str(tmp_path / "set"), train="nothing").prepare_data()
 
 
+@pytest.mark.parametrize("hub", ["", "/", "./"])
+def test_a_hub_dataset_has_a_name(hub: str) -> None:
+    with pytest.raises(UserError, match=r"^hub must be"):
+        JSONLDataModule(hub=hub, train="train")
+
+
 def test_hub_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^hub: 'train' of '.*absent' cannot be loaded"):
         JSONLDataModule(hub=str(tmp_path / "absent"), train="train").prepare_data()
