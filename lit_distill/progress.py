@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from rich import progress as rich
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 _LINE_SECONDS = 10.0
@@ -220,6 +221,8 @@ class Progress(ProgressBar):
                     "{task.fields[numbers]}",
                     expand=True,
                     transient=True,
+                    # rich's own one knows the output of the process's first message
+                    console=Console(),
                     # drawn where a number changes
                     auto_refresh=False,
                 )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import lit_distill.progress
 from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
@@ -93,6 +94,8 @@ def test_on_a_terminal_bars_count_the_runs_steps_in_80_columns(
     student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lit_distill.progress, "_BAR_SECONDS", 0.0)
+    # whatever the process has written to before
+    monkeypatch.setattr("rich._console", Console(file=io.StringIO()))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     reader, writer = os.openpty()
