@@ -211,3 +211,13 @@ def test_a_checkpoint_without_a_part_is_one_line(
     torch.save(content, path)
     line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}")
     assert line.startswith(f"ckpt_path: {str(path)!r} does not fit what is run here")
+
+
+def test_a_checkpoint_whose_optimizer_has_no_numbers(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", arguments(student_folder), "--trainer.max_steps=1")
+    path = run_folders()[0] / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["optimizer_states"][0]["param_groups"][0]["eps"] = []
+    torch.save(content, path)
+    line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}")
+    assert line == "ckpt_path: the checkpoint's optimizer has eps [], which is no number"

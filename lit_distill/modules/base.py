@@ -27,7 +27,14 @@ from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, s
 from lit_distill.modules.fast_path import FastPath
 from lit_distill.modules.finite import Part, first_not_finite, part_of, rows_of
 from lit_distill.modules.generation import add_rationales, answer_rows
-from lit_distill.modules.optimization import OptimizerName, ScheduleName, clip_within_step, configure, take_off_clipping
+from lit_distill.modules.optimization import (
+    OptimizerName,
+    ScheduleName,
+    check_optimizer_states,
+    clip_within_step,
+    configure,
+    take_off_clipping,
+)
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
 from lit_distill.students import CHECKPOINT_KEY, check_weights, load_student, load_tokenizer, record_student
@@ -755,6 +762,8 @@ class DistillModule(pl.LightningModule):
                 f"ckpt_path: the checkpoint holds the state of {before}, which is of no use to {now};"
                 f" give --model.optimizer {before}"
             )
+        if self._trainer is not None and self._trainer.training:
+            check_optimizer_states(checkpoint.get("optimizer_states", []))
         trained = checkpoint.get(_PREFIXES_KEY, self.prefixes)
         if trained != self.prefixes:
             raise UserError(

@@ -1,6 +1,6 @@
 """The optimizer and the learning-rate schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
+
+from lit_distill.errors import UserError
 
 OptimizerName = Literal["adamw", "adafactor"]
 ScheduleName = Literal["linear", "constant"]
@@ -128,3 +130,16 @@ def configure(
         lambda step: learning_rate_factor(step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total),
     )
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+
+def check_optimizer_states(states: Sequence[Mapping[str, Any]]) -> None:
+    """See that what a checkpoint keeps of its optimizers are settings of one, which torch finds out in the first step.
+
+    Raises:
+        UserError: a setting that is a number, or a tuple of some, is none.
+    """
+    for group in (group for state in states for group in state["param_groups"]):
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            value = group.get(name)
+            if not all(isinstance(one, int | float | None) for one in (value if isinstance(value, tuple) else [value])):
+                raise UserError(f"ckpt_path: the checkpoint's optimizer has {name} {value!r}, which is no number")
