@@ -213,11 +213,16 @@ def test_a_checkpoint_without_a_part_is_one_line(
     assert line.startswith(f"ckpt_path: {str(path)!r} does not fit what is run here")
 
 
-def test_a_checkpoint_whose_optimizer_has_no_numbers(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "value"), [("eps", []), ("base_lrs", [{}])])
+def test_a_checkpoint_whose_optimizer_has_no_numbers(
+    name: str, value: object, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("fit", arguments(student_folder), "--trainer.max_steps=1")
     path = run_folders()[0] / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    content["optimizer_states"][0]["param_groups"][0]["eps"] = []
+    owner = content["lr_schedulers"][0] if name == "base_lrs" else content["optimizer_states"][0]["param_groups"][0]
+    assert name in owner
+    owner[name] = value
     torch.save(content, path)
     line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}")
-    assert line == "ckpt_path: the checkpoint's optimizer has eps [], which is no number"
+    assert line == f"ckpt_path: the checkpoint's optimizer has {name} {value!r}, which is no number"

@@ -763,7 +763,7 @@ class DistillModule(pl.LightningModule):
                 f" give --model.optimizer {before}"
             )
         if self._trainer is not None and self._trainer.training:
-            check_optimizer_states(checkpoint.get("optimizer_states", []))
+            check_optimizer_states(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
         trained = checkpoint.get(_PREFIXES_KEY, self.prefixes)
         if trained != self.prefixes:
             raise UserError(

@@ -132,14 +132,16 @@ def configure(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
 
-def check_optimizer_states(states: Sequence[Mapping[str, Any]]) -> None:
-    """See that what a checkpoint keeps of its optimizers are settings of one, which torch finds out in the first step.
+def check_optimizer_states(states: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]]) -> None:
+    """See that a checkpoint keeps numbers of its optimizers and schedules, which torch finds out in the first step.
 
     Raises:
-        UserError: a setting that is a number, or a tuple of some, is none.
+        UserError: a setting that is a number, or holds some, does not.
     """
-    for group in (group for state in states for group in state["param_groups"]):
-        for name in ("lr", "betas", "eps", "weight_decay"):
+    groups = [(group, ("lr", "betas", "eps", "weight_decay")) for state in states for group in state["param_groups"]]
+    for group, names in [*groups, *((schedule, ("base_lrs", "last_epoch")) for schedule in schedules)]:
+        for name in names:
             value = group.get(name)
-            if not all(isinstance(one, int | float | None) for one in (value if isinstance(value, tuple) else [value])):
+            numbers = value if isinstance(value, tuple) or name == "base_lrs" else [value]
+            if not isinstance(numbers, list | tuple) or not all(isinstance(one, int | float | None) for one in numbers):
                 raise UserError(f"ckpt_path: the checkpoint's optimizer has {name} {value!r}, which is no number")
