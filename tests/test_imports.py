@@ -31,14 +31,14 @@ LAYERS = (
         "help",
     ),
     ("equations",),
-    ("rationales", "checks", "losses", "metrics", "students", "fast"),
+    ("rationales", "checks", "losses", "metrics", "students"),
     ("annotation", "comparison", "experiments"),
     ("data", "modules", "callbacks", "checkpoints", "progress", "export", "teachers"),
     ("commands",),
     ("cli",),
     ("__main__",),
 )
-ROOMS = {"data", "modules", "teachers", "fast"}
+ROOMS = {"data", "modules", "teachers"}
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 

@@ -11,16 +11,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, take
-from lit_distill.fast.memory import keep_freed_memory
-from lit_distill.fast.student import Encoded, encode, losses_of_encoded, target_losses
-from lit_distill.fast.support import fits, reason_against, reason_against_decoding
+from lit_distill.students.fast.memory import keep_freed_memory
+from lit_distill.students.fast.student import Encoded, encode, losses_of_encoded, target_losses
+from lit_distill.students.fast.support import fits, reason_against, reason_against_decoding
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule
 
 
 class FastPath:
-    """Where a module enters `lit_distill.fast`.
+    """Where a module enters `lit_distill.students.fast`.
 
     Args:
         module: whose student it is.

@@ -13,10 +13,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lit_distill.answers import AnswerKey
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, take
-from lit_distill.fast.greedy import Shape, greedy
-from lit_distill.fast.student import log_likelihoods
 from lit_distill.losses import sequence_log_likelihood
 from lit_distill.modules.evaluation import Answer, all_ranks
+from lit_distill.students.fast.greedy import Shape, greedy
+from lit_distill.students.fast.student import log_likelihoods
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule

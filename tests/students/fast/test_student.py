@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.fast import head as head_module
-from lit_distill.fast import student as fast_student
-from lit_distill.fast.student import encode, log_likelihoods, losses_of_encoded, target_losses
 from lit_distill.losses import sequence_log_likelihood
-from tests.fast.examples import (
+from lit_distill.students.fast import head as head_module
+from lit_distill.students.fast import student as fast_student
+from lit_distill.students.fast.student import encode, log_likelihoods, losses_of_encoded, target_losses
+from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
     check_gradients,

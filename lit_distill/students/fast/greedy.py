@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Block
 
-from lit_distill.fast.few_queries import FewQueries
-from lit_distill.fast.looks import projects_plainly
-from lit_distill.fast.packing import Packing
-from lit_distill.fast.student import Encoded
-from lit_distill.fast.support import start_token
-from lit_distill.fast.t5 import feed_forward, into_head, norm
+from lit_distill.students.fast.few_queries import FewQueries
+from lit_distill.students.fast.looks import projects_plainly
+from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.student import Encoded
+from lit_distill.students.fast.support import start_token
+from lit_distill.students.fast.t5 import feed_forward, into_head, norm
 
 Shape = Callable[[Tensor, int, Tensor], Tensor]
 """``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``: changes the scores of the next token."""

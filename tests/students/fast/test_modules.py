@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, lengths_of
-from lit_distill.fast.support import fits
 from lit_distill.losses import token_cross_entropy
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.modules.generation import generate_texts, score_choices
+from lit_distill.students.fast.support import fits
 from tests.modules.batches import Row, RowsData, collate, random_rows
 from tests.modules.running import difference, gradients_of, make_trainer
 from tests.modules.test_evaluation import ITEMS, ItemData

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerFF
 
-from lit_distill.fast.functions import apply, kept, rms_norm_gradients, rms_scale
-from lit_distill.fast.support import listened_to
+from lit_distill.students.fast.functions import apply, kept, rms_norm_gradients, rms_scale
+from lit_distill.students.fast.support import listened_to
 
 CHUNK = 1024
 """Tokens that go through the sublayer together."""

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import T5ForConditionalGeneration
 
-from lit_distill.fast.greedy import greedy
-from lit_distill.fast.student import encode, log_likelihoods, target_losses
-from tests.fast.examples import (
+from lit_distill.students.fast.greedy import greedy
+from lit_distill.students.fast.student import encode, log_likelihoods, target_losses
+from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
     Gradients,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalGeneration
 
-from lit_distill.fast import greedy as greedy_module
-from lit_distill.fast.greedy import FIRST_CAPACITY, greedy
-from lit_distill.fast.student import encode
-from tests.fast.examples import VARIANTS, make_student, make_task
+from lit_distill.students.fast import greedy as greedy_module
+from lit_distill.students.fast.greedy import FIRST_CAPACITY, greedy
+from lit_distill.students.fast.student import encode
+from tests.students.fast.examples import VARIANTS, make_student, make_task
 
 TASK = make_task([7, 1, 12, 5, 12, 3, 2, 20, 9], [1] * 9, seed=6)
 ROWS = list(range(9))

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from lit_distill.fast import memory
+from lit_distill.students.fast import memory
 
 PROGRAM = """
 import resource, sys, torch
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":
-    from lit_distill.fast.memory import keep_freed_memory
+    from lit_distill.students.fast.memory import keep_freed_memory
     assert keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lit_distill.fast.packing import AttentionPlan
+from lit_distill.students.fast.packing import AttentionPlan
 
 _LANES = 1 << 16
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.fast.student import target_losses
 from lit_distill.students import build_student
+from lit_distill.students.fast.student import target_losses
 from tests.modules.batches import pad
 from tests.students import CONFIG
 

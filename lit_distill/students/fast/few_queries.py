@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_distill.fast.functions import dropout
-from lit_distill.fast.packing import Packing
+from lit_distill.students.fast.functions import dropout
+from lit_distill.students.fast.packing import Packing
 
 WORTH = 0.5
 """Rows are taken for which this way costs no more than this share of the ordinary one."""

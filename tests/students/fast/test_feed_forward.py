@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
-from lit_distill.fast import feed_forward
-from lit_distill.fast.feed_forward import chunks_well, feed_forward_sublayer
-from lit_distill.fast.functions import apply
-from lit_distill.fast.student import target_losses
 from lit_distill.students import build_student
+from lit_distill.students.fast import feed_forward
+from lit_distill.students.fast.feed_forward import chunks_well, feed_forward_sublayer
+from lit_distill.students.fast.functions import apply
+from lit_distill.students.fast.student import target_losses
 
 
 def make_layer(**changes: object) -> T5LayerFF:

@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lit_distill.batch import IGNORE_INDEX
-from lit_distill.fast.functions import apply
+from lit_distill.students.fast.functions import apply
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's logits: large enough for efficient matrix products."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_distill.fast.packing import AttentionPlan, Packing, Slots, groups_of
+from lit_distill.students.fast.packing import AttentionPlan, Packing, Slots, groups_of
 
 INF = float("inf")
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=12)

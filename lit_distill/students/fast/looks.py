@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5Stack
 
-from lit_distill.fast.few_queries import FewQueries, few_queries
-from lit_distill.fast.functions import attention, score_offsets
-from lit_distill.fast.packing import AttentionPlan, Packing
+from lit_distill.students.fast.few_queries import FewQueries, few_queries
+from lit_distill.students.fast.functions import attention, score_offsets
+from lit_distill.students.fast.packing import AttentionPlan, Packing
 
 
 def _rate(attend: T5Attention) -> float:

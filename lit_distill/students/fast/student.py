@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import TaskInputs, sources_of, targets_of
-from lit_distill.fast.head import token_losses
-from lit_distill.fast.packing import Packing
-from lit_distill.fast.support import listened_to
-from lit_distill.fast.t5 import into_head, run_decoder, run_encoder
+from lit_distill.students.fast.head import token_losses
+from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.support import listened_to
+from lit_distill.students.fast.t5 import into_head, run_decoder, run_encoder
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lit_distill.fast import few_queries as few_queries_module
-from lit_distill.fast.few_queries import FewQueries, few_queries
-from lit_distill.fast.packing import Packing
-from lit_distill.fast.student import encode, log_likelihoods, losses_of_encoded, target_losses
-from tests.fast.examples import TASKS, VARIANTS, compare, fast_losses, make_student, make_task
+from lit_distill.students.fast import few_queries as few_queries_module
+from lit_distill.students.fast.few_queries import FewQueries, few_queries
+from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.student import encode, log_likelihoods, losses_of_encoded, target_losses
+from tests.students.fast.examples import TASKS, VARIANTS, compare, fast_losses, make_student, make_task
 
 HEADS, SIZE, WIDTH = 2, 3, 5
 

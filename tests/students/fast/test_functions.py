@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lit_distill.fast.functions import add_dropped, dropout, gated, kept, rms_norm
+from lit_distill.students.fast.functions import add_dropped, dropout, gated, kept, rms_norm
 
 LANES = 65536
 

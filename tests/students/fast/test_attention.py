@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_distill.fast.functions import attention, score_offsets
-from lit_distill.fast.packing import AttentionPlan, Packing
+from lit_distill.students.fast.functions import attention, score_offsets
+from lit_distill.students.fast.packing import AttentionPlan, Packing
 
 HEADS, SIZE = 2, 3
 

@@ -12,8 +12,14 @@ from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
 
 from lit_distill.batch import IGNORE_INDEX
-from lit_distill.fast.support import decodes_plainly, fits, reason_against, reason_against_decoding, start_token
-from tests.fast.examples import TASKS, VARIANTS, checkpointed, make_student, make_task
+from lit_distill.students.fast.support import (
+    decodes_plainly,
+    fits,
+    reason_against,
+    reason_against_decoding,
+    start_token,
+)
+from tests.students.fast.examples import TASKS, VARIANTS, checkpointed, make_student, make_task
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

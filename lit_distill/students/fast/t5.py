@@ -16,10 +16,10 @@ from transformers.models.t5.modeling_t5 import (
     T5Stack,
 )
 
-from lit_distill.fast.feed_forward import chunks_well, feed_forward_sublayer
-from lit_distill.fast.functions import add_dropped, dropout, gated, rms_norm
-from lit_distill.fast.looks import CrossLook, SelfLook
-from lit_distill.fast.packing import AttentionPlan, Packing
+from lit_distill.students.fast.feed_forward import chunks_well, feed_forward_sublayer
+from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm
+from lit_distill.students.fast.looks import CrossLook, SelfLook
+from lit_distill.students.fast.packing import AttentionPlan, Packing
 
 
 def _rate(module: nn.Dropout) -> float:

@@ -1,0 +1,135 @@
+"""What a student is to the rest of the package, whatever its family: a `Student`, and a `Pass` of one batch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_distill.batch import TaskBatch
+from lit_distill.students.tokens import Tokens
+
+ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
+"""``(scores (rows, vocabulary), step, rows (rows,)) -> scores``: changes the scores that the next token is chosen by.
+
+``step`` counts the tokens generated before this one, ``rows`` are positions in the task's batch; with beams a row
+appears once for each beam.
+"""
+
+
+class Pass(ABC):
+    """One batch through one model under teacher forcing.
+
+    Making one costs nothing. The model runs once, over all tasks of the batch together, when something of it is first
+    read; everything that is read comes from that one forward, with the same dropout masks.
+
+    Only real tokens appear: a target's tokens are the positions whose label is not ``IGNORE_INDEX``, row after row,
+    so that ``labels(task)[i]``, ``rows(task)[i]``, ``states(task)[i]`` and ``logits(task)[i]`` belong together.
+    A task without rows takes part in the forward all the same (every rank runs it, every parameter has a gradient).
+
+    A task that the batch does not hold at all raises a ``KeyError`` that names those it holds.
+    """
+
+    batch: TaskBatch
+
+    @abstractmethod
+    def labels(self, task: str) -> Tensor:
+        """The target token ids, ``(tokens,)``."""
+
+    @abstractmethod
+    def rows(self, task: str) -> Tensor:
+        """The row of the task's batch that each target token belongs to, ``(tokens,)``."""
+
+    @abstractmethod
+    def states(self, task: str) -> Tensor:
+        """What the output head reads at each target token, ``(tokens, d_model)``."""
+
+    @abstractmethod
+    def project(self, states: Tensor) -> Tensor:
+        """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``, so that a loss may go in chunks."""
+
+    @abstractmethod
+    def logits(self, task: str) -> Tensor:
+        """The logits that each target token is predicted with, ``(tokens, vocabulary)``; made at the first call."""
+
+    @abstractmethod
+    def token_losses(self, task: str) -> Tensor:
+        """The cross-entropy of each target token in nats, ``(tokens,)``, float32; keeps no logits."""
+
+    @abstractmethod
+    def loss(self, task: str) -> Tensor:
+        """The mean of `token_losses` (the paper's CE of Eq. 3 and 4); 0, with a gradient of 0, without a target."""
+
+    @abstractmethod
+    def hidden(self, task: str, layer: int) -> Tensor:
+        """The decoder's hidden states at each target token, ``(tokens, d_model)``.
+
+        Args:
+            task: the task.
+            layer: as in Hugging Face's ``decoder_hidden_states``: 0 is the embeddings, -1 the last.
+        """
+
+    @abstractmethod
+    def encoder(self, task: str, layer: int = -1) -> Tensor:
+        """The hidden states of each source token (of the prompt, where there is no encoder), ``(tokens, d_model)``."""
+
+    @abstractmethod
+    def generate(
+        self,
+        task: str,
+        *,
+        rows: Sequence[int] | None = None,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        process_logits: ProcessLogits | None = None,
+    ) -> list[list[int]]:
+        """Write a target for each row, greedily or with beams; without gradient, in evaluation mode.
+
+        Args:
+            task: whose sources are read; those that this pass has encoded are not encoded again.
+            rows: rows of the task's batch; all of them by default.
+            max_new_tokens: tokens of a target at most, the end-of-sequence token included.
+            num_beams: 1 is greedy.
+            process_logits: changes the scores of the next token.
+
+        Returns:
+            For each row its token ids, which may end in padding; `Tokens.decode` makes text of them.
+        """
+
+    @abstractmethod
+    def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:
+        """The log-likelihood of each row's choices as whole targets, end-of-sequence token included, in nats.
+
+        Args:
+            task: whose sources are read; they are encoded once.
+            choices: one tuple for each row of the task's batch, which may be empty.
+        """
+
+
+class Student(nn.Module, ABC):
+    """A Hugging Face model with its tokens. `lit_distill.students.load` makes one by name."""
+
+    model: PreTrainedModel
+    """The model itself, or PEFT's wrapper around it; the only thing with parameters."""
+    tokens: Tokens
+    sharded: bool = False
+    """Whether the parameters are spread over ranks, so that each forward is a collective; its module sets it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.tokens.tokenizer
+
+    @abstractmethod
+    def forward(self, batch: TaskBatch) -> Pass:
+        """A pass of this batch; nothing runs before something of it is read."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Save model and tokenizer in the Hugging Face format."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights: plain types and tensors."""

@@ -1,0 +1,88 @@
+"""A student's tokenizer, and how its family writes sources and targets."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Literal
+
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+Family = Literal["seq2seq", "causal"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as token ids."""
+
+    ids: list[list[int]]
+    """Cut to the length that is allowed."""
+    lengths: list[int]
+    """How many tokens there were before the cut."""
+
+
+class Tokens:
+    """A tokenizer, and what its family adds to a text.
+
+    Args:
+        tokenizer: one with an end-of-sequence and a padding token.
+        family: of the model that reads the tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family = "seq2seq") -> None:
+        self.tokenizer = tokenizer
+        self.family = family
+
+    def sources(self, texts: Sequence[str], max_length: int) -> Encoded:
+        """Inputs as the tokenizer ends them; one that is too long is cut before its end-of-sequence token."""
+        return self._cut(self._ids(texts), max_length)
+
+    def targets(self, texts: Sequence[str], max_length: int) -> Encoded:
+        """Targets, which end in the end-of-sequence token even where the tokenizer adds none."""
+        eos = self.tokenizer.eos_token_id
+        return self._cut([ids if ids and ids[-1] == eos else [*ids, eos] for ids in self._ids(texts)], max_length)
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Token ids to text without special tokens, whatever they are padded with."""
+        safe = [[token for token in row if token >= 0] for row in ids]
+        texts = self.tokenizer.batch_decode(safe, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what becomes of a text: class, special tokens, vocabulary, rules, family and chat template."""
+        tokenizer = self.tokenizer
+        content: dict[str, Any] = {
+            "family": self.family,
+            "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+            "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+            "special_ids": tokenizer.all_special_ids,
+            "vocabulary": sorted(tokenizer.get_vocab().items()),
+            "chat_template": getattr(tokenizer, "chat_template", None),
+            # the library's own rules change between releases
+            "versions": [transformers.__version__, tokenizers.__version__],
+        }
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            rules = json.loads(backend.to_str())
+            # set by whoever called it last, and set again by each call
+            content["rules"] = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # `verbose=False`: a text beyond the tokenizer's own limit needs no warning here, cuts are counted
+        ids: list[list[int]] = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        return ids
+
+    def _cut(self, ids: list[list[int]], max_length: int) -> Encoded:
+        eos = self.tokenizer.eos_token_id
+
+        def cut(row: list[int]) -> list[int]:
+            if len(row) <= max_length:
+                return row
+            return [*row[: max_length - 1], eos] if row[-1] == eos else row[:max_length]
+
+        return Encoded([cut(row) for row in ids], [len(row) for row in ids])
