@@ -12,20 +12,42 @@ T = TypeVar("T")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:  # noqa: ANN401 - whatever YAML holds
-    """An integer from ``low`` to ``high`` (``None``: as far as 32 bits go); a bool is none."""
+    """An integer from ``low`` to ``high``, by default as far as 32 bits go; a bool is none."""
     most = 2**31 - 1 if high is None else high
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= most:
-        beyond = isinstance(value, int) and value > most
-        allowed = f">= {low}" if high is None and not beyond else f"in [{low}, {most}]"
-        raise UserError(f"{name} must be an integer {allowed}, got {value!r}")
-    return value
+    beyond = isinstance(value, int) and value > most
+    allowed = f">= {low}" if high is None and not beyond else f"in [{low}, {most}]"
+    return int(_check(name, value, isinstance(value, int) and low <= value <= most, f"an integer {allowed}"))
 
 
 def check_fraction(name: str, value: Any) -> float:  # noqa: ANN401
     """A number above 0 and not above 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise UserError(f"{name} must be in (0, 1], got {value!r}")
-    return float(value)
+    return float(_check(name, value, isinstance(value, int | float) and 0 < value <= 1, "in (0, 1]"))
+
+
+def check_range(
+    name: str,
+    value: float | None,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """A finite number within its bounds; ``None`` stands for an argument that is not set."""
+    if value is None:
+        return
+    good = isinstance(value, int if whole else int | float) and math.isfinite(value)
+    good = good and (above is None or value > above) and (at_least is None or value >= at_least)
+    good = good and (below is None or value < below)
+    bounds = {"above": above, "at least": at_least, "below": below}
+    allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+    _check(name, value, good, f"an integer {allowed}" if whole else allowed)
+
+
+def _check(name: str, value: Any, good: bool, allowed: str) -> Any:  # noqa: ANN401
+    if not good or isinstance(value, bool):
+        raise UserError(f"{name} must be {allowed}, got {value!r}")
+    return value
 
 
 def check_text(name: str, value: Any) -> str:  # noqa: ANN401
@@ -98,40 +120,3 @@ def check_distinct(prefixes: dict[str, str]) -> dict[str, str]:
         if other != task:
             raise UserError(f"prefixes: {other} and {task} both have {prefix!r}, so that nothing tells the tasks apart")
     return prefixes
-
-
-def check_range(
-    name: str,
-    value: float | None,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    whole: bool = False,
-) -> None:
-    """Refuse a number that is out of its range; ``None`` stands for an argument that is not set.
-
-    Args:
-        name: the argument's.
-        value: what was given.
-        above: what it has to be greater than.
-        at_least: what it must not be less than.
-        below: what it has to be less than.
-        whole: it has to be an integer.
-
-    Raises:
-        UserError: names the argument, its range and what was given.
-    """
-    if value is None:
-        return
-    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
-    good = good and (above is None or value > above) and (at_least is None or value >= at_least)
-    good = good and (below is None or value < below)
-    if not good:
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("above", above), ("at least", at_least), ("below", below))
-            if bound is not None
-        ]
-        kind = "an integer " if whole else ""
-        raise UserError(f"{name} must be {kind}{' and '.join(bounds)}, got {value!r}")

@@ -1,10 +1,10 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all; nested keys as dotted ones."""
 
 import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +59,17 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file with `atomic_write`."""
     with atomic_write(path) as file:
         file.write(text)
+
+
+def flatten(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """A config with its keys joined by dots. Lists stay as they are, empty mappings are left out."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{before}{name}.")
+        else:
+            flat[f"{before}{name}"] = value
+    return flat
 
 
 @contextmanager

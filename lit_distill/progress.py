@@ -1,67 +1,109 @@
-"""How far a run is: bars on a terminal, plain lines in a file."""
+"""How far a run is: tqdm's bars on a terminal, plain lines in a file."""
 
 import logging
 import math
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any, TypeGuard
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar, Timer
-from rich import progress as rich
-from rich.console import Console
+from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LINE_SECONDS = 10.0
-"""Between two plain lines at least; in a long run a hundredth of its time, so that there are some hundreds of them."""
+"""Between two plain lines at least; in a long run a hundredth of its time."""
 _BAR_SECONDS = 0.2
-"""Between two updates of a bar at least: each reads the losses, for which a device is waited for."""
+"""Between two updates of a bar at least: each reads the losses, for which the device is waited for."""
 
 
-@dataclass
-class _Stage:
-    """A pass over something: the steps of a fit, the rows of an evaluation."""
+class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+    """A bar on a terminal, else lines: of the steps of a fit, or of the rows of an evaluation.
 
-    name: str
-    total: int | None
-    """Steps or rows; ``None`` where nobody knows."""
-    first: int
-    """Steps that an earlier run has taken."""
-    done: int
-    began: float
-    shown: float = -math.inf
-    """When it was last shown."""
-    paused: float = 0.0
-    """Seconds that evaluation took within it."""
-    task: rich.TaskID | None = None
-    """Its bar."""
+    Args:
+        desc: what is counted.
+        total: steps or rows; ``None`` where nobody knows.
+        numbers: called whenever it is shown, for the metrics beside it; given for a fit only.
+        initial: steps that an earlier run has taken.
+    """
 
+    # without tqdm's thread, which the workers of a data loader would inherit
+    monitor_interval = 0
+
+    def __init__(
+        self, desc: str, total: int | None, numbers: Callable[[], str] | None = None, initial: int = 0
+    ) -> None:
+        self.numbers = numbers
+        self.on_terminal = sys.stdout.isatty()
+        self.paused = 0.0
+        """Seconds that evaluation took within it."""
+        shape = "{desc} {bar} {n_fmt}/{total_fmt} {pace:.3g}/s {left} {numbers}"
+        super().__init__(
+            desc=desc,
+            total=total,
+            initial=initial,
+            file=sys.stdout,
+            leave=False,
+            dynamic_ncols=self.on_terminal,
+            bar_format=shape,
+            miniters=1,
+            # a line is not shown before anything is done
+            delay=0.0 if self.on_terminal else 1e-9,
+        )
+        self.desc = desc
+
+    @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        """Since it began."""
+        return float(super().format_dict["elapsed"])
 
-    def left(self) -> float | None:
-        """Seconds that the rest takes if it is as fast as what was done, evaluation included."""
-        done = self.done - self.first
-        return None if self.total is None or not done else self.seconds() / done * (self.total - self.done)
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm shows: the pace without evaluation, the time left with it."""
+        known: dict[str, Any] = super().format_dict
+        done, seconds = self.n - self.initial, known["elapsed"]
+        left = _clock(seconds / done * (self.total - self.n)) if done and self.total is not None else ""
+        pace = done / max(seconds - self.paused, 1e-9)
+        return known | {"pace": pace, "left": left, "numbers": self.numbers() if self.numbers is not None else ""}
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draw the bar, or print a line."""
+        if self.on_terminal:
+            return bool(super().display(msg, pos))
+        if msg is None:
+            shown = self.format_dict
+            left = f", {shown['left']} left" if shown["left"] else ""
+            if self.numbers is not None:
+                print(f"{self.step}: {shown['numbers']}; {shown['pace']:.3g} steps/s{left}", flush=True)
+            elif self.n != self.total:
+                print(f"{self.desc}: {self.n} of {self.total} rows{left}", flush=True)
+        return False
+
+    @property
+    def step(self) -> str:
+        """The step that a fit has reached."""
+        return f"step {self.n}" if self.total is None else f"step {self.n} of {self.total}"
+
+    def advance(self, n: int) -> None:
+        """Count, and show it if it is time to: of a fit also the first step and the last one."""
+        must = self.numbers is not None and (self.n == self.initial or self.n + n == self.total)
+        every = _BAR_SECONDS if self.on_terminal else max(_LINE_SECONDS, self.seconds / 100)
+        self.mininterval = 0 if must else every
+        self.update(n if self.total is None else min(n, self.total - self.n))
 
 
 class Progress(ProgressBar):
-    """Shows how far a run is, on rank 0: of a fit the optimizer steps of the whole run, of an evaluation its rows.
-
-    On a terminal these are bars. Elsewhere (a file, a pipe, a notebook) they are plain lines: after the first step and
-    the last one, every ten seconds in between, and when an evaluation begins and ends.
-    """
+    """Shows how far a run is, on rank 0: of a fit the optimizer steps of the whole run, of an evaluation its rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._bars: rich.Progress | None = None
-        self._logs: list[tuple[logging.StreamHandler[Any], Any]] = []
-        self._fit: _Stage | None = None
-        self._evaluation: _Stage | None = None
+        self._fit: _Bar | None = None
+        self._rows: _Bar | None = None
+        self._logs = ExitStack()
 
     def disable(self) -> None:
         """Show nothing: Lightning asks for it on all ranks but the first."""
@@ -71,206 +113,112 @@ class Progress(ProgressBar):
         """Show again."""
         self._enabled = True
 
-    # ------------------------------------------------------------------ training
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have Lightning's messages written above the bars."""
+        super().setup(trainer, pl_module, stage)
+        log = logging.getLogger("lightning.pytorch")
+        if self._enabled and sys.stdout.isatty():
+            self._logs.enter_context(logging_redirect_tqdm([log]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the run's steps."""
-        steps = trainer.estimated_stepping_batches
-        self._fit = self._begin("fit", None if math.isinf(steps) else int(steps), first=trainer.global_step)
-        if self._fit is not None:
-            resumed = f", {self._fit.first} of them done" if self._fit.first else ""
-            self._line(f"fit: {'' if self._fit.total is None else f'{self._fit.total} '}steps{resumed}")
+        steps, done = trainer.estimated_stepping_batches, trainer.global_step
+        total = None if math.isinf(steps) else int(steps)
+        self._line(f"fit: {'' if total is None else f'{total} '}steps{f', {done} of them done' if done else ''}")
+        if self._enabled:
+            self._fit = _Bar("fit", total, lambda: self._losses(trainer), done)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Show a complete step, where it is time to."""
-        stage = self._fit
-        if stage is None or stage.done == trainer.global_step:
-            return
-        stage.done = trainer.global_step
-        if not self._due(stage):
-            return
-        pace = (stage.done - stage.first) / max(stage.seconds() - stage.paused, 1e-9)
-        left = _shortest(stage.left(), _time_limit(trainer))
-        if self._bars is not None:
-            known = trainer.progress_bar_metrics
-            losses = {name.rpartition("/")[2]: value for name, value in known.items()}
-            self._bar(stage, f"{pace:.3g}/s", left, _numbers(losses, " "))
-        else:
-            losses = {name: float(value) for name, value in trainer.callback_metrics.items() if _is_train_loss(name)}
-            rest = "" if left is None else f", {_clock(left)} left"
-            self._line(f"{_step(stage)}: {_numbers(losses)}; {pace:.3g} steps/s{rest}")
+        """Count a complete step."""
+        if self._fit is not None and self._fit.n != trainer.global_step:
+            self._fit.advance(trainer.global_step - self._fit.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The bars go."""
-        self._end(self._fit)
-        self._fit = None
-
-    # ------------------------------------------------------------------ evaluation
+        """Take the bar away."""
+        self._close()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the rows."""
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         name = "sanity check" if trainer.sanity_checking else "validation"
-        self._begin_rows(trainer, name, trainer.val_dataloaders, batches)
+        self._begin(trainer, name, trainer.val_dataloaders, batches)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the rows."""
-        self._begin_rows(trainer, "test", trainer.test_dataloaders, trainer.num_test_batches)
+        self._begin(trainer, "test", trainer.test_dataloaders, trainer.num_test_batches)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the rows."""
-        self._begin_rows(trainer, "predict", trainer.predict_dataloaders, trainer.num_predict_batches)
+        self._begin(trainer, "predict", trainer.predict_dataloaders, trainer.num_predict_batches)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Show its rows, where it is time to."""
-        self._advance(trainer, args[2])
+        """Count its rows."""
+        if self._rows is not None:
+            rows = max((len(inputs["labels"]) for inputs in args[2].values()), default=0)
+            self._rows.advance(rows * trainer.world_size)
 
-    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Show its rows, where it is time to."""
-        self._advance(trainer, args[2])
-
-    def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Show its rows, where it is time to."""
-        self._advance(trainer, args[2])
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what it found."""
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self._end_rows({} if trainer.sanity_checking else found)
+        """Show what was found, also beside bars, which show the last one alone."""
+        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if self._fit is not None and self._rows is not None:
+            self._fit.paused += self._rows.seconds
+            if found and not trainer.sanity_checking:
+                write = tqdm.write if self._fit.on_terminal else print
+                write(f"{self._fit.step}: {_numbers(found)}")
+        self._end()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A table follows."""
-        self._end_rows({})
+        """Take the bar away."""
+        self._end()
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The bars go."""
-        self._end_rows({})
+    on_predict_end = on_test_end
 
-    def _begin_rows(self, trainer: pl.Trainer, name: str, loader: Any, batches: Any) -> None:  # noqa: ANN401 - Lightning's
-        if self._fit is not None and self._fit.task is not None and self._bars is not None:
-            # a step that came too soon after the last that was shown
-            self._bars.update(self._fit.task, completed=self._fit.done)
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+        self._logs.close()
+
+    def _begin(self, trainer: pl.Trainer, name: str, loader: Any, batches: Any) -> None:  # noqa: ANN401 - Lightning's
         rows = None
         # Lightning wraps the sampler of predict, and then the loader itself has no size
         batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         if isinstance(loader, DataLoader) and batch_size is not None and not math.isinf(sum(batches)):
             read = int(sum(batches)) * batch_size * trainer.world_size
             rows = min(read, len(loader.dataset))  # type: ignore[arg-type]  # sized, or its batches had no number
-        self._evaluation = self._begin(name, rows)
         self._line(f"{name} begins" if rows is None else f"{name}: {rows} rows")
-        if self._evaluation is not None:
-            # that it began has just been shown
-            self._evaluation.shown = time.monotonic()
+        if self._enabled:
+            if self._fit is not None and self._fit.on_terminal:
+                self._fit.refresh()
+            self._rows = _Bar(name, rows)
 
-    def _advance(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
-        stage = self._evaluation
-        if stage is None:
-            return
-        rows = max((len(inputs["labels"]) for inputs in batch.values()), default=0) * trainer.world_size
-        stage.done = stage.done + rows if stage.total is None else min(stage.done + rows, stage.total)
-        if not self._due(stage):
-            return
-        left = stage.left()
-        self._bar(stage, f"{stage.done / max(stage.seconds(), 1e-9):.3g}/s", left, "")
-        if left:
-            self._line(f"{stage.name}: {stage.done} of {stage.total} rows, {_clock(left)} left")
+    def _end(self) -> None:
+        if self._rows is not None:
+            self._line(f"{self._rows.desc}: {self._rows.n} rows in {_clock(self._rows.seconds)}")
+            self._rows.close()
+            self._rows = None
 
-    def _end_rows(self, found: Mapping[str, float]) -> None:
-        stage = self._evaluation
-        if stage is None:
-            return
-        if self._fit is not None:
-            self._fit.paused += stage.seconds()
-            if found:
-                # beside bars as well, which only show the last one
-                print(f"{_step(self._fit)}: {_numbers(found)}", flush=True)
-        self._line(f"{stage.name}: {stage.done} rows in {_clock(stage.seconds())}")
-        self._end(stage)
-        self._evaluation = None
+    def _close(self) -> None:
+        for bar in (self._rows, self._fit):
+            if bar is not None:
+                bar.close()
+        self._rows = self._fit = None
 
-    # ------------------------------------------------------------------ bars and lines
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
-        self._stop()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-        for handler, stream in self._logs:
-            handler.setStream(stream)
-        self._logs = []
-        self._bars = self._fit = self._evaluation = None
-
-    def _begin(self, name: str, total: int | None, first: int = 0) -> _Stage | None:
-        if not self._enabled:
-            return None
-        stage = _Stage(name, total, first, first, time.monotonic())
+    def _losses(self, trainer: pl.Trainer) -> str:
         if sys.stdout.isatty():
-            if self._bars is None:
-                self._bars = rich.Progress(
-                    "{task.description}",
-                    rich.BarColumn(bar_width=None),
-                    rich.MofNCompleteColumn(),
-                    "{task.fields[pace]}",
-                    "{task.fields[left]}",
-                    "{task.fields[numbers]}",
-                    expand=True,
-                    transient=True,
-                    # rich's own one knows the output of the process's first message
-                    console=Console(),
-                    # drawn where a number changes
-                    auto_refresh=False,
-                )
-                self._bars.start()
-                # Lightning's messages above the bars, as the bars have it of what else is printed
-                handlers = [each for each in logging.getLogger("lightning.pytorch").handlers if _on_terminal(each)]
-                self._logs = [(each, each.stream) for each in handlers]
-                for each in handlers:
-                    each.setStream(sys.stderr)
-            stage.task = self._bars.add_task(name, total=total, completed=first, pace="", left="", numbers="")
-            self._bars.refresh()
-        return stage
-
-    def _end(self, stage: _Stage | None) -> None:
-        if stage is not None and stage.task is not None and self._bars is not None:
-            self._bars.remove_task(stage.task)
-            if not self._bars.tasks:
-                self._stop()
-
-    def _due(self, stage: _Stage) -> bool:
-        now = time.monotonic()
-        every = _BAR_SECONDS if self._bars is not None else max(_LINE_SECONDS, stage.seconds() / 100)
-        if now - stage.shown < every and stage.done != stage.total:
-            return False
-        stage.shown = now
-        return True
-
-    def _bar(self, stage: _Stage, pace: str, left: float | None, numbers: str) -> None:
-        if self._bars is not None and stage.task is not None:
-            shown = "" if left is None else _clock(left)
-            self._bars.update(stage.task, completed=stage.done, pace=pace, left=shown, numbers=numbers, refresh=True)
+            return _numbers({name.rpartition("/")[2]: x for name, x in trainer.progress_bar_metrics.items()}, " ")
+        known = trainer.callback_metrics
+        return _numbers({name: x for name, x in known.items() if name.startswith("train/") and name.endswith("loss")})
 
     def _line(self, text: str) -> None:
-        if self._enabled and self._bars is None:
+        if self._enabled and not sys.stdout.isatty():
             # at once, for whoever follows the file
             print(text, flush=True)
-
-
-def _on_terminal(handler: logging.Handler) -> TypeGuard[logging.StreamHandler[Any]]:
-    return isinstance(handler, logging.StreamHandler) and handler.stream.isatty()
-
-
-def _step(stage: _Stage) -> str:
-    return f"step {stage.done}" if stage.total is None else f"step {stage.done} of {stage.total}"
-
-
-def _is_train_loss(name: str) -> bool:
-    return name.startswith("train/") and name.endswith("loss")
 
 
 def _numbers(values: Mapping[str, Any], between: str = ", ") -> str:
@@ -279,13 +227,3 @@ def _numbers(values: Mapping[str, Any], between: str = ", ") -> str:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _time_limit(trainer: pl.Trainer) -> float | None:
-    """Seconds until ``trainer.max_time`` ends the run."""
-    timer = next((one for one in trainer.callbacks if isinstance(one, Timer)), None)  # type: ignore[attr-defined]
-    return None if timer is None else timer.time_remaining()
-
-
-def _shortest(*seconds: float | None) -> float | None:
-    return min((one for one in seconds if one is not None), default=None)

@@ -3,15 +3,16 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lit_distill.errors import UserError
-from lit_distill.files import atomic_write, write_text
+from lit_distill.files import atomic_write, flatten, write_text
 from lit_distill.reading import parse_json
 
 RECORD = "run.json"
@@ -20,13 +21,37 @@ RECORD = "run.json"
 PREDICTIONS = "test_predictions.jsonl"
 """One object a test row, in the data's order: id, input, label, prediction, correct, rationale."""
 
-FORMAT = 1
-"""Of the record."""
+_SHARES = re.compile(r"(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$")
+
+
+def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that a float holds, and of shares from 0 to 1."""
+    for name, value in flatten(values).items():
+        if not isinstance(value, int | float):
+            continue
+        most = 1.0 if _SHARES.search(name) else 1e308
+        if not (0 if most == 1 else -most) <= value <= most:
+            raise ValueError(f"{name} is out of range: {value:.6g}" if isinstance(value, float) else f"{name} is huge")
+    return values
+
+
+def _check_amount(value: float) -> float:
+    if value < 0 or value > 2**63:
+        raise ValueError("Input should be from 0 to 2^63, or NaN where it is not known")
+    return value
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Amount = Annotated[float, AfterValidator(_check_amount)]
+_Metrics = Annotated[dict[str, float], AfterValidator(_check_numbers)]
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """What a run was, what it found, and what is needed to repeat it."""
+
+    __pydantic_config__ = ConfigDict(strict=True, revalidate_instances="always")
 
     dataset: str
     """The dataset, as in the run's name."""
@@ -36,34 +61,34 @@ class RunRecord:
     """The student, by its own name (the last part of its path)."""
     label_source: str
     """Which labels it was trained on: ``gold`` or ``teacher``."""
-    train_fraction: float
+    train_fraction: Annotated[float, Field(gt=0, le=1)]
     """The part of the training rows."""
-    seed: int
+    seed: _Count
     """Of initialisation and dropout (``seed_everything``)."""
-    data_seed: int
+    data_seed: _Count
     """Of the subset and the order (``data.seed``)."""
-    train_rows: int
+    train_rows: _Count
     """Rows that were trained on."""
-    test_rows: int
+    test_rows: _Count
     """Rows of test."""
-    steps: int
+    steps: _Count
     """Optimizer steps that were taken."""
-    metrics: dict[str, float]
+    metrics: _Metrics
     """Test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1."""
-    validation: dict[str, float] = field(default_factory=dict)
+    validation: _Metrics = field(default_factory=dict)
     """The metric by which the tested checkpoint was chosen, and its step."""
     rationales: str | None = None
     """Which rationales were trained on: ``own``, ``shuffled``; ``None`` where no task has them."""
-    parameters: int = 0
+    parameters: _Count = 0
     """The student's parameters."""
-    teacher_accuracy: float | None = None
+    teacher_accuracy: _Share | None = None
     """The accuracy of the teacher's labels on test, where there are some."""
-    chance: float | None = None
+    chance: _Share | None = None
     """The accuracy on test without reading an input: of a uniform guess, or of always the commonest training label."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Split -> hash of its rows in order: of train, those that were trained on, with labels and rationales; of val and
     test ids, inputs and gold labels, of test only the rows that were tested."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)
     """The whole config, as ``fit`` took it."""
     data: dict[str, Any] = field(default_factory=dict)
     """The data's own description, with what became of its rows."""
@@ -77,110 +102,65 @@ class RunRecord:
     """What it ran on."""
     started: str = ""
     """When, in UTC."""
-    wall_seconds: float = math.nan
+    wall_seconds: _Amount = math.nan
     """How long it took, test and saving included; of a run that was resumed all parts, without what was lost."""
-    validation_seconds: float = math.nan
+    validation_seconds: _Amount = math.nan
     """How long of that validation took."""
-    peak_memory_mib: float = math.nan
+    peak_memory_mib: _Amount = math.nan
     """The most memory that it held: of the accelerator where there is one, else of the process."""
+    format: Literal[1] = 1
+    """The version of this layout."""
 
 
-def flatten(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """A config with its keys joined by dots; lists stay as they are, and empty mappings are not there."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{before}{name}.")
-        else:
-            flat[f"{before}{name}"] = value
-    return flat
+@cache
+def _adapter() -> TypeAdapter[RunRecord]:
+    return TypeAdapter(RunRecord)
 
 
 def write_record(folder: str | Path, record: RunRecord) -> None:
     """Write a run's record; it is there whole or not at all."""
-    content = {"format": FORMAT, **asdict(record)}
-    write_text(Path(folder) / RECORD, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(Path(folder) / RECORD, json.dumps(asdict(record), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_record(folder: str | Path) -> RunRecord:
     """Read a run's record.
 
     Raises:
-        UserError: there is none, it is none, or a value in it is none that a run has; the message names file and key.
+        UserError: there is none, it is damaged, or a value is not of its type; the message names file and key.
     """
     path = Path(folder) / RECORD
     try:
-        found = parse_json(path.read_bytes())
+        return _adapter().validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: not there; the run has not ended") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise UserError(f"{path}: no record of format {FORMAT}")
-    known = {one.name for one in fields(RunRecord)}
-    try:
-        record = RunRecord(**{name: value for name, value in found.items() if name in known})
-    except TypeError as error:
-        raise UserError(f"{path}: not a whole record ({error})") from error
-    try:
-        check_values(record)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return record
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_fault(error)}") from error
 
 
 def check_values(record: RunRecord) -> None:
-    """See that each value is of its type, and within what it can be.
+    """See that each value is of its type, and within its range.
 
     Raises:
         UserError: one is not; the message names the key.
     """
-    for one in fields(RunRecord):
-        values, kind = {one.name: getattr(record, one.name)}, one.type
-        if get_origin(kind) is dict and isinstance(values[one.name], dict):
-            values, kind = flatten(values), get_args(kind)[1]
-        for name, value in values.items():
-            low, high = _bounds(name)
-            unknown = (
-                name in ("wall_seconds", "validation_seconds", "peak_memory_mib")
-                and isinstance(value, float)
-                and math.isnan(value)
-            )
-            # of a config only numbers that no float holds are out of bounds
-            numeric = kind in (Any, int, float, float | None)
-            bounded = numeric and isinstance(value, int if kind is Any else int | float) and not isinstance(value, bool)
-            if not _fits(value, kind) or (bounded and not low <= value <= high and not unknown):
-                text = repr(value)
-                allowed = _KINDS.get(get_origin(kind) or kind, "text")
-                if numeric:
-                    allowed = f"a number from {low:g} to {high:g}"
-                raise UserError(f"{name}: got {text if len(text) <= 80 else text[:77] + '...'}; allowed is {allowed}")
+    try:
+        _adapter().validate_python(record)
+    except ValidationError as error:
+        raise UserError(_first_fault(error)) from error
 
 
-_KINDS: Mapping[Any, str] = {dict: "a mapping", list: "a list of texts", str | bool: "text, true or false"}
-
-
-def _bounds(name: str) -> tuple[float, float]:
-    if name == "train_fraction":
-        return sys.float_info.min, 1
-    if re.match(
-        r"(metrics|validation)\..*(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$|teacher|chance", name
-    ):
-        return 0, 1
-    # a metric of the user's own, or a loss; else a count, seconds or MiB
-    return (-sys.float_info.max, sys.float_info.max) if "." in name else (0, 2**63 - 1)
-
-
-def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, as a dataclass has it
-    if kind is Any:
-        return True
-    if isinstance(kind, UnionType):
-        return any(_fits(value, one) for one in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(one, get_args(kind)[0]) for one in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, get_origin(kind) or kind) and (kind is not int or not isinstance(value, bool))
+def _first_fault(error: ValidationError) -> str:
+    fault = min(error.errors(include_url=False), key=lambda one: one["loc"] not in ((), ("format",)))
+    key, given = ".".join(map(str, fault["loc"])), repr(fault["input"])
+    if fault["type"] == "json_invalid":
+        return f"cannot be read ({fault['msg']})"
+    if key in ("", "format"):
+        return "no record of format 1"
+    if fault["type"] == "missing":
+        return f"not a whole record ({key} is missing)"
+    return f"{key}: got {given if len(given) <= 80 else given[:77] + '...'}; {fault['msg']}"
 
 
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

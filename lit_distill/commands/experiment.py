@@ -33,10 +33,10 @@ from lit_distill.experiments.schedule import Board, look, run_cells
 from lit_distill.experiments.slurm import Slurm
 from lit_distill.experiments.sweep import FILE, make_sweep, sweep_text
 from lit_distill.experiments.verdict import judge, verdict_table
-from lit_distill.files import write_text
+from lit_distill.files import flatten, write_text
 from lit_distill.messages import known_subclasses
 from lit_distill.reading import parse_yaml, read_small
-from lit_distill.records import RunRecord, flatten
+from lit_distill.records import RunRecord
 from lit_distill.shipped import find_config
 
 _BASES = ("lit_distill.modules.base.DistillModule", "lit_distill.data.base.RationaleDataModule")

@@ -17,10 +17,10 @@ from lit_distill.checkpoints import RunHistory
 from lit_distill.commands.runs import find_checkpoint
 from lit_distill.errors import UserError
 from lit_distill.experiments.keys import without_own
-from lit_distill.files import atomic_write
+from lit_distill.files import atomic_write, flatten
 from lit_distill.modules.base import DistillModule
 from lit_distill.reading import parse_yaml
-from lit_distill.records import RECORD, flatten
+from lit_distill.records import RECORD
 
 _CONFIG = "config.yaml"
 _METRICS = "metrics.csv"

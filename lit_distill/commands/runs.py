@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, telling
 from lit_distill.errors import UserError
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 from lit_distill.students import read_config
 
 

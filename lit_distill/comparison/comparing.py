@@ -31,7 +31,7 @@ from lit_distill.comparison.statistics import (
     summarize,
 )
 from lit_distill.errors import UserError
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 
 ACCURACY = "test/accuracy"
 """The metric that predictions are judged by, and that was published."""

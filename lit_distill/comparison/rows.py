@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lit_distill.comparison.runs import Run
 from lit_distill.comparison.settings import Setting, as_text
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 
 DATA_DIR = "data.init_args.data_dir"
 """A key that tells settings apart only where the rows below it differ."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_distill.comparison.runs import Run
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 
 STUDENT = "model.init_args.student"
 """The student's whole path."""

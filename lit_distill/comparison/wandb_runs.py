@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from lit_distill.comparison.runs import Found, Run, Skipped
 from lit_distill.errors import UserError
-from lit_distill.records import RunRecord, check_values, flatten
+from lit_distill.files import flatten
+from lit_distill.records import RunRecord, check_values
 
 SCHEME = "wandb://"
 """How an address begins."""

@@ -18,7 +18,7 @@ from lit_distill.comparison.names import (
 )
 from lit_distill.comparison.runs import Run, find_runs
 from lit_distill.comparison.settings import Setting, differing_keys, following_keys, setting_of, student_sizes
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 from tests.comparison.runs import edit, write_run
 
 

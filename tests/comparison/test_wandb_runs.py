@@ -13,7 +13,7 @@ from lit_distill.comparison.runs import Found, find_runs
 from lit_distill.comparison.settings import differing_keys
 from lit_distill.comparison.wandb_runs import find_wandb_runs
 from lit_distill.errors import UserError
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 from tests.comparison.runs import config_of, write_run
 
 

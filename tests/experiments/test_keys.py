@@ -3,7 +3,7 @@
 import pytest
 
 from lit_distill.experiments.keys import merge, without_own
-from lit_distill.records import flatten
+from lit_distill.files import flatten
 
 ARGUMENTS = {"One": {"shared", "own"}, "Two": {"shared"}}
 
