@@ -14,10 +14,10 @@ from report import machine
 from waiting import PROMPT_TOKENS, TOKENS
 from workers import Turn
 
-from lit_distill.answers import Split
 from lit_distill.commands.annotate import annotate
 from lit_distill.data import ToyDataModule
 from lit_distill.data.toy import KINDS
+from lit_distill.evaluation.answers import Split
 from lit_distill.questions import Question, Reply
 from lit_distill.rationales import Example
 from lit_distill.teachers import OpenAITeacher, Teacher

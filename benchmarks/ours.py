@@ -11,10 +11,9 @@ from operations import Batches
 from options import Settings
 from torch import Tensor
 
-from lit_distill.answers import AnswerKey
 from lit_distill.batch import TaskBatch
+from lit_distill.evaluation.answers import Answer, AnswerKey
 from lit_distill.modules import StepByStepModule
-from lit_distill.modules.evaluation import Answer
 
 
 class BenchmarkModule(StepByStepModule):

@@ -9,7 +9,6 @@ from options import Settings
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_distill.answers import Split
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import (
     ANLIDataModule,
@@ -20,6 +19,7 @@ from lit_distill.data import (
 )
 from lit_distill.data.splits import SplitRows, UsedRows
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.modules import StepByStepModule
 
 _DATASETS: dict[str, type[RationaleDataModule]] = {

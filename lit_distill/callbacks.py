@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Evaluation
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.evaluation import Evaluation
 
 _NEVER = sys.maxsize
 

@@ -21,7 +21,6 @@ LAYERS = (
         "files",
         "interrupts",
         "batch",
-        "answers",
         "questions",
         "reading",
         "records",
@@ -31,7 +30,7 @@ LAYERS = (
         "help",
     ),
     ("equations",),
-    ("rationales", "checks", "losses", "metrics", "students"),
+    ("rationales", "checks", "losses", "evaluation", "students"),
     ("annotation", "comparison", "experiments"),
     ("data", "modules", "callbacks", "checkpoints", "progress", "export", "teachers"),
     ("commands",),
@@ -79,9 +78,9 @@ def test_imports_go_down() -> None:
 
 def test_the_check_sees_each_form_of_an_import() -> None:
     source = (
-        "import lit_distill.data.base\nfrom lit_distill import metrics\ndef f():\n    from lit_distill.modules import a"
+        "import lit_distill.data.base\nfrom lit_distill import files\ndef f():\n    from lit_distill.modules import a"
     )
-    assert list(imports(ast.parse(source))) == ["data", "metrics", "modules"]
+    assert list(imports(ast.parse(source))) == ["data", "files", "modules"]
     assert list(imports(ast.parse("from lit_distill import __version__\nimport torch"))) == ["__init__"]
 
 

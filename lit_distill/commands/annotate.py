@@ -33,10 +33,10 @@ from lit_distill.annotation.prompts import (
 )
 from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
 from lit_distill.annotation.store import CARD, FILE, AnnotationStore
-from lit_distill.answers import Split
 from lit_distill.commands.annotation_progress import Tally, progress
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
 from lit_distill.questions import Question, Reply, Sampling, count_tokens

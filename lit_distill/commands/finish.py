@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.evaluation.answers import Evaluation
+from lit_distill.evaluation.metrics import judge
 from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.files import write_text
-from lit_distill.metrics import judge
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.evaluation import Evaluation
 
 _SHOWN_SAMPLES = 3
 

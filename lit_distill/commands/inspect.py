@@ -11,11 +11,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lit_distill.answers import Split
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.splits import UsedRows, teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import CUTS, encode_examples
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.rationales import Example
 
 EXAMPLES = 3

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_distill.batch import TaskBatch
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Answer, answer_row
+from lit_distill.evaluation.summaries import gather_answers
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.evaluation import Answer, answer_row, gather_answers
 
 
 class _Writer(BasePredictionWriter):
@@ -40,7 +41,9 @@ class _Writer(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DistillModule)  # noqa: S101 - for the type checker
-        answers = gather_answers(pl_module, self.answers) if trainer.world_size > 1 else self.answers
+        answers = (
+            gather_answers(self.answers, pl_module.gather, pl_module.device) if trainer.world_size > 1 else self.answers
+        )
         if not trainer.is_global_zero:
             return
         key = self.datamodule.answer_key(self.datamodule.predict_split)

@@ -16,14 +16,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill import __version__
-from lit_distill.answers import Split
 from lit_distill.checkpoints import RunHistory
 from lit_distill.commands.finish import chance_level
 from lit_distill.commands.runs import names
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import teacher_accuracy
+from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.evaluation import Evaluation, answer_row
 from lit_distill.rationales import Example, fingerprint
 from lit_distill.records import RunRecord, write_predictions_file, write_record
 

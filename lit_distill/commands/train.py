@@ -47,12 +47,12 @@ from lit_distill.commands.runs import (
 )
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Evaluation
 from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
 from lit_distill.interrupts import Interrupted, interruptible
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.evaluation import Evaluation
 from lit_distill.progress import Progress
 from lit_distill.records import RECORD
 

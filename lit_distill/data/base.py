@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from lit_distill import checks
 from lit_distill import rationales as reading
 from lit_distill.annotation.conditions import condition, is_condition
-from lit_distill.answers import AnswerKey, MetricName, Split
 from lit_distill.data.annotated import annotations_file, check_columns, join_annotations
 from lit_distill.data.collate import RationaleCollator, TokenRows
 from lit_distill.data.download import RELEASE_URL, fetch_release
@@ -36,7 +35,8 @@ from lit_distill.data.splits import (
 )
 from lit_distill.data.tokenize import CUTS, TokenSettings, tokenize_once
 from lit_distill.errors import UserError
-from lit_distill.metrics import judge
+from lit_distill.evaluation.answers import AnswerKey, Split
+from lit_distill.evaluation.metrics import MetricName, judge
 from lit_distill.rationales import ANSWER_MARK, Example, RationaleFilter, filter_name, find_filter, label_agrees
 from lit_distill.students import load_tokenizer
 

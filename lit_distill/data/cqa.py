@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lit_distill.answers import Split
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.files import text_of, texts_of
+from lit_distill.evaluation.answers import Split
 from lit_distill.rationales import Example
 
 _LETTER = re.compile(r"\([a-z]\)")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_distill import checks
-from lit_distill.answers import MetricName, Split
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
 from lit_distill.data.tables import Table, read_file, read_hub
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
+from lit_distill.evaluation.metrics import MetricName
 from lit_distill.rationales import Example
 from lit_distill.reading import parse_json
 from lit_distill.shipped import shipped

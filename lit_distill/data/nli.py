@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from lit_distill import checks
-from lit_distill.answers import Split
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.files import text_of
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.rationales import Example
 
 LABELS = ("entailment", "neutral", "contradiction")

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lit_distill.answers import Split
 from lit_distill.data.files import read_json, read_json_lines
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """The files that can be read."""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_distill import checks
-from lit_distill.answers import Split
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
+from lit_distill.evaluation.answers import Split
 from lit_distill.rationales import Example
 
 KINDS: Mapping[str, tuple[str, ...]] = {

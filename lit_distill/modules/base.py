@@ -18,12 +18,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from lit_distill.answers import AnswerKey, AnswerSource, Split
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, join, remember_rows, take, target_tokens
 from lit_distill.checks import check_distinct, check_range
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Answer, AnswerKey, AnswerSource, Evaluation, Split
+from lit_distill.evaluation.summaries import gather_answers, summarise
 from lit_distill.losses import token_cross_entropy
-from lit_distill.modules.evaluation import Answer, Evaluation, gather_answers, summarise
 from lit_distill.modules.fast_path import FastPath
 from lit_distill.modules.finite import Part, first_not_finite, part_of, rows_of
 from lit_distill.modules.generation import add_rationales, answer_rows
@@ -610,6 +610,10 @@ class DistillModule(pl.LightningModule):
             length += self._target_limits.get(task, default)
         return {"max_new_tokens": length, "num_beams": self.hparams["num_beams"]}
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape from every rank, stacked."""
+        return cast(Tensor, self.all_gather(tensor))
+
     @property
     def sharded(self) -> bool:
         """Whether the parameters are spread over ranks, so that each forward pass is a collective."""
@@ -660,7 +664,7 @@ class DistillModule(pl.LightningModule):
         pairs = torch.stack([sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
         if self.trainer.world_size > 1:
             pairs = cast(Tensor, self.trainer.strategy.reduce(pairs, reduce_op="sum"))
-            answers = gather_answers(self, answers)
+            answers = gather_answers(answers, self.gather, self.device)
         else:
             # read longest first
             answers = sorted(answers, key=lambda answer: answer.index)

@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from lit_distill.answers import AnswerKey
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, take
+from lit_distill.evaluation.answers import Answer, AnswerKey
 from lit_distill.losses import sequence_log_likelihood
-from lit_distill.modules.evaluation import Answer, all_ranks
 from lit_distill.students.fast.greedy import Shape, greedy
 from lit_distill.students.fast.student import log_likelihoods
 
@@ -154,7 +153,7 @@ def score_choices(module: DistillModule, inputs: TaskInputs, choices: Sequence[t
     passes = -(-len(flat) // _CHOICES_AT_ONCE)
     if module.sharded:
         # where a forward pass is a collective, every rank makes as many as the one with the most choices
-        passes = int(all_ranks(module, torch.tensor(passes, device=module.device)).max())
+        passes = int(module.gather(torch.tensor(passes, device=module.device)).max())
     if not passes:
         return [None] * len(choices)
     end = module.tokenizer.eos_token_id

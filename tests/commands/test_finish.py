@@ -13,10 +13,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lit_distill.answers import AnswerKey
 from lit_distill.commands.finish import chance_level, metrics_table
+from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation
 from lit_distill.modules import StepByStepModule
-from lit_distill.modules.evaluation import Answer, Evaluation
 from tests.runs import (
     at_work_in,
     metric_rows,

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_distill.annotation.record import Annotation, digest
 from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
-from lit_distill.answers import Split
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.rationales import Example
 from tests.data.conftest import WriteCQA, WriteLines, cqa_output, cqa_rows
 

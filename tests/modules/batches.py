@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_distill import rationales
-from lit_distill.answers import AnswerKey, Split
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
+from lit_distill.evaluation.answers import AnswerKey, Split
 from tests.students import WORDS
 
 Row = dict[str, tuple[list[int], list[int]]]

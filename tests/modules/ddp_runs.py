@@ -12,11 +12,11 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_distill.answers import AnswerKey, Split
 from lit_distill.batch import TaskBatch
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.modules import DistillModule, StepByStepModule, generation
 from lit_distill.modules.window import Window
 from tests.modules.batches import Row, Rows, RowsData, random_rows

@@ -14,11 +14,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lit_distill import rationales
-from lit_distill.answers import AnswerKey, Split
 from lit_distill.batch import TaskBatch, TaskInputs
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Answer, AnswerKey, Split, answer_row
+from lit_distill.evaluation.summaries import summarise
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule, generation
-from lit_distill.modules.evaluation import Answer, answer_row, summarise
 from lit_distill.modules.generation import decode, generate_texts, score_choices
 from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
 from tests.modules.running import identical, make_trainer, plain_terms

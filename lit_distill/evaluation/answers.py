@@ -1,11 +1,10 @@
-"""What evaluation needs of a dataset: the one object that crosses from data to modules beside the batch."""
+"""The answers of a split: the gold ones, which cross from data to modules beside the batch, and a student's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-MetricName = Literal["exact_match", "equation"]
-"""How an answer is judged: by its exact string, or as an equation by its value."""
+from lit_distill.evaluation.metrics import MetricName, judge
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -35,7 +34,7 @@ class AnswerKey:
     read_label: Callable[[str, str], str]
     """``(task, generated text) -> label``: how an answer is read out of what the student wrote for a task."""
     read_rationale: Callable[[str, str], str]
-    """``(task, generated text) -> rationale``, likewise."""
+    """``(task, generated text) -> rationale``: how a rationale is."""
     majority_label: str | None
     """The most frequent label that is trained on, the answer of a student that learned nothing else."""
 
@@ -49,3 +48,50 @@ class AnswerSource(Protocol):
     def answer_key(self, split: Split) -> AnswerKey:
         """The answers of a split."""
         ...
+
+
+@dataclass
+class Answer:
+    """What the student said of one row."""
+
+    index: int
+    """The row's position in its split."""
+    prediction: str
+    """The label read out of the generated text."""
+    text: str
+    """The generated text."""
+    rationale: str | None = None
+    """The generated rationale, where one was asked for."""
+    scored: str | None = None
+    """The likeliest of the row's closed choices."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One complete evaluation."""
+
+    split: str
+    metrics: dict[str, float]
+    """Name without the split -> value."""
+    samples: list[Answer]
+    """The first rows' answers, with rationales."""
+    key: AnswerKey
+    answers: Sequence[Answer] = ()
+    """All rows' answers, in the data's order."""
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """The samples as rows of a table."""
+        return [answer_row(answer, self.key) for answer in self.samples]
+
+
+def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
+    """One answer beside its row: id, input, label, prediction, correct (``None`` without a label), rationale."""
+    label = key.labels[answer.index]
+    return {
+        "id": key.ids[answer.index],
+        "input": key.inputs[answer.index],
+        "label": label,
+        "prediction": answer.prediction,
+        "correct": None if label is None else judge(key.metric)(answer.prediction, label),
+        "rationale": answer.rationale,
+    }

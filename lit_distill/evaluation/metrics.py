@@ -1,0 +1,250 @@
+"""How answers and rationales are scored: pure functions."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_distill.equations import evaluate
+from lit_distill.errors import UserError
+
+MetricName = Literal["exact_match", "equation"]
+"""How an answer is judged: by its exact string, or as an equation by its value."""
+
+RELATIVE_TOLERANCE: Final = 1e-6
+"""Two values agree within this part of the larger: ``1 / 3`` and ``0.3333333`` do, ``1 / 3`` and ``0.33`` do not."""
+
+ABSOLUTE_TOLERANCE: Final = 1e-9
+"""Two values this close agree in any case: beside 0 no relative error is small (``0.1 + 0.2 - 0.3`` is 5.6e-17)."""
+
+
+# --------------------------------------------------------------------------------------------------- answers
+
+
+def exact_match(prediction: str, label: str) -> bool:
+    """Whether two answers are the same string once surrounding whitespace is stripped.
+
+    The exact string match of Hsieh et al. (2023), https://arxiv.org/abs/2305.02301. Only surrounding whitespace is
+    forgiven, which decoding can add; case, inner spaces and punctuation count.
+    """
+    return prediction.strip() == label.strip()
+
+
+def equations_agree(prediction: str, label: str) -> bool:
+    r"""Whether two equations have the same value.
+
+    .. math:: |p - y| \le \max(10^{-6} \max(|p|, |y|), 10^{-9})
+
+    with :math:`p` the prediction's and :math:`y` the label's value. The equation metric of Hsieh et al. (2023),
+    https://arxiv.org/abs/2305.02301, where what does not parse is wrong. That holds for the label too: a row whose
+    label has no value counts as wrong whatever is predicted, a copy of it included.
+    """
+    predicted, gold = evaluate(prediction), evaluate(label)
+    return predicted is not None and gold is not None and _values_agree(predicted, gold)
+
+
+def _values_agree(left: float, right: float) -> bool:
+    return math.isclose(left, right, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
+
+
+_JUDGES: Final[dict[MetricName, Callable[[str, str], bool]]] = {
+    "exact_match": exact_match,
+    "equation": equations_agree,
+}
+
+
+def judge(metric: MetricName) -> Callable[[str, str], bool]:
+    """The function ``(prediction, label) -> right`` of a metric's name.
+
+    Raises:
+        UserError: the name is none of the metrics.
+    """
+    if metric not in _JUDGES:
+        raise UserError(f"metric: unknown metric {metric!r}; allowed are {', '.join(_JUDGES)}")
+    return _JUDGES[metric]
+
+
+def macro_f1(
+    predictions: Sequence[str], labels: Sequence[str], label_set: Sequence[str]
+) -> Callable[[NDArray[np.intp]], float]:
+    r"""The mean of the classes' F1, as a function of the rows that are counted, ``(rows,)`` with repetitions.
+
+    .. math:: \frac{1}{|C|} \sum_{c \in C} \frac{2\,TP_c}{2\,TP_c + FP_c + FN_c}
+
+    with :math:`C` the label set and :math:`TP_c, FP_c, FN_c` the true positives, false positives and false negatives of
+    class :math:`c`; the macro average of Sokolova and Lapalme (2009), https://doi.org/10.1016/j.ipm.2009.03.002, taken
+    over the classes' F1. A prediction outside the set is a false negative of its gold class and belongs to no class
+    itself. A class without gold labels and predictions scores 0, scikit-learn's ``zero_division=0``. Answers are
+    compared as in `exact_match`.
+    """
+    codes = {label.strip(): code for code, label in enumerate(label_set)}
+    classes = len(codes)
+    predicted, gold = (
+        np.array([codes.get(answer.strip(), classes) for answer in answers], dtype=np.intp)
+        for answers in (predictions, labels)
+    )
+
+    def counts(of_rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        # one bin past the classes takes the answers outside the label set
+        return np.bincount(of_rows, minlength=classes + 1)[:classes]
+
+    def of(rows: NDArray[np.intp]) -> float:
+        p, y = predicted[rows], gold[rows]
+        # a class that is nowhere has 0 / 0, which is to count as 0
+        return float(np.mean(2 * counts(y[y == p]) / np.maximum(counts(p) + counts(y), 1)))
+
+    return of
+
+
+# --------------------------------------------------------------------------------------------------- rationales
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    r"""ROUGE-L F-measure of a pair: how long a common subsequence of words the two texts have.
+
+    .. math:: F = \frac{2PR}{P + R}, \quad P = \frac{LCS(p, r)}{|p|}, \quad R = \frac{LCS(p, r)}{|r|}
+
+    with :math:`p` and :math:`r` the lower-cased words of prediction and reference, and :math:`LCS` the length of their
+    longest common subsequence; Lin (2004), https://aclanthology.org/W04-1013, with :math:`\beta = 1` and words (letters
+    a to z and digits) as in the ``rouge_score`` package. Without stemming; 0 where a text has no words.
+    """
+    words, others = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    return 2 * _common_subsequence(words, others) / max(len(words) + len(others), 1)
+
+
+def _common_subsequence(words: Sequence[str], others: Sequence[str]) -> int:
+    """Length of the longest common subsequence, exact, by operations on whole rows of bits (Hyyrö 2004).
+
+    The plain table takes minutes for two texts of 20,000 words.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << place
+    row = everything = (1 << len(words)) - 1
+    for word in others:
+        found = row & places.get(word, 0)
+        row = (row + found | row - found) & everything
+    return len(words) - row.bit_count()
+
+
+_TRAILING: Final = " \t\n\r\f\v.!?\"'`\u201d\u2019\u00bb)]}"
+"""What may follow the answer at the end of a text: whitespace, a full stop, closing quotes and brackets."""
+
+# `.5`, or digits with an optional fraction; never a part of a word (`B12`) or of a number's fraction
+_NUMBER: Final = r"(?:(?<![\w.])\.[0-9]+|(?<!\w)(?<![0-9]\.)[0-9]+(?:\.[0-9]+)?)"
+_SUBTRACTION: Final = re.compile(r"(?:[0-9)]\s*|\w)-\Z")
+_ARITHMETIC: Final = re.compile(rf"(?:{_NUMBER}|[-+*/%() \t])+")
+_OPERATOR: Final = re.compile(r"[0-9)]\s*[-+*/%]")
+_LEADING_OPERATORS: Final = re.compile(r"\A(?:[+*/%]\s*|-\s+)+")
+_THOUSANDS_COMMA: Final = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+
+
+def _last_number(text: str) -> float | None:
+    """The last number of a text, with its sign."""
+    numbers = list(re.finditer(_NUMBER, text))
+    if not numbers:
+        return None
+    before = text[max(0, numbers[-1].start() - 32) : numbers[-1].start()]
+    negative = before.endswith("-") and not _SUBTRACTION.search(before)
+    return -float(numbers[-1].group()) if negative else float(numbers[-1].group())
+
+
+def _last_expression(text: str) -> float | None:
+    """The value of a text's last stretch of arithmetic that has an operator and a value."""
+    for match in reversed(list(_ARITHMETIC.finditer(text))):
+        # prose leaves its own marks on the ends: `(so 5 + 3)`, the dash of a list, the sign of `50 %`
+        stretch = _without_stray_parentheses(match.group()).strip().rstrip("-+*/% \t")
+        stretch = _LEADING_OPERATORS.sub("", stretch)
+        if _OPERATOR.search(stretch) and (value := evaluate(stretch)) is not None:
+            return value
+    return None
+
+
+def _without_stray_parentheses(text: str) -> str:
+    """A text without the parentheses that have no partner in it."""
+    opened: list[int] = []
+    stray: set[int] = set()
+    for i, character in enumerate(text):
+        if character == "(":
+            opened.append(i)
+        elif character == ")" and opened:
+            opened.pop()
+        elif character == ")":
+            stray.add(i)
+    stray.update(opened)
+    return "".join(character for i, character in enumerate(text) if i not in stray)
+
+
+def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
+    """Whether a rationale arrives at the label that was predicted with it.
+
+    For ``exact_match``: the rationale, without what closes it (whitespace, ``.``, ``!``, ``?``, quotes, brackets), ends
+    with the label as whole words, whatever their case and spacing. An empty label ends no rationale.
+
+    For ``equation``: the rationale's last number, or its last arithmetic expression, has the equation's value within
+    the tolerances of `equations_agree`. So ``... 84 / 2 = 42.`` ends in ``(84 / 2)``, and so does
+    ``... 10 * 45 seeds.`` in ``450``. Words may follow.
+    """
+    if judge(metric) is equations_agree:
+        value = evaluate(label)
+        # prose may write thousands with commas, though equations may not
+        text = _THOUSANDS_COMMA.sub("", rationale)
+        found = () if value is None else (_last_number(text), _last_expression(text))
+        return any(each is not None and value is not None and _values_agree(each, value) for each in found)
+    words, ending = (" ".join(text.casefold().rstrip(_TRAILING).split()) for text in (rationale, label))
+    # a hyphen joins: `non-neutral` does not end in `neutral`
+    return bool(ending) and re.search(rf"(?<!\w)(?<!\w-){re.escape(ending)}\Z", words) is not None
+
+
+# --------------------------------------------------------------------------------------------------- intervals
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    r"""Wilson's score interval of a proportion, such as an accuracy, as fractions.
+
+    .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1 - \hat p)}{n} + \frac{z^2}{4n^2}}}
+              {1 + \frac{z^2}{n}}
+
+    with :math:`\hat p = k / n`, :math:`k` right of :math:`n > 0`, and :math:`z` the :math:`(1 + confidence) / 2`
+    quantile of the standard normal distribution; Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953. Unlike
+    :math:`\hat p \pm z\sqrt{\hat p(1 - \hat p) / n}` it stays within 0 and 1 and is not empty at 0 or ``total`` right.
+    """
+    # from the lower tail: near 1 the upper one rounds to 1, which has no quantile
+    z = -NormalDist().inv_cdf((1 - confidence) / 2)
+    p = correct / total
+    centre = p + z**2 / (2 * total)
+    half_width = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+    shrink = 1 + z**2 / total
+    # they meet 0 and 1 exactly, which rounding can miss
+    low, high = (centre - half_width) / shrink, (centre + half_width) / shrink
+    return 0.0 if correct == 0 else low, 1.0 if correct == total else high
+
+
+def bootstrap_interval(
+    statistic: Callable[[NDArray[np.intp]], float],
+    rows: int,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    r"""Percentile bootstrap interval of what is computed from rows.
+
+    Rows are drawn with replacement, as many as there are, ``resamples`` times; the ends are the
+    :math:`(1 \mp confidence) / 2` quantiles of the statistic. Efron (1979), https://doi.org/10.1214/aos/1176344552.
+
+    Args:
+        statistic: its value on the rows with these numbers, ``(rows,)`` with repetitions.
+        rows: number of rows to draw from, at least one.
+        seed: of the draws.
+        resamples: how often to draw.
+        confidence: coverage, between 0 and 1.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(0, rows, size=rows, dtype=np.intp)) for _ in range(resamples)]
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
