@@ -71,19 +71,27 @@ def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
 
 
 def join(parts: Sequence[TaskInputs]) -> TaskInputs:
-    """Rows of several evaluation batches of a task as one, padded to the longest."""
+    """Rows of several batches as one, padded to the longest."""
 
     def joined(name: Literal["input_ids", "attention_mask", "labels"], value: int) -> Tensor:
         width = max(part[name].shape[1] for part in parts)
         return torch.cat([functional.pad(part[name], (0, width - part[name].shape[1]), value=value) for part in parts])
 
-    return {
+    whole: TaskInputs = {
         # any value: the mask excludes it
         "input_ids": joined("input_ids", 0),
         "attention_mask": joined("attention_mask", 0),
         "labels": joined("labels", IGNORE_INDEX),
-        "index": torch.cat([part["index"] for part in parts]),
     }
+    if all("index" in part for part in parts):
+        whole["index"] = torch.cat([part["index"] for part in parts])
+    return whole
+
+
+def filler(token: int, device: torch.device) -> TaskInputs:
+    """One row of one source and one target token, for a forward that every rank has to make, though it has no rows."""
+    ids = torch.full((1, 1), token, device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from transformers import T5ForConditionalGeneration
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, take
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, take, targets_of
+from lit_distill.students.fast.head import token_losses
 from lit_distill.students.fast.memory import keep_freed_memory
-from lit_distill.students.fast.student import Encoded, encode, losses_of_encoded, target_losses
+from lit_distill.students.fast.packed import Encoded, encode, encode_and_decode
 from lit_distill.students.fast.support import fits, reason_against, reason_against_decoding
+from lit_distill.students.fast.t5 import into_head
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule
+
+
+def target_losses(
+    student: T5ForConditionalGeneration, tasks: Sequence[TaskInputs], encoded: Encoded | None = None
+) -> tuple[Tensor, ...]:
+    """The cross-entropy at each target position of several tasks, in one pass; ``encoded`` are all of the sources."""
+    count = len(tasks)
+    if not any(any(targets_of(inputs).ends) for inputs in tasks):
+        # one position that nobody reads, so that every parameter has a gradient
+        tasks, encoded = [*tasks, filler(cast(int, student.config.pad_token_id), student.device)], None
+    _, hidden, targets = encode_and_decode(student, tasks, encoded)
+    losses = token_losses(student.lm_head, into_head(student, hidden[-1]), targets.labels)
+    return losses.split(targets.task_tokens)[:count]
 
 
 class FastPath:
@@ -77,10 +93,12 @@ class FastPath:
         encoded, first = self._shared or (None, {})
         ours = [inputs for inputs in tasks if id(inputs) in first]
         # a task that an evaluation leaves out is a row that counts nothing, which nobody has encoded
-        others = [inputs for inputs in tasks if id(inputs) not in first]
+        if [id(inputs) for inputs in ours] != list(first):
+            ours = []
+        others = [inputs for inputs in tasks if all(inputs is not one for one in ours)]
         found: dict[int, Tensor] = {}
         if encoded is not None and ours:
-            losses = losses_of_encoded(student, encoded, ours, [first[id(inputs)] for inputs in ours])
+            losses = target_losses(student, ours, encoded)
             found |= {id(inputs): own for inputs, own in zip(ours, losses, strict=True)}
         if others:
             losses = target_losses(student, others)

@@ -15,7 +15,7 @@ from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, 
 from lit_distill.evaluation.answers import Answer, AnswerKey
 from lit_distill.losses import sequence_log_likelihood
 from lit_distill.students.fast.greedy import Shape, greedy
-from lit_distill.students.fast.student import log_likelihoods
+from lit_distill.students.fast.packed import log_likelihoods
 
 if TYPE_CHECKING:
     from lit_distill.modules.base import DistillModule

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_distill.batch import TaskBatch
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
 from lit_distill.students.tokens import Tokens
 
 ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
@@ -32,15 +32,28 @@ class Pass(ABC):
     A task that the batch does not hold at all raises a ``KeyError`` that names those it holds.
     """
 
-    batch: TaskBatch
+    def __init__(self, batch: TaskBatch) -> None:
+        self.batch = batch
+        self._logits: dict[str, Tensor] = {}
 
-    @abstractmethod
+    def inputs(self, task: str) -> TaskInputs:
+        """The task's rows.
+
+        Raises:
+            KeyError: the batch does not hold the task.
+        """
+        if task not in self.batch:
+            raise KeyError(f"no task {task!r} in this batch, which holds {', '.join(self.batch)}")
+        return self.batch[task]
+
     def labels(self, task: str) -> Tensor:
         """The target token ids, ``(tokens,)``."""
+        labels = self.inputs(task)["labels"]
+        return labels[labels != IGNORE_INDEX]
 
-    @abstractmethod
     def rows(self, task: str) -> Tensor:
         """The row of the task's batch that each target token belongs to, ``(tokens,)``."""
+        return (self.inputs(task)["labels"] != IGNORE_INDEX).nonzero()[:, 0]
 
     @abstractmethod
     def states(self, task: str) -> Tensor:
@@ -50,17 +63,23 @@ class Pass(ABC):
     def project(self, states: Tensor) -> Tensor:
         """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``, so that a loss may go in chunks."""
 
-    @abstractmethod
     def logits(self, task: str) -> Tensor:
         """The logits that each target token is predicted with, ``(tokens, vocabulary)``; made at the first call."""
+        if task not in self._logits:
+            self._logits[task] = self._make_logits(task)
+        return self._logits[task]
+
+    def _make_logits(self, task: str) -> Tensor:
+        return self.project(self.states(task))
 
     @abstractmethod
     def token_losses(self, task: str) -> Tensor:
         """The cross-entropy of each target token in nats, ``(tokens,)``, float32; keeps no logits."""
 
-    @abstractmethod
     def loss(self, task: str) -> Tensor:
         """The mean of `token_losses` (the paper's CE of Eq. 3 and 4); 0, with a gradient of 0, without a target."""
+        losses = self.token_losses(task)
+        return losses.sum() / max(len(losses), 1)
 
     @abstractmethod
     def hidden(self, task: str, layer: int) -> Tensor:

@@ -11,8 +11,8 @@ from transformers.models.t5.modeling_t5 import T5Block
 
 from lit_distill.students.fast.few_queries import FewQueries
 from lit_distill.students.fast.looks import projects_plainly
+from lit_distill.students.fast.packed import Encoded
 from lit_distill.students.fast.packing import Packing
-from lit_distill.students.fast.student import Encoded
 from lit_distill.students.fast.support import start_token
 from lit_distill.students.fast.t5 import feed_forward, into_head, norm
 
@@ -58,7 +58,7 @@ def greedy(
     ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=device)
     if len(set(rows)) < len(encoded.packing.lengths):
         present, packing = encoded.packing.rows(rows).compact()
-        encoded, rows = Encoded(encoded.states.index_select(0, present), packing), range(len(rows))
+        encoded, rows = Encoded([encoded.states.index_select(0, present)], packing), range(len(rows))
     found: list[list[int]] = [[] for _ in rows]
     numbers = torch.arange(len(rows), device=device)
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)

@@ -68,19 +68,22 @@ def _block(block: T5Block, x: Tensor, own: SelfLook, cross: CrossLook | None) ->
     return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
 
 
-def _run(stack: T5Stack, x: Tensor, own: SelfLook, cross: CrossLook | None) -> Tensor:
+def _run(stack: T5Stack, x: Tensor, own: SelfLook, cross: CrossLook | None) -> list[Tensor]:
+    """As Hugging Face's ``hidden_states``: what enters each block, and what the stack gives."""
     blocks: Any = stack.block
     x = dropout(x, _rate(stack.dropout))
+    hidden = []
     for block in blocks:
+        hidden.append(x)
         if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
             x = block._gradient_checkpointing_func(_block, block, x, own, cross)
         else:
             x = _block(block, x, own, cross)
-    return dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))
+    return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
 
 
-def run_encoder(stack: T5Stack, embedded: Tensor, packing: Packing) -> Tensor:
-    """The encoder's states of packed rows, ``(tokens, d_model)``.
+def run_encoder(stack: T5Stack, embedded: Tensor, packing: Packing) -> list[Tensor]:
+    """The encoder's hidden states of packed rows, each ``(tokens, d_model)``: embeddings, layers, the last normed.
 
     Args:
         stack: ``student.encoder``.
@@ -91,8 +94,8 @@ def run_encoder(stack: T5Stack, embedded: Tensor, packing: Packing) -> Tensor:
     return _run(stack, embedded, SelfLook(plan, _holder(stack), _dtype(embedded)), None)
 
 
-def run_decoder(stack: T5Stack, embedded: Tensor, packing: Packing, encoded: Tensor, sources: Packing) -> Tensor:
-    """The decoder's states at all positions of packed targets, ``(tokens, d_model)``.
+def run_decoder(stack: T5Stack, embedded: Tensor, packing: Packing, encoded: Tensor, sources: Packing) -> list[Tensor]:
+    """The decoder's hidden states at all positions of packed targets, each ``(tokens, d_model)``.
 
     Args:
         stack: ``student.decoder``.

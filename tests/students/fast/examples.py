@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.students import build_student
-from lit_distill.students.fast.student import target_losses
+from lit_distill.students import Tokens, build_student
+from lit_distill.students.seq2seq import PackedPass, PlainPass, Seq2SeqStudent
 from tests.modules.batches import pad
-from tests.students import CONFIG
+from tests.students import CONFIG, make_tokenizer
 
 VOCABULARY = 60
 
@@ -112,11 +112,28 @@ def plain_losses(model: Callable[..., Any], tasks: Sequence[TaskInputs]) -> list
     ]
 
 
-def fast_losses(student: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:  # noqa: ANN401 - also PEFT's wrapper
-    return [
-        losses.sum() / max(int((task["labels"] != IGNORE_INDEX).sum()), 1)
-        for losses, task in zip(target_losses(student, tasks), tasks, strict=True)
-    ]
+def packed(model: Any, tasks: Sequence[TaskInputs]) -> PackedPass:  # noqa: ANN401 - also PEFT's wrapper
+    """A pass on the fast path of tasks named 0, 1, ..., whether or not the student would choose it."""
+    return PackedPass(as_student(model), {str(number): task for number, task in enumerate(tasks)})
+
+
+def plain(model: Any, tasks: Sequence[TaskInputs]) -> PlainPass:  # noqa: ANN401
+    """The same of the model's own forward."""
+    return PlainPass(as_student(model), {str(number): task for number, task in enumerate(tasks)})
+
+
+def as_student(model: Any, **settings: bool) -> Seq2SeqStudent:  # noqa: ANN401
+    return Seq2SeqStudent(model, Tokens(make_tokenizer()), **settings)
+
+
+def target_losses(model: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:  # noqa: ANN401
+    own = packed(model, tasks)
+    return [own.token_losses(task) for task in own.batch]
+
+
+def fast_losses(model: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:  # noqa: ANN401
+    own = packed(model, tasks)
+    return [own.loss(task) for task in own.batch]
 
 
 def gradients(model: nn.Module, losses: Sequence[Tensor]) -> Gradients:

@@ -12,7 +12,7 @@ from lit_distill.students import build_student
 from lit_distill.students.fast import feed_forward
 from lit_distill.students.fast.feed_forward import chunks_well, feed_forward_sublayer
 from lit_distill.students.fast.functions import apply
-from lit_distill.students.fast.student import target_losses
+from tests.students.fast.examples import target_losses
 
 
 def make_layer(**changes: object) -> T5LayerFF:

@@ -12,18 +12,18 @@ from transformers import T5ForConditionalGeneration
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
 from lit_distill.losses import sequence_log_likelihood
 from lit_distill.students.fast import head as head_module
-from lit_distill.students.fast import student as fast_student
-from lit_distill.students.fast.student import encode, log_likelihoods, losses_of_encoded, target_losses
+from lit_distill.students.fast import packed as fast_student
+from lit_distill.students.fast.packed import encode, log_likelihoods
 from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
-    check_gradients,
     compare,
     fast_losses,
     gradients,
     make_student,
     make_task,
     plain_losses,
+    target_losses,
 )
 
 BUILT = {name: make_student(seed, **changes) for seed, (name, changes) in enumerate(VARIANTS.items())}
@@ -98,18 +98,6 @@ def test_chunks_of_the_head_make_no_difference(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(head_module, "CHUNK_BYTES", 3 * 60 * 4)
     monkeypatch.setattr(head_module, "KEPT_BYTES", 2 * 3 * 60 * 4)
     compare(BUILT["v1.1"], TASKS)
-
-
-def test_ignored_positions_are_0_and_keep_their_place() -> None:
-    student, task = BUILT["v1.1"], make_task([4, 6], [5, 3])
-    task["labels"][0, [0, 2]] = IGNORE_INDEX
-    (losses,) = target_losses(student, [task])
-    assert losses.shape == (8,)
-    assert (losses == 0).tolist() == [True, False, True, False, False, False, False, False]
-    logits = student(**{name: task[name] for name in ("input_ids", "attention_mask", "labels")}).logits
-    logs = torch.log_softmax(logits, -1)
-    by_hand = [-logs[row, at, task["labels"][row, at]] for row, at in [(0, 1), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]]
-    torch.testing.assert_close(losses[losses != 0], torch.stack(by_hand), rtol=1e-5, atol=0)
 
 
 def test_the_tensors_are_what_counts() -> None:
@@ -231,24 +219,6 @@ def test_evaluation_has_no_dropout() -> None:
 # ------------------------------------------------------------------------------------------------ from one encoding
 
 
-def test_losses_of_encoded_rows(student: T5ForConditionalGeneration) -> None:
-    expected = gradients(student, plain_losses(student, TASKS))
-    encoded = encode(student, TASKS)
-    found = losses_of_encoded(student, encoded, TASKS, [0, 4])
-    torch.testing.assert_close(found, target_losses(student, TASKS), rtol=1e-5, atol=1e-6)
-    means = [own.sum() / (task["labels"] != IGNORE_INDEX).sum() for own, task in zip(found, TASKS, strict=True)]
-    check_gradients(gradients(student, means), expected, 1e-5)
-
-
-def test_losses_of_some_encoded_rows_in_another_order() -> None:
-    student = BUILT["v1.1"]
-    encoded = encode(student, TASKS)
-    second, first = losses_of_encoded(student, encoded, TASKS[::-1], [4, 0])
-    torch.testing.assert_close((first, second), target_losses(student, TASKS), rtol=1e-5, atol=1e-6)
-    (alone,) = losses_of_encoded(student, encoded, TASKS[1:], [4])
-    torch.testing.assert_close(alone, second, rtol=1e-5, atol=1e-6)
-
-
 def test_encoded_states_are_the_encoders(student: T5ForConditionalGeneration) -> None:
     encoded = encode(student, TASKS)
     rows = [row for task in TASKS for row in zip(task["input_ids"], task["attention_mask"], strict=True)]
@@ -291,7 +261,7 @@ def test_a_start_token_of_its_own() -> None:
     student = make_student(decoder_start_token_id=7)
     compare(student, TASKS)
     encoded = encode(student, TASKS[:1])
-    (losses,) = losses_of_encoded(student, encoded, TASKS[:1], [0])
+    (losses,) = target_losses(student, TASKS[:1])
     likelihood = log_likelihoods(student, encoded, [0], [TASKS[0]["labels"][0][:3].tolist()])
     torch.testing.assert_close(likelihood[0], -losses[:3].sum())
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.students.fast.greedy import greedy
-from lit_distill.students.fast.student import encode, log_likelihoods, target_losses
+from lit_distill.students.fast.packed import encode, log_likelihoods
 from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
@@ -22,6 +22,7 @@ from tests.students.fast.examples import (
     gradients,
     make_student,
     plain_losses,
+    target_losses,
 )
 
 # ------------------------------------------------------------------------------------------------ checkpointing
