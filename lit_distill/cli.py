@@ -97,19 +97,17 @@ def answer_at_once(given: list[str]) -> None:
     if given[:1] in (["-h"], ["--help"], ["--version"]):
         # prints what was asked for, and ends the program
         overview().parse_args(given[:1])
-    if not given:
-        raise UserError(no_command())
-    option = given[0].partition("=")[0]
+    option = given[0].partition("=")[0] if given else ""
     before = ("help", "version", "config", "print_completion")
     if not option.startswith("-") and option not in COMMANDS:
         raise UserError(no_command(option))
-    if option.startswith("-") and option not in ("-h", "-c", *(f"--{name}" for name in before)):
+    if option.startswith("-") and option not in ("-c", *(f"--{name}" for name in before)):
         name = option.lstrip("-")
         raise UserError(
             f"{name}: no such argument{likely(name, before)}; allowed before a command are {', '.join(before)}"
         )
-    if given[0] in COMMANDS_IN_SHORT and {"-h", "--help"} & set(given):
-        print(short_help(given[0]))
+    if option in COMMANDS_IN_SHORT and {"-h", "--help"} & set(given):
+        print(short_help(option))
         raise SystemExit(0)
 
 
@@ -119,9 +117,7 @@ def overview() -> argparse.ArgumentParser:
         prog="lit-distill",
         description=DESCRIPTION,
         epilog="the arguments of a command, of a method, of a dataset:\n"
-        "  %(prog)s fit --help\n"
-        "  %(prog)s fit --model.help=StepByStepModule\n"
-        "  %(prog)s fit --data.help=CQADataModule",
+        "  %(prog)s fit --help\n  %(prog)s fit --model.help=StepByStepModule\n  %(prog)s fit --data.help=CQADataModule",
         # the lines above are there to be copied
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

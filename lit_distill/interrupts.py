@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class Interrupted(SystemExit):
     """A signal asked a command to end: exit code 130 after SIGINT (Ctrl-C), 143 after SIGTERM."""
@@ -37,11 +35,11 @@ def on_signals(handle: Callable[[int], None]) -> dict[int, Callable[[int, FrameT
     """Have SIGINT and SIGTERM handled, unless they are ignored or this is not the main thread.
 
     Returns:
-        What handled them before.
+        The earlier handlers.
     """
     process = os.getpid()
 
-    def of_this_process(number: int, frame: FrameType | None) -> None:
+    def in_this_process(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
             handle(number)
         else:
@@ -51,8 +49,6 @@ def on_signals(handle: Callable[[int], None]) -> dict[int, Callable[[int, FrameT
 
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {
-        number: signal.signal(number, of_this_process)
-        for number in SIGNALS
-        if signal.getsignal(number) not in (signal.SIG_IGN, None)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handled = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    return {number: signal.signal(number, in_this_process) for number in handled}

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 DESCRIPTION = "Distilling step-by-step: train and compare small students."
 """What the program is for."""
@@ -19,7 +19,7 @@ COMMANDS = {
     "inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples.",
     "configs": "List the configs that come with this, or copy them.",
 }
-"""What the command line can be asked to do."""
+"""The commands, with one sentence of help each."""
 
 _MANY = 30
 """Keys that are too many for a line."""
@@ -32,21 +32,142 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
         message: its text, of one or many lines.
         options: the options that the parser knows, for a likely spelling.
     """
-    key_match = re.match(r'Parser key "([^"]+)":', message)
-    key = key_match.group(1) if key_match else ""
-    explanations = (_nested, _unknown_class, _unknown_option, _file, _wrong_class, _wrong_type, _required, _command)
-    for explain in explanations:
-        line = explain(key, message, options)
+    found = re.match(r'Parser key "([^"]+)":', message)
+    key = found.group(1) if found else ""
+    for pattern, answer in _RULES:
+        found = re.search(pattern, message)
+        if found is None or (isinstance(answer, str) and "{key}" in answer and not key):
+            continue
+        if isinstance(answer, str):
+            line: str | None = answer.format(*found.groups(), key=key, place=key or "config", given=_given(message))
+        else:
+            line = answer(found, key, message, options)
         if line is not None:
             return " ".join(line.split())
     return " ".join(message.split())
 
 
+def _nested(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str | None:
+    return f"{key}.{found.group(1)}".replace(" as --", f" as --{key}.") if key else None
+
+
+def _unknown_class(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str | None:
+    name, subtypes = found.group(1), re.search(r"(?m)^\s*Subtypes: (.+)$", message)
+    # neither `str` nor `NoneType`: a class in a module
+    bases = re.findall(r"[\w.]+\.[A-Z]\w*", subtypes.group(1)) if subtypes else []
+    if not bases:
+        return None
+    allowed = sorted(known_subclasses(bases[0]))
+    return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join(allowed)}, {_OWN}"
+
+
+def _unknown_option(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str:
+    name = ".".join(found.groups())
+    group = name.rpartition(".")[0]
+    while group and not any(option.startswith(f"{group}.") for option in options):
+        group = group.rpartition(".")[0]
+    start = f"{group}." if group else ""
+    own = (option.removeprefix(start) for option in options if option.startswith(start))
+    keys = {start + option.partition(".")[0].rstrip("+") for option in own}
+    keys -= {"help", "config", "print_config", "print_shtab", "print_completion"}
+    listed = (
+        ", ".join(sorted(keys)) if 0 < len(keys) <= _MANY else f"the keys{group and f' of {group}'} that --help lists"
+    )
+    return f"{name}: no such argument{likely(name, options)}; allowed are {listed}"
+
+
+def _wrong_type(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str | None:
+    expected = re.findall(r"Expected (?:a |an |)(.+?)(?:\. Got value: (.+))?(?:\n|$)", message)
+    if not key or not expected:
+        return None
+    value = _given(message) or next((got for _, got in expected if got), "")
+    allowed = dict.fromkeys(plain_type(kind) for kind, _ in expected if not kind.startswith("path but"))
+    return f"{key}: got {value}; allowed is {', or '.join(allowed)}"
+
+
+def _required(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str:
+    keys = [name.strip().partition(".")[2] or name.strip() for name in found.group(1).split(",")]
+    return f"{', '.join(keys)}: must be given, in a config file or as {', '.join(f'--{name}' for name in keys)}"
+
+
+def _given(message: str) -> str:
+    found = re.search(r"Given value: (.+)", message, flags=re.DOTALL)
+    return found.group(1) if found else ""
+
+
+def no_command(given: str | None = None) -> str:
+    """The message that no command, or an unknown one, was given."""
+    start = f"{given}: no such command{likely(given, tuple(COMMANDS))}" if given else "a command must be given"
+    return f"{start}; allowed are {', '.join(COMMANDS)}"
+
+
+_OWN = "or the import path of a class of your own"
+_CLASS = "a class's name or import path, or a mapping of class_path and init_args"
+
+_RULES: Sequence[tuple[str, str | Callable[[re.Match[str], str, str, Sequence[str]], str | None]]] = (
+    # a class's arguments are parsed by a parser of their own, whose error is in one line already
+    (r"(?m)(?:^|- )(\w[\w.]*: (?:no such argument|got |unknown class |cannot use |must be given).*)$", _nested),
+    (
+        r"^--([\w.]+)\.help: Expected a dot import path string: (\S+)",
+        f"{{0}}: unknown class {{1!r}}; allowed are the classes that --help lists, {_OWN}",
+    ),
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (
+        r"Problem with given class_path '[^']+':\s*'(\w+)' object has no attribute 'keys'",
+        "{key}.init_args: got a {0}; allowed is a mapping of the class's arguments",
+    ),
+    (r"Problem with given class_path '([^']+)':\s*(.+)", "{key}: cannot use the class {0!r}: {1}"),
+    (
+        r"unrecognized arguments: ([^-\s]\S*)",
+        "unexpected argument {0!r}; allowed are --key value and --config FILE",
+    ),
+    (r"unrecognized arguments: --?(\S+?)(?:[= ]|$)", _unknown_option),
+    (r"Group '([^']+)' does not accept option '([^']+)'", _unknown_option),
+    (r"does not accept option '([^']+)'", _unknown_option),
+    (r"Option '([^']+)' is not accepted", _unknown_option),
+    (r"Key '([^']+)' is not expected", _unknown_option),
+    (
+        r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?",
+        "{place}: no file {0!r}",
+    ),
+    (r"Path is not a file: '([^']+)'", "{place}: {0!r} is not a file"),
+    (
+        r"(?s)Unable to load config '(.*?)'",
+        "{key}: got {0!r}; allowed is a file, or a mapping of the keys that --help lists",
+    ),
+    (r"(?s)\AProblems parsing config: (.+)", "config: not YAML: {0}"),
+    (r"(?s)\AUnexpected config: (.*\S|)\s*\Z", "config: must hold keys with values, got {0!r}"),
+    (r"NestedArg\(key='([^']+)'", "{key}: no class is given for --{key}.{0}; put --{key} CLASS before it"),
+    (r"does not correspond to a subclass of (\w+)", f"{{key}}: {{given}} is no {{0}}; allowed is {_CLASS}"),
+    (r"Not a valid subclass of", f"{{key}}: got {{given}}; allowed is {_CLASS}"),
+    (r"Expected ", _wrong_type),
+    (r"the following arguments are required: (.+)", _required),
+    (
+        r"argument (?:-\w/)?--([\w.]+): expected one argument",
+        "{0}: a value must be given, as --{0} VALUE",
+    ),
+    (r"invalid choice: '(\w+)'", lambda found, *others: no_command(found.group(1))),
+    (r"expected \"subcommand\" to be one of", lambda *others: no_command()),
+)
+"""What jsonargparse says -> what is said instead; the first that fits is taken."""
+
+
+def plain_type(text: str) -> str:
+    """A type as Python writes it, in plain words."""
+    if literal := re.search(r"typing\.Literal\[(.+)\]", text):
+        return f"one of {literal.group(1)}"
+    text = re.sub(r"<class '([\w.]+)'>", lambda match: match.group(1).rpartition(".")[2], text)
+    return text.replace("NoneType", "null").replace("typing.", "").strip()
+
+
+def likely(name: str, allowed: Sequence[str]) -> str:
+    """`` (did you mean ...?)`` where an allowed name is close."""
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def import_given(message: str) -> None:
     """Import the class that an error is about once more, so that a fault in a user's own file keeps its traceback.
-
-    Args:
-        message: jsonargparse's, which holds no more of such a fault than its text.
 
     Raises:
         Exception: whatever the file raises when it is imported, except that it is not there.
@@ -62,166 +183,14 @@ def import_given(message: str) -> None:
             raise
 
 
-def _nested(key: str, message: str, options: Sequence[str]) -> str | None:
-    """A class's arguments are parsed by a parser of their own, which has put its error in one line already."""
-    found = re.search(
-        r"(?:^|- )(\w[\w.]*: (?:no such argument|got |unknown class |cannot use |must be given).*)$",
-        message,
-        re.MULTILINE,
-    )
-    if not found or not key:
-        return None
-    return f"{key}.{found.group(1)}".replace(" as --", f" as --{key}.")
-
-
-def _unknown_class(key: str, message: str, options: Sequence[str]) -> str | None:
-    own = "or the import path of a class of your own"
-    if found := re.search(r"^--([\w.]+)\.help: Expected a dot import path string: (\S+)", message):
-        return f"{found.group(1)}: unknown class {found.group(2)!r}; allowed are the classes that --help lists, {own}"
-    found = re.search(r"Expected a dot import path string: (\S+)", message)
-    base = _base_class(message)
-    if found and base:
-        name = found.group(1)
-        allowed = sorted(known_subclasses(base))
-        return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join(allowed)}, {own}"
-    if found := re.search(r"Problem with given class_path '[^']+':\s*'(\w+)' object has no attribute 'keys'", message):
-        return f"{key}.init_args: got a {found.group(1)}; allowed is a mapping of the class's arguments"
-    found = re.search(r"Problem with given class_path '([^']+)':\s*(.+)", message)
-    if found:
-        return f"{key}: cannot use the class {found.group(1)!r}: {found.group(2)}"
-    return None
-
-
-def _unknown_option(key: str, message: str, options: Sequence[str]) -> str | None:
-    if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
-        return f"unexpected argument {found.group(1)!r}; allowed are --key value and --config FILE"
-    for pattern in (
-        r"unrecognized arguments: --?(\S+?)(?:[= ]|$)",
-        r"Group '(?P<group>[^']+)' does not accept option '([^']+)'",
-        r"does not accept option '([^']+)'",
-        r"Option '([^']+)' is not accepted",
-        r"Key '([^']+)' is not expected",
-    ):
-        if found := re.search(pattern, message):
-            name = ".".join(found.groups())
-            return f"{name}: no such argument{likely(name, options)}; allowed are {_beside(name, options)}"
-    return None
-
-
-def _beside(name: str, options: Sequence[str]) -> str:
-    """The keys at the place of a name; where they are very many, how to list them."""
-    group = name.rpartition(".")[0]
-    while group and not any(option.startswith(f"{group}.") for option in options):
-        group = group.rpartition(".")[0]
-    start = f"{group}." if group else ""
-    keys = {
-        start + option.removeprefix(start).partition(".")[0].rstrip("+")
-        for option in options
-        if option.startswith(start)
-    }
-    keys -= {"help", "config", "print_config", "print_shtab", "print_completion"}
-    if 0 < len(keys) <= _MANY:
-        return ", ".join(sorted(keys))
-    return f"the keys{f' of {group}' if group else ''} that --help lists"
-
-
-def _file(key: str, message: str, options: Sequence[str]) -> str | None:
-    if found := re.search(r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?", message):
-        return f"{key or 'config'}: no file {found.group(1)!r}"
-    if found := re.search(r"Path is not a file: '([^']+)'", message):
-        return f"{key or 'config'}: {found.group(1)!r} is not a file"
-    if found := re.search(r"Unable to load config '(.*?)'", message, re.DOTALL):
-        return f"{key}: got {found.group(1)!r}; allowed is a file, or a mapping of the keys that --help lists"
-    if found := re.match(r"Problems parsing config: (.+)", message, re.DOTALL):
-        return f"config: not YAML: {found.group(1)}"
-    if found := re.match(r"Unexpected config: (.*)", message, re.DOTALL):
-        return f"config: must hold keys with values, got {found.group(1).strip()!r}"
-    return None
-
-
-def _wrong_class(key: str, message: str, options: Sequence[str]) -> str | None:
-    kinds = "a class's name or import path, or a mapping of class_path and init_args"
-    value = _given(message)
-    if key and (found := re.search(r"NestedArg\(key='([^']+)'", message)):
-        return f"{key}: no class is given for --{key}.{found.group(1)}; put --{key} CLASS before it"
-    if found := re.search(r"does not correspond to a subclass of (\w+)", message):
-        return f"{key}: {value} is no {found.group(1)}; allowed is {kinds}"
-    if key and "Not a valid subclass of" in message:
-        return f"{key}: got {value}; allowed is {kinds}"
-    return None
-
-
-def _wrong_type(key: str, message: str, options: Sequence[str]) -> str | None:
-    expected = re.findall(r"Expected (?:a |an |)(.+?)(?:\. Got value: (.+))?(?:\n|$)", message)
-    if not key or not expected:
-        return None
-    value = _given(message) or next((got for _, got in expected if got), "")
-    allowed = dict.fromkeys(plain_type(kind) for kind, _ in expected if not kind.startswith("path but"))
-    return f"{key}: got {value}; allowed is {', or '.join(allowed)}"
-
-
-def _given(message: str) -> str:
-    found = re.search(r"Given value: (.+)", message, flags=re.DOTALL)
-    return found.group(1) if found else ""
-
-
-def plain_type(text: str) -> str:
-    """A type as Python writes it, in plain words."""
-    literal = re.search(r"typing\.Literal\[(.+)\]", text)
-    if literal:
-        return f"one of {literal.group(1)}"
-    text = re.sub(r"<class '([\w.]+)'>", lambda match: match.group(1).rpartition(".")[2], text)
-    return text.replace("NoneType", "null").replace("typing.", "").strip()
-
-
-def _required(key: str, message: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"the following arguments are required: (.+)", message)
-    if found:
-        keys = [name.strip().partition(".")[2] or name.strip() for name in found.group(1).split(",")]
-        return f"{', '.join(keys)}: must be given, in a config file or as {', '.join(f'--{name}' for name in keys)}"
-    if found := re.search(r"argument (?:-\w/)?--([\w.]+): expected one argument", message):
-        return f"{found.group(1)}: a value must be given, as --{found.group(1)} VALUE"
-    return None
-
-
-def _command(key: str, message: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"invalid choice: '(\w+)'|(expected \"subcommand\" to be one of)", message)
-    if not found:
-        return None
-    return no_command(found.group(1))
-
-
-def no_command(given: str | None = None) -> str:
-    """The message that no command, or an unknown one, was given."""
-    start = f"{given}: no such command{likely(given, tuple(COMMANDS))}" if given else "a command must be given"
-    return f"{start}; allowed are {', '.join(COMMANDS)}"
-
-
-def likely(name: str, allowed: Sequence[str]) -> str:
-    """`` (did you mean ...?)`` where an allowed name is close."""
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.7)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def known_subclasses(base: str) -> dict[str, type]:
-    """The imported classes below one, by their bare names.
+    """The imported classes below the one at an import path, by their bare names."""
 
-    Args:
-        base: the class's import path.
-    """
+    def below(root: type) -> Iterator[type]:
+        for klass in root.__subclasses__():
+            yield klass
+            yield from below(klass)
+
     module, _, name = base.rpartition(".")
     root: type = getattr(importlib.import_module(module), name)
-    return {klass.__name__: klass for klass in _below(root) if not klass.__name__.startswith("_")}
-
-
-def _below(root: type[object]) -> Iterator[type[object]]:
-    klass: type[object]
-    for klass in root.__subclasses__():
-        yield klass
-        yield from _below(klass)
-
-
-def _base_class(message: str) -> str | None:
-    found = re.search(r"^\s*Subtypes: (.+)$", message, re.MULTILINE)
-    # neither `str` nor `NoneType`: a class in a module
-    return next(iter(re.findall(r"[\w.]+\.[A-Z]\w*", found.group(1))), None) if found else None
+    return {klass.__name__: klass for klass in below(root) if not klass.__name__.startswith("_")}

@@ -15,26 +15,20 @@ _VALUES = 1_000_000
 """Values that YAML may stand for, each alias counted as what it stands for."""
 
 _BYTES = 2**26
-"""Of a file that is written by hand, at most."""
+"""The largest file that is taken for one written by hand."""
 
 _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: ANN401 - whatever it holds
-    """What JSON holds.
-
-    Args:
-        text: the JSON.
-        surrogates: accept half a surrogate pair, which is no character and cannot be encoded again.
+    """What JSON holds; ``surrogates`` accepts half a surrogate pair, which is no character.
 
     Raises:
         ValueError: it is not UTF-8 or not JSON, is nested too deep, or holds a number of thousands of digits, half a
             surrogate pair or a key twice in one object.
     """
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(error)) from error
     except json.JSONDecodeError as error:
@@ -44,7 +38,7 @@ def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: 
         raise
     except (RecursionError, ValueError) as error:
         raise ValueError("JSON too deep or with too large a number") from error
-    if not surrogates and "\\ud" in text.lower():
+    if not surrogates and (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -56,7 +50,7 @@ def read_small(path: str | Path) -> bytes:
     """The content of a file that is written by hand.
 
     Raises:
-        ValueError: it has no end, or is none that anyone wrote.
+        ValueError: it is larger than any such file, or has no end.
     """
     with Path(path).open("rb") as file:
         content = file.read(_BYTES + 1)
@@ -89,9 +83,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise UserError(
-            f"the key {next(name for name in found if names.count(name) > 1)!r} is there twice in one object"
-        )
+        twice = next(name for name in found if names.count(name) > 1)
+        raise UserError(f"the key {twice!r} is there twice in one object")
     return found
 
 
@@ -106,30 +99,29 @@ def check_yaml(text: str) -> None:
     Raises:
         YAMLError: it is not YAML, is nested too deep, or stands for too many values.
     """
-    anchored: dict[str, int] = {}
-    # of the document and of each collection that is open: its anchor, and the values in it so far
-    open_: list[tuple[str | None, int]] = [(None, 0)]
+    sizes: dict[str, int] = {}
+    # of the document and of each collection that is open: its anchor, and the number of values in it so far
+    stack: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, Loader=_EventLoader):
         anchor, size = getattr(event, "anchor", None), 1
-        if isinstance(event, yaml.AliasEvent):
-            if anchor not in anchored:
-                raise yaml.YAMLError(f"the alias *{anchor} stands for nothing, or for what it is in")
-            anchor, size = None, anchored[str(anchor)]
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_.append((anchor, 1))
-            if len(open_) > _DEPTH:
+        if isinstance(event, yaml.CollectionStartEvent):
+            stack.append((anchor, 1))
+            if len(stack) > _DEPTH:
                 raise yaml.YAMLError(f"nested more than {_DEPTH} levels deep")
             continue
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_.pop()
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = stack.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if anchor not in sizes:
+                raise yaml.YAMLError(f"the alias *{anchor} stands for nothing, or for what it is in")
+            anchor, size = None, sizes[str(anchor)]
         elif not isinstance(event, yaml.ScalarEvent):
             continue
         elif "\0" in event.value:
-            mark: Any = event.start_mark
-            raise yaml.YAMLError(f"holds a NUL character in line {mark.line + 1}")
+            raise yaml.YAMLError(f"holds a NUL character in line {event.start_mark.line + 1}")
         if anchor is not None:
-            anchored[anchor] = size
-        outer, before = open_[-1]
-        open_[-1] = outer, before + size
+            sizes[anchor] = size
+        outer, before = stack[-1]
+        stack[-1] = outer, before + size
         if before + size > _VALUES:
             raise yaml.YAMLError(f"stands for more than {_VALUES:,} values")

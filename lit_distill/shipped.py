@@ -15,12 +15,9 @@ CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 
 
 def shipped(path: str) -> str:
-    """A path as it is, where something lies there; else a ``configs/...`` that comes with the package in its stead."""
-    if path.startswith("configs/") and not os.path.exists(path):
-        found = CONFIGS / path.removeprefix("configs/")
-        if found.exists():
-            return str(found)
-    return path
+    """A path as it is where something lies there, else the ``configs/...`` of that name that comes with the package."""
+    found = CONFIGS / path.removeprefix("configs/")
+    return str(found) if path.startswith("configs/") and not os.path.exists(path) and found.exists() else path
 
 
 def config_names() -> list[str]:
@@ -31,12 +28,8 @@ def config_names() -> list[str]:
 def find_config(given: str, key: str = "config") -> str:
     """What ``--config`` stands for: a file's path first, else a shipped config's name with or without ``.yaml``.
 
-    Args:
-        given: the path or the name.
-        key: where it was given.
-
     Raises:
-        UserError: neither is there.
+        UserError: neither exists; the line names ``key``.
     """
     if os.path.isfile(given):
         return given
@@ -56,12 +49,11 @@ def find_config(given: str, key: str = "config") -> str:
 
 def find_configs(arguments: list[str]) -> list[str]:
     """A command line with each ``--config`` replaced by the file that it stands for."""
-    found = list(arguments)
-    for place, word in enumerate(arguments):
+    found = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
         if word.startswith("--config="):
-            found[place] = f"--config={find_config(word.removeprefix('--config='))}"
-        elif place and arguments[place - 1] in ("-c", "--config"):
-            found[place] = find_config(word)
+            word = f"--config={find_config(word.removeprefix('--config='))}"
+        found.append(find_config(word) if before in ("-c", "--config") else word)
     return found
 
 
@@ -69,8 +61,7 @@ def list_or_copy(arguments: list[str]) -> None:
     """The command ``configs``: a line for each, or copies of all of them with the files that they name.
 
     Raises:
-        UserError: a file is there already, or the folder cannot be written; no file is overwritten.
-            Or an argument is not known.
+        UserError: an argument is unknown, a file is there already, or the folder cannot be written.
         SystemExit: with code 0, after ``--help``.
     """
     parser = _Parser(prog="lit-distill configs", description=COMMANDS["configs"])
@@ -78,19 +69,19 @@ def list_or_copy(arguments: list[str]) -> None:
     target = parser.parse_args(arguments).copy
     if target is None:
         # in one write: a reader like `head` may not wait for the end
-        print("\n".join(f"{name:<34} {_first_comment(CONFIGS / f'{name}.yaml')}" for name in config_names()))
+        print("\n".join(f"{name:<34} {_first_sentences(CONFIGS / f'{name}.yaml')}" for name in config_names()))
         return
-    files = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    there = next((Path(target, file) for file in files if Path(target, file).exists()), None)
-    if there is not None:
-        raise UserError(f"copy: {str(there)!r} is there already; give another folder")
+    sources = [path for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    copies = {Path(target, path.relative_to(CONFIGS)): path for path in sources}
+    if existing := [copy for copy in copies if copy.exists()]:
+        raise UserError(f"copy: {str(existing[0])!r} is there already; give another folder")
     try:
-        for file in files:
-            Path(target, file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(CONFIGS / file, Path(target, file))
+        for copy, path in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     except OSError as error:
         raise UserError(f"copy: {target!r} cannot be written ({error.strerror})") from error
-    print(f"{len(files)} files in {target}")
+    print(f"{len(copies)} files in {target}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,9 +89,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(one_line(message, ("copy",)))
 
 
-def _first_comment(path: Path) -> str:
-    """What a config says of itself, after its launch command."""
+def _first_sentences(path: Path) -> str:
+    """The first comment after the launch command, up to the end of its last whole sentence."""
     lines = path.read_text(encoding="utf-8").splitlines()
     line = next((line[1:].strip() for line in lines[1:] if line.startswith("#")), "")
-    # where a sentence goes on in the next line, those before it
     return line if line.endswith(".") else line[: line.rfind(". ") + 1]

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.messages import import_given, one_line, plain_type
+from lit_distill.messages import COMMANDS, import_given, one_line, plain_type
 from lit_distill.modules.base import DistillModule
 from lit_distill.reading import check_yaml
 from lit_distill.teachers.base import Teacher
@@ -64,7 +64,14 @@ class Parser(LightningArgumentParser):
             whole = next((word for word in ends if word.startswith(f"{found[1]}.")), found[1])
             message = message.replace(found[1], whole)
         import_given(message)
-        raise UserError(one_line(message, known_options(self))) from ex
+        raise UserError(one_line(message, self._known_options())) from ex
+
+    def _known_options(self) -> list[str]:
+        """The long options of this parser and of its subcommands, without dashes."""
+        parsers = [self, *getattr(self, "_subcommand_parsers", {}).values()]
+        if self._subcommands_action is not None:
+            parsers += self._subcommands_action._name_parser_map.values()
+        return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
         """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
@@ -84,20 +91,59 @@ class Parser(LightningArgumentParser):
         return parsed
 
 
+def call(
+    name: str,
+    function: Callable[..., dict[str, Any]],
+    args: list[str],
+    *,
+    classes: Mapping[str, type] | None = None,
+    positional: tuple[str, str] | None = None,
+) -> dict[str, Any]:
+    """Call a function with arguments from the command line and from configuration files.
+
+    A switch (a bool that is false by default) stands for true where no value follows.
+
+    Args:
+        name: the command.
+        function: its parameters are the options.
+        args: the words after the command.
+        classes: option -> the base of the class that it takes, for the first parameters of the function.
+        positional: the parameter that takes a list of words without an option, and its help.
+    """
+    parser = Parser(prog=f"lit-distill {name}", description=COMMANDS[name])
+    parameters, classes = inspect.signature(function).parameters, classes or {}
+    if "config" not in parameters:
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
+    for option, base in classes.items():
+        parser.add_subclass_arguments(base, option, required=True)
+    skipped = set(list(parameters)[: len(classes)])
+    if positional is not None:
+        option, text = positional
+        parser.add_argument("words", nargs="*", type=str, metavar=option.upper(), help=text)
+        # jsonargparse takes no positional arguments from a file
+        parser.add_argument(f"--{option}", type=list[str] | None, help="The same, for a configuration file.")
+        skipped.add(option)
+    parser.add_function_arguments(function, skip=skipped)
+    for action in parser._actions:
+        if action.dest in parameters and parameters[action.dest].default is False:
+            action.nargs, action.const = "?", True
+    try:
+        given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    except Raised as raised:
+        raise raised.error from None
+    if positional is not None:
+        given[positional[0]] = given.pop("words") or given[positional[0]] or []
+    if "config" not in parameters:
+        given.pop("config", None)
+    built = [given.pop(option) for option in classes]
+    return function(*built, **given)
+
+
 def import_class(class_path: str) -> type[Any]:
     """The class at an import path that the parser has resolved."""
     module, _, name = class_path.rpartition(".")
     found: type[Any] = getattr(importlib.import_module(module), name)
     return found
-
-
-def known_options(parser: LightningArgumentParser) -> list[str]:
-    """The long options of a parser and of its subcommands, without dashes."""
-    parsers = [parser, *getattr(parser, "_subcommand_parsers", {}).values()]
-    actions = getattr(parser, "_subcommands_action", None)
-    if actions is not None:
-        parsers += list(actions._name_parser_map.values())
-    return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
 
 
 def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
@@ -106,16 +152,14 @@ def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the argument and its type.
     """
-    makers = [vars(klass)["__init__"] for klass in class_type.__mro__ if "__init__" in vars(klass)]
-    for name in (name for name, value in arguments.items() if value is None):
-        for maker in makers:
-            if name not in inspect.signature(maker).parameters:
-                continue
-            hint = get_type_hints(maker).get(name, Any)
-            if hint is not Any and type(None) not in (hint, *get_args(hint)):
-                allowed = plain_type(str(hint) if get_args(hint) else repr(hint))
-                raise UserError(f"{name}: got null; allowed is {allowed}")
-            break
+    makers = [vars(klass).get("__init__") for klass in reversed(class_type.__mro__)]
+    hints = {
+        name: hint for maker in makers if inspect.isfunction(maker) for name, hint in get_type_hints(maker).items()
+    }
+    for name, hint in hints.items():
+        if arguments.get(name, 0) is None and hint is not Any and type(None) not in (hint, *get_args(hint)):
+            allowed = plain_type(str(hint) if get_args(hint) else repr(hint))
+            raise UserError(f"{name}: got null; allowed is {allowed}")
 
 
 def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

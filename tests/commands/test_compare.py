@@ -9,7 +9,7 @@ import wandb
 import yaml
 
 from lit_distill.commands.compare import compare
-from lit_distill.commands.compare_cli import run_compare
+from lit_distill.commands.dispatch import run_compare
 from lit_distill.errors import UserError
 from tests.comparison.runs import write_run, write_runs
 from tests.runs import at_work_in, refusal, run

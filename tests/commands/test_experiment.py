@@ -12,9 +12,8 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps import utils as sweep_utils
 
-from lit_distill.commands.dispatch import quieten
+from lit_distill.commands.dispatch import quieten, run_experiment
 from lit_distill.commands.experiment import FitCheck, accepted_arguments, experiment
-from lit_distill.commands.experiment_cli import run_experiment
 from lit_distill.errors import UserError
 from lit_distill.experiments import grid as grid_docs
 from lit_distill.experiments.cells import State
