@@ -19,7 +19,7 @@ from lit_distill.data import ToyDataModule
 from lit_distill.data.toy import KINDS
 from lit_distill.evaluation.answers import Split
 from lit_distill.questions import Question, Reply
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 from lit_distill.teachers import OpenAITeacher, Teacher
 
 _KIND = {word: kind for kind, words in KINDS.items() for word in words}
@@ -77,7 +77,7 @@ class LoadedToy(ToyDataModule):
         super().__init__(train_size=train_size)
         self.loaded = super().rows_to_ask("train")
 
-    def rows_to_ask(self, split: Split) -> list[Example] | None:
+    def rows_to_ask(self, split: Split) -> list[Row] | None:
         """The rows of train."""
         return self.loaded
 

@@ -1,12 +1,11 @@
 """Checks of constructor arguments: one line that names the argument, what is allowed and what came."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from string import Formatter
 from typing import Any, TypeVar
 
 from lit_distill.errors import UserError
-from lit_distill.rationales import TASKS
 
 T = TypeVar("T")
 
@@ -84,32 +83,6 @@ def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value
-
-
-def check_tasks(value: Sequence[str]) -> tuple[str, ...]:
-    """Names of tasks, at least one, none twice."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise UserError(f"tasks must be a list of one or more of {', '.join(TASKS)}, got {value!r}")
-    for task in value:
-        check_choice("tasks", task, TASKS)
-    if len(set(value)) < len(value):
-        raise UserError(f"tasks must name each task once, got {list(value)!r}")
-    return tuple(value)
-
-
-def check_prefixes(value: Any, tasks: Sequence[str]) -> dict[str, str]:  # noqa: ANN401
-    """The prefix of each task: as given, or by the paper's code where several tasks have to be told apart."""
-    if value is None:
-        several = {"label": "predict: ", "rationale": "explain: "} if len(tasks) > 1 else {}
-        missing = [task for task in tasks if len(tasks) > 1 and task not in several]
-        if missing:
-            raise UserError(f"prefixes must be given for {', '.join(missing)}: there are several tasks to tell apart")
-        return {task: several.get(task, "") for task in tasks}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in (*value, *value.values())):
-        raise UserError(f"prefixes must map a task to a text, got {value!r}")
-    if set(value) != set(tasks):
-        raise UserError(f"prefixes must have the tasks as keys ({', '.join(tasks)}), got {', '.join(value) or 'none'}")
-    return check_distinct({task: value[task] for task in tasks})
 
 
 def check_distinct(prefixes: dict[str, str]) -> dict[str, str]:

@@ -1,18 +1,12 @@
 """One example with its teacher's rationale: its type, its targets, JSON lines, filters and counts."""
 
-import hashlib
 import importlib
 import inspect
-import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from lit_distill.errors import UserError
-from lit_distill.files import atomic_write
-from lit_distill.reading import parse_json
+from lit_distill.tasks import Row
 
 ANSWER_MARK = " So the answer is "
 """Stands between rationale and label in the target of ``rationale_label``."""
@@ -24,31 +18,11 @@ TASKS = ("label", "rationale", "rationale_label", "label_rationale")
 """The tasks that a data module can build, each named after what its target holds, in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row of a dataset with what the teacher said of it."""
-
-    id: str
-    """Identifier, unique in its split."""
-    input: str
-    """The student's input, without a prefix."""
-    label: str | None
-    """The gold answer; ``None`` where the data has none."""
-    choices: tuple[str, ...] | None = None
-    """The row's closed choices, where it has its own."""
-    rationale: str | None = None
-    """The teacher's rationale; ``None`` where the output is absent or did not parse."""
-    teacher_label: str | None = None
-    """The teacher's answer; ``None`` where the output is absent or did not parse."""
-    columns: Mapping[str, Any] | None = field(default=None, hash=False)
-    """What else is known of the teacher's output, by which rationales are filtered; ``None`` where nothing is."""
-
-
-RationaleFilter = Callable[[Example], bool]
+RationaleFilter = Callable[[Row], bool]
 """Keeps an example's rationale where it returns true."""
 
 
-def label_agrees(example: Example, agree: Callable[[str, str], bool] = operator.eq) -> bool:
+def label_agrees(example: Row, agree: Callable[[str, str], bool] = operator.eq) -> bool:
     """Keep a rationale only where the teacher's label is the gold one.
 
     Args:
@@ -96,21 +70,7 @@ def filter_name(rationale_filter: str | RationaleFilter) -> str:
     return f"{module}.{getattr(rationale_filter, '__qualname__', type(rationale_filter).__qualname__)}"
 
 
-def fingerprint(examples: Iterable[Example], *, rationales: bool = False) -> str:
-    """A hash of rows in their order: ids, inputs and labels.
-
-    Args:
-        examples: the rows.
-        rationales: their rationales count too.
-    """
-    found = hashlib.sha256()
-    for example in examples:
-        row = [example.id, example.input, example.label, *([example.rationale] if rationales else [])]
-        found.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    return found.hexdigest()[:16]
-
-
-def target_text(task: str, example: Example) -> str | None:
+def target_text(task: str, example: Row) -> str | None:
     """The target of a task, or ``None`` where the example lacks a part of it.
 
     Args:
@@ -154,56 +114,3 @@ def read_rationale(task: str, text: str) -> str:
     if task == "label_rationale":
         return text.partition(RATIONALE_MARK.strip())[2].strip()
     return text.strip()
-
-
-def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
-    """Write examples as JSON lines, one object each with the fields' names as keys; absent parts are left out.
-
-    The file appears whole or not at all.
-
-    Returns:
-        How many were written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with atomic_write(path) as file:
-        for example in examples:
-            kept = {key: value for key, value in asdict(example).items() if value is not None}
-            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """Read what `write_examples` wrote.
-
-    Raises:
-        UserError: a line is not such an object; the message names the file and the line.
-    """
-    with Path(path).open("rb") as file:
-        return [_example_of(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
-
-
-def _example_of(line: bytes, where: str) -> Example:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object but {type(row).__name__}")
-    missing = {"id", "input"} - row.keys()
-    if missing:
-        raise UserError(f"{where}: missing {', '.join(sorted(missing))}; there are {', '.join(sorted(row))}")
-    texts: dict[str, Any] = {key: row.get(key) for key in ("id", "input", "label", "rationale", "teacher_label")}
-    wrong = [
-        key
-        for key, value in texts.items()
-        if not isinstance(value, str) and (value is not None or key in ("id", "input"))
-    ]
-    if wrong:
-        raise UserError(f"{where}: {', '.join(wrong)} must be a string")
-    choices = row.get("choices")
-    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
-        raise UserError(f"{where}: choices must be a list of strings")
-    return Example(**texts, choices=None if choices is None else tuple(choices))

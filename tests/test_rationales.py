@@ -8,39 +8,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example, filter_name, find_filter, label_agrees, read_examples, write_examples
+from lit_distill.rationales import filter_name, find_filter, label_agrees
+from lit_distill.tasks import Row, read_rows, write_rows
+from tests.rows import make_row
 
 # JSON has no lone surrogates that a file in UTF-8 could hold
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 EXAMPLES = st.builds(
-    Example, TEXT, TEXT, st.none() | TEXT, st.none() | st.lists(TEXT).map(tuple), st.none() | TEXT, st.none() | TEXT
+    make_row, TEXT, TEXT, st.none() | TEXT, st.none() | st.lists(TEXT).map(tuple), st.none() | TEXT, st.none() | TEXT
 )
 
 
 @given(st.lists(EXAMPLES, max_size=5))
-def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, examples: list[Example]) -> None:
+def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, examples: list[Row]) -> None:
     path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
-    assert write_examples(path, examples) == len(examples)
-    assert read_examples(path) == examples
+    assert write_rows(path, examples) == len(examples)
+    assert read_rows(path) == examples
     assert len(path.read_bytes().split(b"\n")) == len(examples) + 1
 
 
 def test_a_line_is_one_object_without_what_is_absent(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    write_examples(path, [Example("a", "naïve", None, ("x", "y"))])
+    write_rows(path, [make_row("a", "naïve", None, ("x", "y"))])
     assert path.read_text(encoding="utf-8") == '{"id": "a", "input": "naïve", "choices": ["x", "y"]}\n'
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    write_examples(path, [Example("old", "in", None)])
+    write_rows(path, [make_row("old", "in", None)])
 
-    def broken() -> list[Example]:
+    def broken() -> list[Row]:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_examples(path, (example for _ in (0,) for example in broken()))
-    assert [example.id for example in read_examples(path)] == ["old"]
+        write_rows(path, (example for _ in (0,) for example in broken()))
+    assert [example.id for example in read_rows(path)] == ["old"]
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -61,22 +63,22 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": "good", "input": "x", "label": None}) + f"\n\n{line}\n")
     with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{message}"):
-        read_examples(path)
+        read_rows(path)
 
 
 def test_a_line_that_is_not_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": "a", "input": "\xff"}')
     with pytest.raises(UserError, match=r"rows\.jsonl:1: not UTF-8"):
-        read_examples(path)
+        read_rows(path)
 
 
 def test_label_agrees() -> None:
-    assert label_agrees(Example("a", "in", "yes", teacher_label="yes"))
-    assert not label_agrees(Example("a", "in", "yes", teacher_label="Yes"))
-    assert label_agrees(Example("a", "in", "yes", teacher_label="Yes"), lambda a, b: a.lower() == b)
-    assert not label_agrees(Example("a", "in", None, teacher_label=None))
-    assert not label_agrees(Example("a", "in", None, teacher_label="yes"))
+    assert label_agrees(make_row("a", "in", "yes", teacher_label="yes"))
+    assert not label_agrees(make_row("a", "in", "yes", teacher_label="Yes"))
+    assert label_agrees(make_row("a", "in", "yes", teacher_label="Yes"), lambda a, b: a.lower() == b)
+    assert not label_agrees(make_row("a", "in", None, teacher_label=None))
+    assert not label_agrees(make_row("a", "in", None, teacher_label="yes"))
 
 
 def test_find_filter() -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
-Choose = Callable[[Example], Sequence[Example]]
+Choose = Callable[[Row], Sequence[Row]]
 """The demonstrations to show with a row, in order."""
 
 
-def fixed(demonstrations: Sequence[Example], count: int | None) -> Choose:
+def fixed(demonstrations: Sequence[Row], count: int | None) -> Choose:
     """The first of them, whatever the row; a row is never shown itself.
 
     Args:
@@ -19,7 +19,7 @@ def fixed(demonstrations: Sequence[Example], count: int | None) -> Choose:
     return lambda example: [one for one in demonstrations if one.input != example.input][:count]
 
 
-def nearest(demonstrations: Sequence[Example], count: int) -> Choose:
+def nearest(demonstrations: Sequence[Row], count: int) -> Choose:
     """Those with the most similar inputs, the most similar last, next to the question (Liu et al. 2022, 2101.06804).
 
     Similarity is the cosine of TF-IDF vectors over words and pairs of words.
@@ -43,7 +43,7 @@ def nearest(demonstrations: Sequence[Example], count: int) -> Choose:
     except ValueError as error:
         raise UserError(f"nearest_demonstrations: the demonstrations' inputs hold no words ({error})") from error
 
-    def choose(example: Example) -> list[Example]:
+    def choose(example: Row) -> list[Row]:
         likeness = (known @ vectorizer.transform([example.input]).T).toarray()[:, 0]
         order = sorted(range(len(demonstrations)), key=lambda position: (-likeness[position], position))
         chosen = [demonstrations[position] for position in order if demonstrations[position].input != example.input]

@@ -9,7 +9,7 @@ from lit_distill.annotation.demonstrations import Choose
 from lit_distill.annotation.prompts import Fields, PromptTemplate, write_prompt
 from lit_distill.annotation.record import Annotation, answer_schema, digest, input_hash
 from lit_distill.questions import Layout, Prompt, Question, Sampling
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Plan:
     """Samples at most of a row on which the teacher has not agreed with the gold label yet; ``None``: no more."""
     structured: bool = False
     """Whether answers follow a JSON schema."""
-    closed: Callable[[Example], Sequence[str]] = lambda example: example.choices or ()
+    closed: Callable[[Row], Sequence[str]] = lambda example: example.choices or ()
     """The closed choices of a row."""
     selection: Any = None
     """How demonstrations are chosen, in plain values."""
@@ -53,14 +53,14 @@ class Plan:
         """Tells them from others."""
         return digest(self.settings)
 
-    def prompt(self, example: Example) -> Prompt:
+    def prompt(self, example: Row) -> Prompt:
         """What the teacher is asked about a row."""
         return write_prompt(
             self.template, self.layout, self.fields, self.choose(example), example, structured=self.structured
         )
 
     def questions(
-        self, example: Example, split: str, answered: Collection[bytes], agreeing: Collection[bytes]
+        self, example: Row, split: str, answered: Collection[bytes], agreeing: Collection[bytes]
     ) -> Iterator[list[tuple[Annotation, Question]]]:
         """The questions about a row that are not answered yet, round by round.
 

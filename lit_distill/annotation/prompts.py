@@ -12,8 +12,8 @@ from typing import Any
 from lit_distill.checks import check_format
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message, Prompt
-from lit_distill.rationales import Example, read_examples
 from lit_distill.reading import parse_yaml, read_small
+from lit_distill.tasks import Row, TeacherOutput, read_rows
 
 VERSION = 1
 """Of the files' form."""
@@ -21,7 +21,7 @@ VERSION = 1
 AS_JSON = "Give the answer as one JSON object with the keys rationale and label."
 """What the instruction ends with where answers are structured."""
 
-Fields = Callable[[Example], Mapping[str, str]]
+Fields = Callable[[Row], Mapping[str, str]]
 """What a dataset offers to the templates of a prompt, of one example."""
 
 Parse = Callable[[str], tuple[str, str] | None]
@@ -44,7 +44,7 @@ class PromptTemplate:
     """Stands before each answer in a text for completion, and at its end."""
     stop: tuple[str, ...] = ()
     """Where an answer to a text for completion has run on into a next, invented question."""
-    demonstrations: tuple[Example, ...] = ()
+    demonstrations: tuple[Row, ...] = ()
     """Examples with rationale and label, shown in this order."""
 
     @property
@@ -90,7 +90,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     return PromptTemplate(**found, stop=tuple(stop), demonstrations=tuple(read))
 
 
-def _demonstration(row: Any, where: str) -> Example:  # noqa: ANN401 - whatever YAML holds
+def _demonstration(row: Any, where: str) -> Row:  # noqa: ANN401 - whatever YAML holds
     if not isinstance(row, dict) or not {"input", "rationale", "label"} <= row.keys() <= {
         "input",
         "rationale",
@@ -104,23 +104,23 @@ def _demonstration(row: Any, where: str) -> Example:  # noqa: ANN401 - whatever 
     choices = row.get("choices")
     if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
         raise UserError(f"prompt: {where}: choices must be a list of texts, got {choices!r}")
-    return Example(
+    return Row(
         id="",
         input=row["input"],
         label=row["label"],
         choices=None if choices is None else tuple(choices),
-        rationale=row["rationale"],
+        outputs=(TeacherOutput(row["rationale"]),),
     )
 
 
-def load_demonstrations(path: str | Path) -> tuple[Example, ...]:
-    """Demonstrations from a file of examples as `lit_distill.rationales.write_examples` writes it.
+def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
+    """Demonstrations from a file of examples as `lit_distill.tasks.write_rows` writes it.
 
     Raises:
         UserError: it cannot be read, is empty, or an example lacks its rationale or its label.
     """
     try:
-        found = read_examples(path)
+        found = read_rows(path)
     except OSError as error:
         raise UserError(f"demonstrations: {str(path)!r} cannot be read ({error.strerror})") from error
     if not found:
@@ -128,9 +128,7 @@ def load_demonstrations(path: str | Path) -> tuple[Example, ...]:
     for position, example in enumerate(found, start=1):
         if not example.rationale or not example.label:
             raise UserError(f"demonstrations: {path}: example {position} ({example.id}) needs a rationale and a label")
-    return tuple(
-        Example(id="", input=one.input, label=one.label, choices=one.choices, rationale=one.rationale) for one in found
-    )
+    return tuple(replace(one, id="", outputs=(TeacherOutput(one.rationale),)) for one in found)
 
 
 def check_template(template: PromptTemplate, fields: Fields, parse: Parse, where: str) -> None:
@@ -146,7 +144,7 @@ def check_template(template: PromptTemplate, fields: Fields, parse: Parse, where
         UserError: it is not so.
     """
     # what is asked for is seen without demonstrations as well
-    some = Example(id="", input="input", label="label", rationale="rationale")
+    some = Row(id="", input="input", label="label", outputs=(TeacherOutput("rationale"),))
     _filled("question", template.question, fields(some), where)
     written_answer(template, fields, some, where)
     for position, example in enumerate(template.demonstrations, start=1):
@@ -163,8 +161,8 @@ def write_prompt(
     template: PromptTemplate,
     layout: Layout,
     fields: Fields,
-    demonstrations: Sequence[Example],
-    example: Example,
+    demonstrations: Sequence[Row],
+    example: Row,
     *,
     structured: bool = False,
 ) -> Prompt:
@@ -197,7 +195,7 @@ def write_prompt(
     return "\n\n".join(parts)
 
 
-def written_answer(template: PromptTemplate, fields: Fields, example: Example, where: str = "") -> str:
+def written_answer(template: PromptTemplate, fields: Fields, example: Row, where: str = "") -> str:
     """How a demonstration is answered, as the dataset reads it.
 
     Raises:
@@ -207,7 +205,7 @@ def written_answer(template: PromptTemplate, fields: Fields, example: Example, w
     return _filled("answer", template.answer, {**fields(example), **own}, where)
 
 
-def _as_json(example: Example) -> str:
+def _as_json(example: Row) -> str:
     return json.dumps({"rationale": example.rationale, "label": example.label}, ensure_ascii=False)
 
 

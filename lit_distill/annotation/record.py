@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lit_distill.rationales import Example
 from lit_distill.reading import parse_json
+from lit_distill.tasks import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def digest(*parts: Any, length: int = 12) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def input_hash(example: Example) -> str:
+def input_hash(example: Row) -> str:
     """Hash of what a row asks: its input, and its choices where it has any.
 
     Under one id there may be another input later, or in another dataset: a row is its split, its id and this.
@@ -144,7 +144,7 @@ def _of_kind(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever a row hol
 
 
 def read_text(
-    annotation: Annotation, example: Example, parse: Callable[[str], tuple[str, str] | None], agree: Agree
+    annotation: Annotation, example: Row, parse: Callable[[str], tuple[str, str] | None], agree: Agree
 ) -> Annotation:
     """The columns that follow from a sample's text alone.
 

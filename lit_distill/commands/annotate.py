@@ -40,7 +40,7 @@ from lit_distill.evaluation.answers import Split
 from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
 from lit_distill.questions import Question, Reply, Sampling, count_tokens
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 from lit_distill.teachers.base import Teacher, TeacherError
 from lit_distill.teachers.runner import Budget, Interrupts, RequestRunner
 
@@ -228,7 +228,7 @@ def _prompt(
     return template, nearest_of(shown, len(shown) if count is None else count), {"nearest": count}
 
 
-def _rows(datamodule: RationaleDataModule, split: Split) -> list[Example]:
+def _rows(datamodule: RationaleDataModule, split: Split) -> list[Row]:
     datamodule.prepare_data()
     rows = datamodule.rows_to_ask(split)
     if rows is None:
@@ -251,7 +251,7 @@ class _Job:
     teacher: Teacher
     plan: Plan
     split: Split
-    rows: list[Example]
+    rows: list[Row]
     faults: dict[tuple[str, int], str] = field(default_factory=dict)
     """What a user's own reading of an answer raised, by the row's id and the sample."""
     _estimates: bool = False
@@ -391,7 +391,7 @@ class _Job:
             rounds = self.plan.questions(example, self.split, store.settled, store.agreeing)
             yield ([((annotation, question), question) for annotation, question in asked] for asked in rounds)
 
-    def _unsettled(self, store: AnnotationStore, failed: set[bytes]) -> Iterator[Example]:
+    def _unsettled(self, store: AnnotationStore, failed: set[bytes]) -> Iterator[Row]:
         """The rows that another start has something to ask about."""
         settled = store.settled | failed
         for example in self.rows:
@@ -505,7 +505,7 @@ class _Job:
         }
 
 
-def _estimate(plan: Plan, teacher: Teacher, rows: list[Example]) -> dict[str, Any]:
+def _estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
     step = max(1, len(rows) // _ESTIMATED_FROM)
     try:
         measured = [teacher.count_tokens(plan.prompt(example)) for example in rows[::step]]
@@ -531,7 +531,7 @@ def _estimate(plan: Plan, teacher: Teacher, rows: list[Example]) -> dict[str, An
     }
 
 
-def _show_prompts(plan: Plan, rows: list[Example]) -> None:
+def _show_prompts(plan: Plan, rows: list[Row]) -> None:
     console = Console()
     for example in rows[:SHOWN]:
         title = Text(f"{example.id} ({plan.layout})")

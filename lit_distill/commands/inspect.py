@@ -16,7 +16,7 @@ from lit_distill.data.splits import UsedRows, teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import CUTS, encode_examples
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 EXAMPLES = 3
 """Examples that are shown."""
@@ -115,7 +115,7 @@ def _used_accuracy(datamodule: RationaleDataModule, used: UsedRows) -> float | N
     return sum(judged) / len(judged) if judged else None
 
 
-def _lengths(datamodule: RationaleDataModule, rows: Sequence[Example]) -> dict[str, Any]:
+def _lengths(datamodule: RationaleDataModule, rows: Sequence[Row]) -> dict[str, Any]:
     settings = datamodule.token_settings
     sources: dict[str, list[int]] = {task: [] for task in datamodule.tasks}
     targets: dict[str, list[int]] = {task: [] for task in datamodule.tasks}
@@ -145,7 +145,7 @@ def _summary(lengths: Sequence[int], limit: int) -> dict[str, int | float | None
 
 def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, Any]]:
     """The first rows that are used, decoded from their ids, so that cuts and unknown tokens show."""
-    rows: list[Example] = list(datamodule.used_rows(split).examples[:EXAMPLES])
+    rows: list[Row] = list(datamodule.used_rows(split).examples[:EXAMPLES])
     shown: list[dict[str, Any]] = [{"id": row.id, "label": row.label, "rationale": row.rationale} for row in rows]
     decode = datamodule.tokenizer.decode
     for columns, _ in encode_examples(rows, datamodule.tokenizer, datamodule.token_settings):

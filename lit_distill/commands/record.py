@@ -23,8 +23,8 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import teacher_accuracy
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.modules.base import DistillModule
-from lit_distill.rationales import Example, fingerprint
 from lit_distill.records import RunRecord, write_predictions_file, write_record
+from lit_distill.tasks import Row, fingerprint
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -124,7 +124,7 @@ def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[
             continue
         used = data.used_rows(split)
         # what was trained on, rationales included; what was evaluated on, with gold labels
-        rows: list[Example] = list(used.examples)
+        rows: list[Row] = list(used.examples)
         if split == "test" and tested is not None:
             # those that the student was asked, of which a limited run leaves some out
             rows = [rows[answer.index] for answer in tested.answers]

@@ -12,7 +12,7 @@ from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row, TeacherOutput
 
 _NOT_COLUMNS = {"text", "rationale", "input", "key"}
 """What an example holds already, or what says nothing of it."""
@@ -40,7 +40,7 @@ def annotations_file(path: Path) -> Path:
 
 
 def join_annotations(
-    examples: Sequence[Example],
+    examples: Sequence[Row],
     path: Path,
     split: str,
     agree: Agree,
@@ -129,14 +129,15 @@ def check_columns(rationale_filter: str, rows: SplitRows) -> None:
         return
     known = dict.fromkeys(column for column in COLUMNS if column not in _NOT_COLUMNS)
     for example in chain(rows.examples, *rows.samples.values()):
-        known |= dict.fromkeys(example.columns or ())
+        known |= dict.fromkeys(example.columns)
     if missing := [column for column in columns_of(rationale_filter) if column not in known]:
         raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
 
 
-def _with_sample(example: Example, annotation: Annotation, row: Mapping[str, Any]) -> Example:
+def _with_sample(example: Row, annotation: Annotation, row: Mapping[str, Any]) -> Row:
     columns = {key: value for key, value in row.items() if value is not None and key not in _NOT_COLUMNS}
-    return replace(example, rationale=annotation.rationale, teacher_label=annotation.label, columns=columns)
+    output = TeacherOutput(annotation.rationale, annotation.label, annotation.teacher, columns=columns)
+    return replace(example, outputs=(output,))
 
 
 def _fill_votes(said: list[tuple[tuple[int, int], Annotation, dict[str, Any]]], agree: Agree) -> None:

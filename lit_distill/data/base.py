@@ -37,8 +37,9 @@ from lit_distill.data.tokenize import CUTS, TokenSettings, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.evaluation.metrics import MetricName, judge
-from lit_distill.rationales import ANSWER_MARK, Example, RationaleFilter, filter_name, find_filter, label_agrees
+from lit_distill.rationales import ANSWER_MARK, RationaleFilter, filter_name, find_filter, label_agrees
 from lit_distill.students import load_tokenizer
+from lit_distill.tasks import Row, TeacherOutput, tasks_from
 
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
 """Environment variable that names the folder of tokenised rows."""
@@ -124,7 +125,7 @@ class RationaleDataModule(pl.LightningDataModule):
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
-        tasks: Sequence[str] = ("label",),
+        tasks: Mapping[str, Any] | Sequence[Any] = ("label",),
         prefixes: dict[str, str] | None = None,
         label_source: Literal["gold", "teacher"] = "gold",
         rationale_filter: str | RationaleFilter = "none",
@@ -148,8 +149,8 @@ class RationaleDataModule(pl.LightningDataModule):
         if eval_batch_size is not None:
             checks.check_int("eval_batch_size", eval_batch_size, 1)
         self.eval_batch_size = eval_batch_size
-        self.tasks = checks.check_tasks(tasks)
-        self.prefixes = checks.check_prefixes(prefixes, self.tasks)
+        self.tasks = tasks_from(tasks if prefixes is None else {task: {"prefix": prefixes[task]} for task in tasks})
+        self.prefixes = {name: task.prefix for name, task in self.tasks.items()}
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
         self.rationales = None if rationales is None else Path(rationales)
         self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, ("own", "shuffled"))
@@ -182,7 +183,7 @@ class RationaleDataModule(pl.LightningDataModule):
             name: None if given[name] is None else str(given[name]) for name in ("data_dir", "cache_dir", "rationales")
         }
         plain: dict[str, Any] = {"tokenizer": self._tokenizer_name(), "rationale_filter": self.rationale_filter}
-        plain |= {"tasks": list(self.tasks), "prefixes": dict(self.prefixes)}
+        plain |= {"tasks": {name: task.plain() for name, task in self.tasks.items()}, "prefixes": None}
         self.save_hyperparameters(given | paths | plain)
 
     # ---------------------------------------------------------------- what a dataset says of itself
@@ -192,7 +193,7 @@ class RationaleDataModule(pl.LightningDataModule):
         """Where the dataset's files lie."""
         return self.data_dir / self.name
 
-    def read_row(self, row: dict[str, Any]) -> Example:
+    def read_row(self, row: dict[str, Any]) -> Row:
         """One released row as an example; an empty ``id`` is filled in by the row's position.
 
         A ``KeyError`` or a ``UserError`` is given the file's name and the line.
@@ -215,7 +216,7 @@ class RationaleDataModule(pl.LightningDataModule):
         """The YAML file of the prompt that a teacher is asked with."""
         return PROMPTS / f"{self.prompt}.yaml"
 
-    def prompt_fields(self, example: Example) -> dict[str, str]:
+    def prompt_fields(self, example: Row) -> dict[str, str]:
         """What the templates of a prompt can name, of one example.
 
         ``input``; ``choices``, the closed choices joined by commas; ``options``, a line that names them, or nothing
@@ -224,7 +225,7 @@ class RationaleDataModule(pl.LightningDataModule):
         choices = ", ".join(example.choices or self.label_set or ())
         return {"input": example.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
 
-    def load_rows(self, split: Split) -> list[Example] | None:
+    def load_rows(self, split: Split) -> list[Row] | None:
         """The rows of a released split without their teacher, the whole of them: what a teacher is asked about.
 
         ``None`` where its file is absent.
@@ -256,7 +257,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 unparsed.add(position)
                 continue
             row = examples[position]
-            examples[position] = Example(row.id, row.input, row.label, row.choices, *parsed)
+            examples[position] = replace(row, outputs=(TeacherOutput(*parsed),))
         return SplitRows(examples, frozenset(unparsed))
 
     def split_file(self, split: Split) -> Path | None:
@@ -291,7 +292,7 @@ class RationaleDataModule(pl.LightningDataModule):
             self._loaded[split] = rows
         return self._loaded[split]
 
-    def rows_to_ask(self, split: Split) -> list[Example] | None:
+    def rows_to_ask(self, split: Split) -> list[Row] | None:
         """The rows that a teacher is asked about: a released split whole, without what a teacher said of it.
 
         ``None`` where the split is absent.
@@ -337,13 +338,13 @@ class RationaleDataModule(pl.LightningDataModule):
             if split == "train":
                 used = train_rows(
                     rows,
-                    tasks=self.tasks,
+                    tasks=tuple(self.tasks.values()),
                     teacher_labels=self.label_source == "teacher",
                     keep=self._keep,
                     fraction=self.train_fraction,
                     seed=self.seed,
                 )
-                if self.rationale_pairing == "shuffled" and any("rationale" in task for task in self.tasks):
+                if self.rationale_pairing == "shuffled" and any(task.uses_output for task in self.tasks.values()):
                     used = shuffle_rationales(used, self.seed)
             else:
                 used = evaluation_rows(rows)
@@ -481,7 +482,7 @@ class RationaleDataModule(pl.LightningDataModule):
     @property
     def token_settings(self) -> TokenSettings:
         """What decides a row's tokens beside the tokenizer."""
-        return TokenSettings(self.prefixes, self.max_source_length, self.max_target_length)
+        return TokenSettings(self.tasks, self.max_source_length, self.max_target_length)
 
     def _tokenize(self, split: Split) -> TokenRows:
         from datasets.config import HF_DATASETS_CACHE  # type: ignore[import-untyped]  # with pandas, for rows alone
@@ -491,7 +492,7 @@ class RationaleDataModule(pl.LightningDataModule):
         examples = self.used_rows(split).examples
         table, cut = tokenize_once(name, examples, self.tokenizer, self.token_settings, Path(root))
         self.counts[split] |= cut
-        return TokenRows(table, self.tasks)
+        return TokenRows(table, tuple(self.tasks))
 
     def target_limits(self) -> dict[str, int]:
         """Task -> generated tokens that its targets ask for: half more than the longest in train, and 4.
@@ -520,7 +521,7 @@ class RationaleDataModule(pl.LightningDataModule):
             rows,
             batch_size=batch_size,
             sampler=self._sampler(rows, stage, batch_size),
-            collate_fn=RationaleCollator(pad, self.tasks, evaluation, self.pad_to_multiple_of),
+            collate_fn=RationaleCollator(pad, tuple(self.tasks), evaluation, self.pad_to_multiple_of),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -539,8 +540,8 @@ class RationaleDataModule(pl.LightningDataModule):
 
     # ---------------------------------------------------------------- reading
 
-    def _read_rows(self, path: Path, split: Split) -> list[Example]:
-        examples: list[Example] = []
+    def _read_rows(self, path: Path, split: Split) -> list[Row]:
+        examples: list[Row] = []
         for line, row in read_json_lines(path):
             try:
                 example = self.read_row(row)
@@ -553,13 +554,11 @@ class RationaleDataModule(pl.LightningDataModule):
             raise UserError(f"{split}: {path} is empty; give a file with rows, or remove it")
         return examples
 
-    def with_id(self, example: Example, split: Split, position: int) -> Example:
+    def with_id(self, example: Row, split: Split, position: int) -> Row:
         """The example, with an id made of its position where it has none."""
         if example.id:
             return example
-        made = f"{self.name}-{split}-{position}"
-        rest = (example.choices, example.rationale, example.teacher_label)
-        return Example(made, example.input, example.label, *rest)
+        return replace(example, id=f"{self.name}-{split}-{position}")
 
     def _read_outputs(self, path: Path, split: Split, rows: int) -> list[str]:
         folder, word = self.folder / "llm", self.splits[split]
@@ -573,7 +572,7 @@ class RationaleDataModule(pl.LightningDataModule):
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {rows} of them")
         return outputs[:rows]
 
-    def _check_rows(self, rows: Sequence[Example], split: Split) -> None:
+    def _check_rows(self, rows: Sequence[Row], split: Split) -> None:
         """Rows are told apart by their ids in predictions and annotations, and answered by one of their choices."""
         seen: dict[str, int] = {}
         outside = []
@@ -607,11 +606,11 @@ class RationaleDataModule(pl.LightningDataModule):
         asking += ["rationale_filter: label_agrees"] if self.rationale_filter == "label_agrees" else []
         if asking and all(example.teacher_label is None for example in rows.examples):
             raise UserError(f"{asking[0]} needs the teacher's labels of train, {self._missing_teacher()}")
-        asking = [f"tasks: {task}" for task in self.tasks if "rationale" in task]
+        asking = [f"tasks: {name}" for name, task in self.tasks.items() if task.uses_output]
         asking += [] if self._keep is None else [f"rationale_filter: {self.rationale_filter}"]
         if asking and all(example.rationale is None for example in rows.examples):
             raise UserError(f"{asking[0]} needs the teacher's rationales of train, {self._missing_teacher()}")
-        if self.label_source == "gold" and (asking := [task for task in self.tasks if "label" in task]):
+        if self.label_source == "gold" and (asking := [name for name, task in self.tasks.items() if task.needs_label]):
             unlabelled = sum(example.label is None for example in rows.examples)
             if unlabelled == len(rows):
                 raise UserError(f"tasks: {asking[0]} needs the labels of train, {self.missing_labels()}")
@@ -659,7 +658,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 f"rationale_filter: {text!r} is a condition on columns, which need rationales; allowed without them are"
                 " none, label_agrees or a function's import path (package.module.function)"
             )
-        return lambda example: example.columns is not None and test(example.columns)
+        return lambda example: bool(example.columns) and test(example.columns)
 
     @staticmethod
     def _check_tokenizer(
@@ -710,6 +709,6 @@ class RationaleDataModule(pl.LightningDataModule):
                 _warn(f"{self.name} {split}: {repeated} of {total} rows have an input that is also in train")
 
 
-def _alone(example: Example) -> Example:
+def _alone(example: Row) -> Row:
     """A row without what a teacher said of it."""
-    return replace(example, rationale=None, teacher_label=None, columns=None)
+    return replace(example, outputs=())

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.files import text_of, texts_of
 from lit_distill.evaluation.answers import Split
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 _LETTER = re.compile(r"\([a-z]\)")
 
@@ -21,14 +21,14 @@ class CQADataModule(RationaleDataModule):
     splits: Mapping[Split, str] = {"train": "train", "test": "test"}
     released_rows: Mapping[Split, int] = {"train": 9741, "test": 1221}
 
-    def read_row(self, row: dict[str, Any]) -> Example:
+    def read_row(self, row: dict[str, Any]) -> Row:
         """The question with its lettered choices; the label is the answer's text."""
         choices = texts_of(row, "choices")
         lettered = "".join(f"\n({chr(ord('a') + i)}) {choice}" for i, choice in enumerate(choices))
         text = f"{text_of(row, 'question')}\nAnswer Choices:{lettered}"
-        return Example(id=str(row.get("id", "")), input=text, label=text_of(row, "answer"), choices=choices)
+        return Row(id=str(row.get("id", "")), input=text, label=text_of(row, "answer"), choices=choices)
 
-    def prompt_fields(self, example: Example) -> dict[str, str]:
+    def prompt_fields(self, example: Row) -> dict[str, str]:
         """Also ``letter``, that of the label among the choices; a question mark where it is none of them."""
         choices = example.choices or ()
         letter = chr(ord("a") + choices.index(example.label)) if example.label in choices else "?"

@@ -13,16 +13,16 @@ from lit_distill.data.tables import Table, read_file, read_hub
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName
-from lit_distill.rationales import Example
 from lit_distill.reading import parse_json
 from lit_distill.shipped import shipped
+from lit_distill.tasks import Row, TeacherOutput
 
 
 class JSONLDataModule(RationaleDataModule):
     r"""Your own rows: JSON lines, JSON, CSV, Parquet, a ``save_to_disk`` folder or a hub dataset.
 
     Columns that are not named are taken by their usual names (``id``, ``label``, ``rationale``, ``teacher_label``,
-    ``choices``) where the data has them. What `lit_distill.rationales.write_examples` wrote reads without any argument.
+    ``choices``) where the data has them. What `lit_distill.tasks.write_rows` wrote reads without any argument.
 
     Args:
         train: file, or folder of ``save_to_disk``, of the training rows; with ``hub``, the split's name. A relative
@@ -125,7 +125,7 @@ class JSONLDataModule(RationaleDataModule):
         columns = self._choose_columns(table, split)
         if (label := columns["label"]) is not None and self.label_set is None and label in table.class_names:
             self.label_set = tuple(table.class_names[label])
-        examples: list[Example] = []
+        examples: list[Row] = []
         for place, row in table:
             try:
                 example = self._example(row, columns)
@@ -188,14 +188,15 @@ class JSONLDataModule(RationaleDataModule):
         chosen = {part: column or part for part, column in self._columns.items()}
         return {part: column if column in table.columns else None for part, column in chosen.items()}
 
-    def _example(self, row: dict[str, Any], columns: dict[str, str | None]) -> Example:
+    def _example(self, row: dict[str, Any], columns: dict[str, str | None]) -> Row:
         values = {part: None if column is None else row.get(column) for part, column in columns.items()}
         label, teacher_label = self._label(values["label"]), self._label(values["teacher_label"])
         if label is not None and self.label_set is not None and label not in self.label_set:
             raise UserError(f"the label {label!r} is not in label_set ({', '.join(self.label_set)})")
         rationale = None if values["rationale"] is None else _text("rationale", values["rationale"]).strip() or None
         row_id = "" if values["id"] is None else str(values["id"])
-        return Example(row_id, self._input(row), label, _choices(values["choices"]), rationale, teacher_label)
+        outputs = () if rationale is None and teacher_label is None else (TeacherOutput(rationale, teacher_label),)
+        return Row(row_id, self._input(row), label, _choices(values["choices"]), outputs)
 
     def _input(self, row: dict[str, Any]) -> str:
         for column in self._input_columns:

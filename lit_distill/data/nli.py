@@ -8,7 +8,7 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.files import text_of
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 LABELS = ("entailment", "neutral", "contradiction")
 """The labels by the number that stands for them in the files."""
@@ -28,15 +28,15 @@ class _NLIDataModule(RationaleDataModule):
 
     label_set: tuple[str, ...] | None = LABELS
 
-    def read_row(self, row: dict[str, Any]) -> Example:
+    def read_row(self, row: dict[str, Any]) -> Row:
         """Premise and hypothesis; the label by its number."""
         number = row["label"]
         if isinstance(number, bool) or not isinstance(number, int) or number not in range(len(LABELS)):
             raise UserError(f"'label' must be 0, 1 or 2, got {number!r}")
         text = f"{text_of(row, 'premise')}{SEPARATOR}{text_of(row, 'hypothesis')}"
-        return Example(id=str(row.get("uid", "")), input=text, label=LABELS[number])
+        return Row(id=str(row.get("uid", "")), input=text, label=LABELS[number])
 
-    def prompt_fields(self, example: Example) -> dict[str, str]:
+    def prompt_fields(self, example: Row) -> dict[str, str]:
         """Also ``premise`` and ``hypothesis``."""
         premise, _, hypothesis = example.input.partition(SEPARATOR)
         return super().prompt_fields(example) | {"premise": premise.strip(), "hypothesis": hypothesis.strip()}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example, RationaleFilter, target_text
+from lit_distill.rationales import RationaleFilter
+from lit_distill.tasks import Row, Task, TeacherOutput
 
 VAL_FRACTION = 0.1
 """The part of train that is validation where a dataset releases none (the paper's)."""
@@ -21,11 +22,11 @@ Agree = Callable[[str, str], bool]
 class SplitRows:
     """The rows of a split as they were released, the teacher's outputs joined to them."""
 
-    examples: Sequence[Example]
+    examples: Sequence[Row]
     """The rows, in the file's order, with gold labels."""
     unparsed: frozenset[int] = frozenset()
     """Positions of the rows whose teacher output did not parse (their rationale and teacher label are ``None``)."""
-    samples: Mapping[int, tuple[Example, ...]] = field(default_factory=dict)
+    samples: Mapping[int, tuple[Row, ...]] = field(default_factory=dict)
     """Position -> the row again with each of the teacher's further samples; the first one is in ``examples``."""
 
     def __len__(self) -> int:
@@ -37,7 +38,7 @@ class SplitRows:
         samples = {new: self.samples[old] for new, old in enumerate(positions) if old in self.samples}
         return SplitRows([self.examples[position] for position in positions], unparsed, samples)
 
-    def said(self, position: int) -> list[Example]:
+    def said(self, position: int) -> list[Row]:
         """A row with each of the teacher's samples that has a rationale, in their order."""
         samples = (self.examples[position], *self.samples.get(position, ()))
         return [example for example in samples if example.rationale is not None]
@@ -51,7 +52,7 @@ class SplitRows:
 class UsedRows:
     """The rows of a split as this run uses them."""
 
-    examples: Sequence[Example]
+    examples: Sequence[Row]
     """The rows; ``label`` is the one to train on."""
     gold: Sequence[str | None]
     """The rows' gold labels."""
@@ -91,7 +92,7 @@ def sample(rows: int, fraction: float, seed: int) -> list[int]:
 def train_rows(
     rows: SplitRows,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[Task],
     teacher_labels: bool,
     keep: RationaleFilter | None,
     fraction: float,
@@ -112,7 +113,7 @@ def train_rows(
     """
     drawn = rows.take(sample(len(rows), fraction, seed))
     counts = Counter(left_out_by_fraction=len(rows) - len(drawn))
-    examples: list[Example] = []
+    examples: list[Row] = []
     gold: list[str | None] = []
     for position, original in enumerate(drawn.examples):
         said = drawn.said(position)
@@ -121,19 +122,24 @@ def train_rows(
             counts["rationale_filtered"] += bool(said)
             # a label may be left where no rationale is
             labelled = (one for one in (original, *said) if one.teacher_label is not None)
-            example = replace(next(labelled, original), rationale=None)
+            example = next(labelled, original)
+            example = replace(example, outputs=tuple(replace(output, text=None) for output in example.outputs))
         if teacher_labels:
             if example.teacher_label is None:
                 counts["dropped_without_teacher_label"] += 1
                 continue
             example = replace(example, label=example.teacher_label)
-        if all(target_text(task, example) is None for task in tasks):
+        if all(task.render(example, _first(example)) is None for task in tasks):
             counts["dropped_without_target"] += 1
             continue
         examples.append(example)
         gold.append(original.label)
     names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
     return UsedRows(examples, gold, {name: counts[name] for name in names} | {"used": len(examples)})
+
+
+def _first(row: Row) -> TeacherOutput | None:
+    return row.outputs[0] if row.outputs else None
 
 
 def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
@@ -154,7 +160,9 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     ring = np.random.RandomState(seed).permutation(having).tolist()
     examples = list(used.examples)
     for giver, taker in zip(ring, [*ring[1:], ring[0]], strict=True):
-        examples[taker] = replace(examples[taker], rationale=used.examples[giver].rationale)
+        (output,) = examples[taker].outputs
+        outputs = (replace(output, text=used.examples[giver].rationale),)
+        examples[taker] = replace(examples[taker], outputs=outputs)
     return UsedRows(examples, used.gold, used.counts | {"rationale_shuffled": len(having)})
 
 

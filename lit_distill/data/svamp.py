@@ -8,7 +8,7 @@ from lit_distill.data.files import text_of
 from lit_distill.equations import evaluate
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 
 class SVAMPDataModule(RationaleDataModule):
@@ -21,9 +21,9 @@ class SVAMPDataModule(RationaleDataModule):
     released_rows: Mapping[Split, int] = {"train": 800, "test": 200}
     metric: MetricName = "equation"
 
-    def read_row(self, row: dict[str, Any]) -> Example:
+    def read_row(self, row: dict[str, Any]) -> Row:
         """Body and question; the label is the equation."""
-        return Example(id="", input=text_of(row, "input"), label=text_of(row, "label"))
+        return Row(id="", input=text_of(row, "input"), label=text_of(row, "label"))
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
         """``... The answer is (84 / 2).``: from the first parenthesis after the mark to the last, both included.

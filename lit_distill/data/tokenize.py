@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
-from lit_distill.rationales import Example, label_part, target_text
+from lit_distill.tasks import Row, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -39,8 +39,8 @@ CUTS = ("truncated_inputs", "truncated_targets", "truncated_labels")
 class TokenSettings:
     """What decides a row's tokens, beside the row and the tokenizer."""
 
-    prefixes: dict[str, str]
-    """Task -> prefix of its inputs."""
+    tasks: dict[str, Task]
+    """By name."""
     max_source_length: int
     """Tokens of an input at most, the final end-of-sequence token included."""
     max_target_length: int
@@ -84,30 +84,35 @@ def _cut(ids: list[int], max_length: int, eos: int) -> list[int]:
 
 
 def encode_targets(
-    tokenizer: PreTrainedTokenizerBase, task: str, examples: Sequence[Example], max_length: int
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Row], max_length: int
 ) -> tuple[Encoded, int]:
     """Targets of a task, of rows that have one, and how many of their labels were cut.
 
     Of a target that is too long the rationale is cut, wherever it stands, and the label only where it alone is too
     long.
     """
-    texts = [text for example in examples if (text := target_text(task, example)) is not None]
+    texts = [text for example in examples if (text := target_of(task, example)) is not None]
     found = encode(tokenizer, texts, max_length, is_target=True)
     long = [i for i, length in enumerate(found.lengths) if length > max_length]
-    if task == "rationale" or not long:
+    if not task.needs_label or not long:
         return found, 0
-    parts = [label_part(task, examples[i].label or "") for i in long]
+    parts = [task.label_part(examples[i].label or "") for i in long]
     labels = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
-    if task == "rationale_label":
+    if task.ends_in_label:
         for i, label in zip(long, labels, strict=True):
             ending = _cut([*label, eos], max_length, eos)
             found.ids[i] = [*found.ids[i][: max_length - len(ending)], *ending]
     return found, sum(len(label) >= max_length for label in labels)
 
 
+def target_of(task: Task, row: Row) -> str | None:
+    """The target of a row with its first teacher output."""
+    return task.render(row, row.outputs[0] if row.outputs else None)
+
+
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+    examples: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
 ) -> Iterator[tuple[dict[str, list[Any]], Counter[str]]]:
     """Columns of ``BATCH`` rows at a time, and what of them was cut, over all tasks, as counts of ``CUTS``.
 
@@ -118,17 +123,17 @@ def encode_examples(
         batch = examples[start : start + BATCH]
         columns: dict[str, list[Any]] = {"index": list(range(start, start + len(batch)))}
         cut: Counter[str] = Counter(dict.fromkeys(CUTS, 0))
-        for task, prefix in settings.prefixes.items():
-            sources = [prefix + example.input for example in batch]
+        for name, task in settings.tasks.items():
+            sources = [task.prefix + example.input for example in batch]
             encoded = encode(tokenizer, sources, settings.max_source_length, is_target=False)
-            present = [target_text(task, example) is not None for example in batch]
+            present = [target_of(task, example) is not None for example in batch]
             having = [example for example, has in zip(batch, present, strict=True) if has]
             answers, labels_cut = encode_targets(tokenizer, task, having, settings.max_target_length)
             labels, lengths = iter(answers.ids), iter(answers.lengths)
-            columns[f"{task}.input_ids"] = encoded.ids
-            columns[f"{task}.input_length"] = encoded.lengths
-            columns[f"{task}.labels"] = [next(labels) if has else None for has in present]
-            columns[f"{task}.target_length"] = [next(lengths) if has else None for has in present]
+            columns[f"{name}.input_ids"] = encoded.ids
+            columns[f"{name}.input_length"] = encoded.lengths
+            columns[f"{name}.labels"] = [next(labels) if has else None for has in present]
+            columns[f"{name}.target_length"] = [next(lengths) if has else None for has in present]
             cut["truncated_inputs"] += sum(length > settings.max_source_length for length in encoded.lengths)
             cut["truncated_targets"] += sum(length > settings.max_target_length for length in answers.lengths)
             cut["truncated_labels"] += labels_cut
@@ -154,7 +159,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(examples: Sequence[Example], tokenizer: str, settings: TokenSettings) -> str:
+def fingerprint(examples: Sequence[Row], tokenizer: str, settings: TokenSettings) -> str:
     """A hash of everything that changes the tokens of a split.
 
     Args:
@@ -162,18 +167,18 @@ def fingerprint(examples: Sequence[Example], tokenizer: str, settings: TokenSett
         tokenizer: the tokenizer's `tokenizer_fingerprint`.
         settings: prefixes and lengths.
     """
-    tasks = list(settings.prefixes)
-    header = [FORMAT, tokenizer, settings.prefixes, tasks, settings.max_source_length, settings.max_target_length]
+    tasks = {name: task.plain() for name, task in settings.tasks.items()}
+    header = [FORMAT, tokenizer, tasks, list(tasks), settings.max_source_length, settings.max_target_length]
     digest = sha256(json.dumps(header).encode())
     for example in examples:
-        row = [example.id, example.input, *(target_text(task, example) for task in tasks)]
+        row = [example.id, example.input, *(target_of(task, example) for task in settings.tasks.values())]
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 
 
 def tokenize_once(
     name: str,
-    examples: Sequence[Example],
+    examples: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     settings: TokenSettings,
     root: Path,
@@ -226,13 +231,13 @@ def _read(folder: Path, mark: str) -> tuple[Dataset, dict[str, int]] | None:
 
 
 def _write(
-    folder: Path, mark: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+    folder: Path, mark: str, examples: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
 ) -> None:
     """Write a folder whole, in the place of whatever is there; only the holder of its lock may."""
     with atomic_folder(folder) as tmp_folder:
         table = tmp_folder / "rows.arrow"
         cut = dict.fromkeys(CUTS, 0)
-        schema = _schema(list(settings.prefixes))
+        schema = _schema(list(settings.tasks))
         bar = tqdm(total=len(examples), desc=f"Tokenising {folder.name.rsplit('-', 1)[0]}", delay=3, disable=None)
         with bar, pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for columns, counts in encode_examples(examples, tokenizer, settings):

@@ -9,7 +9,7 @@ from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
 from lit_distill.evaluation.answers import Split
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row, TeacherOutput
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "bird": ("sparrow", "eagle", "robin", "owl", "crow", "swan", "heron", "finch", "raven", "stork"),
@@ -32,7 +32,7 @@ TEXT_WORDS = (
 """What stands in inputs, targets and prefixes beside the words themselves; a word-level tokenizer needs them."""
 
 
-def toy_example(seed: int, split: str, position: int) -> Example:
+def toy_example(seed: int, split: str, position: int) -> Row:
     """The example at a position of a split: a function of these three alone.
 
     The rationale says of each word what it is, the kind first: the knowledge that the answer follows from, not the
@@ -50,13 +50,12 @@ def toy_example(seed: int, split: str, position: int) -> Example:
     words = [*draw.sample(KINDS[common], ITEMS - 1), label]
     draw.shuffle(words)
     kind_of = {word: odd if word == label else common for word in words}
-    return Example(
+    return Row(
         id=f"toy-{split}-{position}",
         input=f"which one does not belong : {' , '.join(words)} ?",
         label=label,
         choices=tuple(words),
-        rationale=" ".join(f"{kind_of[word]} : {word} ." for word in words),
-        teacher_label=label,
+        outputs=(TeacherOutput(" ".join(f"{kind_of[word]} : {word} ." for word in words), label),),
     )
 
 

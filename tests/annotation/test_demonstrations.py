@@ -9,11 +9,12 @@ import pytest
 
 from lit_distill.annotation.demonstrations import Choose, fixed, nearest
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
+from tests.rows import make_row
 
 
-def example(text: str) -> Example:
-    return Example(id="", input=text, label="x", rationale="because")
+def example(text: str) -> Row:
+    return make_row(id="", input=text, label="x", rationale="because")
 
 
 BIRDS = example("owl swan crow")
@@ -27,7 +28,7 @@ def inputs(choose: Choose, text: str) -> list[str]:
     return [one.input for one in choose(example(text))]
 
 
-def texts(examples: Sequence[Example]) -> list[str]:
+def texts(examples: Sequence[Row]) -> list[str]:
     return [one.input for one in examples]
 
 
@@ -43,7 +44,7 @@ def test_a_row_is_not_shown_itself() -> None:
     assert inputs(fixed(ALL, 2), BIRDS.input) == texts((TREES, MIXED))
     assert TREES.input not in inputs(nearest(ALL, 4), TREES.input)
     # under whichever id, and as often as it is there
-    again = [*ALL, Example("other", TREES.input, "y", rationale="so")]
+    again = [*ALL, make_row("other", TREES.input, "y", rationale="so")]
     assert TREES.input not in inputs(nearest(again, 5), TREES.input) + inputs(fixed(again, None), TREES.input)
 
 
@@ -68,7 +69,7 @@ def test_as_many_as_are_asked_for(count: int) -> None:
 
 
 def test_of_those_that_are_as_like_the_first_are_taken() -> None:
-    same = tuple(Example(str(i), "owl swan", "x", rationale=f"because {i}") for i in range(6))
+    same = tuple(make_row(str(i), "owl swan", "x", rationale=f"because {i}") for i in range(6))
     chosen = nearest(same, 3)(example("a swan"))
     assert [one.id for one in chosen] == ["2", "1", "0"]
     # of nothing that is known, all are as like
@@ -84,7 +85,7 @@ def test_choices_do_not_depend_on_what_was_asked_before() -> None:
 
 
 @pytest.mark.parametrize("shown", [(), (example("? !"), example("..."))])
-def test_without_words_there_is_nothing_to_compare(shown: tuple[Example, ...]) -> None:
+def test_without_words_there_is_nothing_to_compare(shown: tuple[Row, ...]) -> None:
     with pytest.raises(UserError, match="nearest_demonstrations: the demonstrations' inputs hold no words"):
         nearest(shown, 1)
 

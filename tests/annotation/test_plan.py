@@ -12,10 +12,11 @@ from lit_distill.annotation.prompts import PromptTemplate
 from lit_distill.annotation.record import Annotation, answer_schema, digest
 from lit_distill.data import CQADataModule, ToyDataModule
 from lit_distill.questions import Layout, Message, Question, Sampling
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
+from tests.rows import make_row
 
-OAK = Example(id="", input="owl , oak ?", label="oak", choices=("owl", "oak"), rationale="An oak is a tree.")
-FIG = Example(id="", input="tin , fig ?", label="fig", rationale="A fig is no metal.")
+OAK = make_row(id="", input="owl , oak ?", label="oak", choices=("owl", "oak"), rationale="An oak is a tree.")
+FIG = make_row(id="", input="tin , fig ?", label="fig", rationale="A fig is no metal.")
 TEMPLATE = PromptTemplate(
     instruction="Find it.",
     question="{input}{options}",
@@ -25,7 +26,7 @@ TEMPLATE = PromptTemplate(
     stop=("\nQ:",),
     demonstrations=(OAK, FIG),
 )
-ROW = Example("r1", "carp , saw ?", "saw", ("carp", "saw"))
+ROW = make_row("r1", "carp , saw ?", "saw", ("carp", "saw"))
 PLAN = Plan(
     template=TEMPLATE,
     choose=fixed(TEMPLATE.demonstrations, None),
@@ -48,7 +49,7 @@ class Answers:
         self.answered: set[bytes] = set()
         self.agreeing: set[bytes] = set()
 
-    def rounds(self, plan: Plan, example: Example = ROW, split: str = "train") -> Iterator[list[int]]:
+    def rounds(self, plan: Plan, example: Row = ROW, split: str = "train") -> Iterator[list[int]]:
         """The numbers of the samples that are asked for together; each is answered before the next is asked for."""
         for asked in plan.questions(example, split, self.answered, self.agreeing):
             yield [annotation.sample for annotation, _ in asked]
@@ -63,12 +64,12 @@ def hashed(annotation: Annotation) -> bytes:
     return bytes.fromhex(annotation.key)
 
 
-def questions(plan: Plan = PLAN, example: Example = ROW, split: str = "train") -> Round:
+def questions(plan: Plan = PLAN, example: Row = ROW, split: str = "train") -> Round:
     """All of the first round."""
     return next(plan.questions(example, split, (), ()))
 
 
-def keys(plan: Plan = PLAN, example: Example = ROW, split: str = "train") -> list[str | None]:
+def keys(plan: Plan = PLAN, example: Row = ROW, split: str = "train") -> list[str | None]:
     return [annotation.key for annotation, _ in questions(plan, example, split)]
 
 
@@ -132,7 +133,7 @@ LETTERED = "Is it ({letter})? {input}"
 @pytest.mark.parametrize("layout", ["chat", "completion"])
 @pytest.mark.parametrize("structured", [False, True])
 def test_a_row_s_own_label_is_not_given_away(layout: Layout, structured: bool) -> None:
-    row = Example("r1", "carp , saw ?", "saw", ("carp", "saw"), rationale="GIVEN", teacher_label="GIVEN")
+    row = make_row("r1", "carp , saw ?", "saw", ("carp", "saw"), rationale="GIVEN", teacher_label="GIVEN")
     template = replace(TEMPLATE, question=LETTERED)
     cqa = CQADataModule()
     plan = replace(PLAN, template=template, fields=cqa.prompt_fields, layout=layout, structured=structured)

@@ -21,7 +21,8 @@ from lit_distill.annotation.prompts import (
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message
-from lit_distill.rationales import Example, write_examples
+from lit_distill.tasks import Row, TeacherOutput, write_rows
+from tests.rows import make_row
 
 TOY = ToyDataModule()
 
@@ -45,14 +46,14 @@ demonstrations:
   - {input: "which of tin , fig ?", rationale: A fig is no metal., label: fig}
 """
 
-OAK = Example(
+OAK = make_row(
     id="",
     input="which of owl , oak , crow ?",
     label="oak",
     choices=("owl", "oak", "crow"),
     rationale="An oak is a tree. The others are birds.",
 )
-FIG = Example(id="", input="which of tin , fig ?", label="fig", rationale="A fig is no metal.")
+FIG = make_row(id="", input="which of tin , fig ?", label="fig", rationale="A fig is no metal.")
 TEMPLATE = PromptTemplate(
     instruction="Find the word that does not belong.",
     question="{input}{options}",
@@ -62,7 +63,7 @@ TEMPLATE = PromptTemplate(
     stop=("\nQ:",),
     demonstrations=(OAK, FIG),
 )
-ROW = Example("toy-test-7", "which of carp , saw ?", "saw", ("carp", "saw"), "fish : carp . tool : saw .", "saw")
+ROW = make_row("toy-test-7", "which of carp , saw ?", "saw", ("carp", "saw"), "fish : carp . tool : saw .", "saw")
 
 CHAT = (
     Message("system", "Find the word that does not belong."),
@@ -224,7 +225,7 @@ def test_a_good_template_passes() -> None:
     ],
 )
 def test_templates_ask_for_what_the_dataset_offers(
-    changes: dict[str, Any], key: str, says: str, shown: tuple[Example, ...]
+    changes: dict[str, Any], key: str, says: str, shown: tuple[Row, ...]
 ) -> None:
     with pytest.raises(UserError, match=re.escape(says)) as error:
         check(replace(TEMPLATE, demonstrations=shown, **changes))
@@ -240,14 +241,14 @@ def test_templates_ask_for_what_the_dataset_offers(
         (TEMPLATE.answer, replace(OAK, label="oak.\nOr not")),
     ],
 )
-def test_a_demonstration_that_is_not_read_back_is_named(answer: str, shown: Example) -> None:
+def test_a_demonstration_that_is_not_read_back_is_named(answer: str, shown: Row) -> None:
     with pytest.raises(UserError, match="is read by the dataset as") as error:
         check(replace(TEMPLATE, answer=answer, demonstrations=(shown,)))
     one_line(error, Path("mine.yaml"), "the answer of demonstration 1")
 
 
-@pytest.mark.parametrize("lacking", [replace(OAK, label=None), replace(OAK, rationale=None)])
-def test_a_demonstration_has_rationale_and_label(lacking: Example) -> None:
+@pytest.mark.parametrize("lacking", [replace(OAK, label=None), replace(OAK, outputs=())])
+def test_a_demonstration_has_rationale_and_label(lacking: Row) -> None:
     with pytest.raises(UserError, match="demonstration 2 needs a rationale and a label") as error:
         check(replace(TEMPLATE, demonstrations=(FIG, lacking)))
     one_line(error, Path("mine.yaml"), "demonstration 2")
@@ -279,13 +280,13 @@ def test_demonstrations_are_shown_in_their_order_and_only_those_given() -> None:
 
 @pytest.mark.parametrize("layout", ["chat", "completion"])
 def test_the_row_s_own_answer_is_not_shown(layout: Layout) -> None:
-    hidden = replace(ROW, label="HIDDEN", rationale="HIDDEN", teacher_label="HIDDEN")
+    hidden = replace(ROW, label="HIDDEN", outputs=(TeacherOutput("HIDDEN", "HIDDEN"),))
     written = write_prompt(TEMPLATE, layout, TOY.prompt_fields, TEMPLATE.demonstrations, hidden)
     assert written == write_prompt(TEMPLATE, layout, TOY.prompt_fields, TEMPLATE.demonstrations, ROW)
 
 
 def test_texts_are_put_in_as_they_are() -> None:
-    odd = replace(ROW, input="{label} {{x}} %s", choices=None, rationale=" {input} ", label=" {y} ")
+    odd = replace(ROW, input="{label} {{x}} %s", choices=None, outputs=(TeacherOutput(" {input} "),), label=" {y} ")
     assert write_prompt(PromptTemplate("", "{{{input}}}", "x"), "completion", TOY.prompt_fields, (), odd) == (
         "{{label} {{x}} %s}\n"
     )
@@ -308,7 +309,7 @@ def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
     assert load_prompt(one).hash == load_prompt(other).hash == TEMPLATE.hash
     assert re.fullmatch("[0-9a-f]{12}", TEMPLATE.hash)
     # what a demonstration is called, or was said of by a teacher, is not shown
-    named = replace(OAK, id="r1", teacher_label="crow")
+    named = replace(OAK, id="r1", outputs=(TeacherOutput(OAK.rationale, "crow"),))
     assert replace(TEMPLATE, demonstrations=(named, FIG)).hash == TEMPLATE.hash
 
 
@@ -326,7 +327,7 @@ def test_a_hash_changes_with_anything() -> None:
         {"demonstrations": (OAK,)},
     ]
     assert {name for change in changes for name in change} == set(PromptTemplate.__dataclass_fields__)
-    others: list[dict[str, Any]] = [{"input": "oáks"}, {"label": "oáks"}, {"rationale": "oáks"}]
+    others: list[dict[str, Any]] = [{"input": "oáks"}, {"label": "oáks"}, {"outputs": (TeacherOutput("oáks"),)}]
     others += [{"choices": ("oak", "owl", "crow")}, {"choices": None}]
     changes += [{"demonstrations": (replace(OAK, **other), FIG)} for other in others]
     hashes = {replace(TEMPLATE, **change).hash for change in changes} | {TEMPLATE.hash}
@@ -338,14 +339,14 @@ def test_a_hash_changes_with_anything() -> None:
 
 def test_demonstrations_are_read_from_examples(tmp_path: Path) -> None:
     path = tmp_path / "shown.jsonl"
-    write_examples(path, [replace(OAK, id="r1", teacher_label="crow"), replace(FIG, id="r2")])
+    write_rows(path, [replace(OAK, id="r1", outputs=(TeacherOutput(OAK.rationale, "crow"),)), replace(FIG, id="r2")])
     assert load_demonstrations(path) == load_demonstrations(str(path)) == (OAK, FIG)
 
 
-@pytest.mark.parametrize("lacking", [{"rationale": None}, {"label": None}, {"rationale": ""}])
+@pytest.mark.parametrize("lacking", [{"outputs": ()}, {"label": None}, {"outputs": (TeacherOutput(""),)}])
 def test_examples_to_show_have_rationale_and_label(lacking: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "shown.jsonl"
-    write_examples(path, [replace(OAK, id="r1"), replace(FIG, id="r2", **lacking)])
+    write_rows(path, [replace(OAK, id="r1"), replace(FIG, id="r2", **lacking)])
     with pytest.raises(UserError, match=r"example 2 \(r2\) needs a rationale and a label") as error:
         load_demonstrations(path)
     one_line(error, path, "example 2")

@@ -26,7 +26,7 @@ from lit_distill.annotation.record import (
     vote,
 )
 from lit_distill.data import SVAMPDataModule, ToyDataModule
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 FULL = Annotation(
     id="q7",
@@ -154,7 +154,7 @@ def test_a_label_as_long_as_an_answer_is_looked_for_in_linear_time() -> None:
 # ---------------------------------------------------------------- what follows from a text
 
 TOY = ToyDataModule()
-ROW = Example("q7", "do birds fly ?", "yes", ("yes", "no"))
+ROW = Row("q7", "do birds fly ?", "yes", ("yes", "no"))
 NOT_READ = {"parsed": False, "rationale": None, "label": None, "contains_label": None, "length": None}
 
 

@@ -19,8 +19,9 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 from tests.data.conftest import WriteCQA, WriteLines, cqa_output, cqa_rows
+from tests.rows import make_row
 
 BOTH = ("label", "rationale")
 Make = Callable[..., RationaleDataModule]
@@ -294,13 +295,13 @@ def test_rows_without_a_sample_have_no_teacher_s_label(jsonl: Make) -> None:
 def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
     lines = [said("b", teacher="U"), said("a", 0, "no", teacher="T"), said("a", 1, teacher="U"), said("b", teacher="T")]
     module = jsonl(lines)
-    assert [row.columns and row.columns["teacher"] for row in rows_of(module).examples] == ["U", "U", None]
+    assert [row.columns.get("teacher") for row in rows_of(module).examples] == ["U", "U", None]
     assert "samples of several teachers (U, T), the first of which comes first" in caplog.text
     module = jsonl(lines, rationale_filter="teacher == T")
     assert rationales(module) == {"a": "R0 of a", "b": "R0 of b", "c": None}
 
 
-def own_filter(example: Example) -> bool:
+def own_filter(example: Row) -> bool:
     """Keeps by whatever column it likes."""
     return example.columns is not None and example.columns["score"] > 2
 
@@ -555,9 +556,9 @@ def test_a_filter_that_keeps_nothing_is_said(tokenizer: PreTrainedTokenizerFast,
 # ---------------------------------------------------------------- whom a teacher is asked about
 
 
-def alone(rows: Sequence[Example] | None) -> list[str]:
+def alone(rows: Sequence[Row] | None) -> list[str]:
     assert rows is not None
-    assert all((row.rationale, row.teacher_label, row.columns) == (None, None, None) for row in rows)
+    assert all(row.outputs == () for row in rows)
     return [row.id for row in rows]
 
 
@@ -591,7 +592,7 @@ class Own(RationaleDataModule):
     def load_split(self, split: Split) -> SplitRows | None:
         if split == "test":
             return None
-        return SplitRows([Example(f"{split}{i}", f"in {i}", "yes", None, "old", "old", {"x": 1}) for i in range(3)])
+        return SplitRows([make_row(f"{split}{i}", f"in {i}", "yes", None, "old", "old", {"x": 1}) for i in range(3)])
 
 
 def test_a_dataset_that_loads_its_splits_itself_is_asked_about_and_joined(say: Say) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import lit_distill.data
 from lit_distill.data import ANLIDataModule, CQADataModule, JSONLDataModule, RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 from tests.data.conftest import wrap
 
 ARGUMENTS = [
@@ -66,27 +66,22 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
         ({"predict_split": "valid"}, "predict_split must be one of train, val, test, predict, got 'valid'"),
         (
             {"tasks": "label"},
-            "tasks must be a list of one or more of label, rationale, rationale_label, label_rationale, got 'label'",
+            "tasks must be a list of names (label, rationale, rationale_label, label_rationale) or a mapping,"
+            " got 'label'",
         ),
         (
             {"tasks": []},
-            "tasks must be a list of one or more of label, rationale, rationale_label, label_rationale, got []",
+            "tasks must be a list of names (label, rationale, rationale_label, label_rationale) or a mapping, got []",
         ),
         (
             {"tasks": ["label", "lable"]},
             "tasks must be one of label, rationale, rationale_label, label_rationale, got 'lable'",
         ),
-        ({"tasks": ["label", "label"]}, "tasks must name each task once, got ['label', 'label']"),
+        ({"tasks": ["label", "label"]}, "tasks: two tasks have the name 'label'"),
+        ({"tasks": {"label": {"prefix": 1}}}, "tasks: label: prefix must be a text, got 1"),
         (
-            {"tasks": ["label", "rationale_label"]},
-            "prefixes must be given for rationale_label: there are several tasks to tell apart",
-        ),
-        ({"prefixes": {"rationale": "x"}}, "prefixes must have the tasks as keys (label), got rationale"),
-        ({"prefixes": "predict: "}, "prefixes must map a task to a text, got 'predict: '"),
-        ({"prefixes": {"label": 1}}, "prefixes must map a task to a text, got {'label': 1}"),
-        (
-            {"tasks": ["label", "rationale"], "prefixes": {"label": "do: ", "rationale": "do:"}},
-            "prefixes: label and rationale both have 'do:', so that nothing tells the tasks apart",
+            {"tasks": {"label": {"prefix": "do: "}, "rationale": {"prefix": "do:"}}},
+            "tasks: label and rationale both have the prefix 'do:'; give each its own",
         ),
         (
             {"rationale_filter": 3},
@@ -117,7 +112,7 @@ def test_prefixes(tasks: list[str], given: dict[str, str] | None, expected: dict
     assert CQADataModule(tasks=tasks, prefixes=given).prefixes == expected
 
 
-def long_only(example: Example) -> bool:
+def long_only(example: Row) -> bool:
     return len(example.rationale or "") > 10
 
 
@@ -157,7 +152,7 @@ def test_values_as_a_configuration_has_them() -> None:
     config = parser.parse_object({"data": {"class_path": "lit_distill.data.CQADataModule", "init_args": given}})
     module = parser.instantiate(config).data
     assert isinstance(module, CQADataModule)
-    assert (module.tasks, module.prefixes) == (("label", "rationale"), given["prefixes"])
+    assert module.prefixes == given["prefixes"]
     assert module.hparams["tokenizer"] == "t5-small"
 
 

@@ -20,7 +20,7 @@ from lit_distill.data.collate import RationaleCollator
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 from tests.data.conftest import WriteCQA, WriteLines, cqa_output
 
 BOTH = ("label", "rationale")
@@ -170,7 +170,7 @@ def test_label_agrees_is_by_the_dataset_s_metric(tmp_path: Path, write_lines: Wr
     assert {(row.rationale is None, int(row.id.rpartition("-")[2]) % 2) for row in examples} == {(False, 0), (True, 1)}
 
 
-def never(example: Example) -> bool:
+def never(example: Row) -> bool:
     return False
 
 
@@ -552,5 +552,5 @@ def test_lightning_runs_it(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteC
     assert isinstance(loader.sampler, EpochSampler)
     assert isinstance(loader.collate_fn, RationaleCollator)
     restored = torch.load(tmp_path / "x.ckpt", weights_only=True)["datamodule_hyper_parameters"]
-    assert restored["tasks"] == ["label", "rationale"]
+    assert restored["tasks"]["rationale"] == {"prefix": "explain: ", "target": "{rationale}"}
     assert restored["tokenizer"] is None  # an object without a name

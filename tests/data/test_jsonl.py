@@ -15,7 +15,8 @@ from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import JSONLDataModule
 from lit_distill.data.tables import read_file
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example, write_examples
+from lit_distill.tasks import write_rows
+from tests.rows import make_row
 
 ROWS = [
     {"id": f"r{i}", "input": f"in {i}", "label": "b" if i % 2 else "a", "rationale": f"so {i}", "teacher_label": "a"}
@@ -71,7 +72,7 @@ def test_every_kind_of_file(write: Callable[[Path], Path], tmp_path: Path) -> No
     rows = JSONLDataModule(train=write(tmp_path)).released("train")
     assert rows is not None
     assert rows.examples == [
-        Example(row["id"], row["input"], row["label"], None, row["rationale"], row["teacher_label"]) for row in ROWS
+        make_row(row["id"], row["input"], row["label"], None, row["rationale"], row["teacher_label"]) for row in ROWS
     ]
 
 
@@ -84,8 +85,8 @@ def test_splits_of_a_saved_dict(tmp_path: Path) -> None:
 
 
 def test_what_write_examples_wrote(tmp_path: Path) -> None:
-    examples = [Example("x", "in", "a", ("a", "b"), "so", "b"), Example("y", "in", None)]
-    write_examples(tmp_path / "rows.jsonl", examples)
+    examples = [make_row("x", "in", "a", ("a", "b"), "so", "b"), make_row("y", "in", None)]
+    write_rows(tmp_path / "rows.jsonl", examples)
     rows = JSONLDataModule(train=tmp_path / "rows.jsonl").released("train")
     assert rows is not None
     assert rows.examples == examples
@@ -144,7 +145,7 @@ def test_columns_by_argument(tmp_path: Path) -> None:
     )
     rows = module.released("train")
     assert rows is not None
-    assert rows.examples == [Example("7", "Why?\nIt is {so}.", "x", ("x", "y"), "since", "y")]
+    assert rows.examples == [make_row("7", "Why?\nIt is {so}.", "x", ("x", "y"), "since", "y")]
     assert module.answer_key("test").choices == [("x", "y")]
 
 

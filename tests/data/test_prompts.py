@@ -22,7 +22,7 @@ from lit_distill.data.nli import LABELS, SEPARATOR
 from lit_distill.data.toy import KINDS, toy_example
 from lit_distill.equations import evaluate
 from lit_distill.questions import Message
-from lit_distill.rationales import Example
+from lit_distill.tasks import Row
 
 FILES = sorted(PROMPTS.glob("*.yaml"))
 SHOWING = [path for path in FILES if path.stem != "default"]
@@ -53,18 +53,18 @@ def module_of(path: Path) -> RationaleDataModule:
 
 
 @cache
-def demonstrations(name: str) -> tuple[Example, ...]:
+def demonstrations(name: str) -> tuple[Row, ...]:
     found = load_prompt(PROMPTS / f"{name}.yaml").demonstrations
     assert found
     return found
 
 
-def label_of(example: Example) -> str:
+def label_of(example: Row) -> str:
     assert example.label is not None
     return example.label
 
 
-def rationale_of(example: Example) -> str:
+def rationale_of(example: Row) -> str:
     assert example.rationale is not None
     return example.rationale
 
@@ -151,7 +151,7 @@ def test_an_answer_that_runs_on_into_a_next_question_is_cut(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_written_prompts(path: Path) -> None:
     module, template = module_of(path), load_prompt(path)
-    row = Example("row", "One thing</s>another thing", None, ("this", "that"))
+    row = Row("row", "One thing</s>another thing", None, ("this", "that"))
     shown = template.demonstrations
     chat = write_prompt(template, "chat", module.prompt_fields, shown, row)
     text = write_prompt(template, "completion", module.prompt_fields, shown, row)
@@ -257,7 +257,7 @@ def test_no_toy_demonstration_is_a_generated_row() -> None:
             assert own.isdisjoint(toy_example(seed, split, position).input for position in range(3000))
 
 
-def known_by(example: Example) -> set[str]:
+def known_by(example: Row) -> set[str]:
     """What a row is recognised by: a question, a problem, a premise, a premise with its hypothesis."""
     if SEPARATOR in example.input:
         return {plain(example.input.partition(SEPARATOR)[0]), plain(example.input.replace(SEPARATOR, " "))}
@@ -276,9 +276,9 @@ def test_no_demonstration_is_a_row_of_the_data(dataset: type[RationaleDataModule
 
 
 def test_a_row_in_other_spelling_is_recognised() -> None:
-    own, other = Example("", "A dog runs.</s>It sleeps.", None), Example("", "a dog  runs</s>It barks!", None)
+    own, other = Row("", "A dog runs.</s>It sleeps.", None), Row("", "a dog  runs</s>It barks!", None)
     assert len(known_by(own) & known_by(other)) == 1
-    assert known_by(Example("", "Why, then?\nAnswer Choices:\n(a) x", None)) == {"whythen"}
+    assert known_by(Row("", "Why, then?\nAnswer Choices:\n(a) x", None)) == {"whythen"}
 
 
 def test_templates_of_the_package_are_told_apart() -> None:

@@ -16,11 +16,13 @@ from lit_distill.data.splits import (
     train_rows,
 )
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example, RationaleFilter
+from lit_distill.rationales import RationaleFilter
+from lit_distill.tasks import Row, tasks_from
+from tests.rows import make_row
 
 
 def rows(count: int) -> SplitRows:
-    return SplitRows([Example(str(i), f"in {i}", "yes", None, f"because {i}", "yes") for i in range(count)])
+    return SplitRows([make_row(str(i), f"in {i}", "yes", None, f"because {i}", "yes") for i in range(count)])
 
 
 def ids(split: SplitRows | UsedRows) -> list[str]:
@@ -42,7 +44,7 @@ def test_val_never_moves() -> None:
 
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=200).filter(lambda found: len(set(found)) > 1))
 def test_rows_of_one_input_stay_together(inputs: list[int]) -> None:
-    train, val = hold_out(SplitRows([Example(str(i), f"in {one}", "yes") for i, one in enumerate(inputs)]))
+    train, val = hold_out(SplitRows([make_row(str(i), f"in {one}", "yes") for i, one in enumerate(inputs)]))
     trained, held = ({example.input for example in part.examples} for part in (train, val))
     assert not trained & held
     assert len(held) == math.ceil(len(set(inputs)) / 10)
@@ -51,7 +53,7 @@ def test_rows_of_one_input_stay_together(inputs: list[int]) -> None:
 
 def test_val_cannot_be_taken_off_one_input() -> None:
     with pytest.raises(UserError, match=r"train has 9 row\(s\) with 1 different input\(s\): no validation split"):
-        hold_out(SplitRows([Example(str(i), "in", "yes") for i in range(9)]))
+        hold_out(SplitRows([make_row(str(i), "in", "yes") for i in range(9)]))
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -76,18 +78,19 @@ def test_seeds_draw_different_rows() -> None:
     assert sample(100, 0.1, 0) != sample(100, 0.1, 1)
 
 
-GOLD_YES = Example("a", "in", "yes", None, "because", "yes")
-GOLD_NO = Example("b", "in", "no", None, "hence", "yes")
-UNPARSED = Example("c", "in", "yes")
-OUTSIDE = Example("d", "in", "yes", ("yes", "no"), "since", "maybe")
-UNLABELLED = Example("e", "in", None, None, "so", "no")
+GOLD_YES = make_row("a", "in", "yes", None, "because", "yes")
+GOLD_NO = make_row("b", "in", "no", None, "hence", "yes")
+UNPARSED = make_row("c", "in", "yes")
+OUTSIDE = make_row("d", "in", "yes", ("yes", "no"), "since", "maybe")
+UNLABELLED = make_row("e", "in", None, None, "so", "no")
 ROWS = SplitRows([GOLD_YES, GOLD_NO, UNPARSED, OUTSIDE, UNLABELLED], frozenset({2}))
 
 
 def used(
     *tasks: str, teacher_labels: bool = False, keep: RationaleFilter | None = None, fraction: float = 1.0
 ) -> UsedRows:
-    return train_rows(ROWS, tasks=tasks, teacher_labels=teacher_labels, keep=keep, fraction=fraction, seed=0)
+    built = tuple(tasks_from({task: {"prefix": task} for task in tasks}).values())
+    return train_rows(ROWS, tasks=built, teacher_labels=teacher_labels, keep=keep, fraction=fraction, seed=0)
 
 
 def test_gold_labels_keep_an_unparsed_row_without_its_rationale() -> None:
@@ -108,7 +111,7 @@ def test_teacher_labels_drop_an_unparsed_row() -> None:
 def test_filter_sees_the_gold_label_and_takes_rationales_only() -> None:
     seen: list[str | None] = []
 
-    def keep(example: Example) -> bool:
+    def keep(example: Row) -> bool:
         seen.append(example.label)
         return example.teacher_label == example.label
 
@@ -151,7 +154,7 @@ def test_teacher_counts_by_hand() -> None:
 
 @given(st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda has: sum(has) > 1), st.integers(0, 2**32 - 1))
 def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
-    examples = [Example(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
+    examples = [make_row(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
     used = shuffle_rationales(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}), seed)
     assert [(one.id, one.input, one.label) for one in used.examples] == [(o.id, o.input, o.label) for o in examples]
     # the same rationales, in other places, and none where there was none

@@ -16,11 +16,17 @@ from transformers import PreTrainedTokenizerFast
 from lit_distill.data import tokenize
 from lit_distill.data.tokenize import TokenSettings, encode, fingerprint, tokenize_once, tokenizer_fingerprint
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
+from lit_distill.tasks import TeacherOutput, tasks_from
 from tests.data.conftest import character_tokenizer, wrap
+from tests.rows import make_row
 
-SETTINGS = TokenSettings({"label": "p:", "rationale": ""}, 8, 4)
-EXAMPLES = [Example("a", "ab", "no", None, "why"), Example("b", "long input", "yes", None, None)]
+
+def settings_of(prefixes: dict[str, str], source: int, target: int) -> TokenSettings:
+    return TokenSettings(tasks_from({name: {"prefix": prefix} for name, prefix in prefixes.items()}), source, target)
+
+
+SETTINGS = settings_of({"label": "p:", "rationale": ""}, 8, 4)
+EXAMPLES = [make_row("a", "ab", "no", None, "why"), make_row("b", "long input", "yes", None, None)]
 
 
 def codes(text: str) -> list[int]:
@@ -99,10 +105,10 @@ def test_beyond_the_tokenizer_s_own_limit_there_is_no_warning(
 def test_the_rationale_is_cut_and_not_the_label(
     task: str, limit: int, expected: str, cut: int, labels_cut: int, ends: bool
 ) -> None:
-    example = Example("a", "in", "yes", None, "because it is so.")
-    settings = TokenSettings({task: ""}, 99, limit)
+    example = make_row("a", "in", "yes", None, "because it is so.")
+    settings = settings_of({task: ""}, 99, limit)
     # of two rows the first has no target
-    rows = [Example("b", "in", None), example]
+    rows = [make_row("b", "in", None), example]
     ((columns, counts),) = tokenize.encode_examples(rows, character_tokenizer(ends=ends), settings)
     assert columns[f"{task}.labels"] == [None, [*codes(expected), 1]]
     assert len(columns[f"{task}.labels"][1]) <= limit
@@ -110,8 +116,8 @@ def test_the_rationale_is_cut_and_not_the_label(
 
 
 def test_many_batches_keep_their_order(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    examples = [Example(str(i), str(i), str(i % 7)) for i in range(2501)]
-    rows, _ = tokenize_once("t", examples, tokenizer, TokenSettings({"label": ""}, 8, 8), tmp_path)
+    examples = [make_row(str(i), str(i), str(i % 7)) for i in range(2501)]
+    rows, _ = tokenize_once("t", examples, tokenizer, settings_of({"label": ""}, 8, 8), tmp_path)
     assert rows["index"][:] == list(range(2501))
     assert rows[2500]["label.input_ids"] == [*codes("2500"), 1]
 
@@ -151,10 +157,10 @@ def test_fingerprint_of_everything_that_changes_the_tokens(
         fingerprint([replace(EXAMPLES[0], label="yes"), EXAMPLES[1]], mark, SETTINGS),
         fingerprint([replace(EXAMPLES[0], label=None), EXAMPLES[1]], mark, SETTINGS),
         fingerprint([replace(EXAMPLES[0], input="x"), EXAMPLES[1]], mark, SETTINGS),
-        fingerprint([replace(EXAMPLES[0], rationale="x"), EXAMPLES[1]], mark, SETTINGS),
+        fingerprint([replace(EXAMPLES[0], outputs=(TeacherOutput("x"),)), EXAMPLES[1]], mark, SETTINGS),
         fingerprint([replace(EXAMPLES[0], id="x"), EXAMPLES[1]], mark, SETTINGS),
-        fingerprint(EXAMPLES, mark, replace(SETTINGS, prefixes={"label": "q:", "rationale": ""})),
-        fingerprint(EXAMPLES, mark, replace(SETTINGS, prefixes={"label": "p:"})),
+        fingerprint(EXAMPLES, mark, settings_of({"label": "q:", "rationale": ""}, 8, 4)),
+        fingerprint(EXAMPLES, mark, settings_of({"label": "p:"}, 8, 4)),
         fingerprint(EXAMPLES, mark, replace(SETTINGS, max_source_length=9)),
         fingerprint(EXAMPLES, mark, replace(SETTINGS, max_target_length=9)),
     ]
@@ -163,7 +169,8 @@ def test_fingerprint_of_everything_that_changes_the_tokens(
     same = fingerprint(EXAMPLES, mark, SETTINGS)
     assert len({same, *changed}) == 1 + len(changed)
     # what the tokens do not depend on
-    assert fingerprint([replace(EXAMPLES[0], teacher_label="x"), EXAMPLES[1]], mark, SETTINGS) == same
+    agreeing = replace(EXAMPLES[0], outputs=(TeacherOutput("why", "x"),))
+    assert fingerprint([agreeing, EXAMPLES[1]], mark, SETTINGS) == same
 
 
 def only_folder(root: Path) -> Path:
@@ -219,6 +226,7 @@ import sys, time
 from pathlib import Path
 from typing import Any
 from tests.data.test_tokenize import tokenize_slowly
+from tests.rows import make_row
 root = Path(sys.argv[1])
 (root / "ready").touch()
 while not (root / "go").exists():
@@ -236,9 +244,9 @@ def tokenize_slowly(root: Path) -> int:
         time.sleep(0.1)
         return plain(*args, **settings)
 
-    examples = [Example(str(i), f"input {i}", str(i)) for i in range(3000)]
+    examples = [make_row(str(i), f"input {i}", str(i)) for i in range(3000)]
     with patch.object(tokenize, "encode", slow):
-        rows, cut = tokenize_once("t", examples, character_tokenizer(), TokenSettings({"label": "p:"}, 64, 64), root)
+        rows, cut = tokenize_once("t", examples, character_tokenizer(), settings_of({"label": "p:"}, 64, 64), root)
     assert (len(rows), rows[2999]["label.labels"]) == (3000, [*codes("2999"), 1])
     assert cut["truncated_inputs"] == 0
     return len(calls)

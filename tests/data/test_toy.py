@@ -6,14 +6,14 @@ import pytest
 from lit_distill.data import ToyDataModule
 from lit_distill.data.toy import ITEMS, KINDS, TEXT_WORDS, toy_example
 from lit_distill.errors import UserError
-from lit_distill.rationales import Example
 from lit_distill.students import load_tokenizer
+from lit_distill.tasks import Row
 
 ROOT = Path(__file__).parents[2]
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
 
 
-def words_of(example: Example) -> list[str]:
+def words_of(example: Row) -> list[str]:
     return example.input.removeprefix("which one does not belong : ").removesuffix(" ?").split(" , ")
 
 

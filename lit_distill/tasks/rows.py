@@ -1,0 +1,126 @@
+"""A row of a dataset with what teachers said about it, and rows as JSON lines."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_distill.errors import UserError
+from lit_distill.files import atomic_write
+from lit_distill.reading import parse_json
+
+_TEXTS = ("id", "input", "label", "rationale", "teacher_label")
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOutput:
+    """One thing that a teacher said about a row."""
+
+    text: str | None
+    """The rationale, the program, or whatever else was asked for; ``None`` where the output did not parse."""
+    label: str | None = None
+    """The teacher's answer; ``None`` where it gave none, or the output did not parse."""
+    teacher: str | None = None
+    """The teacher's name; ``None`` where it is not known."""
+    kind: str = "rationale"
+    """What the text is."""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else is known of the output; filters and templates can name it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a dataset."""
+
+    id: str
+    """Identifier, unique in its split."""
+    input: str
+    """The student's input, without a prefix."""
+    label: str | None
+    """The gold answer, or the one to train on; ``None`` where there is none."""
+    choices: tuple[str, ...] | None = None
+    """The row's closed choices, where it has its own."""
+    outputs: tuple[TeacherOutput, ...] = ()
+    """What teachers said about it, in order."""
+
+    @property
+    def rationale(self) -> str | None:
+        """The text of the first output."""
+        return self.outputs[0].text if self.outputs else None
+
+    @property
+    def teacher_label(self) -> str | None:
+        """The label of the first output."""
+        return self.outputs[0].label if self.outputs else None
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The columns of the first output."""
+        return self.outputs[0].columns if self.outputs else {}
+
+
+RowFilter = Callable[[Row], bool]
+"""Whether a teacher's output is trained on; it is given the row with this output alone."""
+
+
+def fingerprint(rows: Iterable[Row], *, rationales: bool = False) -> str:
+    """A hash of rows in their order: ids, inputs and labels, and with ``rationales`` the teachers' texts."""
+    found = hashlib.sha256()
+    for row in rows:
+        texts = [output.text for output in row.outputs] or [None]
+        values = [row.id, row.input, row.label, *(texts if rationales else [])]
+        found.update(json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()[:16]
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
+    """Write rows with their first output as JSON lines that `JSONLDataModule` reads; the file appears whole or not.
+
+    Returns:
+        How many rows were written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with atomic_write(path) as file:
+        for row in rows:
+            values = {name: getattr(row, name) for name in (*_TEXTS, "choices")}
+            kept = {name: value for name, value in values.items() if value is not None}
+            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read what `write_rows` wrote.
+
+    Raises:
+        UserError: a line is not such an object; the message names the file and the line.
+    """
+    with Path(path).open("rb") as file:
+        return [_row_of(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
+
+
+def _row_of(line: bytes, where: str) -> Row:
+    try:
+        found = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: not a JSON object but {type(found).__name__}")
+    if missing := {"id", "input"} - found.keys():
+        raise UserError(f"{where}: missing {', '.join(sorted(missing))}; there are {', '.join(sorted(found))}")
+    texts = {key: found.get(key) for key in _TEXTS}
+    required = ("id", "input")
+    wrong = [key for key, value in texts.items() if not isinstance(value, str | (str if key in required else None))]
+    if wrong:
+        raise UserError(f"{where}: {', '.join(wrong)} must be a string")
+    choices = found.get("choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        raise UserError(f"{where}: choices must be a list of strings")
+    text, label = texts["rationale"], texts["teacher_label"]
+    outputs = () if text is None and label is None else (TeacherOutput(text, label),)
+    chosen = None if choices is None else tuple(choices)
+    return Row(str(texts["id"]), str(texts["input"]), texts["label"], chosen, outputs)

@@ -1,0 +1,175 @@
+"""Tasks: what they write, what they read back, and what is refused."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_distill.errors import UserError
+from lit_distill.tasks import (
+    LABEL,
+    LABEL_RATIONALE,
+    RATIONALE,
+    RATIONALE_LABEL,
+    Parsed,
+    Row,
+    Task,
+    TeacherOutput,
+    answer_task,
+    tasks_from,
+)
+
+ROW = Row("r", "Which?", "yes", outputs=(TeacherOutput("Because.", "no", columns={"style": "short", "score": 0.5}),))
+OUTPUT = ROW.outputs[0]
+SHOUTING = "tests.tasks.test_task.shout"
+
+
+def shout(text: str) -> str:
+    return text.strip().upper()
+
+
+def both(text: str) -> Parsed:
+    return Parsed("L", "R")
+
+
+@pytest.mark.parametrize(
+    ("task", "target"),
+    [
+        (LABEL, "yes"),
+        (RATIONALE, "Because."),
+        (RATIONALE_LABEL, "Because. So the answer is yes"),
+        (LABEL_RATIONALE, "yes Rationale: Because."),
+        (
+            Task(target="{input} {{{style}}} {score}: {label}!", parser=SHOUTING),
+            "Which? {short} 0.5: yes!",
+        ),
+    ],
+)
+def test_targets_by_hand(task: Task, target: str) -> None:
+    assert task.render(ROW, OUTPUT) == target
+
+
+@pytest.mark.parametrize("target", ["{rationale}", RATIONALE_LABEL.target, "{style}", "{unknown} # {label}"])
+def test_a_target_with_an_absent_part_is_none(target: str) -> None:
+    task = Task(target=target)
+    assert task.render(replace(ROW, label=None), TeacherOutput(None, columns={"style": None})) is None
+    assert task.render(ROW) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "label", "rationale"),
+    [
+        (LABEL, " yes ", "yes", None),
+        (RATIONALE, " so it is ", None, "so it is"),
+        (RATIONALE_LABEL, "a So the answer is b So the answer is c", "c", "a So the answer is b"),
+        (RATIONALE_LABEL, "no mark", "no mark", ""),
+        (LABEL_RATIONALE, "c Rationale: a Rationale: b", "c", "a Rationale: b"),
+        (LABEL_RATIONALE, "no mark", "no mark", ""),
+        (Task(target="Answer: {label}."), "Answer: yes.", "yes", None),
+        (Task(target="Answer: {label}."), "yes", "yes", None),
+        (Task(target="{rationale} # {label} | {style}"), "a # b | c", "b", "a"),
+        (Task(target="{style} | {rationale} | {label}"), "a | b | c", "c", "b"),
+        (Task(target="{rationale}", parser=SHOUTING), " so ", "SO", "so"),
+        (Task(target="{style}", parser="tests.tasks.test_task.both"), "x", "L", "R"),
+    ],
+)
+def test_answers_by_hand(task: Task, text: str, label: str | None, rationale: str | None) -> None:
+    assert task.read(text) == Parsed(label, rationale)
+
+
+WORDS = st.text("abc .", min_size=1).map(str.strip)
+
+
+@given(
+    WORDS,
+    WORDS,
+    st.sampled_from([LABEL, RATIONALE, RATIONALE_LABEL, LABEL_RATIONALE, Task(target="<{rationale}> {label} !")]),
+)
+def test_a_target_is_read_back(label: str, rationale: str, task: Task) -> None:
+    text = task.render(Row("r", "in", label), TeacherOutput(rationale))
+    assert text is not None
+    expected = Parsed(label if task.gives_label else None, rationale if task.gives_rationale else None)
+    assert task.read(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "part", "ends"),
+    [
+        ("{label}", "yes", False),
+        ("{rationale} So the answer is {label}", " So the answer is yes", True),
+        ("{label} Rationale: {rationale}", "yes Rationale:", False),
+        ("Label: {label}.", "Label: yes.", False),
+        ("{rationale} -> {label}.", " -> yes.", True),
+    ],
+)
+def test_what_is_not_cut(target: str, part: str, ends: bool) -> None:
+    task = Task(target=target)
+    assert (task.label_part("yes"), task.ends_in_label) == (part, ends)
+
+
+def test_names_are_opaque() -> None:
+    tasks = tasks_from({"rationale of a label": {"prefix": "x"}, "why": {"target": "{rationale}", "kind": "proof"}})
+    assert tasks["rationale of a label"].render(ROW) == "yes"
+    assert not tasks["rationale of a label"].gives_rationale
+    assert (tasks["why"].accepts(OUTPUT), tasks["why"].accepts(TeacherOutput("x", kind="proof"))) == (False, True)
+    assert replace(tasks["why"], teacher="T").accepts(TeacherOutput("x", teacher="U", kind="proof")) is False
+
+
+@pytest.mark.parametrize(
+    ("value", "prefixes"),
+    [
+        (["label"], [""]),
+        (["label", "rationale"], ["predict: ", "explain: "]),
+        ([Task("x", prefix="a"), {"name": "y", "prefix": "b"}], ["a", "b"]),
+        ({"label": None, "rationale": {"prefix": "why: "}}, ["", "why: "]),
+        ({"x": Task("y", prefix="a")}, ["a"]),
+    ],
+)
+def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:  # noqa: ANN401
+    tasks = tasks_from(value)
+    assert [task.prefix for task in tasks.values()] == prefixes
+    assert all(task.name == name for name, task in tasks.items())
+    assert tasks_from({name: task.plain() for name, task in tasks.items()}) == tasks
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "tasks must be a list"),
+        ("label", "tasks must be a list"),
+        (["lable"], "tasks must be one of label, rationale, rationale_label, label_rationale, got 'lable'"),
+        (["label", "label"], "two tasks have the name 'label'"),
+        ([Task("x", prefix="a"), {"name": "x"}], "two tasks have the name 'x'"),
+        ([{"prefix": "a"}], "a task's name must be a text"),
+        ({"a": {}, "b": {"prefix": " "}}, "a and b both have the prefix"),
+        ({"a": {"perfix": "x"}}, "tasks: a: unexpected 'perfix'; allowed are prefix, target"),
+        ({"a": 3}, "tasks: a must map prefix, target"),
+        ({"a": {"prefix": 3}}, "tasks: a: prefix must be a text, got 3"),
+        ({"a": {"select": "best"}}, "tasks: a: select must be one of first, all, sample, vote, got 'best'"),
+        ({"a": {"weight": -1}}, "tasks: a: weight must be"),
+        ({"a": {"max_new_tokens": 0}}, "tasks: a: max_new_tokens must be"),
+        ({"a": {"target": "yes"}}, "tasks: a: target must name"),
+        ({"a": {"target": "{label} {label}"}}, "each once"),
+        ({"a": {"target": "{label"}}, "tasks: a: target"),
+        ({"a": {"target": "{label:>9}"}}, "tasks: a: target"),
+        ({"a": {"target": "{label.x}"}}, "tasks: a: target must name"),
+        ({"a": {"target": "{rationale}{label}"}}, "nothing stands between two parts"),
+        ({"a": {"parser": "os.getcwd"}}, "tasks: a: parser: 'os.getcwd' is not a Python function"),
+        ({"a": {"parser": "no_such.parser"}}, "tasks: a: parser: 'no_such' cannot be imported"),
+        ({"a": {"parser": "lit_distill.tasks.nothing"}}, "has no function 'nothing'"),
+    ],
+)
+def test_what_is_refused(value: Any, says: str) -> None:  # noqa: ANN401
+    with pytest.raises(UserError) as caught:
+        tasks_from(value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_task_that_answers() -> None:
+    assert answer_task(tasks_from({"rationale_label": {"prefix": "a"}, "label": {}})).name == "label"
+    assert answer_task(tasks_from({"why": {"target": "{rationale}", "prefix": "b"}, "x": {}})).name == "x"
+    with pytest.raises(UserError, match=r"tasks: none of why gives a label"):
+        answer_task(tasks_from({"why": {"target": "{rationale}"}}))
