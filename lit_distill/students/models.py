@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
@@ -70,9 +71,9 @@ class StudentRecord(TypedDict):
     """The tokenizer's files: name -> content as bytes, ``(size,)``, uint8."""
 
 
-def is_tied(model: T5ForConditionalGeneration) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output head is the input embedding itself."""
-    return model.lm_head.weight is model.shared.weight
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def untie(model: T5ForConditionalGeneration) -> None:
@@ -157,7 +158,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", True))
 
 
-def true_config(model: T5ForConditionalGeneration) -> dict[str, Any]:
+def true_config(model: PreTrainedModel) -> dict[str, Any]:
     """The configuration as a ``config.json`` should say it: with the tying that the model has."""
     content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     content["tie_word_embeddings"] = is_tied(model)
@@ -254,7 +255,7 @@ def _usable(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def record_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
+def record_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
     """What a checkpoint keeps so that it can be loaded without the hub and without the original folder."""
     with tempfile.TemporaryDirectory() as folder:
         _save_tokenizer(tokenizer, Path(folder))
@@ -286,7 +287,7 @@ def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def save_student(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a student in the Hugging Face format; the configuration states the true tying."""
     model.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
