@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,13 @@ ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
 ``step`` counts the tokens generated before this one, ``rows`` are positions in the task's batch; with beams a row
 appears once for each beam.
 """
+
+
+Likelihood = Callable[[list[int], list[list[int]]], Tensor]
+"""``(rows, their targets) -> log-likelihoods (targets,)``; of no rows it makes a forward all the same."""
+
+CHOICES_AT_ONCE = 256
+"""Targets of one scoring forward: bounds the memory, whatever the batch size and the number of choices."""
 
 
 class Pass(ABC):
@@ -32,7 +40,8 @@ class Pass(ABC):
     A task that the batch does not hold at all raises a ``KeyError`` that names those it holds.
     """
 
-    def __init__(self, batch: TaskBatch) -> None:
+    def __init__(self, student: "Student", batch: TaskBatch) -> None:
+        self.student = student
         self.batch = batch
         self._logits: dict[str, Tensor] = {}
 
@@ -117,7 +126,7 @@ class Pass(ABC):
             For each row its token ids, which may end in padding; `Tokens.decode` makes text of them.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:
         """The log-likelihood of each row's choices as whole targets, end-of-sequence token included, in nats.
 
@@ -125,6 +134,26 @@ class Pass(ABC):
             task: whose sources are read; they are encoded once.
             choices: one tuple for each row of the task's batch, which may be empty.
         """
+        flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
+        targets = self.student.tokens.targets([choice for _, choice in flat], max_length=10**9).ids
+        passes = -(-len(flat) // CHOICES_AT_ONCE)
+        if self.student.sharded and torch.distributed.is_initialized():
+            # where a forward is a collective, every rank makes as many as the one with the most choices
+            most = torch.tensor(passes, device=self.inputs(task)["labels"].device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            passes = int(most)
+        if not passes:
+            return [[] for _ in choices]
+        likelihood, scores = self.likelihood(task), []
+        for start in range(0, passes * CHOICES_AT_ONCE, CHOICES_AT_ONCE):
+            part = slice(start, start + CHOICES_AT_ONCE)
+            scores += likelihood([row for row, _ in flat[part]], targets[part]).tolist()
+        each = iter(scores)
+        return [[next(each) for _ in own] for own in choices]
+
+    @abstractmethod
+    def likelihood(self, task: str) -> Likelihood:
+        """Encode a task's sources, to be scored with."""
 
 
 class Student(nn.Module, ABC):
@@ -135,6 +164,8 @@ class Student(nn.Module, ABC):
     tokens: Tokens
     sharded: bool = False
     """Whether the parameters are spread over ranks, so that each forward is a collective; its module sets it."""
+    compiles: bool = False
+    """Whether the forward that trains is compiled."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,3 +183,17 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights: plain types and tensors."""
+
+    def training_forward(self, module: nn.Module) -> Callable[..., Any]:
+        """A part's forward, compiled once for all shapes where that was asked for and gradients are."""
+        if not (self.compiles and torch.is_grad_enabled()):
+            return module
+        if "_compiled" not in self.__dict__:
+            # not as an attribute of a module: what is compiled would be registered as a second model
+            self.__dict__["_compiled"] = torch.compile(module, dynamic=True)
+        return cast(Callable[..., Any], self.__dict__["_compiled"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy compiles its own model
+        state = super().__getstate__()  # type: ignore[no-untyped-call]  # of `nn.Module`
+        return {name: value for name, value in state.items() if name != "_compiled"}

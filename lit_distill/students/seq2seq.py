@@ -1,7 +1,6 @@
 """Encoder-decoder students of the T5 family, and their two passes: on real tokens only, or Hugging Face's forward."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,18 +16,15 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
-from lit_distill.students.base import Pass, ProcessLogits, Student
+from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
 from lit_distill.students.fast.greedy import greedy
 from lit_distill.students.fast.head import token_losses
 from lit_distill.students.fast.memory import keep_freed_memory
 from lit_distill.students.fast.packed import Encoded, encode, encode_and_decode, log_likelihoods
 from lit_distill.students.fast.support import fits, reason_against, reason_against_decoding
 from lit_distill.students.fast.t5 import into_head
-from lit_distill.students.models import record_student, save_student
+from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
-
-CHOICES_AT_ONCE = 256
-"""Decoder rows of one scoring pass: bounds the memory, whatever the batch size and the number of choices."""
 
 
 class Seq2SeqStudent(Student):
@@ -55,11 +51,11 @@ class Seq2SeqStudent(Student):
 
     def save(self, folder: Path) -> None:
         """Save model and tokenizer in the Hugging Face format; the configuration states the true tying."""
-        save_student(cast(Any, self.model), self.tokenizer, folder)
+        save_model(self.model, self.tokenizer, folder)
 
     def record(self) -> dict[str, Any]:
         """The configuration, with the true tying, and the tokenizer's files."""
-        return dict(record_student(cast(Any, self.model), self.tokenizer))
+        return dict(record_model(self.model, self.tokenizer))
 
     def _is_fast(self, batch: TaskBatch) -> bool:
         if not self.fast:
@@ -82,26 +78,12 @@ class Seq2SeqStudent(Student):
             self._said.add(why)
         return False
 
-    def training_forward(self) -> Callable[..., Any]:
-        """The model's forward, compiled once for all shapes where that is asked for and gradients are."""
-        if not (self.compiles and torch.is_grad_enabled()):
-            return self.model
-        if "_compiled" not in self.__dict__:
-            # not as an attribute of a module: what is compiled would be registered as a second model
-            self.__dict__["_compiled"] = torch.compile(self.model, dynamic=True)
-        return cast(Callable[..., Any], self.__dict__["_compiled"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy compiles its own model
-        return {name: value for name, value in super().__getstate__().items() if name != "_compiled"}
-
 
 class Seq2SeqPass(Pass):
     """What both passes have in common: the tasks that take part, and generation by Hugging Face's own."""
 
     def __init__(self, student: Seq2SeqStudent, batch: TaskBatch) -> None:
-        super().__init__(batch)
-        self.student = student
+        super().__init__(student, batch)
         self.model: Any = student.model
         self.with_rows = {task: inputs for task, inputs in batch.items() if len(inputs["labels"])}
         ends = accumulate((len(inputs["labels"]) for inputs in batch.values()), initial=0)
@@ -147,30 +129,6 @@ class Seq2SeqPass(Pass):
         )
         # without the start token
         return cast(list[list[int]], ids[:, 1:].tolist())
-
-    @torch.no_grad()
-    def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:
-        """See `Pass.score`."""
-        flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
-        targets = self.student.tokens.targets([choice for _, choice in flat], max_length=10**9).ids
-        passes = -(-len(flat) // CHOICES_AT_ONCE)
-        if self.student.sharded and torch.distributed.is_initialized():
-            # where a forward is a collective, every rank makes as many as the one with the most choices
-            most = torch.tensor(passes, device=self.model.device)
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            passes = int(most)
-        likelihood = self.likelihood(task) if passes else None
-        scores: list[float] = []
-        for start in range(0, passes * CHOICES_AT_ONCE, CHOICES_AT_ONCE):
-            part = slice(start, start + CHOICES_AT_ONCE)
-            assert likelihood is not None  # noqa: S101 - for the type checker
-            scores += likelihood([row for row, _ in flat[part]], targets[part]).tolist()
-        each = iter(scores)
-        return [[next(each) for _ in own] for own in choices]
-
-    @abstractmethod
-    def likelihood(self, task: str) -> "_Likelihood":
-        """Encode a task's sources, to be scored with."""
 
 
 class PackedPass(Seq2SeqPass):
@@ -256,7 +214,7 @@ class PackedPass(Seq2SeqPass):
         process = None if process_logits is None else _of_rows(process_logits, chosen, self.model.device)
         return greedy(self.model, *self._sources(task, chosen), max_new_tokens, process)
 
-    def likelihood(self, task: str) -> "_Likelihood":
+    def likelihood(self, task: str) -> Likelihood:
         """See `Seq2SeqPass.likelihood`."""
         encoded, numbers = self._sources(task, range(len(self.inputs(task)["labels"])))
         return lambda rows, targets: log_likelihoods(self.model, encoded, [numbers[row] for row in rows], targets)
@@ -268,7 +226,7 @@ class PlainPass(Seq2SeqPass):
     @cached_property
     def _output(self) -> Seq2SeqLMOutput:
         rows = join(list(self.with_rows.values()) or [self.filler()])
-        output: Seq2SeqLMOutput = self.student.training_forward()(
+        output: Seq2SeqLMOutput = self.student.training_forward(self.model)(
             input_ids=rows["input_ids"],
             attention_mask=rows["attention_mask"],
             decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(rows["labels"]),
@@ -305,7 +263,7 @@ class PlainPass(Seq2SeqPass):
         """See `Pass.encoder`."""
         return self._own(task, self._output.encoder_hidden_states[layer], self.inputs(task)["attention_mask"] != 0)
 
-    def likelihood(self, task: str) -> "_Likelihood":
+    def likelihood(self, task: str) -> Likelihood:
         """See `Seq2SeqPass.likelihood`."""
         inputs = self.inputs(task)
         states = self.model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
@@ -343,10 +301,6 @@ class _Forward:
     """Where each task's target tokens are."""
     deterministic: bool
     """Made in evaluation mode."""
-
-
-_Likelihood = Callable[[list[int], list[list[int]]], Tensor]
-"""``(rows, their targets) -> log-likelihoods (targets,)``."""
 
 
 def _of_rows(process: ProcessLogits, rows: Sequence[int], device: torch.device) -> ProcessLogits:

@@ -86,3 +86,52 @@ class Tokens:
             return [*row[: max_length - 1], eos] if row[-1] == eos else row[:max_length]
 
         return Encoded([cut(row) for row in ids], [len(row) for row in ids])
+
+
+class CausalTokens(Tokens):
+    """The tokens of a decoder-only model.
+
+    A source is a prompt: the tokenizer's chat template around the text as the user's turn; without a template the text
+    and a newline, after the beginning-of-sequence token where the tokenizer adds one. It never ends in the
+    end-of-sequence token, and its ending is kept where a text is cut.
+
+    Args:
+        tokenizer: one with an end-of-sequence token. Without a padding token it pads with that one: padding is told by
+            length, never by its id, so the end of a target is learned all the same.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, "causal")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        empty, other = self._prompts(["", "x"])
+        same = next((i for i, (a, b) in enumerate(zip(empty, other, strict=False)) if a != b), len(empty))
+        self._ending = empty[same:]
+
+    def sources(self, texts: Sequence[str], max_length: int) -> Encoded:
+        """Prompts; of one that is too long the end of the text is cut."""
+        ending = self._ending[-max_length:]
+
+        def cut(row: list[int]) -> list[int]:
+            return row if len(row) <= max_length else [*row[: max_length - len(ending)], *ending]
+
+        ids = self._prompts(texts)
+        return Encoded([cut(row) for row in ids], [len(row) for row in ids])
+
+    def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.tokenizer.chat_template is None:
+            eos = self.tokenizer.eos_token_id
+            rows = super()._ids([f"{text}\n" for text in texts])
+            return [row[:-1] if row and row[-1] == eos else row for row in rows]
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self._ids(rendered)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids alone, without the tokens that the tokenizer puts around a text."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return ids

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lit_distill.students import build_student, save_student
+from lit_distill.students import build_model, save_model
 
 WORDS = [
     "<pad>", "</s>", "<unk>", "predict:", "explain:", "Answer", "Choices:", "Rationale:", "So", "the", "answer", "is",
@@ -65,5 +65,64 @@ def make_student_folder(folder: Path, **changes: Any) -> Path:
 def add_weights(folder: Path) -> Path:
     """Give a folder with a configuration alone weights, as a pretrained student has them."""
     torch.manual_seed(11)
-    save_student(build_student(CONFIG), make_tokenizer(), folder)
+    save_model(build_model(CONFIG), make_tokenizer(), folder)
+    return folder
+
+
+CAUSAL_WORDS = ["<s>", "</s>", "<unk>", "\n", *WORDS[3:]]
+"""The words of the decoder-only students' tokenizer, which has no padding token of its own."""
+
+CAUSAL_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 128,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+}
+
+
+def make_causal_tokenizer() -> PreTrainedTokenizerFast:
+    """One id a word, the position in ``CAUSAL_WORDS``, and a beginning-of-sequence token before each text."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(CAUSAL_WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"\n|\S+"), behavior="removed", invert=True)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def causal_config(kind: str = "llama", **changes: Any) -> dict[str, Any]:
+    """The content of a tiny decoder-only student's ``config.json``."""
+    tokens = {"vocab_size": len(CAUSAL_WORDS), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    return CAUSAL_CONFIGS[kind] | tokens | changes
+
+
+def make_causal_folder(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+    """A folder with a decoder-only student's configuration and tokenizer, without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(causal_config(kind, **changes)))
+    make_causal_tokenizer().save_pretrained(folder)
     return folder

@@ -1,0 +1,282 @@
+"""Decoder-only students (Llama, Qwen2, GPT-2, ...): prompt and target are one sequence, and targets are learned."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from lit_distill.batch import IGNORE_INDEX, TaskBatch
+from lit_distill.errors import UserError
+from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
+from lit_distill.students.models import record_model, save_model
+from lit_distill.students.tokens import Tokens
+
+_CHUNK_BYTES = 256 * 2**20
+"""Logits of one chunk of the cross-entropy at most, in float32."""
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The rows of all tasks, each prompt followed by its target, padded on the right."""
+
+    input_ids: Tensor
+    """``(rows, length)``."""
+    attention_mask: Tensor
+    """``(rows, length)``."""
+    prompts: dict[str, tuple[Tensor, Tensor]]
+    """Task -> row and column of each prompt token."""
+    targets: dict[str, tuple[Tensor, Tensor]]
+    """Task -> row and column of the position that predicts each target token: the one before it."""
+
+
+def _join(batch: TaskBatch, pad: int, device: torch.device) -> _Joined:
+    # a batch without any row is one row of padding that nobody reads
+    lengths = [] if any(len(inputs["labels"]) for inputs in batch.values()) else [torch.ones(1, device=device).long()]
+    pieces, prompts, targets, rows = [], {}, {}, 0
+    for task, inputs in batch.items():
+        source, target = inputs["attention_mask"].bool(), inputs["labels"] != IGNORE_INDEX
+        # a row without a source has one padding token for its first target token to be predicted at
+        starts = source.sum(dim=1).clamp(min=1)
+        source_row, target_row = source.nonzero()[:, 0] + rows, target.nonzero()[:, 0] + rows
+        source_column = (source.cumsum(dim=1) - 1)[source]
+        target_column = (starts[:, None] + target.cumsum(dim=1) - 1)[target]
+        pieces += [
+            (source_row, source_column, inputs["input_ids"][source]),
+            (target_row, target_column, inputs["labels"][target]),
+        ]
+        prompts[task], targets[task] = (source_row, source_column), (target_row, target_column - 1)
+        lengths.append(starts + target.sum(dim=1))
+        rows += len(source)
+    length = torch.cat(lengths)
+    columns = torch.arange(int(length.max()), device=device)
+    input_ids = torch.full((len(length), len(columns)), pad, device=device)
+    for row, column, ids in pieces:
+        input_ids[row, column] = ids
+    return _Joined(input_ids, (columns < length[:, None]).long(), prompts, targets)
+
+
+class CausalPass(Pass):
+    """One forward over prompts and targets of all tasks.
+
+    The output head sees the positions that predict a target token, and no others.
+
+    """
+
+    student: "CausalStudent"
+
+    @cached_property
+    def _joined(self) -> _Joined:
+        return _join(self.batch, self.student.pad, self.student.device)
+
+    @cached_property
+    def _hidden(self) -> tuple[Tensor, ...]:
+        """The model's hidden states ``(rows, length, d_model)``, the embeddings first."""
+        output = self.student.run(
+            input_ids=self._joined.input_ids,
+            attention_mask=self._joined.attention_mask,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        return (*output.hidden_states[:-1], output.last_hidden_state)
+
+    def states(self, task: str) -> Tensor:
+        """What the output head reads at each target token, ``(tokens, d_model)``."""
+        return self.hidden(task, -1)
+
+    def project(self, states: Tensor) -> Tensor:
+        """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``."""
+        return self.student.project(states)
+
+    def token_losses(self, task: str) -> Tensor:
+        """The cross-entropy of each target token in nats, ``(tokens,)``, float32.
+
+        Logits that take much memory are made chunk by chunk, and once more in the backward pass.
+        """
+        states, labels = self.states(task), self.labels(task)
+        if task in self._logits:
+            return F.cross_entropy(self._logits[task].float(), labels, reduction="none")
+        size = max(1, _CHUNK_BYTES // (4 * self.student.network.config.get_text_config().vocab_size))
+        if len(states) <= size:
+            return self._cross_entropy(states, labels)
+        chunks = zip(states.split(size), labels.split(size), strict=True)
+        return torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _cross_entropy(self, states: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.project(states).float(), labels, reduction="none")
+
+    def hidden(self, task: str, layer: int) -> Tensor:
+        """The hidden states that each target token is predicted from, ``(tokens, d_model)``.
+
+        Args:
+            task: the task.
+            layer: as in Hugging Face's ``hidden_states``: 0 is the embeddings, -1 the last.
+        """
+        self.inputs(task)
+        return self._hidden[layer][self._joined.targets[task]]
+
+    def encoder(self, task: str, layer: int = -1) -> Tensor:
+        """The hidden states of each prompt token, ``(tokens, d_model)``."""
+        self.inputs(task)
+        return self._hidden[layer][self._joined.prompts[task]]
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask of these rows' sources, padded on the left, both ``(rows, length)``."""
+        inputs, chosen = self.inputs(task), torch.tensor(list(rows), device=self.student.device)
+        source = inputs["attention_mask"][chosen].bool()
+        lengths = source.sum(dim=1)
+        columns = torch.arange(int(lengths.max().clamp(min=1)), device=source.device)
+        mask = columns >= len(columns) - lengths[:, None]
+        ids = torch.full_like(mask, self.student.pad, dtype=torch.long)
+        ids[mask] = inputs["input_ids"][chosen][source]
+        # a row without a source has one padding token
+        mask[:, -1] = True
+        return ids, mask.long()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        task: str,
+        *,
+        rows: Sequence[int] | None = None,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        process_logits: ProcessLogits | None = None,
+    ) -> list[list[int]]:
+        """Write a target for each row after its prompt, greedily or with beams; arguments as in `Pass.generate`."""
+        chosen = range(len(self.inputs(task)["labels"])) if rows is None else rows
+        if not chosen:
+            return []
+        ids, mask = self._prompts(task, chosen)
+        width = ids.shape[1]
+        processors = LogitsProcessorList()
+        if process_logits is not None:
+            own = torch.tensor(list(chosen), device=ids.device).repeat_interleave(num_beams)
+            processors.append(lambda seen, scores: process_logits(scores, seen.shape[1] - width, own))
+        found = self.student.network.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+            logits_processor=processors,
+            # ranks generate different lengths; where a forward pass is a collective, all go on to the longest
+            synced_gpus=self.student.sharded,
+        )
+        return cast(list[list[int]], found[:, width:].tolist())
+
+    def likelihood(self, task: str) -> Likelihood:
+        """Read a task's prompts, each once, to score targets with."""
+        student, device = self.student, self.student.device
+        ids, mask = self._prompts(task, range(len(self.inputs(task)["labels"])))
+        read = student.run(input_ids=ids, attention_mask=mask, use_cache=True, **student.positions(mask))
+
+        def score(rows: list[int], targets: list[list[int]]) -> Tensor:
+            # a forward for which this rank has no choices left takes part with a row that nobody reads
+            chosen = torch.tensor(rows or [0], device=device)
+            labels = pad_sequence(
+                [torch.tensor(own) for own in targets or [[student.pad]]], batch_first=True, padding_value=IGNORE_INDEX
+            ).to(device)
+            real, states = labels != IGNORE_INDEX, read.last_hidden_state[chosen, -1:]
+            if labels.shape[1] > 1:
+                # the last token predicts nothing
+                known = real[:, :-1]
+                whole = torch.cat([mask[chosen], known.long()], dim=1)
+                cache = copy.copy(read.past_key_values)
+                cache.layers = [copy.copy(layer) for layer in cache.layers]
+                cache.batch_select_indices(chosen)
+                later = student.run(
+                    input_ids=labels[:, :-1].where(known, student.pad),
+                    attention_mask=whole,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **{name: value[:, ids.shape[1] :] for name, value in student.positions(whole).items()},
+                )
+                states = torch.cat([states, later.last_hidden_state], dim=1)
+            losses = self._cross_entropy(states[real], labels[real])
+            owners = real.nonzero()[:, 0]
+            return -losses.new_zeros(len(labels)).index_add_(0, owners, losses)[: len(rows)]
+
+        return score
+
+
+class CausalStudent(Student):
+    """A decoder-only model.
+
+    Args:
+        model: an ``AutoModelForCausalLM``, or PEFT's wrapper around one.
+        tokens: its tokens.
+        compile: train through a compiled forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, *, compile: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens = tokens
+        self.compiles = compile
+        self.pad = cast(int, tokens.tokenizer.pad_token_id)
+        generation = self.network.generation_config
+        # in place of a pretrained student's own, so that the arguments alone say how it generates
+        generation = type(generation)(pad_token_id=self.pad, eos_token_id=tokens.tokenizer.eos_token_id)
+        self.network.generation_config = generation
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The Hugging Face model, also where an adapter is around it."""
+        return cast(PreTrainedModel, getattr(self.model, "get_base_model", lambda: self.model)())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, batch: TaskBatch) -> CausalPass:
+        """A pass of this batch; nothing runs before something of it is read."""
+        return CausalPass(self, batch)
+
+    def run(self, **inputs: Any) -> Any:  # noqa: ANN401 - each model's own output class
+        """The model without its output head; more positions than it has are refused."""
+        mask, most = inputs["attention_mask"], getattr(self.network.config, "max_position_embeddings", None)
+        if most is not None and mask.shape[1] > most:
+            raise UserError(
+                f"student: a prompt and its target have {mask.shape[1]} tokens, the model has {most} positions;"
+                " lower data.max_source_length or data.max_target_length"
+            )
+        return self.training_forward(self.network.base_model)(**inputs, return_dict=True)
+
+    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Position ids of sequences padded on the left, for a model that takes them."""
+        if "position_ids" not in inspect.signature(self.network.base_model.forward).parameters:
+            return {}
+        return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+
+    def project(self, states: Tensor) -> Tensor:
+        """Logits ``(n, vocabulary)`` of states ``(n, d_model)``, scaled and capped as the configuration says."""
+        logits: Tensor = self.network.get_output_embeddings()(states)
+        config = self.network.config.get_text_config()
+        # the first is Cohere's, the second Granite's, the third Gemma 2's
+        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        if scale != 1:
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def save(self, folder: Path) -> None:
+        """Save model and tokenizer in the Hugging Face format."""
+        save_model(self.network, self.tokenizer, folder)
+
+    def record(self) -> dict[str, Any]:
+        """The configuration and the tokenizer's files."""
+        return dict(record_model(self.network, self.tokenizer))
