@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lit_distill.checkpoints import RunHistory
 from lit_distill.commands.runs import find_checkpoint
 from lit_distill.errors import UserError
-from lit_distill.experiments.keys import without_own
-from lit_distill.files import atomic_write, flatten
+from lit_distill.experiments.grid import without_location
+from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.reading import parse_yaml
 from lit_distill.records import RECORD
@@ -148,7 +148,7 @@ def _folders(config: Namespace) -> list[Path]:
 
 
 def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flatten(without_own(plain)).items() if key not in _NOT_THE_RESULT}
+    return {key: value for key, value in without_location(plain).items() if key not in _NOT_THE_RESULT}
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:

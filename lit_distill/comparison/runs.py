@@ -18,7 +18,7 @@ from lit_distill.records import PREDICTIONS, RECORD, RunRecord, read_predictions
 _NO_RUNS = ("wandb", "student", "checkpoints")
 """Below a run they are its own; elsewhere they may hold runs, though wandb's ``config.yaml`` is none."""
 
-_BEGUN = (("failed.json", "failed"), ("config.yaml", "the run has not ended"), ("checkpoints", "the run has not ended"))
+_BEGUN = (("failed.txt", "failed"), ("config.yaml", "the run has not ended"), ("checkpoints", "the run has not ended"))
 """What a run leaves before it ends, and what it says of the run; the first that is there."""
 
 _PLANNED = "fit.yaml"

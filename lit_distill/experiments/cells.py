@@ -1,34 +1,42 @@
-"""A cell: one run of ``fit``, its folder, and what the folder says of it."""
+"""A cell: one run of ``fit``, its folder, and what the folder says about it."""
 
-import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from lit_distill.errors import UserError
-from lit_distill.experiments.keys import without_own
+from lit_distill.experiments.grid import without_location
 from lit_distill.files import write_text
-from lit_distill.reading import parse_json, parse_yaml
-from lit_distill.records import RECORD, RunRecord, read_record
+from lit_distill.reading import parse_yaml
+from lit_distill.records import RECORD
 
 CONFIG = "fit.yaml"
 """The cell's config, with which it runs alone."""
 
-FAILED = "failed.json"
-"""How a cell's last try failed."""
+FAILED = "failed.txt"
+"""Why a cell's last try failed, in one line, then the end of its log."""
 
 LOG = "log.txt"
 """What its runs wrote."""
 
 FIT = (sys.executable, "-m", "lit_distill", "fit")
 """How a cell is run."""
+
+_PACKAGE = Path(__file__).parents[2]
+_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+"""Exit codes of a run that was asked to stop; it has saved."""
 
 
 class State(StrEnum):
@@ -41,21 +49,10 @@ class State(StrEnum):
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"
-    """Interrupted; it goes on from its last checkpoint."""
+    """Interrupted; it resumes from its last checkpoint."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """How a try of a cell failed."""
-
-    exit_code: int
-    """As the system has it; below 0, the signal that ended it."""
-    reason: str
-    lines: list[str] = field(default_factory=list)
-    """The last lines of its log."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One run of a grid."""
 
@@ -78,142 +75,177 @@ class Cell:
         """The command line to copy."""
         return shlex.join(["python", *self.arguments[1:]])
 
-    def text(self) -> str:
-        """The content of its config file."""
-        body = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
-        return f"# {self.line}\n{body}"
+    @property
+    def state(self) -> State:
+        """What its folder says: done, failed, running elsewhere, or pending."""
+        if (self.folder / RECORD).exists():
+            return State.DONE
+        if (self.folder / FAILED).exists():
+            return State.FAILED
+        claimed = claim(self) if _lock_path(self).exists() else nullcontext()
+        if claimed is None:
+            return State.RUNNING_ELSEWHERE
+        with claimed:
+            return State.PENDING
+
+    @property
+    def failure(self) -> str:
+        """Why it failed, in one line."""
+        return (self.folder / FAILED).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+
+    def fail(self, reason: str) -> None:
+        """Keep why it failed, with the end of its log."""
+        log = self.folder / LOG
+        text = log.read_bytes()[-20_000:].decode(errors="replace") if log.exists() else ""
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()][-20:]
+        write_text(self.folder / FAILED, "\n".join([": ".join([reason, *lines[-1:]]), "", *lines, ""]))
 
 
-def record_of(folder: Path) -> RunRecord | None:
-    """The record of a run that ended; ``None`` where there is none, or none that can be read."""
-    if not (folder / RECORD).exists():
-        return None
-    try:
-        return read_record(folder)
-    except UserError:
-        return None
-
-
-def check_record(folder: Path) -> None:
-    """Refuse a folder whose record cannot be read: what it holds may be a finished run, and is not run over.
-
-    Raises:
-        UserError: there is a record, cut off or of another format; the message names the file.
-    """
-    if not (folder / RECORD).exists():
-        return
-    try:
-        read_record(folder)
-    except UserError as error:
-        raise UserError(f"{error}; move it away to run the cell again") from error
-
-
-def written_config(cell: Cell) -> dict[str, Any] | None:
-    """The config in a cell's folder; ``None`` where there is none.
+def config_difference(cell: Cell) -> str | None:
+    """The first key in which the config in a cell's folder is another one; ``None`` where there is no difference.
 
     Raises:
-        UserError: it is none.
+        UserError: the file there is not a config.
     """
     path = cell.folder / CONFIG
     try:
-        found = parse_yaml(path.read_bytes())
+        found = parse_yaml(path.read_bytes()) if cell.folder.exists() else cell.config
     except FileNotFoundError:
-        return None
+        found = {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move it away") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: no config; move it away")
-    return found
+        raise UserError(f"{path}: not a config; move it away")
+    there, wanted = without_location(found), without_location(cell.config)
+    for key in {**wanted, **there}:
+        if there.get(key) != wanted.get(key):
+            return f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} wanted"
+    return None
 
 
-def edited(cell: Cell) -> bool:
-    """Whether the folder's config is another one; where the folder itself lies does not count."""
-    found = written_config(cell)
-    return found is not None and without_own(found) != without_own(cell.config)
+def lay_out(cell: Cell, *, retry_failed: bool = False) -> Path | None:
+    """Write a cell's config into its folder; where another process runs the cell, nothing is to be done.
 
-
-def failure_of(folder: Path) -> Failure | None:
-    """How a cell failed; ``None`` where it did not, a damaged file being a failure too."""
-    path = folder / FAILED
-    try:
-        return Failure(**parse_json(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        return Failure(1, f"{path} cannot be read ({error})")
-
-
-def write_failure(folder: Path, exit_code: int, reason: str) -> None:
-    """Keep how a cell failed, with the end of its log."""
-    failure = Failure(exit_code, reason, last_lines(folder / LOG))
-    write_text(folder / FAILED, json.dumps(asdict(failure), indent=2, ensure_ascii=False) + "\n")
-
-
-def last_lines(path: Path, count: int = 20, most: int = 20_000) -> list[str]:
-    """The last lines of a log."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - most))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
-
-
-def cell_lock(folder: Path) -> FileLock:
-    """The lock that whoever runs a cell holds; it lies beside the folder, which may be moved."""
-    place = folder.parent / ".locks"
-    place.mkdir(parents=True, exist_ok=True)
-    return FileLock(place / f"{folder.name}.lock")
-
-
-def is_busy(folder: Path) -> bool:
-    """Whether some process runs a cell."""
-    lock = cell_lock(folder)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
-def lay_out(cell: Cell) -> Path | None:
-    """Write a cell's config into its folder.
-
-    A try with another config that did not end is moved aside whole, so that its checkpoints are not gone on from.
+    A try with another config is moved aside whole, so that no run resumes from its checkpoints.
 
     Returns:
         Where such a try lies now; ``None`` where there was none.
 
     Raises:
-        UserError: it cannot be written, or another process runs the cell with another config.
+        UserError: another process runs the cell with another config.
     """
-    try:
-        lock = cell_lock(cell.folder)
-        lock.acquire(timeout=0)
-    except OSError as error:
-        if not isinstance(error, Timeout):
-            raise UserError(f"out: {cell.folder} cannot be written ({error.strerror})") from error
-        if edited(cell):
-            raise UserError(f"{cell.folder}: another process runs it with another config; let it end") from error
-        return None
-    try:
-        aside = _set_aside(cell.folder) if edited(cell) else None
+    with claim(cell) or nullcontext() as claimed:
+        difference, aside = config_difference(cell), None
+        if claimed is None and difference:
+            raise UserError(f"{cell.folder}: another process runs it with another config ({difference}); let it end")
+        if claimed is None:
+            return None
+        if difference:
+            place = cell.folder.parent / ".edited"
+            place.mkdir(exist_ok=True)
+            aside = next(path for i in count(1) if not (path := place / f"{cell.name}.{i}").exists())
+            cell.folder.rename(aside)
         cell.folder.mkdir(parents=True, exist_ok=True)
-        if written_config(cell) != cell.config:
-            write_text(cell.folder / CONFIG, cell.text())
-    except OSError as error:
-        raise UserError(f"out: {cell.folder} cannot be written ({error.strerror})") from error
-    finally:
-        lock.release()
+        body = yaml.safe_dump(dict(cell.config), sort_keys=False, allow_unicode=True)
+        write_text(cell.folder / CONFIG, f"# {cell.line}\n{body}")
+        if retry_failed:
+            (cell.folder / FAILED).unlink(missing_ok=True)
     return aside
 
 
-def _set_aside(folder: Path) -> Path:
-    place = folder.parent / ".edited"
-    place.mkdir(exist_ok=True)
-    number = 1
-    while (place / f"{folder.name}.{number}").exists():
-        number += 1
-    return folder.rename(place / f"{folder.name}.{number}")
+def _lock_path(cell: Cell) -> Path:
+    """Beside the folder, which may be moved."""
+    return cell.folder.parent / ".locks" / f"{cell.name}.lock"
+
+
+def claim(cell: Cell) -> IO[bytes] | None:
+    """The right to run a cell, held until the file is closed; ``None`` where another process has it.
+
+    A process that inherits the file holds it too, and outlives its parent with it; a ``FileLock`` cannot be inherited.
+    """
+    import fcntl
+
+    path = _lock_path(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+class Run:
+    """A try of a cell: a process that holds the claim for as long as it lives, whatever becomes of this one."""
+
+    def __init__(self, cell: Cell, claimed: IO[bytes], environment: Mapping[str, str]) -> None:
+        self._cell, self._claimed, self._killed = cell, claimed, False
+        # this package is found, also where it is not installed
+        path = os.pathsep.join([str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with (cell.folder / LOG).open("ab") as log:
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {cell.line}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(  # noqa: S603 - our own program
+                cell.arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[claimed.fileno()],
+                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
+                # Ctrl-C in the terminal is for this process, which passes it on
+                start_new_session=True,
+            )
+
+    @classmethod
+    def start(cls, cell: Cell, environment: Mapping[str, str] | None = None) -> "Run | None":
+        """Run a cell that is laid out; ``None`` where another process runs it, or was faster and has run it.
+
+        Args:
+            cell: the cell.
+            environment: variables beside those of this process.
+        """
+        claimed = claim(cell)
+        if claimed is None:
+            return None
+        if (cell.folder / RECORD).exists() or (cell.folder / FAILED).exists():
+            claimed.close()
+            return None
+        return cls(cell, claimed, environment or {})
+
+    def done(self) -> bool:
+        """Whether it has ended; why it failed, if so, is written by then."""
+        code = self._process.poll()
+        if code is not None and not self._claimed.closed:
+            with self._claimed:
+                if not (self._killed or code in _STOPPED or (self._cell.folder / RECORD).exists()):
+                    self._cell.fail(_reason(code))
+        return code is not None
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.wait()
+        self.done()
+
+    def stop(self) -> None:
+        """Ask it to stop; it saves first."""
+        self._process.terminate()
+
+    def stop_and_wait(self) -> None:
+        """Ask it to stop, and wait until it has saved; for signal handlers, which may interrupt `wait`."""
+        self.stop()
+        with suppress(ChildProcessError):
+            # `Popen.wait` would wait for the lock that the interrupted one holds
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
+    def kill(self) -> None:
+        """End it, and what it has started, at once."""
+        self._killed = True
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _reason(code: int) -> str:
+    if code == 0:
+        return "it ended without a record of its run"
+    return f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.strsignal(-code)})"

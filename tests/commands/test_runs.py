@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 
 from lit_distill.commands.experiment import FitCheck, accepted_arguments
 from lit_distill.commands.runs import run_name, wandb_naming
-from lit_distill.experiments.keys import merge, settings
+from lit_distill.experiments.grid import merge, settings
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
     for name in ("planned", "failed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "fit.yaml").write_text("{}")
-    (tmp_path / "failed" / "failed.json").write_text("{}")
+    (tmp_path / "failed" / "failed.txt").write_text("{}")
     (tmp_path / "failed" / "checkpoints").mkdir()
     assert reasons(tmp_path) == {
         "begun": "no run.json: the run has not ended",

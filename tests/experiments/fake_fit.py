@@ -16,9 +16,8 @@ def main(path: Path) -> int:
 
     Args:
         path: the config: ``sleep`` (seconds), ``until`` (a file that is waited for), ``code`` (the exit code), ``say``
-            (what is printed), ``saves`` (seconds that saving takes),
-            ``deaf`` (does not listen),
-            ``once`` (fails the first time only), ``forget`` (leaves no record).
+            (what is printed), ``saves`` (seconds that saving takes), ``deaf`` (does not stop), ``once`` (fails the
+            first time only), ``forget`` (leaves no record).
     """
     # as `fit` does, which saves at both
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -33,7 +32,7 @@ def main(path: Path) -> int:
     try:
         # from here on it may be stopped
         with (folder / "starts.txt").open("a") as file:
-            file.write(f"{os.getpid()} {os.getppid()} {'resumed' if resumed else 'new'}\n")
+            file.write(f"{os.getpid()} {'resumed' if resumed else 'new'}\n")
         time.sleep(config.get("sleep", 0))
         while config.get("until") and not Path(config["until"]).exists():
             time.sleep(0.02)

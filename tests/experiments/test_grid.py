@@ -1,15 +1,17 @@
 """Grid files: what they expand to, and how a wrong one is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_distill.errors import UserError
-from lit_distill.experiments.grid import Grid, read_grid
-from lit_distill.experiments.keys import settings
-from lit_distill.experiments.names import cell_name
+from lit_distill.experiments.grid import Grid, cell_name, merge, read_grid, settings, without_location
+from lit_distill.files import flatten
 
 
 def grid(tmp_path: Path, **content: Any) -> Grid:
@@ -34,7 +36,7 @@ def refusal(tmp_path: Path, **content: Any) -> str:
 def test_a_grid_is_every_combination_in_the_files_order(tmp_path: Path) -> None:
     axes = {"method": ["standard", "StepByStepModule"], "train_fraction": [0.5, 1], "seed": [0, 1]}
     found = grid(tmp_path, grid=axes)
-    assert found.base == ("base.yaml",)
+    assert found.base == ["base.yaml"]
     assert found.points() == [
         {"method": "standard", "train_fraction": 0.5, "seed": 0},
         {"method": "standard", "train_fraction": 0.5, "seed": 1},
@@ -135,11 +137,11 @@ def test_conditions_hold_for_some_cells(tmp_path: Path) -> None:
         tmp_path, set={"trainer.max_steps": 9, "data.num_workers": 2}, when=when,
         grid={"method": ["standard", "step_by_step"], "student": ["a/base", "a/large", "a/xl"]},
     )  # fmt: skip
-    batch, steps, weight = "data.init_args.batch_size", "trainer.max_steps", "rationale_weight"
+    batch, steps, weight = "data.init_args.batch_size", "trainer.max_steps", "model.init_args.rationale_weight"
     shown = [
         (point["method"], point["student"], all_.get(batch), all_[steps], all_.get(weight))
         for point in found.points()
-        for all_ in [found.settings(point)]
+        for all_ in [flatten(found.overrides(point))]
     ]
     assert shown == [
         ("standard", "a/base", None, 9, None),
@@ -155,7 +157,7 @@ def test_conditions_set_their_own_cells_alone(tmp_path: Path) -> None:
     when = [{"if": {"train_fraction": 0.25}, "set": {"model.warmup_steps": 77, "data.seed": 4}}]
     given = {"model.init_args": {"learning_rate": 0.001}, "model.adam": {"betas": [1]}}
     found = grid(tmp_path, set=given, grid={"train_fraction": [0.25, 0.5]}, when=when)
-    one, two = (settings(found.settings(point)) for point in found.points())
+    one, two = (found.overrides(point) for point in found.points())
     assert one["model"]["init_args"] == {"learning_rate": 0.001, "adam": {"betas": [1]}, "warmup_steps": 77}
     assert two["model"]["init_args"] == {"learning_rate": 0.001, "adam": {"betas": [1]}}
     one["model"]["init_args"]["adam"]["betas"].append(2)
@@ -165,7 +167,7 @@ def test_conditions_set_their_own_cells_alone(tmp_path: Path) -> None:
 def test_a_later_condition_wins_by_whatever_name(tmp_path: Path) -> None:
     when = [{"if": {"method": "a"}, "set": given} for given in ({"data.seed": 1}, {"seed": 2}, {"data.seed": 3})]
     found = grid(tmp_path, grid={"method": ["a"]}, when=when)
-    config = settings(found.settings({"method": "a"}))
+    config = found.overrides({"method": "a"})
     assert (config["seed_everything"], config["data"]["init_args"]["seed"]) == (2, 3)
 
 
@@ -184,12 +186,11 @@ def test_a_later_condition_wins_by_whatever_name(tmp_path: Path) -> None:
             {"model.learning_rate": 0.5, "model": {"class_path": "StandardModule", "adam": {"beta": 0.9}}},
             {"class_path": "StandardModule", "init_args": {"learning_rate": 0.5, "adam": {"beta": 0.9}}},
         ),
-        ({"model.table": {1: "a"}, "model.init_args.none": {}}, {"init_args": {"table": {1: "a"}, "none": {}}}),
     ],
 )  # fmt: skip
 def test_nested_and_dotted_keys_are_the_same(tmp_path: Path, given: dict[str, Any], model: dict[str, Any]) -> None:
     found = grid(tmp_path, set=given, grid={"train_fraction": [1]})
-    assert settings(found.settings({}))["model"] == model
+    assert found.overrides({})["model"] == model
 
 
 def test_numbers_are_fits(tmp_path: Path) -> None:
@@ -211,94 +212,38 @@ SEEDS = {"seed": [0, 1]}
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ({"gird": SEEDS}, "gird: no such key (did you mean grid?); allowed are base, set, when, grid, cells, out,"),
-        ({"base": []}, "base must be given: a config of fit, or a list of them"),
-        ({"base": 3}, "base must be a text or a list of texts, got 3"),
-        ({"base": ["a", ""]}, "base must be a text or a list of texts, got ['a', '']"),
-        ({}, "grid must have a key with values, or cells one cell: nothing varies"),
-        ({"grid": []}, "grid must map keys of fit, or method, student,"),
-        ({"grid": {"seed": list(range(100_000))}}, "grid and cells make 100,000 cells; allowed are 2,000 in one grid"),
-        (
-            {
-                "grid": {"seed": list(range(2001)), "model.a": list(range(1000))},
-                "cells": [{"model.b": 1}, {"model.b": 2}],
-            },
-            "grid and cells make 4,002,000 cells; allowed are 2,000 in one grid",
-        ),
-        ({"grid": {"seed": []}}, "grid.seed must be a list of one or more values, got []"),
-        ({"grid": {"seed": 1}}, "grid.seed must be a list of one or more values, got 1"),
-        ({"grid": {"seed": None}}, "grid.seed must be a list of one or more values, got None"),
-        ({"grid": {"seed": [1, 2, 1]}}, "grid.seed must name each value once, got 1 twice"),
-        ({"grid": {"train_fraction": [1, 1.0]}}, "grid.train_fraction must name each value once, got 1 twice"),
-        (
-            {"grid": {"method": ["standard", "StandardModule"]}},
-            "grid.method must name each value once, got standard twice",
-        ),
-        ({"grid": {"seed": [True]}}, "grid.seed must be an integer in [0, 4294967295], got True"),
-        ({"grid": {"seed": ["1"]}}, "grid.seed must be an integer in [0, 4294967295], got '1'"),
-        ({"cells": [{"seed": -1}]}, "cells: seed must be an integer in [0, 4294967295], got -1"),
-        ({"grid": {"student": [["a"]]}}, "grid.student must be texts, numbers, true, false or null, got ['a']"),
-        ({"grid": {"student": [""]}}, "grid.student must be texts, numbers, true, false or null, got ''"),
-        ({"grid": {3: [1]}}, "grid must map keys of fit"),
+        ({"gird": SEEDS}, "gird: no such key (did you mean grid?); allowed are base, out, set, grid, cells, when,"),
+        ({"base": []}, "base: value should have at least 1 item"),
+        ({"base": ["a", 3]}, "base[1]: input should be a valid string, got 3"),
+        ({}, "grid or cells must be given: nothing varies"),
+        ({"grid": []}, "grid: input should be a valid dictionary, got []"),
+        ({"grid": {3: [1]}}, "grid[3].[key]: input should be a valid string"),
+        ({"grid": {"seed": list(range(100_000))}}, "grid and cells make 100,000 cells; allowed are 2,000"),
+        ({"grid": {"seed": []}}, "grid: seed must be a list of one or more values, got []"),
+        ({"grid": {"seed": 1}}, "grid: seed must be a list of one or more values, got 1"),
+        ({"grid": {"train_fraction": [1, 1.0]}}, "grid and cells make two cells with the name fraction1"),
+        ({"grid": {"method": ["standard", "StandardModule"]}}, "grid and cells make two cells with the name standard"),
+        ({"grid": {"seed": [True]}}, "grid: seed must be an integer in [0, 4294967295], got True"),
+        ({"cells": [{"seed": -1}]}, "cells[0]: seed must be an integer in [0, 4294967295], got -1"),
+        ({"grid": {"student": [["a"]]}}, "grid: student must be text, a number, true, false or null, got ['a']"),
+        ({"cells": [{"method": ["a"]}]}, "cells[0]: method must be text, a number, true, false or null, got ['a']"),
+        ({"grid": {"student": [""]}}, "grid: student must be text, a number, true, false or null, got ''"),
         ({"grid": {"seed": [0], "seed_everything": [1]}}, "grid.seed_everything: grid.seed sets seed_everything as"),
-        (
-            {"grid": SEEDS, "set": {"data.seed": 1}},
-            "grid.seed: set.data.init_args.seed sets data.init_args.seed as well",
-        ),
-        (
-            {"grid": {"method": ["a"], "model.class_path": ["b"]}},
-            "grid.model.class_path: method is there already; say it once",
-        ),
-        ({"grid": SEEDS, "cells": [{"seed": 1}]}, "cells.seed: grid.seed sets seed_everything as well; say it once"),
-        ({"grid": SEEDS, "cells": []}, "cells must be a list of one or more entries, got []"),
-        ({"grid": SEEDS, "cells": None}, "cells must be a list, got nothing"),
-        ({"grid": SEEDS, "cells": [{}]}, "cells[0] must map keys of fit"),
-        ({"cells": [{"method": ["a"]}]}, "cells: method must be texts, numbers, true, false or null, got ['a']"),
-        ({"cells": [{"method": "a"}, {"method": "a"}]}, "cells: a is there twice"),
-        ({"grid": SEEDS, "set": [1]}, "set must map keys of fit"),
-        ({"grid": SEEDS, "set": {"ckpt_path": "x"}}, "set.ckpt_path: the folder of a run is the experiment's own"),
-        ({"grid": SEEDS, "set": {"resume": True}}, "set.resume: the folder of a run is the experiment's own"),
-        ({"grid": {"checkpoint.dirpath": ["x"]}}, "grid.checkpoint.dirpath: the folder of a run is the experiment's"),
-        ({"grid": SEEDS, "when": {"if": 1}}, "when must be a list of one or more entries"),
-        ({"grid": SEEDS, "when": [{"if": {"seed": 1}}]}, "when[0] must hold the keys if and set"),
+        ({"grid": SEEDS, "set": {"data.seed": 1}}, "set.data.init_args.seed: grid.seed sets data.init_args.seed as"),
+        ({"grid": {"method": ["a"], "model.class_path": ["b"]}}, "grid: method is set twice"),
+        ({"grid": SEEDS, "cells": [{"seed": 1}]}, "cells[0].seed: grid.seed sets seed_everything as well; set it once"),
+        ({"grid": SEEDS, "cells": []}, "cells: list should have at least 1 item"),
+        ({"cells": [{"method": "a"}, {"method": "a"}]}, "grid and cells make two cells with the name a"),
+        ({"grid": SEEDS, "set": {"ckpt_path": "x"}}, "set: ckpt_path: the experiment chooses the folder of a run"),
+        ({"grid": {"checkpoint": {"dirpath": ["x"]}}}, "grid: checkpoint.dirpath: the experiment chooses the folder"),
+        ({"grid": SEEDS, "when": [{"if": {"seed": 1}}]}, "when[0].set: field required"),
         (
             {"grid": SEEDS, "when": [{"if": {"sede": 1}, "set": {"data.batch_size": 1}}]},
             "when[0].if.sede: no key of set, grid or cells (did you mean seed?)",
         ),
         (
             {"grid": SEEDS, "when": [{"if": {"seed": 1}, "set": {"data.seed": 1}}]},
-            "when[0].set.data.init_args.seed: varies in grid or cells, whose names would be wrong",
-        ),
-        (
-            {"set": {"trainer.max_steps": 1, "trainer.max_steps.x": 2}, "grid": SEEDS},
-            "set.trainer.max_steps.x: set.trainer.max_steps is set as well, and trainer.max_steps.x lies within",
-        ),
-        ({"set": {"trainer": 1}, "grid": {"trainer.max_steps": [1]}}, "grid.trainer.max_steps: set.trainer is set as"),
-        (
-            {"cells": [{"method": "a", "model.class_path.x": 1}]},
-            "cells.model.class_path.x: cells.method is set as well",
-        ),
-        (
-            {"set": {"a.b": {"c": 1}}, "grid": SEEDS, "when": [{"if": {"seed": 1}, "set": {"a.b": 1}}]},
-            "when[0].set.a.b: set.a.b.c is set as well",
-        ),
-        (
-            {"grid": SEEDS, "when": [{"if": {"seed": 1}, "set": {"a": 1}}, {"if": {"seed": 1}, "set": {"a.b": 1}}]},
-            "when[1].set.a.b: when[0].set.a is set as well",
-        ),
-        (
-            {"grid": {"method": ["a"]}, "when": [{"if": {"method": "a"}, "set": {"seed": 1, "data.seed": 2}}]},
-            "when[0].set.data.init_args.seed: when[0].set.seed sets data.init_args.seed as well; say it once",
-        ),
-        (
-            {"grid": SEEDS, "set": {"model": {"order": 1}, "model.order": 2}},
-            "set.model.order: model.init_args.order is there already",
-        ),
-        ({"grid": SEEDS, "set": {"checkpoint": {"dirpath": "x"}}}, "set.checkpoint.dirpath: the folder of a run is"),
-        ({"grid": SEEDS, "set": {"model..x": 1}}, "set must map keys of fit"),
-        (
-            {"grid": {"train_fraction": [0.25, 0.5]}, "when": [{"if": {"train_fraction": 0.3}, "set": {"seed": 1}}]},
-            "when[0].if.train_fraction: no cell has 0.3; there are 0.25, 0.5",
+            "when[0].set.data.init_args.seed: grid.seed sets data.init_args.seed as well; set it once",
         ),
         (
             {"grid": {"method": ["step_by_step"]}, "when": [{"if": {"method": "stepbystep"}, "set": {"seed": 1}}]},
@@ -309,32 +254,32 @@ SEEDS = {"seed": [0, 1]}
             "when[0].if.seed: no cell has 2; there are 0, 1",
         ),
         (
-            {"grid": SEEDS, "when": [{"if": {"seed": []}, "set": {"a": 1}}]},
-            "when[0].if.seed must be a value, or a list",
-        ),
-        (
             {
                 "cells": [{"method": "a", "seed": 0}, {"method": "b", "seed": 1}],
                 "when": [{"if": {"method": "a", "seed": 1}, "set": {"data.batch_size": 1}}],
             },
-            "when[0].if: no cell has all of method a, seed 1",
+            "when[0].if: no cell has all of these values together",
         ),
-        ({"grid": SEEDS, "out": 3}, "out must be a folder, got 3"),
+        ({"grid": SEEDS, "out": 3}, "out: input should be a valid string, got 3"),
         ({"grid": SEEDS, "tolerance": 1}, "published and tolerance must be given together"),
-        ({"grid": SEEDS, "published": [{"accuracy": 3}], "tolerance": 1}, "published[0] must hold accuracy and which"),
         (
             {"grid": SEEDS, "published": [{"seed": 0, "accuracy": 0}], "tolerance": 1},
-            "published[0].accuracy must be a number of percent above 0 and at most 100, got 0",
+            "published[0].accuracy: input should be greater than 0, got 0",
         ),
         (
             {"grid": SEEDS, "published": [{"method": "a", "accuracy": 3}], "tolerance": 1},
             "published[0].method: no key of set, grid or cells",
         ),
-        ({"grid": SEEDS, "deviations": [1]}, "deviations must be a text or a list of texts, got [1]"),
     ],
 )
 def test_a_wrong_grid_is_one_line(tmp_path: Path, content: dict[str, Any], line: str) -> None:
     assert refusal(tmp_path, **content).startswith(line)
+
+
+@pytest.mark.parametrize("keys", [["trainer", "trainer.max_steps"], ["trainer.max_steps", "trainer"]])
+def test_a_key_within_another_one(keys: list[str]) -> None:
+    with pytest.raises(UserError, match=r"trainer.*: another key that is set lies within it|lies within another key"):
+        settings(dict.fromkeys(keys, 1))
 
 
 def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
@@ -346,25 +291,109 @@ def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError) as refused:
             read_grid(path)
-        assert str(refused.value) == f"{key}: is there twice, again in line {line}; say it once (in {path})"
-    # what is merged in may be said anew
+        assert str(refused.value) == f"{key}: given twice, again in line {line} (in {path})"
+    # what is merged in may be overridden
     path.write_text("base: x\ncells: [&a {method: a, model.x: 1}, &b {<<: *a, model.x: 2}, {<<: *b, model.x: 3}]\n")
     assert [point["model.init_args.x"] for point in read_grid(path).points()] == [1, 2, 3]
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_no_grid(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config: no file"):
         read_grid(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         read_grid(tmp_path)
     path = tmp_path / "grid.yaml"
-    path.write_text("a: [")
-    with pytest.raises(UserError, match="is not YAML") as refused:
-        read_grid(path)
-    assert "\n" not in str(refused.value)
-    path.write_text("base: x\ngrid: {seed: [0]}\nset: &a {b: *a}\n")
-    with pytest.raises(UserError, match="is not YAML"):
-        read_grid(path)
+    for text in ("a: [", "base: x\ngrid: {seed: [0]}\nset: &a {b: *a}\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is not YAML") as refused:
+            read_grid(path)
+        assert "\n" not in str(refused.value)
     path.write_text("- a")
-    with pytest.raises(UserError, match="a grid must hold keys with values"):
+    with pytest.raises(UserError, match="a valid dictionary"):
         read_grid(path)
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("point", "name"),
+    [
+        (
+            {"seed": 1, "label_source": "gold", "train_fraction": 0.5, "method": "step_by_step"},
+            "step_by_step-fraction0.5-gold-seed1",
+        ),
+        ({"method": "standard", "student": "google/t5-v1_1-base", "seed": 0}, "standard-t5-v1_1-base-seed0"),
+        ({"student": "configs/students/toy-t5"}, "configs+students+toy-t5"),
+        ({"student": "-a/b c"}, "_-a+b%20c"),
+        ({"student": "../b"}, "_..+b"),
+        (
+            {"method": "step_by_step", "rationales": "shuffled", "rationale_weight": 2.0},
+            "step_by_step-shuffled-weight2",
+        ),
+        ({"method": "single_task", "model.init_args.order": "label_first"}, "single_task-order_label_first"),
+        ({"seed": 3, "trainer.max_steps": 10, "model.init_args.lr": 5e-5}, "lr_5e~05-trainer.max_steps_10-seed3"),
+    ],
+)
+def test_names_by_hand(point: dict[str, Any], name: str) -> None:
+    assert cell_name(point) == name
+    # whatever the order of the file
+    assert cell_name(dict(reversed(point.items()))) == name
+
+
+VALUES = st.one_of(
+    st.text(st.sampled_from("ab-_/~+%.01 é\n*A"), min_size=1, max_size=300), st.floats(), st.booleans(), st.none()
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["method", "student", "seed", "model.init_args.order", "x"]), VALUES, min_size=1)
+)
+def test_a_name_is_a_folder(point: dict[str, Any]) -> None:
+    name = cell_name(point)
+    assert re.fullmatch(r"[A-Za-z0-9_%~+][A-Za-z0-9_.%~+-]*", name)
+    assert len(name) <= 120
+
+
+def test_long_names_differ() -> None:
+    names = [cell_name({"student": "a/" + "b" * 299 + last}) for last in "bc"]
+    assert [len(name) for name in names] == [120, 120]
+    assert names[0] != names[1]
+
+
+# ---------------------------------------------------------------------- configs laid over each other
+
+ARGUMENTS = {"One": {"shared", "own"}, "Two": {"shared"}}
+
+
+def test_what_lies_over_wins() -> None:
+    base = {"trainer": {"max_steps": 1, "callbacks": [1, 2]}, "seed_everything": 0}
+    over = {"trainer": {"callbacks": [3]}, "seed_everything": 4, "new": {"a": 1}}
+    wanted = {"trainer": {"max_steps": 1, "callbacks": [3]}, "seed_everything": 4, "new": {"a": 1}}
+    assert merge(base, over, ARGUMENTS.get) == wanted
+    # the given ones stay as they are
+    assert base["seed_everything"] == 0
+
+
+@pytest.mark.parametrize(
+    ("over", "init_args"),
+    [
+        ({"class_path": "One"}, {"shared": 1, "own": 2}),
+        ({"class_path": "Two"}, {"shared": 1}),
+        ("Two", {"shared": 1}),
+        ({"class_path": "Two", "init_args": {"own": 3}}, {"shared": 1, "own": 3}),
+        ({"class_path": "unknown.Class"}, {}),
+        ({"init_args": {"own": 5}}, {"shared": 1, "own": 5}),
+    ],
+)
+def test_arguments_that_another_class_does_not_take_go(over: object, init_args: dict[str, int]) -> None:
+    base = {"model": {"class_path": "One", "init_args": {"shared": 1, "own": 2}}}
+    assert merge(base, {"model": over}, ARGUMENTS.get)["model"]["init_args"] == init_args
+
+
+def test_a_run_without_its_location() -> None:
+    config = {
+        "ckpt_path": "last", "checkpoint": {"dirpath": "x"}, "a": {"b": 1}, "resume": True, "resumed": 2,
+        "trainer": {"logger": {"class_path": "x"}, "max_steps": 2},
+    }  # fmt: skip
+    assert without_location(config) == {"trainer.max_steps": 2, "a.b": 1, "resumed": 2}

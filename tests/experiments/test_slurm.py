@@ -10,33 +10,29 @@ from typing import Any
 import pytest
 
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import State, failure_of
-from lit_distill.experiments.schedule import Board, Watcher, look, run_cells
-from lit_distill.experiments.slurm import Requeued, Slurm
-from lit_distill.experiments.worker import INTERRUPTED, run_cell
-from tests.experiments.cells import make_cells, starts
+from lit_distill.experiments.cells import Cell, State
+from lit_distill.experiments.launch import Board, CellTask, Slurm, run_cells
+from tests.experiments.cells import Events, look, make_cells, starts
 
 
 class FakeJob:
-    """Runs when it is first looked at."""
+    """Runs when it is looked at for the second time."""
 
-    def __init__(self, function: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ANN401
-        self.function, self.arguments, self.looks, self.cancelled, self.job_id = function, arguments, 0, False, "17"
-        self.code: int | Exception = 0
+    def __init__(self, function: Any, cell: Cell) -> None:  # noqa: ANN401
+        self.function, self.cell, self.looks, self.cancelled, self.job_id = function, cell, 0, False, "17"
+        self.error: Exception | None = None
 
     def done(self) -> bool:
         self.looks += 1
         if self.looks == 2 and not self.cancelled:
             try:
-                self.code = self.function(*self.arguments)
+                self.function(self.cell)
             except RuntimeError as error:
-                self.code = error
-        return self.looks > 1 or self.cancelled
+                self.error = error
+        return self.looks > 1
 
-    def result(self) -> int:
-        if isinstance(self.code, Exception):
-            raise self.code
-        return self.code
+    def exception(self) -> Exception | None:
+        return self.error
 
     def cancel(self, check: bool = True) -> None:
         self.cancelled = True
@@ -45,7 +41,7 @@ class FakeJob:
 class FakeExecutor:
     last: "FakeExecutor"
 
-    def __init__(self, folder: Path, cluster: str) -> None:
+    def __init__(self, folder: Path, cluster: str, slurm_max_num_timeout: int) -> None:
         if cluster == "absent":
             raise RuntimeError("no such cluster")
         self.folder, self.cluster, self.jobs = folder, cluster, list[FakeJob]()
@@ -57,92 +53,73 @@ class FakeExecutor:
             raise ValueError("Unavailable parameter(s): ['nonsense']")
         self.parameters |= parameters
 
-    def submit(self, function: Any, *arguments: Any) -> FakeJob:  # noqa: ANN401
-        self.jobs.append(FakeJob(function, arguments))
+    def submit(self, function: Any, cell: Cell) -> FakeJob:  # noqa: ANN401
+        self.jobs.append(FakeJob(function, cell))
         return self.jobs[-1]
 
 
 @pytest.fixture
 def submitit(monkeypatch: pytest.MonkeyPatch) -> None:
-    helpers = SimpleNamespace(DelayedSubmission=lambda *arguments: ("again", *arguments))
-    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=FakeExecutor, helpers=helpers))
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=FakeExecutor))
 
 
 def test_cells_are_submitted_and_looked_after(tmp_path: Path, submitit: None) -> None:
     cells = make_cells(tmp_path, a={}, b={"code": 3}, c={})
-    board = look(cells)
-    assert run_cells(board, Slurm(tmp_path / ".submitit", None, {"slurm_partition": "gpu"}), pause=0.01)
-    assert board.states == {"a": State.DONE, "b": State.FAILED, "c": State.DONE}
+    board, most = look(cells), 0
+
+    def show(board: Board, cell: Cell | None) -> None:
+        nonlocal most
+        most = max(most, list(board.values()).count(State.RUNNING))
+
+    assert run_cells(board, Slurm(tmp_path / ".submitit", 2, {"slurm_partition": "gpu"}), show, pause=0.01)
+    assert list(board.values()) == [State.DONE, State.FAILED, State.DONE]
+    assert most == 2
     executor = FakeExecutor.last
     assert (executor.folder, executor.cluster) == (tmp_path / ".submitit", "slurm")
     assert executor.parameters == {"name": "lit_distill", "timeout_min": 1440, "slurm_partition": "gpu"}
-    assert [job.arguments for job in executor.jobs] == [(str(cell.folder), cell.arguments) for cell in cells]
-
-
-def test_so_many_jobs_at_a_time(tmp_path: Path, submitit: None) -> None:
-    most: list[int] = []
-
-    class Counts(Watcher):
-        def tick(self, board: Board) -> None:
-            most.append(board.count(State.RUNNING))
-
-    cells = make_cells(tmp_path, a={}, b={}, c={})
-    assert run_cells(look(cells), Slurm(tmp_path / ".submitit", 2), Counts(), pause=0.01)
-    assert max(most) == 2
-    assert run_cells(look(make_cells(tmp_path, d={}, e={}, f={})), Slurm(tmp_path / ".submitit"), Counts(), pause=0.01)
-    assert max(most) == 3
+    assert [job.cell for job in executor.jobs] == cells
 
 
 def test_a_job_that_is_lost_has_failed(tmp_path: Path, submitit: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*arguments: object) -> int:
+    def lost(self: object, cell: Cell) -> None:
         raise RuntimeError("a long story\nJob 17 not requeued")
 
-    monkeypatch.setattr("lit_distill.experiments.slurm.run_cell", lost)
+    monkeypatch.setattr(CellTask, "__call__", lost)
     [cell] = make_cells(tmp_path, a={})
     board = look([cell])
-    run_cells(board, Slurm(tmp_path / ".submitit"), pause=0.01)
-    assert board.states == {"a": State.FAILED}
-    failure = failure_of(cell.folder)
-    assert failure is not None
-    assert failure.reason == "the job 17 failed: Job 17 not requeued"
+    run_cells(board, Slurm(tmp_path / ".submitit"), Events(), pause=0.01)
+    assert board == {cell: State.FAILED}
+    assert cell.failure == "the job 17 failed: Job 17 not requeued"
 
 
 def test_an_interrupt_cancels_the_jobs(tmp_path: Path, submitit: None) -> None:
-    class Stops(Watcher):
-        stopped = False
-
-        def tick(self, board: Board) -> None:
-            if not self.stopped:
-                self.stopped = True
-                raise KeyboardInterrupt
-
     cells = make_cells(tmp_path, a={}, b={})
     board = look(cells)
-    assert not run_cells(board, Slurm(tmp_path / ".submitit"), Stops(), pause=0.01)
-    assert board.states == dict.fromkeys("ab", State.STOPPED)
+
+    def show(board: Board, cell: Cell | None) -> None:
+        if list(board.values()) == [State.RUNNING] * 2 and cell is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert not run_cells(board, Slurm(tmp_path / ".submitit"), show, pause=0.01)
+    assert list(board.values()) == [State.STOPPED] * 2
     assert all(job.cancelled for job in FakeExecutor.last.jobs)
     assert not any(starts(cell) for cell in cells)
 
 
-def test_a_job_that_saved_and_stopped_is_submitted_again(
+def test_a_job_that_was_stopped_is_submitted_again(
     tmp_path: Path, submitit: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = [INTERRUPTED, None]
+    run = CellTask.__call__
 
-    def preempted(folder: str, arguments: list[str]) -> int:
-        return codes.pop(0) or run_cell(folder, arguments)
+    def stopped(self: CellTask, cell: Cell) -> None:
+        monkeypatch.setattr(CellTask, "__call__", run)
 
-    monkeypatch.setattr("lit_distill.experiments.slurm.run_cell", preempted)
+    monkeypatch.setattr(CellTask, "__call__", stopped)
     [cell] = make_cells(tmp_path, a={})
     board = look([cell])
-    assert run_cells(board, Slurm(tmp_path / ".submitit"), pause=0.01)
-    assert board.states == {"a": State.DONE}
+    assert run_cells(board, Slurm(tmp_path / ".submitit"), Events(), pause=0.01)
+    assert board == {cell: State.DONE}
     assert len(FakeExecutor.last.jobs) == 2
-
-
-def test_a_job_that_is_preempted_is_queued_again(submitit: None) -> None:
-    job = Requeued()
-    assert job.checkpoint("folder", ["fit"]) == ("again", job, "folder", ["fit"])
 
 
 @pytest.mark.parametrize(
@@ -164,37 +141,25 @@ def test_without_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         Slurm(tmp_path)
 
 
-def test_submitits_own_local_executor(tmp_path: Path) -> None:
-    pytest.importorskip("submitit", reason="submitit is not installed")
-    cells = make_cells(tmp_path, a={}, b={"code": 3})
-    board = look(cells)
-    launcher = Slurm(tmp_path / ".submitit", None, {"cluster": "local", "slurm_partition": "gpu", "timeout_min": 5})
-    assert run_cells(board, launcher, pause=0.1)
-    assert board.states == {"a": State.DONE, "b": State.FAILED}
-    failure = failure_of(cells[1].folder)
-    assert failure is not None
-    assert failure.reason == "exit code 3"
-
-
-def test_a_preempted_run_saves_before_its_job_ends(tmp_path: Path) -> None:
+def test_submitits_own_local_executor_with_a_preemption(tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason="submitit is not installed")
     gate = tmp_path / "gate"
-    [cell] = make_cells(tmp_path / "out", a={"until": str(gate), "saves": 0.5})
+    cells = make_cells(tmp_path / "out", a={"until": str(gate), "saves": 0.5}, b={"code": 3})
+    board = look(cells)
+    parameters = {"cluster": "local", "slurm_partition": "gpu", "timeout_min": 5}
 
-    class Preempts(Watcher):
-        told = False
+    def show(board: Board, cell: Cell | None) -> None:
+        if starts(cells[0]) == ["new"] and not gate.exists():
+            run = int((cells[0].folder / "starts.txt").read_text().split()[0])
+            status = Path(f"/proc/{run}/status").read_text().split()
+            job = int(status[status.index("PPid:") + 1])
+            # a cluster signals all processes of a job
+            os.kill(run, signal.SIGUSR2)
+            os.kill(job, signal.SIGUSR2)
+            gate.touch()
 
-        def tick(self, board: Board) -> None:
-            if starts(cell) and not self.told:
-                self.told = True
-                # a cluster signals all processes of a job
-                run, worker = map(int, (cell.folder / "starts.txt").read_text().split()[:2])
-                os.kill(run, signal.SIGUSR2)
-                os.kill(worker, signal.SIGUSR2)
-                gate.touch()
-
-    board = look([cell])
-    launcher = Slurm(tmp_path / ".submitit", None, {"cluster": "local", "timeout_min": 5})
-    assert run_cells(board, launcher, Preempts(), pause=0.05)
-    assert board.states == {"a": State.DONE}
-    assert starts(cell) == ["new", "resumed"]
+    assert run_cells(board, Slurm(tmp_path / ".submitit", None, parameters), show, pause=0.05)
+    assert list(board.values()) == [State.DONE, State.FAILED]
+    assert cells[1].failure == "exit code 3: at work"
+    # it saved before its job ended
+    assert starts(cells[0]) == ["new", "resumed"]

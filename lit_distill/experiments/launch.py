@@ -1,0 +1,203 @@
+"""Runs cells: as many at a time as the launcher takes, each once, whatever becomes of the others."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_distill.checks import check_int
+from lit_distill.errors import UserError
+from lit_distill.experiments.cells import Cell, Run, State
+from lit_distill.interrupts import on_signals
+
+Board = dict[Cell, State]
+"""Where each cell stands."""
+
+Show = Callable[[Board, Cell | None], object]
+"""Is called with a cell whose state has changed, and with ``None`` from time to time."""
+
+
+class Local:
+    """Starts processes on this machine.
+
+    submitit's local executor is not used: it kills a run one second after Ctrl-C, before it can save.
+
+    Args:
+        jobs: how many at a time. Several share the accelerators, each on one of them by turns, and the cores.
+        devices: the accelerators' numbers, as ``CUDA_VISIBLE_DEVICES`` has them.
+    """
+
+    again = False
+    """Whether a cell that was stopped by others than this process is started again."""
+
+    def __init__(self, jobs: int = 1, devices: Sequence[str] = ()) -> None:
+        self.jobs: int | None = check_int("jobs", jobs, 1)
+        self._devices = devices
+        self._runs: list[Run | None] = [None] * jobs
+
+    def start(self, cell: Cell) -> Run | None:
+        """Start a cell; ``None`` where its state is no longer pending."""
+        slot = next(i for i, run in enumerate(self._runs) if run is None or run.done())
+        self._runs[slot] = Run.start(cell, self.environment(slot))
+        return self._runs[slot]
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Variables by which the processes of a slot take their share of cores and devices."""
+        if self.jobs == 1:
+            return {}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // len(self._runs))))
+        device = {"CUDA_VISIBLE_DEVICES": self._devices[slot % len(self._devices)]} if self._devices else {}
+        return {"OMP_NUM_THREADS": threads, **device}
+
+
+class Slurm:
+    """Submits jobs to a Slurm cluster, through submitit.
+
+    Args:
+        folder: where submitit keeps its files.
+        jobs: how many are queued or running at a time; by default all.
+        parameters: of submitit's ``executor.update_parameters``, such as ``slurm_partition``, ``timeout_min``,
+            ``gpus_per_node``; and ``cluster``, by which submitit can be told to run on this machine (``local``).
+    """
+
+    # a job that was preempted has saved
+    again = True
+
+    def __init__(self, folder: Path, jobs: int | None = None, parameters: Mapping[str, Any] | None = None) -> None:
+        try:
+            import submitit  # type: ignore[import-not-found, unused-ignore] # an extra
+        except ModuleNotFoundError as error:
+            raise UserError(
+                'launcher: slurm needs submitit, which is not installed: pip install "lit_distill[slurm]"'
+            ) from error
+        self.jobs = None if jobs is None else check_int("jobs", jobs, 1)
+        given = {"name": "lit_distill", "timeout_min": 24 * 60, **(parameters or {})}
+        try:
+            # a run may take more than submitit's three jobs
+            self._executor = submitit.AutoExecutor(folder, given.pop("cluster", "slurm"), slurm_max_num_timeout=1000)
+            self._executor.update_parameters(**given)
+        except (RuntimeError, TypeError, ValueError, NameError, AssertionError) as error:
+            raise UserError(f"slurm: {error}") from error
+
+    def start(self, cell: Cell) -> "_Submitted | None":
+        """Submit a cell; ``None`` where its state is no longer pending."""
+        return _Submitted(cell, self._executor.submit(CellTask(), cell)) if cell.state is State.PENDING else None
+
+
+class CellTask:
+    """What a job runs: a cell. A job that Slurm ends early is queued again by submitit, and the cell resumes."""
+
+    _run: Run | None = None
+
+    def __call__(self, cell: Cell) -> None:
+        """Run it to its end."""
+        # a cluster signals all processes of a job: the run inherits that these wait, and is told by `checkpoint`
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+        self._run = Run.start(cell)
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+        if self._run is not None:
+            self._run.wait()
+
+    def checkpoint(self, cell: Cell) -> Any:  # noqa: ANN401 - submitit's
+        """What submitit queues when the job is preempted or out of time; the run has saved by then."""
+        import submitit
+
+        if self._run is not None:
+            self._run.stop_and_wait()
+        return submitit.helpers.DelayedSubmission(CellTask(), cell)
+
+
+class _Submitted:
+    """A job, with the methods of a `Run`."""
+
+    def __init__(self, cell: Cell, job: Any) -> None:  # noqa: ANN401 - submitit's
+        self._cell, self._job, self._cancelled = cell, job, False
+
+    def done(self) -> bool:
+        done = self._cancelled or self._job.done()
+        if done and not self._cancelled and self._cell.state is State.PENDING and (error := self._job.exception()):
+            self._cell.fail(f"the job {self._job.job_id} failed: {str(error).strip().rpartition(chr(10))[2]}")
+        return done
+
+    def stop(self) -> None:
+        self._cancelled = True
+        self._job.cancel(check=False)
+
+    kill = stop
+
+
+def run_cells(board: Board, launcher: Local | Slurm, show: Show, *, pause: float = 0.2, grace: float = 120.0) -> bool:
+    """Run the cells that are pending, and wait for those that another process runs.
+
+    Ctrl-C or a ``SIGTERM`` stops what runs; what has not saved in time, or at a second signal, is killed.
+
+    Args:
+        board: kept up to date.
+        launcher: starts the cells.
+        show: is shown what happens.
+        pause: seconds between two looks at what runs.
+        grace: seconds in which stopped runs may save.
+
+    Returns:
+        Whether it came to its end; ``False`` after a signal, once all that was running has stopped.
+    """
+    schedule = _Schedule(board, launcher, show)
+    signals: list[int] = []
+    earlier = on_signals(signals.append)
+    try:
+        while not signals and schedule.step():
+            time.sleep(pause)
+        ends = time.monotonic() + grace
+        for run in schedule.running.values():
+            run.stop()
+        while schedule.collect(stopping=True):
+            if len(signals) > 1 or time.monotonic() > ends:
+                for run in schedule.running.values():
+                    run.kill()
+            time.sleep(pause)
+    finally:
+        for run in schedule.running.values():
+            run.stop()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    return not signals
+
+
+class _Schedule:
+    def __init__(self, board: Board, launcher: Local | Slurm, show: Show) -> None:
+        self.board, self.launcher, self.show = board, launcher, show
+        self.running: dict[Cell, Run | _Submitted] = {}
+        self.steps = 0
+
+    def step(self) -> bool:
+        """One look at all; whether there is anything left to wait for."""
+        self.collect()
+        self.steps += 1
+        for cell, state in self.board.items():
+            if state is State.RUNNING_ELSEWHERE and self.steps % 10 == 0:
+                self.set(cell, cell.state)
+            elif state is State.PENDING and len(self.running) < (self.launcher.jobs or len(self.board)):
+                run = self.launcher.start(cell)
+                if run is not None:
+                    self.running[cell] = run
+                self.set(cell, cell.state if run is None else State.RUNNING)
+        return not {State.PENDING, State.RUNNING, State.RUNNING_ELSEWHERE}.isdisjoint(self.board.values())
+
+    def collect(self, *, stopping: bool = False) -> bool:
+        """Look at what has ended; whether anything still runs."""
+        for cell in [cell for cell, run in self.running.items() if run.done()]:
+            del self.running[cell]
+            state = cell.state
+            if stopping and state not in (State.DONE, State.FAILED):
+                state = State.STOPPED
+            self.set(cell, State.STOPPED if state is State.PENDING and not self.launcher.again else state)
+        self.show(self.board, None)
+        return bool(self.running)
+
+    def set(self, cell: Cell, state: State) -> None:
+        if self.board[cell] is not state:
+            self.board[cell] = state
+            self.show(self.board, cell)
