@@ -14,7 +14,7 @@ from report import machine
 from rows import choose, content, open_data, row_lengths
 from workers import Turn
 
-from lit_distill.students import load_student, load_tokenizer
+from lit_distill.students import load_model, load_tokenizer
 
 LONGEST = {"label": 64, "rationale": 256}
 """Tokens that a text has at most, unless a gold one is longer."""
@@ -80,7 +80,7 @@ class Evaluating:
         """
         torch.manual_seed(self.settings.seed)
         return Recipe(
-            load_student(self.settings.student, from_scratch=self.settings.from_scratch),
+            load_model(self.settings.student, from_scratch=self.settings.from_scratch),
             self.tokenizer,
             batch_size=self.settings.batch_size,
             bf16=precision == "bf16",

@@ -14,7 +14,7 @@ from report import machine
 from rows import content, drawn, open_data, row_lengths, taken, whole_batches
 from workers import Turn
 
-from lit_distill.students import load_student, load_tokenizer
+from lit_distill.students import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Training:
             folder: where its trainer may write.
         """
         torch.manual_seed(self.settings.seed)
-        student = load_student(self.settings.student, from_scratch=self.settings.from_scratch)
+        student = load_model(self.settings.student, from_scratch=self.settings.from_scratch)
         return Recipe(
             student,
             self.tokenizer,

@@ -16,9 +16,9 @@ from lit_distill.files import atomic_folder
 from lit_distill.students import (
     CHECKPOINT_KEY,
     StudentRecord,
-    restore_student,
+    build_model,
     restore_tokenizer,
-    save_student,
+    save_model,
     student_weights,
 )
 
@@ -71,14 +71,14 @@ def export_checkpoint(
     """
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
     record = cast(StudentRecord, checkpoint[CHECKPOINT_KEY])
-    student = restore_student(record["config"], student_weights(checkpoint["state_dict"]))
+    student = build_model(record["config"], student_weights(checkpoint["state_dict"]))
     first = next(iter(prefixes))
     for name, value in generation[first].items():
         setattr(student.generation_config, name, value)
     # greedy search: sampling settings of a pretrained student's own would contradict it
     student.generation_config.do_sample = False
     with atomic_folder(folder) as tmp_path:
-        save_student(student, restore_tokenizer(record), tmp_path)
+        save_model(student, restore_tokenizer(record["tokenizer"]), tmp_path)
         # Hugging Face's place for what a task puts before its inputs
         path = tmp_path / "config.json"
         config = json.loads(path.read_text())

@@ -42,7 +42,7 @@ from lit_distill.files import write_text
 from lit_distill.questions import Question, Reply, Sampling, count_tokens
 from lit_distill.tasks import Row
 from lit_distill.teachers.base import Teacher, TeacherError
-from lit_distill.teachers.runner import Budget, Interrupts, RequestRunner
+from lit_distill.teachers.runner import Budget, RequestRunner, queued_interrupts
 
 SHOWN = 2
 """Prompts that a dry run shows in full."""
@@ -309,7 +309,7 @@ class _Job:
                 if not store.write_card():
                     _tell(f"{folder / CARD} holds words of your own and was left as it is")
 
-            with Interrupts() as interrupts:
+            with queued_interrupts() as interrupts:
                 try:
                     with progress(tally, self.teacher.name):
                         runner.run(self._questions(store), interrupts)

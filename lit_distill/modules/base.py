@@ -37,7 +37,7 @@ from lit_distill.modules.optimization import (
 )
 from lit_distill.modules.resume import consumed_batches, rewind, seed_step
 from lit_distill.modules.window import Counts, Window, WindowLoader, WindowSource
-from lit_distill.students import CHECKPOINT_KEY, check_weights, load_student, load_tokenizer, record_student
+from lit_distill.students import CHECKPOINT_KEY, check_weights, load_model, load_tokenizer, record_model
 
 _SEED_KEY = "lit_distill_seed"
 _PREFIXES_KEY = "lit_distill_prefixes"
@@ -130,7 +130,7 @@ class DistillModule(pl.LightningModule):
         self.hparams["student"] = str(student)
         self._hparams_initial = copy.deepcopy(self.hparams)
         self.prefixes: dict[str, str] = check_distinct(self.task_prefixes(dict(self.hparams)))
-        self.student = load_student(student, from_scratch=from_scratch, dropout=dropout)
+        self.student = load_model(student, from_scratch=from_scratch, dropout=dropout)
         if activation_checkpointing:
             # older releases of transformers know only the second name, which newer ones deprecate
             enable = getattr(self.student, "activation_checkpointing_enable", None)
@@ -738,7 +738,7 @@ class DistillModule(pl.LightningModule):
         """
         if not self.sharded:
             check_weights(checkpoint["state_dict"], f"step {checkpoint['global_step']}")
-        checkpoint[CHECKPOINT_KEY] = record_student(self.student, self.tokenizer)
+        checkpoint[CHECKPOINT_KEY] = record_model(self.student, self.tokenizer)
         checkpoint[_PREFIXES_KEY] = dict(self.prefixes)
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
         if self._seed is not None:

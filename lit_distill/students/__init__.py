@@ -1,44 +1,40 @@
 """Students: models that learn to write targets, and one forward pass of a batch as losses and answers read it."""
 
-from lit_distill.students.base import Pass, Student
-from lit_distill.students.loading import load, load_tokens
-from lit_distill.students.models import (
+from lit_distill.students.base import Pass, ProcessLogits, Student
+from lit_distill.students.files import (
     CHECKPOINT_KEY,
     StudentRecord,
-    build_student,
     check_weights,
-    is_tied,
-    load_student,
+    family,
     load_tokenizer,
     read_config,
-    record_student,
-    restore_student,
     restore_tokenizer,
-    save_student,
     student_weights,
-    true_config,
-    untie,
 )
-from lit_distill.students.tokens import Tokens
+from lit_distill.students.loading import load, load_model, load_tokens
+from lit_distill.students.models import build_model, is_tied, record_model, save_model, true_config, untie
+from lit_distill.students.tokens import Encoded, Tokens
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "Encoded",
     "Pass",
+    "ProcessLogits",
     "Student",
     "StudentRecord",
     "Tokens",
-    "build_student",
+    "build_model",
     "check_weights",
+    "family",
     "is_tied",
     "load",
-    "load_student",
+    "load_model",
     "load_tokenizer",
     "load_tokens",
     "read_config",
-    "record_student",
-    "restore_student",
+    "record_model",
     "restore_tokenizer",
-    "save_student",
+    "save_model",
     "student_weights",
     "true_config",
     "untie",

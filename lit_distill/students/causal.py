@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
-from lit_distill.students.models import record_student, save_student
+from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
@@ -275,8 +275,8 @@ class CausalStudent(Student):
 
     def save(self, folder: Path) -> None:
         """Save model and tokenizer in the Hugging Face format."""
-        save_student(self.network, self.tokenizer, folder)
+        save_model(self.network, self.tokenizer, folder)
 
     def record(self) -> dict[str, Any]:
         """The configuration and the tokenizer's files."""
-        return dict(record_student(self.network, self.tokenizer))
+        return dict(record_model(self.network, self.tokenizer))

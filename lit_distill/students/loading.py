@@ -4,10 +4,22 @@ import os
 from typing import Any
 
 from lit_distill.errors import UserError
+from lit_distill.shipped import shipped
 from lit_distill.students.base import Student
-from lit_distill.students.models import load_student, load_tokenizer, read_config
+from lit_distill.students.causal import CausalStudent
+from lit_distill.students.files import (
+    check_weights,
+    family,
+    is_checkpoint,
+    load_tokenizer,
+    read_checkpoint,
+    read_config,
+    reading,
+    student_weights,
+)
+from lit_distill.students.models import build_model, configuration, pretrained
 from lit_distill.students.seq2seq import Seq2SeqStudent
-from lit_distill.students.tokens import Tokens
+from lit_distill.students.tokens import CausalTokens, Tokens
 
 
 def load(
@@ -34,7 +46,7 @@ def load(
         UserError: the student cannot be read, is of no family that is known, or its weights or tokenizer do not fit.
     """
     tokens = load_tokens(name)
-    model: Any = load_student(name, from_scratch=from_scratch, dropout=dropout)
+    model: Any = load_model(name, from_scratch=from_scratch, dropout=dropout)
     if len(tokens.tokenizer) > model.config.vocab_size:
         raise UserError(
             f"student: the tokenizer of {os.fspath(name)!r} has {len(tokens.tokenizer)} tokens, its configuration's"
@@ -42,6 +54,8 @@ def load(
         )
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if tokens.family == "causal":
+        return CausalStudent(model, tokens, compile=compile)
     return Seq2SeqStudent(model, tokens, fast=fast, compile=compile)
 
 
@@ -51,5 +65,21 @@ def load_tokens(name: str | os.PathLike[str]) -> Tokens:
     Raises:
         UserError: there is no tokenizer, or none that can be used.
     """
-    read_config(name)
-    return Tokens(load_tokenizer(name))
+    causal = family(read_config(name)) == "causal"
+    return (CausalTokens if causal else Tokens)(load_tokenizer(name))
+
+
+def load_model(name: str | os.PathLike[str], *, from_scratch: bool = False, dropout: float | None = None) -> Any:  # noqa: ANN401
+    """A student's Hugging Face model, in float32 and in training mode; arguments and errors as of `load`."""
+    name = shipped(os.fspath(name))
+    config = read_config(name)
+    with reading("student: the configuration makes no model in", name):
+        configuration(config, dropout)
+        if from_scratch:
+            return build_model(config, dropout=dropout)
+    if not is_checkpoint(name):
+        return pretrained(name, config, dropout=dropout)
+    weights = student_weights(read_checkpoint(name)["state_dict"])
+    check_weights(weights, f"student: {name!r}")
+    with reading("student: the weights do not fit the configuration in", name):
+        return build_model(config, weights, dropout=dropout)

@@ -23,7 +23,7 @@ from lit_distill.students.fast.memory import keep_freed_memory
 from lit_distill.students.fast.packed import Encoded, encode, encode_and_decode, log_likelihoods
 from lit_distill.students.fast.support import fits, reason_against, reason_against_decoding
 from lit_distill.students.fast.t5 import into_head
-from lit_distill.students.models import record_student, save_student
+from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
 
 
@@ -51,11 +51,11 @@ class Seq2SeqStudent(Student):
 
     def save(self, folder: Path) -> None:
         """Save model and tokenizer in the Hugging Face format; the configuration states the true tying."""
-        save_student(cast(Any, self.model), self.tokenizer, folder)
+        save_model(self.model, self.tokenizer, folder)
 
     def record(self) -> dict[str, Any]:
         """The configuration, with the true tying, and the tokenizer's files."""
-        return dict(record_student(cast(Any, self.model), self.tokenizer))
+        return dict(record_model(self.model, self.tokenizer))
 
     def _is_fast(self, batch: TaskBatch) -> bool:
         if not self.fast:

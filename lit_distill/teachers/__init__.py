@@ -1,9 +1,8 @@
 """Who is asked for rationales: a server, a model in this process, an engine on many GPUs or machines."""
 
 from lit_distill.teachers.base import BatchTeacher, Teacher
+from lit_distill.teachers.engines import RayTeacher, VLLMTeacher
 from lit_distill.teachers.local import TransformersTeacher
-from lit_distill.teachers.ray import RayTeacher
 from lit_distill.teachers.server import OpenAITeacher
-from lit_distill.teachers.vllm import VLLMTeacher
 
 __all__ = ["BatchTeacher", "OpenAITeacher", "RayTeacher", "Teacher", "TransformersTeacher", "VLLMTeacher"]

@@ -1,10 +1,9 @@
-"""What every teacher has in common: a question is answered, or it is told why it is not."""
+"""What all teachers have in common: each answers a question, or raises why it does not."""
 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, ClassVar, TypeVar
@@ -17,34 +16,32 @@ T = TypeVar("T")
 
 
 class TeacherError(Exception):
-    """This question will not be answered however often it is asked; the others may be."""
+    """This question will not be answered however often it is asked; others may be."""
 
 
 class TeacherBusy(Exception):
-    """This question was not answered now, after all that was tried; at another time it may be."""
+    """This question was not answered after all retries; at another time it may be."""
 
 
 class Teacher(ABC):
     """Answers questions, many at a time.
 
-    A teacher is made without being reached or loaded: that is for `open`. What would fail for every question alike (a
-    wrong key, no server, no such model) is raised as a ``UserError``, by `open` or by the first answer, and ends
-    the whole job.
+    The constructor neither connects nor loads anything: that is for `open`. What would fail for every question (a wrong
+    key, no server, no such model) is raised as a ``UserError`` by `open` or by an answer, and ends the whole job.
 
     Args:
         model: the model's name as the teacher knows it.
-        name: what its rows are told apart by; if not given, the last part of ``model``.
-        layout: prompts as the turns of a ``chat`` or as a text for ``completion``.
-        input_price: US dollars for a million tokens of prompts; if not given, cost is not counted.
+        name: the teacher's name in the rows that it wrote; by default the last part of ``model``.
+        layout: prompts are the turns of a ``chat`` or a text for ``completion``.
+        input_price: US dollars for a million tokens of prompts; without a price, cost is not counted.
         output_price: US dollars for a million tokens of answers.
     """
 
     follows_schema: ClassVar[bool] = False
-    """Whether answers can be held to a JSON schema."""
+    """Whether answers can be made to follow a JSON schema."""
 
     has_answered: bool = False
-    """Whether it has answered anything, in this job or an earlier start of it: what it refuses then is refused for the
-    question's sake."""
+    """Whether it has answered anything, in this job or an earlier start of it: later refusals concern one question."""
 
     def __init__(
         self,
@@ -65,12 +62,12 @@ class Teacher(ABC):
 
     @property
     def concurrency(self) -> int:
-        """Questions that it takes at a time, where the user says nothing of it."""
+        """Questions in flight at a time, unless the user sets it."""
         return 16
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on beside the question, in plain values: no key, no address, no price."""
+        """What the answers depend on beside the question, in plain values: no key, no address, no price."""
         return {"class": type(self).__name__, "model": self.model, "layout": self.layout}
 
     def cost(self, input_tokens: int, output_tokens: int) -> float | None:
@@ -80,24 +77,16 @@ class Teacher(ABC):
         return (input_tokens * (self.input_price or 0.0) + output_tokens * (self.output_price or 0.0)) / 1e6
 
     def check_schema(self) -> None:
-        """See that answers can be held to a JSON schema.
-
-        Raises:
-            UserError: they cannot.
-        """
+        """Raise a ``UserError`` if answers cannot be made to follow a JSON schema."""
         if not self.follows_schema:
-            raise UserError(f"structured: {type(self).__name__} cannot be held to a JSON schema")
+            raise UserError(f"structured: {type(self).__name__} cannot follow a JSON schema")
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt; about, where a teacher has no tokenizer of its own."""
+        """Tokens of a prompt; an estimate for a teacher without a tokenizer of its own."""
         return count_tokens(prompt)
 
     async def open(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Get ready, before the first question.
-
-        Raises:
-            UserError: it is unavailable.
-        """
+        """Get ready before the first question; raises a ``UserError`` if the teacher is unavailable."""
 
     @abstractmethod
     async def answer(self, question: Question) -> Reply:
@@ -110,69 +99,21 @@ class Teacher(ABC):
         """
 
     async def close(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Let go of what `open` took."""
+        """Release what `open` took."""
 
 
-class DaemonThreads(ThreadPoolExecutor):
-    """Threads that nobody waits for: a process ends though one of them is stuck.
-
-    Args:
-        most: threads at most.
-    """
-
-    def __init__(self, most: int) -> None:
-        # it starts no thread by itself
-        super().__init__(most)
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._most, self._started = most, 0
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
-        """As the base class's."""
-        future: Future[T] = Future()
-        self._calls.put((future, partial(fn, *args, **kwargs)))
-        if self._started < self._most:
-            self._started += 1
-            Thread(target=_call_all, args=(self._calls,), name="teacher", daemon=True).start()
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the threads end once they have done what was given to them; does not wait for it."""
-        for _ in range(self._started):
-            self._calls.put(None)
-        self._started = 0
-
-
-def _call_all(calls: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
-    while (call := calls.get()) is not None:
-        future, function = call
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
-            future.set_exception(_raisable(error))
-        # what a thread that waits would hold on to
-        del call, future, function
-
-
-def _raisable(error: BaseException) -> BaseException:
-    """An exception as one that a future can hold: a ``StopIteration`` would leave whoever waits for it waiting."""
-    if not isinstance(error, StopIteration):
-        return error
-    raisable = RuntimeError("a teacher's function raised StopIteration")
-    raisable.__cause__ = error
-    return raisable
+_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
+_Asked = tuple[Question, asyncio.Future[Reply]]
+"""A question and the future of its answer."""
 
 
 class BatchTeacher(Teacher):
     """A teacher that answers batches, as a model in this process does.
 
-    The questions that wait are taken together, sorted by length, and answered batch by batch, the longest first: a
-    batch then holds little padding, and memory that does not suffice shows at once. Questions of one length go by
-    their prompts and seeds, so that a window makes the same batches in whatever order it was asked.
-
-    Whatever is slow or holds a device runs in one thread, always the same, which the process does not wait for at its
-    end.
+    Waiting questions are taken together, sorted by length, and answered batch by batch, the longest first: batches hold
+    little padding, and memory that does not suffice shows at once. Ties are sorted by prompt and seed, so that a window
+    makes the same batches in whatever order it was asked. Loading and batches run in one daemon thread, which never
+    keeps the process alive.
 
     Args:
         model: the model's name.
@@ -188,7 +129,7 @@ class BatchTeacher(Teacher):
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
         self._waiting: list[_Asked] = []
         self._pump: asyncio.Task[None] | None = None
-        self._thread: DaemonThreads | None = None
+        self._calls: SimpleQueue[_Call | None] | None = None
 
     @property
     def concurrency(self) -> int:
@@ -196,33 +137,21 @@ class BatchTeacher(Teacher):
         return self.windows * self.batch_size
 
     def load(self) -> None:
-        """Get ready; runs in the thread of the batches.
-
-        Raises:
-            UserError: it is unavailable.
-        """
+        """Get ready, in the thread of the batches; raises a ``UserError`` if the teacher is unavailable."""
 
     @abstractmethod
     def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
-        """Answer a batch, in its order; runs in the thread.
-
-        Raises:
-            UserError: no question can be answered.
-        """
+        """Answer a batch in its order, in the thread; raises a ``UserError`` if no question can be answered."""
 
     def unload(self) -> None:
-        """Let go of what `load` took; runs in the thread."""
+        """Release what `load` took, in the thread."""
 
     async def open(self) -> None:
-        """Load what answers.
-
-        Raises:
-            UserError: it is unavailable.
-        """
+        """Load what answers."""
         await self._in_thread(self.load)
 
     async def answer(self, question: Question) -> Reply:
-        """Answer one question, with others that wait."""
+        """Answer one question, together with others that wait."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, future))
         if self._pump is None or self._pump.done():
@@ -230,80 +159,68 @@ class BatchTeacher(Teacher):
         return await future
 
     async def close(self) -> None:
-        """Wait for the batch in flight, and let go of what answered."""
+        """Wait for the batch in flight, and release what answered."""
         if self._pump is not None and not self._pump.done():
             await asyncio.wait([self._pump])
         await self._in_thread(self.unload)
-        if self._thread is not None:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+        if self._calls is not None:
+            self._calls.put(None)
+            self._calls = None
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        if self._thread is None:
-            self._thread = DaemonThreads(1)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        if self._calls is None:
+            self._calls = SimpleQueue()
+            Thread(target=_work, args=(self._calls,), name="teacher", daemon=True).start()
+        future: Future[T] = Future()
+        self._calls.put((future, function, arguments))
+        return await asyncio.wrap_future(future)
 
     async def _answer_waiting(self) -> None:
         while self._waiting:
-            # a window that is not full wastes the device: let whoever is about to ask do so
+            # a window that is not full wastes the device: wait for questions that are about to come
             await asyncio.sleep(0.01)
             while self.more_to_come() and len(self._waiting) < self.concurrency:
                 await asyncio.sleep(0.01)
-            window, self._waiting = self._waiting, []
-            try:
-                window = await self._sort(window)
-            except Exception as error:  # noqa: BLE001 - it is raised where the answers are waited for
-                for asked in window:
-                    _settle(asked, error)
-                continue
+            window, self._waiting = sorted(self._waiting, key=_longest_first), []
             for start in range(0, len(window), self.batch_size):
-                # nobody waits for what was given up
+                # those that were given up are done
                 batch = [asked for asked in window[start : start + self.batch_size] if not asked[1].done()]
-                if batch:
-                    await self._answer_one_batch(batch)
+                outcomes = await self._outcomes([question for question, _ in batch])
+                for (_, future), outcome in zip(batch, outcomes, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(outcome, Exception):
+                        future.set_exception(outcome)
+                    else:
+                        future.set_result(outcome)
 
-    async def _sort(self, window: list["_Asked"]) -> list["_Asked"]:
-        """Those that can be measured, the longest first; the others are told."""
-        measured = []
-        for asked, size in zip(window, await self._in_thread(self._measure, window), strict=True):
-            if isinstance(size, int):
-                question = asked[0]
-                measured.append(((-size, repr(question.prompt), question.sampling.seed), asked))
-            else:
-                _settle(asked, size)
-        return [asked for _, asked in sorted(measured, key=lambda pair: pair[0])]
-
-    def _measure(self, window: list["_Asked"]) -> list[int | Exception]:
-        sizes: list[int | Exception] = []
-        for question, _ in window:
-            try:
-                sizes.append(self.count_tokens(question.prompt))
-            except Exception as error:  # noqa: BLE001 - it is raised where the answer is waited for
-                sizes.append(error)
-        return sizes
-
-    async def _answer_one_batch(self, batch: list["_Asked"]) -> None:
+    async def _outcomes(self, questions: list[Question]) -> Sequence[Reply | Exception]:
+        if not questions:
+            return []
         try:
-            replies = await self._in_thread(self.answer_batch, [question for question, _ in batch])
-            if len(replies) != len(batch):
-                raise RuntimeError(f"{type(self).__name__} answered {len(replies)} of {len(batch)} questions")
-        except Exception as error:  # noqa: BLE001 - it is raised where the answers are waited for
-            for asked in batch:
-                _settle(asked, error)
-            return
-        for asked, reply in zip(batch, replies, strict=True):
-            _settle(asked, reply)
+            replies = await self._in_thread(self.answer_batch, questions)
+            if len(replies) != len(questions):
+                raise RuntimeError(f"{type(self).__name__} answered {len(replies)} of {len(questions)} questions")
+        except Exception as error:  # noqa: BLE001 - raised where the answers are awaited
+            return [error] * len(questions)
+        return replies
 
 
-_Asked = tuple[Question, asyncio.Future[Reply]]
-"""A question and whoever waits for the answer."""
+def _longest_first(asked: _Asked) -> tuple[int, str, int]:
+    written = repr(asked[0].prompt)
+    return -len(written), written, asked[0].sampling.seed
 
 
-def _settle(asked: _Asked, outcome: Reply | Exception) -> None:
-    _, future = asked
-    if future.done():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(_raisable(outcome))
-    else:
-        future.set_result(outcome)
+def _work(calls: "SimpleQueue[_Call | None]") -> None:
+    while (call := calls.get()) is not None:
+        future, function, arguments = call
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except StopIteration as error:
+                # no asyncio future can hold it
+                future.set_exception(RuntimeError(f"{function.__qualname__} raised {error!r}"))
+            except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+                future.set_exception(error)
+        # a waiting thread must not hold on to tensors
+        del call, future, function, arguments

@@ -633,7 +633,7 @@ def test_a_budget_of_tokens_ends_the_job_and_a_larger_one_goes_on(here: Path) ->
         # a further question may have gone beyond it
         assert 90 < used <= 180
         stopped = json.loads(Path("out/metadata.json").read_text())["jobs"][0]["stopped"]
-        assert stopped.startswith(f"max_tokens 180 reached: {used} used, and the next question may take ")
+        assert stopped.startswith(f"max_tokens 180 reached: {used} used, the next may take ")
         asked = len(server.requests)
         run("annotate", own(data, server, "--max_tokens=180", "--max_new_tokens=10"))
         assert len(server.requests) == asked

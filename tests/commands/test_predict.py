@@ -40,7 +40,7 @@ def test_predictions_are_all_rows_in_order_with_rationales(here: Path, monkeypat
     def draw(*args: object, **kwargs: object) -> None:
         raise AssertionError("random weights were drawn for a student that has its own")
 
-    monkeypatch.setattr("lit_distill.students.models.build_student", draw)
+    monkeypatch.setattr("lit_distill.students.models.build", draw)
     # batches of 2 of 5 rows, and one row whose rationale is a sample: that of each is wanted
     more = ["--data.eval_batch_size=2", "--model.num_samples=1"]
     run("predict", arguments, more, f"--ckpt_path={checkpoint}", "--predictions=out/put.jsonl")

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_distill.batch import TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
-from lit_distill.students import is_tied, load_student, load_tokenizer, save_student
+from lit_distill.students import is_tied, load_model, load_tokenizer, save_model
 from tests.modules.batches import RowsData, collate, random_rows
 from tests.modules.running import identical, make_trainer
 from tests.students import make_student_folder
@@ -98,7 +98,7 @@ def test_a_checkpoint_as_a_student(student_folder: Path, tmp_path: Path) -> None
     assert torch.equal(logits(other), logits(module))
     assert {m.p for m in other.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
     assert load_tokenizer(path)("cat")["input_ids"] == [17, 1]
-    assert torch.equal(load_student(path).lm_head.weight, module.student.lm_head.weight)
+    assert torch.equal(load_model(path).lm_head.weight, module.student.lm_head.weight)
     scratch = StandardModule(path, from_scratch=True)
     assert not torch.equal(logits(scratch), logits(module))
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_as_a_student(student_folder: Path, tmp_path: Path) -> None
 def test_pretrained_weights(tmp_path: Path, tied: bool) -> None:
     folder = make_student_folder(tmp_path / "student", tie_word_embeddings=tied, dropout_rate=0.1)
     module = StepByStepModule(folder, from_scratch=True)
-    save_student(module.student, module.tokenizer, folder)
+    save_model(module.student, module.tokenizer, folder)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
     loaded = trained(folder, tmp_path / "end.ckpt", from_scratch=False)
     assert loaded.student.training, "its dropout is on"

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lit_distill.students import build_student, save_student
+from lit_distill.students import build_model, save_model
 
 WORDS = [
     "<pad>", "</s>", "<unk>", "predict:", "explain:", "Answer", "Choices:", "Rationale:", "So", "the", "answer", "is",
@@ -65,7 +65,7 @@ def make_student_folder(folder: Path, **changes: Any) -> Path:
 def add_weights(folder: Path) -> Path:
     """Give a folder with a configuration alone weights, as a pretrained student has them."""
     torch.manual_seed(11)
-    save_student(build_student(CONFIG), make_tokenizer(), folder)
+    save_model(build_model(CONFIG), make_tokenizer(), folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lit_distill.errors import UserError
-from lit_distill.questions import Message, Prompt, Question, Reply, Sampling
+from lit_distill.questions import Message, Question, Reply, Sampling
 from lit_distill.teachers import BatchTeacher, Teacher
 from lit_distill.teachers.base import TeacherError
 
@@ -27,11 +27,6 @@ class Echo(BatchTeacher):
         self.loaded = False
         self.started, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
-
-    def count_tokens(self, prompt: Prompt) -> int:
-        if prompt == "unmeasurable":
-            raise TeacherError("no tokens")
-        return len(prompt)
 
     def load(self) -> None:
         self.loaded = True
@@ -97,12 +92,6 @@ def test_what_a_batch_raises_reaches_its_askers_alone() -> None:
     assert [answers[1], answers[4]] == [Reply("BB"), Reply("E")]
 
 
-def test_a_question_that_cannot_be_measured_is_told_so() -> None:
-    answers = ask(Echo(), "a", "unmeasurable", "b")
-    assert [answers[0], answers[2]] == [Reply("A"), Reply("B")]
-    assert str(answers[1]) == "no tokens"
-
-
 def test_answers_that_are_too_few_leave_nobody_waiting() -> None:
     answers = ask(Echo(), "short", "b")
     assert all(str(answer) == "Echo answered 1 of 2 questions" for answer in answers)
@@ -112,17 +101,11 @@ class Odd(Echo):
     """Raises what no future can hold."""
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
-        if str(questions[0].prompt) == "unmeasurable":
-            raise AssertionError
         return [next(iter(())) for _ in questions]
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        return next(iter(())) if prompt == "unmeasurable" else 1
 
-
-@pytest.mark.parametrize("prompt", ["a", "unmeasurable"])
-def test_a_stopped_iteration_leaves_nobody_waiting(prompt: str) -> None:
-    (answer,) = asyncio.run(_in_time(Odd(), prompt))
+def test_a_stopped_iteration_leaves_nobody_waiting() -> None:
+    (answer,) = asyncio.run(_in_time(Odd(), "a"))
     assert isinstance(answer, RuntimeError)
     assert "StopIteration" in str(answer)
 

@@ -22,7 +22,6 @@ from lit_distill.teachers.base import TeacherError
 
 Row = dict[str, Any]
 NEWER = ("chat_template_stage", "detokenize_stage", "should_continue_on_error")
-OLDER = ("apply_chat_template", "detokenize")
 
 
 class Dataset:
@@ -149,30 +148,19 @@ def test_a_window_is_joined_back_in_its_order(cluster: Cluster) -> None:
     assert by_text["two dogs"] == {"temperature": 0.7, "top_p": 1.0, "max_tokens": 2, "seed": 5}
 
 
-def test_older_names_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(monkeypatch, OLDER, "build_llm_processor")
-    assert ask(RayTeacher("m"), Question("some text", Sampling())) == [
-        Reply("TEXT", "stop", input_tokens=2, output_tokens=3)
-    ]
-    [config] = cluster.configs
-    assert config["apply_chat_template"] is False
-    assert config["detokenize"] is False
-
-
 def test_rows_of_a_dataset_have_the_same_columns(cluster: Cluster) -> None:
     schema = {"type": "object"}
-    questions = [chat("a"), chat("b", stop=("Q",)), chat("c", schema=schema), Question("d", Sampling()), chat("e")]
+    questions = [chat("a"), chat("b", stop=("Q",)), chat("c", schema=schema), chat("d"), chat("e")]
     replies = ask(RayTeacher("m"), *questions)
     assert [reply.text for reply in replies] == ["A", "B", "C", "D", "E"]
-    assert sorted(len(rows) for rows in cluster.windows) == [1, 1, 1, 2]
+    assert sorted(len(rows) for rows in cluster.windows) == [1, 1, 3]
     for rows in cluster.windows:
         assert len({(*row, *row["sampling_params"]) for row in rows}) == 1
     params = [row["sampling_params"] for rows in cluster.windows for row in rows]
     [guided] = [one["guided_decoding"] for one in params if "guided_decoding" in one]
     assert json.loads(guided["json"]) == schema
     assert [one["stop"] for one in params if "stop" in one] == [["Q"]]
-    # a chat and a text go through stages of their own, each built once
-    assert sorted(config["chat_template_stage"] for config in cluster.configs) == [False, True]
+    assert [config["chat_template_stage"] for config in cluster.configs] == [True]
 
 
 def test_logprobs_are_means_over_the_tokens_taken(cluster: Cluster) -> None:
@@ -181,9 +169,7 @@ def test_logprobs_are_means_over_the_tokens_taken(cluster: Cluster) -> None:
     assert cluster.windows[0][0]["sampling_params"]["logprobs"] == 0
 
 
-@pytest.mark.parametrize("stages", [NEWER, OLDER])
-def test_a_row_that_fails_or_is_lost_fails_alone(stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(monkeypatch, stages, "build_processor")
+def test_a_row_that_fails_or_is_lost_fails_alone(cluster: Cluster) -> None:
     cluster.loses = {"GONE"}
     replies = ask(RayTeacher("m"), chat("a"), chat("long"), chat("gone"), chat("b"))
     assert [replies[0].text, replies[3].text] == ["A", "B"]

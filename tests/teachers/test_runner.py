@@ -14,7 +14,7 @@ from lit_distill.errors import UserError
 from lit_distill.questions import Question, Reply, Sampling
 from lit_distill.teachers import runner as module
 from lit_distill.teachers.base import BatchTeacher, Teacher, TeacherBusy, TeacherError
-from lit_distill.teachers.runner import Budget, RequestRunner, Rounds
+from lit_distill.teachers.runner import Budget, RequestRunner, Rounds, queued_interrupts
 
 Said = list[tuple[str, Reply | TeacherError]]
 
@@ -75,8 +75,13 @@ def ask(
             budget.use((reply.input_tokens or 0) + (reply.output_tokens or 0), 0.5)
 
     job = RequestRunner(teacher, concurrency, tell, budget)
-    job.run(rows)
+    run(job, rows)
     return said, job
+
+
+def run(runner: RequestRunner[str], rows: Iterator[Rounds[str]]) -> None:
+    with queued_interrupts() as interrupts:
+        runner.run(rows, interrupts)
 
 
 def texts_of(said: Said) -> dict[str, str]:
@@ -117,7 +122,7 @@ def test_rows_are_read_as_they_are_needed() -> None:
 
     ask(teacher, rows(), 5)
     assert len(teacher.asked) == 100
-    assert max(ahead) <= 5 + module._AHEAD
+    assert max(ahead) <= 5
 
 
 def test_a_further_round_sees_the_answers_of_the_one_before() -> None:
@@ -133,7 +138,7 @@ def test_a_further_round_sees_the_answers_of_the_one_before() -> None:
             yield [question(f"{name} {number}")]
 
     job: RequestRunner[str] = RequestRunner(teacher, 4, lambda tag, reply: said.append((tag, reply)))
-    job.run(iter([row("a"), row("b")]))
+    run(job, iter([row("a"), row("b")]))
     assert sorted(seen) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 
@@ -173,7 +178,7 @@ def test_a_teacher_that_refuses_whatever_it_is_asked_ends_the_job() -> None:
     # none of them is settled by that
     said: Said = []
     with pytest.raises(UserError):
-        RequestRunner[str](Scripted(), 4, lambda tag, reply: said.append((tag, reply))).run(one_each(["never"] * 50))
+        run(RequestRunner(Scripted(), 4, lambda tag, reply: said.append((tag, reply))), one_each(["never"] * 50))
     assert said == []
     # of a teacher that answered at an earlier start, each is refused for its own sake
     known = Scripted()
@@ -190,7 +195,7 @@ def test_a_wrong_key_ends_the_job_at_once_and_keeps_what_was_answered(monkeypatc
     said: Said = []
     job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: said.append((tag, reply)))
     with pytest.raises(UserError, match=r"^api_key: wrong"):
-        job.run(one_each(["a", "b", "forever", "key", *(f"q{i}" for i in range(500))]))
+        run(job, one_each(["a", "b", "forever", "key", *(f"q{i}" for i in range(500))]))
     assert {"a", "b"} <= texts_of(said).keys()
     assert len(teacher.asked) < 20
     assert (teacher.closed, teacher.running, job.stopped) == (1, 0, "failed")
@@ -201,15 +206,15 @@ def test_what_goes_wrong_in_telling_ends_the_job() -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        RequestRunner(Scripted(), 2, tell).run(one_each([f"q{i}" for i in range(100)]))
+        run(RequestRunner(Scripted(), 2, tell), one_each([f"q{i}" for i in range(100)]))
 
 
 @pytest.mark.parametrize(
     ("limits", "reason", "answers"),
     # 5 tokens and half a dollar an answer; a question may use 4 tokens and 16 more, at a dollar for twenty
     [
-        ({"max_tokens": 50}, "max_tokens 50 reached: 35 used, and the next question may take 20", 7),
-        ({"max_cost": 3.2}, "max_cost 3.2 reached: 2.5 used, and the next question may take 1", 5),
+        ({"max_tokens": 50}, "max_tokens 50 reached: 35 used, the next may take 20", 7),
+        ({"max_cost": 3.2}, "max_cost 3.2 reached: 2.5 used, the next may take 1", 5),
     ],
 )
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -234,7 +239,7 @@ def test_a_budget_bounds_what_is_in_flight_before_the_first_answer(limits: dict[
     teacher = Thorough(delay=0.01, input_price=10_000, output_price=10_000)
     budget = Budget(**limits)
     job: RequestRunner[str] = RequestRunner(teacher, 500, lambda tag, reply: budget.use(100, 1.0), budget)
-    job.run(one_each([f"q{i}" for i in range(2000)], max_new_tokens=96))
+    run(job, one_each([f"q{i}" for i in range(2000)], max_new_tokens=96))
     assert (teacher.peak, len(teacher.asked), budget.tokens, budget.cost) == (10, 10, 1000, 10.0)
     assert str(job.stopped).startswith(f"{next(iter(limits))} ")
 
@@ -281,7 +286,7 @@ def test_an_interruption_waits_for_what_is_under_way() -> None:
     said: Said = []
     job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: said.append((tag, reply)))
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    job.run(one_each([f"q{i}" for i in range(100)]))
+    run(job, one_each([f"q{i}" for i in range(100)]))
     assert job.stopped == "interrupted"
     assert len(said) == len(teacher.asked) == 3
 
@@ -292,7 +297,7 @@ def test_a_second_interruption_waits_for_nothing() -> None:
         threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: None)
-    job.run(one_each(["forever"] * 5))
+    run(job, one_each(["forever"] * 5))
     assert job.stopped == "interrupted"
     assert time.monotonic() - began < 60
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -308,7 +313,7 @@ def test_a_row_s_other_samples_are_kept_when_one_fails_for_good() -> None:
     said: Said = []
     job: RequestRunner[str] = RequestRunner(Late(), 4, lambda tag, reply: said.append((tag, reply)))
     with pytest.raises(UserError, match=r"^api_key: wrong"):
-        job.run(iter([iter([[question(text) for text in ("a", "key", "b")]])]))
+        run(job, iter([iter([[question(text) for text in ("a", "key", "b")]])]))
     assert texts_of(said) == {"a": "A", "b": "B"}
 
 
@@ -350,7 +355,7 @@ def test_a_thread_that_is_stuck_is_left_and_tells_nothing_any_more(
         threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
     began = time.monotonic()
     job: RequestRunner[str] = RequestRunner(teacher, 3, lambda tag, reply: said.append((tag, reply)))
-    job.run(one_each(["q"] * 5))
+    run(job, one_each(["q"] * 5))
     assert job.stopped == "interrupted"
     assert time.monotonic() - began < 20
     teacher.let_go.set()
@@ -376,7 +381,7 @@ def test_what_two_interruptions_at_once_stop_is_told_to_the_end_or_not_at_all(
                 os.kill(os.getpid(), signal.SIGINT)
 
         threading.Timer(0.02, twice).start()
-        job.run(one_each([f"q{i}" for i in range(10_000)]))
+        run(job, one_each([f"q{i}" for i in range(10_000)]))
         told = len(said)
         assert job.stopped == "interrupted"
         time.sleep(0.01)
@@ -387,7 +392,7 @@ def test_what_two_interruptions_at_once_stop_is_told_to_the_end_or_not_at_all(
 
 def test_an_interruption_says_that_a_second_one_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    RequestRunner[str](Scripted(delay=0.3), 3, lambda tag, reply: None).run(one_each(["q"] * 10))
+    run(RequestRunner(Scripted(delay=0.3), 3, lambda tag, reply: None), one_each(["q"] * 10))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("interrupted: ")
 
@@ -395,9 +400,9 @@ def test_an_interruption_says_that_a_second_one_leaves(capsys: pytest.CaptureFix
 def test_what_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with module.Interrupts() as interrupts:
+        with queued_interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGINT)
-            assert interrupts.noted.empty()
+            assert interrupts.empty()
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -152,12 +152,6 @@ def test_texts_are_gone_on_with_and_logprobs_are_means(engine: list[LLM]) -> Non
     assert params[0].logprobs == 0
 
 
-def test_texts_and_chats_may_come_together(engine: list[LLM]) -> None:
-    replies = ask(VLLMTeacher("m"), Question("a text", Sampling()), chat("a turn"), Question("more text", Sampling()))
-    assert [reply.text for reply in replies] == ["text", "turn", "text"]
-    assert [call[0] for call in engine[0].calls] == ["chat", "generate"]
-
-
 def test_what_the_engine_refuses_is_refused_alone(engine: list[LLM]) -> None:
     words = ["a", "b", "long", "c", "d"]
     replies = ask(VLLMTeacher("m"), *map(chat, words))
@@ -199,7 +193,7 @@ def test_a_model_that_is_not_there_is_named(engine: list[LLM]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"engine": {"model": "m"}}, "engine"), ({"engine": "fast"}, "engine"), ({"logprobs": 0}, "logprobs")],
+    [({"engine": {"model": "m"}}, "engine"), ({"engine": "fast"}, "engine")],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=f"^{named} must"):

@@ -5,7 +5,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
@@ -45,9 +44,12 @@ def feed_forward(module: T5DenseActDense | T5DenseGatedActDense, x: Tensor) -> T
     return cast(Tensor, module.wo(inner))
 
 
-def into_head(student: T5ForConditionalGeneration, states: Tensor) -> Tensor:
-    """What the output head reads of the decoder's states ``(tokens, d_model)``: a tied one reads them scaled."""
-    return states * student.config.d_model**-0.5 if student.config.scale_decoder_outputs else states
+def into_head(model: Any, states: Tensor) -> Tensor:  # noqa: ANN401 - one of the T5 family, adapted or not
+    """What the output head reads of the decoder's states ``(tokens, d_model)``: most tied heads read them scaled."""
+    config = model.config
+    # mT5 never scales, UMT5 where its head is tied, T5 as its configuration file says
+    scales = getattr(config, "scale_decoder_outputs", config.model_type == "umt5" and config.tie_word_embeddings)
+    return states * config.d_model**-0.5 if scales else states
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:

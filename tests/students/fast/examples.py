@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.students import Tokens, build_student
+from lit_distill.students import Tokens, build_model
 from lit_distill.students.seq2seq import PackedPass, PlainPass, Seq2SeqStudent
 from tests.modules.batches import pad
 from tests.students import CONFIG, make_tokenizer
@@ -37,7 +37,7 @@ Gradients = dict[str, Tensor | None]
 
 def make_student(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
     torch.manual_seed(seed)
-    student = build_student(BASE | changes)
+    student = build_model(BASE | changes)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             # norms are made of ones: each its own, so that one in another's place is seen

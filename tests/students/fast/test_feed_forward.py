@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
-from lit_distill.students import build_student
+from lit_distill.students import build_model
 from lit_distill.students.fast import feed_forward
 from lit_distill.students.fast.feed_forward import chunks_well, feed_forward_sublayer
 from lit_distill.students.fast.functions import apply
@@ -91,8 +91,8 @@ def test_a_student_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_forward, "WORTH", 1)
     monkeypatch.setattr(feed_forward, "CHUNK", 5)
     torch.manual_seed(4)
-    student = build_student(
-        {"vocab_size": 40, "d_model": 16, "d_ff": 24, "num_heads": 2, "d_kv": 8, "num_layers": 2,
+    student = build_model(
+        {"model_type": "t5", "vocab_size": 40, "d_model": 16, "d_ff": 24, "num_heads": 2, "d_kv": 8, "num_layers": 2,
          "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
          "decoder_start_token_id": 0, "pad_token_id": 0, "dropout_rate": 0.0}
     )  # fmt: skip

@@ -1,0 +1,226 @@
+"""What is read and written of a student's files: configuration, tokenizer, and a checkpoint's record of both."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from lit_distill.errors import UserError
+from lit_distill.shipped import shipped
+from lit_distill.students.tokens import Family
+
+CHECKPOINT_KEY = "lit_distill_student"
+"""Where a Lightning checkpoint keeps the student's record."""
+
+SEQ2SEQ = ("t5", "mt5", "umt5")
+"""``model_type`` of the encoder-decoder models; ByT5's, Flan's and T5 v1.1's is ``t5``."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+
+
+class StudentRecord(TypedDict):
+    """What rebuilds a student beside its weights; plain types and tensors, so that ``weights_only=True`` reads it."""
+
+    config: dict[str, Any]
+    """The content of ``config.json``."""
+    tokenizer: dict[str, Tensor]
+    """The tokenizer's files: name -> content as bytes, ``(size,)``, uint8."""
+
+
+def family(config: Mapping[str, Any]) -> Family:
+    """Which family the content of a ``config.json`` is of.
+
+    Raises:
+        UserError: of none that can be a student.
+    """
+    kind = config.get("model_type")
+    if kind in SEQ2SEQ:
+        return "seq2seq"
+    # transformers also lists BERT and its like there, and the decoders of other encoder-decoders
+    others = {**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in others:
+        return "causal"
+    raise UserError(
+        f"student: a {kind!r} model cannot be a student; allowed are {', '.join(SEQ2SEQ)} and the decoder-only models"
+        " of transformers (llama, qwen2, gpt2, ...)"
+    )
+
+
+def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a student's ``config.json`` (a hub name or a folder), or the one kept in a checkpoint file.
+
+    Raises:
+        UserError: there is none, or it is of no family that can be a student.
+    """
+    name = shipped(os.fspath(student))
+    if is_checkpoint(name):
+        content = dict(read_checkpoint(name)[CHECKPOINT_KEY]["config"])
+    else:
+        with reading("student: cannot read a configuration from", name):
+            content, _ = PreTrainedConfig.get_config_dict(name)
+    if not content or not isinstance(content, dict):
+        raise UserError(f"student: the config.json of {name!r} is absent, empty or no object{_hint(name)}")
+    family(content)
+    return content
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a student's name is that of a checkpoint file."""
+    return name.endswith(".ckpt")
+
+
+def read_checkpoint(name: str) -> dict[str, Any]:
+    """A checkpoint file of this framework, memory-mapped: asking for its tokenizer reads no weights.
+
+    Raises:
+        UserError: it is none.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"student: no checkpoint file {name!r}")
+    with reading("student: cannot read the checkpoint file", name):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    found: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    record = found.get(CHECKPOINT_KEY)
+    parts = record if isinstance(record, dict) else {}
+    if not isinstance(parts.get("config"), dict) or not _are_tensors(parts.get("tokenizer")):
+        raise UserError(f"student: {name!r} is not a checkpoint of lit_distill (it has no whole {CHECKPOINT_KEY!r})")
+    if not _are_tensors(found.get("state_dict")):
+        raise UserError(f"student: {name!r} is a checkpoint without weights (it has no whole 'state_dict')")
+    return found
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(one, Tensor) for name, one in value.items()
+    )
+
+
+def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's part of a module's state dict, under the model's own names."""
+    prefix = "student.model." if any(name.startswith("student.model.") for name in state_dict) else "student."
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        weights: tensors by name; those of integers are left out.
+        name: whose they are, for the message.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    floating = {key: weight for key, weight in weights.items() if weight.is_floating_point() and weight.numel()}
+    # the largest magnitude overflows nowhere, and all tensors are checked at once
+    if torch.nn.utils.get_total_norm(list(floating.values()), norm_type=float("inf")).isfinite():
+        return
+    bad = [key for key, weight in floating.items() if not weight.isfinite().all()]
+    raise UserError(f"{name}: {len(bad)} of {len(floating)} weights are not finite, the first is {bad[0]}")
+
+
+def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a student: from the hub, a folder or a checkpoint file.
+
+    Raises:
+        UserError: there is none, or none that can be used.
+    """
+    name = shipped(os.fspath(student))
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        # transformers would make an empty one from the configuration's `model_type`
+        raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
+    kept = read_checkpoint(name)[CHECKPOINT_KEY]["tokenizer"] if is_checkpoint(name) else None
+    with reading("tokenizer: cannot load one from", name):
+        tokenizer: Any = AutoTokenizer.from_pretrained(name) if kept is None else restore_tokenizer(kept)
+        # of a damaged one the first row would tell
+        tokenizer(["a"], verbose=True)
+        if tokenizer.eos_token_id is None:
+            raise UserError("it has no end-of-sequence token")
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer so that transformers 4 reads it as well as 5.
+
+    Version 5 writes names that 4 does not know, reads those of 4, and leaves out the SentencePiece model that the
+    tokenizer came from, which slow tokenizers of 4 and other programs need.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        content.pop(name, None)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # a tokenizer of no family gives `token_type_ids` as well in version 4, which models here refuse
+    content["model_input_names"] = ["input_ids", "attention_mask"]
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _keep_sentencepiece(tokenizer)
+    if (sentencepiece := getattr(tokenizer, "_sentencepiece", None)) is not None:
+        (folder / "spiece.model").write_bytes(sentencepiece)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """The tokenizer's files, as a checkpoint keeps them."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, Path(folder))
+        return {
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and path.stat().st_size
+        }
+
+
+def restore_tokenizer(files: Mapping[str, Tensor]) -> PreTrainedTokenizerBase:
+    """The tokenizer of these files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            # a checkpoint is a file from elsewhere: a name in it must not lead out of the folder
+            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        _keep_sentencepiece(tokenizer)
+        return tokenizer
+
+
+def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read a tokenizer's SentencePiece model into it, as the folder that it was loaded from may go."""
+    path = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if path.name == "spiece.model" and path.is_file():
+        tokenizer._sentencepiece = path.read_bytes()
+
+
+@contextmanager
+def reading(what: str, name: str) -> Iterator[None]:
+    """Turn whatever transformers or torch raise of a file that is damaged, or is none, into one line."""
+    try:
+        yield
+    except BaseException as error:
+        # an error of the tokenizers library is no `Exception`, and is of no type that can be imported
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).strip().split("\n")
+        # torch puts what is wrong below a heading
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise UserError(f"{what} {name!r} ({reason or type(error).__name__}){_hint(name)}") from error
+
+
+def _hint(name: str) -> str:
+    if Path(name).exists():
+        return ""
+    return "; it is no folder here, so it has to be a name on the Hugging Face hub, reachable or in its cache"

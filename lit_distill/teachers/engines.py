@@ -1,0 +1,252 @@
+"""Large teachers: vLLM's engine on the GPUs of one machine, or many of them on a Ray cluster."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from lit_distill import checks
+from lit_distill.errors import UserError
+from lit_distill.questions import Layout, Question, Reply, turns
+from lit_distill.secrets import INSTEAD, secret_names
+from lit_distill.teachers.base import BatchTeacher, TeacherError
+
+_ENGINE_SETTINGS = (
+    *("chat_template", "dtype", "generation_config", "hf_overrides", "kv_cache_dtype", "load_format", "max_model_len"),
+    *("quantization", "revision", "tokenizer", "tokenizer_mode", "tokenizer_revision"),
+)
+"""Arguments of an engine that its answers depend on; the others concern speed, memory or access."""
+
+
+class VLLMTeacher(BatchTeacher):
+    """An offline engine of vLLM (0.11 or later).
+
+    Every question brings its own sampling settings and seed; temperature or penalties of a model's
+    ``generation_config.json`` are not used. JSON schemas are followed by structured outputs.
+
+    Args:
+        model: a name on the hub, or a folder in the Hugging Face format.
+        batch_size: questions that the engine is given at a time; it runs empty at the end of each batch.
+        layout: prompts are the turns of a ``chat`` or a text for ``completion``.
+        engine: arguments of ``vllm.LLM`` beside the model, such as ``tensor_parallel_size``, ``max_model_len`` or
+            ``quantization``.
+        logprobs: also give the mean log-probability of an answer's tokens, its end included, as the engine reports it
+            (before temperature and ``top_p``, unless ``engine`` sets another ``logprobs_mode``).
+        **kwargs: the arguments of `Teacher`.
+    """
+
+    follows_schema: ClassVar[bool] = True
+    windows: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        model: str,
+        batch_size: int = 1024,
+        layout: Layout = "chat",
+        engine: dict[str, Any] | None = None,
+        logprobs: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, batch_size, layout=layout, **kwargs)
+        # a value is not shown: it may be a key
+        if found := next(secret_names(engine), None):
+            raise UserError(f"engine.{found}: {INSTEAD}")
+        if engine is not None and (not isinstance(engine, dict) or "model" in engine):
+            raise UserError("engine must map arguments of vllm's engine other than the model to values")
+        self.engine: dict[str, Any] = dict(engine or {})
+        self.logprobs = logprobs
+        self._llm: Any = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """With the engine's arguments that its answers depend on."""
+        return super().settings | {"engine": {k: self.engine[k] for k in _ENGINE_SETTINGS if k in self.engine}}
+
+    def load(self) -> None:
+        """Start the engine."""
+        try:
+            from vllm import LLM  # type: ignore[import-not-found, unused-ignore] # an extra
+        except ImportError as error:
+            raise UserError(f'vllm cannot be imported ({error}): pip install "lit_distill[vllm]"') from error
+        try:
+            self._llm = LLM(model=self.model, **self.engine)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).strip().split("\n", maxsplit=1)[0]
+            raise UserError(f"model: vllm cannot start an engine for {self.model!r} ({reason})") from error
+
+    def unload(self) -> None:
+        """Release the engine, which ends its processes."""
+        self._llm = None
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
+        """Answer a batch; if the engine refuses it, halve it until the refused question is found."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams  # type: ignore[import-not-found, unused-ignore]
+
+        try:
+            params = []
+            for question in questions:
+                settings = self._sampling(question)
+                if question.schema is not None:
+                    settings["structured_outputs"] = StructuredOutputsParams(json=dict(question.schema))
+                params.append(SamplingParams(**settings))
+            if self.layout == "chat":
+                outputs = self._llm.chat([turns(one.prompt) for one in questions], params, use_tqdm=False)
+            else:
+                outputs = self._llm.generate([one.prompt for one in questions], params, use_tqdm=False)
+        except ValueError as error:
+            # a prompt beyond the context, or a schema that it cannot follow
+            if len(questions) == 1:
+                return [TeacherError(f"vllm refuses the question: {str(error).strip().splitlines()[0]}")]
+            half = len(questions) // 2
+            return [*self.answer_batch(questions[:half]), *self.answer_batch(questions[half:])]
+        return [self._reply(output) for output in outputs]
+
+    def _sampling(self, question: Question) -> dict[str, Any]:
+        """Arguments of ``vllm.SamplingParams`` in plain values, without the schema."""
+        sampling = question.sampling
+        settings: dict[str, Any] = {
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
+            "max_tokens": sampling.max_new_tokens,
+            "seed": sampling.seed,
+        }
+        if question.stop:
+            settings["stop"] = list(question.stop)
+        if self.logprobs:
+            # of the tokens taken, beside 0 alternatives
+            settings["logprobs"] = 0
+        return settings
+
+    def _reply(self, output: Any) -> Reply:  # noqa: ANN401 - a class of an extra
+        answer = output.outputs[0]
+        tokens, total = len(answer.token_ids), answer.cumulative_logprob
+        return Reply(
+            text=answer.text,
+            finish=answer.finish_reason if answer.finish_reason in ("stop", "length") else None,
+            input_tokens=None if output.prompt_token_ids is None else len(output.prompt_token_ids),
+            output_tokens=tokens,
+            logprob=None if total is None or not tokens else total / tokens,
+        )
+
+
+class RayTeacher(VLLMTeacher):
+    """Replicas of vLLM's engine on a Ray cluster, by ``ray.data.llm``.
+
+    A window of questions becomes a dataset, runs through the replicas, and is joined back by position. Ray starts the
+    engines again for every dataset, so that a window should hold many thousands of questions. The cluster is the one of
+    ``RAY_ADDRESS``, else one on this machine alone. (Ray's stage that applies the chat template may let the model's
+    tokenizer run code of its own: take models that you trust.)
+
+    Ray does not report why an answer ended. It is taken as cut if it is as long as ``max_new_tokens``, or fills the
+    ``max_model_len`` of ``engine``.
+
+    Args:
+        model: a name on the hub, or a folder that every machine sees.
+        batch_size: questions that a replica is given at a time; several such batches are in flight in each.
+        window: questions of a dataset.
+        replicas: engines, each with the GPUs that ``engine`` asks for (``tensor_parallel_size`` times
+            ``pipeline_parallel_size``).
+        **kwargs: the other arguments of `VLLMTeacher` and of `Teacher`.
+    """
+
+    def __init__(
+        self, model: str, batch_size: int = 64, window: int = 10_000, replicas: int = 1, **kwargs: Any
+    ) -> None:
+        # a batch of `BatchTeacher` is a window here
+        super().__init__(model, checks.check_int("window", window, 1), **kwargs)
+        self.replica_batch_size = checks.check_int("batch_size", batch_size, 1)
+        self.replicas = checks.check_int("replicas", replicas, 1)
+        self._processor: Any = None
+
+    def load(self) -> None:
+        """Import Ray; the engines start with the first window."""
+        try:
+            import ray.data.llm  # type: ignore[import-not-found, unused-ignore] # noqa: F401 - an extra
+        except ImportError as error:
+            raise UserError(f'ray.data.llm cannot be imported ({error}): pip install "lit_distill[ray]"') from error
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
+        """Answer a window."""
+        import ray
+
+        self._processor = self._processor or self._build()
+        # a column of structures with different fields would be filled up with nulls: rows alike go together
+        groups: dict[tuple[bool, bool], list[int]] = {}
+        for i, question in enumerate(questions):
+            groups.setdefault((bool(question.stop), question.schema is not None), []).append(i)
+        replies: dict[int, Reply | TeacherError] = {}
+        for positions in groups.values():
+            rows = [{"position": i, "request": json.dumps(self._request(questions[i]))} for i in positions]
+            for row in self._processor(ray.data.from_items(rows)).take_all():
+                error = row.get("__inference_error__") or row.get("error")
+                if (i := row.get("position")) is not None:
+                    replies[int(i)] = TeacherError(f"vllm on ray: {error}") if error else self._joined(questions, row)
+        missing = TeacherError("vllm on ray: no answer came back")
+        return [replies.get(i, missing) for i in range(len(questions))]
+
+    def _build(self) -> Any:  # noqa: ANN401 - a class of an extra
+        import ray.data.llm as ray_llm
+
+        config = ray_llm.vLLMEngineProcessorConfig(
+            model_source=self.model,
+            # Ray writes into it
+            engine_kwargs=dict(self.engine),
+            concurrency=self.replicas,
+            batch_size=self.replica_batch_size,
+            chat_template_stage=self.layout == "chat",
+            # the engine turns tokens into text itself, without the stop texts
+            detokenize_stage=False,
+            should_continue_on_error=True,
+        )
+        return ray_llm.build_processor(config, preprocess=_read_request(), postprocess=_read_answer())
+
+    def _request(self, question: Question) -> dict[str, Any]:
+        """The columns that Ray's stages read."""
+        settings = self._sampling(question)
+        if question.schema is not None:
+            # as a text: its fields would become columns
+            settings["guided_decoding"] = {"json": json.dumps(dict(question.schema))}
+        prompt = question.prompt
+        asked: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": turns(prompt)}
+        return asked | {"sampling_params": settings}
+
+    def _joined(self, questions: Sequence[Question], row: dict[str, Any]) -> Reply:
+        sampling, read, written = questions[row["position"]].sampling, row["input_tokens"], row["output_tokens"]
+        longest = self.engine.get("max_model_len")
+        cut = written >= sampling.max_new_tokens or (longest is not None and read + written >= longest)
+        return Reply(str(row["text"]), "length" if cut else "stop", int(read), int(written), row["logprob"])
+
+
+# The two below return functions that hold nothing of this package, so that Ray can send them to machines without it.
+
+
+def _read_request() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
+        import json
+
+        columns: dict[str, Any] = json.loads(row["request"])
+        return columns
+
+    return preprocess
+
+
+def _read_answer() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def postprocess(row: dict[str, Any]) -> dict[str, Any]:
+        # a step holds the token taken alone, and nulls where columns of several steps were put together
+        steps = row.get("logprobs")
+        taken = [
+            entry["logprob"]
+            for step in (() if steps is None else steps)
+            for entry in step.values()
+            if entry is not None
+        ]
+        return {
+            "position": row["position"],
+            "text": row.get("generated_text") or "",
+            "input_tokens": row.get("num_input_tokens") or 0,
+            "output_tokens": row.get("num_generated_tokens") or 0,
+            "logprob": sum(taken) / len(taken) if taken else None,
+            "error": row.get("__inference_error__"),
+        }
+
+    return postprocess
