@@ -1,35 +1,41 @@
-"""How a command ends: the metrics as a table, the saved student, sample predictions."""
+"""How ``fit`` ends: the best student saved, a label-only baseline beside it, and the record of the run."""
 
+import inspect
+import platform
+import re
+import resource
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
+from lit_distill import __version__
+from lit_distill.callbacks import ValidateEverySteps
+from lit_distill.checkpoints import RunHistory, save_atomically
+from lit_distill.commands.naming import names
+from lit_distill.commands.report import chance_level
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.evaluation.answers import Evaluation
-from lit_distill.evaluation.metrics import judge
+from lit_distill.data.splits import teacher_accuracy
+from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.files import write_text
 from lit_distill.modules.base import DistillModule
+from lit_distill.modules.standard import StandardModule
+from lit_distill.progress import Progress
+from lit_distill.records import RunRecord, write_predictions_file, write_record
+from lit_distill.tasks import fingerprint
 
-_SHOWN_SAMPLES = 3
-
-_NAMES = {
-    "accuracy": "accuracy",
-    "scored_accuracy": "accuracy, choices scored",
-    "macro_f1": "macro F1",
-    "rouge_l": "ROUGE-L of rationales",
-    "rationale_ends_in_prediction": "rationales that end in the prediction",
-    "loss": "loss",
-}
+# ---------------------------------------------------------------------- the student
 
 
 def save_best_student(
@@ -67,10 +73,13 @@ def _generation(module: DistillModule) -> dict[str, dict[str, Any]]:
     return {task: module.generation_settings(task) for task in module.active_tasks}
 
 
+def _tested(module: DistillModule) -> Evaluation | None:
+    """The evaluation of test, where that was the last one."""
+    return module.evaluation if module.evaluation is not None and module.evaluation.split == "test" else None
+
+
 def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
-    settings = dict(module.hparams)
-    evaluation = module.evaluation
-    tested = evaluation is not None and evaluation.split == "test"
+    settings, tested = dict(module.hparams), _tested(module)
     base_model, licence = origin(str(settings["student"]), from_scratch=settings["from_scratch"])
     return CardFacts(
         method=type(module).__name__.removesuffix("Module"),
@@ -78,109 +87,188 @@ def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
         student=Path(str(settings["student"])).name,
         settings=settings,
         data=data.describe(),
-        metrics=evaluation.metrics if evaluation is not None and tested else {},
-        rows=len(evaluation.answers) if evaluation is not None and tested else 0,
+        metrics=tested.metrics if tested else {},
+        rows=len(tested.answers) if tested else 0,
         base_model=base_model,
         license=licence,
         hub_dataset=data.hub_name,
     )
 
 
-@rank_zero_only
-def report(
-    module: DistillModule,
-    *,
-    student: Path | None = None,
-    baseline: Mapping[str, float] | None = None,
-    seconds: float = 0.0,
-    validation: float = 0.0,
-) -> None:
-    """Print an evaluation: a table of metrics, the student's folder, sample predictions.
+# ---------------------------------------------------------------------- the baseline
+
+
+def train_baseline(
+    config: Namespace, trainer_args: Mapping[str, Any], data_class: type[RationaleDataModule], folder: Path
+) -> dict[str, float]:
+    """Train, select on val and test a ``StandardModule`` with the same student, data, settings and number of steps.
 
     Args:
-        module: it holds its last evaluation.
-        student: the folder of the saved student, if there is one.
-        baseline: metrics of a label-only baseline to show beside, under their logged names.
-        seconds: how long the run took.
-        validation: seconds of it that validation took.
+        config: the run's; of its method's arguments those that ``StandardModule`` has are taken.
+        trainer_args: the run's trainer arguments, built again: a strategy or a plugin serves one trainer.
+        data_class: the run's data module.
+        folder: where its checkpoints go.
+
+    Returns:
+        The test metrics of its best checkpoint.
     """
-    evaluation = module.evaluation
-    if evaluation is None:
-        return
-    console = Console()
-    console.print()
-    console.print(metrics_table(evaluation, baseline))
-    if validation:
-        console.print(f"Validation took {validation:.0f} s of {seconds:.0f} s ({validation / seconds:.0%}).")
-    if student is not None:
-        # on a line of its own and unwrapped, so that it can be copied
-        console.print("Saved student:", style="bold")
-        console.print(Text(f"  {student}"), soft_wrap=True)
-    rows = evaluation.sample_rows()[:_SHOWN_SAMPLES]
-    for number, row in enumerate(rows, start=1):
-        console.print(_sample(row, f"sample {number} of {evaluation.split}"))
+    pl.seed_everything(config["seed_everything"], workers=True, verbose=False)
+    shared = set(inspect.signature(DistillModule.__init__).parameters) - {"self"}
+    model_args = config["model"]["init_args"].as_dict()
+    module = StandardModule(**{name: value for name, value in model_args.items() if name in shared})
+    linked = {"tasks": module.active_tasks, "prefixes": module.prefixes}
+    data = data_class(**config["data"]["init_args"].as_dict() | linked)
+    best = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
+    bar = [] if trainer_args.get("enable_progress_bar") is False else [Progress()]
+    callbacks = [ValidateEverySteps(config["validation"]["every_n_steps"]), best, *bar]
+    own = {"logger": False, "callbacks": callbacks, "enable_model_summary": False, "enable_checkpointing": True}
+    trainer = pl.Trainer(**dict(trainer_args) | own)
+    save_atomically(trainer)
+    trainer.fit(module, datamodule=data)
+    path = best.best_model_path or None
+    [results] = trainer.test(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True)
+    return {name: float(value) for name, value in results.items()}
 
 
-def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
-    """The metrics with their 95 % intervals, and the baselines' accuracies beside."""
-    rows, whole = len(evaluation.answers), len(evaluation.key)
-    shown = f"{rows} rows" if rows == whole else f"{rows} of {whole} rows"
-    table = Table(title=f"{evaluation.split} ({shown})", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    metrics = evaluation.metrics
-    for name in sorted(metrics, key=_order):
-        if name.removesuffix("_low").removesuffix("_high") != name:
+# ---------------------------------------------------------------------- the record
+
+
+@rank_zero_only
+def record_run(
+    folder: Path,
+    *,
+    config: Namespace,
+    trainer: pl.Trainer,
+    module: DistillModule,
+    data: RationaleDataModule,
+    history: RunHistory,
+    steps: int,
+) -> None:
+    """Write a run's record, and its test predictions where it was tested.
+
+    Args:
+        folder: the run's.
+        config: what ``fit`` was given.
+        trainer: it has ended.
+        module: it has the last evaluation.
+        data: it has the rows.
+        history: when it began, and how long it took.
+        steps: optimizer steps that were taken.
+    """
+    dataset, method = names(config)
+    arguments, settings, tested = data.hparams, dict(module.hparams), _tested(module)
+    if tested is not None:
+        write_predictions_file(folder, (answer_row(answer, tested.key) for answer in tested.answers))
+    chance = chance_level(tested) if tested else None
+    record = RunRecord(
+        dataset=dataset,
+        method=method,
+        student=Path(str(settings["student"])).name,
+        label_source=arguments["label_source"],
+        train_fraction=arguments["train_fraction"],
+        seed=config["seed_everything"],
+        data_seed=arguments["seed"],
+        train_rows=len(data.used_rows("train").examples),
+        test_rows=len(tested.answers) if tested else 0,
+        steps=steps,
+        metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
+        validation=_validation(trainer),
+        rationales=data.rationale_pairing if any("rationale" in task for task in data.tasks) else None,
+        parameters=sum(parameter.numel() for parameter in module.student.parameters()),
+        teacher_accuracy=_teacher_accuracy(data, tested),
+        chance=chance[1] if chance else None,
+        fingerprints=_fingerprints(data, tested),
+        config=_saved_config(folder),
+        data=data.describe(),
+        command=_command(),
+        versions=_versions(),
+        git=_git(),
+        machine=_machine(),
+        started=history.started,
+        wall_seconds=round(history.seconds, 2),
+        validation_seconds=round(history.validation_seconds, 2),
+        peak_memory_mib=round(_peak_memory(), 1),
+    )
+    write_record(folder, record)
+
+
+def _command() -> list[str]:
+    """What was typed, without the places of the interpreter and of the installed program."""
+    program = Path(sys.argv[0]).name
+    words = sys.argv if program == "lit-distill" else sys.orig_argv
+    return [Path(words[0]).name, *words[1:]]
+
+
+def _validation(trainer: pl.Trainer) -> dict[str, float]:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
+            step = re.search(r"step=?(\d+)", Path(callback.best_model_path).name)
+            return {callback.monitor: float(callback.best_model_score)} | ({"step": int(step[1])} if step else {})
+    return {}
+
+
+def _teacher_accuracy(data: RationaleDataModule, tested: Evaluation | None) -> float | None:
+    """Of the teacher's labels on the rows that were tested, or on all of test."""
+    rows = data.split_rows("test")
+    if rows is not None and tested is not None:
+        rows = rows.take([answer.index for answer in tested.answers])
+    return None if rows is None else teacher_accuracy(rows, data.teacher_agrees)
+
+
+def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    for split in splits:
+        if data.split_rows(split) is None:
             continue
-        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
-        table.add_row(_NAMES.get(name, name.replace("_", " ")), f"{metrics[name]:.3f}", interval)
-    chance = chance_level(evaluation)
-    lines = [] if chance is None else [(f"chance: {chance[0]}", chance[1], "")]
-    if baseline is not None:
-        split = evaluation.split
-        low, high = baseline[f"{split}/accuracy_low"], baseline[f"{split}/accuracy_high"]
-        lines.append(("accuracy of the label-only baseline", baseline[f"{split}/accuracy"], f"{low:.3f} to {high:.3f}"))
-    if lines:
-        table.add_section()
-        for name, value, interval in lines:
-            table.add_row(escape(name), f"{value:.3f}", interval)
-    return table
+        # what was trained on, rationales included; what was evaluated on, with gold labels
+        rows = list(data.used_rows(split).examples)
+        if split == "test" and tested is not None:
+            # a limited run leaves some out
+            rows = [rows[answer.index] for answer in tested.answers]
+        found[split] = fingerprint(rows, rationales=split == "train")
+    return found
 
 
-def chance_level(evaluation: Evaluation) -> tuple[str, float] | None:
-    """The better of two ways to answer without reading the input, and its accuracy on the rows that were evaluated.
-
-    A uniform guess among closed choices, or always the commonest training label; ``None`` where there is neither.
-    """
-    key = evaluation.key
-    rows = [row for answer in evaluation.answers if key.labels[row := answer.index] is not None]
-    if not rows:
-        return None
-    levels: list[tuple[str, float]] = []
-    if key.choices and all(key.choices[row] for row in rows):
-        # a choice that is there twice is guessed twice as often
-        hits = [key.choices[row].count(str(key.labels[row])) / len(key.choices[row]) for row in rows]
-        levels.append(("a uniform guess", sum(hits) / len(rows)))
-    if key.majority_label is not None:
-        hits = [float(judge(key.metric)(key.majority_label, str(key.labels[row]))) for row in rows]
-        levels.append((f"always {key.majority_label!r}", sum(hits) / len(rows)))
-    return max(levels, key=lambda level: level[1], default=None)
+def _saved_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
-def _order(name: str) -> tuple[int, str]:
-    known = list(_NAMES)
-    return (known.index(name) if name in known else len(known), name)
+def _versions() -> dict[str, str]:
+    found = {"lit_distill": __version__, "python": platform.python_version()}
+    for name in ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
-def _sample(row: Mapping[str, Any], title: str) -> Panel:
-    verdict = {True: ("right", "green"), False: ("wrong", "red"), None: ("", "")}[row["correct"]]
-    text = Text()
-    text.append("input       ", style="bold").append(f"{row['input']}\n")
-    if row["rationale"]:
-        text.append("rationale   ", style="bold").append(f"{row['rationale']}\n")
-    text.append("prediction  ", style="bold").append(f"{row['prediction']}  ").append(*verdict)
-    if row["label"] is not None:
-        text.append("\nlabel       ", style="bold").append(f"{row['label']}")
-    return Panel(text, title=title, title_align="left")
+def _git() -> dict[str, Any]:
+    """The state of the repository that the command ran in; empty where there is none."""
+
+    def ask(*arguments: str) -> str:
+        # whichever git the user has
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _machine() -> dict[str, Any]:
+    found = {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads()}
+    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return found | ({"devices": devices} if devices else {})
+
+
+def _peak_memory() -> float:
+    """MiB: of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    # in KiB on Linux, in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,43 +1,140 @@
-"""``fit --resume``: the newest run of a configuration, and its folder and loggers as of its last checkpoint."""
+"""``--resume`` and ``--ckpt_path``: the run to go on with, its checkpoints, its loggers as of the last of them."""
 
 import csv
-import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_distill.checkpoints import RunHistory
-from lit_distill.commands.runs import find_checkpoint
+from lit_distill.commands.naming import fixed_folder, is_logger, logger_folder, logger_root, loggers_of
 from lit_distill.errors import UserError
 from lit_distill.experiments.grid import without_location
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.reading import parse_yaml
 from lit_distill.records import RECORD
+from lit_distill.students import read_config
 
 _CONFIG = "config.yaml"
 _METRICS = "metrics.csv"
 
 _NOT_THE_RESULT = {
-    "resume",
-    "predictions",
-    "trainer.default_root_dir",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-}
+    "resume", "predictions", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+}  # fmt: skip
 """Keys without effect on a run's result, besides those of its location."""
 
 _TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout")
 """A method's arguments that a checkpoint was trained with, beside those that it has and other methods have not."""
 
 _TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_pairing", "seed")
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
+    """See that a checkpoint is one.
+
+    Args:
+        path: a file, a folder (a sharded checkpoint), or ``last``, ``hpc`` or ``registry``.
+        folder: the folder of checkpoints in which ``last`` is looked for.
+        required: ``last`` has to exist; else a run that has none yet starts from the beginning.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:"):
+        return path
+    if "://" in str(path):
+        raise UserError(f"ckpt_path: {str(path)!r} is elsewhere; copy the file here first")
+    if path == "last":
+        last = None if folder is None else Path(folder) / "last.ckpt"
+        if last is not None and last.exists():
+            check_whole(last)
+            return str(last)
+        if required or last is None:
+            where = "needs checkpoint.dirpath" if last is None else f"there is no {last}"
+            raise UserError(f"ckpt_path: 'last' {where}; fit --resume finds the run by itself")
+        return None
+    file, fault = Path(path), None
+    if not file.exists():
+        raise UserError(f"ckpt_path: no checkpoint {str(path)!r}; {_ALLOWED}")
+    if file.is_dir():
+        # the files of FSDP's and of DeepSpeed's sharded checkpoints
+        if not any((file / name).exists() for name in ("meta.pt", "latest")):
+            fault = "is a folder, and no sharded checkpoint"
+    elif file.suffix != ".ckpt":
+        fault = "does not end in .ckpt"
+    else:
+        check_whole(file)
+        try:
+            read_config(path)
+        except UserError as error:
+            fault = f"is no checkpoint of lit_distill ({error})"
+    if fault is not None:
+        raise UserError(f"ckpt_path: {str(path)!r} {fault}; {_ALLOWED}")
+    return path
+
+
+_ALLOWED = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.dirpath"
+
+
+def check_whole(path: Path) -> None:
+    """See that a checkpoint file was written to its end, and that its parts fit their checksums.
+
+    Raises:
+        UserError: they do not; the newest file in its folder that is whole is named.
+    """
+    if (damage := _damage(path)) is None:
+        return
+    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
+    whole = next((other for other in others if _damage(other) is None), None)
+    advice = "no other in its folder is whole" if whole is None else f"the newest that is whole: --ckpt_path {whole}"
+    raise UserError(f"ckpt_path: {str(path)!r} is damaged ({damage}); {advice}")
+
+
+def _damage(path: Path) -> str | None:
+    if path.is_dir():
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+    except (zipfile.BadZipFile, RuntimeError, EOFError):
+        # its table of contents stands at its end
+        return f"cut off at {path.stat().st_size} bytes"
+    return None if part is None else f"{part} is not what was written"
+
+
+def best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The best checkpoint of a run; ``None`` where none was kept."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            # of a resumed run it may lie elsewhere, or be gone
+            found = Path(callback.best_model_path)
+            return found if found.exists() else None
+    return None
+
+
+def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
+    """What a checkpoint says of its run, without its weights, which stay on the disk; empty where there is none."""
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        checkpoint = Path(checkpoint) / "meta.pt"
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return {}
+    return dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+
+
+# ---------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
@@ -59,68 +156,40 @@ class Earlier:
         return (self.checkpoint or self.folder / _CONFIG).stat().st_mtime
 
 
-def loggers_of(config: Namespace) -> list[Namespace]:
-    """The loggers that a config asks for by their classes."""
-    given = config["trainer"].get("logger")
-    return [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, Namespace)]
-
-
-def fixed_folder(config: Namespace) -> Path | None:
-    """The run's folder where the config says it; ``None`` where the logger counts its versions."""
-    if config["checkpoint"]["dirpath"]:
-        return Path(config["checkpoint"]["dirpath"]).parent
-    return _fixed(loggers[0]) if (loggers := loggers_of(config)) else None
-
-
-def _root(logger: Namespace) -> Path:
-    arguments = logger.init_args
-    name = arguments.get("name")
-    if _is(logger, "WandbLogger"):
-        name = arguments.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
-    return Path(arguments.get("save_dir") or arguments.get("dir") or ".") / (name or "")
-
-
-def _fixed(logger: Namespace) -> Path | None:
-    version = logger.init_args.get("version")
-    if version is None:
-        return None
-    return _root(logger) / (version if isinstance(version, str) else f"version_{version}")
-
-
-def _is(logger: Namespace, name: str) -> bool:
-    return str(logger.class_path).rpartition(".")[2] == name
-
-
 def check_unused(config: Namespace, command: str) -> None:
     """Refuse a run that is not resumed and would overwrite an earlier one.
 
     Raises:
-        UserError: its folder holds one; the line names the folder.
+        UserError: its folder has one; the line names the folder.
     """
-    folder = fixed_folder(config)
-    places = [(place, _METRICS) for one in loggers_of(config) if _is(one, "CSVLogger") and (place := _fixed(one))]
-    if command == "fit" and folder is not None:
-        places += [(folder, RECORD), (folder, _CONFIG)]
-    for place, name in places:
-        if (place / name).exists():
-            finished = (place / RECORD).exists()
+    csv_folders = [logger_folder(logger) for logger in loggers_of(config) if is_logger(logger, "CSVLogger")]
+    places = [(folder, _METRICS) for folder in csv_folders]
+    if command == "fit":
+        places += [(fixed_folder(config), name) for name in (RECORD, _CONFIG)]
+    for folder, name in places:
+        if folder is not None and (folder / name).exists():
+            finished = (folder / RECORD).exists()
             kind = "a finished run" if finished else f"an earlier run ({name})"
             go_on = "" if finished or command != "fit" else "go on with it by --resume, or "
-            raise UserError(f"{place}: holds {kind}; {go_on}move it away, or give another folder")
+            raise UserError(f"{folder}: holds {kind}; {go_on}move it away, or give another folder")
 
 
 def newest_run(config: Namespace, plain: Mapping[str, Any]) -> Earlier | None:
     """The newest run of this very configuration.
 
     Args:
-        config: what ``fit`` is given.
+        config: of ``fit``.
         plain: the same, as its ``config.yaml`` will say it.
     """
     wanted = _settings(plain)
     found: list[Earlier] = []
     others: dict[Path, str] = {}
     for folder in _folders(config):
-        saved = _saved_settings(folder)
+        try:
+            content = parse_yaml((folder / _CONFIG).read_bytes())
+        except ValueError as error:
+            raise UserError(f"resume: {folder / _CONFIG} is damaged ({error}); move the run away") from error
+        saved = _settings(content if isinstance(content, Mapping) else {})
         keys = [key for key in {**wanted, **saved} if wanted.get(key) != saved.get(key)]
         if not keys:
             found.append(Earlier(folder, _newest_checkpoint(folder, config)))
@@ -140,8 +209,7 @@ def _folders(config: Namespace) -> list[Path]:
     if (fixed := fixed_folder(config)) is not None:
         folders = [fixed]
     elif loggers := loggers_of(config):
-        root = _root(loggers[0])
-        folders = sorted(root.iterdir()) if root.is_dir() else []
+        folders = sorted(logger_root(loggers[0]).glob("*"))
     else:
         folders = [Path(config["trainer"]["default_root_dir"] or ".")]
     return [folder for folder in folders if (folder / _CONFIG).is_file()]
@@ -151,40 +219,52 @@ def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in without_location(plain).items() if key not in _NOT_THE_RESULT}
 
 
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    try:
-        saved = parse_yaml((folder / _CONFIG).read_bytes())
-    except ValueError as error:
-        raise UserError(f"resume: {folder / _CONFIG} is damaged ({error}); move the run away") from error
-    return _settings(saved if isinstance(saved, Mapping) else {})
-
-
 def _newest_checkpoint(folder: Path, config: Namespace) -> Path | None:
-    """The one of the latest step; a copied folder has other times."""
+    """The one of the latest step; the files of a copied folder have other times."""
     whole: list[Path] = []
     for path in Path(config["checkpoint"]["dirpath"] or folder / "checkpoints").glob("*.ckpt"):
         try:
             find_checkpoint(path, None, required=True)
+            whole.append(path)
         except UserError as error:
             rank_zero_warn(f"--resume: passed over: {error}")
-        else:
-            whole.append(path)
     return max(whole, key=lambda path: (read_progress(path).get("global_step", 0), path.stat().st_mtime), default=None)
 
 
-def read_progress(checkpoint: Path | None) -> dict[str, Any]:
-    """What a checkpoint says of its run without its weights; empty where there is none, or a sharded one says nothing.
+def check_same_training(config: Namespace, method: type[DistillModule], progress: Mapping[str, Any]) -> None:
+    """Refuse arguments that contradict those which the checkpoint to resume from was trained with.
 
-    They stay on the disk.
+    Raises:
+        UserError: names an argument that contradicts the checkpoint.
     """
-    if checkpoint is not None and checkpoint.is_dir():
-        checkpoint = checkpoint / "meta.pt"
-    if checkpoint is None or not checkpoint.is_file():
-        return {}
-    return dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+    trained = progress.get("hyper_parameters", {})
+    given = method.init_settings(config["model"]["init_args"].as_dict())
+    base = DistillModule.init_settings({})
+    own = [name for name in trained if name in given and name not in base and not name.endswith("_prefix")]
+    rows, read = config["data"]["init_args"].as_dict(), progress.get("datamodule_hyper_parameters", {})
+    dataset, seed = str(config["data"]["class_path"]).rpartition(".")[2], config["seed_everything"]
+    pairs = [
+        ("data", RunHistory.of(progress).get("dataset") or dataset, dataset),
+        *((f"model.{name}", trained[name], given.get(name, {})) for name in (*_TRAINED_WITH, *own) if name in trained),
+        *((f"data.{name}", read[name], rows.get(name, {})) for name in _TRAINED_ON if name in read),
+    ]
+    if (drawn := progress.get("lit_distill_seed")) is not None and not isinstance(seed, bool):
+        pairs.append(("seed_everything", drawn, seed))
+    for key, before, now in pairs:
+        if key == "model.student":
+            before, now = Path(str(before)).name, Path(str(now)).name
+        # an object is known to the checkpoint by its name alone
+        if now != before and not isinstance(now, Mapping) and not (key == "model.student" and now.endswith(".ckpt")):
+            raise UserError(
+                f"{key}: the checkpoint was trained with {before}, got {now}; leave it as it was, or begin another run"
+                " from the checkpoint's weights: --model.student CHECKPOINT in place of --ckpt_path"
+            )
 
 
-def loggers_go_on(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:
+# ---------------------------------------------------------------------- loggers
+
+
+def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:
     """Have the loggers write where an earlier part of the run did, from its checkpoint's step on.
 
     Args:
@@ -201,7 +281,7 @@ def loggers_go_on(config: Namespace, folder: Path, progress: Mapping[str, Any]) 
     for logger, version in zip(loggers, versions, strict=False):
         if logger.init_args.get("version") is None:
             logger.init_args["version"] = version
-        if _is(logger, "TensorBoardLogger"):
+        if is_logger(logger, "TensorBoardLogger"):
             # it hides later steps
             logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": progress.get("global_step", 0)}
 
@@ -244,46 +324,3 @@ def keep_metrics(loggers: Sequence[Logger], progress: Mapping[str, Any]) -> None
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             logger._experiment = Metrics(logger.log_dir, progress.get("global_step", 0))
-
-
-def check_same_training(config: Namespace, method: type[DistillModule], progress: Mapping[str, Any]) -> None:
-    """Refuse arguments that contradict those which the checkpoint to resume from was trained with.
-
-    Raises:
-        UserError: names an argument that contradicts the checkpoint.
-    """
-    dataset, trained = RunHistory.of(progress).get("dataset"), progress.get("hyper_parameters", {})
-    if dataset not in (None, wanted := str(config["data"]["class_path"]).rpartition(".")[2]):
-        _contradicts("data", dataset, wanted)
-    given = method.init_settings(config["model"]["init_args"].as_dict())
-    base = DistillModule.init_settings({})
-    own = [name for name in trained if name in given and name not in base and not name.endswith("_prefix")]
-    pairs = [("model", name, trained, given) for name in (*_TRAINED_WITH, *own)]
-    rows = config["data"]["init_args"].as_dict()
-    pairs += [("data", name, progress.get("datamodule_hyper_parameters", {}), rows) for name in _TRAINED_ON]
-    for group, name, before, now in pairs:
-        # of an object a checkpoint has the name alone
-        if name not in before or isinstance(now.get(name, {}), Mapping) or now[name] == before[name]:
-            continue
-        old, new = before[name], now[name]
-        if name == "student":
-            old, new = Path(str(old)).name, Path(str(new)).name
-            if old == new or new.endswith(".ckpt"):
-                continue
-        _contradicts(f"{group}.{name}", old, new)
-    seed, drawn = config["seed_everything"], progress.get("lit_distill_seed")
-    if drawn is not None and not isinstance(seed, bool) and seed != drawn:
-        _contradicts("seed_everything", drawn, seed)
-
-
-def _contradicts(key: str, old: object, new: object) -> None:
-    raise UserError(
-        f"{key}: the checkpoint was trained with {old}, got {new}; leave it as it was, or begin another run from the"
-        " checkpoint's weights: --model.student CHECKPOINT in place of --ckpt_path"
-    )
-
-
-@rank_zero_only
-def say_finished(folder: Path) -> None:
-    """Say that the run is finished, for a job that is started again."""
-    print(f"--resume: this run is finished: {folder}")

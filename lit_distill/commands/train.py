@@ -21,29 +21,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lit_distill.callbacks import SampleTable, Throughput, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
 from lit_distill.checks import check_range
-from lit_distill.commands.baseline import train_baseline
-from lit_distill.commands.finish import add_baseline, report, save_best_student
+from lit_distill.commands.finish import add_baseline, record_run, save_best_student, train_baseline
+from lit_distill.commands.naming import fixed_folder, name_loggers, names, plain_config, run_folder
 from lit_distill.commands.parser import Parser, Raised, import_class
 from lit_distill.commands.predict import write_predictions
-from lit_distill.commands.record import record_run
+from lit_distill.commands.report import report
 from lit_distill.commands.resume import (
+    best_checkpoint,
     check_same_training,
     check_unused,
-    fixed_folder,
+    continue_loggers,
+    find_checkpoint,
     keep_metrics,
-    loggers_go_on,
     newest_run,
     read_progress,
-    say_finished,
-)
-from lit_distill.commands.runs import (
-    best_checkpoint,
-    find_checkpoint,
-    names,
-    plain_config,
-    run_folder,
-    run_name,
-    wandb_naming,
 )
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -55,6 +46,16 @@ from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 from lit_distill.progress import Progress
 from lit_distill.records import RECORD
+
+_BOUNDS: dict[str, dict[str, float]] = {
+    "accumulate_grad_batches": {"at_least": 1},
+    "num_nodes": {"at_least": 1, "below": 2**16},
+    "val_check_interval": {"above": 0},
+    "check_val_every_n_epoch": {"above": 0},
+    "log_every_n_steps": {"at_least": 0},
+    "gradient_clip_val": {"at_least": 0},
+}
+"""Of the trainer's numbers, whose types do not say it."""
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -74,14 +75,12 @@ class _SaveConfig(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.config_filename
-        write_text(path, self.parser.dump(self.config, skip_unset=False))
-        dataset, method = names(self.config)
-        # beside the keys of the config, the two that runs are compared by
-        flat = plain_config(self.config) | {"dataset": dataset, "method": method}
+        write_text(folder / self.config_filename, self.parser.dump(self.config, skip_unset=False))
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
         train = data.used_rows("train").examples
-        flat["train_rows"] = len(train)
+        dataset, method = names(self.config)
+        # beside the keys of the config, the two that runs are compared by
+        flat = plain_config(self.config) | {"dataset": dataset, "method": method, "train_rows": len(train)}
         if any("rationale" in task for task in data.tasks):
             flat["train_rationales"] = sum(row.rationale is not None for row in train)
         if data.split_rows("val") is not None:
@@ -91,8 +90,7 @@ class _SaveConfig(SaveConfigCallback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how many rows were tested."""
-        evaluation = pl_module.evaluation
-        if isinstance(evaluation, Evaluation):
+        if isinstance(evaluation := pl_module.evaluation, Evaluation):
             for logger in trainer.loggers:
                 logger.log_hyperparams({"test_rows": len(evaluation.answers)})
 
@@ -102,8 +100,10 @@ class DistillCLI(LightningCLI):
 
     _last = False
     """Whether the checkpoint to go on from was asked for as ``last``."""
-    _goes_on: Path | None = None
+    _earlier_folder: Path | None = None
     """The folder of an earlier run that this one goes on in."""
+
+    # ------------------------------------------------------------------ arguments
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
@@ -177,24 +177,18 @@ class DistillCLI(LightningCLI):
         for group in ("trainer", "validation", "checkpoint"):
             if not isinstance(config[group], Namespace):
                 raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
-        check_range("trainer.accumulate_grad_batches", config["trainer"]["accumulate_grad_batches"], at_least=1)
-        check_range("trainer.num_nodes", config["trainer"]["num_nodes"], at_least=1, below=2**16)
-        for name in ("val_check_interval", "check_val_every_n_epoch"):
-            if isinstance(interval := config["trainer"][name], int | float):
-                check_range(f"trainer.{name}", interval, above=0)
-        check_range("trainer.log_every_n_steps", config["trainer"]["log_every_n_steps"], at_least=0)
-        check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], at_least=0)
+        for name, bounds in _BOUNDS.items():
+            if isinstance(value := config["trainer"][name], int | float):
+                check_range(f"trainer.{name}", value, **bounds)
         check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
 
     def _refuse_overruled(self, parser: LightningArgumentParser, args: ArgsType, config: Namespace) -> None:
         """Refuse data arguments that the model decides."""
         if (model := config.get("model")) is None:
             return
+        parse = parser.parse_object if isinstance(args, dict | Namespace) else parser.parse_args
         with skip_apply_links():
-            if isinstance(args, dict | Namespace):
-                given = parser.parse_object(args, defaults=False)
-            else:
-                given = parser.parse_args(args, defaults=False)
+            given = parse(args, defaults=False)
         given = given if "subcommand" not in given else given[given["subcommand"]]
         settings = (given.get("data") or Namespace()).get("init_args") or Namespace()
         for name, value in linked(model).items():
@@ -206,33 +200,60 @@ class DistillCLI(LightningCLI):
 
         Replaces Lightning's own hook, which would let the checkpoint's arguments overrule the config.
         """
-        if self.config.get("subcommand") is None:
+        if (command := self.config.get("subcommand")) is None:
             return
-        config = self.config[self.config.subcommand]
-        if config["resume"] and self.config.subcommand != "fit":
-            raise UserError("resume: only fit goes on with a run; to evaluate one give --ckpt_path")
-        if config["resume"] and config["ckpt_path"] == "last":
-            # which is the same where the run's folder is fixed
-            config["ckpt_path"] = None
-        if config["resume"] and config["ckpt_path"] is not None:
-            raise UserError("ckpt_path: not with --resume, which finds the run and its newest checkpoint by itself")
+        config = self.config[command]
         self._last = config["ckpt_path"] == "last"
-        config["ckpt_path"] = find_checkpoint(
-            config["ckpt_path"], config["checkpoint"]["dirpath"], required=self.config.subcommand != "fit"
-        )
+        if config["resume"]:
+            if command != "fit":
+                raise UserError("resume: only fit goes on with a run; to evaluate one give --ckpt_path")
+            if config["ckpt_path"] not in (None, "last"):
+                raise UserError("ckpt_path: not with --resume, which finds the run and its newest checkpoint by itself")
+            config["ckpt_path"] = None
+        folder = config["checkpoint"]["dirpath"]
+        config["ckpt_path"] = find_checkpoint(config["ckpt_path"], folder, required=command != "fit")
 
-    def before_fit(self) -> None:
-        """See that the student can be pushed where it is to go."""
-        if (repository := self.config[self.subcommand]["push_to_hub"]) is not None and self.trainer.is_global_zero:
-            check_hub(repository)
+    # ------------------------------------------------------------------ before anything is built
 
     def before_instantiate_classes(self) -> None:
-        """Check and settle what depends on several keys at once, and name the run."""
+        """Check and settle what depends on several keys at once, name the run, and find an earlier part of it."""
         self._settle()
-        self._name_run()
-        self._take_up()
+        name_loggers(self.config[self.subcommand], str(self.subcommand))
+        self._find_earlier()
 
-    def _take_up(self) -> None:
+    def _settle(self) -> None:
+        config, fit = self.config[self.subcommand], self.subcommand == "fit"
+        trainer = config["trainer"]
+        check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
+        if config["baseline_after_fit"] and not config["test_after_fit"]:
+            raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
+        unbound = [name for name in ("max_steps", "max_epochs") if trainer[name] in (None, -1)]
+        for name in {"max_steps", "max_epochs"} - {*unbound}:
+            if fit:
+                check_range(f"trainer.{name}", trainer[name], at_least=1, below=2**31, whole=True)
+        if fit and len(unbound) == 2 and trainer["max_time"] is None:
+            raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
+        if not fit and config["ckpt_path"] is None:
+            model = config["model"]["init_args"]
+            if model.get("from_scratch"):
+                raise UserError(
+                    f"ckpt_path: {self.subcommand} would score random weights, which model.from_scratch asks for; give"
+                    " ckpt_path, or a student that has weights and from_scratch: false"
+                )
+            rank_zero_info(f"No ckpt_path: {self.subcommand} takes the student {model.get('student')!r} as it is.")
+        if config.get("verbose") is not None:
+            # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
+            config["verbose"] = False
+        if config.get("weights_only") is None:
+            # what a checkpoint has beside weights is plain data; anything else in one is code to run
+            config["weights_only"] = True
+        if trainer["val_check_interval"] is not None:
+            # whoever sets Lightning's own interval means it
+            config["validation"]["every_n_steps"] = None
+        if config["cpu_threads"] is not None:
+            torch.set_num_threads(config["cpu_threads"])
+
+    def _find_earlier(self) -> None:
         """Find the run to resume, if any, and check that no other one is overwritten.
 
         Each process of a distributed run decides by files that none of them changes before all have joined.
@@ -242,95 +263,27 @@ class DistillCLI(LightningCLI):
         own = folder is not None and path is not None and Path(path).absolute().is_relative_to(folder.absolute())
         if config["resume"]:
             config["resume"] = False
-            plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
-            earlier = newest_run(config, plain)
+            earlier = newest_run(config, yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False)))
             if earlier is not None and earlier.finished:
-                say_finished(earlier.folder)
+                # for a job that is started again
+                rank_zero_only(print)(f"--resume: this run is finished: {earlier.folder}")
                 raise SystemExit(0)
             if earlier is not None:
-                self._goes_on, config["ckpt_path"] = earlier.folder, earlier.checkpoint and str(earlier.checkpoint)
-                rank_zero_info(
-                    f"--resume: going on with {earlier.folder} from {config['ckpt_path'] or 'its beginning'}"
-                )
+                self._earlier_folder = earlier.folder
+                config["ckpt_path"] = earlier.checkpoint and str(earlier.checkpoint)
+                start = config["ckpt_path"] or "its beginning"
+                rank_zero_info(f"--resume: going on with {earlier.folder} from {start}")
         elif self.subcommand == "fit" and folder is not None and (own or self._last) and not (folder / RECORD).exists():
-            self._goes_on = folder
-        if self._goes_on is None:
+            self._earlier_folder = folder
+        if self._earlier_folder is None:
             check_unused(config, str(self.subcommand))
         else:
             warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
-        self._progress = read_progress(Path(config["ckpt_path"])) if config["ckpt_path"] else {}
+        self._progress = read_progress(config["ckpt_path"])
         if self.subcommand == "fit":
             check_same_training(config, import_class(config["model"]["class_path"]), self._progress)
 
-    def _settle(self) -> None:
-        config = self.config[self.subcommand]
-        trainer = config["trainer"]
-        check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
-        if config["baseline_after_fit"] and not config["test_after_fit"]:
-            raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
-        endless = trainer["max_steps"] == -1 and trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None
-        for name in ("max_steps", "max_epochs"):
-            if self.subcommand == "fit" and trainer[name] not in (None, -1) and not 1 <= trainer[name] < 2**31:
-                raise UserError(
-                    f"trainer.{name}: got {trainer[name]}; allowed is from 1 to {2**31 - 1}, or -1 for no bound"
-                )
-        if self.subcommand == "fit" and endless:
-            raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
-        if self.subcommand != "fit" and config["ckpt_path"] is None:
-            self._see_to_weights(config["model"]["init_args"])
-        if config.get("verbose") is not None:
-            # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
-            config["verbose"] = False
-        if config.get("weights_only") is None:
-            # what a checkpoint holds beside weights is plain data; anything else in one is code to run
-            config["weights_only"] = True
-        if trainer["val_check_interval"] is not None:
-            # whoever sets Lightning's own interval means it
-            config["validation"]["every_n_steps"] = None
-        if config["cpu_threads"] is not None:
-            torch.set_num_threads(config["cpu_threads"])
-
-    def _see_to_weights(self, model: Namespace) -> None:
-        """Without a checkpoint evaluate the student as it is; refuse one with random weights."""
-        if model.get("from_scratch"):
-            raise UserError(
-                f"ckpt_path: {self.subcommand} would score random weights, which model.from_scratch asks for; give"
-                " ckpt_path, or a student that has weights and from_scratch: false"
-            )
-        rank_zero_info(f"No ckpt_path: {self.subcommand} takes the student {model.get('student')!r} as it is.")
-
-    def _name_run(self) -> None:
-        """Loggers that have no name get the run's, so that they need no set-up."""
-        config = self.config[self.subcommand]
-        trainer = config["trainer"]
-        if trainer.get("logger") is True or trainer.get("logger") is None:
-            trainer["logger"] = [
-                Namespace(
-                    class_path="lightning.pytorch.loggers.CSVLogger",
-                    init_args=Namespace(
-                        save_dir=str(Path(trainer["default_root_dir"] or "") / "runs"),
-                        name="lightning_logs",
-                        version=None,
-                        prefix="",
-                        flush_logs_every_n_steps=100,
-                    ),
-                )
-            ]
-        loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
-        name = run_name(config)
-        for logger in loggers:
-            if not isinstance(logger, Namespace):
-                continue
-            unnamed = logger.init_args.get("name") in (None, "lightning_logs")
-            if unnamed:
-                logger.init_args["name"] = name
-            if logger.class_path.rpartition(".")[2] == "WandbLogger":
-                naming = wandb_naming(config)
-                whole = naming.pop("name")
-                if unnamed:
-                    logger.init_args["name"] = whole
-                extra = logger.get("dict_kwargs") or {}
-                logger["dict_kwargs"] = {**naming, "job_type": self.subcommand} | dict(extra)
+    # ------------------------------------------------------------------ what is built
 
     def instantiate_classes(self) -> None:
         """As Lightning's; what the machine or the environment lacks is told in one line."""
@@ -348,45 +301,40 @@ class DistillCLI(LightningCLI):
         else:
             # the very same one, which would be read from its files once more
             self.datamodule.tokenizer = self.model.tokenizer
-            self._say_the_given_student()
+            # what is saved and logged of a resumed run names the student that it began with
+            given = self.config[self.subcommand]["model"]["init_args"]
+            for name in ("student", "from_scratch"):
+                self.model.hparams[name] = self.model._hparams_initial[name] = given[name]
             return
         # out here it keeps its own traceback and cause, without jsonargparse's around it
         raise error
 
     def _from_checkpoint(self) -> Namespace:
         """The config to build from: a checkpoint brings its own student, neither hub nor original folder is read."""
-        path = self.config[self.subcommand]["ckpt_path"]
         whole: Namespace = self.config.clone()
-        if self._goes_on is not None:
-            loggers_go_on(whole[str(self.subcommand)], self._goes_on, self._progress)
-        if path is None or not Path(path).is_file():
-            return whole
         config = whole[str(self.subcommand)]
-        config["model"]["init_args"]["student"] = str(path)
-        # its weights are read twice, here and by Lightning; to draw random ones first takes several times as long
-        config["model"]["init_args"]["from_scratch"] = False
-        config["data"]["init_args"]["tokenizer"] = str(path)
+        path = config["ckpt_path"]
+        if self._earlier_folder is not None:
+            continue_loggers(config, self._earlier_folder, self._progress)
+        if path is not None and Path(path).is_file():
+            # its weights are read twice, here and by Lightning; to draw random ones first takes several times as long
+            config["model"]["init_args"].update(Namespace(student=str(path), from_scratch=False))
+            config["data"]["init_args"]["tokenizer"] = str(path)
         return whole
 
-    def _say_the_given_student(self) -> None:
-        """What is saved and logged of a resumed run names the student that it began with."""
-        given = self.config[self.subcommand]["model"]["init_args"]
-        for name in ("student", "from_scratch"):
-            self.model.hparams[name] = self.model._hparams_initial[name] = given[name]
-
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Checkpoints only where they are enabled."""
+        """With our callbacks, and checkpoints only where they are enabled."""
         self.config = self._given
-        config = self.config_init[self.subcommand]["trainer"]
-        if config["enable_checkpointing"] is False or config["fast_dev_run"]:
-            self._parser(self.subcommand).callback_keys = ["validation"]
-            own: list[pl.Callback] = []
-        else:
-            own = [LastCheckpoint(dirpath=self.config_init[self.subcommand]["checkpoint"].dirpath)]
-        if config["enable_progress_bar"] is not False:
-            own.append(Progress())
+        built = self.config_init[self.subcommand]
         self._history = RunHistory(run_folder)
-        self.trainer_defaults["callbacks"] = [*own, self._history, Throughput(), SampleTable()]
+        callbacks: list[pl.Callback] = [self._history, Throughput(), SampleTable()]
+        if built["trainer"]["enable_progress_bar"] is not False:
+            callbacks.insert(0, Progress())
+        if built["trainer"]["enable_checkpointing"] is False or built["trainer"]["fast_dev_run"]:
+            self._parser(self.subcommand).callback_keys = ["validation"]
+        else:
+            callbacks.insert(0, LastCheckpoint(dirpath=built["checkpoint"].dirpath))
+        self.trainer_defaults["callbacks"] = callbacks
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
@@ -395,10 +343,12 @@ class DistillCLI(LightningCLI):
         save_atomically(trainer)
         # before those that Lightning adds by itself, too
         trainer.callbacks.insert(0, StopAtSignals())  # type: ignore[attr-defined]  # not declared by Lightning
-        if self._goes_on is not None:
-            self._history.lock(self._goes_on)
+        if self._earlier_folder is not None:
+            self._history.lock(self._earlier_folder)
             keep_metrics(trainer.loggers, self._progress)
         return trainer
+
+    # ------------------------------------------------------------------ the command and what follows it
 
     def _run_subcommand(self, subcommand: str) -> None:
         """As Lightning's; a W&B run ends with its command, so that the next one in this process is another run."""
@@ -416,11 +366,9 @@ class DistillCLI(LightningCLI):
             frames = traceback.extract_tb(error.__traceback__)
             if not any(frame.filename.endswith("checkpoint_connector.py") for frame in frames):
                 raise
-            path = self.config[subcommand]["ckpt_path"]
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"ckpt_path: {str(path)!r} does not fit what is run here ({type(error).__name__}: {reason})"
-            ) from error
+            path, reason = str(self.config[subcommand]["ckpt_path"]), " ".join(str(error).split())[:300]
+            kind = type(error).__name__
+            raise UserError(f"ckpt_path: {path!r} does not fit what is run here ({kind}: {reason})") from error
         except Interrupted as stopped:
             if subcommand == "fit":
                 self._say_how_to_go_on(stopped)
@@ -444,92 +392,59 @@ class DistillCLI(LightningCLI):
         print(f"Stopped by {stopped.name} at step {trainer.global_step}{of}: {what}", file=sys.stderr)
         print(f"To go on: {shlex.join(command)}", file=sys.stderr)
 
-    # ------------------------------------------------------------------ what follows a command
+    def before_fit(self) -> None:
+        """See that the student can be pushed where it is to go."""
+        if (repository := self.config[self.subcommand]["push_to_hub"]) is not None and self.trainer.is_global_zero:
+            check_hub(repository)
 
     def after_fit(self) -> None:
         """Test the best checkpoint once, save its student, and say so."""
-        config = self.config[self.subcommand]
-        folder, steps = run_folder(self.trainer), self.trainer.global_step
+        config, trainer, model, data = self.config[self.subcommand], self.trainer, self.model, self.datamodule
+        folder, steps, history = run_folder(trainer), trainer.global_step, self._history
+        fast_dev_run = config["trainer"]["fast_dev_run"]
         if steps == 0:
             raise UserError(
                 "trainer: not one step was taken, so that nothing is tested or saved;"
                 " see max_steps, max_epochs, max_time and limit_train_batches"
             )
-        best = best_checkpoint(self.trainer) or self._save_unvalidated(folder)
-        tested = config["test_after_fit"] and self.datamodule.split_rows("test") is not None
+        best = best_checkpoint(trainer)
+        if best is None and trainer.checkpoint_callbacks and not fast_dev_run:
+            rank_zero_warn("No validation has chosen a checkpoint: the student of the last step is tested and saved")
+            best = folder / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(best)
+        tested = config["test_after_fit"] and data.split_rows("test") is not None
         if config["test_after_fit"] and not tested:
-            rank_zero_warn(f"{self.datamodule.absence('test')}: the student is saved untested")
+            rank_zero_warn(f"{data.absence('test')}: the student is saved untested")
         try:
             if tested:
-                # Lightning's own table is left out: ours follows, with intervals beside their metrics
-                self.trainer.test(
-                    self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True
-                )
+                # Lightning's own table is left out for ours
+                trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
         finally:
             # whatever test stumbled over, what was trained is kept
-            student = save_best_student(self.trainer, self.model, self.datamodule, best, folder)
+            student = save_best_student(trainer, model, data, best, folder)
         baseline = None
-        if config["baseline_after_fit"] and tested and not config["trainer"]["fast_dev_run"]:
-            rank_zero_info("Training the label-only baseline: same data, settings and steps.")
+        if config["baseline_after_fit"] and tested and not fast_dev_run:
             baseline = self._baseline(folder)
             if student is not None and baseline is not None:
-                add_baseline(student, self.model, self.datamodule, baseline)
-        if not config["trainer"]["fast_dev_run"]:
-            self._record(folder, steps)
-        report(
-            self.model,
-            student=student,
-            baseline=baseline,
-            seconds=self._history.seconds,
-            validation=self._history.validation_seconds,
-        )
-        if config["push_to_hub"] is not None and student is not None and self.trainer.is_global_zero:
+                add_baseline(student, model, data, baseline)
+        if not fast_dev_run:
+            record_run(folder, config=config, trainer=trainer, module=model, data=data, history=history, steps=steps)
+        seconds, validation = history.seconds, history.validation_seconds
+        timing = f"Validation took {validation:.0f} s of {seconds:.0f} s ({validation / seconds:.0%})."
+        report(model, student=student, baseline=baseline, timing=timing if validation else "")
+        if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
             push_folder(student, config["push_to_hub"])
 
-    @rank_zero_only
-    def _record(self, folder: Path, steps: int) -> None:
-        record_run(
-            folder,
-            config=self.config[self.subcommand],
-            trainer=self.trainer,
-            module=self.model,
-            data=self.datamodule,
-            history=self._history,
-            steps=steps,
-        )
-
-    def _save_unvalidated(self, folder: Path) -> Path | None:
-        """The last step's checkpoint of a run in which no validation has chosen one; ``None`` where none is wanted."""
-        if not self.trainer.checkpoint_callbacks or self.config[self.subcommand]["trainer"]["fast_dev_run"]:
-            return None
-        rank_zero_warn(
-            "There is no checkpoint that a validation has chosen: the student of the last step is tested and saved"
-        )
-        path = folder / "checkpoints" / "last.ckpt"
-        self.trainer.save_checkpoint(path)
-        return path
-
     def _baseline(self, folder: Path) -> dict[str, float] | None:
+        rank_zero_info("Training the label-only baseline: same data, settings and steps.")
         config = self.config[self.subcommand]
         try:
-            return train_baseline(
-                model_args=config["model"]["init_args"].as_dict(),
-                data_class=type(self.datamodule),
-                data_args=config["data"]["init_args"].as_dict(),
-                # built anew: a strategy or a plugin serves one trainer
-                trainer_args=self._build_trainer_arguments(),
-                every_n_steps=config["validation"]["every_n_steps"],
-                seed=config["seed_everything"],
-                folder=folder / "baseline",
-            )
+            trainer = self._parser(self.subcommand).instantiate_classes(Namespace(trainer=config["trainer"]))["trainer"]
+            return train_baseline(config, dict(trainer), type(self.datamodule), folder / "baseline")
         except UserError as error:
             # a resumed run does not need its original student, a baseline from the start does
             rank_zero_warn(f"No baseline: {error}")
             return None
-
-    def _build_trainer_arguments(self) -> dict[str, Any]:
-        config = Namespace(trainer=self.config[self.subcommand]["trainer"])
-        return dict(self._parser(self.subcommand).instantiate_classes(config)["trainer"])
 
     def after_validate(self) -> None:
         """The metrics as a table."""
@@ -589,6 +504,8 @@ def run_trainer(args: ArgsType, cli: type[DistillCLI] = DistillCLI) -> DistillCL
     """
     # matrix products in TF32 where the hardware has it: T5 is trained in it, and float32 on it costs several times more
     torch.set_float32_matmul_precision("high")
+    # LightningCLI hands each command's parser what stands under its name
+    described = {name: {"description": text} for name, text in COMMANDS.items() if name in DistillCLI.subcommands()}
     return cli(
         DistillModule,
         RationaleDataModule,
@@ -596,12 +513,7 @@ def run_trainer(args: ArgsType, cli: type[DistillCLI] = DistillCLI) -> DistillCL
         subclass_mode_data=True,
         args=args,
         parser_class=Parser,
-        parser_kwargs={
-            "prog": "lit-distill",
-            "description": DESCRIPTION,
-            # LightningCLI hands each command's parser what stands under its name
-            **{name: {"description": text} for name, text in COMMANDS.items() if name in DistillCLI.subcommands()},
-        },
+        parser_kwargs={"prog": "lit-distill", "description": DESCRIPTION, **described},
         save_config_callback=_SaveConfig,
         seed_everything_default=0,
         auto_configure_optimizers=False,

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lit_distill.commands.finish import chance_level, metrics_table
+from lit_distill.commands.report import chance_level, metrics_table
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation
 from lit_distill.modules import StepByStepModule
 from tests.runs import (

@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import Namespace
 
 from lit_distill.commands.experiment import FitCheck, accepted_arguments
-from lit_distill.commands.runs import run_name, wandb_naming
+from lit_distill.commands.naming import run_name, wandb_naming
 from lit_distill.experiments.grid import merge, settings
 
 

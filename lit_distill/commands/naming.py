@@ -1,0 +1,118 @@
+"""What a run is called, and the folder where it keeps its files."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, telling
+from lit_distill.files import flatten
+
+
+def names(config: Namespace) -> tuple[str, str]:
+    """What the dataset and the method are called in a run's name; of ANLI, each round is a dataset."""
+    data, model = config["data"], config["model"]
+    dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
+    part = (data.get("init_args") or Namespace()).get("round", "")
+    return f"{dataset}{part}", model["class_path"].rpartition(".")[2].removesuffix("Module")
+
+
+def run_name(config: Namespace) -> str:
+    """A run's name, by which its folder is found."""
+    arguments = config["data"].get("init_args") or Namespace()
+    source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
+    return f"{'-'.join(names(config))}-{source}-{fraction:g}-seed{config['seed_everything']}"
+
+
+def wandb_naming(config: Namespace) -> dict[str, Any]:
+    """The name, the group and the tags of a run in W&B: runs that differ in more than their seeds are in other groups.
+
+    A group is called by what is looked for most, and ends in a hash of all that tells runs apart in a comparison.
+    """
+    known = telling({key: value for key, value in config.as_dict().items() if key != "config"})
+    dataset, method = names(config)
+    student = Path(known.get(STUDENT, "")).name
+    source, fraction = known.get(LABELS, "gold"), float(known.get(FRACTION, 1))
+    weight = known.get(WEIGHT, "1")
+    odd = [f"weight{weight}"] * (weight != "1") + ["shuffled"] * (known.get(PAIRING) == "shuffled")
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
+    group = "-".join([dataset, method, source, f"{fraction:g}", student[:60], *odd, digest])
+    seed = config["seed_everything"]
+    tags = [dataset, method, student, f"{source} labels", f"fraction {fraction:g}", *odd, f"seed {seed}"]
+    return {"name": f"{group}-seed{seed}", "group": group, "tags": [tag[:64] for tag in tags]}
+
+
+def name_loggers(config: Namespace, job_type: str) -> None:
+    """Give loggers without a name the run's, in place, and a run without a logger a CSV logger.
+
+    Args:
+        config: of a command.
+        job_type: the command, for W&B.
+    """
+    trainer = config["trainer"]
+    if trainer.get("logger") is True or trainer.get("logger") is None:
+        arguments = {"save_dir": str(Path(trainer["default_root_dir"] or "") / "runs"), "name": None, "version": None}
+        arguments |= {"prefix": "", "flush_logs_every_n_steps": 100}
+        own = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(arguments))
+        trainer["logger"] = [own]
+    for logger in loggers_of(config):
+        naming = wandb_naming(config) if is_logger(logger, "WandbLogger") else {"name": run_name(config)}
+        name = naming.pop("name")
+        if logger.init_args.get("name") in (None, "lightning_logs"):
+            logger.init_args["name"] = name
+        if naming:
+            logger["dict_kwargs"] = {**naming, "job_type": job_type} | dict(logger.get("dict_kwargs") or {})
+
+
+def plain_config(config: Namespace) -> dict[str, Any]:
+    """A config with its keys joined by dots and plain values, as loggers take it."""
+    flat = flatten(config.as_dict())
+    return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat.items()}
+
+
+def loggers_of(config: Namespace) -> list[Namespace]:
+    """The loggers that a config asks for by their classes."""
+    given = config["trainer"].get("logger")
+    return [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, Namespace)]
+
+
+def is_logger(logger: Namespace, name: str) -> bool:
+    """Whether a logger's class is of this name."""
+    return str(logger.class_path).rpartition(".")[2] == name
+
+
+def logger_root(logger: Namespace) -> Path:
+    """The folder in which a logger makes a folder a run."""
+    arguments = logger.init_args
+    name = arguments.get("name")
+    if is_logger(logger, "WandbLogger"):
+        name = arguments.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+    return Path(arguments.get("save_dir") or arguments.get("dir") or ".") / (name or "")
+
+
+def logger_folder(logger: Namespace) -> Path | None:
+    """A logger's folder for the run where its version is given; ``None`` where it counts its versions."""
+    version = logger.init_args.get("version")
+    if version is None:
+        return None
+    return logger_root(logger) / (version if isinstance(version, str) else f"version_{version}")
+
+
+def fixed_folder(config: Namespace) -> Path | None:
+    """The run's folder where the config says it; ``None`` where the logger counts its versions."""
+    if config["checkpoint"]["dirpath"]:
+        return Path(config["checkpoint"]["dirpath"]).parent
+    return logger_folder(loggers[0]) if (loggers := loggers_of(config)) else None
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where a run keeps its files: the folder above its checkpoints, else the logger's."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath).parent
+    return Path(trainer.log_dir or trainer.default_root_dir)
