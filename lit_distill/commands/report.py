@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -66,7 +67,7 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
     def add(name: str, values: Mapping[str, float], key: str) -> None:
         low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
         interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        table.add_row(Text(name), f"{values[key]:.3f}", interval)
+        table.add_row(escape(name), f"{values[key]:.3f}", interval)
 
     known = list(_NAMES)
     metrics = evaluation.metrics
