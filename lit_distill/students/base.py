@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
+from lit_distill.students.adapters import Adapter, merged
+from lit_distill.students.files import StudentRecord, save_tokenizer
+from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
 
 ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
@@ -164,6 +168,8 @@ class Student(nn.Module, ABC):
     tokens: Tokens
     sharded: bool = False
     """Whether the parameters are spread over ranks, so that each forward is a collective; its module sets it."""
+    adapter: Adapter | None = None
+    """The adapter that is trained in place of the weights, if there is one."""
     compiles: bool = False
     """Whether the forward that trains is compiled."""
 
@@ -176,13 +182,25 @@ class Student(nn.Module, ABC):
     def forward(self, batch: TaskBatch) -> Pass:
         """A pass of this batch; nothing runs before something of it is read."""
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Save model and tokenizer in the Hugging Face format."""
+    @property
+    def network(self) -> PreTrainedModel:
+        """The Hugging Face model, also where an adapter is around it."""
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
-    @abstractmethod
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights: plain types and tensors."""
+    def save(self, folder: Path) -> None:
+        """Save model and tokenizer in the Hugging Face format; an adapter alone or merged into the model."""
+        if self.adapter is None:
+            save_model(self.model, self.tokenizer, folder)
+        elif self.adapter.export == "merged":
+            save_model(merged(cast(PeftModel, self.model)), self.tokenizer, folder)
+        else:
+            self.model.save_pretrained(folder)
+            save_tokenizer(self.tokenizer, folder)
+
+    def record(self) -> StudentRecord:
+        """What a checkpoint keeps beside the weights: configuration, tokenizer and adapter, in plain types."""
+        record = record_model(self.network, self.tokenizer)
+        return record if self.adapter is None else {**record, "adapter": self.adapter.plain()}
 
     def training_forward(self, module: nn.Module) -> Callable[..., Any]:
         """A part's forward, compiled once for all shapes where that was asked for and gradients are."""

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,6 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
-from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
@@ -232,11 +230,6 @@ class CausalStudent(Student):
         self.network.generation_config = generation
 
     @property
-    def network(self) -> PreTrainedModel:
-        """The Hugging Face model, also where an adapter is around it."""
-        return cast(PreTrainedModel, getattr(self.model, "get_base_model", lambda: self.model)())
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -272,11 +265,3 @@ class CausalStudent(Student):
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-    def save(self, folder: Path) -> None:
-        """Save model and tokenizer in the Hugging Face format."""
-        save_model(self.network, self.tokenizer, folder)
-
-    def record(self) -> dict[str, Any]:
-        """The configuration and the tokenizer's files."""
-        return dict(record_model(self.network, self.tokenizer))

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class StudentRecord(TypedDict):
     """The content of ``config.json``."""
     tokenizer: dict[str, Tensor]
     """The tokenizer's files: name -> content as bytes, ``(size,)``, uint8."""
+    adapter: NotRequired[dict[str, Any]]
+    """The settings of the adapter whose weights are among the student's."""
 
 
 def family(config: Mapping[str, Any]) -> Family:

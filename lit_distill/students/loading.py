@@ -1,13 +1,17 @@
 """A student by name, whichever family it is of."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
+from lit_distill.checks import check_choice
 from lit_distill.errors import UserError
 from lit_distill.shipped import shipped
+from lit_distill.students.adapters import Adapter, add_adapter, merged
 from lit_distill.students.base import Student
 from lit_distill.students.causal import CausalStudent
 from lit_distill.students.files import (
+    CHECKPOINT_KEY,
     check_weights,
     family,
     is_checkpoint,
@@ -17,7 +21,7 @@ from lit_distill.students.files import (
     reading,
     student_weights,
 )
-from lit_distill.students.models import build_model, configuration, pretrained
+from lit_distill.students.models import Dtype, build_model, check_memory, pretrained
 from lit_distill.students.seq2seq import Seq2SeqStudent
 from lit_distill.students.tokens import CausalTokens, Tokens
 
@@ -27,9 +31,12 @@ def load(
     *,
     from_scratch: bool = False,
     dropout: float | None = None,
+    dtype: Dtype = "float32",
+    adapter: Mapping[str, Any] | None = None,
     fast: bool = True,
     compile: bool = False,
     activation_checkpointing: bool = False,
+    meta: bool = False,
 ) -> Student:
     """A student by name, in training mode.
 
@@ -38,15 +45,19 @@ def load(
             ``from_scratch`` has to be set), or a checkpoint file of this framework.
         from_scratch: random weights from the configuration.
         dropout: dropout rate in place of the configuration's.
+        dtype: what the weights are kept in.
+        adapter: settings of an `Adapter` that is trained in place of the weights. A checkpoint that was trained with
+            the same one brings its weights; any other adapter of a checkpoint is merged into the student first.
         fast: run a T5's layers on real tokens only, where that is possible.
         compile: compile the forward that trains, in place of the fast path.
         activation_checkpointing: recompute activations in the backward pass: less memory, a slower step.
+        meta: a student without memory for its weights; `lit_distill.students.sharding` gives them.
 
     Raises:
         UserError: the student cannot be read, is of no family that is known, or its weights or tokenizer do not fit.
     """
     tokens = load_tokens(name)
-    model: Any = load_model(name, from_scratch=from_scratch, dropout=dropout)
+    model = load_model(name, from_scratch=from_scratch, dropout=dropout, dtype=dtype, adapter=adapter, meta=meta)
     if len(tokens.tokenizer) > model.config.vocab_size:
         raise UserError(
             f"student: the tokenizer of {os.fspath(name)!r} has {len(tokens.tokenizer)} tokens, its configuration's"
@@ -55,8 +66,11 @@ def load(
     if activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if tokens.family == "causal":
-        return CausalStudent(model, tokens, compile=compile)
-    return Seq2SeqStudent(model, tokens, fast=fast, compile=compile)
+        student: Student = CausalStudent(model, tokens, compile=compile)
+    else:
+        student = Seq2SeqStudent(model, tokens, fast=fast, compile=compile)
+    student.adapter = None if adapter is None else Adapter.of(adapter)
+    return student
 
 
 def load_tokens(name: str | os.PathLike[str]) -> Tokens:
@@ -69,17 +83,42 @@ def load_tokens(name: str | os.PathLike[str]) -> Tokens:
     return (CausalTokens if causal else Tokens)(load_tokenizer(name))
 
 
-def load_model(name: str | os.PathLike[str], *, from_scratch: bool = False, dropout: float | None = None) -> Any:  # noqa: ANN401
-    """A student's Hugging Face model, in float32 and in training mode; arguments and errors as of `load`."""
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    from_scratch: bool = False,
+    dropout: float | None = None,
+    dtype: Dtype = "float32",
+    adapter: Mapping[str, Any] | None = None,
+    meta: bool = False,
+) -> Any:  # noqa: ANN401
+    """A student's Hugging Face model, inside PEFT's with an adapter; arguments and errors as of `load`."""
+    check_choice("dtype", dtype, get_args(Dtype))
     name = shipped(os.fspath(name))
     config = read_config(name)
+    wanted = None if adapter is None else Adapter.of(adapter)
     with reading("student: the configuration makes no model in", name):
-        configuration(config, dropout)
-        if from_scratch:
-            return build_model(config, dropout=dropout)
-    if not is_checkpoint(name):
-        return pretrained(name, config, dropout=dropout)
-    weights = student_weights(read_checkpoint(name)["state_dict"])
-    check_weights(weights, f"student: {name!r}")
-    with reading("student: the weights do not fit the configuration in", name):
-        return build_model(config, weights, dropout=dropout)
+        model: Any = build_model(config, dropout=dropout, dtype=dtype, meta=True)
+        check_memory(model)
+    if wanted is not None:
+        # before gigabytes of weights are read; what is sharded has to be of one type
+        model = add_adapter(model, wanted, own_dtype=False)
+    if meta:
+        return model
+    if from_scratch:
+        return build_model(config, dropout=dropout, dtype=dtype, adapter=wanted)
+    if is_checkpoint(name):
+        checkpoint = read_checkpoint(name)
+        kept = checkpoint[CHECKPOINT_KEY].get("adapter")
+        kept = None if kept is None else Adapter.of(kept)
+        weights = student_weights(checkpoint["state_dict"])
+        check_weights(weights, f"student: {name!r}")
+        with reading("student: the weights do not fit the configuration in", name):
+            model = build_model(config, weights, dropout=dropout, dtype=dtype, adapter=kept)
+        if kept is not None:
+            if kept.same(wanted):
+                return model
+            model = merged(model)
+    else:
+        model = pretrained(name, config, dropout=dropout, dtype=dtype)
+    return model if wanted is None else add_adapter(model, wanted)

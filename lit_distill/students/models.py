@@ -12,14 +12,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,7 +30,11 @@ from transformers.utils import logging as hf_logging
 
 from lit_distill.checks import check_int, check_range
 from lit_distill.errors import UserError
+from lit_distill.students.adapters import Adapter, add_adapter
 from lit_distill.students.files import StudentRecord, check_weights, family, reading, save_tokenizer, tokenizer_files
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What weights are kept in."""
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -73,9 +77,15 @@ def untie(model: Any) -> None:  # noqa: ANN401 - one of the T5 family
 
 
 def build_model(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None, *, dropout: float | None = None
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    dropout: float | None = None,
+    dtype: Dtype = "float32",
+    adapter: Adapter | None = None,
+    meta: bool = False,
 ) -> PreTrainedModel:
-    """A model in float32 and in training mode, from the content of a ``config.json``.
+    """A model in training mode, from the content of a ``config.json``.
 
     Args:
         config: the file's content; its ``tie_word_embeddings`` is honoured.
@@ -83,29 +93,38 @@ def build_model(
             drawn from N(0, 1/d_model), so that logits of normalised hidden states start with unit variance and the
             first loss is near ln(vocabulary).
         dropout: dropout rate in place of the configuration's.
+        dtype: of the weights.
+        adapter: is added before ``weights`` are loaded.
+        meta: no memory for weights, which are given later.
     """
     made = configuration(config, dropout)
     # random weights take seconds to draw
-    with no_init_weights() if weights is not None else nullcontext():
-        model = _model_class(made)(made)
+    empty = meta or weights is not None
+    with torch.device("meta") if meta else nullcontext(), no_init_weights() if empty else nullcontext():
+        model = _auto_class(made).from_config(made, dtype=getattr(torch, dtype))
     # left out with them
     model.tie_weights()
     if family(config) == "seq2seq" and not _says_tied(config):
         untie(model)
-        if weights is None:
+        if not empty:
             nn.init.normal_(model.lm_head.weight, std=made.hidden_size**-0.5)
+    if adapter is not None:
+        model = add_adapter(model, adapter)
     if weights is not None:
         model.load_state_dict(weights)
-    return cast(PreTrainedModel, model.float().train())
+    return cast(PreTrainedModel, model.train())
 
 
-def pretrained(name: str, config: Mapping[str, Any], *, dropout: float | None = None) -> PreTrainedModel:
-    """A model with the weights of a folder or of the hub, in float32 and in training mode.
+def pretrained(
+    name: str, config: Mapping[str, Any], *, dropout: float | None = None, dtype: Dtype = "float32"
+) -> PreTrainedModel:
+    """A model with the weights of a folder or of the hub, in training mode.
 
     Args:
         name: the folder, or the name on the hub.
         config: the content of its ``config.json``.
         dropout: dropout rate in place of the configuration's.
+        dtype: of the weights, whatever the files'.
 
     Raises:
         UserError: it cannot be read, or has no weights, or some that are not finite.
@@ -118,14 +137,31 @@ def pretrained(name: str, config: Mapping[str, Any], *, dropout: float | None = 
         )
     made = configuration(config, dropout)
     with reading("student: cannot load", name), _quiet_loading():
-        model = _model_class(made).from_pretrained(name, config=made)
+        model = _auto_class(made).from_pretrained(name, config=made, dtype=getattr(torch, dtype))
     # how a student generates is said by the arguments alone
     model.generation_config = GenerationConfig.from_model_config(model.config)
     check_weights(dict(model.named_parameters()), f"student: {name!r}")
     if family(config) == "seq2seq" and not (_says_tied(config) and is_tied(model)):
         untie(model)
+    for parameter in model.parameters():
+        # transformers keeps some in float32; buffers, which may be in float32 for their precision, stay as they are
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
-    return cast(PreTrainedModel, model.float().train())
+    return cast(PreTrainedModel, model.train())
+
+
+def check_memory(model: nn.Module) -> None:
+    """See that this machine's memory holds a model's weights.
+
+    Raises:
+        UserError: it does not.
+    """
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"its weights need {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f} GiB of memory"
+        )
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -148,7 +184,7 @@ def true_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def configuration(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedConfig:
-    """The configuration of a model that can be built, and that this machine's memory holds.
+    """The configuration of a model that can be built.
 
     Args:
         config: the content of a ``config.json``.
@@ -171,19 +207,11 @@ def configuration(config: Mapping[str, Any], dropout: float | None = None) -> Pr
     if family(config) == "seq2seq":
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             check_int(name, getattr(made, name), 0, made.vocab_size - 1)
-    with torch.device("meta"):
-        needed = 4 * sum(parameter.numel() for parameter in _model_class(made)(made).parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise UserError(
-            f"its weights need {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f} GiB of memory"
-        )
     return cast(PreTrainedConfig, made)
 
 
-def _model_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)]
+def _auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,6 @@ from lit_distill.students.fast.memory import keep_freed_memory
 from lit_distill.students.fast.packed import Encoded, encode, encode_and_decode, log_likelihoods
 from lit_distill.students.fast.support import fits, reason_against, reason_against_decoding
 from lit_distill.students.fast.t5 import into_head
-from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
 
 
@@ -48,14 +46,6 @@ class Seq2SeqStudent(Student):
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
         """A pass of this batch, on the fast path where student and batch allow it."""
         return (PackedPass if self._is_fast(batch) else PlainPass)(self, batch)
-
-    def save(self, folder: Path) -> None:
-        """Save model and tokenizer in the Hugging Face format; the configuration states the true tying."""
-        save_model(self.model, self.tokenizer, folder)
-
-    def record(self) -> dict[str, Any]:
-        """The configuration, with the true tying, and the tokenizer's files."""
-        return dict(record_model(self.model, self.tokenizer))
 
     def _is_fast(self, batch: TaskBatch) -> bool:
         if not self.fast:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import tokenizers
 import transformers
@@ -125,7 +125,7 @@ class CausalTokens(Tokens):
             return [row[:-1] if row and row[-1] == eos else row for row in rows]
         turns = [[{"role": "user", "content": text}] for text in texts]
         rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self._ids(rendered)
+        return self._ids(cast(list[str], rendered))
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids alone, without the tokens that the tokenizer puts around a text."""

@@ -91,7 +91,7 @@ def plain_loss(student: CausalStudent, rows: Rows) -> Tensor:
 
 def gradients(student: CausalStudent, loss: Tensor) -> dict[str, Tensor]:
     student.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
 
 
