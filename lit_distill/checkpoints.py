@@ -21,9 +21,6 @@ from lit_distill.errors import UserError
 from lit_distill.files import atomic_write
 from lit_distill.interrupts import Interrupted, on_signals
 
-LOCK = ".lock"
-"""The file in a run's folder that the process which runs it locks."""
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own, but written beside the target: Lightning writes to the system's temporary folder and moves."""
@@ -91,9 +88,8 @@ class BestCheckpoint(ModelCheckpoint):
 
         self._replaced = tuple(map(found, state_dict.get("replaced", ())))
         known = {found(path): score for path, score in state_dict["best_k_models"].items()}
-        paths = {name: found(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
-        best = {path: score for path, score in known.items() if Path(path).exists()}
-        if state_dict["dirpath"] == self.dirpath or len(best) == len(known):
+        if state_dict["dirpath"] == self.dirpath or all(Path(path).exists() for path in known):
+            paths = {name: found(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
             super().load_state_dict({**state_dict, **paths, "best_k_models": known, "dirpath": self.dirpath})
         else:
             rank_zero_warn("The earlier best checkpoints are gone; the best is chosen from here on.")
@@ -114,8 +110,6 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(
             dirpath=dirpath,
             filename="last",
-            monitor=None,
-            save_top_k=1,
             save_on_train_epoch_end=False,
             save_on_exception=True,
             enable_version_counter=False,
@@ -130,7 +124,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Nothing of an earlier run's is needed, whose folder may be another one."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing to do: the state to resume from is saved already."""
+        """Save nothing: the state to resume from is saved already."""
         super().on_train_start(trainer, pl_module)
         self._training = True
         self._last_global_step_saved = trainer.global_step
@@ -182,7 +176,8 @@ class StopAtSignals(Callback):
         if self._in_validation_batch and trainer.world_size == 1:
             raise Interrupted(number)
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop before a batch, before a validation, and before what follows training."""
         number = self._number
         if trainer.world_size > 1:
             asked = torch.tensor(float(number), device=trainer.strategy.root_device)
@@ -190,27 +185,17 @@ class StopAtSignals(Callback):
         if number:
             raise Interrupted(number)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop before a batch."""
-        self._stop_if_asked(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before a validation."""
-        self._stop_if_asked(trainer)
+    on_validation_start = on_train_end = on_train_batch_start
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop before a batch, or at once from here on."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._in_validation_batch = True
-            self._stop_if_asked(trainer)
+            self.on_train_batch_start(trainer)
 
     def on_validation_batch_end(self, *args: Any) -> None:
         """A checkpoint may be written next."""
         self._in_validation_batch = False
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before what follows training."""
-        self._stop_if_asked(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop at once from here on: what training made is saved."""
@@ -228,20 +213,19 @@ class RunHistory(Callback):
     def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         """When its first part began, in UTC."""
-        self._folder = folder
         self.validation_seconds = 0.0
         """How long it validated, of `seconds`."""
+        self._folder = folder
         self._before = 0.0
         self._began = time.monotonic()
         self._validation_began = 0.0
         self._fitted = False
-        self._versions: list[int | str | None] = []
-        self._dataset = ""
+        self._known: dict[str, Any] = {}
         self._lock: FileLock | None = None
 
     @property
     def seconds(self) -> float:
-        """Seconds: this part, and the earlier ones up to the checkpoints they were resumed from."""
+        """How long it took: this part, and the earlier ones up to the checkpoints they were resumed from."""
         return self._before + time.monotonic() - self._began
 
     @staticmethod
@@ -252,13 +236,8 @@ class RunHistory(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {
-            "started": self.started,
-            "seconds": self.seconds,
-            "validation_seconds": self.validation_seconds,
-            "versions": self._versions,
-            "dataset": self._dataset,
-        }
+        times = {"started": self.started, "seconds": self.seconds, "validation_seconds": self.validation_seconds}
+        return times | self._known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the count; Lightning also loads it for the test that ends a run."""
@@ -267,10 +246,10 @@ class RunHistory(Callback):
             self.validation_seconds = state_dict["validation_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hold the run's folder until `release`."""
+        """Lock the run's folder until `release`."""
         self._fitted = True
-        self._versions = [logger.version for logger in trainer.loggers]
-        self._dataset = type(getattr(trainer, "datamodule", None)).__name__
+        dataset = type(getattr(trainer, "datamodule", None)).__name__
+        self._known = {"versions": [logger.version for logger in trainer.loggers], "dataset": dataset}
         # on every rank, as finding the folder is a collective
         self.lock(self._folder(trainer))
 
@@ -282,21 +261,21 @@ class RunHistory(Callback):
             UserError: one does.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._lock or FileLock(folder / LOCK)
+        self._lock = self._lock or FileLock(folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(f"{folder}: another process is running it") from error
+
+    def release(self) -> None:
+        """Let others run in the folder."""
+        if self._lock is not None:
+            self._lock.release(force=True)
 
     def on_validation_start(self, *args: Any) -> None:
         """Start the clock of validation."""
         self._validation_began = time.monotonic()
 
     def on_validation_end(self, *args: Any) -> None:
-        """Stop it."""
+        """Stop the clock."""
         self.validation_seconds += time.monotonic() - self._validation_began
-
-    def release(self) -> None:
-        """Let others run in the folder."""
-        if self._lock is not None:
-            self._lock.release(force=True)

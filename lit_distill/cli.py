@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
-from lit_distill.help import COMMANDS_IN_SHORT, short_help
 from lit_distill.interrupts import Interrupted
 from lit_distill.messages import COMMANDS, DESCRIPTION, likely, no_command
 from lit_distill.secrets import refuse_secrets
@@ -94,36 +93,64 @@ def answer_at_once(given: list[str]) -> None:
         SystemExit: with code 0, once the help or the version is printed.
         UserError: there is no command, or none of that name.
     """
-    if given[:1] in (["-h"], ["--help"], ["--version"]):
-        # prints what was asked for, and ends the program
-        overview().parse_args(given[:1])
     option = given[0].partition("=")[0] if given else ""
-    before = ("help", "version", "config", "print_completion")
+    if option == "--version":
+        end(f"lit_distill {__version__}")
+    if option in ("-h", "--help"):
+        commands = "".join(f"    {name:<12}{text}\n" for name, text in COMMANDS.items())
+        end(_OVERVIEW.format(description=DESCRIPTION, commands=commands))
     if not option.startswith("-") and option not in COMMANDS:
         raise UserError(no_command(option))
-    if option.startswith("-") and option not in ("-c", *(f"--{name}" for name in before)):
+    if option.startswith("-") and option not in ("-c", *(f"--{name}" for name in BEFORE)):
         name = option.lstrip("-")
         raise UserError(
-            f"{name}: no such argument{likely(name, before)}; allowed before a command are {', '.join(before)}"
+            f"{name}: no such argument{likely(name, BEFORE)}; allowed before a command are {', '.join(BEFORE)}"
         )
-    if option in COMMANDS_IN_SHORT and {"-h", "--help"} & set(given):
-        print(short_help(option))
-        raise SystemExit(0)
+    if option in SHORT_HELP and {"-h", "--help"} & set(given):
+        # the whole help has hundreds of lines, most of them the trainer's
+        parts = Path(__file__).with_name("help.txt").read_text(encoding="utf-8").rstrip().split("\n\n")
+        shown = "\n\n".join(part for part in parts if part.partition(":")[0].split("\n")[0] in SHORT_HELP[option])
+        end(_HELP.format(command=option, description=COMMANDS[option], shown=shown))
 
 
-def overview() -> argparse.ArgumentParser:
-    """A parser that knows the commands by name and none of their arguments, for its help."""
-    parser = argparse.ArgumentParser(
-        prog="lit-distill",
-        description=DESCRIPTION,
-        epilog="the arguments of a command, of a method, of a dataset:\n"
-        "  %(prog)s fit --help\n  %(prog)s fit --model.help=StepByStepModule\n  %(prog)s fit --data.help=CQADataModule",
-        # the lines above are there to be copied
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"lit_distill {__version__}")
-    parser.add_argument("-c", "--config", help="Path to a configuration file with a section for the command.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text)
-    return parser
+def end(text: str) -> NoReturn:
+    """Print a text and end the program."""
+    print(text)
+    raise SystemExit(0)
+
+
+BEFORE = ("help", "version", "config", "print_completion")
+"""Options that may stand before a command."""
+
+_TRAINING = ("config", "method", "of StepByStepModule", "data", "run")
+SHORT_HELP = dict.fromkeys(("fit", "validate", "test", "predict"), _TRAINING) | {
+    "inspect": ("config", "data", "report")
+}
+"""Command -> the parts of ``help.txt`` that ``--help`` shows."""
+
+_HELP = """\
+usage: lit-distill {command} --config FILE [--KEY VALUE ...]
+
+{description}
+
+{shown}
+
+All arguments: lit-distill {command} --help_all
+All of a class: lit-distill {command} --data.help CQADataModule, or --model.help"""
+
+_OVERVIEW = """\
+usage: lit-distill [-h] [--version] [-c CONFIG] COMMAND ...
+
+{description}
+
+options:
+  -h, --help           show this help message and exit
+  --version            show the version and exit
+  -c, --config CONFIG  a configuration file with a section for the command
+
+commands:
+{commands}
+the arguments of a command, of a method, of a dataset:
+  lit-distill fit --help
+  lit-distill fit --model.help=StepByStepModule
+  lit-distill fit --data.help=CQADataModule"""

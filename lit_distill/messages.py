@@ -13,10 +13,10 @@ COMMANDS = {
     "validate": "Evaluate a student on val.",
     "test": "Evaluate a student on test.",
     "predict": "Write what a student says of each row, as JSON lines.",
-    "annotate": "Ask a teacher for a rationale and a label of every row; keep all it says.",
+    "annotate": "Ask a teacher for a rationale and a label of every row.",
     "experiment": "Run a grid of fits, each a plain config of its own.",
     "compare": "Compare finished runs: tables, figures and a report.",
-    "inspect": "Report on a dataset as a config uses it: rows, teacher's labels, lengths, examples.",
+    "inspect": "Report on a dataset as a config uses it: rows, labels, lengths.",
     "configs": "List the configs that come with this, or copy them.",
 }
 """The commands, with one sentence of help each."""

@@ -53,36 +53,23 @@ class RunRecord:
 
     __pydantic_config__ = ConfigDict(strict=True, revalidate_instances="always")
 
-    dataset: str
-    """The dataset, as in the run's name."""
-    method: str
-    """The method's class without ``Module``, as in the run's name."""
-    student: str
-    """The student, by its own name (the last part of its path)."""
-    label_source: str
-    """Which labels it was trained on: ``gold`` or ``teacher``."""
-    train_fraction: Annotated[float, Field(gt=0, le=1)]
-    """The part of the training rows."""
-    seed: _Count
-    """Of initialisation and dropout (``seed_everything``)."""
-    data_seed: _Count
-    """Of the subset and the order (``data.seed``)."""
-    train_rows: _Count
-    """Rows that were trained on."""
-    test_rows: _Count
-    """Rows of test."""
-    steps: _Count
-    """Optimizer steps that were taken."""
-    metrics: _Metrics
-    """Test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1."""
+    dataset: str  # the dataset, as in the run's name
+    method: str  # the method's class without ``Module``, as in the run's name
+    student: str  # the student, by its own name (the last part of its path)
+    label_source: str  # which labels it was trained on: ``gold`` or ``teacher``
+    train_fraction: Annotated[float, Field(gt=0, le=1)]  # the part of the training rows
+    seed: _Count  # of initialisation and dropout (``seed_everything``)
+    data_seed: _Count  # of the subset and the order (``data.seed``)
+    train_rows: _Count  # rows that were trained on
+    test_rows: _Count  # rows of test
+    steps: _Count  # optimizer steps that were taken
+    metrics: _Metrics  # test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1
     validation: _Metrics = field(default_factory=dict)
     """The metric by which the tested checkpoint was chosen, and its step."""
     rationales: str | None = None
     """Which rationales were trained on: ``own``, ``shuffled``; ``None`` where no task has them."""
-    parameters: _Count = 0
-    """The student's parameters."""
-    teacher_accuracy: _Share | None = None
-    """The accuracy of the teacher's labels on test, where there are some."""
+    parameters: _Count = 0  # the student's parameters
+    teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
     chance: _Share | None = None
     """The accuracy on test without reading an input: of a uniform guess, or of always the commonest training label."""
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -90,26 +77,19 @@ class RunRecord:
     test ids, inputs and gold labels, of test only the rows that were tested."""
     config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)
     """The whole config, as ``fit`` took it."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """The data's own description, with what became of its rows."""
-    command: list[str] = field(default_factory=list)
-    """The command line."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Of this package, of Python and of the libraries."""
+    data: dict[str, Any] = field(default_factory=dict)  # the data's own description, with what became of its rows
+    command: list[str] = field(default_factory=list)  # the command line
+    versions: dict[str, str] = field(default_factory=dict)  # of this package, of Python and of the libraries
     git: dict[str, str | bool] = field(default_factory=dict)
     """Commit and whether files differed from it, where the working directory is a repository."""
-    machine: dict[str, Any] = field(default_factory=dict)
-    """What it ran on."""
-    started: str = ""
-    """When, in UTC."""
+    machine: dict[str, Any] = field(default_factory=dict)  # what it ran on
+    started: str = ""  # when, in UTC
     wall_seconds: _Amount = math.nan
     """How long it took, test and saving included; of a run that was resumed all parts, without what was lost."""
-    validation_seconds: _Amount = math.nan
-    """How long of that validation took."""
+    validation_seconds: _Amount = math.nan  # how long of that validation took
     peak_memory_mib: _Amount = math.nan
     """The most memory that it held: of the accelerator where there is one, else of the process."""
-    format: Literal[1] = 1
-    """The version of this layout."""
+    format: Literal[1] = 1  # the version of this layout
 
 
 @cache
@@ -166,20 +146,18 @@ def _first_fault(error: ValidationError) -> str:
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write what a student said of each test row; the file is there whole or not at all."""
     with atomic_write(Path(folder) / PREDICTIONS) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_predictions_file(folder: str | Path) -> list[dict[str, Any]]:
-    """Read it.
+    """Read what a student said of each test row.
 
     Raises:
-        UserError: it is absent or damaged.
+        UserError: the file is absent or damaged.
     """
     path = Path(folder) / PREDICTIONS
     try:
-        with path.open("rb") as file:
-            rows = [parse_json(line) for line in file if line.strip()]
+        rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"{path}: not there") from error
     except (OSError, ValueError) as error:

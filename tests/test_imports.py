@@ -27,7 +27,6 @@ LAYERS = (
         "messages",
         "secrets",
         "shipped",
-        "help",
     ),
     ("equations",),
     ("checks",),
