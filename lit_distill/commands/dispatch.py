@@ -21,6 +21,7 @@ from lit_distill.commands.experiment import experiment
 from lit_distill.commands.inspect_cli import InspectCLI
 from lit_distill.commands.parser import call
 from lit_distill.commands.train import run_trainer
+from lit_distill.comparison.comparing import Comparison
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.teachers.base import Teacher
@@ -50,7 +51,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
     return summary
 
 
-def run_compare(args: list[str]) -> dict[str, Any]:
+def run_compare(args: list[str]) -> Comparison:
     """Compare the runs in the folders that are named before the options."""
     return call("compare", compare, args, positional=("runs", _RUNS))
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, telling
+from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, identifying
 from lit_distill.files import flatten
 
 
@@ -34,7 +34,7 @@ def wandb_naming(config: Namespace) -> dict[str, Any]:
 
     A group is called by what is looked for most, and ends in a hash of all that tells runs apart in a comparison.
     """
-    known = telling({key: value for key, value in config.as_dict().items() if key != "config"})
+    known = identifying({key: value for key, value in config.as_dict().items() if key != "config"})
     dataset, method = names(config)
     student = Path(known.get(STUDENT, "")).name
     source, fraction = known.get(LABELS, "gold"), float(known.get(FRACTION, 1))

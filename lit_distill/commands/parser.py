@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints, TypeVar
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, get_loader, set_loader
@@ -18,6 +18,8 @@ from lit_distill.messages import COMMANDS, import_given, one_line, plain_type
 from lit_distill.modules.base import DistillModule
 from lit_distill.reading import check_yaml
 from lit_distill.teachers.base import Teacher
+
+T = TypeVar("T")
 
 _load_yaml = get_loader("yaml")
 
@@ -93,12 +95,12 @@ class Parser(LightningArgumentParser):
 
 def call(
     name: str,
-    function: Callable[..., dict[str, Any]],
+    function: Callable[..., T],
     args: list[str],
     *,
     classes: Mapping[str, type] | None = None,
     positional: tuple[str, str] | None = None,
-) -> dict[str, Any]:
+) -> T:
     """Call a function with arguments from the command line and from configuration files.
 
     A switch (a bool that is false by default) stands for true where no value follows.

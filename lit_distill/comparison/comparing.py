@@ -1,61 +1,57 @@
-"""From runs to what is said of them: grouped by setting, each beside its baseline and what was published."""
+"""From runs to a comparison: grouped by setting, each beside its baseline and what was published."""
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from lit_distill.comparison.baselines import find_baseline, read_baseline
-from lit_distill.comparison.names import method_name, short_keys, value_name, variant_names
-from lit_distill.comparison.published import SOURCE, TEACHER, Published, published
-from lit_distill.comparison.rows import SPLITTING, name_tests, split_by_training
-from lit_distill.comparison.runs import Found, Run, Skipped
+from lit_distill.comparison.published import TEACHER, Published, published
+from lit_distill.comparison.runs import Run
 from lit_distill.comparison.settings import (
-    STUDENT,
+    FIELDS,
     Setting,
-    aligned,
-    differing_keys,
-    following_keys,
-    setting_of,
-    student_names,
-    student_path,
-    student_sizes,
+    as_text,
+    settings_of,
+    short_names,
+    variant_names,
 )
-from lit_distill.comparison.statistics import (
-    ExampleDifference,
-    SeedDifference,
-    Summary,
-    paired_bootstrap,
-    paired_by_seed,
-    summarize,
-)
+from lit_distill.comparison.statistics import Difference, Mean, paired_bootstrap
 from lit_distill.errors import UserError
 from lit_distill.files import flatten
 
-ACCURACY = "test/accuracy"
-"""The metric that predictions are judged by, and that was published."""
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
-SCORED = "test/scored_accuracy"
-"""The accuracy of the likeliest choice."""
+ACCURACY = "test/accuracy"
+"""The metric that predictions tell row by row, and that was published."""
+
+_ACCURACIES = (ACCURACY, "test/scored_accuracy")
+"""Metrics for which chance is known."""
+
+_DATA_DIR = "data.init_args.data_dir"
+
+Groups = dict[Setting, list[Run]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A setting, and what was found of it."""
+class Result:
+    """A setting and what its runs gave."""
 
     setting: Setting
     name: str
-    """Without dataset, student, labels and fraction."""
+    """The setting in words, without dataset, student, labels and fraction."""
     runs: tuple[Run, ...]
-    summary: Summary
+    metric: Mean
     baseline: Setting | None
-    examples: ExampleDifference | None
-    """To the baseline, over test rows."""
-    seeds: SeedDifference | None
-    """To the baseline, over seeds."""
+    by_row: Difference | None
+    """From the baseline, over test rows."""
+    by_seed: Mean | None
+    """Differences from the baseline's runs with the same seeds."""
     left_out: tuple[int, int]
-    """Runs of it and of the baseline that the differences leave out, as the other has none of the same seeds."""
+    """Runs of the setting and of its baseline left out of the differences, as the other has none with their seeds."""
     remark: str
     """Why a difference is missing."""
     published: Published | None
@@ -68,41 +64,40 @@ class Section:
     """A dataset."""
 
     dataset: str
-    rows: tuple[Row, ...]
+    results: tuple[Result, ...]
     keys: tuple[str, ...]
-    """Of the config, those in which its runs differ."""
-    tests: Mapping[str, int]
-    """Hash of the test rows -> how many; an empty hash where it is not known."""
-    teachers: Mapping[float, str]
-    """Accuracy of a teacher's labels -> where it is from."""
+    """Keys of the config in which its runs differ."""
+    teachers: tuple[float, ...]
+    """Accuracies of the teachers' labels on test."""
     remarks: tuple[str, ...]
     chance: float | None
-    """Of the metric, where it is an accuracy and a run knows it."""
-
-    def row(self, setting: Setting) -> Row:
-        """The row of a setting."""
-        return next(row for row in self.rows if row.setting == setting)
+    """Accuracy without reading the input, if the metric is an accuracy and a run knows it."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report says."""
+    """Everything that a report says."""
 
     metric: str
     sections: tuple[Section, ...]
     runs: tuple[Run, ...]
-    """Those that are compared."""
-    duplicates: Mapping[str, str]
-    """Source of a run that was done again -> source of the one that is compared in its place."""
-    repeated: tuple[Run, ...]
-    """The runs of `duplicates`."""
-    skipped: tuple[Skipped, ...]
+    """All runs that have the metric, repeated ones included."""
+    repeated: Mapping[str, str]
+    """Source of a run that was repeated -> source of the one that is compared instead."""
+    skipped: Mapping[str, str]
+    """Source -> why it is not compared."""
     resamples: int
     seed: int
 
+    @property
+    def compared(self) -> list[Run]:
+        """The runs that are compared."""
+        return [run for run in self.runs if run.source not in self.repeated]
+
 
 def compare_runs(
-    found: Found,
+    runs: Sequence[Run],
+    skipped: Mapping[str, str] | None = None,
     *,
     metric: str = ACCURACY,
     baseline: str | None = None,
@@ -113,79 +108,82 @@ def compare_runs(
     """Compare runs.
 
     Args:
-        found: the runs.
+        runs: the runs.
+        skipped: source -> reason for what was found and is no finished run.
         metric: what is compared, by its logged name.
-        baseline: ``key=value,key=value``; standard finetuning if not given.
+        baseline: ``key=value,key=value``; standard finetuning by default.
         allow_different_tests: runs of a dataset may have been tested on different rows.
         resamples: of the bootstrap.
         seed: of its draws.
 
     Raises:
-        UserError: there are no runs, the test rows differ, or an argument is wrong.
+        UserError: there are no runs, their test rows differ, or an argument is wrong.
     """
-    if not found.runs:
-        skipped = "".join(f"; {one.source}: {one.reason}" for one in found.skipped[:3])
-        raise UserError(f"runs: no run that ended was found ({len(found.skipped)} skipped{skipped})")
-    found = found.with_metric(metric)
-    by_dataset: dict[str, list[Run]] = defaultdict(list)
-    for run in found.runs:
-        by_dataset[run.record.dataset].append(run)
-    for dataset in by_dataset:
-        by_dataset[dataset] = name_tests(by_dataset[dataset])
-    compared = [run for runs in by_dataset.values() for run in runs]
-    for dataset, runs in by_dataset.items():
-        _check_tests(dataset, runs, allowed=allow_different_tests)
-    sizes = student_sizes(found.runs)
-    grouped: dict[str, dict[Setting, list[Run]]] = {}
+    skipped = dict(skipped or {})
+    if not runs:
+        reasons = "".join(f"; {source}: {reason}" for source, reason in list(skipped.items())[:3])
+        raise UserError(f"runs: found no finished run ({len(skipped)} skipped{reasons})")
+    with_metric = [run for run in runs if metric in run.record.metrics]
+    if not with_metric:
+        allowed = sorted({name for run in runs for name in run.record.metrics})
+        raise UserError(f"metric: no run has {metric!r}; allowed are {', '.join(allowed) or 'none: no run was tested'}")
+    skipped |= {run.source: f"no {metric} among its metrics" for run in runs if metric not in run.record.metrics}
+    sizes = {run.student_path: run.record.parameters for run in reversed(with_metric) if run.record.parameters}
+    datasets = sorted(grouped(with_metric, lambda run: run.record.dataset).items())
+    if not allow_different_tests:
+        for dataset, own in datasets:
+            _check_test_rows(dataset, own)
+    groups: dict[str, Groups] = {}
     keys: dict[str, list[str]] = {}
-    following: dict[str, dict[str, dict[str, str]]] = {}
-    duplicates: dict[str, str] = {}
-    for dataset, runs in sorted(by_dataset.items()):
-        keys[dataset] = differing_keys(runs)
-        following[dataset] = following_keys(runs, keys[dataset])
-        telling = [key for key in keys[dataset] if key not in following[dataset]]
-        grouped[dataset], repeated = _group(runs, telling, sizes)
-        if any(len({student_path(run) for run in one}) > 1 for one in _by_student(runs).values()):
-            keys[dataset].append(STUDENT)
-        duplicates |= repeated
-    settings = [setting for groups in grouped.values() for setting in groups]
-    wanted = read_baseline(baseline, settings)
-    sections = tuple(
-        _section(dataset, groups, keys[dataset], following[dataset], metric, wanted, resamples, seed)
-        for dataset, groups in grouped.items()
-    )
-    return Comparison(
-        metric=metric,
-        sections=sections,
-        runs=tuple(run for run in compared if run.source not in duplicates),
-        duplicates=duplicates,
-        repeated=tuple(run for run in compared if run.source in duplicates),
-        skipped=found.skipped,
-        resamples=resamples,
-        seed=seed,
-    )
+    remarks: dict[str, list[str]] = {}
+    repeated: dict[str, str] = {}
+    for dataset, own in datasets:
+        settings, keys[dataset], remarks[dataset] = settings_of(own, sizes)
+        groups[dataset] = {}
+        for setting, same in grouped(own, lambda run: settings[run.source]).items():  # noqa: B023 - used at once
+            for part, of_part in _split_by_training_rows(setting, same).items():
+                groups[dataset][part] = _without_repeated(of_part, repeated)
+    wanted = read_baseline(baseline, [setting for group in groups.values() for setting in group])
+    sections = []
+    for dataset, group in groups.items():
+        results = sorted(_results(group, wanted, metric, resamples, seed), key=_order)
+        records = [run.record for result in results for run in result.runs]
+        known = {round(one.teacher_accuracy, 6) for one in records if one.teacher_accuracy is not None}
+        chances = [one.chance for one in records if one.chance is not None and metric in _ACCURACIES]
+        sections.append(
+            Section(
+                dataset=dataset,
+                results=tuple(results),
+                keys=tuple(keys[dataset]),
+                teachers=tuple(sorted(known or {TEACHER.get(dataset, 0.0)} - {0.0})),
+                remarks=tuple(remarks[dataset]),
+                chance=max(chances, default=None),
+            )
+        )
+    return Comparison(metric, tuple(sections), tuple(with_metric), repeated, skipped, resamples, seed)
 
 
-def _by_student(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    students: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        students[run.record.student].append(run)
-    return students
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by a key, in their order."""
+    groups: dict[K, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
 
 
-def _tests(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    tests: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        tests[run.test].append(run)
-    return tests
+def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
+    """Refuse runs whose test rows differ in hash, number or ids; what is unknown contradicts nothing."""
+    tests = {run.test for run in runs} - {""}
+    counts = {run.record.test_rows for run in runs} - {0}
+    ids = {run.ids for run in runs} - {""}
+    if max(len(tests), len(counts), len(ids)) > 1:
 
+        def place(run: Run) -> str:
+            return (run.test or f"{run.record.test_rows:,} rows") + (f", ids {run.ids[:8]}" if len(ids) > 1 else "")
 
-def _check_tests(dataset: str, runs: Sequence[Run], *, allowed: bool) -> None:
-    known = {test: group for test, group in _tests(runs).items() if test}
-    if len(known) > 1 and not allowed:
         places = ", ".join(
-            f"{group[0].source} ({test})" + (f" and {len(group) - 1} more like it" if len(group) > 1 else "")
-            for test, group in known.items()
+            f"{own[0].source} ({where})" + (f" and {len(own) - 1} more" if len(own) > 1 else "")
+            for where, own in grouped(runs, place).items()
         )
         raise UserError(
             f"runs: those of {dataset} were tested on different rows: {places}; their accuracies cannot be compared, "
@@ -193,186 +191,146 @@ def _check_tests(dataset: str, runs: Sequence[Run], *, allowed: bool) -> None:
         )
 
 
-def _group(
-    runs: Sequence[Run], keys: Sequence[str], sizes: Mapping[str, int]
-) -> tuple[dict[Setting, list[Run]], dict[str, str]]:
-    """Runs by setting, each pair of seeds once; of runs that were done again, the one that was started last."""
-    several = sum(bool(test) for test in _tests(runs)) > 1
-    configs, students = aligned(runs), student_names(runs)
-    groups: dict[Setting, list[Run]] = defaultdict(list)
-    for run in runs:
-        parameters = run.record.parameters or sizes.get(student_path(run), 0)
-        setting = setting_of(run, keys, parameters, config=configs[run.source], student=students[run.source])
-        if several:
-            setting = setting.having("test rows", run.test or "unknown")
-        groups[setting].append(run)
-    kept: dict[Setting, list[Run]] = {}
-    duplicates: dict[str, str] = {}
-    parts = [part for setting, group in groups.items() for part in split_by_training(setting, group)]
-    for setting, group in parts:
-        by_seeds: dict[tuple[int, int], list[Run]] = defaultdict(list)
-        for run in group:
-            by_seeds[run.seeds].append(run)
-        kept[setting] = []
-        for _, same in sorted(by_seeds.items()):
-            # predictions first: an online copy of a run knows less
-            *others, best = sorted(same, key=lambda run: (run.predictions is not None, run.record.started, run.source))
-            kept[setting].append(best)
-            duplicates |= {other.source: best.source for other in others}
-    return kept, duplicates
+def _split_by_training_rows(setting: Setting, runs: Sequence[Run]) -> Groups:
+    """A setting's runs, split by the folder or else the hash of their data if they were not trained on the same data.
+
+    They were not if one data seed has several hashes, or if rows without a label cannot explain the numbers of rows.
+    """
+    records = [run.record for run in runs]
+    hashes = {(one.data_seed, one.fingerprints["train"]) for one in records if "train" in one.fingerprints}
+    counts = [one.train_rows for one in records if one.train_rows] or [0]
+    if len(hashes) == len({seed for seed, _ in hashes}) and max(counts) <= 1.1 * min(counts) + 5:
+        return {setting: list(runs)}
+    key, parts = _DATA_DIR, grouped(runs, lambda run: as_text(flatten(run.record.config).get(_DATA_DIR)))
+    # a folder of its own for each run tells nothing
+    if not 1 < len(parts) < len(runs):
+        key = "training_rows"
+        parts = grouped(runs, lambda run: f"{run.record.train_rows:,} {run.record.fingerprints.get('train', '')}")
+    return {setting.having(key, part.strip()): own for part, own in sorted(parts.items())}
 
 
-def _section(
-    dataset: str,
-    groups: Mapping[Setting, list[Run]],
-    keys: Sequence[str],
-    following: Mapping[str, Mapping[str, str]],
-    metric: str,
-    wanted: Mapping[str, str],
-    resamples: int,
-    seed: int,
-) -> Section:
-    runs = [run for group in groups.values() for run in group]
-    values = {setting: {run.seeds: run.record.metrics[metric] for run in group} for setting, group in groups.items()}
-    rows = []
-    found = {setting: find_baseline(setting, list(groups), wanted) for setting in groups}
-    bases = {base for base, _ in found.values()}
-    names = variant_names(list(groups))
-    for setting, group in groups.items():
-        base, remark = found[setting]
-        examples = seeds = None
-        left_out = 0, 0
-        if base is not None:
-            own, other = _shared(group, groups[base])
-            left_out = len(group) - len(own), len(groups[base]) - len(other)
-            seeds = _by_seed(values[setting], values[base], group, groups[base])
-            examples, remark = _by_example(own, other, metric, resamples, seed)
-        rows.append(
-            Row(
-                setting=setting,
-                name=names[setting],
-                runs=tuple(group),
-                summary=summarize(list(values[setting].values()), [run.predictions for run in group]),
-                baseline=base,
-                examples=examples,
-                seeds=seeds,
-                left_out=left_out,
-                remark=remark,
-                published=_published(group) if metric == ACCURACY else None,
-                is_baseline=setting in bases,
-            )
-        )
-    rows.sort(key=_order)
-    tests = {test: max(run.record.test_rows for run in group) for test, group in sorted(_tests(runs).items())}
-    return Section(
-        dataset=dataset,
-        rows=tuple(rows),
-        keys=tuple(keys),
-        tests=tests,
-        teachers=_teachers(dataset, runs),
-        remarks=tuple([*_confounded(following), *_remarks(rows)]),
-        chance=max((run.chance for run in runs if run.chance is not None), default=None)
-        if metric in (ACCURACY, SCORED)
-        else None,
-    )
+def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run]:
+    """One run per seeds, best with predictions, and the one started last; adds the others to ``repeated``."""
+    kept = []
+    for _, same in sorted(grouped(runs, lambda run: run.seeds).items()):
+        *others, best = sorted(same, key=lambda run: (run.correct is not None, run.record.started, run.source))
+        kept.append(best)
+        repeated |= {other.source: best.source for other in others}
+    return kept
 
 
-def _order(row: Row) -> tuple[object, ...]:
-    """Labels, students by size, fractions, then methods with standard finetuning first."""
-    setting = row.setting
-    known = ("Standard", "SingleTask", "StepByStep")
-    place = known.index(setting.method) if setting.method in known else len(known)
-    variant = (setting.rationales not in (None, "own"), setting.rationale_weight or 0.0)
-    size = (setting.parameters, setting.student)
-    return setting.label_source, *size, setting.train_fraction, place, setting.method, variant, setting.extra
+# -------------------------------------------------------------------------------------------------------- baselines
 
 
-def _shared(own: Sequence[Run], base: Sequence[Run]) -> tuple[Sequence[Run], Sequence[Run]]:
-    """The runs whose seeds both have, so that both differences are of the same runs; all where there are none."""
-    both = {run.seeds for run in own} & {run.seeds for run in base}
-    if not both:
-        return own, base
-    return [run for run in own if run.seeds in both], [run for run in base if run.seeds in both]
+def read_baseline(text: str | None, settings: Sequence[Setting]) -> dict[str, str]:
+    """The keys and values of ``key=value,key=value``; standard finetuning by default.
+
+    Raises:
+        UserError: it is not of that form, a key is unknown, or no setting has these values.
+    """
+    if text is None:
+        return {"method": "Standard"}
+    keys = {key for setting in settings for key, _ in setting.extra}
+    allowed = {name: name for name in (*FIELDS, *keys)} | {short: key for key, short in short_names(keys).items()}
+    wanted: dict[str, str] = {}
+    for pair in text.replace(",", " ").split() or [text]:
+        name, _, value = pair.partition("=")
+        if not value:
+            raise UserError(f"baseline: {pair!r} is not of the form key=value")
+        if name not in allowed:
+            raise UserError(f"baseline: no key {name!r}; allowed are {', '.join(sorted(allowed))}")
+        # 0.50 is 0.5
+        wanted[allowed[name]] = f"{float(value):g}" if re.fullmatch(r"\d+(\.\d+)?", value) else value
+        if not any(_matches(setting, wanted) for setting in settings):
+            found = {str(setting.value(allowed[name])) for setting in settings} - {"None"}
+            said = ", ".join(f"{key}={value}" for key, value in wanted.items())
+            raise UserError(f"baseline: no run has {said}; {name} is one of {', '.join(sorted(found))}")
+    return wanted
 
 
-def _by_seed(
-    own: Mapping[tuple[int, int], float],
-    base: Mapping[tuple[int, int], float],
-    own_runs: Sequence[Run],
-    base_runs: Sequence[Run],
-) -> SeedDifference | None:
-    tests = {run.test for run in (*own_runs, *base_runs) if run.test}
-    return paired_by_seed(own, base) if len(tests) <= 1 else None
+def _matches(setting: Setting, wanted: Mapping[str, str]) -> bool:
+    return all(setting.value(key) == value for key, value in wanted.items())
 
 
-def _by_example(
-    own: Sequence[Run], base: Sequence[Run], metric: str, resamples: int, seed: int
-) -> tuple[ExampleDifference | None, str]:
-    """The paired bootstrap, or why there is none."""
-    if metric != ACCURACY:
-        return None, f"predictions say nothing of {metric}"
-    predictions = [[run.predictions for run in group if run.predictions is not None] for group in (own, base)]
-    if any(len(known) < len(group) for known, group in zip(predictions, (own, base), strict=True)):
-        return None, "without predictions"
-    if len({run.test for run in (*own, *base)}) > 1:
-        return None, "tested on different rows"
-    if len({one.ids for group in predictions for one in group}) > 1:
-        return None, "the ids of the test rows differ"
-    left, right = (np.stack([one.correct for one in group]) for group in predictions)
-    return paired_bootstrap(left, right, resamples=resamples, seed=seed), ""
-
-
-def _published(group: Sequence[Run]) -> Published | None:
-    found = {
-        published(
-            dataset=run.record.dataset,
-            method=run.record.method,
-            student=student_path(run),
-            parameters=run.record.parameters,
-            train_rows=run.record.train_rows,
-            label_source=run.record.label_source,
-            train_fraction=run.record.train_fraction,
-            rationales=run.record.rationales,
-            test_rows=run.record.test_rows,
-            config=flatten(run.record.config),
-        )
-        for run in group
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def _teachers(dataset: str, runs: Sequence[Run]) -> dict[float, str]:
-    own = {
-        round(run.record.teacher_accuracy, 6) for run in runs if isinstance(run.record.teacher_accuracy, int | float)
-    }
-    if own:
-        return dict.fromkeys(sorted(own), "the runs")
-    return {TEACHER[dataset]: f"the outputs that {SOURCE} released"} if dataset in TEACHER else {}
-
-
-def _confounded(following: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The keys in which methods differ beside being other methods; prefixes are part of a method."""
-    short = short_keys(following)
-    return [
-        f"{short[key].replace('_', ' ')} differs between methods: "
-        + ", ".join(f"{method_name(method)} {value_name(value)}" for method, value in by_method.items())
-        for key, by_method in following.items()
-        if not key.endswith("_prefix")
+def find_baseline(
+    setting: Setting, settings: Iterable[Setting], wanted: Mapping[str, str]
+) -> tuple[Setting | None, str]:
+    """The setting with the wanted values that is otherwise most like ``setting``; else ``None`` and why."""
+    if _matches(setting, wanted):
+        return None, ""
+    same = {"dataset", "student", "parameters", "label_source", "train_fraction"} - set(wanted)
+    if "student" in wanted:
+        same -= {"parameters"}
+    candidates = [
+        other
+        for other in settings
+        if _matches(other, wanted) and all(getattr(other, field) == getattr(setting, field) for field in same)
     ]
+    shared = [len(set(other.extra) & set(setting.extra)) for other in candidates]
+    best = [other for other, count in zip(candidates, shared, strict=True) if count == max(shared)]
+    if not best:
+        return None, "no baseline with its student, labels and fraction"
+    if len(best) > 1:
+        return None, f"{len(best)} settings could be its baseline; name one with --baseline"
+    return best[0], ""
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader should know before reading a section's numbers."""
-    remarks = []
-    apart = [row for row in rows if any(key in SPLITTING for key, _ in row.setting.extra)]
-    if apart:
-        names = ", ".join(f"{row.name} ({row.setting.student})" for row in apart)
-        remarks.append(
-            "Runs with the same config and data seed, or the same part of the data, were trained on different rows or "
-            f"rationales, and are not taken together: {names}"
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def _results(groups: Groups, wanted: Mapping[str, str], metric: str, resamples: int, seed: int) -> Iterator[Result]:
+    """The results of one dataset."""
+    baselines = {setting: find_baseline(setting, groups, wanted) for setting in groups}
+    names = variant_names(groups)
+    for setting, runs in groups.items():
+        baseline, remark = baselines[setting]
+        others = groups[baseline] if baseline else []
+        both = {run.seeds for run in runs} & {run.seeds for run in others}
+        # both differences are of the same runs; without a shared seed, that over rows is of all
+        own, other = ([run for run in some if not both or run.seeds in both] for some in (runs, others))
+        by_row = by_seed = None
+        if both and len({run.test for run in (*own, *other)} - {""}) < 2:
+            pairs = zip(own, other, strict=True)
+            by_seed = Mean(tuple(a.record.metrics[metric] - b.record.metrics[metric] for a, b in pairs))
+        if baseline:
+            remark = _why_unpaired([*own, *other], metric)
+            if not remark:
+                by_row = paired_bootstrap(_answers(own), _answers(other), resamples=resamples, seed=seed)
+        paper = {published(run) for run in runs} if metric == ACCURACY else set()
+        yield Result(
+            setting=setting,
+            name=names[setting],
+            runs=tuple(runs),
+            metric=Mean(tuple(run.record.metrics[metric] for run in runs)),
+            baseline=baseline,
+            by_row=by_row,
+            by_seed=by_seed,
+            left_out=(len(runs) - len(own), len(others) - len(other)),
+            remark=remark,
+            published=paper.pop() if len(paper) == 1 else None,
+            is_baseline=any(setting == other for other, _ in baselines.values()),
         )
-    for row in rows:
-        tested = {run.test for run in row.runs}
-        if "" in tested:
-            remarks.append(f"{row.name} ({row.setting.student}): which rows some runs were tested on is not known")
-    return remarks
+
+
+def _why_unpaired(runs: Sequence[Run], metric: str) -> str:
+    """Why there is no difference over test rows; empty if there is one."""
+    if metric != ACCURACY:
+        return f"predictions say nothing about {metric}"
+    if any(run.correct is None for run in runs):
+        return "without predictions"
+    labelled = {(run.ids, np.isnan(run.correct).tobytes()) for run in runs if run.correct is not None}
+    return "tested on different rows" if len(labelled) > 1 or len({run.test for run in runs} - {""}) > 1 else ""
+
+
+def _answers(runs: Sequence[Run]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """``(runs, labelled test rows)``, 1 where right."""
+    return np.stack([run.correct[~np.isnan(run.correct)] for run in runs if run.correct is not None])
+
+
+def _order(result: Result) -> tuple[object, ...]:
+    """By labels, size of the student, fraction, then method with standard finetuning first."""
+    setting, methods = result.setting, ("Standard", "SingleTask", "StepByStep")
+    place = methods.index(setting.method) if setting.method in methods else len(methods)
+    size = (setting.parameters, setting.student)
+    variant = (setting.rationales not in (None, "own"), setting.rationale_weight or 0.0)
+    return setting.label_source, *size, setting.train_fraction, place, setting.method, variant, setting.extra

@@ -1,306 +1,308 @@
-"""Drawing plots with matplotlib, which is imported when something is drawn and keeps no state of it."""
+"""The figures of a comparison: only those that its runs have material for."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
-from lit_distill.comparison.plots import DotPlot, LinePlot, StyleKey
+from lit_distill.comparison.comparing import ACCURACY, Comparison, Result, Section, grouped
+from lit_distill.comparison.published import SOURCE
+from lit_distill.comparison.settings import (
+    Setting,
+    dataset_name,
+    family_name,
+    fraction_name,
+    labels_name,
+    metric_name,
+    short_names,
+    size_name,
+    variant_names,
+)
 
 if TYPE_CHECKING:
+    # imported when something is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TEXT, _SMALL, _TITLE = 10.0, 8.5, 11.5
-_INK, _FAINT, _GRID = "#1a1a1a", "#5a5a5a", "#e3e3e3"
-_LETTER: Final = 0.0085
-"""Inches a letter and point: DejaVu Sans, on the wide side."""
-
-_WIDE: Final = 4.6
-"""Inches of an axis along which lines are drawn."""
-
+_GREY: Final = "#5a5a5a"
+_DASHED: Final = (0, (5, 3))
+# Okabe and Ito (2008), without the yellow that is hard to see on white
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito (2008), without the yellow that is lost on white."""
-
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _STROKES: Final = ("-", "--", "-.", ":")
-_FIRST: Final[tuple[StyleKey, ...]] = (
-    ("StepByStep", ""),
-    ("Standard", ""),
-    ("SingleTask", ""),
-    ("StepByStep", "shuffled"),
-)
-"""These look the same in every report."""
+# these look the same in every report
+_FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale and label", "standard distillation")
 
-_SETTINGS: Final[Any] = {
-    # it comes with matplotlib, so that a text is as wide everywhere
+_RC: Final[Any] = {
+    # comes with matplotlib, so that figures are the same everywhere
     "font.family": "DejaVu Sans",
-    "font.size": _TEXT,
     "axes.axisbelow": True,
-    "axes.edgecolor": _FAINT,
-    "axes.formatter.useoffset": False,
-    "axes.labelcolor": _INK,
+    "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.unicode_minus": True,
+    "axes.xmargin": 0.08,
+    "axes.ymargin": 0.08,
     "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.w_pad": 0.08,
-    "grid.color": _GRID,
+    "grid.color": "#e3e3e3",
     "legend.frameon": False,
     "svg.hashsalt": "lit_distill",
-    "path.simplify": False,
     # a $ in a name is a $
     "text.parse_math": False,
-    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (
-        ("color", _FAINT), ("labelcolor", _INK), ("labelsize", _SMALL),
-    )},
-}  # fmt: skip
-"""Over matplotlib's own defaults in place of the user's, so that the same runs give the same files."""
+}
+"""On top of matplotlib's defaults, not the user's, so that the same runs give the same files."""
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a method looks."""
+class Plot:
+    """A figure, not yet written."""
 
-    colour: str
-    marker: str
-    stroke: str
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure that was written."""
-
+    name: str
+    """Of its files, without a suffix."""
+    dataset: str
     title: str
-    alt: str
-    """What is to be seen, for those who do not see it."""
-    png: Path
-    svg: Path
+    figure: Figure
 
-
-def draw(plots: Sequence[LinePlot | DotPlot], folder: Path, *, percent: bool) -> list[Drawn]:
-    """Write plots as PNG (200 dpi) and SVG.
-
-    Args:
-        plots: what is drawn.
-        folder: where to; it is made.
-        percent: the metric lies in 0..1.
-    """
-    if not plots:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    styles = styles_of(plots)
-    drawn = []
-    with _own_settings():
-        for plot in plots:
-            figure = figure_of(plot, styles, percent=percent)
-            png, svg = folder / f"{plot.name}.png", folder / f"{plot.name}.svg"
-            figure.savefig(png, dpi=200, facecolor="white", metadata={"Software": None})
-            figure.savefig(svg, facecolor="white", metadata={"Date": None, "Creator": None})
-            drawn.append(Drawn(plot.title, _alt(plot, percent), png, svg))
-    return drawn
+    def save(self, folder: Path) -> None:
+        """Write it as PNG and SVG."""
+        with _settings():
+            self.figure.savefig(folder / f"{self.name}.png", dpi=200, metadata={"Software": None})
+            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Creator": None})
 
 
 @contextmanager
-def _own_settings() -> Iterator[None]:
+def _settings() -> Iterator[None]:
     import matplotlib as mpl
 
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_SETTINGS)
+        mpl.rcParams.update(_RC)
         yield
 
 
-def figure_of(plot: LinePlot | DotPlot, styles: dict[StyleKey, Style], *, percent: bool) -> Figure:
-    """A plot as a figure that no one else holds."""
-    scale = 100.0 if percent else 1.0
-    with _own_settings():
-        return _lines(plot, styles, scale) if isinstance(plot, LinePlot) else _dots(plot, styles, scale)
+def is_share(metric: str) -> bool:
+    """Whether a metric is in 0..1 and shown in %."""
+    return not metric.endswith("loss")
 
 
-def _lines(plot: LinePlot, styles: dict[StyleKey, Style], scale: float) -> Figure:
-    """A metric along an axis, one line a method."""
-    names = [_fold(line.label, 26) for line in plot.lines]
-    levels = [_fold(f"{name}, {scale * level:.1f}{' %' if scale == 100 else ''}", 26) for level, name in plot.levels]
-    width = _WIDE + 1.6 + _width([*names, *levels], _TEXT)
-    height = max(4.0, 1.3 + 0.21 * sum(name.count("\n") + 1 for name in (*names, *levels)))
-    figure, (axes,) = _sheet(plot, width, height, 1)
-    places = _places([x for x, _ in plot.ticks])
-    at = {x: place for (x, _), place in zip(plot.ticks, places, strict=True)}
-    step = min(0.1, min(0.45 * (b - a) for a, b in pairwise(places)) / max(1, len(plot.lines) - 1))
-    ends: list[tuple[float, Any]] = []
-    for i, (line, name) in enumerate(zip(plot.lines, names, strict=True)):
-        # moved aside, so that error bars at one place do not hide each other
-        aside = step * (i - (len(plot.lines) - 1) / 2)
-        points = [(at[point.x] + aside, scale * point.mean, point) for point in line.points]
-        style = styles[line.style]
-        xs, means = [x for x, _, _ in points], [mean for _, mean, _ in points]
-        look: dict[str, Any] = {"color": style.colour, "marker": style.marker, "mec": "white", "mew": 0.6}
-        (drawn,) = axes.plot(xs, means, linestyle=style.stroke, linewidth=1.8, zorder=4, label=name, **look)
-        ends.append((means[-1], drawn))
-        bars = [(x, mean, scale * point.error) for x, mean, point in points if point.error is not None]
-        for x, mean, error in bars:
-            axes.errorbar(x, mean, error, fmt="none", ecolor=style.colour, capsize=3, elinewidth=1.2, zorder=3)
-        for x, _, point in points:
-            if point.published is not None:
-                axes.plot(x, scale * point.published, style.marker, ms=10, mfc="none", mec=style.colour, mew=1.5)
-    for (level, what), name in zip(plot.levels, levels, strict=True):
-        stroke = ":" if what == "chance" else (0, (5, 3))
-        drawn = axes.axhline(scale * level, color=_FAINT, linestyle=stroke, linewidth=1.2, label=name)
-        ends.append((scale * level, drawn))
-    axes.set_xlim(-0.35, _WIDE - 0.35)
-    axes.set_xticks(places, _x_texts([text for _, text in plot.ticks], places))
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
-    axes.grid(axis="y")
-    _see_all(axes, "y", scale)
-    # in the order in which the lines end
-    figure.legend(handles=[drawn for _, drawn in sorted(ends, key=lambda end: -end[0])], loc="outside right center")
-    return figure
+def draw(comparison: Comparison) -> list[Plot]:
+    """Draw the metric by training rows, by the student's size, and of all variants, per dataset and labels."""
+    plots: dict[str, Plot] = {}
+    names = list(_FIRST)
+    with _settings():
+        for section in comparison.sections:
+            for plot in _plots(section, comparison.metric, names):
+                # some file systems do not tell upper from lower case
+                numbered = (plot.name if i == 1 else f"{plot.name}-{i}" for i in count(1))
+                name = next(name for name in numbered if name.lower() not in plots)
+                plots[name.lower()] = replace(plot, name=name)
+    return list(plots.values())
 
 
-def _dots(plot: DotPlot, styles: dict[StyleKey, Style], scale: float) -> Figure:
-    """Methods and variants below each other: what they reach, and how far they are from the baseline."""
-    labels = [_fold(dot.label, 34) for dot in plot.dots]
-    compared = plot.baseline is not None
-    height = 1.6 + sum(max(0.36, 0.18 * (label.count("\n") + 1) + 0.14) for label in labels)
-    figure, panels = _sheet(
-        plot, 4.2 + _width(labels, _TEXT) + (3.2 if compared else 0.0), height, 2 if compared else 1
-    )
-    places = range(len(labels))
-    for place, dot in zip(places, plot.dots, strict=True):
-        style = styles[dot.style]
-        look: dict[str, Any] = {"fmt": style.marker, "color": style.colour, "mec": "white", "mew": 0.6, "ms": 7}
-        if len(dot.values) > 1:
-            values, below = [scale * value for value in dot.values], [place + 0.22] * len(dot.values)
-            panels[0].plot(values, below, "o", ms=3, mfc="none", mec=style.colour, alpha=0.8)
-        if dot.published is not None:
-            panels[0].plot(scale * dot.published, place, style.marker, ms=10, mfc="none", mec=style.colour, mew=1.5)
-        error = None if dot.error is None else scale * dot.error
-        panels[0].errorbar(scale * dot.mean, place, xerr=error, capsize=3, zorder=4, **look)
-        if compared and dot.difference is not None:
-            middle, low, high = (scale * value for value in dot.difference)
-            panels[1].errorbar(middle, place, xerr=[[middle - low], [high - middle]], elinewidth=1.8, **look)
-        elif compared and dot.is_baseline:
-            panels[1].plot(0, place, style.marker, ms=7, mfc="white", mec=style.colour, mew=1.2)
-    if plot.chance is not None:
-        panels[0].axvline(scale * plot.chance, color=_FAINT, linewidth=1.2, linestyle=":", zorder=1)
-    panels[0].set_xlabel(plot.x_label)
-    if compared:
-        panels[1].axvline(0, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
-        panels[1].set_xlabel(_fold(f"difference to {plot.baseline} (points)", 34))
-        panels[1].xaxis.set_major_formatter(lambda value, _: f"{value:+.6g}".replace("-", "\u2212") if value else "0")
-    panels[0].set_yticks(places, labels, size=_TEXT)
-    panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    for i, panel in enumerate(panels):
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
-        panel.grid()
-        _see_all(panel, "x", scale, shares=i == 0)
-    return figure
+def _plots(section: Section, metric: str, names: list[str]) -> Iterator[Plot]:
+    for results in _by("label_source", section.results).values():
+        by_student = _by("student", results)
+        for own in by_student.values():
+            yield from _lines(own, "train_fraction", section, metric, names)
+        sized = _by("train_fraction", [result for result in results if result.setting.parameters])
+        # at the largest fraction at which there are two sizes, or two settings
+        for own in [own for own in sized.values() if len(_by("parameters", own)) > 1][-1:]:
+            yield from _lines(own, "parameters", section, metric, names)
+        for own in by_student.values():
+            for alike in [alike for alike in _by("train_fraction", own).values() if len(alike) > 1][-1:]:
+                yield _variants(alike, section, metric, names)
 
 
-def _sheet(plot: LinePlot | DotPlot, width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """A figure in inches with panels side by side, the title above and the notes below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    title = _fold(plot.title, int(width / (_LETTER * 1.25 * _TITLE)))
-    notes = _fold("; ".join(plot.notes), int(width / (_LETTER * _SMALL)))
-    height += 0.2 * (title.count("\n") + notes.count("\n"))
-    figure = Figure((width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    edge = 0.1 / width
-    figure.suptitle(title, x=edge, ha="left", size=_TITLE, weight="bold", color=_INK)
-    figure.supxlabel(notes, x=edge, ha="left", size=_SMALL, color=_FAINT)
-    return figure, figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+def _by(field: str, results: Iterable[Result]) -> dict[Any, list[Result]]:
+    """Results by a field of their settings, in rising order."""
+    return dict(sorted(grouped(results, attrgetter(f"setting.{field}")).items()))
 
 
-def _see_all(axes: Axes, name: str, scale: float, *, shares: bool = True) -> None:
-    """A range of at least 2 %, so that a difference of nothing does not fill it, with ticks where values can be."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.margins(0.08)
-    low, high = getattr(axes, f"get_{name}lim")()
-    room = max(0.0, (0.02 * scale - (high - low)) / 2)
-    low, high = low - room, high + room
-    getattr(axes, f"set_{name}lim")(low, high)
-    if shares and scale == 100:
-        low, high = max(low, 0), min(high, 100)
-    ticks = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    getattr(axes, f"set_{name}ticks")([tick for tick in ticks if low <= tick <= high])
-
-
-def _fold(text: str, width: int) -> str:
-    """A text in lines of so many characters; what is longer than that without a space is broken."""
-    return "\n".join("\n".join(wrap(line, width) or [""]) for line in text.split("\n"))
-
-
-def _width(texts: Sequence[str], size: float) -> float:
-    """Inches of the longest line."""
-    return _LETTER * size * max((len(line) for text in texts for line in text.split("\n")), default=0)
-
-
-def _places(xs: Sequence[float]) -> list[float]:
-    """Positions along the axis, in inches: by the logarithm, as sizes grow by factors."""
-    logs = [math.log(x) for x in xs]
-    span = (logs[-1] - logs[0]) or 1.0
-    return [(_WIDE - 0.7) * (one - logs[0]) / span for one in logs]
-
-
-def _x_texts(texts: Sequence[str], places: Sequence[float]) -> list[str]:
-    """Labels of the axis; where they would overlap, first their lower lines are dropped, then whole labels."""
-    folded = [_fold(text, 16) for text in texts]
-    short = [text.split("\n")[0] for text in texts]
-    for candidate in (folded, short):
-        if len(keep_apart(places, [_width([text], _SMALL) for text in candidate])) == len(places):
-            return candidate
-    kept = keep_apart(places, [_width([text], _SMALL) for text in short])
-    return [text if i in kept else "" for i, text in enumerate(short)]
-
-
-def keep_apart(places: Sequence[float], widths: Sequence[float], gap: float = 0.08) -> list[int]:
-    """Which labels along an axis can stand beside each other: from the right, as many as do not meet.
-
-    Args:
-        places: their centres, rising.
-        widths: theirs.
-        gap: between two.
-    """
-    kept: list[int] = []
-    for i in reversed(range(len(places))):
-        if not kept or places[i] + widths[i] / 2 + gap <= places[kept[-1]] - widths[kept[-1]] / 2:
-            kept.append(i)
-    return kept[::-1]
-
-
-def styles_of(plots: Sequence[LinePlot | DotPlot]) -> dict[StyleKey, Style]:
-    """One look for each method and variant, in all figures."""
-    keys = {line.style for plot in plots if isinstance(plot, LinePlot) for line in plot.lines}
-    keys |= {dot.style for plot in plots if isinstance(plot, DotPlot) for dot in plot.dots}
-    ordered = [*_FIRST, *sorted(keys - set(_FIRST))]
+def _look(name: str, names: list[str]) -> dict[str, Any]:
+    """How ``errorbar`` draws what has this name, the same in all figures; ``names`` grows."""
+    if name not in names:
+        names.append(name)
+    colour, marker, stroke = (looks[names.index(name) % len(looks)] for looks in (_COLOURS, _MARKERS, _STROKES))
     return {
-        key: Style(
-            _COLOURS[i % len(_COLOURS)],
-            _MARKERS[i % len(_MARKERS)],
-            _STROKES[i % len(_STROKES)],
-        )
-        for i, key in enumerate(ordered)
+        "color": colour,
+        "marker": marker,
+        "linestyle": stroke,
+        "mec": "white",
+        "mew": 0.6,
+        "ms": 7,
+        "elinewidth": 1.2,
+        "capsize": 3,
     }
 
 
-def _alt(plot: LinePlot | DotPlot, percent: bool) -> str:
-    scale = 100.0 if percent else 1.0
-    if isinstance(plot, DotPlot):
-        said = [f"{dot.label} {scale * dot.mean:.2f}" for dot in plot.dots]
+def _lines(results: Sequence[Result], field: str, section: Section, metric: str, names: list[str]) -> Iterator[Plot]:
+    """The metric by a field of the settings, one line per method and variant; nothing if no line has two points."""
+    settings = [result.setting for result in results]
+    keys = {key for setting in settings for key, _ in setting.extra}
+    # a key that follows from method and field breaks no line
+    splitting = {key for key in keys if _splits(key, settings, field)}
+    labels = variant_names(settings, splitting)
+    if len({family_name(setting.student) for setting in settings}) > 1:
+        labels = {setting: f"{label}, {family_name(setting.student)}" for setting, label in labels.items()}
+    by_x = _by(field, results)
+    lines = grouped((result for own in by_x.values() for result in own), lambda result: labels[result.setting])
+    if max(map(len, lines.values())) < 2:
+        return
+    figure, (axes,) = _sheet(4.5)
+    ends: list[tuple[float, Any]] = []
+    for i, (label, own) in enumerate(lines.items()):
+        # moved a little, so that error bars at one place do not hide each other
+        moved = (max(by_x) / min(by_x)) ** (0.005 * (i - (len(lines) - 1) / 2))
+        xs, look = [getattr(result.setting, field) * moved for result in own], _look(label, names)
+        means, errors = [result.metric.mean for result in own], [result.metric.standard_error or 0 for result in own]
+        ends.append((means[-1], axes.errorbar(xs, means, errors, label=fill(label, 26), **look)))
+        published = [(x, result.published.accuracy) for x, result in zip(xs, own, strict=True) if result.published]
+        axes.scatter(*zip(*published, strict=True) if published else ((), ()), **_hollow(look))
+    levels: list[tuple[float, str, Any]] = [] if section.chance is None else [(section.chance, "chance", ":")]
+    if field == "parameters" and metric == ACCURACY:
+        levels += [(level, f"teacher's labels, {100 * level:.1f} %", _DASHED) for level in section.teachers]
+    for level, label, stroke in levels:
+        ends.append((level, axes.axhline(level, color=_GREY, linestyle=stroke, label=fill(label, 26))))
+    axes.set_xscale("log")
+    axes.set_xticks(list(by_x), [_tick(own, field) for own in by_x.values()])
+    axes.set_xticks([], minor=True)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
+    _show_metric(axes, "y", metric)
+    # in the order in which the lines end
+    figure.legend(handles=[drawn for _, drawn in sorted(ends, key=lambda end: -end[0])], loc="outside right center")
+    short = short_names(keys)
+    notes = [f"{short[key].replace('_', ' ')} differs between points" for key in sorted(keys - splitting)]
+    if field == "train_fraction":
+        what, *files = settings[0].student, settings[0].student, "training_rows"
     else:
-        said = [
-            f"{line.label}: {', '.join(f'{scale * point.mean:.2f}' for point in line.points)}" for line in plot.lines
-        ]
-    return f"{plot.title}. {'; '.join(said)}."
+        what, *files = _part(settings[0]), "student_size"
+    yield _finish(figure, settings[0], (what,), files, [*notes, *_notes(results)])
+
+
+def _splits(key: str, settings: Iterable[Setting], field: str) -> bool:
+    """Whether settings that are otherwise equal differ in a key."""
+    values: dict[tuple[object, ...], set[str | None]] = defaultdict(set)
+    for one in settings:
+        same = (one.method, one.rationales, one.rationale_weight, family_name(one.student), getattr(one, field))
+        values[same].add(one.value(key))
+    return any(len(found) > 1 for found in values.values())
+
+
+def _tick(results: Sequence[Result], field: str) -> str:
+    setting = results[0].setting
+    if field == "parameters":
+        return "\n".join([size_name(setting.parameters), *(fill(student, 16) for student in _by("student", results))])
+    rows = max(run.record.train_rows for result in results for run in result.runs)
+    return fraction_name(setting.train_fraction) + (f"\n{rows:,}" if rows else "")
+
+
+def _variants(results: Sequence[Result], section: Section, metric: str, names: list[str]) -> Plot:
+    """Methods and variants of one student and fraction below each other, with their differences to a baseline."""
+    results = sorted(results, key=lambda result: (-result.metric.mean, result.name))
+    settings = [result.setting for result in results]
+    varying = {key for one in settings for key, _ in one.extra if len({other.value(key) for other in settings}) > 1}
+    labels = variant_names(settings, varying)
+    folded = [fill(labels[setting], 34) for setting in settings]
+    baselines = {result.baseline for result in results if result.by_row}
+    baseline = baselines.pop() if len(baselines) == 1 else None
+    figure, panels = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in folded), 1 + bool(baseline))
+    for y, result in enumerate(results):
+        look = _look(labels[result.setting], names)
+        panels[0].errorbar(result.metric.mean, y, xerr=result.metric.standard_error or 0, **look)
+        if result.metric.n > 1:
+            values = result.metric.values
+            panels[0].plot(values, [y + 0.22] * len(values), "o", ms=3, mfc="none", mec=look["color"])
+        if result.published:
+            panels[0].scatter(result.published.accuracy, y, **_hollow(look))
+        if baseline and (found := result.by_row):
+            ends = [[found.difference - found.low], [found.high - found.difference]]
+            panels[1].errorbar(found.difference, y, xerr=ends, **look)
+        elif result.setting == baseline:
+            panels[1].plot(0, y, look["marker"], mfc="white", mec=look["color"])
+    if section.chance is not None:
+        panels[0].axvline(section.chance, color=_GREY, linestyle=":", zorder=1)
+    panels[0].set_yticks(range(len(folded)), folded)
+    panels[0].set_ylim(len(folded) - 0.5, -0.5)
+    for panel in panels:
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    _show_metric(panels[0], "x", metric)
+    notes = _notes(results) + ["small circles: single seeds"] * any(result.metric.n > 1 for result in results)
+    notes += ["dotted: chance"] * (section.chance is not None)
+    if baseline:
+        label = labels.get(baseline) or next(one.name for one in section.results if one.setting == baseline)
+        panels[1].axvline(0, color=_GREY, linestyle=_DASHED, zorder=1)
+        _show_metric(panels[1], "x", metric, fill(f"difference to {label} (points)", 40))
+        over = ", of the seeds that both have" * any(any(result.left_out) for result in results)
+        notes = [f"left: {notes[0]}", *notes[1:], f"right: 95 % bootstrap intervals over test rows{over}"]
+    student = settings[0].student
+    return _finish(figure, settings[0], (student, _part(settings[0])), (student, "methods"), notes)
+
+
+def _hollow(look: dict[str, Any]) -> dict[str, Any]:
+    """How ``scatter`` draws a published number."""
+    return {"marker": look["marker"], "s": 100, "facecolors": "none", "edgecolors": look["color"], "linewidths": 1.5}
+
+
+def _part(setting: Setting) -> str:
+    fraction = setting.train_fraction
+    return "all training rows" if fraction == 1 else f"{fraction_name(fraction)} of the training rows"
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    seeds = sorted({result.metric.n for result in results})
+    span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    bars = f"means of {span} seeds, bars: ± standard error over seeds"
+    hollow = [f"hollow: published by {SOURCE}"] * any(result.published for result in results)
+    return ["one seed each, so no standard errors" if seeds == [1] else bars, *hollow]
+
+
+def _sheet(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+
+
+def _show_metric(axes: Axes, name: str, metric: str, difference: str = "") -> None:
+    """Label an axis and let it span at least 2 %, so that a difference of nothing does not fill it."""
+    axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
+    more = max(0.0, (0.02 - (high - low)) / 2)
+    getattr(axes, f"set_{name}lim")(low - more, high + more)
+    if is_share(metric):
+        sign = "+" if difference else ""
+        axis.set_major_formatter(lambda x, _: f"{100 * x:{sign * bool(x)}.6g}".replace("-", "\u2212"))
+    axis.set_label_text(difference or metric_name(metric) + (" (%)" if is_share(metric) else ""))
+
+
+def _finish(
+    figure: Figure, setting: Setting, what: Sequence[str], file_parts: Sequence[str], notes: Sequence[str]
+) -> Plot:
+    """Add title and notes, and leave out tick labels that would overlap."""
+    title = " · ".join([dataset_name(setting.dataset), *what, labels_name(setting.label_source)])
+    figure.suptitle(fill(title, 70), x=0.01, ha="left", size=11.5, weight="bold")
+    figure.supxlabel(fill("; ".join(notes), 120), x=0.01, ha="left", size=8.5, color=_GREY)
+    figure.draw_without_rendering()
+    # it stays as it is now
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left = float("inf")
+        for label in reversed(axes.get_xticklabels()):
+            box = label.get_window_extent()
+            label.set_visible(box.x1 + 4 < left)
+            left = box.x0 if label.get_visible() else left
+    parts = (setting.dataset, setting.label_source, *file_parts)
+    # file systems limit a name to 255 bytes
+    name = re.sub(r"[^\w.-]", "_", "-".join(part.encode()[:60].decode(errors="ignore") for part in parts))
+    return Plot(name, setting.dataset, title, figure)

@@ -1,226 +1,257 @@
-"""The report: what was compared, what was found, and what the numbers mean and do not."""
+"""The report of a comparison: Markdown, the same text as one HTML page, figures, and the table of all runs."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+import base64
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
-from lit_distill.comparison import numbers
-from lit_distill.comparison.comparing import ACCURACY, Comparison, Row, Section
-from lit_distill.comparison.document import Heading, Items, Part, Picture, Table, Text, to_html, to_markdown
-from lit_distill.comparison.figures import Drawn, draw
-from lit_distill.comparison.names import dataset_name, fraction_name, labels_name, metric_name, size_name
-from lit_distill.comparison.notes import meaning, repeating, software
-from lit_distill.comparison.plots import is_share, plots
-from lit_distill.comparison.published import ROWS, SOURCE, STUDENT, TEACHER
-from lit_distill.comparison.statistics import FEW
-from lit_distill.comparison.table import run_rows, write_table
+from lit_distill.comparison import published
+from lit_distill.comparison.comparing import ACCURACY, Comparison, Result, Section, grouped
+from lit_distill.comparison.figures import Plot, draw, is_share
+from lit_distill.comparison.runs import Run
+from lit_distill.comparison.settings import (
+    WEIGHT,
+    as_text,
+    dataset_name,
+    fraction_name,
+    labels_name,
+    metric_name,
+    size_name,
+)
+from lit_distill.comparison.statistics import FEW, Mean
+from lit_distill.files import flatten, write_text
+
+DAGGER = "\u2020"
+"""Marks a p-value that rests on few rows."""
+
+DOUBLE_DAGGER = "\u2021"
+"""Marks a difference that leaves seeds out."""
 
 
-def write_report(comparison: Comparison, folder: Path) -> list[Drawn]:
-    """Write ``report.md``, ``report.html``, ``runs.csv``, ``runs.parquet`` and ``figures/``.
+class Markdown(str):
+    """A text that is Markdown already; any other text is escaped in the template."""
+
+
+def write_report(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write ``report.md``, ``report.html``, ``runs.csv``, ``runs.parquet`` and ``figures/``; return the PNG files."""
+    # imported here, as no other command needs it
+    import pandas as pd  # type: ignore[import-untyped]
+
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    runs = pd.DataFrame(run_rows(comparison)).convert_dtypes()
+    runs.to_parquet(folder / "runs.parquet", index=False)
+    runs.to_csv(folder / "runs.csv", index=False)
+    plots = draw(comparison)
+    for plot in plots:
+        plot.save(folder / "figures")
+    markdown = to_markdown(comparison, plots)
+    write_text(folder / "report.md", markdown)
+    write_text(folder / "report.html", to_html(markdown, folder))
+    return [folder / "figures" / f"{plot.name}.png" for plot in plots]
+
+
+def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """What is known of each run, repeated ones included; all rows have the same keys."""
+    keys = sorted({key for section in comparison.sections for key in section.keys})
+    metrics = sorted({name for run in comparison.runs for name in run.record.metrics})
+    rows = []
+    for run in comparison.runs:
+        record, config = run.record, flatten(run.record.config)
+        weight = config.get(WEIGHT)
+        selected = next((name for name in record.validation if name != "step"), None)
+        rows.append(
+            {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
+            | {"rationale_weight": float(weight) if isinstance(weight, int | float) else None}
+            | {key: as_text(config[key]) if key in config else None for key in keys}
+            | {name: record.metrics.get(name) for name in metrics}
+            | {"validation_metric": selected, "validation_value": record.validation.get(selected or "")}
+            | {"validation_step": record.validation.get("step"), "commit": record.git.get("commit")}
+            | {f"{split}_fingerprint": record.fingerprints.get(split) for split in ("train", "test")}
+            | {"test_ids": run.ids or None, "predictions": run.correct is not None}
+            | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source}
+        )
+    order = ("dataset", "label_source", "student", "train_fraction", "method", "seed", "data_seed", "folder")
+    return sorted(rows, key=lambda row: [row[key] for key in order])
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def number(value: float | None, metric: str) -> str:
+    """A metric in %, or as it is if it is no share."""
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if is_share(metric) else f"{value:.4f}"
+
+
+def change(value: float, metric: str) -> str:
+    """A difference with its sign, in points or as it is."""
+    text = f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.4f}"
+    return text.replace("-", "\u2212") if text.strip("+-0.") else text[1:]
+
+
+def mean_and_error(mean: Mean, metric: str) -> str:
+    """As in 62.31 ± 0.45; no standard error for a single seed."""
+    return " ± ".join(filter(None, (number(mean.mean, metric), number(mean.standard_error, metric))))
+
+
+def cells(results: Sequence[Result], section: Section, metric: str) -> list[dict[str, str]]:
+    """The rows of a table as texts by column, the last one of chance if it is known; without empty columns."""
+    rows = [_cells(result, metric) for result in results]
+    if section.chance is not None:
+        rows.append(dict.fromkeys(rows[0], "") | {"setting": "chance", "mean ± se": number(section.chance, metric)})
+    return [{name: text for name, text in row.items() if any(other[name] for other in rows)} for row in rows]
+
+
+def _cells(result: Result, metric: str) -> dict[str, str]:
+    setting, by_row, by_seed = result.setting, result.by_row, result.by_seed
+    counts = sorted({run.record.train_rows for run in result.runs} - {0})
+    trained = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
+    mark = f" {DOUBLE_DAGGER}" if any(result.left_out) else ""
+    found = {"difference": "baseline" if result.is_baseline else "", "95 % interval": "", "p": ""}
+    if by_row:
+        few = f" {DAGGER}" if by_row.differing < FEW else ""
+        found["difference"] = change(by_row.difference, metric) + mark
+        found["95 % interval"] = f"[{change(by_row.low, metric)}, {change(by_row.high, metric)}]"
+        found["p"] = ("< 0.001" if by_row.p_value < 0.001 else f"{by_row.p_value:.3f}") + few
+    seeds = ""
+    if by_seed:
+        error = f" ± {number(by_seed.standard_error, metric)}" if by_seed.n > 1 else ""
+        seeds = f"{change(by_seed.mean, metric)}{error} ({by_seed.n}){mark}"
+    return {
+        "setting": result.name,
+        "student": setting.student + (f" ({size_name(setting.parameters)})" if setting.parameters else ""),
+        "training rows": ", ".join(filter(None, (fraction_name(setting.train_fraction), trained))),
+        "n": str(result.metric.n),
+        "mean ± se": mean_and_error(result.metric, metric),
+        **found,
+        "by seed ± se (n)": seeds,
+        "published": number(result.published.accuracy, metric) if result.published else "",
+    }
+
+
+def _notes(results: Sequence[Result], section: Section) -> list[str]:
+    """Which baseline, which differences are missing, and what their marks mean."""
+    names = {result.setting: result.name for result in section.results}
+
+    def listed(some: Iterable[Result]) -> str:
+        settings = [(result.name, result.setting) for result in some]
+        return ", ".join(f"{name} ({one.student}, {fraction_name(one.train_fraction)})" for name, one in settings)
+
+    baselines = sorted({names[result.baseline] for result in results if result.baseline})
+    notes = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
+    missing = grouped((result for result in results if result.remark), lambda result: result.remark)
+    notes += [f"No interval: {remark}: {listed(some)}." for remark, some in sorted(missing.items())]
+    if partly := [result for result in results if any(result.left_out)]:
+        notes.append(
+            f"{DOUBLE_DAGGER} Over the seeds that it and its baseline have, others left out: {listed(partly)}."
+        )
+    if any(result.by_row and result.by_row.differing < FEW for result in results):
+        notes.append(f"{DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then overconfident.")
+    return notes
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
+    """The report in Markdown, with the figures in ``figures/`` beside it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    metric = comparison.metric
+    # it writes Markdown, and escapes that
+    environment = Environment(  # noqa: S701
+        loader=PackageLoader("lit_distill.comparison"),
+        finalize=lambda value: value if isinstance(value, Markdown) else _escape(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "number": lambda value: number(value, metric),
+        "percent": lambda value: number(value, ACCURACY),
+        "change": lambda value: change(value, metric),
+        "mean_and_error": lambda mean: mean_and_error(mean, metric),
+        "dataset_name": dataset_name,
+        "labels_name": labels_name,
+    }
+    environment.filters |= filters
+    text = environment.get_template("report.md").render(
+        comparison=comparison,
+        results=[result for section in comparison.sections for result in section.results],
+        metric_name=metric_name(metric),
+        in_points=is_share(metric),
+        table=lambda results, section: _table(cells(results, section, metric)),
+        notes=_notes,
+        plots=plots,
+        software=_software(comparison.compared),
+        commands=_commands(comparison.compared),
+        paper=published,
+        DOUBLE_DAGGER=DOUBLE_DAGGER,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _software(runs: Iterable[Run]) -> dict[str, Counter[str]]:
+    """Versions of packages and the commit, each with the number of runs."""
+    found: dict[str, Counter[str]] = {}
+    for record in (run.record for run in runs):
+        commit = str(record.git["commit"])[:12] if record.git.get("commit") else "none"
+        changed = " with changes" if record.git.get("changed") else ""
+        for name, version in (*record.versions.items(), ("commit", commit + changed)):
+            found.setdefault(name, Counter())[version] += 1
+    return found
+
+
+def _escape(text: str) -> str:
+    """A text without meaning in Markdown, on one line; an underscore within a word has none."""
+    return re.sub(r"[\\`*<>\[\]&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split("\n")))
+
+
+def _table(rows: Sequence[dict[str, str]]) -> Markdown:
+    """A table whose first two columns are names, aligned to the left, and the others numbers."""
+    rule = ["---", "---"] + ["---:"] * (len(rows[0]) - 2)
+    lines = [map(_escape, rows[0]), rule, *(map(_escape, row.values()) for row in rows)]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _commands(runs: Iterable[Run]) -> Markdown:
+    """The commands of the runs as code: whatever is in it, an indented line is code."""
+    ordered = sorted((run for run in runs if run.record.command), key=lambda run: run.source)
+    text = "\n".join(f"# {run.source}\n{shlex.join(run.record.command)}" for run in ordered)
+    return Markdown("\n".join(f"    {line}" for line in text.splitlines()))
+
+
+def to_html(markdown: str, folder: Path) -> str:
+    """The report as one page that needs no other file.
 
     Args:
-        comparison: what is said.
-        folder: where to; it is made.
-
-    Returns:
-        The figures.
+        markdown: the report.
+        folder: where its figures are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_table(run_rows(comparison), folder)
-    by_section: dict[str, list[Drawn]] = defaultdict(list)
-    planned = plots(comparison)
-    figures = draw(planned, folder / "figures", percent=is_share(comparison.metric))
-    for plot, drawn in zip(planned, figures, strict=True):
-        by_section[plot.dataset].append(drawn)
-    parts = _parts(comparison, by_section)
-    (folder / "report.md").write_text(to_markdown(parts, folder), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(parts), encoding="utf-8")
-    return figures
+    from jinja2 import Environment, PackageLoader
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
 
-
-def _parts(comparison: Comparison, figures: dict[str, list[Drawn]]) -> list[Part]:
-    parts: list[Part] = [Heading(1, "Comparison of runs"), *_compared(comparison)]
-    for section in comparison.sections:
-        parts += _section(section, comparison, figures.get(section.dataset, []))
-    return parts + meaning(comparison) + software(comparison) + repeating(comparison)
-
-
-# ------------------------------------------------------------------------------------------------------- overview
-
-
-def _compared(comparison: Comparison) -> list[Part]:
-    head = ("dataset", "students", "seeds", "test rows", "runs", "settings", "teacher's labels (%)")
-    rows = []
-    for section in comparison.sections:
-        runs = [run for row in section.rows for run in row.runs]
-        seeds = ", ".join(map(str, sorted({run.record.seed for run in runs})))
-        students = ", ".join(dict.fromkeys(row.setting.student for row in section.rows))
-        tests = "; ".join(f"{count:,} ({test})" if test else "not known" for test, count in section.tests.items())
-        teachers = ", ".join(numbers.value(accuracy, ACCURACY) for accuracy in section.teachers)
-        counts = (str(len(runs)), str(len(section.rows)))
-        rows.append((dataset_name(section.dataset), students, seeds, tests, *counts, teachers))
-    unit = "in %" if is_share(comparison.metric) else "as it was logged"
-    parts: list[Part] = [
-        Text(f"{_runs(len(comparison.runs))} by {metric_name(comparison.metric)} ({comparison.metric}), {unit}."),
-        Table(head, tuple(rows), names=4),
-    ]
-    without = [run for run in comparison.runs if run.predictions is None]
-    if without:
-        parts += [Text(f"{_runs(len(without))} without predictions, of which metrics alone are compared:")]
-        parts += [Items(tuple(f"{run.source}: {run.remark}" for run in without))]
-    if comparison.skipped:
-        parts += [Text(f"{len(comparison.skipped)} skipped:")]
-        parts += [Items(tuple(f"{one.source}: {one.reason}" for one in comparison.skipped))]
-    if comparison.duplicates:
-        parts += [
-            Text(
-                f"{_runs(len(comparison.duplicates))} done again with the same setting and seeds. Of each, the run "
-                "that was started last is compared; all are in runs.csv:"
-            ),
-            Items(tuple(f"{old}: again as {new}" for old, new in sorted(comparison.duplicates.items()))),
-        ]
-    parts.append(Text("All runs with all that is known of them: runs.csv and runs.parquet beside this report."))
-    return parts
-
-
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
-
-
-# -------------------------------------------------------------------------------------------------------- dataset
-
-
-def _section(section: Section, comparison: Comparison, figures: Sequence[Drawn]) -> list[Part]:
-    parts: list[Part] = [Heading(2, dataset_name(section.dataset))]
-    if section.remarks:
-        parts.append(Items(tuple(section.remarks)))
-    for label_source in sorted({row.setting.label_source for row in section.rows}):
-        rows = [row for row in section.rows if row.setting.label_source == label_source]
-        parts += [Heading(3, f"Trained on {labels_name(label_source)}"), _results(rows, section, comparison.metric)]
-        parts += _baseline_notes(rows, section)
-    parts += [Picture(drawn) for drawn in figures]
-    parts += _published(section, comparison.metric)
-    return parts
-
-
-def _results(rows: Sequence[Row], section: Section, metric: str) -> Table:
-    points = " (points)" if is_share(metric) else ""
-    columns: list[tuple[str, list[str]]] = [
-        ("setting", [row.name for row in rows]),
-        ("student", [_student(row) for row in rows]),
-        ("training rows", [_training_rows(row) for row in rows]),
-        ("n", [str(row.summary.n) for row in rows]),
-        ("mean ± se", [numbers.mean_and_error(row, metric) for row in rows]),
-        ("pooled", numbers.pooled(rows, metric)),
-        (
-            f"difference{points}",
-            [numbers.difference(row, metric) or _why(row) for row in rows],
-        ),
-        ("95 % interval", [numbers.interval(row.examples, metric) if row.examples else "" for row in rows]),
-        ("p", [numbers.p_value(row.examples) if row.examples else "" for row in rows]),
-        ("by seed ± se (n)", [numbers.by_seed(row, metric) for row in rows]),
-        (
-            "published",
-            [numbers.value(row.published.accuracy, metric) if row.published else "" for row in rows],
-        ),
-    ]
-    always = ("setting", "student", "training rows", "n", "mean ± se")
-    kept = [(name, cells) for name, cells in columns if name in always or any(cells)]
-    body = list(zip(*(cells for _, cells in kept), strict=True))
-    if section.chance is not None:
-        said = {"setting": "chance", "mean ± se": numbers.value(section.chance, metric)}
-        body.append(tuple(said.get(name, "") for name, _ in kept))
-    return Table(head=tuple(name for name, _ in kept), rows=tuple(body), names=2)
-
-
-def _why(row: Row) -> str:
-    """In place of a difference."""
-    return "baseline" if row.is_baseline else ""
-
-
-def _student(row: Row) -> str:
-    size = f" ({size_name(row.setting.parameters)})" if row.setting.parameters else ""
-    return row.setting.student + size
-
-
-def _training_rows(row: Row) -> str:
-    counts = sorted({run.record.train_rows for run in row.runs if run.record.train_rows})
-    part = fraction_name(row.setting.train_fraction)
-    if not counts:
-        return part
-    return f"{part}, {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
-
-
-def _baseline_notes(rows: Sequence[Row], section: Section) -> list[Part]:
-    notes = []
-    bases: dict[str, int] = defaultdict(int)
-    for row in rows:
-        if row.baseline is not None:
-            base = section.row(row.baseline)
-            bases[f"{base.name} of the same {_same(row, base)}"] += 1
-    if bases:
-        notes.append(
-            "Baseline: "
-            + "; ".join(
-                f"{name} ({count} {'setting' if count == 1 else 'settings'})" for name, count in sorted(bases.items())
-            )
-            + "."
-        )
-    missing: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        if row.remark:
-            missing[row.remark].append(_name(row))
-    notes += [f"No interval: {reason}: {', '.join(names)}." for reason, names in sorted(missing.items())]
-    partly = [row for row in rows if any(row.left_out)]
-    if partly:
-        notes.append(
-            f"{numbers.DOUBLE_DAGGER} Both differences are over the seeds that both have. Left out, here and of the "
-            "baseline: " + "; ".join(f"{_name(row)} {row.left_out[0]} and {row.left_out[1]}" for row in partly) + "."
-        )
-    few = [row for row in rows if row.examples is not None and row.examples.differing < FEW]
-    if few:
-        notes.append(
-            f"{numbers.DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then too sure of itself."
-        )
-    return [Items(tuple(notes))] if notes else []
-
-
-def _name(row: Row) -> str:
-    return f"{row.name} ({row.setting.student}, {fraction_name(row.setting.train_fraction)})"
-
-
-def _same(row: Row, base: Row) -> str:
-    shared = [
-        name
-        for name, key in (("student", "student"), ("labels", "label_source"), ("fraction", "train_fraction"))
-        if getattr(row.setting, key) == getattr(base.setting, key)
-    ]
-    return ", ".join(shared) or "dataset"
-
-
-def _published(section: Section, metric: str) -> list[Part]:
-    found = [row for row in section.rows if row.published]
-    if not found:
-        return []
-    rows = []
-    for name, accuracies in ROWS.items():
-        accuracy = accuracies[section.dataset]
-        shown = numbers.value(accuracy, metric)
-        beside = [row for row in found if row.published and row.published.row == name]
-        for own in beside:
-            apart = numbers.change(own.summary.mean - accuracy, metric)
-            rows.append((name, own.name, shown, numbers.mean_and_error(own, metric), apart))
-        if not beside:
-            rows.append((name, "", shown, "", ""))
-    head = ("as published", "here", f"published ({SOURCE})", "mean ± se", "difference (points)")
-    teacher = numbers.value(TEACHER[section.dataset], ACCURACY)
-    return [
-        Heading(3, f"Beside what was published for {dataset_name(section.dataset)}"),
-        Table(head, tuple(rows), names=2),
-        Text(
-            f"Published by {SOURCE} for {STUDENT}, all of the training rows and human labels, as means of 4 seeds. "
-            "Their standard errors, their choice of checkpoint and the weight of the rationales were not published. "
-            f"PaLM's labels are right on {teacher} % of test, by the outputs that were released."
-        ),
-    ]
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens = parser.parse(markdown)
+    columns: list[str] = []
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        if token.type == "table_open":
+            columns = []
+        elif token.type == "th_open" and following:
+            columns.append(following.content)
+        elif token.type == "td_open":
+            # a narrow screen shows a row as a list, in which each value has its column's name
+            token.attrSet("data-name", columns[0])
+            columns.append(columns.pop(0))
+        for image in token.children or ():
+            if image.type == "image":
+                svg = (folder / unquote(str(image.attrs["src"]))).with_suffix(".svg").read_bytes()
+                image.attrs["src"] = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    page = Environment(loader=PackageLoader("lit_distill.comparison"), autoescape=True).get_template("report.html")
+    return page.render(content=Markup(parser.renderer.render(tokens, parser.options, {})))  # noqa: S704 - all escaped

@@ -1,10 +1,12 @@
-"""Finding runs and reading them; of a run nothing is read but what `lit_distill.records` describes."""
+"""Finding finished runs in folders and in projects of Weights & Biases, and reading their records."""
 
+import ast
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,199 +15,205 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_distill.errors import UserError
-from lit_distill.records import PREDICTIONS, RECORD, RunRecord, read_predictions_file, read_record
+from lit_distill.files import flatten
+from lit_distill.records import (
+    PREDICTIONS,
+    RECORD,
+    RunRecord,
+    check_values,
+    read_predictions_file,
+    read_record,
+)
 
-_NO_RUNS = ("wandb", "student", "checkpoints")
-"""Below a run they are its own; elsewhere they may hold runs, though wandb's ``config.yaml`` is none."""
+WANDB = "wandb://"
+"""How the address of a W&B project begins."""
 
-_BEGUN = (("failed.txt", "failed"), ("config.yaml", "the run has not ended"), ("checkpoints", "the run has not ended"))
-"""What a run leaves before it ends, and what it says of the run; the first that is there."""
+_PARTS = ("wandb", "student", "checkpoints")
+"""Folders that are part of a run when they lie inside one; elsewhere they may hold runs."""
 
-_PLANNED = "fit.yaml"
-"""What there is of a run before it starts."""
+_UNFINISHED = {
+    "failed.txt": "failed",
+    "config.yaml": "the run has not ended",
+    "checkpoints": "the run has not ended",
+    "fit.yaml": "not started, or ended early",
+}
+"""What a run leaves behind before its record -> what that means; the first one found counts."""
 
-_CLOSED = 10
-"""Gold labels, more of which are no closed set."""
+_LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
+"""What ``fit`` logs beside its config."""
 
-_CLOSE = 1e-4
-"""Metrics are kept in single precision."""
+_TOLERANCE = 1e-4
+"""Between a recorded accuracy, which is in single precision, and that of the predictions."""
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
-    """Which test rows a student had right, in the order of their ids; rows without a label are left out."""
-
-    ids: tuple[str, ...]
-    """Sorted, each once."""
-    correct: NDArray[np.bool_]
-    """``(examples,)``."""
-
-
-@dataclass(frozen=True)
 class Run:
-    """A run that ended."""
+    """A finished run."""
 
     source: str
-    """Its folder, or its address."""
+    """Its folder or address."""
     record: RunRecord
-    """What it says of itself."""
-    predictions: Predictions | None
-    """``None`` where only metrics are known."""
+    correct: NDArray[np.float64] | None = None
+    """``(test rows,)`` sorted by id: 1 right, 0 wrong, NaN without a label; ``None`` if only metrics are known."""
     remark: str = ""
-    """Why there are no predictions."""
+    """Why ``correct`` is missing."""
     ids: str = ""
-    """Hash of the ids of its test rows, in whatever order; empty where they are not known."""
-    chance: float | None = None
-    """The accuracy on its test rows without reading them, where it is known."""
-    tested: str | None = None
-    """Which of its dataset's test rows it was tested on, once that was found out; see `test`."""
+    """Hash of the sorted ids of its test rows; empty if unknown."""
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """By which runs of two settings are paired: the seed, and that of the data."""
+        """Seed and data seed, by which runs of two settings are paired."""
         return self.record.seed, self.record.data_seed
 
     @property
     def test(self) -> str:
-        """What its test rows are called: by their hash; empty where it is not known."""
-        return self.record.fingerprints.get("test", "") if self.tested is None else self.tested
+        """Name of its test rows, by their hash; empty if that is unknown."""
+        known = self.record.fingerprints.get("test")
+        return f"{known}, {self.record.test_rows:,} rows" if known else ""
+
+    @property
+    def student_path(self) -> str:
+        """The student as the config names it, else its own name."""
+        path = flatten(self.record.config).get("model.init_args.student")
+        return os.path.normpath(path) if isinstance(path, str) and path else self.record.student
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """What looks like a run and cannot be compared."""
-
-    source: str
-    """Its folder, or its address."""
-    reason: str
-    """One line."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search came to."""
-
-    runs: tuple[Run, ...]
-    """In the order of their sources."""
-    skipped: tuple[Skipped, ...]
-    """In the order of their sources, those of a search before those without the metric."""
-
-    def with_metric(self, metric: str) -> "Found":
-        """Only the runs that have a metric; the others are skipped.
-
-        Raises:
-            UserError: none has it.
-        """
-        kept = tuple(run for run in self.runs if metric in run.record.metrics)
-        if self.runs and not kept:
-            names = sorted({name for run in self.runs for name in run.record.metrics})
-            raise UserError(
-                f"metric: no run has {metric!r}; allowed are {', '.join(names) or 'none: no run was tested'}"
-            )
-        reason = f"no {metric} among its metrics"
-        more = [Skipped(run.source, reason) for run in self.runs if metric not in run.record.metrics]
-        return Found(kept, (*self.skipped, *more))
-
-
-def find_runs(folders: Sequence[str | Path]) -> Found:
-    """Read all runs in folders.
+def find_runs(sources: Sequence[str | Path]) -> tuple[list[Run], dict[str, str]]:
+    """Read all runs of some sources.
 
     Args:
-        folders: each a run's folder, or one that is searched with all below it.
+        sources: folders of runs, folders that are searched for runs, or ``wandb://entity/project``.
+
+    Returns:
+        The runs, and source -> reason for what looks like a run but cannot be compared.
 
     Raises:
-        UserError: a folder is not there.
+        UserError: a folder does not exist, or a project cannot be read.
     """
     runs: list[Run] = []
-    skipped: list[Skipped] = []
+    skipped: dict[str, str] = {}
     seen: set[Path] = set()
-    known_ids: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for top in folders:
-        if not Path(top).is_dir():
-            raise UserError(f"runs: no folder {str(top)!r}")
-        for folder in _candidates(Path(top), seen):
-            source = folder.as_posix()
+    for source in dict.fromkeys(map(str, sources)):
+        if source.startswith(WANDB):
+            _read_project(source, runs, skipped)
+            continue
+        if not Path(source).is_dir():
+            raise UserError(f"runs: no folder {source!r}")
+        for folder in _run_folders(Path(source), seen):
             try:
-                runs.append(_read(folder, known_ids))
+                runs.append(_read_run(folder))
             except UserError as error:
-                skipped.append(Skipped(source, str(error)))
-    return Found(tuple(runs), tuple(skipped))
+                skipped[folder.as_posix()] = str(error)
+    return list({run.source: run for run in runs}.values()), skipped
 
 
-def _candidates(top: Path, seen: set[Path]) -> Iterator[Path]:
-    """The folders with a record, with what a run leaves before it has one, or with nothing at all.
+def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:
+    """Folders with a record, with the leftovers of an unfinished run, or empty ones; `seen` keeps links from looping.
 
-    Below a run lie its own parts: a baseline's checkpoints are no run that was given up, but a record is a run's.
+    Leftovers inside another run's folder are parts of that run, as a baseline's checkpoints are; a record never is.
     """
-    parts: set[Path] = set()
+    inside_run: set[Path] = set()
     for name, below, files in os.walk(top, followlinks=True):
         folder = Path(name)
-        resolved = folder.resolve()
-        if resolved in seen:
+        if folder.resolve() in seen:
             below.clear()
             continue
-        seen.add(resolved)
-        own = folder in parts or folder.name in _NO_RUNS
-        begun = _unended(files, below) is not None or not (files or below or folder == top)
-        if RECORD in files or (begun and not own):
+        seen.add(folder.resolve())
+        inside = folder in inside_run or folder.name in _PARTS
+        leftovers = any(one in _UNFINISHED for one in (*files, *below)) or (not files and not below and folder != top)
+        is_run = RECORD in files or (leftovers and not inside)
+        if is_run:
             yield folder
-        is_run = RECORD in files or (begun and not own)
-        below[:] = sorted(one for one in below if not one.startswith(".") and not (is_run and one in _NO_RUNS))
-        if is_run or own:
-            parts |= {folder / one for one in below}
+        below[:] = sorted(one for one in below if not one.startswith(".") and not (is_run and one in _PARTS))
+        if is_run or inside:
+            inside_run |= {folder / one for one in below}
 
 
-def _unended(files: Sequence[str], below: Sequence[str]) -> str | None:
-    """What became of a run without a record; ``None`` where there is none."""
-    marked = [said for mark, said in _BEGUN if mark in files or mark in below]
-    return marked[0] if marked else "not started, or ended early" if _PLANNED in files else None
-
-
-def _read(folder: Path, known_ids: dict[tuple[str, ...], tuple[str, ...]]) -> Run:
+def _read_run(folder: Path) -> Run:
+    source = folder.as_posix()
     if not (folder / RECORD).exists():
         names = os.listdir(folder)
-        raise UserError(f"no {RECORD}: {_unended(names, ()) or 'not started: the folder is empty'}")
+        state = next((state for name, state in _UNFINISHED.items() if name in names), None)
+        raise UserError(f"no {RECORD}: {state or 'not started: the folder is empty'}")
     record = read_record(folder)
-    if not (folder / PREDICTIONS).exists():
-        return Run(folder.as_posix(), record, None, f"no {PREDICTIONS}")
+    path = folder / PREDICTIONS
+    if not path.exists():
+        return Run(source, record, remark=f"no {PREDICTIONS}")
     rows = read_predictions_file(folder)
     if len(rows) != record.test_rows:
-        raise UserError(f"{folder / PREDICTIONS}: {len(rows)} rows, and {RECORD} speaks of {record.test_rows}")
+        raise UserError(f"{path}: {len(rows)} rows, but {RECORD} says {record.test_rows}")
     if any(not isinstance(row["correct"], bool | None) for row in rows):
-        raise UserError(f"{folder / PREDICTIONS}: correct must be true, false or null")
-    predictions, remark = _predictions(rows, known_ids)
-    if predictions is not None:
-        said, found = record.metrics.get("test/accuracy"), float(predictions.correct.mean())
-        if said is not None and abs(said - found) > _CLOSE:
-            raise UserError(
-                f"{folder / PREDICTIONS}: an accuracy of {found:.4f}, and {RECORD} speaks of {said:.4f}: another run's?"
-            )
-    chance = _commonest(rows) if record.chance is None else record.chance
-    return Run(folder.as_posix(), record, predictions, remark, _hash([str(row["id"]) for row in rows]), chance)
+        raise UserError(f"{path}: correct must be true, false or null")
+    rows.sort(key=lambda row: str(row["id"]))
+    ids = [str(row["id"]) for row in rows]
+    correct = np.array([np.nan if row["correct"] is None else row["correct"] for row in rows], dtype=np.float64)
+    ids_hash = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    remark = ""
+    if np.isnan(correct).all():
+        remark = "no test row has a label"
+    elif len(set(ids)) < len(ids):
+        remark = f"the id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {PREDICTIONS}"
+    else:
+        recorded, found = record.metrics.get("test/accuracy"), float(np.nanmean(correct))
+        if recorded is not None and abs(recorded - found) > _TOLERANCE:
+            raise UserError(f"{path}: its accuracy is {found:.4f}, but {RECORD} says {recorded:.4f}: another run's?")
+    return Run(source, record, None if remark else correct, remark, ids_hash)
 
 
-def _commonest(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The part of the commonest gold label, for records without a chance; none where labels are no closed set."""
-    counts = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
-    return max(counts.values()) / counts.total() if 1 < len(counts) <= _CLOSED else None
+def _read_project(address: str, runs: list[Run], skipped: dict[str, str]) -> None:
+    """Add the finished runs of a W&B project, which have metrics but no predictions."""
+    # importing it takes seconds, and most comparisons are of folders
+    import wandb
+
+    path = address.removeprefix(WANDB).strip("/")
+    if path.count("/") != 1 or not all(path.split("/")):
+        raise UserError(f"runs: {address!r} is no address; allowed is {WANDB}entity/project")
+    try:
+        for run in sorted(wandb.Api().runs(path), key=lambda run: str(run.id)):
+            source = f"{WANDB}{path}/{run.id}"
+            try:
+                runs.append(Run(source, _record(run), remark="from W&B, which has metrics only"))
+            except (UserError, KeyError, TypeError, ValueError) as error:
+                reason = f"its config lacks {error}" if isinstance(error, KeyError) else str(error)
+                skipped[source] = " ".join(reason.split())
+    except (wandb.errors.Error, ValueError) as error:
+        raise UserError(f"runs: {address!r} cannot be read ({' '.join(str(error).split())})") from error
 
 
-def _hash(ids: Sequence[str]) -> str:
-    """Of ids; the order of rows says nothing of accuracies."""
-    known = hashlib.sha256()
-    for one in sorted(ids):
-        known.update(json.dumps(one).encode() + b"\n")
-    return known.hexdigest()[:16]
+def _record(run: Any) -> RunRecord:  # noqa: ANN401 - wandb's class, or a test's
+    """The record of a W&B run, from the config and summary that ``fit`` logged."""
+    if run.state != "finished":
+        raise UserError(f"is {run.state}")
+    config = {name: _parse_list(value) for name, value in flatten(run.config).items()}
+    numbers = {
+        name: float(value)
+        for name, value in dict(run.summary).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    method = str(config["method"])
+    record = RunRecord(
+        dataset=str(config["dataset"]),
+        method=method,
+        student=Path(str(config["model.init_args.student"])).name,
+        label_source=str(config["data.init_args.label_source"]),
+        train_fraction=float(config["data.init_args.train_fraction"]),
+        seed=int(config["seed_everything"]),
+        data_seed=int(config["data.init_args.seed"]),
+        train_rows=int(config.get("train_rows", 0)),
+        test_rows=int(config.get("test_rows", 0)),
+        steps=int(numbers.get("trainer/global_step", 0)),
+        metrics={name: value for name, value in numbers.items() if name.startswith("test/")},
+        rationales=None if method == "Standard" else str(config.get("data.init_args.rationale_pairing", "own")),
+        config={name: value for name, value in config.items() if name not in _LOGGED},
+        wall_seconds=numbers.get("_runtime", math.nan),
+    )
+    check_values(record)
+    return record
 
 
-def _predictions(
-    rows: Sequence[Mapping[str, Any]], known_ids: dict[tuple[str, ...], tuple[str, ...]]
-) -> tuple[Predictions | None, str]:
-    judged = sorted((str(row["id"]), row["correct"]) for row in rows if row["correct"] is not None)
-    if not judged:
-        return None, "no test row has a label"
-    ids = tuple(name for name, _ in judged)
-    if len(set(ids)) < len(ids):
-        return None, f"the id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {PREDICTIONS}"
-    # runs share their test rows, so that one copy of the ids will do
-    return Predictions(known_ids.setdefault(ids, ids), np.array([right for _, right in judged], dtype=np.bool_)), ""
+def _parse_list(value: Any) -> Any:  # noqa: ANN401 - whatever was logged
+    """A list, which ``fit`` logs as text; anything else unchanged."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) and value.startswith("[") else value
+    except (SyntaxError, ValueError):
+        return value

@@ -1,43 +1,44 @@
-"""What a run was a run of: everything but its seeds."""
+"""What a run was a run of, everything but its seeds, and what that is called."""
 
 import json
-import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_distill.comparison.runs import Run
 from lit_distill.files import flatten
 
+if TYPE_CHECKING:
+    # imported where it is used, as it takes a second
+    import pandas as pd  # type: ignore[import-untyped]
+
 STUDENT = "model.init_args.student"
-"""The student's whole path."""
 WEIGHT = "model.init_args.rationale_weight"
 LABELS = "data.init_args.label_source"
 FRACTION = "data.init_args.train_fraction"
 PAIRING = "data.init_args.rationale_pairing"
 
-_KNOWN = {"model.class_path", STUDENT, WEIGHT, "data.class_path", LABELS, FRACTION, PAIRING}
-"""Keys that a column of their own stands for."""
+_FIELDS_OF_SETTING = {"model.class_path", STUDENT, WEIGHT, "data.class_path", LABELS, FRACTION, PAIRING}
 
-_NO_DIFFERENCE = re.compile(
-    r"trainer\.(logger|enable_\w+|log_every_n_steps|profiler|num_nodes|devices|strategy|accelerator)\b"
-    # which checkpoint is tested is a difference
+_IGNORED = re.compile(
+    r"trainer\.(logger|enable_\w+|log_every_n_steps|profiler|strategy|accelerator)\b"
+    # how the tested checkpoint is chosen does make a difference
     r"|checkpoint$|checkpoint\.(?!(monitor|mode)$)|(ckpt_path|predictions|weights_only|cpu_threads)\b"
     r"|(test_after_fit|baseline_after_fit|push_to_hub|resume)$"
     r"|data\.init_args\.(num_workers|eval_batch_size|predict_split)$"
     r"|model\.init_args\.(num_samples|score_choices|evaluate_\w+)$"
-    # seeds, and where files lie
+    # seeds, and where files are
     r"|(seed_everything|data\.init_args\.seed)$"
     r"|(trainer\.default_root_dir|data\.init_args\.(data_dir|cache_dir)|run_dir|out)$"
 )
-"""Keys that say on what and into what a run was run, and its seeds; what they do to the data, the hashes tell."""
+"""Keys of a config that make no difference to results, or only through data whose hashes tell."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A group of runs that differ in their seeds alone."""
+    """What runs that differ only in their seeds have in common."""
 
     dataset: str
     method: str
@@ -48,184 +49,208 @@ class Setting:
     rationales: str | None
     rationale_weight: float | None
     extra: tuple[tuple[str, str], ...] = ()
-    """The other keys of the config that tell the settings of its dataset apart, with their values as text."""
+    """Other keys of the config in which settings of the dataset differ, with their values as text."""
 
     def having(self, key: str, value: str) -> "Setting":
-        """It, with something more that tells it from others."""
+        """It, with one more key."""
         return replace(self, extra=tuple(sorted((*self.extra, (key, value)))))
 
     def value(self, key: str) -> str | None:
-        """The value of a field, or of a key of the config, as text; ``None`` where it has none."""
-        if key in FIELDS:
-            found = getattr(self, key)
-            return None if found is None else as_text(found)
-        return dict(self.extra).get(key)
+        """The value of a field, or of a key of the config, as text; ``None`` if it has none."""
+        found = getattr(self, key) if key in FIELDS else dict(self.extra).get(key)
+        return None if found is None else as_text(found)
 
 
 FIELDS = ("dataset", "method", "student", "label_source", "train_fraction", "rationales", "rationale_weight")
-"""Of a setting, those that a user may name."""
+"""Fields of a setting by which a baseline can be named."""
 
 
-def as_text(value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
-    """A value as it is compared and shown."""
+def as_text(value: object) -> str:
+    """A value of a config, as it is compared and shown."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-WORLD = "devices"
-"""A key of `aligned`: on how many devices a batch was taken, where the config leaves the whole batch to them."""
+# ---------------------------------------------------------------------------------------------------------- configs
 
 
-def aligned(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """Source -> key -> value as text, with what a run's record does not have filled in.
+def identifying(config: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a config that tell its run from runs of other settings, with their values as text."""
+    flat = sorted(_config_text(config).items())
+    return {key: value for key, value in flat if not _IGNORED.match(key) and value not in ("null", "false")}
 
-    A key that some runs of a method lack came later: for them it is as it is where it is not set or switched off.
-    A method has its own arguments, and all else of a config is everyone's.
+
+def _config_text(config: Mapping[str, Any]) -> dict[str, str]:
+    """A config with its keys joined by dots and values as text; devices count only where they make the batch."""
+    flat = flatten(config)
+    of_batch = flat.get("model.init_args.effective_batch_size") is None
+    hidden = () if of_batch else ("trainer.devices", "trainer.num_nodes")
+    return {key: as_text(value) for key, value in flat.items() if key not in hidden}
+
+
+def config_table(runs: Sequence[Run]) -> "pd.DataFrame":
+    """The configs of runs as text, indexed by source and method, with a column for each key.
+
+    A key that some configs lack came with a later version: there it is unset or switched off. An argument of the model
+    that no run of a method has is not an argument of that method, and stays missing.
     """
-    configs = {run.source: whole_config(run.record.config) for run in runs}
-    methods: dict[str, list[str]] = defaultdict(list)
+    import pandas as pd
+
+    index = pd.MultiIndex.from_tuples([(run.source, run.record.method) for run in runs], names=["source", "method"])
+    table = pd.DataFrame([_config_text(run.record.config) for run in runs], index=index, dtype=object)
+    known = table.notna()
+    applies = known.groupby(level="method").transform("any")
+    applies.loc[:, [key for key in table if not key.startswith("model.init_args.")]] = True
+    found = {key: set(table[key]) for key in table}
+    unset = {key: "false" if "false" in found[key] and "null" not in found[key] else "null" for key in table}
+    return table.where(known | ~applies, pd.Series(unset, dtype=object), axis=1)
+
+
+def settings_of(runs: Sequence[Run], sizes: Mapping[str, int]) -> tuple[dict[str, Setting], list[str], list[str]]:
+    """The settings of one dataset's runs.
+
+    Args:
+        runs: the runs.
+        sizes: path of a student -> parameters, for records that lack them.
+
+    Returns:
+        Source -> setting, the keys in which the configs differ, and what a reader should know about these.
+    """
+    table = config_table(runs)
+    keys = [key for key in table if not (key in _FIELDS_OF_SETTING or _IGNORED.match(key)) and table[key].nunique() > 1]
+    followers, remarks = [], []
+    for key in sorted(keys):
+        values = {method: set(of_method.dropna()) for method, of_method in table[key].groupby(level="method")}
+        if all(len(of_method) <= 1 for of_method in values.values()):
+            # it tells no settings apart, but methods differ in more than the method; a prefix is part of one
+            followers.append(key)
+            said = [f"{method_name(str(method))} {value_name(*of_one)}" for method, of_one in values.items() if of_one]
+            words = short_names(keys)[key].replace("_", " ")
+            remarks += [f"{words} differs between methods: {', '.join(said)}"] * (not key.endswith("_prefix"))
+    extra = table[sorted(set(keys) - set(followers))].droplevel("method")
+    paths: dict[str, set[str]] = defaultdict(set)
     for run in runs:
-        methods[run.record.method].append(run.source)
-    everywhere = {key for config in configs.values() for key in config}
-    filled: dict[str, dict[str, str]] = {source: {} for source in configs}
-    for key in everywhere:
-        found = {as_text(config[key]) for config in configs.values() if key in config}
-        absent = "false" if "false" in found and "null" not in found else "null"
-        for sources in methods.values():
-            if key.startswith("model.init_args.") and not any(key in configs[source] for source in sources):
-                continue
-            for source in sources:
-                filled[source][key] = as_text(configs[source][key]) if key in configs[source] else absent
-    return filled
+        paths[run.record.student].add(run.student_path)
+    tests = {run.test for run in runs} - {""}
+    settings = {}
+    for run in runs:
+        record, same_name = run.record, paths[run.record.student]
+        weight = flatten(record.config).get(WEIGHT)
+        setting = Setting(
+            dataset=record.dataset,
+            method=record.method,
+            student=record.student if len(same_name) == 1 else short_names(same_name, "/")[run.student_path],
+            parameters=record.parameters or sizes.get(run.student_path, 0),
+            label_source=record.label_source,
+            train_fraction=float(record.train_fraction),
+            rationales=record.rationales,
+            rationale_weight=float(weight) if isinstance(weight, int | float) else None,
+            extra=tuple(extra.loc[run.source].dropna().items()),
+        )
+        settings[run.source] = setting.having("test rows", run.test or "unknown") if len(tests) > 1 else setting
+    if any(not run.test for run in runs):
+        remarks.append("It is unknown on which rows some runs were tested")
+    return settings, sorted(keys) + [STUDENT] * any(len(path) > 1 for path in paths.values()), remarks
 
 
-def telling(config: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of a config that tell its runs from others, with their values as text; not what is off or not set."""
+# ------------------------------------------------------------------------------------------------------------ names
+
+_METHODS = {"Standard": "standard finetuning", "SingleTask": "single task: rationale and label"}
+_METHODS |= {"StepByStep": "step-by-step"}
+_DATASETS = {"esnli": "e-SNLI", "cqa": "CQA", "svamp": "SVAMP"} | {f"anli{i}": f"ANLI R{i}" for i in (1, 2, 3)}
+_LABELS = {"gold": "gold labels", "teacher": "teacher's labels"}
+_MAX_LENGTH = 40
+
+
+def dataset_name(dataset: str) -> str:
+    """A dataset in words."""
+    return _DATASETS.get(dataset, dataset)
+
+
+def labels_name(label_source: str) -> str:
+    """Labels that students were trained on, in words."""
+    return _LABELS.get(label_source, f"{label_source} labels")
+
+
+def method_name(method: str, label_source: str = "gold") -> str:
+    """A method in words; standard finetuning on a teacher's labels is standard distillation."""
+    if method == "Standard" and label_source == "teacher":
+        return "standard distillation"
+    return _METHODS.get(method, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", method))
+
+
+def metric_name(metric: str) -> str:
+    """A metric's logged name in words."""
+    return metric.replace("/", " ").replace("_", " ")
+
+
+def short_names(names: Iterable[str], separator: str = ".") -> dict[str, str]:
+    """Each name by the shortest end that no other name has; of keys without ``init_args``."""
+    whole = {name: name.replace(".init_args.", ".") for name in names}
+    short = {}
+    for name, text in whole.items():
+        others = [f"{separator}{other}" for other in whole.values() if other != text]
+        parts = text.split(separator)
+        ends = (separator.join(parts[i:]) for i in reversed(range(len(parts))))
+        short[name] = next((end for end in ends if not any(one.endswith(separator + end) for one in others)), text)
+    return short
+
+
+def variant_names(settings: Iterable[Setting], keys: Collection[str] | None = None) -> dict[Setting, str]:
+    """Each setting in words, without dataset, student, labels and fraction; variants of equal names are numbered.
+
+    Args:
+        settings: all that have to be told from each other.
+        keys: the keys of the config that tell them apart; all by default.
+    """
+    settings = sorted(settings, key=lambda setting: setting.extra)
+    short = short_names({key for setting in settings for key, _ in setting.extra})
+    weights: dict[str, set[float | None]] = defaultdict(set)
+    for setting in settings:
+        weights[setting.method].add(setting.rationale_weight)
+    names: dict[Setting, str] = {}
+    variants: dict[str, dict[tuple[object, ...], int]] = defaultdict(dict)
+    numbers: dict[Setting, int] = {}
+    for setting in settings:
+        extra = tuple((key, value) for key, value in setting.extra if keys is None or key in keys)
+        parts = [method_name(setting.method, setting.label_source)]
+        if setting.rationales not in (None, "own"):
+            parts.append(f"{setting.rationales} rationales")
+        if len(weights[setting.method]) > 1 and setting.rationale_weight is not None:
+            parts.append(f"rationale weight {setting.rationale_weight:g}")
+        for key, value in extra:
+            if value not in ("null", "none", "false"):
+                words = short[key].replace("_", " ")
+                parts.append(words if value == "true" else f"{words} {value_name(value)}")
+        names[setting] = name = ", ".join(parts)
+        variant = (setting.method, setting.rationales, setting.rationale_weight, extra)
+        numbers[setting] = variants[name].setdefault(variant, len(variants[name]) + 1)
     return {
-        key: as_text(value)
-        for key, value in sorted(whole_config(config).items())
-        if not _NO_DIFFERENCE.match(key) and value is not None and value is not False
+        setting: f"{name} ({numbers[setting]})" if len(variants[name]) > 1 else name for setting, name in names.items()
     }
 
 
-def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config, flat, with `WORLD`."""
-    config = flatten(config)
-    if config.get("model.init_args.effective_batch_size") is not None:
-        return config
-    devices, nodes = config.get("trainer.devices", "auto"), config.get("trainer.num_nodes", 1)
-    if devices in ("auto", None) and config.get("trainer.accelerator") == "cpu":
-        devices = 1
-    if isinstance(devices, str) and re.fullmatch(r"\d+(,\d+)+,?", devices):
-        devices = devices.strip(",").split(",")
-    if isinstance(devices, list):
-        devices = len(devices)
-    try:
-        world: Any = int(devices) * int(nodes or 1)
-    except (TypeError, ValueError):
-        world = "auto" if devices is None else devices
-    return {**config, WORLD: world}
+def value_name(value: str) -> str:
+    """A value of a config in short: classes by their names, paths by their last part."""
+    if classes := re.findall(r'"class_path": "(?:[^"]*\.)?(\w+)"', value):
+        value = ", ".join(classes)
+    elif not value.startswith(("[", "{")):
+        value = value.rstrip("/").rpartition("/")[2] or value
+    return value if len(value) <= _MAX_LENGTH else f"{value[: _MAX_LENGTH - 3]}..."
 
 
-def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """The keys of the config in which runs of one dataset differ, but for those that make no difference.
-
-    A key that a method does not have is no difference to methods that do; what methods share is compared.
-    """
-    values: dict[str, set[str]] = defaultdict(set)
-    for config in aligned(runs).values():
-        for key, value in config.items():
-            values[key].add(value)
-    return sorted(
-        key for key, found in values.items() if len(found) > 1 and key not in _KNOWN and not _NO_DIFFERENCE.match(key)
-    )
+def size_name(parameters: int) -> str:
+    """A number of parameters, as in 248M or 2.85B."""
+    unit, sign = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= pair[0]), (1, ""))
+    return f"{parameters / unit:.3g}{sign}"
 
 
-def following_keys(runs: Sequence[Run], keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Of differing keys, those that only follow the method and tell no settings apart: key -> method -> value.
-
-    They are worth a word all the same: methods with different learning rates differ in more than the method.
-    """
-    configs = aligned(runs)
-    values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for run in runs:
-        for key, value in configs[run.source].items():
-            values[run.record.method][key].add(value)
-    following: dict[str, dict[str, str]] = {}
-    for key in keys:
-        by_method = {method: by_key[key] for method, by_key in sorted(values.items()) if key in by_key}
-        if all(len(found) == 1 for found in by_method.values()):
-            following[key] = {method: next(iter(found)) for method, found in by_method.items()}
-    return following
+def fraction_name(fraction: float) -> str:
+    """A fraction of the training rows, as in 12.5 %."""
+    return f"{100 * fraction:.4g} %"
 
 
-def setting_of(
-    run: Run,
-    keys: Iterable[str],
-    parameters: int,
-    *,
-    config: Mapping[str, str] | None = None,
-    student: str | None = None,
-) -> Setting:
-    """The setting of a run.
-
-    Args:
-        run: the run.
-        keys: the keys of the config that tell settings of its dataset apart.
-        parameters: its student's.
-        config: its own of `aligned`.
-        student: what its student is called; as in its record if not given.
-    """
-    record = run.record
-    config = aligned([run])[run.source] if config is None else config
-    weight = flatten(record.config).get(WEIGHT)
-    extra = {key: config.get(key, "null") for key in keys if key in config or not key.startswith("model.init_args.")}
-    return Setting(
-        dataset=record.dataset,
-        method=record.method,
-        student=record.student if student is None else student,
-        parameters=parameters,
-        label_source=record.label_source,
-        train_fraction=float(record.train_fraction),
-        rationales=record.rationales,
-        rationale_weight=float(weight) if isinstance(weight, int | float) else None,
-        extra=tuple(sorted(extra.items())),
-    )
-
-
-def student_path(run: Run) -> str:
-    """The student as the config names it; by its own name where the config does not."""
-    given = flatten(run.record.config).get(STUDENT)
-    return posixpath.normpath(given) if isinstance(given, str) and given else run.record.student
-
-
-def student_names(runs: Iterable[Run]) -> dict[str, str]:
-    """Source -> what its student is called: students of one name are told apart by as much of their paths as needed."""
-    runs = list(runs)
-    paths: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        paths[run.record.student].add(student_path(run))
-    names: dict[str, str] = {}
-    for run in runs:
-        own, others = student_path(run), paths[run.record.student] - {student_path(run)}
-        names[run.source] = _end(own, others) if others else run.record.student
-    return names
-
-
-def _end(path: str, others: Iterable[str]) -> str:
-    parts = path.split("/")
-    for length in range(1, len(parts)):
-        end = "/".join(parts[-length:])
-        if not any(f"/{other}".endswith(f"/{end}") for other in others):
-            return end
-    return path
-
-
-def student_sizes(runs: Iterable[Run]) -> dict[str, int]:
-    """The parameters of each student by its path, for the runs that do not say."""
-    sizes: dict[str, int] = {}
-    for run in runs:
-        if run.record.parameters:
-            sizes.setdefault(student_path(run), run.record.parameters)
-    return sizes
+def family_name(student: str) -> str:
+    """A student's name without its size."""
+    return re.sub(r"[-_]?(?<![a-z])(tiny|mini|small|base|large|xx?l|\d+(\.\d+)?[bm])(?![a-z])", "", student, flags=re.I)

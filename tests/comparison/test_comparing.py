@@ -5,39 +5,38 @@ from typing import Any
 
 import pytest
 
-from lit_distill.comparison.comparing import Comparison, Row, compare_runs
+from lit_distill.comparison.comparing import Comparison, Result, compare_runs
+from lit_distill.comparison.report import run_rows
 from lit_distill.comparison.runs import find_runs
-from lit_distill.comparison.table import run_rows
 from lit_distill.errors import UserError
 from lit_distill.records import read_predictions_file, write_predictions_file
 from tests.comparison.runs import answers, edit, write_run, write_runs
 
 
 def compared(root: Path, **how: Any) -> Comparison:
-    return compare_runs(find_runs([root]), **({"resamples": 200} | how))
+    return compare_runs(*find_runs([root]), **({"resamples": 200} | how))
 
 
-def rows_of(comparison: Comparison) -> dict[str, Row]:
-    return {row.name: row for section in comparison.sections for row in section.rows}
+def results_of(comparison: Comparison) -> dict[str, Result]:
+    return {result.name: result for section in comparison.sections for result in section.results}
 
 
 def test_seeds_are_one_setting(tmp_path: Path) -> None:
     write_runs(tmp_path, [0, 1, 2], 0.6, method="Standard")
     write_runs(tmp_path, [0, 1], 0.65, method="StepByStep")
     found = compared(tmp_path)
-    standard, ours = rows_of(found).values()
-    assert (standard.name, standard.summary.n, standard.is_baseline) == ("standard finetuning", 3, True)
-    assert (standard.baseline, standard.examples, standard.seeds, standard.remark) == (None, None, None, "")
-    assert (ours.name, ours.summary.n, ours.baseline) == ("step-by-step", 2, standard.setting)
-    assert ours.summary.pooled == pytest.approx(ours.summary.mean)
-    assert ours.examples is not None
-    assert ours.seeds is not None
-    assert ours.seeds.n == 2
+    standard, ours = results_of(found).values()
+    assert (standard.name, standard.metric.n, standard.is_baseline) == ("standard finetuning", 3, True)
+    assert (standard.baseline, standard.by_row, standard.by_seed, standard.remark) == (None, None, None, "")
+    assert (ours.name, ours.metric.n, ours.baseline) == ("step-by-step", 2, standard.setting)
+    assert ours.by_row is not None
+    assert ours.by_seed is not None
+    assert ours.by_seed.n == 2
     # both over the seeds that both have
-    assert ours.examples.difference == pytest.approx(ours.seeds.mean)
+    assert ours.by_row.difference == pytest.approx(ours.by_seed.mean)
     assert (ours.left_out, standard.left_out) == ((0, 1), (0, 0))
-    own, base = ours.summary.values, standard.summary.values
-    assert ours.seeds.mean == pytest.approx((own[0] - base[0] + own[1] - base[1]) / 2)
+    own, base = ours.metric.values, standard.metric.values
+    assert ours.by_seed.mean == pytest.approx((own[0] - base[0] + own[1] - base[1]) / 2)
 
 
 def test_datasets_and_labels_are_compared_for_themselves(tmp_path: Path) -> None:
@@ -46,7 +45,7 @@ def test_datasets_and_labels_are_compared_for_themselves(tmp_path: Path) -> None
     write_run(tmp_path / "3", dataset="cqa", label_source="teacher")
     found = compared(tmp_path)
     assert [section.dataset for section in found.sections] == ["cqa", "svamp"]
-    ours = rows_of(found)["step-by-step"]
+    ours = results_of(found)["step-by-step"]
     assert ours.baseline is None
     assert ours.remark == "no baseline with its student, labels and fraction"
 
@@ -57,24 +56,28 @@ def test_different_test_rows_are_refused_with_their_places(tmp_path: Path) -> No
     write_run(tmp_path / "c", method="StepByStep")
     with pytest.raises(UserError, match="tested on different rows") as refused:
         compared(tmp_path)
-    for part in (f"{tmp_path}/a (cqa-test) and 1 more like it, {tmp_path}/b (other);", "--allow_different_tests true"):
+    for part in (
+        f"{tmp_path}/a (cqa-test, 200 rows) and 1 more, {tmp_path}/b (other, 200 rows);",
+        "--allow_different_tests true",
+    ):
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
     found = compared(tmp_path, allow_different_tests=True)
-    ours = rows_of(found)["step-by-step, test rows cqa-test"]
+    ours = results_of(found)["step-by-step, test rows cqa-test, 200 rows"]
     # of two it might be compared with, the one on the same rows
     assert ours.baseline is not None
-    assert dict(ours.baseline.extra) == {"test rows": "cqa-test"}
-    assert ours.examples is not None
-    assert [row.summary.n for row in found.sections[0].rows] == [1, 1, 1]
+    assert dict(ours.baseline.extra) == {"test rows": "cqa-test, 200 rows"}
+    assert ours.by_row is not None
+    assert [row.metric.n for row in found.sections[0].results] == [1, 1, 1]
 
 
 def test_no_pairs_across_different_test_rows(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", method="StepByStep", fingerprints={"test": "other"})
-    ours = compared(tmp_path, allow_different_tests=True).sections[0].rows[1]
+    ours = compared(tmp_path, allow_different_tests=True).sections[0].results[1]
     assert ours.baseline is not None
-    assert (ours.examples, ours.seeds, ours.remark) == (None, None, "tested on different rows")
+    assert (ours.by_row, ours.by_seed) == (None, None)
+    assert ours.remark == "tested on different rows"
 
 
 def test_no_pairs_where_ids_differ_or_answers_are_not_known(tmp_path: Path) -> None:
@@ -85,20 +88,20 @@ def test_no_pairs_where_ids_differ_or_answers_are_not_known(tmp_path: Path) -> N
     write_predictions_file(tmp_path / "b", [*rows_there[:2], rows_there[2] | {"correct": None}])
     edit(tmp_path / "b", metrics={"test/accuracy": 0.5})
     write_run(tmp_path / "c", method="SingleTask", predictions=False, correct=[True, False, False])
-    rows = rows_of(compared(tmp_path))
-    assert rows["step-by-step"].remark == "the ids of the test rows differ"
+    rows = results_of(compared(tmp_path))
+    assert rows["step-by-step"].remark == "tested on different rows"
     single = rows["single task: rationale and label"]
-    assert (single.remark, single.examples, single.summary.pooled) == ("without predictions", None, None)
-    assert single.seeds is not None
+    assert (single.remark, single.by_row) == ("without predictions", None)
+    assert single.by_seed is not None
 
 
 def test_other_metrics_have_no_interval_over_rows(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", method="StepByStep")
-    ours = rows_of(compared(tmp_path, metric="test/loss"))["step-by-step"]
-    assert (ours.examples, ours.remark) == (None, "predictions say nothing of test/loss")
-    assert ours.seeds is not None
-    assert ours.summary.mean == 0.25
+    ours = results_of(compared(tmp_path, metric="test/loss"))["step-by-step"]
+    assert (ours.by_row, ours.remark) == (None, "predictions say nothing about test/loss")
+    assert ours.by_seed is not None
+    assert ours.metric.mean == 0.25
 
 
 def test_a_run_that_was_done_again_counts_once(tmp_path: Path) -> None:
@@ -108,8 +111,8 @@ def test_a_run_that_was_done_again_counts_once(tmp_path: Path) -> None:
     write_run(tmp_path / "other_seed", data_seed=9)
     found = compared(tmp_path)
     new = f"{tmp_path}/new"
-    assert found.duplicates == {f"{tmp_path}/old": new, f"{tmp_path}/metrics_only": new}
-    assert found.sections[0].rows[0].summary.values == pytest.approx((0.7, 0.62))
+    assert found.repeated == {f"{tmp_path}/old": new, f"{tmp_path}/metrics_only": new}
+    assert found.sections[0].results[0].metric.values == pytest.approx((0.7, 0.62))
     table = {Path(row["folder"]).name: row["duplicate_of"] for row in run_rows(found)}
     assert table == {"old": new, "metrics_only": new, "new": None, "other_seed": None}
 
@@ -119,7 +122,7 @@ def test_a_baseline_is_named_by_keys(tmp_path: Path) -> None:
         write_run(tmp_path / f"s{fraction}", train_fraction=fraction)
         write_run(tmp_path / f"o{fraction}", method="StepByStep", train_fraction=fraction)
         write_run(tmp_path / f"x{fraction}", method="StepByStep", train_fraction=fraction, rationales="shuffled")
-    rows = compared(tmp_path, baseline="method=StepByStep,rationales=shuffled").sections[0].rows
+    rows = compared(tmp_path, baseline="method=StepByStep,rationales=shuffled").sections[0].results
     for row in rows:
         if row.setting.rationales == "shuffled":
             assert row.baseline is None
@@ -129,7 +132,7 @@ def test_a_baseline_is_named_by_keys(tmp_path: Path) -> None:
             assert row.baseline.rationales == "shuffled"
             assert row.baseline.train_fraction == row.setting.train_fraction
     # all of the data is the baseline of each
-    rows = compared(tmp_path, baseline="method=Standard train_fraction=1.00").sections[0].rows
+    rows = compared(tmp_path, baseline="method=Standard train_fraction=1.00").sections[0].results
     bases = {(row.baseline.method, row.baseline.train_fraction) for row in rows if row.baseline}
     assert bases == {("Standard", 1.0)}
     assert sum(row.baseline is None for row in rows) == 1
@@ -140,7 +143,7 @@ def test_of_several_baselines_the_most_alike_is_taken(tmp_path: Path) -> None:
         write_run(tmp_path / f"s{rate}", model={"learning_rate": rate})
         write_run(tmp_path / f"o{rate}", method="StepByStep", model={"learning_rate": rate})
     write_run(tmp_path / "third", method="StepByStep", model={"learning_rate": 0.5})
-    rows = rows_of(compared(tmp_path))
+    rows = results_of(compared(tmp_path))
     for text in ("0.001", "0.0001"):
         base = rows[f"step-by-step, learning rate {text}"].baseline
         assert base is not None
@@ -148,8 +151,8 @@ def test_of_several_baselines_the_most_alike_is_taken(tmp_path: Path) -> None:
     third = rows["step-by-step, learning rate 0.5"]
     assert third.baseline is None
     assert third.remark == "2 settings could be its baseline; name one with --baseline"
-    named = rows_of(compared(tmp_path, baseline="method=Standard,learning_rate=0.001"))
-    assert named["step-by-step, learning rate 0.5"].examples is not None
+    named = results_of(compared(tmp_path, baseline="method=Standard,learning_rate=0.001"))
+    assert named["step-by-step, learning rate 0.5"].by_row is not None
 
 
 @pytest.mark.parametrize(
@@ -157,10 +160,13 @@ def test_of_several_baselines_the_most_alike_is_taken(tmp_path: Path) -> None:
     [
         ("Standard", "'Standard' is not of the form key=value"),
         ("method=", "'method=' is not of the form key=value"),
-        (" ", "must be key=value"),
+        (" ", "' ' is not of the form key=value"),
         ("colour=red", "no key 'colour'; allowed are dataset, label_source, learning_rate, method, model.init_args"),
-        ("method=Standrd", "no run has method=Standrd; allowed are Standard, StepByStep"),
-        ("method=StepByStep,learning_rate=0.1", "no runs have all of method=StepByStep,learning_rate=0.1"),
+        ("method=Standrd", "no run has method=Standrd; method is one of Standard, StepByStep"),
+        (
+            "method=StepByStep,learning_rate=0.1",
+            "no run has method=StepByStep, model.init_args.learning_rate=0.1; learning_rate is one of 0.1, 0.2",
+        ),
     ],
 )
 def test_a_baseline_that_is_not_there(tmp_path: Path, baseline: str, message: str) -> None:
@@ -173,7 +179,7 @@ def test_a_baseline_that_is_not_there(tmp_path: Path, baseline: str, message: st
 
 def test_no_runs_at_all(tmp_path: Path) -> None:
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no run that ended was found \(1 skipped; .*begun: no run.json"):
+    with pytest.raises(UserError, match=r"found no finished run \(1 skipped; .*begun: no run.json"):
         compared(tmp_path)
 
 
@@ -182,7 +188,7 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
     write_run(tmp_path / "1", **cqa)
     write_run(tmp_path / "2", method="StepByStep", **cqa)
     write_run(tmp_path / "3", method="SingleTask", **cqa)
-    found = {row.setting.method: row.published for row in compared(tmp_path).sections[0].rows}
+    found = {row.setting.method: row.published for row in compared(tmp_path).sections[0].results}
     assert {method: one and one.accuracy for method, one in found.items()} == {
         "Standard": 0.6219,
         "StepByStep": 0.6329,
@@ -190,37 +196,11 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"correct": [True, False]},
-        {"student": "t5-v1_1-large"},
-        {"model": {"student": "/home/me/runs/t5-v1_1-base"}},
-        {"parameters": 6_612_352},
-        {"train_rows": 320},
-        {"train_rows": 0},
-        {"train_fraction": 0.5},
-        {"label_source": "teacher"},
-        {"rationales": "shuffled"},
-        {"dataset": "toy"},
-        {"method": "Mixed"},
-        {"model": {"rationale_weight": 0.5}},
-        {"model": {"from_scratch": True}},
-        {"data": {"rationales": "annotations"}},
-        {"data": {"rationale_filter": "label_agrees"}},
-    ],
-)
-def test_nothing_was_published_of_other_kinds(tmp_path: Path, how: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"method": "StepByStep", "correct": [True] * 700 + [False] * 521} | how
-    write_run(tmp_path / "1", **given)
-    assert compared(tmp_path).sections[0].rows[0].published is None
-
-
 def test_the_teacher_is_taken_from_the_runs_or_from_the_paper(tmp_path: Path) -> None:
     write_run(tmp_path / "1")
-    assert dict(compared(tmp_path).sections[0].teachers) == {0.7723: "the outputs that Hsieh et al. (2023) released"}
+    assert compared(tmp_path).sections[0].teachers == (0.7723,)
     write_run(tmp_path / "2", seed=1, teacher_accuracy=0.5)
-    assert dict(compared(tmp_path).sections[0].teachers) == {0.5: "the runs"}
+    assert compared(tmp_path).sections[0].teachers == (0.5,)
 
 
 def test_rows_that_changed_under_the_same_config_are_told(tmp_path: Path) -> None:
@@ -228,11 +208,9 @@ def test_rows_that_changed_under_the_same_config_are_told(tmp_path: Path) -> Non
         prints = {"train": hashed, "test": "cqa-test"}
         write_run(tmp_path / name, seed=int(name), data_seed=0, fingerprints=prints)
     section = compared(tmp_path).sections[0]
-    (remark,) = section.remarks
-    assert "trained on different rows or rationales, and are not taken together" in remark
-    assert [(row.name, row.summary.n) for row in section.rows] == [
-        ("standard finetuning, training rows x", 1),
-        ("standard finetuning, training rows y", 1),
+    assert [(row.name, row.metric.n) for row in section.results] == [
+        ("standard finetuning, training rows 8,766 x", 1),
+        ("standard finetuning, training rows 8,766 y", 1),
     ]
 
 
@@ -241,11 +219,11 @@ def test_equal_hashes_do_not_make_rows_equal(tmp_path: Path) -> None:
     write_run(tmp_path / "a", correct=answers(0.5, 200, 0))
     write_run(tmp_path / "b", correct=answers(0.9, 100, 1), seed=1)
     write_run(tmp_path / "c", correct=answers(0.9, 100, 1), method="StepByStep")
-    with pytest.raises(UserError, match=r"a \(cqa-test, 200 rows\), .*b \(cqa-test, 100 rows\) and 1 more"):
+    with pytest.raises(UserError, match=r"a \(cqa-test, 200 rows, .*b \(cqa-test, 100 rows, .* and 1 more"):
         compared(tmp_path)
-    rows = compared(tmp_path, allow_different_tests=True).sections[0].rows
-    assert [row.summary.n for row in rows] == [1, 1, 1]
-    assert [row.seeds for row in rows] == [None, None, None]
+    rows = compared(tmp_path, allow_different_tests=True).sections[0].results
+    assert [row.metric.n for row in rows] == [1, 1, 1]
+    assert [row.by_seed for row in rows] == [None, None, None]
 
 
 def test_equal_counts_do_not_make_rows_equal(tmp_path: Path) -> None:
@@ -254,20 +232,16 @@ def test_equal_counts_do_not_make_rows_equal(tmp_path: Path) -> None:
     rows = read_predictions_file(tmp_path / "b")
     write_predictions_file(tmp_path / "b", [row | {"id": f"other-{row['id']}"} for row in rows])
     write_run(tmp_path / "c", correct=[True, False], seed=2, fingerprints={})
-    with pytest.raises(UserError, match=r"tested on different rows: .*a \(cqa-test, ids \w{8}\) and 1 more like it"):
+    with pytest.raises(UserError, match=r"a \(cqa-test, 2 rows, ids \w{8}\), .*b \(cqa-test, 2 rows, ids"):
         compared(tmp_path)
-    assert [row.summary.n for row in compared(tmp_path, allow_different_tests=True).sections[0].rows] in (
-        [2, 1],
-        [1, 2],
-    )
 
 
 def test_rows_without_a_hash_that_cannot_be_the_same(tmp_path: Path) -> None:
     write_run(tmp_path / "a", correct=[True, False], predictions=False)
     write_run(tmp_path / "b", correct=[True, False], predictions=False, seed=1, fingerprints={})
-    assert compared(tmp_path).sections[0].rows[0].summary.n == 2
+    assert compared(tmp_path).sections[0].results[0].metric.n == 2
     write_run(tmp_path / "c", correct=[True] * 3, predictions=False, seed=2, fingerprints={})
-    with pytest.raises(UserError, match=r"a \(cqa-test\), .*c \(3 rows\)"):
+    with pytest.raises(UserError, match=r"a \(cqa-test, 2 rows\), .*c \(3 rows\)"):
         compared(tmp_path)
 
 
@@ -280,8 +254,8 @@ def test_runs_of_other_training_rows_are_no_duplicates(tmp_path: Path, prints: d
     write_run(tmp_path / "c", data={"data_dir": "here/first"}, seed=1)
     write_run(tmp_path / "d", data={"data_dir": "here/first"}, method="StepByStep")
     found = compared(tmp_path)
-    assert found.duplicates == {}
-    assert {name: row.summary.n for name, row in rows_of(found).items()} == {
+    assert found.repeated == {}
+    assert {name: row.metric.n for name, row in results_of(found).items()} == {
         "standard finetuning, data dir first": 2,
         "standard finetuning, data dir second": 1,
         "step-by-step": 1,
@@ -291,7 +265,7 @@ def test_runs_of_other_training_rows_are_no_duplicates(tmp_path: Path, prints: d
 def test_other_numbers_of_training_rows_are_no_seeds(tmp_path: Path) -> None:
     write_run(tmp_path / "a", data_seed=0, train_rows=100)
     write_run(tmp_path / "b", data_seed=1, seed=1, train_rows=9000)
-    assert [row.summary.n for row in compared(tmp_path).sections[0].rows] == [1, 1]
+    assert [row.metric.n for row in compared(tmp_path).sections[0].results] == [1, 1]
 
 
 def test_students_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -299,8 +273,8 @@ def test_students_of_one_name_are_told_apart(tmp_path: Path) -> None:
     write_run(tmp_path / "b", model={"student": "/home/me/distilled/t5-v1_1-base"})
     write_run(tmp_path / "c", model={"student": "/home/me/distilled/t5-v1_1-base/"}, seed=1)
     found = compared(tmp_path)
-    assert found.duplicates == {}
-    assert {row.setting.student: row.summary.n for row in found.sections[0].rows} == {
+    assert found.repeated == {}
+    assert {row.setting.student: row.metric.n for row in found.sections[0].results} == {
         "google/t5-v1_1-base": 1,
         "distilled/t5-v1_1-base": 2,
     }
@@ -312,26 +286,26 @@ def test_of_other_seeds_the_shared_are_compared(tmp_path: Path) -> None:
         write_run(tmp_path / f"s{seed}", seed=seed, correct=answers(0.5 + seed / 10, 200, seed))
     for seed in (1, 2):
         write_run(tmp_path / f"o{seed}", seed=seed, method="StepByStep", correct=answers(0.6 + seed / 10, 200, seed))
-    ours = rows_of(compared(tmp_path))["step-by-step"]
-    assert ours.examples is not None
-    assert ours.seeds is not None
-    assert ours.examples.difference == pytest.approx(ours.seeds.mean) == pytest.approx(0.1)
+    ours = results_of(compared(tmp_path))["step-by-step"]
+    assert ours.by_row is not None
+    assert ours.by_seed is not None
+    assert ours.by_row.difference == pytest.approx(ours.by_seed.mean) == pytest.approx(0.1)
     assert ours.left_out == (1, 1)
 
 
 def test_without_shared_seeds_all_are_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "s")
     write_run(tmp_path / "o", seed=1, method="StepByStep")
-    ours = rows_of(compared(tmp_path))["step-by-step"]
-    assert (ours.seeds, ours.left_out) == (None, (0, 0))
-    assert ours.examples is not None
+    ours = results_of(compared(tmp_path))["step-by-step"]
+    assert (ours.by_seed, ours.left_out) == (None, (0, 0))
+    assert ours.by_row is not None
 
 
 def test_what_methods_differ_in_beside_is_told(tmp_path: Path) -> None:
     write_run(tmp_path / "1", model={"learning_rate": 1e-4, "label_prefix": ""})
     write_run(tmp_path / "2", method="StepByStep", model={"learning_rate": 5e-5, "label_prefix": "predict: "})
     section = compared(tmp_path).sections[0]
-    assert [row.name for row in section.rows] == ["standard finetuning", "step-by-step"]
+    assert [row.name for row in section.results] == ["standard finetuning", "step-by-step"]
     assert section.remarks == ("learning rate differs between methods: standard finetuning 0.0001, step-by-step 5e-05",)
 
 

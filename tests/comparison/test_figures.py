@@ -10,13 +10,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lit_distill.comparison.comparing import compare_runs
-from lit_distill.comparison.figures import draw, figure_of, keep_apart, styles_of
-from lit_distill.comparison.plots import DotPlot, LinePlot, plots
+from lit_distill.comparison.figures import Plot, draw
 from lit_distill.comparison.runs import find_runs
 from tests.comparison.runs import answers, write_run, write_runs
 
@@ -83,45 +81,42 @@ def extremes(root: Path) -> None:
 CASES = [few, like_the_paper, many, tiny, extremes]
 
 
-def plots_of(root: Path, **how: Any) -> list[LinePlot | DotPlot]:
-    return plots(compare_runs(find_runs([root]), resamples=200, **how))
+def plots_of(root: Path, **how: Any) -> list[Plot]:
+    return draw(compare_runs(*find_runs([root]), **({"resamples": 200} | how)))
 
 
 def texts_of(figure: Figure) -> list[Text]:
     """All that is written."""
     figure.canvas.draw()
-    return [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible() and text.get_text()]
+    beyond = {
+        tick.label1
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    texts = (text for text in figure.findobj(Text) if isinstance(text, Text) and text not in beyond)
+    return [text for text in texts if text.get_visible() and text.get_text()]
 
 
-@pytest.mark.parametrize("metric", ["test/accuracy", "test/loss"])
 @pytest.mark.parametrize("case", CASES)
-def test_no_text_is_over_another_or_cut_off(tmp_path: Path, case: Callable[[Path], None], metric: str) -> None:
+def test_everything_can_be_read_and_lies_within_its_figure(tmp_path: Path, case: Callable[[Path], None]) -> None:
     case(tmp_path)
-    found = plots_of(tmp_path, metric=metric)
+    found = plots_of(tmp_path)
     assert found
     for plot in found:
-        figure = figure_of(plot, styles_of(found), percent=metric == "test/accuracy")
-        texts = texts_of(figure)
-        assert len(texts) > 6
-        boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(plot.figure)]
+        assert len(boxes) > 6
         for (one, box), (other, second) in combinations(boxes, 2):
             assert not box.overlaps(second), f"{plot.name}: {one!r} and {other!r}"
-        whole = figure.bbox
+        whole = plot.figure.bbox
         for one, box in boxes:
             inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
             assert inside, f"{plot.name}: {one!r} is cut off"
-        for axes in figure.axes:
+        for axes in plot.figure.axes:
             data = axes.get_window_extent()
             for one, box in boxes:
                 assert not box.overlaps(data), f"{plot.name}: {one!r} lies in the data"
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_all_that_is_drawn_lies_within_the_axes(tmp_path: Path, case: Callable[[Path], None]) -> None:
-    case(tmp_path)
-    found = plots_of(tmp_path)
-    for plot in found:
-        for axes in figure_of(plot, styles_of(found), percent=True).axes:
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             for line in axes.get_lines():
                 xs, ys = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
@@ -130,15 +125,53 @@ def test_all_that_is_drawn_lies_within_the_axes(tmp_path: Path, case: Callable[[
                     assert ((ys >= low) & (ys <= high)).all()
 
 
+def labels_of(plot: Plot) -> list[str]:
+    """The legend, from the top."""
+    return [text.get_text().replace("\n", " ") for legend in plot.figure.legends for text in legend.get_texts()]
+
+
 def test_there_is_a_figure_for_each_question_that_runs_answer(tmp_path: Path) -> None:
     like_the_paper(tmp_path)
-    assert [plot.name for plot in plots_of(tmp_path)] == [
-        "cqa-gold-t5-v1_1-base-training_rows",
-        "cqa-gold-student_size",
-        "cqa-gold-t5-v1_1-base-methods",
+    by_rows, by_size, variants = plots_of(tmp_path)
+    assert by_rows.name == "cqa-gold-t5-v1_1-base-training_rows"
+    assert by_size.name == "cqa-gold-student_size"
+    assert variants.name == "cqa-gold-t5-v1_1-base-methods"
+    assert labels_of(by_size)[0] == "teacher's labels, 77.2 %"
+    ticks = [label.get_text() for label in by_rows.figure.axes[0].get_xticklabels()]
+    assert ticks == ["12.5 %\n1,096", "25 %\n2,192", "50 %\n4,383", "100 %\n8,766"]
+    ticks = [label.get_text() for label in by_size.figure.axes[0].get_xticklabels()]
+    assert ticks == ["77M\nt5-v1_1-small", "248M\nt5-v1_1-base", "783M\nt5-v1_1-large"]
+    assert [axes.get_xlabel() for axes in variants.figure.axes] == [
+        "test accuracy (%)",
+        "difference to standard finetuning\n(points)",
     ]
-    # the figure of sizes has no teacher where another metric than its own is shown
-    assert all(not plot.levels for plot in plots_of(tmp_path, metric="test/loss") if isinstance(plot, LinePlot))
+    # another metric than accuracy has no level of the teacher's labels
+    of_loss = plots_of(tmp_path, metric="test/loss")
+    assert labels_of(of_loss[1])[0] != "teacher's labels, 77.2 %"
+    assert of_loss[0].figure.axes[0].get_ylabel() == "test loss"
+
+
+def test_the_points_and_bars_are_the_results(tmp_path: Path) -> None:
+    like_the_paper(tmp_path)
+    comparison = compare_runs(*find_runs([tmp_path]), resamples=200)
+    axes = draw(comparison)[0].figure.axes[0]
+    results = [result for result in comparison.sections[0].results if result.setting.student == "t5-v1_1-base"]
+    drawn = {round(float(y), 9) for line in axes.get_lines() for y in np.asarray(line.get_ydata(), float)}
+    assert {round(result.metric.mean, 9) for result in results} <= drawn
+    hollow = {round(float(y), 9) for dots in axes.collections for _, y in np.asarray(dots.get_offsets())}
+    assert {result.published.accuracy for result in results if result.published} <= hollow
+    bars = {
+        (round(float(a), 6), round(float(b), 6))
+        for collection in axes.collections
+        if hasattr(collection, "get_segments")
+        for a, b in (segment[:, 1] for segment in collection.get_segments())
+    }
+    expected = {
+        (round(one.metric.mean - one.metric.standard_error, 6), round(one.metric.mean + one.metric.standard_error, 6))
+        for one in results
+        if one.metric.standard_error is not None
+    }
+    assert expected == bars
 
 
 def test_sides_are_named_where_there_are_two(tmp_path: Path) -> None:
@@ -146,13 +179,12 @@ def test_sides_are_named_where_there_are_two(tmp_path: Path) -> None:
     for rationales in ("own", "shuffled"):
         write_runs(tmp_path, [0, 1], 0.6, method="StepByStep", rationales=rationales)
     [alone] = plots_of(tmp_path)
-    assert isinstance(alone, DotPlot)
-    assert alone.baseline is None
-    assert len(figure_of(alone, styles_of([alone]), percent=True).axes) == 1
-    assert not any("left" in note or "right" in note for note in alone.notes)
+    assert len(alone.figure.axes) == 1
+    assert not any("left:" in text.get_text() for text in texts_of(alone.figure))
     write_runs(tmp_path, [0, 1], 0.5, method="Standard")
     [beside] = plots_of(tmp_path)
-    assert [note.partition(":")[0] for note in beside.notes][::2] == ["left", "right"]
+    assert len(beside.figure.axes) == 2
+    assert any("left:" in text.get_text() and "right:" in text.get_text() for text in texts_of(beside.figure))
 
 
 def test_there_is_none_without_two_values(tmp_path: Path) -> None:
@@ -161,61 +193,6 @@ def test_there_is_none_without_two_values(tmp_path: Path) -> None:
     # two fractions, but of one method each: no line
     write_runs(tmp_path, [0, 1], 0.6, method="StepByStep", train_fraction=0.5)
     assert plots_of(tmp_path) == []
-    assert draw([], tmp_path / "figures", percent=True) == []
-    assert not (tmp_path / "figures").exists()
-
-
-def test_the_points_are_the_rows(tmp_path: Path) -> None:
-    like_the_paper(tmp_path)
-    comparison = compare_runs(find_runs([tmp_path]), resamples=200)
-    first, sizes, dots = plots(comparison)
-    rows = comparison.sections[0].rows
-    assert isinstance(first, LinePlot)
-    (standard,) = [line for line in first.lines if line.label == "standard finetuning"]
-    own = [row for row in rows if row.name == "standard finetuning" and row.setting.student == "t5-v1_1-base"]
-    assert [(point.x, point.mean, point.error) for point in standard.points] == [
-        (row.setting.train_fraction, row.summary.mean, row.summary.standard_error) for row in own
-    ]
-    assert [point.published for point in standard.points] == [None, None, None, 0.6219]
-    assert [text for _, text in first.ticks] == ["12.5 %\n1,096", "25 %\n2,192", "50 %\n4,383", "100 %\n8,766"]
-    assert isinstance(sizes, LinePlot)
-    assert sizes.levels == ((0.7723, "teacher's labels"),)
-    assert [text for _, text in sizes.ticks] == [
-        "77M\nt5-v1_1-small",
-        "248M\nt5-v1_1-base",
-        "783M\nt5-v1_1-large",
-    ]
-    assert isinstance(dots, DotPlot)
-    assert [dot.mean for dot in dots.dots] == sorted((dot.mean for dot in dots.dots), reverse=True)
-    assert dots.baseline == "standard finetuning"
-    assert [dot.difference is None for dot in dots.dots] == [dot.is_baseline for dot in dots.dots]
-
-
-def axes_of(plot: LinePlot | DotPlot) -> Axes:
-    return figure_of(plot, styles_of([plot]), percent=True).axes[0]
-
-
-def test_what_is_drawn_is_in_percent_with_error_bars(tmp_path: Path) -> None:
-    like_the_paper(tmp_path)
-    plot = plots_of(tmp_path)[0]
-    assert isinstance(plot, LinePlot)
-    axes = axes_of(plot)
-    assert axes.get_ylabel() == "test accuracy (%)"
-    drawn = {round(float(y), 6) for line in axes.get_lines() for y in np.asarray(line.get_ydata(), float)}
-    points = [point for line in plot.lines for point in line.points]
-    assert {round(100 * point.mean, 6) for point in points} <= drawn
-    assert {round(100 * point.published, 6) for point in points if point.published} <= drawn
-    bars = {
-        (round(float(a), 4), round(float(b), 4))
-        for collection in axes.collections
-        for a, b in (segment[:, 1] for segment in collection.get_segments())  # type: ignore[attr-defined]
-    }
-    expected = {
-        (round(100 * (point.mean - point.error), 4), round(100 * (point.mean + point.error), 4))
-        for point in points
-        if point.error is not None
-    }
-    assert expected == bars
 
 
 def test_a_key_that_follows_the_axis_does_not_break_a_line(tmp_path: Path) -> None:
@@ -224,61 +201,43 @@ def test_a_key_that_follows_the_axis_does_not_break_a_line(tmp_path: Path) -> No
             how: dict[str, Any] = {"method": method, "train_fraction": fraction, "model": {"warmup": steps}}
             write_run(tmp_path / f"{method}{fraction}", **how)
     plot = plots_of(tmp_path)[0]
-    assert isinstance(plot, LinePlot)
-    assert {line.label: len(line.points) for line in plot.lines} == {"standard finetuning": 2, "step-by-step": 2}
-    assert plot.notes[0] == "warmup differs between points (see the table)"
+    assert sorted(labels_of(plot)) == ["standard finetuning", "step-by-step"]
+    assert any(text.get_text().startswith("warmup differs between points") for text in texts_of(plot.figure))
 
 
 def test_methods_look_apart_without_colour_and_the_same_in_all_figures(tmp_path: Path) -> None:
     many(tmp_path)
-    found = plots_of(tmp_path)
-    styles = styles_of(found)
-    assert styles[("Standard", "")] == styles_of([])[("Standard", "")]
-    assert len({(style.marker, style.stroke) for style in styles.values()}) == len(styles)
-    line_plot, dot_plot = found
-    assert isinstance(line_plot, LinePlot)
-    assert isinstance(dot_plot, DotPlot)
-    assert {line.style for line in line_plot.lines} == {dot.style for dot in dot_plot.dots}
-
-
-def settings_of_matplotlib() -> dict[str, Any]:
-    """Without the backend, which is chosen by being looked at."""
-    return {name: mpl.rcParams[name] for name in mpl.rcParams if name != "backend"}
-
-
-def test_drawing_needs_no_pyplot_and_planning_no_matplotlib(tmp_path: Path) -> None:
-    few(tmp_path / "runs")
-    code = f"""
-import sys
-from pathlib import Path
-from lit_distill.comparison import comparing, figures, plots, report, runs
-comparison = comparing.compare_runs(runs.find_runs([{str(tmp_path / "runs")!r}]), resamples=200)
-found = plots.plots(comparison)
-assert not {{"matplotlib", "pyarrow", "wandb", "pandas", "torch"}} & set(sys.modules), "too early"
-assert figures.draw(found, Path({str(tmp_path / "figures")!r}), percent=True)
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603 - our own program
+    lines, dots = plots_of(tmp_path)
+    looks = {bars.get_label(): bars.lines[0] for bars in lines.figure.axes[0].containers}  # type: ignore[attr-defined]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in looks.values()}) == len(looks) == 9
+    drawn = {(line.get_marker(), line.get_color()) for line in dots.figure.axes[0].get_lines()}
+    assert {(line.get_marker(), line.get_color()) for line in looks.values()} <= drawn
 
 
 def test_files_are_the_same_each_time_and_leave_matplotlib_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few(tmp_path / "runs")
-    found = plots_of(tmp_path / "runs")
-    before = settings_of_matplotlib()
-    first = draw(found, tmp_path / "a", percent=True)
-    assert settings_of_matplotlib() == before
-    monkeypatch.setitem(mpl.rcParams, "font.size", 30.0)
-    second = draw(found, tmp_path / "b", percent=True)
-    assert [drawn.png.name for drawn in first] == [drawn.png.name for drawn in second]
-    for one, other in zip(first, second, strict=True):
-        assert one.png.read_bytes() == other.png.read_bytes()
-        assert one.svg.read_bytes() == other.svg.read_bytes()
-        assert one.png.read_bytes().startswith(b"\x89PNG")
-        assert "62.00" in one.alt
+    # without the backend, which is chosen by being looked at
+    before = {name: mpl.rcParams[name] for name in mpl.rcParams if name != "backend"}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for plot in plots_of(tmp_path / "runs"):
+            plot.save(tmp_path / name)
+        assert {name: mpl.rcParams[name] for name in mpl.rcParams if name not in ("backend", "font.size")} == {
+            name: value for name, value in before.items() if name != "font.size"
+        }
+        monkeypatch.setitem(mpl.rcParams, "font.size", 30.0)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 4
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_labels_of_an_axis_are_kept_from_the_right() -> None:
-    assert keep_apart([0, 1, 2], [0.5, 0.5, 0.5]) == [0, 1, 2]
-    assert keep_apart([0, 1.9, 2], [0.5, 0.5, 0.5]) == [0, 2]
+def test_heavy_libraries_are_imported_when_they_are_used(tmp_path: Path) -> None:
+    code = """
+import sys
+from lit_distill.comparison import comparing, figures, report, runs
+assert not {"matplotlib", "pyarrow", "wandb", "pandas", "jinja2", "markdown_it", "torch"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603 - our own program

@@ -1,11 +1,14 @@
 """The published numbers, against the paper's table as it is printed."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_distill.comparison.published import GPT_NEOX, ROWS, TEACHER, TEST_ROWS, published
+from lit_distill.comparison.published import ROWS, TEACHER, TEST_ROWS, published
+from lit_distill.comparison.runs import find_runs
+from tests.comparison.runs import write_run
 
 PRINTED = """
 | | e-SNLI | ANLI | CQA | SVAMP |
@@ -20,22 +23,45 @@ def test_the_table_is_the_papers() -> None:
     printed = [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in PRINTED.strip().splitlines()[1:]]
     order = ("esnli", "anli1", "cqa", "svamp")
     assert [[round(100 * row[dataset], 2) for dataset in order] for row in ROWS.values()] == printed
-    assert GPT_NEOX in ROWS
     assert set(TEST_ROWS) == set(TEACHER) == set(order)
     assert [round(100 * TEACHER[dataset], 2) for dataset in order] == [72.99, 65.6, 77.23, 74.0]
 
 
+AS_PUBLISHED: dict[str, Any] = {"dataset": "svamp", "method": "StepByStep", "correct": [True] * 200, "train_rows": 720}
+
+
 @pytest.mark.parametrize("student", ["t5-v1_1-base", "google/t5-v1_1-base"])
-def test_a_student_is_known_with_and_without_its_owner(student: str) -> None:
-    how: dict[str, Any] = {"dataset": "svamp", "method": "StepByStep", "student": student, "parameters": 247_577_856}
-    how |= {"train_rows": 720, "label_source": "gold", "train_fraction": 1, "rationales": "own", "test_rows": 200}
-    found = published(**how, config={"model.init_args.rationale_weight": 1.0})
+def test_a_student_is_known_with_and_without_its_owner(tmp_path: Path, student: str) -> None:
+    write_run(tmp_path, **AS_PUBLISHED, model={"student": student})
+    [run] = find_runs([tmp_path])[0]
+    found = published(run)
     assert found is not None
     assert (found.row, found.accuracy) == ("step-by-step, PaLM 540B rationales", 0.655)
-    assert published(**how | {"train_rows": 715}, config={}) == found
-    other_order = {"model.init_args.order": "label_first"}
-    assert published(**how | {"method": "SingleTask"}, config=other_order) is None
-    # what is not known is no match
-    for key in ("test_rows", "train_rows", "parameters"):
-        assert published(**how | {key: 0}, config={}) is None
-    assert published(**how | {"student": f"mine/{student}"}, config={}) is None
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"correct": [True, False]},
+        {"student": "t5-v1_1-large"},
+        {"model": {"student": "/home/me/runs/t5-v1_1-base"}},
+        {"parameters": 6_612_352},
+        {"parameters": 0},
+        {"train_rows": 320},
+        {"train_rows": 0},
+        {"train_fraction": 0.5},
+        {"label_source": "teacher"},
+        {"rationales": "shuffled"},
+        {"dataset": "toy"},
+        {"method": "Mixed"},
+        {"method": "SingleTask", "model": {"order": "label_first"}},
+        {"model": {"rationale_weight": 0.5}},
+        {"model": {"from_scratch": True}},
+        {"data": {"rationales": "annotations"}},
+        {"data": {"rationale_filter": "label_agrees"}},
+    ],
+)
+def test_nothing_was_published_of_other_kinds(tmp_path: Path, how: dict[str, Any]) -> None:
+    write_run(tmp_path, **AS_PUBLISHED | how)
+    [run] = find_runs([tmp_path])[0]
+    assert published(run) is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lit_distill.comparison.comparing import compare_runs
-from lit_distill.comparison.runs import find_runs
+from lit_distill.comparison.runs import Run, find_runs
 from lit_distill.errors import UserError
 from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, write_predictions_file
 from tests.comparison.runs import edit, write_run
@@ -15,7 +15,12 @@ from tests.comparison.runs import edit, write_run
 
 def reasons(root: Path) -> dict[str, str]:
     """What is skipped below a folder, and why."""
-    return {Path(one.source).name: one.reason for one in find_runs([root]).skipped}
+    return {Path(source).name: reason for source, reason in find_runs([root])[1].items()}
+
+
+def answers_of(run: Run) -> list[float | None]:
+    assert run.correct is not None
+    return [None if np.isnan(one) else float(one) for one in run.correct]
 
 
 def test_runs_are_found_however_deep_and_once(tmp_path: Path) -> None:
@@ -23,28 +28,25 @@ def test_runs_are_found_however_deep_and_once(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "version_1", seed=1)
     write_run(tmp_path / "b", method="StepByStep")
     (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)
-    found = find_runs([tmp_path / "a", tmp_path, tmp_path / "b"])
-    assert [Path(run.source).relative_to(tmp_path).as_posix() for run in found.runs] == [
+    runs, skipped = find_runs([tmp_path / "a", tmp_path, tmp_path / "b"])
+    assert [Path(run.source).relative_to(tmp_path).as_posix() for run in runs] == [
         "a/version_0",
         "a/version_1",
         "b",
     ]
-    assert found.skipped == ()
-    assert find_runs([tmp_path / "b"]).runs[0].record.method == "StepByStep"
+    assert skipped == {}
+    assert find_runs([tmp_path / "b"])[0][0].record.method == "StepByStep"
 
 
-def test_predictions_are_kept_by_id(tmp_path: Path) -> None:
+def test_answers_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
     write_run(tmp_path / "a", correct=[True, False, True])
     write_run(tmp_path / "b", correct=[False, False, True])
     # in another order they are the same rows
     write_predictions_file(tmp_path / "b", read_predictions_file(tmp_path / "b")[::-1])
-    first, second = (run.predictions for run in find_runs([tmp_path]).runs)
-    assert first is not None
-    assert second is not None
-    assert first.ids is second.ids
-    assert first.ids == ("cqa-test-0", "cqa-test-1", "cqa-test-2")
-    assert np.array_equal(first.correct, [True, False, True])
-    assert np.array_equal(second.correct, [False, False, True])
+    first, second = find_runs([tmp_path])[0]
+    assert first.ids == second.ids
+    assert answers_of(first) == [1, 0, 1]
+    assert answers_of(second) == [0, 0, 1]
 
 
 def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
         "planned": "no run.json: not started, or ended early",
         "failed": "no run.json: failed",
     }
-    assert len(find_runs([tmp_path]).runs) == 1
+    assert len(find_runs([tmp_path])[0]) == 1
 
 
 def test_a_run_hides_none_below_it(tmp_path: Path) -> None:
@@ -77,10 +79,10 @@ def test_a_run_hides_none_below_it(tmp_path: Path) -> None:
     write_run(tmp_path / "sub", seed=1)
     write_run(tmp_path / "sub" / "student", seed=2)
     write_run(tmp_path / "sub" / "checkpoints" / "deep", seed=3)
-    assert [run.record.seed for run in find_runs([tmp_path]).runs] == [0, 1]
+    assert [run.record.seed for run in find_runs([tmp_path])[0]] == [0, 1]
     # elsewhere these are names like any other
     write_run(tmp_path / "other" / "student", seed=4)
-    assert [run.record.seed for run in find_runs([tmp_path / "other"]).runs] == [4]
+    assert [run.record.seed for run in find_runs([tmp_path / "other"])[0]] == [4]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_odd_records_are_listed(tmp_path: Path, odd: dict[str, object]) -> None:
     write_run(tmp_path / "odd")
     edit(tmp_path / "odd", **odd)
     assert list(reasons(tmp_path)) == ["odd"]
-    assert compare_runs(find_runs([tmp_path]), resamples=100).runs
+    assert compare_runs(*find_runs([tmp_path]), resamples=100).runs
 
 
 def test_a_record_that_is_nested_too_deep_is_listed(tmp_path: Path) -> None:
@@ -163,17 +165,7 @@ def test_damaged_records_are_listed(tmp_path: Path) -> None:
     assert found["config"].endswith("run.json: config: got []; Input should be an object")
     assert found["teacher"].endswith("run.json: teacher_accuracy: got 'good'; Input should be a valid number")
     assert found["versions"].endswith("run.json: versions.torch: got 2; Input should be a valid string")
-    assert find_runs([tmp_path]).runs == ()
-
-
-def test_chance_is_the_records_or_the_commonest_label_of_a_closed_set(tmp_path: Path) -> None:
-    for name in ("recorded", "closed", "open"):
-        write_run(tmp_path / name, correct=[True, False, False] * 4, chance=0.4 if name == "recorded" else None)
-    rows = read_predictions_file(tmp_path / "closed")
-    write_predictions_file(tmp_path / "closed", [row | {"label": "abbccc"[i % 6]} for i, row in enumerate(rows)])
-    write_predictions_file(tmp_path / "open", [row | {"label": str(i)} for i, row in enumerate(rows)])
-    chances = {Path(run.source).name: run.chance for run in find_runs([tmp_path]).runs}
-    assert chances == {"recorded": 0.4, "closed": 0.5, "open": None}
+    assert find_runs([tmp_path])[0] == []
 
 
 def test_damaged_predictions_are_listed(tmp_path: Path) -> None:
@@ -187,9 +179,9 @@ def test_damaged_predictions_are_listed(tmp_path: Path) -> None:
     write_predictions_file(tmp_path / "foreign", [row | {"correct": True} for row in rows])
     found = reasons(tmp_path)
     assert "cannot be read" in found["torn"]
-    assert found["rows"].endswith("3 rows, and run.json speaks of 4")
+    assert found["rows"].endswith("3 rows, but run.json says 4")
     assert found["kind"].endswith("correct must be true, false or null")
-    assert "an accuracy of 1.0000, and run.json speaks of 0.5000" in found["foreign"]
+    assert "its accuracy is 1.0000, but run.json says 0.5000" in found["foreign"]
 
 
 def test_runs_whose_answers_cannot_be_paired_keep_their_metrics(tmp_path: Path) -> None:
@@ -205,15 +197,13 @@ def test_runs_whose_answers_cannot_be_paired_keep_their_metrics(tmp_path: Path) 
     # of the rows that have a label, the others' answers
     write_run(tmp_path / "lies", correct=right)
     write_predictions_file(tmp_path / "lies", [rows[0] | {"correct": None}, *rows[1:]])
-    assert "an accuracy of 0.3333, and run.json speaks of 0.5000" in reasons(tmp_path)["lies"]
-    runs = {Path(run.source).name: run for run in find_runs([tmp_path]).runs}
+    assert "its accuracy is 0.3333, but run.json says 0.5000" in reasons(tmp_path)["lies"]
+    runs = {Path(run.source).name: run for run in find_runs([tmp_path])[0]}
     assert runs["absent"].remark == "no test_predictions.jsonl"
     assert runs["twice"].remark == "the id 'same' occurs more than once in test_predictions.jsonl"
     assert runs["unlabelled"].remark == "no test row has a label"
-    assert all(runs[name].predictions is None for name in ("absent", "twice", "unlabelled"))
-    partly = runs["partly"].predictions
-    assert partly is not None
-    assert len(partly.ids) == 3
+    assert all(runs[name].correct is None for name in ("absent", "twice", "unlabelled"))
+    assert answers_of(runs["partly"]) == [None, 1, 0, 0]
 
 
 def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
@@ -224,12 +214,10 @@ def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
 def test_runs_without_the_metric_are_skipped(tmp_path: Path) -> None:
     write_run(tmp_path / "good")
     write_run(tmp_path / "untested", metrics={}, test_rows=0, predictions=False)
-    found = find_runs([tmp_path]).with_metric("test/accuracy")
+    found = compare_runs(*find_runs([tmp_path]), resamples=100)
     assert [Path(run.source).name for run in found.runs] == ["good"]
-    assert {Path(one.source).name: one.reason for one in found.skipped} == {
-        "untested": "no test/accuracy among its metrics",
-    }
+    assert found.skipped == {f"{tmp_path}/untested": "no test/accuracy among its metrics"}
     with pytest.raises(UserError, match="no run has 'test/f1'; allowed are test/accuracy, test/loss"):
-        find_runs([tmp_path / "good"]).with_metric("test/f1")
+        compare_runs(*find_runs([tmp_path / "good"]), metric="test/f1")
     with pytest.raises(UserError, match="no run was tested"):
-        find_runs([tmp_path / "untested"]).with_metric("test/accuracy")
+        compare_runs(*find_runs([tmp_path / "untested"]))
