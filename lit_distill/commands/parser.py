@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, get_args, get_type_hints, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, get_loader, set_loader
