@@ -139,7 +139,7 @@ def evaluate_side(
         evaluating = Evaluating(settings, stop_at_gold=stop_at_gold, rationales=rationales, every_loss=every_loss)
         probe = MemoryProbe(settings.device)
         built = evaluating.recipe(precision, folder) if side == "recipe" else evaluating.ours()
-        student = built.student if isinstance(built, Recipe) else built.module.student
+        student = built.student if isinstance(built, Recipe) else built.module.student.model
         turn.answer(
             {
                 "machine": machine(settings.device),

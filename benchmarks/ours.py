@@ -11,9 +11,9 @@ from operations import Batches
 from options import Settings
 from torch import Tensor
 
-from lit_distill.batch import TaskBatch
 from lit_distill.evaluation.answers import Answer, AnswerKey
 from lit_distill.modules import StepByStepModule
+from lit_distill.objectives import Step
 
 
 class BenchmarkModule(StepByStepModule):
@@ -24,19 +24,19 @@ class BenchmarkModule(StepByStepModule):
     texts: dict[int, tuple[str, ...]]
     """Row -> the generated label, and the rationale if there is one."""
 
-    def shape_scores(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
+    def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
         """The end token at the gold target's length, and not before."""
         if self.gold_lengths is None:
             return scores
         ends = self.gold_lengths[task].to(rows.device)[rows] <= step + 1
-        end = self.student.config.eos_token_id
+        end = self.student.model.config.eos_token_id
         scores = scores.masked_fill(ends[:, None], -torch.inf)
         scores[:, end] = torch.where(ends, 0.0, -torch.inf)
         return scores
 
-    def answers(self, batch: TaskBatch, key: AnswerKey, *, rationales: bool) -> list[Answer]:
+    def answers(self, step: Step, key: AnswerKey, *, rationales: bool) -> list[Answer]:
         """As the base's; kept by row."""
-        found = super().answers(batch, key, rationales=rationales)
+        found = super().answers(step, key, rationales=rationales)
         for answer in found:
             self.texts[answer.index] = (answer.text,) if answer.rationale is None else (answer.text, answer.rationale)
         return found

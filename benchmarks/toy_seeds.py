@@ -31,9 +31,7 @@ def accuracy(method: type[DistillModule], seed: int, config: dict[str, dict[str,
     pl.seed_everything(seed, workers=True, verbose=False)
     module = method(**shared)  # type: ignore[arg-type]
     settings = dict(config["data"]["init_args"]) | {"seed": seed, "toy_seed": seed}
-    data = ToyDataModule(
-        tokenizer=shared["student"], tasks=module.active_tasks, prefixes=module.prefixes, test_size=1000, **settings
-    )
+    data = ToyDataModule(tokenizer=shared["student"], tasks=module.tasks, test_size=1000, **settings)
     trainer = pl.Trainer(
         **config["trainer"],  # type: ignore[arg-type]
         max_epochs=-1,

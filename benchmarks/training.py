@@ -140,7 +140,7 @@ def train_side(turn: Turn, settings: Settings, side: Side, precision: Precision,
             plan = Plan(warmup, shuffled, [training.regrouped(block) for block in turn.wait()])
             probe = MemoryProbe(settings.device)
             ours = training.ours()
-            student = ours.module.student
+            student = ours.module.student.model
         counted = [*plan.shuffled, *plan.grouped]
         turn.answer(
             {

@@ -380,7 +380,7 @@ def test_both_sides_begin_with_the_same_weights_and_train_on_the_same_batches(
     monkeypatch.setattr(recipe_class, "compute_loss", recipe_step)
     monkeypatch.setattr(module_class, "training_step", our_step)
     weights: list[dict[str, torch.Tensor]] = []
-    for owner, path in ((bench("ours").Ours, "module.student"), (bench("recipe").Recipe, "student")):
+    for owner, path in ((bench("ours").Ours, "module.student.model"), (bench("recipe").Recipe, "student")):
 
         def train_seen(self: Any, *args: Any, train: Any = owner.train, path: Any = path) -> None:  # noqa: ANN401
             weights.append(copy.deepcopy(operator.attrgetter(path)(self).state_dict()))

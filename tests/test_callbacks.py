@@ -151,7 +151,7 @@ def test_rates_count_examples_and_tokens_and_leave_evaluation_out(
 
 
 def test_early_stopping_stops(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_distill.modules.base.summarise", lambda *args, **kwargs: {"accuracy": 0.5})
+    monkeypatch.setattr("lit_distill.modules.evaluating.summarise", lambda *args, **kwargs: {"accuracy": 0.5})
     overlay = f"--config={CONFIGS / 'overlay' / 'early_stopping.yaml'}"
     run("fit", small_model(student_folder), toy_data(), small_trainer(30), overlay, "--test_after_fit=false")
     [folder] = run_folders()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-import lit_distill.modules.base
+import lit_distill.students
 from lit_distill.cli import SHORT_HELP
 from lit_distill.commands.dispatch import BESIDE
 from lit_distill.commands.train import DistillCLI
@@ -51,18 +51,20 @@ class OwnModule(StepByStepModule):
         **kwargs: as ever.
     """
 
-    tasks = ("rationale", "label")
-
     def __init__(self, student: str, *, sharpness: float = 0.5, fault: str = "", **kwargs) -> None:
         super().__init__(student, **kwargs)
         self.sharpness = sharpness
         if fault:
             raise {"value": ValueError, "type": TypeError, "import": ModuleNotFoundError, "key": KeyError}[fault](fault)
 
-    def loss_terms(self, batch):
+    @classmethod
+    def make_tasks(cls, init_args):
+        return dict(reversed(super().make_tasks(init_args).items()))
+
+    def loss_terms(self, step):
         if self.sharpness == 0:
             raise ZeroDivisionError("no sharpness")
-        terms = super().loss_terms(batch)
+        terms = super().loss_terms(step)
         return terms | {"own": self.sharpness * terms["label"]}
 
 
@@ -102,7 +104,7 @@ def no_student(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*args: object, **kwargs: object) -> None:
         raise AssertionError("a student was built")
 
-    monkeypatch.setattr(lit_distill.modules.base, "load_student", build)
+    monkeypatch.setattr(lit_distill.students, "load", build)
 
 
 def overlay(text: str) -> list[str]:
@@ -169,7 +171,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--checkpoint.monitr=x", ["checkpoint.monitr: no such argument", "checkpoint.monitor"]),
     ("--model.rationale_wieght=1", ["model.rationale_wieght", "did you mean rationale_weight?", "label_prefix"]),
     ("--data.batchsize=3", ["data.batchsize: no such argument", "did you mean batch_size?", "train_size"]),
-    ("--model.tasks=[label]", ["model.tasks: no such argument"]),
+    ("--model.tasks=[label]", ["model.tasks: got ['label']; allowed is dict, or null"]),
     ("stray", ["unexpected argument 'stray'"]),
     # a beginning of a key is no key
     ("--trainer.max_step=3", ["trainer.max_step: no such argument", "did you mean trainer.max_steps?"]),
@@ -235,9 +237,9 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--model.from_scratch=false", ["student: no weights in the folder", "from_scratch"]),
     # what the model decides of the data
     ("--data.tokenizer=t5-small", ["data.tokenizer: 't5-small' is decided by the model"]),
-    ('--data.tasks=["label"]', ["data.tasks: ['label'] is decided by the model", "['label', 'rationale']"]),
-    ('--data.prefixes={"label": "x "}', ["data.prefixes: {'label': 'x '} is decided by the model", "'predict: '"]),
-    ("--model.rationale_prefix=predict: ", ["prefixes: label and rationale both have 'predict: '"]),
+    ('--data.tasks=["label"]', ["data.tasks: ['label'] is decided by the model", "'rationale': {"]),
+    ("--data.tasks=[rationale_label]", ["data.tasks: ['rationale_label'] is decided by the model", "'predict: '"]),
+    ("--model.rationale_prefix=predict: ", ["tasks: label and rationale both have the prefix 'predict: '"]),
 ]
 
 
@@ -577,7 +579,7 @@ def test_help_of_a_method_shows_its_own_and_the_shared_arguments(capsys: pytest.
         assert f"--model.{argument}" in text
     assert "the paper's lambda" in text
     # what follows from the method is not asked for
-    assert "--model.tasks" not in text
+    assert "--data.tasks" not in text
 
 
 @pytest.mark.parametrize("command", ["fit", "inspect"])
@@ -603,7 +605,7 @@ def test_a_printed_config_runs_as_a_config(
     assert content["model"]["init_args"]["rationale_weight"] == 1.0
     assert content["data"]["init_args"]["train_size"] == 12
     # what is linked is not said twice
-    assert not {"tokenizer", "tasks", "prefixes"} & content["data"]["init_args"].keys()
+    assert not {"tokenizer", "tasks"} & content["data"]["init_args"].keys()
     Path("printed.yaml").write_text(first)
     assert printed(capsys, "fit", "--config=printed.yaml", "--print_config") == first
 
@@ -662,8 +664,7 @@ def test_tasks_prefixes_and_tokenizer_follow_from_the_method(
     monkeypatch.setattr("lit_distill.data.base.RationaleDataModule.setup", only_look)
     with pytest.raises(InterruptedError):
         run("fit", small_model(student_folder, method), extra, toy_data(), small_trainer())
-    assert built[0].prefixes == prefixes
-    assert list(built[0].tasks) == list(prefixes)
+    assert {name: task.prefix for name, task in built[0].tasks.items()} == prefixes
     assert built[0].tokenizer.name_or_path == str(student_folder)
 
 

@@ -108,7 +108,7 @@ def test_a_checkpoint_becomes_a_folder_again_and_again(tied: bool, tmp_path: Pat
     assert config["task_specific_params"]["rationale_label"] == {"prefix": "x: ", "max_new_tokens": 6, "num_beams": 3}
     loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert (loaded.generation_config.max_new_tokens, loaded.generation_config.num_beams) == (6, 3)
-    for name, weight in module.student.state_dict().items():
+    for name, weight in module.student.model.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
     assert (loaded.lm_head.weight.data_ptr() == loaded.shared.weight.data_ptr()) == tied
 

@@ -33,12 +33,14 @@ LAYERS = (
     ("tasks",),
     ("rationales", "losses", "evaluation", "students"),
     ("annotation", "comparison", "experiments"),
-    ("data", "modules", "callbacks", "checkpoints", "progress", "export", "teachers"),
+    ("data", "teachers"),
+    ("objectives",),
+    ("modules", "callbacks", "checkpoints", "progress", "export"),
     ("commands",),
     ("cli",),
     ("__main__",),
 )
-ROOMS = {"data", "modules", "teachers"}
+ROOMS = {"data", "teachers"}
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 

@@ -182,7 +182,7 @@ def test_a_wandb_run_that_fails_says_so(
     def fault(*args: object, **kwargs: object) -> None:
         raise FloatingPointError
 
-    monkeypatch.setattr("lit_distill.modules.base.summarise", fault)
+    monkeypatch.setattr("lit_distill.modules.evaluating.summarise", fault)
     with pytest.raises(FloatingPointError):
         run("fit", small_toy(student_folder), f"--config={CONFIGS / 'logger' / 'wandb.yaml'}")
     # of a run that failed wandb does not wait for the last records to be written

@@ -130,7 +130,9 @@ def test_a_resumed_run_says_which_student_it_began_with(student_folder: Path) ->
 
 def test_a_resumed_run_keeps_the_earlier_best(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.9, 0.1, 0.2, 0.3])
-    monkeypatch.setattr("lit_distill.modules.base.summarise", lambda *args, **kwargs: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(
+        "lit_distill.modules.evaluating.summarise", lambda *args, **kwargs: {"accuracy": next(accuracies)}
+    )
     with pytest.raises(FloatingPointError):
         # after the first validation
         run("fit", arguments(student_folder), interrupt(4))
@@ -144,7 +146,7 @@ def test_a_resumed_run_keeps_the_earlier_best(student_folder: Path, monkeypatch:
     from safetensors.torch import load_file
 
     saved = load_file(resumed / "student" / "model.safetensors")
-    assert all(torch.equal(best[f"student.{name}"], weight) for name, weight in saved.items())
+    assert all(torch.equal(best[f"student.model.{name}"], weight) for name, weight in saved.items())
 
 
 def test_a_best_that_is_gone_is_said(student_folder: Path) -> None:

@@ -54,7 +54,7 @@ def save_best_student(
     target = folder / "student"
     if trainer.is_global_zero:
         export_checkpoint(
-            best, target, prefixes=module.prefixes, generation=_generation(module), facts=_card_facts(module, data)
+            best, target, prefixes=_prefixes(module), generation=_generation(module), facts=_card_facts(module, data)
         )
     trainer.strategy.barrier("student")
     return target
@@ -66,11 +66,15 @@ def add_baseline(
 ) -> None:
     """Write a saved student's card once more, with the label-only baseline beside its metrics."""
     facts = replace(_card_facts(module, data), baseline=baseline)
-    write_text(student / "README.md", model_card(facts, module.prefixes, _generation(module)))
+    write_text(student / "README.md", model_card(facts, _prefixes(module), _generation(module)))
+
+
+def _prefixes(module: DistillModule) -> dict[str, str]:
+    return {name: task.prefix for name, task in module.tasks.items()}
 
 
 def _generation(module: DistillModule) -> dict[str, dict[str, Any]]:
-    return {task: module.generation_settings(task) for task in module.active_tasks}
+    return {task: module.generation_settings(task) for task in module.tasks}
 
 
 def _tested(module: DistillModule) -> Evaluation | None:
@@ -113,10 +117,10 @@ def train_baseline(
         The test metrics of its best checkpoint.
     """
     pl.seed_everything(config["seed_everything"], workers=True, verbose=False)
-    shared = set(inspect.signature(DistillModule.__init__).parameters) - {"self"}
+    shared = set(inspect.signature(DistillModule.__init__).parameters) - {"self", "tasks", "objectives", "teachers"}
     model_args = config["model"]["init_args"].as_dict()
     module = StandardModule(**{name: value for name, value in model_args.items() if name in shared})
-    linked = {"tasks": module.active_tasks, "prefixes": module.prefixes}
+    linked = {"tasks": module.tasks}
     data = data_class(**config["data"]["init_args"].as_dict() | linked)
     best = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
     bar = [] if trainer_args.get("enable_progress_bar") is False else [Progress()]

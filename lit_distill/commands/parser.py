@@ -16,6 +16,7 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS, import_given, one_line, plain_type
 from lit_distill.modules.base import DistillModule
+from lit_distill.objectives import Objective
 from lit_distill.reading import check_yaml
 from lit_distill.teachers.base import Teacher
 
@@ -66,6 +67,9 @@ class Parser(LightningArgumentParser):
             whole = next((word for word in ends if word.startswith(f"{found[1]}.")), found[1])
             message = message.replace(found[1], whole)
         import_given(message)
+        if isinstance(ex, ValueError) and isinstance(ex.__context__, UserError):
+            # of a function that links arguments
+            raise ex.__context__
         raise UserError(one_line(message, self._known_options())) from ex
 
     def _known_options(self) -> list[str]:
@@ -77,7 +81,9 @@ class Parser(LightningArgumentParser):
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
         """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
-        ours = [(_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Teacher, pl.Callback)]
+        ours = [
+            (_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
+        ]
         return self.instantiate(cfg, instantiators=ours, **kwargs)
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's

@@ -160,7 +160,6 @@ class DistillCLI(LightningCLI):
         method = ("model.class_path", "model.init_args")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
         parser.link_arguments(method, "data.init_args.tasks", compute_fn=linked_tasks)
-        parser.link_arguments(method, "data.init_args.prefixes", compute_fn=linked_prefixes)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """As Lightning's, with checks of what no type says."""
@@ -460,22 +459,17 @@ class DistillCLI(LightningCLI):
         write_predictions(self.trainer, model, datamodule, path, **kwargs)
 
 
-def linked_tasks(class_path: str, init_args: Namespace | None = None) -> list[str]:
-    """The tasks of a method that is only named yet."""
-    return list(linked_prefixes(class_path, init_args))
-
-
-def linked_prefixes(class_path: str, init_args: Namespace | None = None) -> dict[str, str]:
-    """Task -> prefix of a method that is only named yet."""
+def linked_tasks(class_path: str, init_args: Namespace | None = None) -> dict[str, Any]:
+    """The tasks of a method that is only named yet, in plain types."""
     method: type[DistillModule] = import_class(class_path)
-    return dict(method.task_prefixes(init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}))
+    settings = init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}
+    return {name: task.plain() for name, task in method.all_tasks(settings).items()}
 
 
 def linked(model: Namespace) -> dict[str, Any]:
     """The data module's arguments that a method, known by name only so far, decides."""
     settings = model.get("init_args") or Namespace()
-    prefixes = linked_prefixes(model["class_path"], settings)
-    return {"tokenizer": settings.get("student"), "tasks": list(prefixes), "prefixes": prefixes}
+    return {"tokenizer": settings.get("student"), "tasks": linked_tasks(model["class_path"], settings)}
 
 
 def _without_checkpoint(command: Sequence[str]) -> Iterator[str]:

@@ -67,6 +67,7 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
         pairs = [(text, other) for a, text in written if (other := key.rationales[a.index]) is not None]
         scores = np.array([rouge_l(text, other) for text, other in pairs])
         if len(scores):
-            add("rouge_l", scores.mean(), lambda: bootstrap_interval(lambda rows: scores[rows].mean(), len(scores)))
+            count, mean = len(scores), float(scores.mean())
+            add("rouge_l", mean, lambda: bootstrap_interval(lambda rows: float(scores[rows].mean()), count))
         accuracy("rationale_ends_in_prediction", [ends_in(text, a.prediction, key.metric) for a, text in written])
     return metrics

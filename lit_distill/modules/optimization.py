@@ -1,6 +1,6 @@
 """The optimizer and the learning-rate schedule."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -38,24 +38,20 @@ def learning_rate_factor(step: int, *, schedule: ScheduleName, warmup_steps: int
     return max(0.0, (total_steps - step) / max(1.0, total_steps - warmup_steps))
 
 
-def _is_spared(name: str) -> bool:
-    return "norm" in name or name.endswith(".bias")
-
-
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Trainable parameters in two groups: weights, which decay, and biases and norms, which do not.
 
     They are told apart by name: a sharded strategy makes every parameter one-dimensional.
     """
-    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for name, p in trainable if not _is_spared(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if _is_spared(name)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    decaying, spared = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (spared if "norm" in name or name.endswith(".bias") else decaying).append(parameter)
+    groups = ((decaying, weight_decay), (spared, 0.0))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
-def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor | None = None) -> bool:
+def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> bool:
     """Leave clipping by the gradient's norm to the coming step of a fused AdamW, which reads each gradient anyway.
 
     The kernel divides by ``grad_scale`` as it goes, where ``torch.nn.utils.clip_grad_norm_`` passes over all gradients
@@ -64,7 +60,7 @@ def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor | None 
     Args:
         optimizer: the optimizer.
         max_norm: the norm that gradients are scaled down to where theirs is larger.
-        norm: theirs, where it is known.
+        norm: theirs.
 
     Returns:
         Whether the optimizer can; it takes the divisor as float32, and gradients of other types are left alone.
@@ -72,14 +68,12 @@ def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor | None 
     inner = getattr(optimizer, "optimizer", optimizer)
     if type(inner) is not AdamW or not inner.defaults["fused"]:
         return False
-    gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+    gradients = (p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None)
     if any(gradient.dtype != torch.float32 for gradient in gradients):
         return False
-    if norm is None:
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if _DIVISOR not in vars(inner):
-        # not taken away again: a step goes over its hooks while it calls them
-        inner.register_step_post_hook(lambda own, *rest: take_off_clipping(own))
+        # never removed: a step iterates over its hooks while it calls them
+        inner.register_step_post_hook(lambda own, *rest: reset_clipping(own))
     # PyTorch's own coefficient, min(1, max_norm / (norm + 1e-6)), as a divisor
     divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
     setattr(inner, _DIVISOR, divisor)
@@ -87,14 +81,14 @@ def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor | None 
     return True
 
 
-def take_off_clipping(optimizer: Optimizer) -> None:
+def reset_clipping(optimizer: Optimizer) -> None:
     """Forget what `clip_within_step` has left to a step that is over, or that never came to its end."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     divisor = getattr(inner, _DIVISOR, None)
     if divisor is None:
         return
     setattr(inner, _DIVISOR, None)
-    # a loss scaler puts its own in place, beside `found_inf`, and takes both off by itself
+    # a loss scaler puts its own in place, beside `found_inf`, and removes both by itself
     if getattr(inner, "grad_scale", None) is divisor and not hasattr(inner, "found_inf"):
         del inner.grad_scale
 
@@ -107,7 +101,7 @@ def configure(
     weight_decay: float,
     schedule: ScheduleName,
     warmup_steps: int,
-    total_steps: Callable[[], float],
+    total_steps: float,
 ) -> OptimizerLRScheduler:
     """An optimizer over the module's trainable parameters, stepped with its schedule after every optimizer step."""
     groups = parameter_groups(module, weight_decay)
@@ -124,16 +118,15 @@ def configure(
         if fused:
             # what tells Lightning that the optimizer unscales by itself; without a scaler nobody else reads it
             built._step_supports_amp_scaling = False
-    total = total_steps()
     scheduler = LambdaLR(
         built,
-        lambda step: learning_rate_factor(step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total),
+        lambda step: learning_rate_factor(step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps),
     )
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
 
 def check_optimizer_states(states: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]]) -> None:
-    """See that a checkpoint keeps numbers of its optimizers and schedules, which torch finds out in the first step.
+    """See that a checkpoint's optimizers and schedules hold numbers, before torch stumbles in the first step.
 
     Raises:
         UserError: a setting that is a number, or holds some, does not.

@@ -64,9 +64,9 @@ def rewind(fit_loop_state: dict[str, Any], *, boundary: int, step: int, loader_s
         fit_loop_state["state_dict"]["combined_loader"] = loader_states
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set every random generator for one optimizer step (dropout above all)."""
-    words = np.random.SeedSequence((seed, step, rank)).generate_state(2)
+def seed_step(seed: int, step: int, rank: int, *, preparing: bool = False) -> None:
+    """Set every random generator for one optimizer step (dropout above all), or for what prepares it."""
+    words = np.random.SeedSequence((seed, step, rank, 1) if preparing else (seed, step, rank)).generate_state(2)
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
     random.seed(int(words[1]))

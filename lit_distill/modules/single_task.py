@@ -1,15 +1,17 @@
 """One target that holds both the rationale and the label."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from lit_distill.errors import UserError
+from lit_distill.checks import check_choice
 from lit_distill.modules.base import DistillModule
+from lit_distill.tasks import LABEL_RATIONALE, RATIONALE_LABEL, Task
 
 Order = Literal["rationale_first", "label_first"]
 
-_TASK = {"rationale_first": "rationale_label", "label_first": "label_rationale"}
+_TASK = {"rationale_first": RATIONALE_LABEL, "label_first": LABEL_RATIONALE}
 
 
 class SingleTaskModule(DistillModule):
@@ -23,17 +25,14 @@ class SingleTaskModule(DistillModule):
         **kwargs: as in ``DistillModule``.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("rationale_label",)
-
     def __init__(
         self, student: str | Path, *, order: Order = "rationale_first", input_prefix: str = "", **kwargs: Any
     ) -> None:
-        if order not in _TASK:
-            raise UserError(f"order must be one of {', '.join(_TASK)}, got {order!r}")
         super().__init__(student, **kwargs)
 
     @classmethod
-    def task_prefixes(cls, init_args: Mapping[str, Any]) -> dict[str, str]:
+    def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
         """The one task, which depends on the order."""
         settings = cls.init_settings(init_args)
-        return {_TASK.get(settings["order"], cls.tasks[0]): settings["input_prefix"]}
+        task = _TASK[check_choice("order", settings["order"], tuple(_TASK))]
+        return {task.name: replace(task, prefix=settings["input_prefix"])}

@@ -1,9 +1,12 @@
 """Standard finetuning and standard task distillation."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lit_distill.modules.base import DistillModule
+from lit_distill.tasks import LABEL, Task
 
 
 class StandardModule(DistillModule):
@@ -15,7 +18,10 @@ class StandardModule(DistillModule):
         **kwargs: as in ``DistillModule``.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("label",)
-
     def __init__(self, student: str | Path, *, label_prefix: str = "", **kwargs: Any) -> None:
         super().__init__(student, **kwargs)
+
+    @classmethod
+    def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
+        """The labels alone."""
+        return {"label": replace(LABEL, prefix=cls.init_settings(init_args)["label_prefix"])}

@@ -1,12 +1,13 @@
 """Distilling step-by-step."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import Any
 
 from lit_distill.checks import check_range
 from lit_distill.modules.base import DistillModule
+from lit_distill.tasks import LABEL, RATIONALE, Task
 
 
 class StepByStepModule(DistillModule):
@@ -24,8 +25,6 @@ class StepByStepModule(DistillModule):
         **kwargs: as in ``DistillModule``.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("label", "rationale")
-
     def __init__(
         self,
         student: str | Path,
@@ -35,11 +34,14 @@ class StepByStepModule(DistillModule):
         rationale_prefix: str = "explain: ",
         **kwargs: Any,
     ) -> None:
-        check_range("rationale_weight", rationale_weight, at_least=0)
         super().__init__(student, **kwargs)
-        self.rationale_weight = rationale_weight
 
-    def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
-        """The paper's Eq. 1; terms that a subclass adds count once."""
-        others = [term for name, term in terms.items() if name not in ("label", "rationale")]
-        return sum(others, terms["label"] + self.rationale_weight * terms["rationale"])
+    @classmethod
+    def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
+        """The label's task, and the rationale's with its weight."""
+        settings = cls.init_settings(init_args)
+        check_range("rationale_weight", weight := settings["rationale_weight"], at_least=0)
+        return {
+            "label": replace(LABEL, prefix=settings["label_prefix"]),
+            "rationale": replace(RATIONALE, prefix=settings["rationale_prefix"], weight=weight),
+        }

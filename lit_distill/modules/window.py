@@ -58,6 +58,7 @@ class WindowLoader(CombinedLoader):
         mode: how a collection is combined.
         size: the micro-batches of a step, asked for at each step's beginning.
         count: the terms' counts of one micro-batch.
+        prepare: may change a step's micro-batches in place, before they are counted.
         position: micro-batches of the first epoch that an earlier run has consumed.
         states: the underlying loaders' states there, as far as they have any.
     """
@@ -69,12 +70,14 @@ class WindowLoader(CombinedLoader):
         *,
         size: Callable[[], int],
         count: Callable[[TaskBatch], Counts],
+        prepare: Callable[[list[TaskBatch]], None],
         position: int = 0,
         states: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(iterables, mode)
         self._size = size
         self._count = count
+        self._prepare = prepare
         self._position = position
         self._to_skip = position
         self._to_load = list(states)
@@ -129,6 +132,7 @@ class WindowLoader(CombinedLoader):
                     raise
                 break
         batches: list[TaskBatch] = [batch for batch, _, _ in items]
+        self._prepare(batches)
         batch_counts = tuple(self._count(batch) for batch in batches)
         names = {name: None for counts in batch_counts for name in counts}
         window = Window(

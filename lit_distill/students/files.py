@@ -112,7 +112,7 @@ def _are_tensors(value: object) -> bool:
 
 def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The student's part of a module's state dict, under the model's own names."""
-    prefix = "student.model." if any(name.startswith("student.model.") for name in state_dict) else "student."
+    prefix = "student.model."
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 

@@ -64,7 +64,9 @@ def load(
             f" vocab_size is {model.config.vocab_size}"
         )
     if activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # older releases of transformers know only the second name, which newer ones deprecate
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if tokens.family == "causal":
         student: Student = CausalStudent(model, tokens, compile=compile)
     else:

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
+from lit_distill.errors import UserError
 from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
 from lit_distill.students.fast.greedy import greedy
 from lit_distill.students.fast.head import token_losses
@@ -216,12 +217,14 @@ class PlainPass(Seq2SeqPass):
     @cached_property
     def _output(self) -> Seq2SeqLMOutput:
         rows = join(list(self.with_rows.values()) or [self.filler()])
-        output: Seq2SeqLMOutput = self.student.training_forward(self.model)(
+        forward = self.student.training_forward(self.model)
+        output: Seq2SeqLMOutput = forward(
             input_ids=rows["input_ids"],
             attention_mask=rows["attention_mask"],
             decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(rows["labels"]),
             use_cache=False,
-            output_hidden_states=True,
+            # which a compiled forward cannot collect
+            output_hidden_states=forward is self.model,
         )
         return output
 
@@ -247,7 +250,9 @@ class PlainPass(Seq2SeqPass):
 
     def hidden(self, task: str, layer: int) -> Tensor:
         """See `Pass.hidden`."""
-        return self._targets(task, self._output.decoder_hidden_states[layer])
+        if (states := self._output.decoder_hidden_states) is None:
+            raise UserError("compile: a compiled student gives no hidden states; leave it out for this loss")
+        return self._targets(task, states[layer])
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
         """See `Pass.encoder`."""

@@ -48,13 +48,13 @@ def judged(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[str
         tested.append("test")
         return {"accuracy": 0.625, "accuracy_low": 0.25, "accuracy_high": 0.875}
 
-    monkeypatch.setattr("lit_distill.modules.base.summarise", summarise)
+    monkeypatch.setattr("lit_distill.modules.evaluating.summarise", summarise)
     return tested
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return {name.removeprefix("student."): weight for name, weight in state.items() if name.startswith("student.")}
+    return {name.removeprefix("student.model."): weight for name, weight in state.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -83,7 +83,7 @@ def test_fit_tests_and_saves_the_best_not_the_last(
     starts = torch.tensor([[0, 17, 18], [0, 3, 4]])
     with torch.no_grad():
         logits = saved.eval()(**inputs, decoder_input_ids=starts).logits
-        expected = module.student.eval()(**inputs, decoder_input_ids=starts).logits
+        expected = module.student.model.eval()(**inputs, decoder_input_ids=starts).logits
     assert torch.equal(logits, expected)
     kept, last = weights(best), weights(folder / "checkpoints" / "last.ckpt")
     assert torch.equal(saved.shared.weight, kept["shared.weight"])
@@ -132,7 +132,7 @@ def plain_test_loss(checkpoint: Path) -> float:
     from lit_distill.data.toy import toy_example
 
     module: Any = StepByStepModule.load_from_checkpoint(checkpoint)
-    model, tokenizer = module.student.eval(), module.tokenizer
+    model, tokenizer = module.student.model.eval(), module.tokenizer
     sums = {"label": [0.0, 0], "rationale": [0.0, 0]}
     for position in range(5):
         row = toy_example(0, "test", position)

@@ -154,7 +154,7 @@ def test_a_run_that_is_broken_off_has_no_record(student_folder: Path, monkeypatc
     def stumble(*arguments: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lit_distill.modules.base.DistillModule.on_test_epoch_start", stumble, raising=False)
+    monkeypatch.setattr("lit_distill.modules.DistillModule.on_test_epoch_start", stumble, raising=False)
     with pytest.raises(ZeroDivisionError):
         run("fit", small_toy(student_folder, steps=1))
     assert list(Path("runs").rglob("config.yaml"))

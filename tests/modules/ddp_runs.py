@@ -12,13 +12,14 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_distill.batch import TaskBatch
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
-from lit_distill.modules import DistillModule, StepByStepModule, generation
+from lit_distill.modules import DistillModule, StepByStepModule
 from lit_distill.modules.window import Window
+from lit_distill.objectives import Step
+from lit_distill.students import base
 from tests.modules.batches import Row, Rows, RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
 
@@ -178,7 +179,7 @@ def resumed(folder: Path, out: Path, rank: int, part: str) -> dict[str, Tensor]:
     )
     if part == "stopped":
         trainer.save_checkpoint(out / "stopped.ckpt")
-    return {name: tensor.clone() for name, tensor in module.student.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in module.student.model.state_dict().items()}
 
 
 def diverged(folder: Path, rank: int) -> dict[str, Any]:
@@ -187,8 +188,8 @@ def diverged(folder: Path, rank: int) -> dict[str, Any]:
     calls = iter(range(100))
     right = module.loss_terms
 
-    def wrong(batch: TaskBatch) -> dict[str, Tensor]:
-        terms = right(batch)
+    def wrong(step: Step) -> dict[str, Tensor]:
+        terms = right(step)
         return terms | {"label": terms["label"] * float("nan")} if next(calls) == 1 and rank == 1 else terms
 
     module.loss_terms = wrong  # type: ignore[method-assign]
@@ -210,9 +211,9 @@ def forward_passes(folder: Path) -> list[int]:
 
         return hook
 
-    module.student.encoder.register_forward_hook(count(0))
-    module.student.decoder.register_forward_hook(count(1))
-    with mock.patch.object(DistillModule, "sharded", True), mock.patch.object(generation, "_CHOICES_AT_ONCE", 2):
+    module.student.model.encoder.register_forward_hook(count(0))
+    module.student.model.decoder.register_forward_hook(count(1))
+    with mock.patch.object(DistillModule, "sharded", True), mock.patch.object(base, "CHOICES_AT_ONCE", 2):
         data = Choices(EVALUATION_ROWS, 2, module.tasks)
         ddp_trainer(limit_val_batches=1.0, use_distributed_sampler=False).validate(
             module, datamodule=data, verbose=False

@@ -43,9 +43,9 @@ class Steps(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         assert isinstance(pl_module, DistillModule)
-        self.gradients.append(gradients_of(pl_module.student))
+        self.gradients.append(gradients_of(pl_module.student.model))
         # through a detached copy: a deep copy of the student itself would carry its gradients along
-        copied = deepcopy(pl_module.student)
+        copied = deepcopy(pl_module.student.model)
         copied.zero_grad()
         self.students.append(copied.eval())
 

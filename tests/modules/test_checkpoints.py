@@ -4,17 +4,19 @@ import json
 import shutil
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from lit_distill.batch import TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
+from lit_distill.objectives import Step
 from lit_distill.students import is_tied, load_model, load_tokenizer, save_model
+from lit_distill.tasks import LABEL, RATIONALE_LABEL, Task
 from tests.modules.batches import RowsData, collate, random_rows
 from tests.modules.running import identical, make_trainer
 from tests.students import make_student_folder
@@ -35,13 +37,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def logits(module: DistillModule) -> Tensor:
     module.eval()
     with torch.no_grad():
-        return module.task_logits(collate(ROWS, ("label",)), "label")[0]
+        return module.student(collate(ROWS, ("label",))).logits("label")
 
 
 def trained(folder: Path, path: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401
     module = kind(folder, **({"from_scratch": True, "learning_rate": 1e-2} | arguments))
     trainer = make_trainer()
-    trainer.fit(module, datamodule=RowsData(ROWS, 2, module.active_tasks))
+    trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
     trainer.save_checkpoint(path)
     return module
 
@@ -54,14 +56,14 @@ def test_a_checkpoint_needs_neither_hub_nor_folder(tmp_path: Path, tied: bool) -
     module = trained(folder, path, rationale_weight=0.4)
     shutil.rmtree(folder)
     loaded = StepByStepModule.load_from_checkpoint(path)
-    assert is_tied(loaded.student) is tied
+    assert is_tied(loaded.student.model) is tied
     assert torch.equal(logits(loaded), logits(module))
-    loaded.student.tie_weights()
+    loaded.student.model.tie_weights()
     assert torch.equal(logits(loaded), logits(module))
     assert loaded.tokenizer("predict: cat")["input_ids"] == [3, 17, 1]
-    assert loaded.rationale_weight == 0.4
+    assert loaded.tasks["rationale"].weight == 0.4
     assert dict(loaded.hparams) == dict(module.hparams)
-    assert dict(loaded.hparams_initial) == dict(module.hparams)
+    assert dict(loaded.hparams_initial) == {name: value for name, value in module.hparams.items() if name != "tasks"}
     assert loaded.hparams["student"] == str(folder)
     assert loaded.hparams["from_scratch"] is True
 
@@ -86,7 +88,7 @@ def test_a_checkpoint_of_an_untied_student_loads_into_a_new_module(student_folde
     fresh = StepByStepModule(student_folder, from_scratch=True)
     assert not torch.equal(logits(fresh), logits(module))
     fresh.load_state_dict(torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"])
-    assert not is_tied(fresh.student)
+    assert not is_tied(fresh.student.model)
     assert torch.equal(logits(fresh), logits(module))
 
 
@@ -96,9 +98,9 @@ def test_a_checkpoint_as_a_student(student_folder: Path, tmp_path: Path) -> None
     module = trained(student_folder, path)
     other = StandardModule(path, dropout=0.2)
     assert torch.equal(logits(other), logits(module))
-    assert {m.p for m in other.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
+    assert {m.p for m in other.student.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
     assert load_tokenizer(path)("cat")["input_ids"] == [17, 1]
-    assert torch.equal(load_model(path).lm_head.weight, module.student.lm_head.weight)
+    assert torch.equal(load_model(path).lm_head.weight, module.student.model.lm_head.weight)
     scratch = StandardModule(path, from_scratch=True)
     assert not torch.equal(logits(scratch), logits(module))
 
@@ -107,13 +109,13 @@ def test_a_checkpoint_as_a_student(student_folder: Path, tmp_path: Path) -> None
 def test_pretrained_weights(tmp_path: Path, tied: bool) -> None:
     folder = make_student_folder(tmp_path / "student", tie_word_embeddings=tied, dropout_rate=0.1)
     module = StepByStepModule(folder, from_scratch=True)
-    save_model(module.student, module.tokenizer, folder)
+    save_model(module.student.model, module.tokenizer, folder)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
     loaded = trained(folder, tmp_path / "end.ckpt", from_scratch=False)
-    assert loaded.student.training, "its dropout is on"
+    assert loaded.student.model.training, "its dropout is on"
     shutil.rmtree(folder)
     again = StepByStepModule.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert is_tied(again.student) is tied
+    assert is_tied(again.student.model) is tied
     assert again.hparams["from_scratch"] is False
     assert torch.equal(logits(again), logits(loaded))
 
@@ -121,7 +123,7 @@ def test_pretrained_weights(tmp_path: Path, tied: bool) -> None:
 def test_arguments_can_be_replaced(student_folder: Path, tmp_path: Path) -> None:
     trained(student_folder, tmp_path / "end.ckpt")
     loaded = StepByStepModule.load_from_checkpoint(tmp_path / "end.ckpt", rationale_weight=2.0, num_beams=3)
-    assert loaded.rationale_weight == loaded.hparams["rationale_weight"] == 2.0
+    assert loaded.tasks["rationale"].weight == loaded.hparams["rationale_weight"] == 2.0
     assert loaded.hparams["num_beams"] == 3
 
 
@@ -132,8 +134,8 @@ class Sharpened(StepByStepModule):
         super().__init__(student, **kwargs)
         self.sharpness = sharpness
 
-    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
-        terms = super().loss_terms(batch)
+    def loss_terms(self, step: Step) -> dict[str, Tensor]:
+        terms = super().loss_terms(step)
         return terms | {"sharp": self.sharpness * terms["label"]}
 
 
@@ -143,10 +145,10 @@ def test_a_users_subclass_comes_back(student_folder: Path, tmp_path: Path) -> No
     assert module.hparams["rationale_weight"] == 0.2
     assert "kwargs" not in module.hparams
     loaded = Sharpened.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert (loaded.sharpness, loaded.rationale_weight) == (5.0, 0.2)
+    assert (loaded.sharpness, loaded.tasks["rationale"].weight) == (5.0, 0.2)
     assert dict(loaded.hparams) == dict(module.hparams)
     assert identical(loaded.state_dict(), module.state_dict())
-    assert list(loaded.loss_terms(collate(ROWS, loaded.tasks))) == ["label", "rationale", "sharp"]
+    assert list(loaded.loss_terms(loaded.step(collate(ROWS, loaded.tasks)))) == ["label", "rationale", "sharp"]
 
 
 # ------------------------------------------------------------------------------------------------ tasks and prefixes
@@ -158,10 +160,9 @@ class OtherPrefix(StepByStepModule):
 
 
 class ThreeTasks(StepByStepModule):
-    tasks: ClassVar[tuple[str, ...]] = ("label", "rationale", "rationale_label")
-
-    def __init__(self, student: str | Path, *, rationale_label_prefix: str = "both: ", **kwargs: Any) -> None:
-        super().__init__(student, **kwargs)
+    @classmethod
+    def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
+        return {**super().make_tasks(init_args), "both": replace(RATIONALE_LABEL, prefix="both: ")}
 
 
 class LabelFirst(SingleTaskModule):
@@ -190,18 +191,17 @@ class LabelFirst(SingleTaskModule):
         (SingleTaskModule, {"order": "label_first"}, {"label_rationale": ""}),
         (Sharpened, {"sharpness": 1.0}, {"label": "predict: ", "rationale": "explain: "}),
         (OtherPrefix, {}, {"label": "[label] ", "rationale": "explain: "}),
-        (ThreeTasks, {}, {"label": "predict: ", "rationale": "explain: ", "rationale_label": "both: "}),
+        (ThreeTasks, {}, {"label": "predict: ", "rationale": "explain: ", "both": "both: "}),
         (LabelFirst, {}, {"label_rationale": "answer: "}),
         (LabelFirst, {"order": "rationale_first", "input_prefix": ""}, {"rationale_label": ""}),
     ],
 )
-def test_prefixes_of_a_class_are_those_of_its_modules(
+def test_tasks_of_a_class_are_those_of_its_modules(
     student_folder: Path, kind: type[DistillModule], arguments: Mapping[str, Any], expected: dict[str, str]
 ) -> None:
-    assert kind.task_prefixes(arguments) == expected
+    assert {name: task.prefix for name, task in kind.all_tasks(arguments).items()} == expected
     module = kind(student_folder, from_scratch=True, **arguments)
-    assert module.prefixes == expected
-    assert module.active_tasks == tuple(expected)
+    assert module.tasks == kind.all_tasks(arguments)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_unknown_order(student_folder: Path) -> None:
 def test_a_data_module_that_builds_other_tasks(student_folder: Path) -> None:
     module = StepByStepModule(student_folder, from_scratch=True)
     data = RowsData(ROWS, 2, module.tasks)
-    data.prefixes = {"label": ""}  # type: ignore[attr-defined]
+    data.tasks = {"label": LABEL}  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"^tasks: StepByStepModule trains on .*the data module builds"):
         make_trainer().fit(module, datamodule=data)
 

@@ -35,7 +35,7 @@ def ranks(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def differences(folder: Path, run: Found, accumulate: int, epochs: int = 1) -> list[float]:
     """Of each step's gradient to the plain one over all rows of the step, those of both ranks."""
-    student = make_module(folder).student.eval()
+    student = make_module(folder).student.model.eval()
     size = 2 * WORLD * accumulate
     expected = [ROWS[start : start + size] for start in range(0, len(ROWS), size)] * epochs
     found = []
@@ -71,7 +71,7 @@ def test_the_rows_hold_what_the_tests_are_about() -> None:
 @pytest.mark.parametrize("accumulate", ACCUMULATES)
 def test_logged_losses_are_those_of_all_rows(student_folder: Path, ranks: list[Found], accumulate: int) -> None:
     run = ranks[0][f"right {accumulate}"]
-    student = make_module(student_folder).student.eval()
+    student = make_module(student_folder).student.model.eval()
     student.load_state_dict(run["weights"][0])
     rows = ROWS[: 2 * WORLD * accumulate]
     terms = {task: float(term.detach()) for task, term in plain_terms(student, rows, ("label", "rationale")).items()}
@@ -128,6 +128,6 @@ def test_resumed_in_the_middle_of_an_epoch(ranks: list[Found]) -> None:
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(ranks: list[Found]) -> None:
     errors = [rank["diverged"]["error"] for rank in ranks]
-    assert errors[0].startswith("step 2: the gradient of student.")
+    assert errors[0].startswith("step 2: the gradient of student.model.")
     assert errors[1].startswith("step 2: the label loss is nan in micro-batch 1 of epoch 0 on rank 1")
     assert all(rank["diverged"]["finite"] for rank in ranks)

@@ -14,12 +14,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lit_distill import rationales
-from lit_distill.batch import TaskBatch, TaskInputs
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Answer, AnswerKey, Split, answer_row
 from lit_distill.evaluation.summaries import summarise
-from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule, generation
-from lit_distill.modules.generation import decode, generate_texts, score_choices
+from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
+from lit_distill.objectives import Step
 from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
 from tests.modules.running import identical, make_trainer, plain_terms
 from tests.students import WORDS
@@ -51,7 +50,7 @@ def method_rows(module: DistillModule) -> list[Row]:
             "rationale_label": f"{rationale} So the answer is {label}",
             "label_rationale": f"{label} Rationale: {rationale}",
         }
-        rows.append({task: (ids(f"{prefix}{source}"), ids(targets[task])) for task, prefix in module.prefixes.items()})
+        rows.append({name: (ids(f"{task.prefix}{source}"), ids(targets[name])) for name, task in module.tasks.items()})
     return rows
 
 
@@ -59,7 +58,7 @@ class ItemData(RowsData):
     """The five items, with their closed choices."""
 
     def __init__(self, module: DistillModule, batch_size: int = 2, labels: Sequence[str | None] | None = None) -> None:
-        super().__init__(method_rows(module), batch_size, module.active_tasks)
+        super().__init__(method_rows(module), batch_size, module.tasks)
         self.labels = [item[1] for item in ITEMS] if labels is None else labels
         self.task = module.answer_task
 
@@ -131,7 +130,7 @@ def test_each_metric_has_its_interval_in_test_only(overfitted: DistillModule) ->
     expected = {"accuracy"}
     expected |= {"scored_accuracy"} if overfitted.answer_task == "label" else set()
     expected |= {"rouge_l", "rationale_ends_in_prediction"} if overfitted.rationale_task else set()
-    losses = {"loss", *(f"{task}_loss" for task in overfitted.active_tasks)}
+    losses = {"loss", *(f"{task}_loss" for task in overfitted.tasks)}
     data = ItemData(overfitted)
     (found,) = make_trainer().test(overfitted, datamodule=data, verbose=False)
     ends = {f"{name}_{end}" for name in expected for end in ("low", "high")}
@@ -165,7 +164,7 @@ def test_val_loss_is_the_token_mean_over_the_split(student_folder: Path, batch_s
         module, datamodule=RowsData(rows, batch_size, module.tasks), verbose=False
     )
     with torch.no_grad():
-        terms = {task: float(term) for task, term in plain_terms(module.student, rows, module.tasks).items()}
+        terms = {task: float(term) for task, term in plain_terms(module.student.model, rows, module.tasks).items()}
     assert found["val/label_loss"] == pytest.approx(terms["label"], rel=1e-5)
     assert found["val/rationale_loss"] == pytest.approx(terms["rationale"], rel=1e-5)
     assert found["val/loss"] == pytest.approx(terms["label"] + 0.3 * terms["rationale"], rel=1e-5)
@@ -257,19 +256,19 @@ def test_samples_of_several_batches_are_generated_together(
 ) -> None:
     asked: list[tuple[str, list[int]]] = []
 
-    def spy(module: DistillModule, task: str, inputs: TaskInputs) -> list[str]:
-        asked.append((task, inputs["index"].tolist()))
-        return plain(module, task, inputs)
+    def spy(self: DistillModule, step: Step, task: str) -> list[str]:
+        asked.append((task, step.batch[task]["index"].tolist()))
+        return plain(self, step, task)
 
     torch.manual_seed(7)
-    plain = generation.generate_texts
+    plain = DistillModule.generate_texts
     module = StepByStepModule(student_folder, from_scratch=True, num_samples=4, max_label_length=2)
     # every row its own batch; expected: what the rows' rationales are when each is generated alone
     data = ItemData(module, batch_size=1)
     batches = list(data.val_dataloader())
     with torch.no_grad():
-        expected = [plain(module.eval(), "rationale", batch["rationale"])[0] for batch in batches[:4]]
-    monkeypatch.setattr(generation, "generate_texts", spy)
+        expected = [module.eval().generate_texts(module.step(batch), "rationale")[0] for batch in batches[:4]]
+    monkeypatch.setattr(DistillModule, "generate_texts", spy)
     make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
     assert [rows for task, rows in asked if task == "rationale"] == [[0, 1, 2, 3]]
     assert module.evaluation is not None
@@ -286,49 +285,36 @@ def test_bare_loaders_cannot_be_evaluated(student_folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ generation
 
 
-def test_choices_are_scored_as_by_a_plain_loss_a_choice(student_folder: Path) -> None:
+class WithChoices(ItemData):
+    choices = (("yes", "no", "a b", "cat dog red blue"), ("a", "b"), (), ("c d e", "d", "?"), ("no", "yes"))
+
+    def answer_key(self, split: Split) -> AnswerKey:
+        return item_key(self.labels, choices=list(self.choices))
+
+
+@pytest.mark.parametrize("target", ["{label}", "answer is {label}"])
+def test_choices_are_scored_as_by_a_plain_loss_a_choice(student_folder: Path, target: str) -> None:
     torch.manual_seed(3)
-    module = StandardModule(student_folder, from_scratch=True)
-    module.eval()
+    module = StandardModule(student_folder, from_scratch=True, tasks={"label": {"target": target}}).eval()
     # far from uniform, so that the likeliest choice is not the shortest each time
     with torch.no_grad():
-        module.student.lm_head.weight.mul_(12)
-    choices = [("yes", "no", "a b", "cat dog red blue"), ("a", "b"), ("c d e", "d", "?"), ("no", "yes"), ("+", "- 5")]
-    data = ItemData(module, batch_size=5)
-    batch = next(iter(data.val_dataloader()))["label"]
+        module.student.model.lm_head.weight.mul_(12)
+    data = WithChoices(module, batch_size=5)
+    (batch,) = data.val_dataloader()
     with torch.no_grad():
-        found = score_choices(module, batch, choices)
-        expected = []
-        for row, own in enumerate(choices):
+        found = [
+            answer.scored for answer in module.answers(module.step(batch), data.answer_key("val"), rationales=False)
+        ]
+        expected: list[str | None] = []
+        for row, own in enumerate(data.choices):
             source = torch.tensor([data.rows[row]["label"][0]])
             scores = []
             for choice in own:
-                labels = torch.tensor([ids(choice)])
-                scores.append(-float(module.student(input_ids=source, labels=labels).loss) * labels.shape[1])
-            expected.append(own[scores.index(max(scores))])
+                labels = torch.tensor([ids(target.format(label=choice))])
+                scores.append(-float(module.student.model(input_ids=source, labels=labels).loss) * labels.shape[1])
+            expected.append(own[scores.index(max(scores))] if own else None)
     assert found == expected
-    assert len({own.index(choice) for own, choice in zip(choices, found, strict=True)}) > 1
-
-
-def test_scoring_in_parts(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(3)
-    module = StandardModule(student_folder, from_scratch=True).eval()
-    batch = next(iter(ItemData(module, batch_size=5).val_dataloader()))["label"]
-    choices = [("yes", "no", "a b", "c"), ("a", "b"), ("c d e", "d", "?"), ("no", "yes"), ("+", "- 5")]
-    with torch.no_grad():
-        whole = score_choices(module, batch, choices)
-        monkeypatch.setattr("lit_distill.modules.generation._CHOICES_AT_ONCE", 3)
-        assert score_choices(module, batch, choices) == whole
-
-
-def test_rows_without_choices_are_not_scored(student_folder: Path) -> None:
-    module = StandardModule(student_folder, from_scratch=True).eval()
-    batch = next(iter(ItemData(module, batch_size=2).val_dataloader()))["label"]
-    with torch.no_grad():
-        found = score_choices(module, batch, [("yes", "no"), ()])
-        assert score_choices(module, batch, [(), ()]) == [None, None]
-    assert found[0] in ("yes", "no")
-    assert found[1] is None
+    assert len({own.index(choice) for own, choice in zip(data.choices, found, strict=True) if choice}) > 1
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -336,23 +322,17 @@ def test_generation_is_the_plain_greedy_loop(student_folder: Path, fast: bool) -
     torch.manual_seed(5)
     module = StandardModule(student_folder, from_scratch=True, max_label_length=6, fast=fast).eval()
     with torch.no_grad():
-        module.student.lm_head.weight.mul_(8)
+        module.student.model.lm_head.weight.mul_(8)
     data = ItemData(module, batch_size=5)
-    batch = next(iter(data.val_dataloader()))["label"]
+    batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
-        found = generate_texts(module, "label", batch)
+        found = module.generate_texts(module.step(batch), "label")
         for row, text in enumerate(found):
             source, written = torch.tensor([data.rows[row]["label"][0]]), [0]
             while len(written) < 7 and written[-1] != 1:
-                logits = module.student(input_ids=source, decoder_input_ids=torch.tensor([written])).logits
+                logits = module.student.model(input_ids=source, decoder_input_ids=torch.tensor([written])).logits
                 written.append(int(logits[0, -1].argmax()))
             assert text == " ".join(WORDS[i] for i in written if i > 2)
-
-
-def test_decoding_takes_any_padding(student_folder: Path) -> None:
-    module = StandardModule(student_folder, from_scratch=True)
-    written = [[0, 17, 19, 1, -100], [0, 18, 1, 0, 0], [0, -100]]
-    assert decode(module, written) == ["cat red", "dog", ""]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +369,7 @@ def test_rows_that_pad_have_no_answer(student_folder: Path) -> None:
     batch = next(iter(data.val_dataloader()))
     for inputs in batch.values():
         inputs["index"][3:] = PADDING_ROW
-    found = module.answers(batch, data.answer_key("val"), rationales=False)
+    found = module.answers(module.step(batch), data.answer_key("val"), rationales=False)
     assert [answer.index for answer in found] == [0, 1, 2]
 
 
@@ -469,8 +449,8 @@ def test_the_answer_s_loss_alone(student_folder: Path, fast: bool) -> None:
 class OwnTerms(StepByStepModule):
     """One term of another name."""
 
-    def loss_terms(self, batch: TaskBatch) -> dict[str, torch.Tensor]:
-        return {"main": sum(super().loss_terms(batch).values(), torch.zeros(()))}
+    def loss_terms(self, step: Step) -> dict[str, torch.Tensor]:
+        return {"main": sum(super().loss_terms(step).values(), torch.zeros(()))}
 
     def total_loss(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         return terms["main"]
@@ -479,11 +459,11 @@ class OwnTerms(StepByStepModule):
 @pytest.mark.parametrize("what", ["fit", "validate"])
 def test_the_answer_s_loss_where_no_term_is_named_after_it(student_folder: Path, what: str) -> None:
     module = OwnTerms(student_folder, from_scratch=True, evaluate_losses="answer")
-    before = copy.deepcopy(module.student.state_dict())
+    before = copy.deepcopy(module.student.model.state_dict())
     with pytest.raises(UserError, match=r"^evaluate_losses must be all .* 'label', .* the terms of OwnTerms are main$"):
         getattr(make_trainer(limit_val_batches=1.0), what)(module, datamodule=ItemData(module))
     # nothing was trained
-    assert identical(before, module.student.state_dict())
+    assert identical(before, module.student.model.state_dict())
     module = OwnTerms(student_folder, from_scratch=True)
     make_trainer(limit_val_batches=1.0).validate(module, datamodule=ItemData(module), verbose=False)
 

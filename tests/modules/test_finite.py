@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_distill.batch import TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule
+from lit_distill.objectives import Step
 from lit_distill.records import RECORD
 from tests.modules.batches import RowsData, random_rows
 from tests.modules.running import make_trainer
@@ -31,12 +31,12 @@ class Diverging(StepByStepModule):
         self.number = 0
         self.hurt = False
         if self.broken[0] == "gradient":
-            name, parameter = list(self.student.named_parameters())[7]
+            name, parameter = list(self.student.model.named_parameters())[7]
             parameter.register_hook(lambda g: torch.full_like(g, self.value) if self.hurt else g)
             self.parameter = name
 
-    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
-        terms = super().loss_terms(batch)
+    def loss_terms(self, step: Step) -> dict[str, Tensor]:
+        terms = super().loss_terms(step)
         if self.training == (self.stage == "train"):
             self.hurt = self.number == self.broken[1]
             if self.hurt and self.broken[0] in terms:
@@ -70,7 +70,7 @@ def test_a_gradient_that_is_not_finite_is_named(student_folder: Path, monkeypatc
     module = diverging(monkeypatch, broken=("gradient", 2), value=float("inf"))(student_folder, from_scratch=True)
     with pytest.raises(UserError, match=r"step 3: the gradient of .* is not finite") as raised:
         make_trainer(max_epochs=1).fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
-    assert f"student.{module.parameter}" in str(raised.value)
+    assert f"student.model.{module.parameter}" in str(raised.value)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
@@ -80,8 +80,8 @@ def test_weights_that_are_not_finite_are_not_saved(student_folder: Path, tmp_pat
     trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     with torch.no_grad():
-        module.student.shared.weight[3, 1] = float("nan")
-    with pytest.raises(UserError, match=r"student\.shared\.weight"):
+        module.student.model.shared.weight[3, 1] = float("nan")
+    with pytest.raises(UserError, match=r"student\.model\.shared\.weight"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(
     run("fit", small_toy(student_folder, steps=1), "--test_after_fit=false")
     [path] = Path("runs").glob("*/*/checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state_dict"]["student.encoder.final_layer_norm.weight"][0] = float("inf")
+    checkpoint["state_dict"]["student.model.encoder.final_layer_norm.weight"][0] = float("inf")
     torch.save(checkpoint, "bad.ckpt")
     line = refusal(capsys, command, small_toy(student_folder, steps=2), "--ckpt_path=bad.ckpt")
     assert "bad.ckpt" in line

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_distill.batch import TaskBatch
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.modules.window import Counts, Window
+from lit_distill.objectives import Step
 from tests.modules.batches import Row, RowsData, collate, random_rows
 from tests.modules.running import Gradients, Steps, difference, gradients_of, make_trainer, plain_gradients, plain_terms
 
@@ -26,7 +27,7 @@ def make_module(folder: Path, kind: type[DistillModule] = StepByStepModule, **ar
 
 def train(module: DistillModule, rows: list[Row], accumulate: int, epochs: int = 1, **settings: Any) -> Steps:
     steps = Steps()
-    data = RowsData(rows, settings.pop("batch_size", BATCH), module.active_tasks)
+    data = RowsData(rows, settings.pop("batch_size", BATCH), module.tasks)
     trainer = make_trainer(max_epochs=epochs, accumulate_grad_batches=accumulate, callbacks=[steps], **settings)
     trainer.fit(module, datamodule=data)
     return steps
@@ -120,7 +121,7 @@ def test_no_rationale_anywhere_trains_on_the_labels(student_folder: Path) -> Non
 @pytest.mark.parametrize("kind", [StandardModule, SingleTaskModule])
 def test_other_methods_have_the_gradient_of_the_whole_step(student_folder: Path, kind: type[DistillModule]) -> None:
     module = make_module(student_folder, kind)
-    (task,) = module.active_tasks
+    (task,) = module.tasks
     rows: list[Row] = [{task: row["label"]} for row in random_rows(11, seed=4)]
     steps = train(module, rows, accumulate=3)
     assert max(differences(steps, windows(rows, 3), {task: 1.0})) < 1e-5
@@ -146,10 +147,10 @@ def test_padding_does_not_change_the_gradient(student_folder: Path) -> None:
     found: list[Gradients] = []
     for extra in (0, 9):
         module.zero_grad()
-        module.total_loss(module.loss_terms(collate(rows, module.tasks, extra=extra))).backward()
-        found.append(gradients_of(module.student))
+        module.total_loss(module.loss_terms(module.step(collate(rows, module.tasks, extra=extra)))).backward()
+        found.append(gradients_of(module.student.model))
     assert difference(found[1], found[0]) < 1e-5
-    assert difference(found[1], plain_gradients(module.student, rows, STEP_BY_STEP)) < 1e-5
+    assert difference(found[1], plain_gradients(module.student.model, rows, STEP_BY_STEP)) < 1e-5
 
 
 def test_logged_training_losses_are_those_of_the_whole_step(student_folder: Path) -> None:
@@ -165,8 +166,8 @@ def test_logged_training_losses_are_those_of_the_whole_step(student_folder: Path
 class WithLogitSize(StepByStepModule):
     """A variant with a term that is not a task's."""
 
-    def loss_terms(self, batch: TaskBatch) -> dict[str, Tensor]:
-        return super().loss_terms(batch) | {"size": logit_size(self.student, batch)}
+    def loss_terms(self, step: Step) -> dict[str, Tensor]:
+        return super().loss_terms(step) | {"size": logit_size(self.student.model, step.batch)}
 
 
 class WithCountedSize(WithLogitSize):
@@ -209,10 +210,10 @@ def test_each_parameter_has_a_gradient_without_rationales(student_folder: Path) 
     """A rank without rationales would else wait for ever for the others under DDP."""
     module = make_module(student_folder)
     rows = random_rows(3, without_rationale=range(3))
-    module.loss_terms(collate(rows, ("label",)))["rationale"].backward()
-    missing = [name for name, parameter in module.student.named_parameters() if parameter.grad is None]
+    module.loss_terms(module.step(collate(rows, ("label",))))["rationale"].backward()
+    missing = [name for name, parameter in module.student.model.named_parameters() if parameter.grad is None]
     assert missing == []
-    assert all(not gradient.any() for gradient in gradients_of(module.student).values())
+    assert all(not gradient.any() for gradient in gradients_of(module.student.model).values())
 
 
 def test_activation_checkpointing_has_the_same_gradients(student_folder: Path) -> None:
@@ -220,14 +221,14 @@ def test_activation_checkpointing_has_the_same_gradients(student_folder: Path) -
     plain = train(make_module(student_folder), rows, accumulate=3)
     module = make_module(student_folder, activation_checkpointing=True)
     calls: list[str] = []
-    for block in module.student.encoder.block:
+    for block in module.student.model.encoder.block:
         # on the way in: the second pass stops where it has all that the backward pass asks for
         block.layer[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
     recomputed = train(module, rows, accumulate=3)
     for left, right in zip(recomputed.gradients, plain.gradients, strict=True):
         assert difference(left, right) < 1e-6
-    # two blocks, eight micro-batches of two tasks: each forward once more in the backward pass
-    assert len(calls) == 2 * 2 * 8 * 2
+    # two blocks, eight micro-batches: each forward once more in the backward pass
+    assert len(calls) == 2 * 2 * 8
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")

@@ -35,30 +35,30 @@ def by_log_softmax(student: torch.nn.Module, inputs: TaskInputs) -> float:
 def test_step_by_step_is_the_formula(student_folder: Path, weight: float) -> None:
     module = make(student_folder, rationale_weight=weight)
     batch = collate(ROWS, module.tasks)
-    terms = module.loss_terms(batch)
+    terms = module.loss_terms(module.step(batch))
     assert list(terms) == ["label", "rationale"]
     with torch.no_grad():
-        expected = {task: float(module.student(**batch[task]).loss) for task in module.tasks}
+        expected = {task: float(module.student.model(**batch[task]).loss) for task in module.tasks}
         for task, term in terms.items():
             assert float(term.detach()) == pytest.approx(expected[task], rel=1e-6)
-            assert float(term.detach()) == pytest.approx(by_log_softmax(module.student, batch[task]), rel=1e-5)
+            assert float(term.detach()) == pytest.approx(by_log_softmax(module.student.model, batch[task]), rel=1e-5)
     total = module.total_loss(terms)
     assert float(total.detach()) == pytest.approx(expected["label"] + weight * expected["rationale"], rel=1e-6)
     total.backward()
-    found = gradients_of(module.student)
-    assert difference(found, plain_gradients(module.student, ROWS, {"label": 1.0, "rationale": weight})) < 1e-5
+    found = gradients_of(module.student.model)
+    assert difference(found, plain_gradients(module.student.model, ROWS, {"label": 1.0, "rationale": weight})) < 1e-5
 
 
 def test_weight_0_is_standard_training_with_the_same_prefix(student_folder: Path) -> None:
     ours = make(student_folder, rationale_weight=0.0)
     standard = make(student_folder, StandardModule, label_prefix="predict: ")
-    assert standard.prefixes["label"] == ours.prefixes["label"]
+    assert standard.tasks["label"] == ours.tasks["label"]
     losses, gradients = [], []
     for module in (ours, standard):
-        loss = module.total_loss(module.loss_terms(collate(ROWS, module.tasks)))
+        loss = module.total_loss(module.loss_terms(module.step(collate(ROWS, module.tasks))))
         loss.backward()
         losses.append(float(loss.detach()))
-        gradients.append(gradients_of(module.student))
+        gradients.append(gradients_of(module.student.model))
     assert losses[0] == losses[1]
     assert difference(*gradients) < 1e-6
 
@@ -82,14 +82,17 @@ def nothing_to_learn(kind: str) -> TaskBatch:
 def test_nothing_to_learn_is_0(student_folder: Path, kind: str) -> None:
     module = make(student_folder)
     batch = nothing_to_learn(kind)
-    terms = module.loss_terms(batch)
+    terms = module.loss_terms(module.step(batch))
     assert terms["rationale"].item() == 0.0
     terms["rationale"].backward()
-    assert all(torch.equal(found, torch.zeros_like(found)) for found in gradients_of(module.student).values())
+    assert all(torch.equal(found, torch.zeros_like(found)) for found in gradients_of(module.student.model).values())
     assert module.term_counts(batch)["rationale"] == 0
     module.zero_grad()
-    module.total_loss(module.loss_terms(batch)).backward()
-    assert difference(gradients_of(module.student), plain_gradients(module.student, ROWS, {"label": 1.0})) < 1e-5
+    module.total_loss(module.loss_terms(module.step(batch))).backward()
+    assert (
+        difference(gradients_of(module.student.model), plain_gradients(module.student.model, ROWS, {"label": 1.0}))
+        < 1e-5
+    )
 
 
 def test_counts_are_the_target_tokens(student_folder: Path) -> None:
@@ -101,10 +104,10 @@ def test_counts_are_the_target_tokens(student_folder: Path) -> None:
 @pytest.mark.parametrize("kind", [StandardModule, SingleTaskModule])
 def test_one_term_is_the_loss(student_folder: Path, kind: type[DistillModule]) -> None:
     module = make(student_folder, kind)
-    (task,) = module.active_tasks
+    (task,) = module.tasks
     batch = collate([{task: row["label"]} for row in ROWS], (task,))
-    terms = module.loss_terms(batch)
-    expected = float(module.student(**batch[task]).loss.detach())
+    terms = module.loss_terms(module.step(batch))
+    expected = float(module.student.model(**batch[task]).loss.detach())
     assert float(module.total_loss(terms).detach()) == pytest.approx(expected, rel=1e-6)
 
 
@@ -117,10 +120,10 @@ def test_terms_that_a_subclass_adds_count_once(student_folder: Path) -> None:
 def test_bfloat16_logits(student_folder: Path) -> None:
     module = make(student_folder)
     batch = collate(ROWS, module.tasks)
-    whole = module.loss_terms(batch)
+    whole = module.loss_terms(module.step(batch))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, _ = module.task_logits(batch, "label")
-        terms = module.loss_terms(batch)
+        step = module.step(batch)
+        terms, logits = module.loss_terms(step), step.student.logits("label")
     assert logits.dtype == torch.bfloat16
     for task, term in terms.items():
         assert term.dtype == torch.float32

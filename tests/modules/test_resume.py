@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_distill.data.loader import ResumableLoader
 from lit_distill.data.sampler import EpochSampler
-from lit_distill.modules import StepByStepModule, base
+from lit_distill.modules import StepByStepModule, training
 from tests.modules.batches import Rows, RowsData, random_rows
 from tests.modules.running import identical, make_trainer
 
@@ -210,7 +210,7 @@ def test_it_takes_both_the_random_states_and_the_position(
     with pytest.raises(Stopped):
         run(student_folder, [StopAt("on_train_batch_end", 4, path)])
     if without == "random states":
-        monkeypatch.setattr(base, "seed_step", lambda seed, step, rank: None)
+        monkeypatch.setattr(training, "seed_step", lambda seed, step, rank: None)
     else:
         monkeypatch.setattr(ResumableLoader, "load_state_dict", lambda self, state: None)
     resumed = end_state(*run(student_folder, resume=path, seed=99))

@@ -116,7 +116,11 @@ def _heard(student: nn.Module) -> str | None:
 
 def listened_to(module: nn.Module) -> bool:
     """Whether something happens around a module's forward, or in its place."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    # transformers' own hooks, which a call that returns hidden states leaves behind, do nothing outside such a call
+    forward = [
+        each for each in module._forward_hooks.values() if each.__module__ != "transformers.utils.output_capturing"
+    ]
+    hooks = forward, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in vars(module)
 
 
@@ -127,7 +131,7 @@ def fits(tasks: Sequence[TaskInputs]) -> bool:
         if shape != inputs["attention_mask"].shape or len(inputs["labels"]) != shape[0]:
             return False
         sources = sources_of(inputs)
-        if min(sources.ends, default=0) == 0 or not sources.whole:
+        if min(sources.ends, default=1) == 0 or not sources.whole:
             return False
     return True
 

@@ -1,0 +1,147 @@
+"""What a method is made of, and the hooks by which it is another method."""
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
+from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import AnswerKey, AnswerSource, Split
+from lit_distill.modules.window import Counts
+from lit_distill.objectives import Objective, Step
+from lit_distill.students import Student
+from lit_distill.tasks import Task
+from lit_distill.teachers.models import Teachers
+
+
+class Hooks(pl.LightningModule):
+    """The hooks of `DistillModule`, which training, evaluation and checkpoints are built on."""
+
+    student: Student
+    tasks: dict[str, Task]
+    """What the module trains on, by name; the data module builds exactly these."""
+    objectives: nn.ModuleList
+    teachers: Teachers
+    _target_limits: dict[str, int]
+    """Generated tokens at most for each task, by the length of train's targets."""
+
+    def loss_terms(self, step: Step) -> dict[str, Tensor]:
+        """The losses of a micro-batch: named, unweighted scalars.
+
+        Here each task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper), and the objectives.
+        """
+        terms = {task: step.student.loss(task) for task in self.tasks}
+        return terms | {objective.name: objective(step) for objective in self._objectives}
+
+    def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
+        """How the losses are combined into the one that is minimised; it has to be linear in them.
+
+        Here the sum, each times the weight of its task or objective, or 1. It is applied to each micro-batch's share of
+        the terms, whose sum over the optimizer step is then the loss of the whole step.
+        """
+        weights = {task.name: task.weight for task in self.tasks.values()}
+        weights |= {objective.name: objective.weight for objective in self._objectives}
+        return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+
+    def term_counts(self, batch: TaskBatch) -> Counts:
+        """What each term averages over; a term that is absent here is averaged plainly.
+
+        It has to be known from the batch alone (it is asked for before the step begins) and to name the same terms on
+        every rank.
+        """
+        counts = {task: target_tokens(batch[task]) if task in batch else 0 for task in self.tasks}
+        own = {objective.name: objective.counts(batch) for objective in self._objectives}
+        return counts | {name: count for name, count in own.items() if count is not None}
+
+    def prepare(self, window: list[TaskBatch]) -> None:
+        """Before an optimizer step's targets are counted: may change its micro-batches in place.
+
+        Here each objective may. Runs without gradients and in evaluation mode; what random numbers are drawn is decided
+        by the run's seed, the step and the rank.
+
+        Args:
+            window: the step's micro-batches on this rank, where the data loader left them.
+        """
+        for batch in window:
+            batch.update(self._missing(batch))
+        steps = [self.step(batch) for batch in window]
+        for objective in self._objectives:
+            objective.prepare(steps)
+
+    def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
+        """Change the scores that the next token is chosen by; as they are unless a subclass overrides this.
+
+        Args:
+            task: the task that is generated.
+            scores: ``(rows, vocabulary)``, float32.
+            step: tokens that were generated before this one.
+            rows: the rows' positions in their split, ``(rows,)``.
+        """
+        return scores
+
+    def step(self, batch: TaskBatch) -> Step:
+        """What this batch is to a loss; every task takes part, one that the batch lacks without rows."""
+        return Step({**batch, **missing} if (missing := self._missing(batch)) else batch, self.student, self.teachers)
+
+    @property
+    def answer_task(self) -> str:
+        """The task whose generated text holds the label: the first that gives one."""
+        return next(task.name for task in self.tasks.values() if task.gives_label)
+
+    @property
+    def rationale_task(self) -> str | None:
+        """The task whose generated text holds the rationale: that of the answer, or the first other that gives one."""
+        tasks = [self.tasks[self.answer_task], *self.tasks.values()]
+        return next((task.name for task in tasks if task.gives_rationale), None)
+
+    def generation_settings(self, task: str) -> dict[str, int]:
+        """``generate``'s arguments for a task: a target is as long as the task says, or its parts may be together.
+
+        A part without a length of its own may be as long as train's targets of the task; of a student that was not
+        trained here, as its own configuration says, or else 64 tokens for a label and 256 for a rationale.
+        """
+        own = self.tasks[task]
+        parts = {"label": (own.gives_label, 64), "rationale": (own.gives_rationale or not own.gives_label, 256)}
+        defaults = {part: default for part, (given, default) in parts.items() if given}
+        lengths = {part: length for part in defaults if (length := self.hparams[f"max_{part}_length"]) is not None}
+        length = sum(lengths.values())
+        if len(lengths) < len(defaults):
+            exported = (getattr(self.student.model.config, "task_specific_params", None) or {}).get(task, {})
+            length += self._target_limits.get(task, exported.get("max_new_tokens", sum(defaults.values())))
+        return {"max_new_tokens": own.max_new_tokens or length, "num_beams": self.hparams["num_beams"]}
+
+    def _missing(self, batch: TaskBatch) -> TaskBatch:
+        """The tasks that a batch lacks, without rows."""
+        empty = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        inputs: TaskInputs = {"input_ids": empty, "attention_mask": empty, "labels": empty, "index": empty[:, 0]}
+        return {task: inputs.copy() for task in self.tasks if task not in batch}
+
+    @property
+    def _objectives(self) -> list[Objective]:
+        return cast(list[Objective], list(self.objectives))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over ranks, so that each forward pass is a collective."""
+        name = type(self._trainer.strategy).__name__ if self._trainer is not None else ""
+        return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape from every rank, stacked."""
+        return cast(Tensor, self.all_gather(tensor))
+
+    def answer_key(self, split: Split) -> AnswerKey:
+        """The data module's answers of a split.
+
+        Raises:
+            UserError: the trainer has bare data loaders.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "answer_key"):
+            raise UserError(
+                "datamodule: evaluation needs the data's answers; pass a RationaleDataModule (an object with"
+                " `answer_key(split)`) to the trainer, not bare data loaders"
+            )
+        return cast(AnswerSource, datamodule).answer_key(split)

@@ -1,0 +1,364 @@
+"""Training: one optimizer step at a time, exact over its micro-batches and ranks, stopped where it is not finite."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from lit_distill.batch import TaskBatch, remember_rows
+from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
+from lit_distill.modules.hooks import Hooks
+from lit_distill.modules.optimization import clip_within_step, configure, reset_clipping
+from lit_distill.modules.resume import seed_step
+from lit_distill.modules.window import Window, WindowLoader, WindowSource
+from lit_distill.objectives import Step
+from lit_distill.tasks import Task
+
+_SHOWN_ROWS = 8
+
+
+class Part(NamedTuple):
+    """What is kept of a micro-batch until its optimizer step, or its evaluation, is known to be finite."""
+
+    terms: dict[str, Tensor]
+    """Its detached terms."""
+    rows: list[Tensor]
+    """Its rows' positions in their split, for each task; none where the batch does not say."""
+
+    @classmethod
+    def of(cls, terms: dict[str, Tensor], batch: TaskBatch) -> "Part":
+        """A micro-batch's terms and rows."""
+        rows = [inputs["index"] for inputs in batch.values() if "index" in inputs]
+        return cls({name: term.detach() for name, term in terms.items()}, rows)
+
+
+class Training(Hooks):
+    """What happens between ``fit`` and the end of a run's last optimizer step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seed: int | None = None
+        """The run's; a checkpoint keeps it."""
+        self._resumed_batches = 0
+        self._resumed_loaders: list[dict[str, Any]] = []
+        self._windows: WindowLoader | None = None
+        self._window: Window | None = None
+        self._window_weights: dict[str, Tensor] = {}
+        self._window_terms: dict[str, Tensor] = {}
+        self._window_parts: list[Part] = []
+        self._gradient_norm: Tensor | None = None
+        self._target_limits: dict[str, int] = {}
+
+    @property
+    def window(self) -> Window | None:
+        """The optimizer step in progress."""
+        return self._window
+
+    # ------------------------------------------------------------------ the beginning
+
+    def setup(self, stage: str) -> None:
+        """Check that the data module builds this module's tasks, load the teachers, read an optimizer step ahead."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self._check_tasks(getattr(datamodule, "tasks", None))
+        self.student.sharded = self.sharded
+        if stage != "predict":
+            self.teachers.load(self.student)
+        if stage == "fit":
+            # what an earlier run or `load_from_checkpoint` left; a run that resumes loads its own after this
+            self._seed, self._resumed_batches, self._resumed_loaders = None, 0, []
+            source: Any = self.trainer.fit_loop._data_source
+            inner = source.inner if isinstance(source, WindowSource) else source
+            self.trainer.fit_loop._data_source = WindowSource(inner, self._read_ahead)  # type: ignore[assignment]
+            if (limits := getattr(datamodule, "target_limits", None)) is not None:
+                self._target_limits = limits()
+
+    def _check_tasks(self, built: Any) -> None:  # noqa: ANN401 - a data module may be anyone's
+        """See that inputs and targets are written as this module reads them; data of another make does not say."""
+        if not isinstance(built, dict):
+            return
+        found, wanted = self.texts(built), self.texts(self.tasks)
+        if found != wanted:
+            raise UserError(
+                f"tasks: {type(self).__name__} trains on {wanted} (task: prefix and target), but the data module builds"
+                f" {found}; give the data module the module's own `tasks`"
+            )
+
+    @staticmethod
+    def texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+        """Prefixes and targets, in plain types: a student that was trained on others would not understand the data."""
+        return {name: [task.prefix, task.target] for name, task in tasks.items()}
+
+    def _read_ahead(self, loader: Any) -> WindowLoader:  # noqa: ANN401 - whatever Lightning takes
+        mode = "max_size_cycle"
+        if isinstance(loader, CombinedLoader):
+            loader, mode = loader.iterables, loader._mode
+        self._windows = WindowLoader(
+            loader,
+            mode,
+            size=lambda: self.trainer.accumulate_grad_batches,
+            count=self.term_counts,
+            prepare=self._prepare,
+            position=self._resumed_batches,
+            states=self._resumed_loaders,
+        )
+        self._resumed_batches, self._resumed_loaders = 0, []
+        return self._windows
+
+    def on_fit_start(self) -> None:
+        """Fix the run's seed, and compare the effective batch with the one that the settings were written for."""
+        if self._seed is None:
+            # one for all ranks: a checkpoint, which rank 0 writes, holds one
+            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+        if limits := {task: self.generation_settings(task)["max_new_tokens"] for task in self._target_limits}:
+            shown = ", ".join(f"{task} {length}" for task, length in limits.items())
+            rank_zero_info(f"Generated tokens at most: {shown} (max_..._length sets them).")
+        per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if per_device is None:
+            return
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        effective = per_device * accumulate * world
+        parts = f"{per_device} a device x {accumulate} accumulated x {world} device(s)"
+        rank_zero_info(f"Effective batch: {effective} examples an optimizer step ({parts}).")
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams({"effective_batch": effective})
+        wanted = self.hparams["effective_batch_size"]
+        if wanted is not None and wanted != effective:
+            rank_zero_warn(
+                f"The effective batch is {effective} examples ({parts}), the settings were written for {wanted}:"
+                " change batch_size or accumulate_grad_batches, or the learning rate and effective_batch_size with it."
+            )
+
+    # ------------------------------------------------------------------ one optimizer step
+
+    def _prepare(self, batches: list[TaskBatch]) -> None:
+        """`prepare`, which leaves no trace but in the batches."""
+        if type(self).prepare is Hooks.prepare and not len(self.objectives):
+            return
+        assert self._seed is not None  # noqa: S101 - for the type checker
+        with isolate_rng(), torch.no_grad(), _evaluating(self):
+            seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank, preparing=True)
+            self.prepare(batches)
+
+    def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
+        """At the first micro-batch of a step: its random state, and what its terms are divided by."""
+        if self._windows is None:
+            return
+        window = self._windows.next_window()
+        if batch_idx != window.start:
+            return
+        # loggers number their rows by this count, which Lightning raises once too often where it resumes
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        assert self._seed is not None  # noqa: S101 - for the type checker
+        seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
+        self._window = window
+        self._window_weights = self.window_weights(window)
+        self._window_terms, self._window_parts = {}, []
+
+    def window_weights(self, window: Window) -> dict[str, Tensor]:
+        """What turns a mean over one micro-batch's N_m counted things into its share of the mean over the whole step.
+
+        A gradient is later divided by the accumulation factor k (Lightning, whatever the window's size) and averaged
+        over the R ranks, so the share N_m / N of the step's N = sum over micro-batches and ranks is scaled by k R; the
+        factor N_m is applied where the micro-batch is known. Under ``""`` stands the factor k / m of a plainly averaged
+        term in a window of m micro-batches.
+        """
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        names = sorted(window.counts)
+        totals = torch.tensor([window.counts[name] for name in names], dtype=torch.float64)
+        if world > 1:
+            # float32 on the way: some accelerators reduce no float64; exact up to 2**24 counts a rank and step
+            reduced = self.trainer.strategy.reduce(totals.float().to(self.device), reduce_op="sum")
+            totals = cast(Tensor, reduced).double()
+        scale = torch.where(totals > 0, accumulate * world / totals.clamp(min=1), 0.0).float()
+        weights = {name: scale[i].to(self.device) for i, name in enumerate(names)}
+        return weights | {"": torch.tensor(accumulate / window.size, device=self.device)}
+
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch, scaled so that the step's gradient is that of the whole step's loss."""
+        terms = self.checked_terms(self.step(batch))
+        if self._window is None:
+            return self.total_loss(terms)
+        # counted while the batch was on the host: the step does not wait for the device
+        counts = self._window.batch_counts[batch_idx - self._window.start]
+        self._window_parts.append(Part.of(terms, batch))
+        weights = self._window_weights
+        scaled = {
+            name: term * (weights[name] * counts[name] if name in counts else weights[""])
+            for name, term in terms.items()
+        }
+        self._log_training(scaled, last=batch_idx + 1 == self._window.start + self._window.size)
+        return self.total_loss(scaled)
+
+    def _log_training(self, scaled: dict[str, Tensor], *, last: bool) -> None:
+        """Log each term as the mean over the whole step, once it is complete."""
+        accumulate = self.trainer.accumulate_grad_batches
+        for name, term in scaled.items():
+            self._window_terms[name] = self._window_terms.get(name, 0.0) + term.detach() / accumulate
+        if not last:
+            return
+        assert self._window is not None  # noqa: S101 - for the type checker
+        distributed, examples = self.trainer.world_size > 1, max(self._window.examples, 1)
+        for name, term in self._window_terms.items():
+            if self._window.counts.get(name) == 0 and not self._window_weights[name]:
+                # no rank has targets for it in this step; Lightning would log the last step's once more
+                cast(dict[str, Any], self.trainer._results).pop(f"training_step.train/{name}_loss", None)
+                continue
+            self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
+        with torch.no_grad():
+            total = self.total_loss(self._window_terms)
+        self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)
+
+    # ------------------------------------------------------------------ what is not finite
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's norm before clipping, and stop a run whose loss or gradient is not finite.
+
+        The weights have not moved yet. A device is waited for once a step, for one boolean. Under sharded strategies,
+        where each rank has a part of the gradient, and under loss scaling, which leaves out such steps by itself, the
+        loss alone is checked.
+
+        Raises:
+            UserError: on all ranks; names the step, the term and the rows, and the last good checkpoint.
+        """
+        values, self._gradient_norm = list(self._window_terms.values()), None
+        if not self.sharded:
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", self._gradient_norm, batch_size=1)
+            if not self._scales_losses:
+                values.append(self._gradient_norm)
+        bad = (~torch.stack([value.float() for value in values]).isfinite().all()).float()
+        if self.trainer.world_size > 1:
+            bad = cast(Tensor, self.trainer.strategy.reduce(bad, reduce_op="sum"))
+        if bad:
+            raise UserError(self._divergence())
+
+    def _divergence(self) -> str:
+        found = self.first_not_finite(self._window_parts, "train")
+        if found is not None:
+            number, term, value, rows = found
+            micro_batch = (self._window.start if self._window else 0) + number
+            what = f"the {term} loss is {value} in micro-batch {micro_batch} of epoch {self.current_epoch}{rows}"
+        else:
+            gradients = ((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
+            bad = next((name for name, gradient in gradients if not gradient.isfinite().all()), None)
+            rows = self._rows_of([one for part in self._window_parts for one in part.rows], "train")
+            what = f"the gradient{f' of {bad}' if bad else ''} is not finite{rows}"
+        if self.trainer.world_size > 1:
+            what += f" on rank {self.global_rank}"
+        return f"step {self.trainer.global_step + 1}: {what}; {self.last_good_checkpoint()}"
+
+    def first_not_finite(self, parts: list[Part], split: Split) -> tuple[int, str, float, str] | None:
+        """The first micro-batch with a term that is not finite, the term's name and value, and the rows as text."""
+        for number, part in enumerate(parts):
+            for name, term in part.terms.items():
+                if not term.isfinite():
+                    return number, name, float(term), self._rows_of(part.rows, split)
+        return None
+
+    def _rows_of(self, indices: list[Tensor], split: Split) -> str:
+        """Rows by their ids for a message; empty where their batches do not say which they are."""
+        rows = sorted({row for one in indices for row in one.tolist() if row >= 0})
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        ids = datamodule.answer_key(split).ids if hasattr(datamodule, "answer_key") else ()
+        names = [ids[row] if row < len(ids) else str(row) for row in rows]
+        more = f" and {len(names) - _SHOWN_ROWS} more" if len(names) > _SHOWN_ROWS else ""
+        return f" (rows {', '.join(names[:_SHOWN_ROWS])}{more})" if names else ""
+
+    def last_good_checkpoint(self) -> str:
+        """Where training can go on from, for a message."""
+        good = "none yet"
+        for one in self.trainer.checkpoint_callbacks:
+            if not isinstance(one, ModelCheckpoint):
+                continue
+            # on one process the last complete step is saved as the run ends
+            saves = one.save_on_exception and self.trainer.world_size == 1
+            if saves and one._last_global_step_saved != self.trainer.global_step:
+                good = str(Path(str(one.dirpath)) / f"{one.filename}{one.FILE_EXTENSION}")
+            elif one.best_model_path and Path(one.best_model_path).exists():
+                good = one.best_model_path
+        return f"the last good checkpoint: {good}"
+
+    def checked_terms(self, step: Step) -> dict[str, Tensor]:
+        """The loss terms, if evaluation finds among them the one that it asks for; asked before the first step."""
+        terms = self.loss_terms(step)
+        if self.hparams["evaluate_losses"] == "answer" and self.answer_task not in terms:
+            raise UserError(
+                f"evaluate_losses must be all for a method without a loss term named {self.answer_task!r}, after the"
+                f" task that gives the answer, got 'answer'; the terms of {type(self).__name__} are {', '.join(terms)}"
+            )
+        return terms
+
+    # ------------------------------------------------------------------ the optimizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW or Adafactor, with the schedule over the run's whole number of steps."""
+        settings = self.hparams
+        return configure(
+            self,
+            optimizer=settings["optimizer"],
+            learning_rate=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            schedule=settings["lr_schedule"],
+            warmup_steps=settings["warmup_steps"],
+            total_steps=self.trainer.estimated_stepping_batches,
+        )
+
+    @property
+    def _scales_losses(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's; under FSDP the norm is taken over all ranks' shards, which Lightning refuses to do."""
+        wrapped = self.trainer.strategy.model
+        if gradient_clip_val and isinstance(wrapped, FullyShardedDataParallel):
+            wrapped.clip_grad_norm_(gradient_clip_val)
+            return
+        norm = self._gradient_norm if gradient_clip_algorithm in (None, "norm") else None
+        # gradients that a loss scaler has scaled have another norm
+        within = gradient_clip_val and norm is not None and self.hparams["fast"] and not self._scales_losses
+        if not (within and clip_within_step(optimizer, float(gradient_clip_val or 0), cast(Tensor, norm))):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        """With the gradients of a step that was interrupted goes what was to clip them."""
+        reset_clipping(optimizer)
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:  # noqa: ANN401 - as Lightning's
+        """As Lightning's; while a batch lies on the host, its rows' lengths cost no waiting for the device.
+
+        Not the hook ``transfer_batch_to_device`` itself: Lightning warns where a module has one beside a data module.
+        """
+        found = super()._call_batch_hook(hook_name, *args)
+        if hook_name == "transfer_batch_to_device" and args[1].type != "cpu" and self.hparams["fast"]:
+            owners = self, getattr(self._trainer, "datamodule", None)
+            # a hook of somebody's own may change more than the device
+            if not any(is_overridden(hook_name, owner) for owner in owners):
+                remember_rows(args[0], found)
+        return found
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode within, training mode after."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()

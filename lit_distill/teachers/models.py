@@ -1,0 +1,118 @@
+"""Teachers that are models: frozen students that objectives read distributions and hidden states of."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import wraps
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_distill import students
+from lit_distill.batch import TaskBatch
+from lit_distill.errors import UserError
+from lit_distill.students import Pass, Student
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A model that a student learns from; it never changes.
+
+    Args:
+        model: a hub name, a folder or a checkpoint file of this framework; its vocabulary is the student's.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, whatever the student's.
+        device: where it runs, as in ``cuda:1``; by default where the student does.
+    """
+
+    model: str
+    dtype: str = "float32"
+    device: str | None = None
+
+
+class Teachers:
+    """A module's teachers by name.
+
+    Not a module: parameters here are in no checkpoint, optimizer or gradient exchange, and stay in evaluation mode.
+    A copy of the module shares them; a pickle of it keeps what they are called, and loads them again.
+    """
+
+    def __init__(self, models: Mapping[str, TeacherModel | Mapping[str, Any]] | None) -> None:
+        self.models = {
+            name: model if isinstance(model, TeacherModel) else TeacherModel(**model)
+            for name, model in (models or {}).items()
+        }
+        self._loaded: dict[str, Student] = {}
+
+    def __deepcopy__(self, memo: object) -> "Teachers":
+        copied = Teachers(self.models)
+        copied._loaded = self._loaded
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"models": self.models, "_loaded": {}}
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """What the teachers are, in plain types."""
+        return {name: asdict(model) for name, model in self.models.items()}
+
+    def check(self, who: str, name: str) -> None:
+        """See that there is a teacher of this name.
+
+        Raises:
+            UserError: there is none; the message begins with who asked.
+        """
+        if name not in self.models:
+            there = f"there are {', '.join(self.models)}" if self.models else "there is none"
+            raise UserError(f"{who}: unknown teacher {name!r}; {there} (model.teachers names them)")
+
+    def load(self, student: Student) -> None:
+        """Load each teacher that is not yet; a training run calls this before its first step.
+
+        Raises:
+            UserError: one cannot be loaded, or reads other tokens than the student.
+        """
+        for name in self.models:
+            self._get(name, student)
+
+    def forward(self, name: str, batch: TaskBatch, student: Student) -> Pass:
+        """The pass of one teacher, whose results are on the student's device and without gradients."""
+        teacher = self._get(name, student)
+        device = next(teacher.parameters()).device
+        inner = teacher(move_data_to_device(batch, device))
+        return cast(Pass, _FrozenPass(inner, batch, device, next(student.parameters()).device))
+
+    def _get(self, name: str, student: Student) -> Student:
+        self.check("teachers", name)
+        model = self.models[name]
+        if name not in self._loaded:
+            teacher = students.load(model.model, dtype=model.dtype)
+            ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+            if ours != theirs:
+                raise UserError(
+                    f"teachers: {name}: {model.model!r} has another vocabulary ({len(theirs)} entries) than the student"
+                    f" ({len(ours)}); distributions can only be compared over the same tokens"
+                )
+            self._loaded[name] = teacher.eval().requires_grad_(False)
+            size = sum(parameter.numel() for parameter in teacher.parameters())
+            rank_zero_info(f"Teacher {name}: {model.model}, {size / 1e6:.0f}M parameters, {model.dtype}")
+        return self._loaded[name].to(model.device or next(student.parameters()).device)
+
+
+class _FrozenPass:
+    """A `Pass` that runs without gradients, in its model's own precision and on its device."""
+
+    def __init__(self, inner: Pass, batch: TaskBatch, device: torch.device, results: torch.device) -> None:
+        self.batch = batch
+        self._inner, self._device, self._results = inner, device, results
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._inner, name)
+
+        @wraps(method)
+        def frozen(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the method's
+            args, kwargs = move_data_to_device((args, kwargs), self._device)
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                return move_data_to_device(method(*args, **kwargs), self._results)
+
+        return frozen
