@@ -1,109 +1,113 @@
-"""Conditions on columns as text, as in ``agrees and vote_share >= 0.6 and not contains_label``."""
+"""Conditions on columns as text, as in ``agrees and vote_share >= 0.6 and not contains_label``.
 
+Python parses them and only comparisons are evaluated: ``pandas.eval`` would also call methods.
+"""
+
+import ast
 import operator
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lit_distill.errors import UserError
-from lit_distill.reading import parse_yaml
 
 MAX_LENGTH = 2000
-"""Characters of all conditions together."""
+"""Characters of a text of conditions."""
 
-Condition = Callable[[Mapping[str, Any]], bool]
-"""Whether a row of columns is kept."""
+Condition = Callable[[Mapping[str, Any]], bool | None]
+"""Whether a row of columns fulfils a condition; ``None`` where a column is not known."""
 
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.GtE: operator.ge},
+    **{ast.LtE: operator.le, ast.Gt: operator.gt, ast.Lt: operator.lt},
 }
-_PART = re.compile(r"(?:(?P<no>not)\s+)?(?P<name>[A-Za-z_]\w*)(?:\s*(?P<sign>==|!=|>=|<=|>|<)\s*(?P<value>.+))?")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
-_TOKEN = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")|(?P<and>\s+and\s+)|.""", re.DOTALL)
-"""What is quoted stays whole; a quote behind a letter, as in `it's`, is part of a word."""
-_FORM = "a condition is a column, 'not' and a column, or a column, one of == != >= <= > < and a value, joined by 'and'"
+_BROKEN = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 def is_condition(text: str) -> bool:
-    """Whether a text has the form of conditions, and is no import path."""
-    return all(_PART.fullmatch(part.strip()) for part in _parts(text))
+    """Whether a text has the form of conditions; an import path has not."""
+    try:
+        condition(text)
+    except UserError:
+        if len(text) > MAX_LENGTH:
+            raise
+        return False
+    return True
 
 
 def columns_of(text: str) -> list[str]:
     """The columns that a text of conditions names."""
-    return [match["name"] for match in map(_match, _parts(text))]
+    columns: list[str] = []
+    _parse(text, columns)
+    return columns
 
 
-def condition(text: str) -> Condition:
-    """What a text of conditions says of a row.
-
-    A column that is not known of a row (``None``) fulfils no condition, ``not`` included: what is not known is not
-    kept.
-
-    Args:
-        text: conditions joined by ``and``.
+def condition(text: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Compile a text of conditions; a row that it is not known of is not kept, ``not`` included.
 
     Raises:
-        UserError: the text is none.
+        UserError: the text is no condition; or, from the function, a value cannot be compared.
     """
-    tests = [_test(_match(part)) for part in _parts(text)]
-    return lambda row: all(test(row) for test in tests)
+    holds = _parse(text, [])
+    return lambda row: holds(row) is True
 
 
-def _parts(text: str) -> list[str]:
+def _parse(text: str, columns: list[str]) -> Condition:
     if len(text) > MAX_LENGTH:
         raise UserError(f"rationale_filter must have at most {MAX_LENGTH:,} characters, got {len(text):,}")
-    parts = [""]
-    for token in _TOKEN.finditer(text.strip()):
-        if token["and"]:
-            parts.append("")
-        else:
-            parts[-1] += token[0]
-    return parts
-
-
-def _match(part: str) -> re.Match[str]:
-    found = _PART.fullmatch(part.strip())
-    if found is None or (found["no"] and found["sign"]):
-        raise UserError(f"rationale_filter: {_FORM}; got {part.strip()!r}")
-    return found
-
-
-def _value(text: str) -> Any:  # noqa: ANN401 - whatever a column can hold
-    if _NUMBER.fullmatch(text):
-        return float(text)  # YAML wants a point before an exponent
+    source = " ".join(text.split())
     try:
-        value = parse_yaml(text)
-    except ValueError:
-        return text
-    # lists and mappings are no column's values, and YAML's aliases make them as large as they like
-    return text if isinstance(value, list | dict | set) else value
+        return _compile(ast.parse(source, mode="eval").body, source, columns)
+    except _BROKEN as error:
+        raise UserError(
+            "rationale_filter: a condition is a column, or a column, one of == != >= <= > < and a value (a number, a"
+            f" word or 'quoted'), joined by and, or, not and parentheses; got {source!r:.200}"
+        ) from error
 
 
-def _test(found: re.Match[str]) -> Condition:
-    name = found["name"]
-    if found["sign"] is None:
-        wanted = found["no"] is None
-        return lambda row: row.get(name) is not None and bool(row[name]) is wanted
-    compare = _COMPARISONS[found["sign"]]
-    value = _value(found["value"].strip())
+def _compile(node: ast.expr, source: str, columns: list[str]) -> Condition:
+    """What a node says of a row; "not known" follows Kleene's logic."""
+    if isinstance(node, ast.BoolOp):
+        parts = [_compile(value, source, columns) for value in node.values]
+        decisive = isinstance(node.op, ast.Or)
 
-    def test(row: Mapping[str, Any]) -> bool:
+        def combined(row: Mapping[str, Any]) -> bool | None:
+            found = [part(row) for part in parts]
+            return decisive if decisive in found else None if None in found else not decisive
+
+        return combined
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = _compile(node.operand, source, columns)
+        return lambda row: None if (found := inner(row)) is None else not found
+    if isinstance(node, ast.Name):
+        columns.append(name := node.id)
+        return lambda row: None if row.get(name) is None else bool(row[name])
+    if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and len(node.ops) == 1:
+        columns.append(node.left.id)
+        return _comparison(node.left.id, _COMPARISONS.get(type(node.ops[0])), node.comparators[0], source)
+    raise ValueError("no condition")
+
+
+def _comparison(name: str, compare: Callable[[Any, Any], bool] | None, node: ast.expr, source: str) -> Condition:
+    if compare is None:
+        raise ValueError("no comparison")
+    written = ast.get_source_segment(source, node) or ""
+    try:
+        value = ast.literal_eval(node)
+    except _BROKEN:
+        # a word stands for itself
+        value = {"true": True, "false": False}.get(written, written)
+
+    def test(row: Mapping[str, Any]) -> bool | None:
         held = row.get(name)
-        # a label such as `yes` or `1` is a text in its column, whatever it is in YAML
-        other = found["value"].strip().strip("'\"") if isinstance(held, str) else value
+        if held is None or value is None:
+            return None
+        # a label such as 1 is a text in its column
+        other = written if isinstance(held, str) and not isinstance(value, str) else value
+        if not isinstance(held, str | int | float) or isinstance(held, str) is not isinstance(other, str):
+            raise UserError(f"rationale_filter: {name} holds {held!r}, which cannot be compared with {other!r}")
         try:
-            if isinstance(held, int | float) and isinstance(other, str):
-                raise TypeError  # a misspelt `true` would be unlike all
-            return held is not None and compare(held, other)
-        except TypeError:
-            raise UserError(
-                f"rationale_filter: {name} holds {held!r}, which cannot be compared with {other!r}"
-            ) from None
+            return compare(held, other)
+        except TypeError as error:
+            raise UserError(f"rationale_filter: {name} holds {held!r}, and {other!r} is of another type") from error
 
     return test

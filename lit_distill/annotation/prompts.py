@@ -1,4 +1,4 @@
-"""Few-shot chain-of-thought prompts: their YAML files, how they are checked, and how a question is written."""
+"""Few-shot chain-of-thought prompts: their YAML files, which demonstrations they show, and how they are written."""
 
 import hashlib
 import json
@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from string import Formatter
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 from lit_distill.checks import check_format
 from lit_distill.errors import UserError
@@ -15,17 +16,17 @@ from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.reading import parse_yaml, read_small
 from lit_distill.tasks import Row, TeacherOutput, read_rows
 
-VERSION = 1
-"""Of the files' form."""
-
 AS_JSON = "Give the answer as one JSON object with the keys rationale and label."
-"""What the instruction ends with where answers are structured."""
+"""The end of the instruction where answers are structured."""
 
 Fields = Callable[[Row], Mapping[str, str]]
-"""What a dataset offers to the templates of a prompt, of one example."""
+"""What a dataset offers to the templates of a prompt, for one row."""
 
 Parse = Callable[[str], tuple[str, str] | None]
-"""A dataset's own reading of a teacher's text: ``(rationale, label)``, or ``None``."""
+"""A dataset's reading of a teacher's text: ``(rationale, label)``, or ``None``."""
+
+Choose = Callable[[Row], Sequence[Row]]
+"""The demonstrations to show with a row, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,9 @@ class PromptTemplate:
     """What is asked, but for the row that it is asked about."""
 
     instruction: str
-    """What stands before everything: the system's turn of a chat, the first paragraph of a text."""
+    """Stands before everything: the system's turn of a chat, the first paragraph of a text."""
     question: str
-    """Template of how an input is asked, over the dataset's fields (``{input}`` is in all of them)."""
+    """Template of how an input is asked, over the dataset's fields (``{input}`` is always one)."""
     answer: str
     """Template of how a demonstration is answered, over ``{rationale}``, ``{label}`` and the dataset's fields."""
     question_cue: str = ""
@@ -43,9 +44,9 @@ class PromptTemplate:
     answer_cue: str = ""
     """Stands before each answer in a text for completion, and at its end."""
     stop: tuple[str, ...] = ()
-    """Where an answer to a text for completion has run on into a next, invented question."""
+    """Texts at which an answer to a text for completion has run on into another, invented question."""
     demonstrations: tuple[Row, ...] = ()
-    """Examples with rationale and label, shown in this order."""
+    """Rows with rationale and label, in order."""
 
     @property
     def hash(self) -> str:
@@ -54,6 +55,40 @@ class PromptTemplate:
         text = json.dumps(asdict(replace(self, demonstrations=())) | {"demonstrations": shown}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def plain(self) -> dict[str, Any]:
+        """The content of a file that `load_prompt` reads as this template."""
+        shown = [
+            {"input": one.input, "rationale": one.rationale, "label": one.label}
+            | ({} if one.choices is None else {"choices": list(one.choices)})
+            for one in self.demonstrations
+        ]
+        content = {"version": 1, **asdict(replace(self, demonstrations=()))}
+        return content | {"stop": list(self.stop), "demonstrations": shown}
+
+
+_Text = Annotated[str, StringConstraints(pattern=r"\S")]
+
+
+class _Demonstration(BaseModel, extra="forbid"):
+    input: _Text
+    rationale: _Text
+    label: _Text
+    choices: tuple[str, ...] | None = None
+
+    def row(self) -> Row:
+        return Row("", self.input, self.label, self.choices, (TeacherOutput(self.rationale),))
+
+
+class _PromptFile(BaseModel, extra="forbid"):
+    version: Literal[1]
+    instruction: str = ""
+    question: _Text
+    answer: _Text
+    question_cue: str = ""
+    answer_cue: str = ""
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()
+    demonstrations: tuple[_Demonstration, ...] = ()
+
 
 def load_prompt(path: str | Path) -> PromptTemplate:
     """Read a prompt file.
@@ -61,63 +96,30 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     Raises:
         UserError: there is none, or it is not one; the message names the file and the key.
     """
-    path = Path(path)
     try:
         found = parse_yaml(read_small(path))
+        if not isinstance(found, dict):
+            raise UserError(f"prompt: {path} must have the keys {', '.join(_PromptFile.model_fields)}")
+        prompt = _PromptFile.model_validate({key: value for key, value in found.items() if value is not None})
     except OSError as error:
         raise UserError(f"prompt: {str(path)!r} cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"prompt: {path}: {key}: {first['msg']}, got {first['input']!r:.100}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"prompt: {path} is not YAML ({error})") from error
-    allowed = ("version", *PromptTemplate.__dataclass_fields__)
-    if not isinstance(found, dict):
-        raise UserError(f"prompt: {path} must hold keys ({', '.join(allowed)}), got {type(found).__name__}")
-    if unknown := [key for key in found if key not in allowed]:
-        raise UserError(f"prompt: {path}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
-    if found.pop("version", None) != VERSION:
-        raise UserError(f"prompt: {path}: version must be {VERSION}")
-    demonstrations, stop = found.pop("demonstrations", None) or [], found.pop("stop", None) or []
-    for key in ("instruction", "question", "answer", "question_cue", "answer_cue"):
-        if not isinstance(found.setdefault(key, ""), str):
-            raise UserError(f"prompt: {path}: {key} must be a text, got {found[key]!r}")
-    for key in ("question", "answer"):
-        if not found[key].strip():
-            raise UserError(f"prompt: {path}: {key} must be given")
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise UserError(f"prompt: {path}: stop must be a list of texts, got {stop!r}")
-    if not isinstance(demonstrations, list):
-        raise UserError(f"prompt: {path}: demonstrations must be a list, got {demonstrations!r}")
-    read = [_demonstration(row, f"{path}: demonstration {n}") for n, row in enumerate(demonstrations, start=1)]
-    return PromptTemplate(**found, stop=tuple(stop), demonstrations=tuple(read))
-
-
-def _demonstration(row: Any, where: str) -> Row:  # noqa: ANN401 - whatever YAML holds
-    if not isinstance(row, dict) or not {"input", "rationale", "label"} <= row.keys() <= {
-        "input",
-        "rationale",
-        "label",
-        "choices",
-    }:
-        raise UserError(f"prompt: {where}: must have input, rationale and label, may have choices, got {row!r}")
-    for key in ("input", "rationale", "label"):
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise UserError(f"prompt: {where}: {key} must be a text, got {row[key]!r}")
-    choices = row.get("choices")
-    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
-        raise UserError(f"prompt: {where}: choices must be a list of texts, got {choices!r}")
-    return Row(
-        id="",
-        input=row["input"],
-        label=row["label"],
-        choices=None if choices is None else tuple(choices),
-        outputs=(TeacherOutput(row["rationale"]),),
-    )
+    settings = {name: getattr(prompt, name) for name in PromptTemplate.__dataclass_fields__}
+    return PromptTemplate(**settings | {"demonstrations": tuple(one.row() for one in prompt.demonstrations)})
 
 
 def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
-    """Demonstrations from a file of examples as `lit_distill.tasks.write_rows` writes it.
+    """Demonstrations from a file of rows as `lit_distill.tasks.write_rows` writes it.
 
     Raises:
-        UserError: it cannot be read, is empty, or an example lacks its rationale or its label.
+        UserError: it cannot be read, is empty, or a row lacks its rationale or its label.
     """
     try:
         found = read_rows(path)
@@ -125,36 +127,68 @@ def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
         raise UserError(f"demonstrations: {str(path)!r} cannot be read ({error.strerror})") from error
     if not found:
         raise UserError(f"demonstrations: {path} is empty")
-    for position, example in enumerate(found, start=1):
-        if not example.rationale or not example.label:
-            raise UserError(f"demonstrations: {path}: example {position} ({example.id}) needs a rationale and a label")
-    return tuple(replace(one, id="", outputs=(TeacherOutput(one.rationale),)) for one in found)
+    for position, row in enumerate(found, start=1):
+        if not row.rationale or not row.label:
+            raise UserError(f"demonstrations: {path}: row {position} ({row.id}) needs a rationale and a label")
+    return tuple(replace(row, id="", outputs=(TeacherOutput(row.rationale),)) for row in found)
+
+
+def fixed(demonstrations: Sequence[Row], count: int | None) -> Choose:
+    """Show the first ``count`` of them (by default all), whatever the row; a row is never shown itself."""
+    return lambda row: [one for one in demonstrations if one.input != row.input][:count]
+
+
+def nearest(demonstrations: Sequence[Row], count: int) -> Choose:
+    """Show those with the most similar inputs, the most similar last (Liu et al. 2022, 2101.06804).
+
+    Similarity is the cosine of TF-IDF vectors over words and pairs of words.
+
+    Raises:
+        UserError: scikit-learn is not installed, or the inputs have no words.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError('nearest_demonstrations needs scikit-learn: pip install "lit_distill[nearest]"') from error
+    # also words of one letter
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
+    try:
+        # rows have length 1, so that a product is a cosine
+        known = vectorizer.fit_transform([one.input for one in demonstrations])
+    except ValueError as error:
+        raise UserError(f"nearest_demonstrations: the demonstrations' inputs have no words ({error})") from error
+
+    def choose(row: Row) -> list[Row]:
+        similarity = (known @ vectorizer.transform([row.input]).T).toarray()[:, 0]
+        order = (-similarity).argsort(kind="stable")
+        return [demonstrations[i] for i in order if demonstrations[i].input != row.input][:count][::-1]
+
+    return choose
 
 
 def check_template(template: PromptTemplate, fields: Fields, parse: Parse, where: str) -> None:
-    """See that the templates ask for what the dataset offers, and that it can read its own demonstrations.
+    """Check that the templates ask for what the dataset offers, and that it can read its own demonstrations.
 
     Args:
         template: the prompt.
-        fields: of the dataset.
-        parse: of the dataset.
+        fields: the dataset's.
+        parse: the dataset's.
         where: the prompt's file, for messages.
 
     Raises:
-        UserError: it is not so.
+        UserError: they do not, or it cannot.
     """
-    # what is asked for is seen without demonstrations as well
-    some = Row(id="", input="input", label="label", outputs=(TeacherOutput("rationale"),))
+    # without demonstrations, too
+    some = Row("", "input", "label", outputs=(TeacherOutput("rationale"),))
     _filled("question", template.question, fields(some), where)
     written_answer(template, fields, some, where)
-    for position, example in enumerate(template.demonstrations, start=1):
-        if not example.rationale or not example.label:
+    for position, row in enumerate(template.demonstrations, start=1):
+        if not row.rationale or not row.label:
             raise UserError(f"prompt: {where}: demonstration {position} needs a rationale and a label")
-        text = written_answer(template, fields, example, where)
-        if (read := parse(text)) != (example.rationale.strip(), example.label.strip()):
-            raise UserError(
-                f"prompt: {where}: the answer of demonstration {position}, {text!r}, is read by the dataset as {read!r}"
-            )
+        text = written_answer(template, fields, row, where)
+        if (found := parse(text)) != (row.rationale.strip(), row.label.strip()):
+            answer = f"the answer of demonstration {position}, {text!r}"
+            raise UserError(f"prompt: {where}: {answer}, is read by the dataset as {found!r}")
 
 
 def write_prompt(
@@ -162,7 +196,7 @@ def write_prompt(
     layout: Layout,
     fields: Fields,
     demonstrations: Sequence[Row],
-    example: Row,
+    row: Row,
     *,
     structured: bool = False,
 ) -> Prompt:
@@ -170,10 +204,10 @@ def write_prompt(
 
     Args:
         template: the prompt.
-        layout: a chat, whose turns stand for the cues, or one text.
-        fields: of the dataset.
+        layout: a chat, whose turns replace the cues, or one text.
+        fields: the dataset's.
         demonstrations: those to show with this row.
-        example: the row.
+        row: the row.
         structured: answers are JSON objects, those of the demonstrations too.
 
     Raises:
@@ -182,7 +216,7 @@ def write_prompt(
     instruction = " ".join(filter(None, (template.instruction.strip(), AS_JSON if structured else "")))
     answered = _as_json if structured else partial(written_answer, template, fields)
     # a gold label is not given away, whatever the template names
-    asked = _filled("question", template.question, fields(replace(example, label=None)))
+    asked = _filled("question", template.question, fields(replace(row, label=None)))
     shown = [(_filled("question", template.question, fields(one)), answered(one)) for one in demonstrations]
     if layout == "chat":
         turns = [Message("system", instruction)] if instruction else []
@@ -195,18 +229,14 @@ def write_prompt(
     return "\n\n".join(parts)
 
 
-def written_answer(template: PromptTemplate, fields: Fields, example: Row, where: str = "") -> str:
-    """How a demonstration is answered, as the dataset reads it.
-
-    Raises:
-        UserError: the template asks for a field that the dataset does not offer.
-    """
-    own = {"rationale": (example.rationale or "").strip(), "label": (example.label or "").strip()}
-    return _filled("answer", template.answer, {**fields(example), **own}, where)
+def written_answer(template: PromptTemplate, fields: Fields, row: Row, where: str = "") -> str:
+    """How a demonstration is answered, as the dataset reads it."""
+    own = {"rationale": (row.rationale or "").strip(), "label": (row.label or "").strip()}
+    return _filled("answer", template.answer, {**fields(row), **own}, where)
 
 
-def _as_json(example: Row) -> str:
-    return json.dumps({"rationale": example.rationale, "label": example.label}, ensure_ascii=False)
+def _as_json(row: Row) -> str:
+    return json.dumps({"rationale": row.rationale, "label": row.label}, ensure_ascii=False)
 
 
 def _filled(name: str, template: str, values: Mapping[str, str], where: str = "") -> str:
@@ -214,8 +244,4 @@ def _filled(name: str, template: str, values: Mapping[str, str], where: str = ""
     for field in check_format(place, template):
         if field not in values:
             raise UserError(f"{place} asks for {{{field}}}, and there are {', '.join(f'{{{key}}}' for key in values)}")
-    # spelt out in place of `format`, which would also follow attributes
-    text = "".join(
-        literal + (values[field] if field is not None else "") for literal, field, _, _ in Formatter().parse(template)
-    )
-    return text.strip()
+    return template.format_map(values).strip()

@@ -3,8 +3,8 @@
 import math
 import platform
 import sys
+import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -21,41 +21,40 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill import __version__, checks
-from lit_distill.annotation.demonstrations import Choose, fixed
-from lit_distill.annotation.demonstrations import nearest as nearest_of
-from lit_distill.annotation.plan import Plan, shown
+from lit_distill.annotation.plan import Asked, Plan, shown
 from lit_distill.annotation.prompts import (
+    Choose,
     PromptTemplate,
     check_template,
+    fixed,
     load_demonstrations,
     load_prompt,
+    nearest,
     written_answer,
 )
 from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
 from lit_distill.annotation.store import CARD, FILE, AnnotationStore
-from lit_distill.commands.annotation_progress import Tally, progress
+from lit_distill.annotation.tally import Progress, Tally, most_common
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.evaluation.answers import Split
 from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
-from lit_distill.questions import Question, Reply, Sampling, count_tokens
+from lit_distill.questions import Reply, Sampling, count_tokens
 from lit_distill.tasks import Row
 from lit_distill.teachers.base import Teacher, TeacherError
-from lit_distill.teachers.runner import Budget, RequestRunner, queued_interrupts
+from lit_distill.teachers.runner import Budget, RequestRunner, Rounds, queued_interrupts
 
-SHOWN = 2
-"""Prompts that a dry run shows in full."""
+_SHOWN = 2  # prompts that a dry run shows in full
+_MEASURED = 200  # rows whose prompts are measured for an estimate
 
-_ESTIMATED_FROM = 200
-"""Rows whose prompts are measured for an estimate."""
+Split = Literal["train", "val", "test", "predict"]
 
 
 def annotate(
     datamodule: RationaleDataModule,
     teacher: Teacher,
     out: str | Path | None = None,
-    split: Literal["train", "val", "test", "predict"] = "train",
+    split: Split = "train",
     num_samples: int = 1,
     temperature: float | None = None,
     top_p: float = 1.0,
@@ -66,6 +65,7 @@ def annotate(
     demonstrations: str | None = None,
     num_demonstrations: int | None = None,
     nearest_demonstrations: bool = False,
+    kind: str = "rationale",
     structured: bool = False,
     concurrency: int | None = None,
     limit: int | None = None,
@@ -82,17 +82,17 @@ def annotate(
     input: those to an input that it had earlier stay in ``out``, and are neither judged nor counted.
 
     The first Ctrl-C (or SIGTERM) waits for the answers in flight, a second one does not; both keep what was answered.
-    The command ends with code 0 where everything is settled or a budget ended it, with 1 where there is no answer at
-    all, or questions are left for another start because the teacher was busy, with 2 after an error that it tells in
-    one line, and with 130 after an interruption.
+    The command ends with code 0 if everything is settled or a budget ended it, with 1 if there is no answer at all, or
+    questions are left for another start because the teacher was busy, with 2 after an error that it tells in one line,
+    and with 130 after an interruption.
 
     Args:
         datamodule: the data.
         teacher: who is asked.
-        out: folder of the answers; goes on with what is there. A dry run needs none.
+        out: folder of the answers; continues what is there. A dry run needs none.
         split: the rows that are asked about.
         num_samples: samples of each row, all of which are kept.
-        temperature: of the teacher's distribution; if not given, 0 for one sample and 0.7 for several.
+        temperature: of the teacher's distribution; by default 0 for one sample and 0.7 for several.
         top_p: draw from the likeliest tokens that make up this share of the probability.
         max_new_tokens: tokens of an answer at most.
         seed: seed of the first sample; each further one has the next.
@@ -101,14 +101,15 @@ def annotate(
         prompt: YAML file of the prompt in place of the dataset's own.
         demonstrations: JSON lines file of demonstrations (``input``, ``rationale``, ``label``, ``id``) in place of
             the prompt's.
-        num_demonstrations: how many are shown; all of the prompt's, or 8 of a file's, if not given.
+        num_demonstrations: how many are shown; by default all of the prompt's, or 8 of a file's.
         nearest_demonstrations: show those whose inputs are most like the row's in place of the first ones.
-        structured: have answers follow a JSON schema, where the teacher can.
-        concurrency: questions in flight at a time; if not given, what suits the teacher.
+        kind: what the prompt asks for beside the label; tasks select answers by it.
+        structured: have answers follow a JSON schema, if the teacher can.
+        concurrency: questions in flight at a time; by default what suits the teacher.
         limit: ask about the first rows only, so many.
         max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included. A question is
             asked only while its prompt (four bytes are taken for a token) and its longest answer fit, beside those of
-            all in flight; where a teacher does not count tokens, the same estimate counts.
+            all in flight; if a teacher does not count tokens, the same estimate counts.
         max_cost: the same in US dollars; needs the teacher's prices.
         retry_errors: ask again what could not be answered.
         dry_run: show the first prompts in full and estimate tokens and cost; ask nothing, write nothing.
@@ -121,41 +122,35 @@ def annotate(
     Raises:
         UserError: an argument is wrong, or the teacher is unavailable.
     """
-    for name, path in (("out", out), ("prompt", prompt), ("demonstrations", demonstrations)):
-        if path is not None and not isinstance(path, Path):
-            checks.check_text(name, path)
-    for name, given in (("wandb_project", wandb_project), ("push_to_hub", push_to_hub)):
-        if given is not None:
-            checks.check_text(name, given)
-    for name, switch in (
-        ("nearest_demonstrations", nearest_demonstrations),
-        ("structured", structured),
-        ("retry_errors", retry_errors),
-        ("dry_run", dry_run),
-    ):
-        checks.check_bool(name, switch)
     checks.check_choice("split", split, ("train", "val", "test", "predict"))
-    checks.check_int("num_samples", num_samples, 1, 10_000)
+    for name, number, low, high in (
+        ("num_samples", num_samples, 1, 10_000),
+        ("max_new_tokens", max_new_tokens, 1, None),
+        ("seed", seed, 0, 2**31 - 1),
+        ("until_agrees", until_agrees, num_samples + 1, 10_000),
+        ("num_demonstrations", num_demonstrations, 0, None),
+        ("concurrency", concurrency, 1, None),
+        ("limit", limit, 1, None),
+        ("max_tokens", max_tokens, 1, None),
+    ):
+        if number is not None:
+            checks.check_int(name, number, low, high)
+    for name, text in (("kind", kind), ("wandb_project", wandb_project), ("push_to_hub", push_to_hub)):
+        if text is not None:
+            checks.check_text(name, text)
     checks.check_range("temperature", temperature, at_least=0)
-    if temperature is None:
-        temperature = 0.0 if num_samples == 1 and until_agrees is None else 0.7
-    checks.check_int("max_new_tokens", max_new_tokens, 1)
-    checks.check_int("seed", seed, 0, 2**31 - 1)
-    sampling = Sampling(float(temperature), checks.check_fraction("top_p", top_p), max_new_tokens, seed)
-    if until_agrees is not None:
-        checks.check_int("until_agrees", until_agrees, num_samples + 1, 10_000)
-    if (num_samples > 1 or until_agrees is not None) and temperature == 0:
-        raise UserError("temperature must be above 0 for several samples: at 0 they are all the same")
-    for name, value in (("concurrency", concurrency), ("limit", limit), ("max_tokens", max_tokens)):
-        if value is not None:
-            checks.check_int(name, value, 1)
     checks.check_range("max_cost", max_cost, above=0)
+    several = num_samples > 1 or until_agrees is not None
+    if temperature is None:
+        temperature = 0.7 if several else 0.0
+    if several and temperature == 0:
+        raise UserError("temperature must be above 0 for several samples: at 0 they are all the same")
     if max_cost is not None and teacher.cost(1, 1) is None:
         raise UserError("max_cost needs teacher.input_price and teacher.output_price (US dollars a million tokens)")
     if structured:
         teacher.check_schema()
     template, choose, selection = _prompt(
-        datamodule, prompt, demonstrations, num_demonstrations, nearest=nearest_demonstrations
+        datamodule, prompt, demonstrations, num_demonstrations, by_similarity=nearest_demonstrations
     )
     plan = Plan(
         template=template,
@@ -164,68 +159,72 @@ def annotate(
         layout=teacher.layout,
         teacher=teacher.name,
         teacher_settings=teacher.settings,
-        sampling=sampling,
+        sampling=Sampling(float(temperature), checks.check_fraction("top_p", top_p), max_new_tokens, seed),
         num_samples=num_samples,
         until_agrees=until_agrees,
+        kind=kind,
         structured=structured,
-        closed=lambda example: example.choices or datamodule.label_set or (),
+        closed=lambda row: row.choices or datamodule.label_set or (),
         selection=selection,
     )
     rows = _rows(datamodule, split)[:limit]
-    # a template that asks for what there is not is found out with the first row
+    # a template that asks for an unknown field fails with the first row
     tokens = count_tokens(plan.prompt(rows[0])), max_new_tokens
-    for name, limit_given, least in (
+    for name, given, least in (
         ("max_tokens", max_tokens, sum(tokens)),
         ("max_cost", max_cost, teacher.cost(*tokens) or 0.0),
     ):
-        if limit_given is not None and limit_given < least:
-            per_question = f"a prompt of about {tokens[0]:,} tokens and an answer of max_new_tokens {max_new_tokens:,}"
-            raise UserError(f"{name} must be at least {least:.6g}, for {per_question}; got {limit_given:g}")
+        if given is not None and given < least:
+            question = f"a prompt of about {tokens[0]:,} tokens and an answer of max_new_tokens {max_new_tokens:,}"
+            raise UserError(f"{name} must be at least {least:.6g}, for {question}; got {given:g}")
     if dry_run:
         summary = _estimate(plan, teacher, rows)
-        _show_prompts(plan, rows)
+        for row in rows[:_SHOWN]:
+            title = Text(f"{row.id} ({plan.layout})")
+            Console().print(Panel(Text(shown(plan.prompt(row))), title=title, title_align="left"))
         _show("what would be asked", summary)
         return summary
-    if out is None:
+    if out is None or not str(out):
         raise UserError("out must be given: the folder that the answers go to")
     if push_to_hub is not None:
         check_hub(push_to_hub, "dataset")
     job = _Job(datamodule, teacher, plan, split, rows)
-    summary = job.run(
-        Path(out),
-        concurrency=concurrency or teacher.concurrency,
-        max_tokens=max_tokens,
-        max_cost=max_cost,
-        retry_errors=retry_errors,
-    )
+    summary = job.run(Path(out), concurrency or teacher.concurrency, max_tokens, max_cost, retry_errors)
     _show(f"{datamodule.name} {split}, asked of {teacher.name}", summary)
     if wandb_project is not None:
-        _log_to_wandb(wandb_project, job, summary)
+        import wandb
+
+        name = f"{datamodule.name}-{split}-{teacher.name}"
+        with wandb.init(project=wandb_project, name=name, job_type="annotate", config=job.settings) as run:
+            run.summary.update({key.replace(" ", "_"): value for key, value in summary.items() if value is not None})
     if push_to_hub is not None and summary["stopped"] != "interrupted":
         push_folder(Path(out), push_to_hub, "dataset")
     return summary
 
 
 def _prompt(
-    datamodule: RationaleDataModule, prompt: str | None, demonstrations: str | None, count: int | None, *, nearest: bool
+    datamodule: RationaleDataModule,
+    prompt: str | None,
+    demonstrations: str | None,
+    count: int | None,
+    *,
+    by_similarity: bool,
 ) -> tuple[PromptTemplate, Choose, dict[str, Any] | None]:
     """The template, how a row's demonstrations are chosen, and that choice in plain values."""
     path = Path(prompt) if prompt is not None else datamodule.prompt_file
     template = load_prompt(path)
-    if count is not None:
-        checks.check_int("num_demonstrations", count, 0)
     if demonstrations is not None:
         template = replace(template, demonstrations=load_demonstrations(demonstrations))
         count = 8 if count is None else count
-    shown = template.demonstrations
-    if count is not None and count > len(shown):
-        raise UserError(f"num_demonstrations must be at most {len(shown)}, got {count}")
+    known = template.demonstrations
+    if count is not None and count > len(known):
+        raise UserError(f"num_demonstrations must be at most {len(known)}, got {count}")
     check_template(template, datamodule.prompt_fields, datamodule.parse_teacher, str(demonstrations or path))
-    if not nearest:
-        return replace(template, demonstrations=shown[:count]), fixed(shown[:count], count), None
-    if not shown:
+    if not by_similarity:
+        return replace(template, demonstrations=known[:count]), fixed(known[:count], count), None
+    if not known:
         raise UserError("nearest_demonstrations: there are no demonstrations to choose from")
-    return template, nearest_of(shown, len(shown) if count is None else count), {"nearest": count}
+    return template, nearest(known, len(known) if count is None else count), {"nearest": count}
 
 
 def _rows(datamodule: RationaleDataModule, split: Split) -> list[Row]:
@@ -237,10 +236,6 @@ def _rows(datamodule: RationaleDataModule, split: Split) -> list[Row]:
     if not rows:
         raise UserError(f"split: {datamodule.name} {split} has no rows")
     return rows
-
-
-_Asked = tuple[Annotation, Question]
-"""A question, and what its answer goes into."""
 
 
 @dataclass
@@ -257,78 +252,69 @@ class _Job:
     _estimates: bool = False
 
     def run(
-        self,
-        folder: Path,
-        *,
-        concurrency: int,
-        max_tokens: int | None,
-        max_cost: float | None,
-        retry_errors: bool,
+        self, folder: Path, concurrency: int, max_tokens: int | None, max_cost: float | None, retry_errors: bool
     ) -> dict[str, Any]:
-        started = _now()
-        tally = Tally(self.asked)
-        limited = max_tokens is not None or max_cost is not None
-        budget = Budget(max_tokens, max_cost)
+        started, tally = _now(), Tally()
+        budget = Budget(max_tokens, max_cost) if max_tokens is not None or max_cost is not None else None
 
-        opened = False
+        def count(sample: Annotation) -> None:
+            if self.is_asked(sample):
+                tally.add(sample)
+            if budget is not None:
+                budget.use(*self.used(sample))
 
-        def see(annotation: Annotation) -> None:
-            tally.add(annotation)
-            if limited and not opened:
-                budget.use(*self._used(annotation))
-
-        with AnnotationStore(folder, see, ask_failed=retry_errors, read=self.read) as store:
-            opened = True
+        with AnnotationStore(folder, count, ask_failed=retry_errors, read=self.read) as store:
             if store.torn:
-                _tell(f"{store.path}: a torn last line ({store.torn} bytes) was taken off")
-            if tally.answers:
-                self.teacher.has_answered = True
+                _tell(f"{store.path}: a torn last line ({store.torn} bytes) was removed")
+            self.teacher.has_answered = tally.counts["answers"] > 0 or self.teacher.has_answered
             _keep_prompt(self.plan, folder)
-            self._note_job(store, started, None)
+            self.note(store, started, None)
             failed: set[bytes] = set()
+            progress = Progress(tally, self.teacher.name, len(self.rows) * self.plan.num_samples)
 
-            def on_result(asked: _Asked, said: Reply | TeacherError) -> None:
-                annotation, question = asked
-                if isinstance(said, TeacherError):
-                    done = replace(annotation, error=" ".join(str(said).split()) or type(said).__name__)
-                    failed.add(bytes.fromhex(annotation.key or ""))
+            def on_result(asked: Asked, result: Reply | TeacherError) -> None:
+                sample, _ = asked
+                if isinstance(result, TeacherError):
+                    sample = replace(sample, error=" ".join(str(result).split()) or type(result).__name__)
+                    failed.add(bytes.fromhex(sample.key or ""))
                 else:
-                    # an answer is kept whatever the user's own reading of it does
-                    done = self.read(self._answered(annotation, said))
-                    if limited:
-                        budget.use(*self._used(done, question))
-                store.append(done)
+                    sample = self.read(self.answered(sample, result))
+                store.append(sample)
+                progress.update()
 
             runner = RequestRunner(self.teacher, concurrency, on_result, budget)
-            tally.begin(len(self.rows) * self.plan.num_samples)
 
             def finish() -> None:
                 store.finish(self.read, self.place, self.agree)
-                self._note_job(store, started, runner.stopped)
+                self.note(store, started, runner.stopped)
                 store.write_parquet()
                 if not store.write_card():
-                    _tell(f"{folder / CARD} holds words of your own and was left as it is")
+                    _tell(f"{folder / CARD} has words of your own and was left as it is")
 
             with queued_interrupts() as interrupts:
                 try:
-                    with progress(tally, self.teacher.name):
-                        runner.run(self._questions(store), interrupts)
+                    runner.run(self.questions(store), interrupts)
                 except BaseException:
-                    # what was paid for is put in order if it can be; why the job ended is what is told
+                    # what was paid for is put in order if possible; why the job ended is what is told
                     with suppress(UserError):
                         finish()
                     raise
+                finally:
+                    progress.close()
                 finish()
                 unsettled = 0
                 if runner.stopped is not None or runner.busy:
-                    unsettled = sum(1 for _ in self._unsettled(store, failed))
-            summary = self._summary(store) | {
+                    settled = store.settled | failed
+                    rounds = (self.plan.questions(row, self.split, settled, store.agreeing) for row in self.rows)
+                    unsettled = sum(next(one, None) is not None for one in rounds)
+            summary = self.summary(store) | {
                 "rows not finished": unsettled,
                 "not answered now": runner.busy.total(),
-                "why not": _most_common(runner.busy),
+                "why not": most_common(runner.busy),
                 "could not be read": len(self.faults) or None,
                 "stopped": runner.stopped,
-                "seconds": round(tally.seconds, 1),
+                "seconds": round(time.monotonic() - progress.began, 1),
+                "file": str(folder / FILE),
             }
         if self.faults:
             (name, _), fault = next(iter(self.faults.items()))
@@ -336,91 +322,75 @@ class _Job:
                 f"{type(self.datamodule).__name__} could not read {len(self.faults)} answers, the first of row {name!r}"
                 f" ({fault}); they are kept, and read again at the next start"
             )
-        return summary | {"file": str(folder / FILE)}
+        return summary
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        return {example.id: position for position, example in enumerate(self.rows)}
+    def places(self) -> dict[str, int]:
+        return {row.id: position for position, row in enumerate(self.rows)}
 
     @cached_property
-    def _hashes(self) -> list[str]:
-        return [input_hash(example) for example in self.rows]
+    def hashes(self) -> list[str]:
+        return [input_hash(row) for row in self.rows]
 
-    def place(self, annotation: Annotation) -> int | None:
-        """Where a sample's row stands among the rows; ``None`` where it is of no row, or of another input of one."""
-        found = self._places.get(annotation.id) if annotation.split == self.split else None
-        return found if found is not None and annotation.input in (None, self._hashes[found]) else None
+    def place(self, sample: Annotation) -> int | None:
+        """The position of a sample's row; ``None`` if it is of no row, or of another input of one."""
+        found = self.places.get(sample.id) if sample.split == self.split else None
+        return found if found is not None and sample.input in (None, self.hashes[found]) else None
 
-    def read(self, annotation: Annotation) -> Annotation:
-        """The columns that follow from a sample's text; not known where the user's own reading of it raises."""
-        place = self.place(annotation)
+    def is_asked(self, sample: Annotation) -> bool:
+        """Whether a sample is one of this job's, by whichever run of it."""
+        plan = self.plan
+        own = (plan.prompt_hash, plan.settings_hash, plan.teacher, plan.kind)
+        return (sample.prompt, sample.settings, sample.teacher, sample.kind) == own and self.place(sample) is not None
+
+    def read(self, sample: Annotation) -> Annotation:
+        """Fill in the columns that follow from a sample's text; they stay unknown if the user's own reading raises."""
+        place = self.place(sample)
         if place is None:
-            return annotation
+            return sample
         try:
-            return read_text(
-                annotation, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees
-            )
-        except Exception as error:  # noqa: BLE001 - of a user's own code, whose fault loses no answer
-            self._note_fault(annotation, error)
-            return unread(annotation)
+            return read_text(sample, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees)
+        except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            fault = " ".join(f"{type(error).__name__}: {error}".split())
+            self.faults.setdefault((sample.id, sample.sample), f"{fault}, in {Path(last.filename).name}:{last.lineno}")
+            return unread(sample)
 
     def agree(self, label: str, other: str) -> bool:
         """Whether two labels are one answer, as far as the user's own comparison can tell."""
         try:
             return self.datamodule.teacher_agrees(label, other)
-        except Exception:  # noqa: BLE001 - of a user's own code, too
+        except Exception:  # noqa: BLE001 - a user's own code, too
             return False
 
-    def _note_fault(self, annotation: Annotation, error: Exception) -> None:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        self.faults.setdefault((annotation.id, annotation.sample), f"{said}, in {where}")
+    def questions(self, store: AnnotationStore) -> Iterator[Rounds[Asked]]:
+        for row in self.rows:
+            rounds = self.plan.questions(row, self.split, store.settled, store.agreeing)
+            yield ([(asked, asked[1]) for asked in questions] for questions in rounds)
 
-    def asked(self, annotation: Annotation) -> bool:
-        """Whether a sample is one of this job's, by whichever run of it."""
-        return (
-            annotation.prompt == self.plan.prompt_hash
-            and annotation.settings == self.plan.settings_hash
-            and annotation.teacher == self.plan.teacher
-            and self.place(annotation) is not None
-        )
-
-    def _questions(self, store: AnnotationStore) -> Iterator[Iterator[list[tuple[_Asked, Question]]]]:
-        for example in self.rows:
-            rounds = self.plan.questions(example, self.split, store.settled, store.agreeing)
-            yield ([((annotation, question), question) for annotation, question in asked] for asked in rounds)
-
-    def _unsettled(self, store: AnnotationStore, failed: set[bytes]) -> Iterator[Row]:
-        """The rows that another start has something to ask about."""
-        settled = store.settled | failed
-        for example in self.rows:
-            if next(self.plan.questions(example, self.split, settled, store.agreeing), None) is not None:
-                yield example
-
-    def _used(self, annotation: Annotation, question: Question | None = None) -> tuple[int, float]:
-        """Tokens and US dollars of an answer, for the budget; estimated where the teacher does not count."""
-        read, written = annotation.input_tokens, annotation.output_tokens
-        if annotation.text is None or (read is not None and written is not None):
-            return (read or 0) + (written or 0), annotation.cost or 0.0
+    def used(self, sample: Annotation) -> tuple[int, float]:
+        """Tokens and US dollars of an answer, for the budget; estimated if the teacher does not count."""
+        read, written = sample.input_tokens, sample.output_tokens
+        if sample.text is None or (read is not None and written is not None):
+            return (read or 0) + (written or 0), sample.cost or 0.0
         if read is None:
-            place = None if question else self.place(annotation)
-            prompt = question.prompt if question else None if place is None else self.plan.prompt(self.rows[place])
-            read = 0 if prompt is None else self.teacher.count_tokens(prompt)
+            place = self.place(sample)
+            read = 0 if place is None else self.teacher.count_tokens(self.plan.prompt(self.rows[place]))
         if written is None:
-            written = len(annotation.text) // 4 + 1
+            written = len(sample.text) // 4 + 1
         if not self._estimates:
             self._estimates = True
-            _tell(
-                f"{self.teacher.name} does not say how many tokens it used: max_tokens and max_cost count an estimate"
-            )
+            _tell(f"{self.teacher.name} does not say how many tokens it used: max_tokens and max_cost use an estimate")
         return read + written, self.teacher.cost(read, written) or 0.0
 
-    def _answered(self, annotation: Annotation, reply: Reply) -> Annotation:
-        read, written = _countable(reply.input_tokens), _countable(reply.output_tokens)
+    def answered(self, sample: Annotation, reply: Reply) -> Annotation:
+        read, written = (
+            tokens if tokens is not None and 0 <= tokens < 1 << 63 else None
+            for tokens in (reply.input_tokens, reply.output_tokens)
+        )
         counted = read is not None or written is not None
         return replace(
-            annotation,
+            sample,
             text=reply.text,
             finish=reply.finish,
             input_tokens=read,
@@ -429,113 +399,73 @@ class _Job:
             cost=self.teacher.cost(read or 0, written or 0) if counted else None,
         )
 
-    def _note_job(self, store: AnnotationStore, started: str, stopped: str | None) -> None:
-        """What this folder's samples were asked with, under the hashes that they hold."""
-        metadata = store.read_metadata() or {"format": 1, "jobs": []}
-        job = {
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is asked of whom, in plain values."""
+        plan = self.plan
+        return {
             "dataset": self.datamodule.name,
             "split": self.split,
             "rows": len(self.rows),
-            "teacher": self.plan.teacher,
-            "prompt": self.plan.prompt_hash,
-            "settings": self.plan.settings_hash,
-            "teacher_settings": self.plan.teacher_settings,
-            "sampling": asdict(self.plan.sampling),
-            "structured": self.plan.structured,
-            "layout": self.plan.layout,
-            "demonstrations": self.plan.selection or "fixed",
-            "num_samples": self.plan.num_samples,
-            "until_agrees": self.plan.until_agrees,
-            "started": started,
-            "ended": _now(),
-            "stopped": stopped,
-            "versions": {"lit_distill": __version__, "python": platform.python_version(), **_versions()},
+            "teacher": plan.teacher,
+            "kind": plan.kind,
+            "prompt": plan.prompt_hash,
+            "settings": plan.settings_hash,
+            "teacher_settings": plan.teacher_settings,
+            "sampling": asdict(plan.sampling),
+            "structured": plan.structured,
+            "layout": plan.layout,
+            "demonstrations": plan.selection or "fixed",
+            "num_samples": plan.num_samples,
+            "until_agrees": plan.until_agrees,
         }
+
+    def note(self, store: AnnotationStore, started: str, stopped: str | None) -> None:
+        """Write what this folder's samples were asked with, under the hashes that they have."""
+        metadata = store.read_metadata() or {"format": 1, "jobs": []}
+        versions = {name: version(name) for name in ("transformers", "openai")}
+        versions = {"lit_distill": __version__, "python": platform.python_version(), **versions}
+        job = self.settings | {"started": started, "ended": _now(), "stopped": stopped, "versions": versions}
         jobs = [one for one in metadata.get("jobs", []) if one.get("started") != started]
         store.write_metadata(metadata | {"jobs": [*jobs, job]})
 
-    def _summary(self, store: AnnotationStore) -> dict[str, Any]:
-        counts: Counter[str] = Counter()
-        errors: Counter[str] = Counter()
-        answered_rows: set[str] = set()
-        tokens: list[int | None] = [None, None]
-        cost, priced = 0.0, False
-        for annotation in store:
-            if not self.asked(annotation):
+    def summary(self, store: AnnotationStore) -> dict[str, Any]:
+        tally = Tally()
+        agreeing: list[bool] = []
+        for sample in store:
+            if not self.is_asked(sample):
                 continue
-            own = annotation.input_tokens, annotation.output_tokens
-            tokens = [a if b is None else (a or 0) + b for a, b in zip(tokens, own, strict=True)]
-            cost, priced = cost + (annotation.cost or 0.0), priced or annotation.cost is not None
-            if annotation.text is None:
-                errors[annotation.error or "not told"] += 1
-                continue
-            new = annotation.id not in answered_rows
-            answered_rows.add(annotation.id)
-            counts["answers"] += 1
-            counts["uncounted"] += None in own
-            counts["parsed"] += bool(annotation.parsed)
-            counts["contains_label"] += bool(annotation.contains_label)
-            counts["cut"] += annotation.finish == "length"
-            if annotation.agrees is not None:
-                counts["judged"] += 1
-                counts["agree"] += annotation.agrees
-                gold = self.rows[self._places[annotation.id]].label
-                if new and gold is not None:
-                    counts["voted"] += 1
-                    counts["vote_agree"] += annotation.majority_label is not None and self.agree(
-                        annotation.majority_label, gold
-                    )
-        return {
-            "rows": len(self.rows),
-            "rows answered": len(answered_rows),
-            "answers": counts["answers"],
-            "errors": errors.total(),
-            "most frequent errors": _most_common(errors),
-            "parsed": _share(counts["parsed"], counts["answers"]),
-            "agree with gold": _share(counts["agree"], counts["judged"]),
-            "majority agrees": _share(counts["vote_agree"], counts["voted"])
-            if self.plan.num_samples > 1 or self.plan.until_agrees
-            else None,
-            "rationale holds the label": _share(counts["contains_label"], counts["parsed"]),
-            "cut at max_new_tokens": counts["cut"],
-            "prompt tokens": tokens[0],
-            "answer tokens": tokens[1],
-            "answers without their tokens": counts["uncounted"] or None,
-            "cost": round(cost, 6) if priced else None,
-        }
+            gold = self.rows[self.places[sample.id]].label
+            if sample.agrees is not None and sample.id not in tally.rows and gold is not None:
+                majority = sample.majority_label
+                agreeing.append(majority is not None and self.agree(majority, gold))
+            tally.add(sample)
+        several = self.plan.num_samples > 1 or self.plan.until_agrees is not None
+        share = sum(agreeing) / len(agreeing) if several and agreeing else None
+        return {"rows": len(self.rows), **tally.summary(), "majority agrees": share}
 
 
 def _estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
-    step = max(1, len(rows) // _ESTIMATED_FROM)
     try:
-        measured = [teacher.count_tokens(plan.prompt(example)) for example in rows[::step]]
+        measured = [teacher.count_tokens(plan.prompt(row)) for row in rows[:: max(1, len(rows) // _MEASURED)]]
     except TeacherError as error:
         raise UserError(f"teacher: {error}") from error
-    answers = [
-        teacher.count_tokens(written_answer(plan.template, plan.fields, one)) for one in plan.template.demonstrations
-    ]
+    texts = [written_answer(plan.template, plan.fields, one) for one in plan.template.demonstrations]
+    longest = plan.sampling.max_new_tokens
+    answer = min(longest, sum(map(teacher.count_tokens, texts)) / len(texts)) if texts else longest
     questions = len(rows) * plan.num_samples
     at_most = len(rows) * max(plan.num_samples, plan.until_agrees or 0)
-    prompt_tokens = sum(measured) / len(measured)
-    expected = sum(answers) / len(answers) if answers else plan.sampling.max_new_tokens
-    expected = min(expected, plan.sampling.max_new_tokens)
+    prompt = sum(measured) / len(measured)
     return {
         "rows": len(rows),
         "questions": questions,
         "questions at most": at_most,
-        "prompt tokens": round(questions * prompt_tokens),
-        "answer tokens, as the demonstrations": round(questions * expected),
-        "answer tokens at most": at_most * plan.sampling.max_new_tokens,
-        "cost": teacher.cost(round(questions * prompt_tokens), round(questions * expected)),
-        "cost at most": teacher.cost(round(at_most * prompt_tokens), at_most * plan.sampling.max_new_tokens),
+        "prompt tokens": round(questions * prompt),
+        "answer tokens, as the demonstrations": round(questions * answer),
+        "answer tokens at most": at_most * longest,
+        "cost": teacher.cost(round(questions * prompt), round(questions * answer)),
+        "cost at most": teacher.cost(round(at_most * prompt), at_most * longest),
     }
-
-
-def _show_prompts(plan: Plan, rows: list[Row]) -> None:
-    console = Console()
-    for example in rows[:SHOWN]:
-        title = Text(f"{example.id} ({plan.layout})")
-        console.print(Panel(Text(shown(plan.prompt(example))), title=title, title_align="left"))
 
 
 def _show(title: str, summary: dict[str, Any]) -> None:
@@ -557,65 +487,20 @@ def _cell(name: str, value: Any) -> str:  # noqa: ANN401 - plain values
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def _most_common(reasons: Counter[str]) -> str | None:
-    """The most frequent reasons with their counts."""
-    return "; ".join(f"{count:,} x {reason[:200]}" for reason, count in reasons.most_common(3)) or None
-
-
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _countable(tokens: int | None) -> int | None:
-    """A number of tokens that a column can hold."""
-    return tokens if tokens is not None and 0 <= tokens < 1 << 63 else None
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("transformers", "openai")}
-
-
 def _keep_prompt(plan: Plan, folder: Path) -> None:
-    """The prompt as it was, beside the answers to it."""
+    """Write the prompt beside the answers to it."""
     path = folder / "prompts" / f"{plan.prompt_hash}.yaml"
-    if path.exists():
-        return
-    content = {"version": 1, **asdict(plan.template)}
-    content["stop"] = list(plan.template.stop)
-    content["demonstrations"] = [
-        {"input": one.input, "rationale": one.rationale, "label": one.label}
-        | ({} if one.choices is None else {"choices": list(one.choices)})
-        for one in plan.template.demonstrations
-    ]
     try:
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110))
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, yaml.safe_dump(plan.template.plain(), allow_unicode=True, sort_keys=False, width=110))
     except OSError as error:
         raise UserError(f"out: {path} cannot be written ({error.strerror})") from error
-
-
-def _log_to_wandb(project: str, job: _Job, summary: dict[str, Any]) -> None:
-    import wandb
-
-    plan = job.plan
-    config = {
-        "dataset": job.datamodule.name,
-        "split": job.split,
-        "teacher": plan.teacher,
-        "prompt": plan.prompt_hash,
-        "num_samples": plan.num_samples,
-        "teacher_settings": plan.teacher_settings,
-        "sampling": asdict(plan.sampling),
-        "structured": plan.structured,
-    }
-    name = f"{job.datamodule.name}-{job.split}-{plan.teacher}"
-    with wandb.init(project=project, name=name, job_type="annotate", config=config) as run:
-        run.summary.update({key.replace(" ", "_"): value for key, value in summary.items() if value is not None})

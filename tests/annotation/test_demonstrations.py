@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_distill.annotation.demonstrations import Choose, fixed, nearest
+from lit_distill.annotation.prompts import Choose, fixed, nearest
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row
 from tests.rows import make_row
@@ -86,7 +86,7 @@ def test_choices_do_not_depend_on_what_was_asked_before() -> None:
 
 @pytest.mark.parametrize("shown", [(), (example("? !"), example("..."))])
 def test_without_words_there_is_nothing_to_compare(shown: tuple[Row, ...]) -> None:
-    with pytest.raises(UserError, match="nearest_demonstrations: the demonstrations' inputs hold no words"):
+    with pytest.raises(UserError, match="nearest_demonstrations: the demonstrations' inputs have no words"):
         nearest(shown, 1)
 
 

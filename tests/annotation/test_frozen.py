@@ -19,6 +19,7 @@ def test_its_files_are_read_as_they_stand() -> None:
     for name in (FILE, PARQUET):
         found = [(annotation, row) for annotation, row in read_rows(FROZEN / "out" / name)]
         assert [row for _, row in found] == lines
+        assert {one.kind for one, _ in found} == {"rationale"}
         assert [(one.id, one.label, one.cost, one.key) for one, _ in found] == [
             (line["id"], line["label"], line["cost"], line["key"]) for line in lines
         ]
@@ -34,7 +35,7 @@ def test_its_files_are_read_as_they_stand() -> None:
 
 def test_nothing_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(FROZEN, tmp_path / "job")
-    before = (FROZEN / "out" / FILE).read_bytes()
+    before = [json.loads(line) | {"kind": "rationale"} for line in (FROZEN / "out" / FILE).read_text().splitlines()]
     with at_work_in(tmp_path / "job", monkeypatch), serving() as server:
         asked = ["--data=JSONLDataModule", "--data.train=rows.jsonl", "--teacher=OpenAITeacher", "--out=out"]
         asked += [f"--teacher.base_url={server.url}", "--teacher.model=org/tiny", "--teacher.input_price=1"]
@@ -44,7 +45,7 @@ def test_nothing_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         second = ["--teacher.layout=completion", "--teacher.name=second", "--teacher.logprobs=true", "--limit=1"]
         run("annotate", asked, second)
         assert server.requests == []
-        assert Path("out", FILE).read_bytes() == before
+        assert [json.loads(line) for line in Path("out", FILE).read_text().splitlines()] == before
         # what failed is asked once that is wanted
         run("annotate", asked, "--num_samples=2", "--retry_errors")
         assert [request.body["seed"] for request in server.requests] == [1]

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from lit_distill.annotation.demonstrations import fixed
 from lit_distill.annotation.plan import Plan, shown
-from lit_distill.annotation.prompts import PromptTemplate
+from lit_distill.annotation.prompts import PromptTemplate, fixed
 from lit_distill.annotation.record import Annotation, answer_schema, digest
 from lit_distill.data import CQADataModule, ToyDataModule
 from lit_distill.questions import Layout, Message, Question, Sampling

@@ -94,7 +94,7 @@ def without_votes(samples: Iterable[Annotation]) -> list[Annotation]:
     return [replace(sample, **nothing) for sample in samples]
 
 
-THREE = [answer("a"), failure("b"), answer("c", label=None, text="tschüß \ud83d\n")]
+THREE = [answer("a"), failure("b"), answer("c", label=None, text="tschüß\n")]
 
 # ---------------------------------------------------------------- written as they come
 
@@ -119,14 +119,6 @@ def test_samples_are_shown_those_in_the_file_first(tmp_path: Path) -> None:
         assert seen == THREE[:2]
         store.append(THREE[2])
     assert seen == THREE
-
-
-def test_what_was_used_is_counted_over_all_starts(tmp_path: Path) -> None:
-    write(tmp_path, [answer("a", input_tokens=10, output_tokens=2, cost=0.5), failure("b")])
-    with AnnotationStore(tmp_path) as store:
-        assert (store.tokens, store.cost) == (12, 0.5)
-        store.append(answer("c", input_tokens=1, cost=0.25))
-        assert (store.tokens, store.cost) == (13, 0.75)
 
 
 def test_blank_lines_are_passed_over(tmp_path: Path) -> None:
@@ -209,7 +201,9 @@ def test_a_last_line_that_is_whole_is_not_taken_off_though_it_is_no_sample(tmp_p
     # somebody wrote that, it was not torn
     path = tmp_path / FILE
     path.write_bytes(to_line(THREE[0]) + b'{"id": 3, "label": "yes"}')
-    with pytest.raises(UserError, match=r"rationales\.jsonl:2: not a sample: id must be a text, got 3"):
+    with pytest.raises(
+        UserError, match=r"rationales\.jsonl:2: not a sample: id: Input should be a valid string, got 3"
+    ):
         AnnotationStore(tmp_path)
     assert path.read_bytes().rstrip(b"\n").endswith(b'{"id": 3, "label": "yes"}')
 
@@ -491,7 +485,7 @@ def test_a_full_disk_is_said_and_repaired(tmp_path: Path, monkeypatch: pytest.Mo
     store.append(THREE[0])
     with monkeypatch.context() as patched:
         short(patched, 9)
-        with pytest.raises(UserError, match=rf"^out: {re.escape(str(store.path))} cannot be written"):
+        with pytest.raises(UserError, match=rf"^out: '{re.escape(str(store.path))}' cannot be written"):
             store.append(THREE[1])
     assert store.settled == keys(("a", 0))
     store.close()
@@ -617,7 +611,7 @@ def test_a_row_of_parquet_that_is_no_sample_is_named(tmp_path: Path) -> None:
     pd.DataFrame({"id": ["a", None], "label": ["yes", "no"]}).to_parquet(path)
     rows = read_rows(path)
     assert next(rows)[0] == Annotation("a", label="yes")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}, row 1: not a sample: no key 'id'"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}, row 1: not a sample: id: Field required"):
         next(rows)
 
 

@@ -210,6 +210,18 @@ def test_several_teachers_share_a_file(here: Path) -> None:
     assert rows[1]["rationale"] == "By other."
 
 
+def test_kinds_of_answers_are_kept_apart(here: Path) -> None:
+    data = numbered(here, 2)
+    with serving(saying(lambda request: f"Well. So the answer is {number_of(request)}.")) as server:
+        run("annotate", own(data, server))
+        for _ in range(2):
+            run("annotate", own(data, server, "--kind=program"))
+    assert len(server.requests) == 4
+    assert [(row["id"], row["kind"], row["votes"]) for row in rows_of()] == [
+        ("r0", "rationale", 1), ("r0", "program", 1), ("r1", "rationale", 1), ("r1", "program", 1),
+    ]  # fmt: skip
+
+
 def test_answers_that_follow_a_schema(here: Path) -> None:
     def answer(request: Request) -> str:
         return json.dumps({"rationale": " It is so. ", "label": "no"}) if number_of(request) else "not JSON"
@@ -449,7 +461,7 @@ def test_why_a_job_ended_is_told_though_it_cannot_be_finished(
         monkeypatch.setattr(os, "write", full)
         monkeypatch.setattr(AnnotationStore, "write_parquet", no_room)
         line = refusal(capsys, "annotate", own(numbered(here, 10), server, "--concurrency=1"))
-    assert line == "out: out/rationales.jsonl cannot be written (No space left on device)"
+    assert line == "out: 'out/rationales.jsonl' cannot be written (No space left on device)"
     assert {"r0", "r1", "r2"} <= {row["id"] for row in rows_of()}
 
 
@@ -485,12 +497,9 @@ def test_answers_that_follow_a_schema_need_a_chat(here: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"out": 5},
         {"out": ""},
-        {"prompt": 3},
-        {"demonstrations": 1},
         {"split": "dev"},
-        {"dry_run": "no"},
+        {"kind": ""},
         {"split": None},
     ],
 )

@@ -521,7 +521,7 @@ def test_a_damaged_line_is_named(jsonl: Make, say: Say) -> None:
     folder = say([said("a")])
     with (folder / FILE).open("a") as file:
         file.write('{"id": 3}\n')
-    with pytest.raises(UserError, match=r"rationales\.jsonl:2: not a sample: id must be a text, got 3"):
+    with pytest.raises(UserError, match=r"rationales\.jsonl:2: not a sample: id: Input should be a valid string"):
         jsonl(folder).released("train")
 
 

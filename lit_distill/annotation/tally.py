@@ -1,0 +1,116 @@
+"""How far a job of asking is: its samples counted one by one, shown as a bar and summed up at the end."""
+
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from tqdm import tqdm
+
+from lit_distill.annotation.record import Annotation
+
+LINE_SECONDS = 30.0
+"""Between two lines where no bar can be drawn."""
+
+
+class Tally:
+    """Counts of a job's samples, those of its earlier runs included."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.rows: set[str] = set()
+        """Ids of the rows with an answer."""
+        self.cost: float | None = None
+
+    def add(self, sample: Annotation) -> None:
+        """Count a sample."""
+        self.counts["samples"] += 1
+        for name in ("input_tokens", "output_tokens"):
+            if (tokens := getattr(sample, name)) is not None:
+                self.counts[name] += tokens
+        if sample.cost is not None:
+            self.cost = (self.cost or 0.0) + sample.cost
+        if sample.text is None:
+            self.errors[sample.error or "unknown"] += 1
+            return
+        self.rows.add(sample.id)
+        counted = sample.input_tokens is not None and sample.output_tokens is not None
+        self.counts.update(
+            answers=1,
+            parsed=bool(sample.parsed),
+            judged=sample.agrees is not None,
+            agree=bool(sample.agrees),
+            contains_label=bool(sample.contains_label),
+            cut=sample.finish == "length",
+            uncounted=not counted,
+        )
+
+    def share(self, part: str, whole: str) -> float | None:
+        """One count as a part of another; ``None`` if there is nothing to count."""
+        return self.counts[part] / self.counts[whole] if self.counts[whole] else None
+
+    def line(self) -> str:
+        """The counts in words."""
+        tokens = self.counts["input_tokens"] + self.counts["output_tokens"]
+        parts = [f"{tqdm.format_sizeof(tokens)} tokens"]
+        if self.cost is not None:
+            parts.append(f"${self.cost:.2f}")
+        for name, part, whole in (("parsed", "parsed", "answers"), ("agree", "agree", "judged")):
+            if (share := self.share(part, whole)) is not None:
+                parts.append(f"{name} {share:.0%}")
+        if self.errors:
+            parts.append(f"errors {self.errors.total()}")
+        return ", ".join(parts)
+
+    def summary(self) -> dict[str, Any]:
+        """The counts by the names that the command shows."""
+        counts, known = self.counts, self.counts.keys()
+        return {
+            "rows answered": len(self.rows),
+            "answers": counts["answers"],
+            "errors": self.errors.total(),
+            "most frequent errors": most_common(self.errors),
+            "parsed": self.share("parsed", "answers"),
+            "agree with gold": self.share("agree", "judged"),
+            "rationale contains the label": self.share("contains_label", "parsed"),
+            "cut at max_new_tokens": counts["cut"],
+            "prompt tokens": counts["input_tokens"] if "input_tokens" in known else None,
+            "answer tokens": counts["output_tokens"] if "output_tokens" in known else None,
+            "answers without their tokens": counts["uncounted"] or None,
+            "cost": None if self.cost is None else round(self.cost, 6),
+        }
+
+
+class Progress:
+    """A bar on stderr; where that is no terminal, a line from time to time.
+
+    Args:
+        tally: what is shown.
+        name: stands before it.
+        total: samples that are wanted.
+    """
+
+    def __init__(self, tally: Tally, name: str, total: int) -> None:
+        self._tally, self._name, self._total = tally, name, total
+        done = min(tally.counts["samples"], total)
+        self._bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.began = self._shown = time.monotonic()
+
+    def update(self) -> None:
+        """Show one more sample."""
+        self._bar.set_postfix_str(self._tally.line(), refresh=False)
+        self._bar.update()
+        if self._bar.disable and time.monotonic() - self._shown > LINE_SECONDS:
+            self._shown = time.monotonic()
+            done = f"{self._tally.counts['samples']} of {self._total}"
+            print(f"{self._name}: {done}, {self._tally.line()}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def most_common(reasons: Counter[str]) -> str | None:
+    """The most frequent reasons with their counts."""
+    return "; ".join(f"{count:,} x {reason[:200]}" for reason, count in reasons.most_common(3)) or None
