@@ -114,7 +114,7 @@ def join_annotations(
     if len(teachers) > 1:
         notices.append(
             f"samples of several teachers ({', '.join(map(str, teachers))}), the first of which comes first;"
-            " rationale_filter: teacher == NAME chooses"
+            " rationale_filter: teacher == 'NAME' chooses"
         )
     return SplitRows(rows, frozenset(unparsed), samples), "; ".join(notices) or None
 
