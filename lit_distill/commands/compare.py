@@ -72,8 +72,8 @@ def _show(comparison: Comparison, report: Path) -> None:
     lines = [remark for section in comparison.sections for remark in section.remarks]
     if any(result.by_row and result.by_row.differing < FEW for result in results):
         lines.append(f"{DAGGER} rests on fewer than {FEW} rows that tell the two apart")
-    if any(any(result.left_out) for result in results):
-        lines.append(f"{DOUBLE_DAGGER} over the seeds that both have; others were left out")
+    if any(result.left_out for result in results):
+        lines.append(f"{DOUBLE_DAGGER} only over the seeds that both it and its baseline have")
     lines += [f"skipped {source}: {reason}" for source, reason in comparison.skipped.items()]
     lines += [f"left out {old}: repeated as {new}" for old, new in sorted(comparison.repeated.items())]
     # unwrapped, so that a path can be copied, and as they are, though names may look like rich's markup

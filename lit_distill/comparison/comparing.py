@@ -10,14 +10,7 @@ import numpy as np
 
 from lit_distill.comparison.published import TEACHER, Published, published
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import (
-    FIELDS,
-    Setting,
-    as_text,
-    settings_of,
-    short_names,
-    variant_names,
-)
+from lit_distill.comparison.settings import FIELDS, Setting, as_text, settings_of, short_names, variant_names
 from lit_distill.comparison.statistics import Difference, Mean, paired_bootstrap
 from lit_distill.errors import UserError
 from lit_distill.files import flatten
@@ -50,8 +43,8 @@ class Result:
     """From the baseline, over test rows."""
     by_seed: Mean | None
     """Differences from the baseline's runs with the same seeds."""
-    left_out: tuple[int, int]
-    """Runs of the setting and of its baseline left out of the differences, as the other has none with their seeds."""
+    left_out: bool
+    """The differences leave out runs, as the baseline has none with their seeds or the other way round."""
     remark: str
     """Why a difference is missing."""
     published: Published | None
@@ -305,7 +298,7 @@ def _results(groups: Groups, wanted: Mapping[str, str], metric: str, resamples: 
             baseline=baseline,
             by_row=by_row,
             by_seed=by_seed,
-            left_out=(len(runs) - len(own), len(others) - len(other)),
+            left_out=len(own) < len(runs) or len(other) < len(others),
             remark=remark,
             published=paper.pop() if len(paper) == 1 else None,
             is_baseline=any(setting == other for other, _ in baselines.values()),

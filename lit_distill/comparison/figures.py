@@ -44,12 +44,9 @@ _FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale 
 _RC: Final[Any] = {
     # comes with matplotlib, so that figures are the same everywhere
     "font.family": "DejaVu Sans",
-    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.xmargin": 0.08,
-    "axes.ymargin": 0.08,
     "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.w_pad": 0.08,
     "grid.color": "#e3e3e3",
@@ -63,10 +60,9 @@ _RC: Final[Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, not yet written."""
+    """A figure, not yet written; its name is that of its files, without a suffix."""
 
     name: str
-    """Of its files, without a suffix."""
     dataset: str
     title: str
     figure: Figure
@@ -157,20 +153,22 @@ def _lines(results: Sequence[Result], field: str, section: Section, metric: str,
     if max(map(len, lines.values())) < 2:
         return
     figure, (axes,) = _sheet(4.5)
-    ends: list[tuple[float, Any]] = []
+    handles: dict[Any, float] = {}
     for i, (label, own) in enumerate(lines.items()):
         # moved a little, so that error bars at one place do not hide each other
         moved = (max(by_x) / min(by_x)) ** (0.005 * (i - (len(lines) - 1) / 2))
         xs, look = [getattr(result.setting, field) * moved for result in own], _look(label, names)
         means, errors = [result.metric.mean for result in own], [result.metric.standard_error or 0 for result in own]
-        ends.append((means[-1], axes.errorbar(xs, means, errors, label=fill(label, 26), **look)))
-        published = [(x, result.published.accuracy) for x, result in zip(xs, own, strict=True) if result.published]
-        axes.scatter(*zip(*published, strict=True) if published else ((), ()), **_hollow(look))
-    levels: list[tuple[float, str, Any]] = [] if section.chance is None else [(section.chance, "chance", ":")]
+        handles[axes.errorbar(xs, means, errors, label=fill(label, 26), **look)] = means[-1]
+        for x, result in zip(xs, own, strict=True):
+            _mark_published(axes, result, look, x=x)
+    levels = {"chance": section.chance}
     if field == "parameters" and metric == ACCURACY:
-        levels += [(level, f"teacher's labels, {100 * level:.1f} %", _DASHED) for level in section.teachers]
-    for level, label, stroke in levels:
-        ends.append((level, axes.axhline(level, color=_GREY, linestyle=stroke, label=fill(label, 26))))
+        levels |= {f"teacher's labels, {100 * level:.1f} %": level for level in section.teachers}
+    for label, level in levels.items():
+        if level is not None:
+            stroke: Any = ":" if label == "chance" else _DASHED
+            handles[axes.axhline(level, color=_GREY, linestyle=stroke, label=fill(label, 26))] = level
     axes.set_xscale("log")
     axes.set_xticks(list(by_x), [_tick(own, field) for own in by_x.values()])
     axes.set_xticks([], minor=True)
@@ -178,14 +176,14 @@ def _lines(results: Sequence[Result], field: str, section: Section, metric: str,
     axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
     _show_metric(axes, "y", metric)
     # in the order in which the lines end
-    figure.legend(handles=[drawn for _, drawn in sorted(ends, key=lambda end: -end[0])], loc="outside right center")
+    figure.legend(handles=sorted(handles, key=handles.__getitem__, reverse=True), loc="outside right center")
     short = short_names(keys)
     notes = [f"{short[key].replace('_', ' ')} differs between points" for key in sorted(keys - splitting)]
-    if field == "train_fraction":
-        what, *files = settings[0].student, settings[0].student, "training_rows"
-    else:
-        what, *files = _part(settings[0]), "student_size"
-    yield _finish(figure, settings[0], (what,), files, [*notes, *_notes(results)])
+    student = settings[0].student
+    what, file = (
+        (student, f"{student}-training_rows") if field == "train_fraction" else (_part(settings[0]), "student_size")
+    )
+    yield _finish(figure, settings[0], [what], file, [*notes, *_notes(results)])
 
 
 def _splits(key: str, settings: Iterable[Setting], field: str) -> bool:
@@ -221,8 +219,7 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
         if result.metric.n > 1:
             values = result.metric.values
             panels[0].plot(values, [y + 0.22] * len(values), "o", ms=3, mfc="none", mec=look["color"])
-        if result.published:
-            panels[0].scatter(result.published.accuracy, y, **_hollow(look))
+        _mark_published(panels[0], result, look, y=y)
         if baseline and (found := result.by_row):
             ends = [[found.difference - found.low], [found.high - found.difference]]
             panels[1].errorbar(found.difference, y, xerr=ends, **look)
@@ -242,15 +239,16 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
         label = labels.get(baseline) or next(one.name for one in section.results if one.setting == baseline)
         panels[1].axvline(0, color=_GREY, linestyle=_DASHED, zorder=1)
         _show_metric(panels[1], "x", metric, fill(f"difference to {label} (points)", 40))
-        over = ", of the seeds that both have" * any(any(result.left_out) for result in results)
-        notes = [f"left: {notes[0]}", *notes[1:], f"right: 95 % bootstrap intervals over test rows{over}"]
+        notes = [f"left: {notes[0]}", *notes[1:], "right: 95 % bootstrap intervals over test rows"]
     student = settings[0].student
-    return _finish(figure, settings[0], (student, _part(settings[0])), (student, "methods"), notes)
+    return _finish(figure, settings[0], [student, _part(settings[0])], f"{student}-methods", notes)
 
 
-def _hollow(look: dict[str, Any]) -> dict[str, Any]:
-    """How ``scatter`` draws a published number."""
-    return {"marker": look["marker"], "s": 100, "facecolors": "none", "edgecolors": look["color"], "linewidths": 1.5}
+def _mark_published(axes: Axes, result: Result, look: dict[str, Any], **place: float) -> None:
+    """A hollow marker at the published accuracy, at an x or y."""
+    if result.published:
+        place = {"x": result.published.accuracy, "y": result.published.accuracy} | place
+        axes.plot(place["x"], place["y"], look["marker"], ms=10, mfc="none", mec=look["color"], mew=1.5)
 
 
 def _part(setting: Setting) -> str:
@@ -286,9 +284,7 @@ def _show_metric(axes: Axes, name: str, metric: str, difference: str = "") -> No
     axis.set_label_text(difference or metric_name(metric) + (" (%)" if is_share(metric) else ""))
 
 
-def _finish(
-    figure: Figure, setting: Setting, what: Sequence[str], file_parts: Sequence[str], notes: Sequence[str]
-) -> Plot:
+def _finish(figure: Figure, setting: Setting, what: list[str], file: str, notes: list[str]) -> Plot:
     """Add title and notes, and leave out tick labels that would overlap."""
     title = " · ".join([dataset_name(setting.dataset), *what, labels_name(setting.label_source)])
     figure.suptitle(fill(title, 70), x=0.01, ha="left", size=11.5, weight="bold")
@@ -302,7 +298,6 @@ def _finish(
             box = label.get_window_extent()
             label.set_visible(box.x1 + 4 < left)
             left = box.x0 if label.get_visible() else left
-    parts = (setting.dataset, setting.label_source, *file_parts)
     # file systems limit a name to 255 bytes
-    name = re.sub(r"[^\w.-]", "_", "-".join(part.encode()[:60].decode(errors="ignore") for part in parts))
-    return Plot(name, setting.dataset, title, figure)
+    parts = [part.encode()[-80:].decode(errors="ignore") for part in (setting.dataset, setting.label_source, file)]
+    return Plot(re.sub(r"[^\w.-]", "_", "-".join(parts)), setting.dataset, title, figure)

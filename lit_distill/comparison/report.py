@@ -39,12 +39,14 @@ class Markdown(str):
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``runs.csv``, ``runs.parquet`` and ``figures/``; return the PNG files."""
     # imported here, as no other command needs it
-    import pandas as pd  # type: ignore[import-untyped]
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import csv, parquet  # type: ignore[import-untyped]
 
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    runs = pd.DataFrame(run_rows(comparison)).convert_dtypes()
-    runs.to_parquet(folder / "runs.parquet", index=False)
-    runs.to_csv(folder / "runs.csv", index=False)
+    # pandas would make numbers of rows with a gap into floats
+    runs = pa.Table.from_pylist(run_rows(comparison))
+    parquet.write_table(runs, folder / "runs.parquet")
+    csv.write_csv(runs, folder / "runs.csv")
     plots = draw(comparison)
     for plot in plots:
         plot.save(folder / "figures")
@@ -64,12 +66,18 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
         weight = config.get(WEIGHT)
         selected = next((name for name in record.validation if name != "step"), None)
         rows.append(
-            {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
+            # what is not known is NaN or 0 in a record
+            {
+                name: None if value != value else value
+                for name, value in vars(record).items()
+                if not isinstance(value, dict | list)
+            }
+            | {name: getattr(record, name) or None for name in ("parameters", "train_rows", "test_rows")}
             | {"rationale_weight": float(weight) if isinstance(weight, int | float) else None}
             | {key: as_text(config[key]) if key in config else None for key in keys}
             | {name: record.metrics.get(name) for name in metrics}
             | {"validation_metric": selected, "validation_value": record.validation.get(selected or "")}
-            | {"validation_step": record.validation.get("step"), "commit": record.git.get("commit")}
+            | {"validation_step": record.validation.get("step"), "commit": str(record.git.get("commit") or "")}
             | {f"{split}_fingerprint": record.fingerprints.get(split) for split in ("train", "test")}
             | {"test_ids": run.ids or None, "predictions": run.correct is not None}
             | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source}
@@ -111,7 +119,7 @@ def _cells(result: Result, metric: str) -> dict[str, str]:
     setting, by_row, by_seed = result.setting, result.by_row, result.by_seed
     counts = sorted({run.record.train_rows for run in result.runs} - {0})
     trained = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
-    mark = f" {DOUBLE_DAGGER}" if any(result.left_out) else ""
+    mark = f" {DOUBLE_DAGGER}" if result.left_out else ""
     found = {"difference": "baseline" if result.is_baseline else "", "95 % interval": "", "p": ""}
     if by_row:
         few = f" {DAGGER}" if by_row.differing < FEW else ""
@@ -137,19 +145,14 @@ def _cells(result: Result, metric: str) -> dict[str, str]:
 def _notes(results: Sequence[Result], section: Section) -> list[str]:
     """Which baseline, which differences are missing, and what their marks mean."""
     names = {result.setting: result.name for result in section.results}
-
-    def listed(some: Iterable[Result]) -> str:
-        settings = [(result.name, result.setting) for result in some]
-        return ", ".join(f"{name} ({one.student}, {fraction_name(one.train_fraction)})" for name, one in settings)
-
     baselines = sorted({names[result.baseline] for result in results if result.baseline})
     notes = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
-    missing = grouped((result for result in results if result.remark), lambda result: result.remark)
-    notes += [f"No interval: {remark}: {listed(some)}." for remark, some in sorted(missing.items())]
-    if partly := [result for result in results if any(result.left_out)]:
-        notes.append(
-            f"{DOUBLE_DAGGER} Over the seeds that it and its baseline have, others left out: {listed(partly)}."
-        )
+    for remark, some in sorted(grouped(results, lambda result: result.remark).items()):
+        settings = [(result.name, result.setting) for result in some]
+        own = (f"{name} ({one.student}, {fraction_name(one.train_fraction)})" for name, one in settings)
+        notes += [f"No interval: {remark}: {', '.join(own)}."] if remark else []
+    if any(result.left_out for result in results):
+        notes.append(f"{DOUBLE_DAGGER} Only over the seeds that both it and its baseline have.")
     if any(result.by_row and result.by_row.differing < FEW for result in results):
         notes.append(f"{DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then overconfident.")
     return notes
@@ -191,7 +194,6 @@ def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
         software=_software(comparison.compared),
         commands=_commands(comparison.compared),
         paper=published,
-        DOUBLE_DAGGER=DOUBLE_DAGGER,
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
@@ -209,7 +211,7 @@ def _software(runs: Iterable[Run]) -> dict[str, Counter[str]]:
 
 def _escape(text: str) -> str:
     """A text without meaning in Markdown, on one line; an underscore within a word has none."""
-    return re.sub(r"[\\`*<>\[\]&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split("\n")))
+    return re.sub(r"[\\`*<>\[&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split("\n")))
 
 
 def _table(rows: Sequence[dict[str, str]]) -> Markdown:

@@ -16,14 +16,7 @@ from numpy.typing import NDArray
 
 from lit_distill.errors import UserError
 from lit_distill.files import flatten
-from lit_distill.records import (
-    PREDICTIONS,
-    RECORD,
-    RunRecord,
-    check_values,
-    read_predictions_file,
-    read_record,
-)
+from lit_distill.records import PREDICTIONS, RECORD, RunRecord, check_values, read_predictions_file, read_record
 
 WANDB = "wandb://"
 """How the address of a W&B project begins."""
@@ -41,9 +34,6 @@ _UNFINISHED = {
 
 _LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
 """What ``fit`` logs beside its config."""
-
-_TOLERANCE = 1e-4
-"""Between a recorded accuracy, which is in single precision, and that of the predictions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +144,10 @@ def _read_run(folder: Path) -> Run:
     elif len(set(ids)) < len(ids):
         remark = f"the id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {PREDICTIONS}"
     else:
-        recorded, found = record.metrics.get("test/accuracy"), float(np.nanmean(correct))
-        if recorded is not None and abs(recorded - found) > _TOLERANCE:
+        found = float(np.nanmean(correct))
+        recorded = record.metrics.get("test/accuracy", found)
+        # recorded in single precision
+        if abs(recorded - found) > 1e-4:
             raise UserError(f"{path}: its accuracy is {found:.4f}, but {RECORD} says {recorded:.4f}: another run's?")
     return Run(source, record, None if remark else correct, remark, ids_hash)
 

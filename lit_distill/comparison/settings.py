@@ -243,7 +243,8 @@ def value_name(value: str) -> str:
 def size_name(parameters: int) -> str:
     """A number of parameters, as in 248M or 2.85B."""
     unit, sign = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= pair[0]), (1, ""))
-    return f"{parameters / unit:.3g}{sign}"
+    number = parameters / unit
+    return f"{round(number, 2 if number < 10 else 0):g}{sign}"
 
 
 def fraction_name(fraction: float) -> str:

@@ -108,7 +108,7 @@ def test_what_was_not_compared_is_said(comparison: Comparison, tmp_path: Path) -
         "covers seeds and not test rows",
         "If these very students were equally good on the population of test rows",
         "41 % had p < 0.05",
-        "\N{DOUBLE DAGGER} Over the seeds that it and its baseline have, others left out: ",
+        "\N{DOUBLE DAGGER} Only over the seeds that both it and its baseline have.",
     ):
         assert part in text, part
     for run in comparison.compared:
