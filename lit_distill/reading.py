@@ -97,20 +97,24 @@ def check_yaml(text: str) -> None:
     """See that YAML is small, before anything is made of it: ten lines of aliases may stand for 10^10 values.
 
     Raises:
-        YAMLError: it is not YAML, is nested too deep, or stands for too many values.
+        YAMLError: it is not YAML, is nested too deep, stands for too many values, or holds a key twice in one mapping.
     """
     sizes: dict[str, int] = {}
+    # of each of them that is a mapping: its keys, and whether the value of the last one comes next
+    mappings: list[tuple[set[str], bool] | None] = [None]
     # of the document and of each collection that is open: its anchor, and the number of values in it so far
     stack: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, Loader=_EventLoader):
         anchor, size = getattr(event, "anchor", None), 1
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append((anchor, 1))
+            mappings.append((set(), False) if isinstance(event, yaml.MappingStartEvent) else None)
             if len(stack) > _DEPTH:
                 raise yaml.YAMLError(f"nested more than {_DEPTH} levels deep")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = stack.pop()
+            mappings.pop()
         elif isinstance(event, yaml.AliasEvent):
             if anchor not in sizes:
                 raise yaml.YAMLError(f"the alias *{anchor} stands for nothing, or for what it is in")
@@ -119,6 +123,13 @@ def check_yaml(text: str) -> None:
             continue
         elif "\0" in event.value:
             raise yaml.YAMLError(f"holds a NUL character in line {event.start_mark.line + 1}")
+        if (mapping := mappings[-1]) is not None:
+            keys, is_value = mapping
+            if isinstance(event, yaml.ScalarEvent) and not is_value:
+                if event.value in keys:
+                    raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {event.start_mark.line + 1}")
+                keys.add(event.value)
+            mappings[-1] = keys, not is_value
         if anchor is not None:
             sizes[anchor] = size
         outer, before = stack[-1]

@@ -22,9 +22,9 @@ from lit_distill.commands import train
 from lit_distill.commands.parser import import_class
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State, config_difference, lay_out
-from lit_distill.experiments.grid import Grid, cell_name, merge, read_grid, settings, without_location
+from lit_distill.experiments.grid import Grid, cell_name, fit_keys, merge, nested, read_grid
 from lit_distill.experiments.launch import Board, Local, Slurm, run_cells
-from lit_distill.experiments.report import SWEEP, Progress, counts, judge, summary_table, sweep_text, verdict_table
+from lit_distill.experiments.report import SWEEP, counts, judge, show_event, summary_table, sweep_text, verdict_table
 from lit_distill.files import write_text
 from lit_distill.messages import known_subclasses
 from lit_distill.reading import parse_yaml, read_small
@@ -101,8 +101,7 @@ def experiment(
                 print(cell.line)
         print(f"{folder}: {counts(board)}", file=sys.stderr)
         return _summary(board, grid)
-    with Progress() as progress:
-        ended = run_cells(board, started, progress)
+    ended = run_cells(board, started, show_event)
     _report(board, grid)
     return _summary(board, grid) | {"interrupted": not ended}
 
@@ -190,29 +189,25 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
     base: dict[str, Any] = {}
     for name in grid.base:
         base = merge(base, _read(name), accepted_arguments)
-    cells = []
-    shapes: dict[str, str] = {}
-    seen: dict[tuple[str, Any], str] = {}
+    cells: list[Cell] = []
+    checked = set()
     for point in grid.points():
-        cell = Cell(name := cell_name(point), folder / name, point, {})
+        name = cell_name(point)
         try:
-            config = merge(base, grid.overrides(point), accepted_arguments)
-            # of cells that differ in nothing but their seed, one is parsed
-            like = config if "seed" not in point else merge(config, settings({"seed": 0}), accepted_arguments)
-            if (shape := repr(like)) not in shapes:
-                parsed = check.parsed(_with_location(like, cell))
-                shapes[shape] = repr(without_location(parsed.as_dict()))
+            config = merge(base, nested(grid.settings(point)), accepted_arguments)
+            # of cells that differ in nothing but their seed, one is checked
+            like = config if "seed" not in point else merge(config, nested(fit_keys({"seed": 0})), accepted_arguments)
+            if repr(like) not in checked:
+                check.parsed(_with_location(like, folder / name))
+                checked.add(repr(like))
         except UserError as error:
             raise UserError(f"{error} (in the cell {name} of {path})") from error
-        same = seen.setdefault((shapes[shape], point.get("seed")), name)
-        if same != name:
-            raise UserError(f"grid: the cells {same} and {name} are the same run (in {path})")
-        cells.append(Cell(name, folder / name, point, _with_location(config, cell)))
+        cells.append(Cell(name, folder / name, point, _with_location(config, folder / name)))
     return cells
 
 
-def _read(path: str) -> dict[str, Any]:
-    path = find_config(path, "base")
+def _read(given: str) -> dict[str, Any]:
+    path = find_config(given, "base")
     try:
         content = parse_yaml(read_small(path))
     except (OSError, ValueError) as error:
@@ -222,8 +217,8 @@ def _read(path: str) -> dict[str, Any]:
     return content
 
 
-def _with_location(config: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
-    """A config whose run writes into the cell's folder, and resumes there."""
+def _with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A config whose run writes into a folder of its own, and resumes there."""
     trainer, checkpoint = config.get("trainer") or {}, config.get("checkpoint") or {}
     if not isinstance(trainer, Mapping) or not isinstance(checkpoint, Mapping):
         # fit says what is wrong
@@ -231,12 +226,12 @@ def _with_location(config: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
     given = trainer.get("logger")
     others = [one for one in (given if isinstance(given, list) else [given]) if not isinstance(one, bool | None)]
     others = [one for one in others if _class_name(one) != "CSVLogger"]
-    own = {"save_dir": str(cell.folder.parent), "name": cell.name, "version": ""}
+    own = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
     kept = {key: value for key, value in config.items() if key != "ckpt_path"}
     return {
         **kept,
         "trainer": {**trainer, "logger": [{"class_path": "CSVLogger", "init_args": own}, *others]},
-        "checkpoint": {**checkpoint, "dirpath": str(cell.folder / "checkpoints")},
+        "checkpoint": {**checkpoint, "dirpath": str(folder / "checkpoints")},
         "resume": True,
     }
 

@@ -21,7 +21,6 @@ that the new one does not take go with it; those that the grid file gives are re
 verdict at the end.
 """
 
-import copy
 import hashlib
 import itertools
 import json
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import quote
 
-import yaml
+from jsonargparse import get_loader
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lit_distill.checks import check_int
@@ -63,79 +62,65 @@ Accepts = Callable[[str], Collection[str] | None]
 """``class path -> names of its arguments``; ``None`` for a class that is not known."""
 
 _GROUPS = ("model", "data")
-_OURS = r"^lit_distill\.modules\.(?:[a-z0-9_]+\.)?(?=[A-Z]\w*$)"
-"""The package, or a module of it, before a class."""
-
 _TAGS = {"train_fraction": "fraction", "rationale_weight": "weight", "seed": "seed"}
 _BARE = {"method", "student", "dataset", "label_source", "rationales"}
 """Keys whose values say by themselves what they are."""
 
 
-# ---------------------------------------------------------------------- keys and values
+# ---------------------------------------------------------------------- keys, names, configs
 
 
-def canonical_key(key: str) -> str:
-    """A key by its short name, where it has one; else as a config has it (``data.seed``: ``data.init_args.seed``)."""
-    group, _, rest = key.partition(".")
-    if group in _GROUPS and not rest:
-        key = f"{group}.class_path"
-    elif group in _GROUPS and rest.partition(".")[0] not in ("class_path", "init_args", "dict_kwargs"):
-        key = f"{group}.init_args.{rest}"
-    return next((alias for alias, targets in ALIASES.items() if targets == (key,)), key)
+def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
+    """What short or dotted keys set, by the dotted keys of ``fit``.
+
+    ``method: step_by_step`` is ``model.class_path: StepByStepModule``, and ``data.seed`` is ``data.init_args.seed``.
+
+    Raises:
+        UserError: a key of ``fit`` is set twice, or is the experiment's to set.
+    """
+    found: dict[str, Any] = {}
+    for key, value in point.items():
+        group, _, rest = key.partition(".")
+        if group in _GROUPS and rest.partition(".")[0] not in ("class_path", "init_args", "dict_kwargs"):
+            key = f"{group}.init_args.{rest}" if rest else f"{group}.class_path"
+        for target in ALIASES.get(key, (key,)):
+            if target in found:
+                raise UserError(f"{target} is set twice")
+            if not without_location({target: None}):
+                raise UserError(f"{key}: the experiment chooses the folder of a run; see out")
+            found[target] = _methods(value) if target == "model.class_path" else value
+    return found
 
 
-def targets(key: str) -> tuple[str, ...]:
-    """The keys of ``fit`` that a canonical key sets."""
-    return ALIASES.get(key, (key,))
-
-
-def canonical_value(key: str, value: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
-    """A value as it is compared and named: methods in snake case (``StepByStepModule``: ``step_by_step``)."""
+def _methods(value: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
+    """The classes of methods in snake case; a class's name or import path stays as it is."""
     if isinstance(value, list):
-        return [canonical_value(key, one) for one in value]
-    if key != "method" or not isinstance(value, str):
+        return [_methods(one) for one in value]
+    if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", str(value)):
         return value
-    bare = re.sub(_OURS, "", value)
-    if not re.fullmatch(r"([A-Z][a-z0-9]+)+Module", bare):
-        return bare
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", bare.removesuffix("Module")).lower()
+    return "".join(word.capitalize() for word in value.split("_")) + "Module"
 
 
-def config_value(key: str, value: Any) -> Any:  # noqa: ANN401
-    """A canonical value as ``fit`` takes it (``step_by_step``: ``StepByStepModule``)."""
-    if key == "method" and re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", str(value)):
-        return "".join(word.capitalize() for word in value.split("_")) + "Module"
-    return copy.deepcopy(value)
-
-
-def value_text(value: Any) -> str:  # noqa: ANN401
-    """A value as it is named and compared: ``1`` and ``1.0`` are the same."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def matches(wanted: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
+def matches(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a cell has all wanted values, or one of them where a list is wanted."""
-    return all(
-        key in point and value_text(point[key]) in map(value_text, _as_list(value)) for key, value in wanted.items()
-    )
+    return all(key in settings and settings[key] in as_list(value) for key, value in wanted.items())
+
+
+def as_list(value: Any) -> list[Any]:  # noqa: ANN401
+    """A list as it is, anything else in one."""
+    return value if isinstance(value, list) else [value]
 
 
 def cell_name(point: Mapping[str, Any]) -> str:
-    """The name of a folder, from canonical keys and values; the same whatever else is in the grid."""
+    """The name of a cell's folder: readable, and the same whatever else is in the grid."""
     order = [*(key for key in ALIASES if key != "seed"), *sorted(key for key in point if key not in ALIASES), "seed"]
     parts = []
-    for key in order:
-        if key not in point:
-            continue
+    for key in (key for key in order if key in point):
         text = value_text(point[key])
         # `-` stands between the parts, but a student is known by its own
         text = text.removeprefix("google/") if key == "student" else text.replace("-", "~")
-        own = _TAGS.get(key) or ("" if key in _BARE else re.sub(r"^(model|data)\.(init_args\.)?", "", key) + "_")
-        parts.append(quote(own + text.replace("/", "+"), safe="+"))
+        tag = _TAGS.get(key) or ("" if key in _BARE else re.sub(r"^(model|data)\.(init_args\.)?", "", key) + "_")
+        parts.append(quote(tag + text.replace("/", "+"), safe="+"))
     name = "-".join(parts)
     # a folder is neither hidden nor read as an option
     name = f"_{name}" if name[0] in ".-" else name
@@ -143,31 +128,29 @@ def cell_name(point: Mapping[str, Any]) -> str:
     return name if len(name) <= 120 else f"{name[:109]}~{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
-def _as_list(value: Any) -> list[Any]:  # noqa: ANN401
-    return value if isinstance(value, list) else [value]
+def value_text(value: Any) -> str:  # noqa: ANN401
+    """A value as it is named; ``1`` and ``1.0`` are the same."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-# ---------------------------------------------------------------------- configs
-
-
-def settings(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Canonical keys with values as a nested config.
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as a nested config.
 
     Raises:
         UserError: one key is within another one.
     """
     config: dict[str, Any] = {}
-    for key, value in point.items():
-        for target in targets(key):
-            *path, last = target.split(".")
-            place: Any = config
-            for name in path:
-                place = place.setdefault(name, {})
-                if not isinstance(place, dict):
-                    raise UserError(f"{target}: lies within another key that is set; give one of them")
-            if isinstance(place.get(last), dict):
-                raise UserError(f"{target}: another key that is set lies within it; give one of them")
-            place[last] = config_value(key, value)
+    # an outer key comes before those within it
+    for key in sorted(settings):
+        *path, last = key.split(".")
+        place: Any = config
+        for name in path:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{key}: lies within another key that is set; give one of them")
+        place[last] = settings[key]
     return config
 
 
@@ -187,8 +170,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], accepts: Accepts) ->
             continue
         arguments = old.get("init_args")
         if "class_path" in value and value["class_path"] != old.get("class_path") and isinstance(arguments, Mapping):
-            taken = accepts(str(value["class_path"])) or ()
-            old = {**old, "init_args": {name: given for name, given in arguments.items() if name in taken}}
+            accepted = accepts(str(value["class_path"])) or ()
+            old = {**old, "init_args": {name: given for name, given in arguments.items() if name in accepted}}
         merged[key] = merge(old, value, accepts)
     return merged
 
@@ -202,43 +185,30 @@ def without_location(config: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the file
 
 
-def _canonical(given: dict[str, Any]) -> dict[str, Any]:
-    """Nested or dotted keys as canonical ones."""
-    point: dict[str, Any] = {}
-    for name, value in flatten(given).items():
-        key = canonical_key(name)
-        if key in point:
-            raise ValueError(f"{key} is set twice")
-        if not without_location({target: None for target in targets(key)}):
-            raise ValueError(f"{name}: the experiment chooses the folder of a run; see out")
-        point[key] = canonical_value(key, value)
-    return point
-
-
-def _cell(point: dict[str, Any]) -> dict[str, Any]:
-    """What varies is named by its value, and a seed is one number for two keys."""
+def _check_cell(point: dict[str, Any]) -> dict[str, Any]:
+    """A cell is named by its values, and a seed is one number for two keys."""
     for key, value in point.items():
         if key == "seed":
             check_int("seed", value, 0, 2**32 - 1)
         if not isinstance(value, str | int | float | None) or value == "":
-            raise ValueError(f"{key} must be text, a number, true, false or null, got {value!r}")
+            raise UserError(f"{key} must be text, a number, true, false or null, got {value!r}")
     return point
 
 
-def _axes(axes: dict[str, Any]) -> dict[str, Any]:
+def _check_axes(axes: dict[str, Any]) -> dict[str, Any]:
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{key} must be a list of one or more values, got {values!r}")
+            raise UserError(f"{key} must be a list of one or more values, got {values!r}")
         for value in values:
-            _cell({key: value})
+            _check_cell({key: value})
     return axes
 
 
-Point = Annotated[dict[str, Any], AfterValidator(_canonical)]
-"""Canonical key -> value."""
-
+Settings = Annotated[dict[str, Any], AfterValidator(flatten), AfterValidator(fit_keys)]
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(as_list)]
+Axes = Annotated[dict[str, Any], AfterValidator(flatten), AfterValidator(_check_axes)]
+Cells = list[Annotated[dict[str, Any], Field(min_length=1), AfterValidator(flatten), AfterValidator(_check_cell)]]
 Percent = Annotated[float, Field(gt=0, le=100)]
-Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
 
 
 class _Part(BaseModel):
@@ -248,30 +218,29 @@ class _Part(BaseModel):
 class Condition(_Part):
     """Settings of some cells."""
 
-    wanted: Annotated[Point, Field(alias="if", min_length=1)]
-    settings: Annotated[Point, Field(alias="set", min_length=1)]
+    wanted: Annotated[Settings, Field(alias="if", min_length=1)]
+    settings: Annotated[Settings, Field(alias="set", min_length=1)]
 
 
-class Published(BaseModel):
+class Published(_Part, extra="allow"):
     """A figure to compare with, beside the values of the cells that it is about."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     accuracy: Percent
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """Those values."""
-        return _canonical(self.model_extra or {})
+        """Those values, by the keys of ``fit``."""
+        return fit_keys(self.model_extra or {})
 
 
 class Grid(_Part):
-    """What a grid file says, with canonical keys."""
+    """What a grid file says."""
 
     base: Annotated[Texts, Field(min_length=1)]
     out: Annotated[str, Field(min_length=1)] | None = None
-    fixed: Annotated[Point, Field(alias="set")] = {}
-    axes: Annotated[Point, AfterValidator(_axes), Field(alias="grid")] = {}
-    cells: Annotated[list[Annotated[Point, AfterValidator(_cell), Field(min_length=1)]], Field(min_length=1)] = [{}]
+    fixed: Annotated[Settings, Field(alias="set")] = {}
+    axes: Annotated[Axes, Field(alias="grid")] = {}
+    cells: Annotated[Cells, Field(min_length=1)] = [{}]
     when: list[Condition] = []
     published: list[Published] = []
     tolerance: Percent | None = None
@@ -283,15 +252,13 @@ class Grid(_Part):
         product = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
         return [{**cell, **combination} for cell in self.cells for combination in product]
 
-    def overrides(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """The nested config that is laid over the base for a cell."""
-        laid = dict(self.fixed)
+    def settings(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """What is laid over the base for a cell, by the keys of ``fit``; later conditions win over earlier ones."""
+        settings, varied = dict(self.fixed), fit_keys(point)
         for condition in self.when:
-            if matches(condition.wanted, {**self.fixed, **point}):
-                # the last one wins, also where it names the same key of fit in another way
-                laid = {key: value for key, value in laid.items() if key not in condition.settings}
-                laid |= condition.settings
-        return settings({**laid, **point})
+            if matches(condition.wanted, self.fixed | varied):
+                settings |= condition.settings
+        return settings | varied
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -302,75 +269,36 @@ class Grid(_Part):
             raise UserError("grid or cells must be given: nothing varies")
         if bool(self.published) != (self.tolerance is not None):
             raise UserError("published and tolerance must be given together")
-        self._check_set_once()
-        points = [{**self.fixed, **point} for point in self.points()]
-        for i, condition in enumerate(self.when):
-            _check_met(f"when[{i}].if", condition.wanted, points)
-        for i, one in enumerate(self.published):
-            _check_met(f"published[{i}]", one.wanted, points)
+        axes, cells = fit_keys(self.axes), [fit_keys(cell) for cell in self.cells]
+        varied = set(axes).union(*cells)
+        places = [(f"cells[{i}]", set(cell) & set(axes)) for i, cell in enumerate(cells)]
+        places += [("set", set(self.fixed) & varied)]
+        places += [(f"when[{i}].set", set(one.settings) & varied) for i, one in enumerate(self.when)]
+        for place, both in places:
+            if both:
+                raise UserError(f"{place}: {min(both)} varies in grid or cells as well; set it once")
         names = [cell_name(point) for point in self.points()]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"grid and cells make two cells with the name {twice}")
+        known = [self.fixed | fit_keys(point) for point in self.points()]
+        for i, condition in enumerate(self.when):
+            _check_met(f"when[{i}].if", condition.wanted, known)
+        for i, one in enumerate(self.published):
+            _check_met(f"published[{i}]", one.wanted, known)
         return self
 
-    def _check_set_once(self) -> None:
-        """A key that varies is set nowhere else, and no key twice in one place."""
-        axes = _set_in("grid", self.axes, {})
-        varied = dict(axes)
-        for i, cell in enumerate(self.cells):
-            varied |= _set_in(f"cells[{i}]", cell, axes)
-        _set_in("set", self.fixed, varied)
-        for i, condition in enumerate(self.when):
-            _set_in(f"when[{i}].set", condition.settings, varied)
 
-
-def _set_in(place: str, keys: Collection[str], taken: Mapping[str, str]) -> dict[str, str]:
-    """The keys of ``fit`` that are set in one place, each with where it is set; none may be taken."""
-    found: dict[str, str] = {}
-    for key in keys:
-        for target in targets(key):
-            if other := taken.get(target) or found.get(target):
-                raise UserError(f"{place}.{key}: {other} sets {target} as well; set it once")
-            found[target] = f"{place}.{key}"
-    return found
-
-
-def _check_met(name: str, wanted: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> None:
+def _check_met(name: str, wanted: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> None:
     """Each wanted value is some cell's, and one cell has all of them."""
     for key, values in wanted.items():
-        there = list(dict.fromkeys(value_text(point[key]) for point in points if key in point))
-        if not there:
-            known = sorted({key for point in points for key in point})
-            raise UserError(f"{name}.{key}: no key of set, grid or cells{likely(key, known)}")
-        for text in map(value_text, _as_list(values)):
-            if text not in there:
-                raise UserError(f"{name}.{key}: no cell has {text}{likely(text, there)}; there are {', '.join(there)}")
-    if not any(matches(wanted, point) for point in points):
+        there = list(dict.fromkeys(str(cell[key]) for cell in cells if key in cell))
+        for value in as_list(values):
+            if str(value) not in there:
+                close = likely(str(value), there)
+                raise UserError(f"{name}: no cell has {value} as {key}{close}; there are {', '.join(there) or 'none'}")
+    if not any(matches(wanted, cell) for cell in cells):
         raise UserError(f"{name}: no cell has all of these values together")
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads numbers as ``fit`` does, and refuses a key that is given twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - PyYAML's
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if (key.tag, str(key.value)) in seen:
-                raise UserError(f"{key.value}: given twice, again in line {key.start_mark.line + 1}")
-            seen.add((key.tag, str(key.value)))
-        return node
-
-
-# YAML 1.1 reads 1e-4 as text, and 2024-01-01 as a date
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -380,26 +308,27 @@ def read_grid(path: str | Path) -> Grid:
         UserError: it is absent, or something in it is wrong; the message names the file and the key.
     """
     try:
-        return Grid.model_validate(parse_yaml(read_small(path), _Loader))
+        content = read_small(path)
+        parse_yaml(content)
+        # now that it is known to be small: numbers are read as `fit` reads them
+        return Grid.model_validate(get_loader("yaml")(content.decode("utf-8-sig")))
     except FileNotFoundError as error:
         raise UserError(f"config: no file {str(path)!r}") from error
     except OSError as error:
         raise UserError(f"config: {str(path)!r} cannot be read ({error})") from error
     except ValidationError as error:
-        raise UserError(f"{_line(error)} (in {path})") from error
-    except UserError as error:
-        raise UserError(f"{error} (in {path})") from error
+        raise UserError(f"{_first_fault(error)} (in {path})") from error
     except ValueError as error:
         raise UserError(f"config: {str(path)!r} is {error}") from error
 
 
-def _line(error: ValidationError) -> str:
-    """The first of pydantic's errors."""
-    first = error.errors()[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    if first["type"] == "extra_forbidden":
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
+    if fault["type"] == "extra_forbidden":
         known = [field.alias or name for name, field in Grid.model_fields.items()]
         return f"{place}: no such key{likely(place, known)}; allowed are {', '.join(known)}"
-    text = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r:.200}"
-    return f"{place}: {text[:1].lower()}{text[1:]}{got}" if place else text
+    text = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] not in ("value_error", "missing"):
+        text = f"{text[0].lower()}{text[1:]}, got {fault['input']!r:.200}"
+    return f"{place}: {text}" if place else text

@@ -15,8 +15,8 @@ from lit_distill.interrupts import on_signals
 Board = dict[Cell, State]
 """Where each cell stands."""
 
-Show = Callable[[Board, Cell | None], object]
-"""Is called with a cell whose state has changed, and with ``None`` from time to time."""
+Show = Callable[[Board, Cell], object]
+"""Is called with a cell whose state has changed."""
 
 
 class Local:
@@ -194,7 +194,6 @@ class _Schedule:
             if stopping and state not in (State.DONE, State.FAILED):
                 state = State.STOPPED
             self.set(cell, State.STOPPED if state is State.PENDING and not self.launcher.again else state)
-        self.show(self.board, None)
         return bool(self.running)
 
     def set(self, cell: Cell, state: State) -> None:

@@ -221,9 +221,6 @@ def test_other_refusals(student_folder: Path) -> None:
     assert refusal(content | {"base": ["list.yaml"]}) == "base: 'list.yaml' must hold keys with values"
     assert refusal(content, only="*-seed9").startswith("only: no cell's name matches '*-seed9'")
     assert refusal(content, jobs=0) == "jobs must be an integer >= 1, got 0"
-    # two names of one class
-    twice = content | {"grid": {"dataset": ["ToyDataModule", "lit_distill.data.ToyDataModule"]}}
-    assert "are the same run" in refusal(twice)
     with pytest.raises(UserError, match=r"config: no file 'absent\.yaml'"):
         run_experiment(["--config", "absent.yaml"])
     with pytest.raises(UserError, match=r"launcher: got cloud; allowed is one of 'local', 'slurm', 'print'"):

@@ -1,6 +1,7 @@
 """Cells whose runs are a fake's."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,9 @@ FAKE = Path(__file__).with_name("fake_fit.py")
 class Events(list[str]):
     """What happened, a line each."""
 
-    def __call__(self, board: Board, cell: Cell | None) -> None:
+    def __call__(self, board: Board, cell: Cell) -> None:
         """Add a line."""
-        if cell is not None:
-            self.append(f"{cell.name} {board[cell]}")
+        self.append(f"{cell.name} {board[cell]}")
 
 
 def make_cells(out: Path, **configs: dict[str, Any]) -> list[Cell]:
@@ -66,3 +66,8 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < ends, "it did not happen in time"
         time.sleep(0.02)
+
+
+def soon(true: Callable[[], bool], act: Callable[[], object]) -> None:
+    """Act once something is true, while the main thread goes on."""
+    threading.Thread(target=lambda: (until(true), act()), daemon=True).start()

@@ -11,10 +11,9 @@ from lit_distill.experiments.launch import Board, Local, run_cells
 from tests.experiments.cells import cells_in, look
 
 
-def show(board: Board, cell: Cell | None) -> None:
+def show(board: Board, cell: Cell) -> None:
     """A line for each event on stdout."""
-    if cell is not None:
-        print(cell.name, board[cell], flush=True)
+    print(cell.name, board[cell], flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import FAILED, LOG, Cell, Run, State, lay_out
 from lit_distill.experiments.launch import Board, Local, run_cells
-from tests.experiments.cells import Events, go, look, make_cell, make_cells, starts, until
+from tests.experiments.cells import Events, go, look, make_cell, make_cells, soon, starts, until
 
 REPOSITORY = Path(__file__).parents[2]
 DONE, FAILURE = State.DONE, State.FAILED
@@ -38,13 +39,12 @@ def test_cells_run_at_a_time(tmp_path: Path) -> None:
     board, events, most = look(cells), Events(), 0
 
     # with one job alone, the first would wait for ever
-    def show(board: Board, cell: Cell | None) -> None:
+    def show(board: Board, cell: Cell) -> None:
         nonlocal most
         events(board, cell)
         most = max(most, list(board.values()).count(State.RUNNING))
-        if board[cells[2]] is DONE:
-            gate.touch()
 
+    soon(lambda: cells[2].state is DONE, gate.touch)
     assert run_cells(board, Local(2), show, pause=0.02)
     assert most == 2
     assert events[-1] == "a done"
@@ -210,15 +210,15 @@ def test_a_stopped_experiment_stops_its_runs_and_goes_on(tmp_path: Path, number:
 @pytest.mark.parametrize(("signals", "grace"), [(1, 0.3), (2, 60)])
 def test_what_does_not_stop_in_time_or_at_a_second_signal_is_killed(tmp_path: Path, signals: int, grace: float) -> None:
     [cell] = make_cells(tmp_path / "out", a={"until": str(tmp_path / "never"), "deaf": True})
-    board, sent = look([cell]), 0
+    board = look([cell])
 
-    def show(board: Board, changed: Cell | None) -> None:
-        nonlocal sent
-        if starts(cell) and sent < signals:
-            sent += 1
+    def interrupt() -> None:
+        for _ in range(signals):
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
 
-    assert not run_cells(board, Local(), show, pause=0.02, grace=grace)
+    soon(lambda: bool(starts(cell)), interrupt)
+    assert not run_cells(board, Local(), Events(), pause=0.02, grace=grace)
     assert board == {cell: State.STOPPED}
     until(lambda: cell.state is State.PENDING)
 
@@ -226,13 +226,8 @@ def test_what_does_not_stop_in_time_or_at_a_second_signal_is_killed(tmp_path: Pa
 def test_a_run_that_someone_stops_is_not_started_again(tmp_path: Path) -> None:
     [cell] = make_cells(tmp_path, a={"sleep": 20})
     board, events = look([cell]), Events()
-
-    def show(board: Board, changed: Cell | None) -> None:
-        events(board, changed)
-        if len(starts(cell)) == 1 and not (cell.folder / "checkpoint").exists():
-            os.kill(run_id(cell), signal.SIGTERM)
-
-    assert run_cells(board, Local(), show, pause=0.02)
+    soon(lambda: bool(starts(cell)), lambda: os.kill(run_id(cell), signal.SIGTERM))
+    assert run_cells(board, Local(), events, pause=0.02)
     assert events == ["a running", "a stopped"]
     assert cell.state is State.PENDING
 

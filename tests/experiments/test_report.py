@@ -11,7 +11,7 @@ from rich.table import Table
 from lit_distill.experiments.cells import Cell, State
 from lit_distill.experiments.grid import read_grid
 from lit_distill.experiments.launch import Board
-from lit_distill.experiments.report import Progress, Verdict, judge, last_validation, summary_table, verdict_table
+from lit_distill.experiments.report import Verdict, judge, show_event, summary_table, verdict_table
 from lit_distill.records import write_record
 from tests.experiments.cells import make_cells
 from tests.experiments.fake_fit import make_record
@@ -23,47 +23,26 @@ def board(tmp_path: Path) -> Board:
     write_record(cells[0].folder, make_record(0.625))
     (cells[1].folder / "log.txt").write_text("Traceback\nout of memory\n\n")
     cells[1].fail("exit code 1")
-    (cells[2].folder / "metrics.csv").write_text("step,train/loss,val/accuracy\n0,1.5,\n9,,0.25\n19,1.25,\n")
     return dict(zip(cells, (State.DONE, State.FAILED, State.RUNNING, State.PENDING), strict=True))
 
 
-def shown(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
 def rows(table: Table) -> list[list[str]]:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table)
-    lines = [line for line in shown(console).splitlines() if "│" in line]
+    text = io.StringIO()
+    Console(file=text, width=200).print(table)
+    lines = [line for line in text.getvalue().splitlines() if "│" in line]
     return [[part.strip() for part in line.split("│")[1:-1]] for line in lines]
 
 
-def test_a_line_for_each_event_where_there_is_no_terminal(board: Board) -> None:
-    console = Console(file=io.StringIO(), width=40)
-    with Progress(console) as progress:
-        for cell in (*list(board)[:3], None):
-            progress(board, cell)
-    lines = [line.split(maxsplit=1)[1] for line in shown(console).splitlines()]
+def test_a_line_for_each_event(board: Board, capsys: pytest.CaptureFixture[str]) -> None:
+    for cell in list(board)[:3]:
+        show_event(board, cell)
+    lines = [line.split(maxsplit=1)[1] for line in capsys.readouterr().err.splitlines()]
     counts = "(1 of 4 done, 1 pending, 1 running, 1 failed)"
     assert lines == [
         f"done      done  {counts}  test accuracy 0.625",
         f"failed    failed  {counts}  exit code 1: out of memory",
         f"running   running  {counts}",
     ]
-
-
-def test_a_table_on_a_terminal(board: Board) -> None:
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with Progress(console) as progress:
-        # what starts is in the table
-        progress(board, list(board)[2])
-        assert "running" not in shown(console)
-        progress(board, None)
-        progress(board, list(board)[1])
-    assert "1 of 4 done" in shown(console)
-    assert "│ running │ 0:00:00 │    9 │        0.250 │" in shown(console)
-    assert "out of memory" in shown(console)
 
 
 def test_the_summary_has_all_cells(board: Board) -> None:
@@ -73,14 +52,6 @@ def test_the_summary_has_all_cells(board: Board) -> None:
         ["running", "running", "", ""],
         ["pending", "pending", "", ""],
     ]
-
-
-@pytest.mark.parametrize("content", [None, "", "step,val/accuracy\n", "step\n1\n", "step,val/accuracy\n1,\n", "\0\n1"])
-def test_metrics_without_a_validation(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "metrics.csv"
-    if content is not None:
-        path.write_text(content)
-    assert last_validation(path) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +88,7 @@ def test_figures_find_their_cells(tmp_path: Path) -> None:
     assert rows(verdict_table(judge(grid, cells))) == [
         # deviations -3, -1, 1, 3: variance 20 / 3, standard error sqrt(20 / 3 / 4)
         ["standard", "50.00", "52.00 ± 1.29", "4 of 4", "+2.00", "2", "within tolerance"],
-        ["step_by_step, gold", "60.00", "70.00", "1 of 4", "+10.00", "2", "above"],
+        ["StepByStepModule, gold", "60.00", "70.00", "1 of 4", "+10.00", "2", "above"],
     ]
     # of cells that were not looked at, nothing is known; but there are as many as there are
     assert [(len(one.measured), one.cells) for one in judge(grid, cells[:1])] == [(1, 4), (0, 4)]

@@ -12,7 +12,7 @@ import pytest
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State
 from lit_distill.experiments.launch import Board, CellTask, Slurm, run_cells
-from tests.experiments.cells import Events, look, make_cells, starts
+from tests.experiments.cells import Events, look, make_cells, soon, starts, until
 
 
 class FakeJob:
@@ -67,7 +67,7 @@ def test_cells_are_submitted_and_looked_after(tmp_path: Path, submitit: None) ->
     cells = make_cells(tmp_path, a={}, b={"code": 3}, c={})
     board, most = look(cells), 0
 
-    def show(board: Board, cell: Cell | None) -> None:
+    def show(board: Board, cell: Cell) -> None:
         nonlocal most
         most = max(most, list(board.values()).count(State.RUNNING))
 
@@ -96,8 +96,8 @@ def test_an_interrupt_cancels_the_jobs(tmp_path: Path, submitit: None) -> None:
     cells = make_cells(tmp_path, a={}, b={})
     board = look(cells)
 
-    def show(board: Board, cell: Cell | None) -> None:
-        if list(board.values()) == [State.RUNNING] * 2 and cell is not None:
+    def show(board: Board, cell: Cell) -> None:
+        if list(board.values()) == [State.RUNNING] * 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     assert not run_cells(board, Slurm(tmp_path / ".submitit"), show, pause=0.01)
@@ -148,17 +148,17 @@ def test_submitits_own_local_executor_with_a_preemption(tmp_path: Path) -> None:
     board = look(cells)
     parameters = {"cluster": "local", "slurm_partition": "gpu", "timeout_min": 5}
 
-    def show(board: Board, cell: Cell | None) -> None:
-        if starts(cells[0]) == ["new"] and not gate.exists():
-            run = int((cells[0].folder / "starts.txt").read_text().split()[0])
-            status = Path(f"/proc/{run}/status").read_text().split()
-            job = int(status[status.index("PPid:") + 1])
-            # a cluster signals all processes of a job
-            os.kill(run, signal.SIGUSR2)
-            os.kill(job, signal.SIGUSR2)
-            gate.touch()
+    def preempt() -> None:
+        run = int((cells[0].folder / "starts.txt").read_text().split()[0])
+        status = Path(f"/proc/{run}/status").read_text().split()
+        # a cluster signals all processes of a job
+        for process in (run, int(status[status.index("PPid:") + 1])):
+            os.kill(process, signal.SIGUSR2)
+        until((cells[0].folder / "checkpoint").exists)
+        gate.touch()
 
-    assert run_cells(board, Slurm(tmp_path / ".submitit", None, parameters), show, pause=0.05)
+    soon(lambda: bool(starts(cells[0])), preempt)
+    assert run_cells(board, Slurm(tmp_path / ".submitit", None, parameters), Events(), pause=0.05)
     assert list(board.values()) == [State.DONE, State.FAILED]
     assert cells[1].failure == "exit code 3: at work"
     # it saved before its job ended
