@@ -238,7 +238,7 @@ def test_groups_that_are_none(student_folder: Path) -> None:
 
 
 def test_keys_of_a_condition_are_checked(student_folder: Path) -> None:
-    when = [{"if": {"method": "lit_distill.modules.StandardModule"}, "set": {"model.odrer": 1}}]
+    when = [{"if": {"method": "StandardModule"}, "set": {"model.odrer": 1}}]
     content = small(student_folder, grid={"method": ["step_by_step", "standard"]}, when=when)
     assert refusal(content).startswith("model.odrer: no such argument")
 

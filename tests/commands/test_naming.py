@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 
 from lit_distill.commands.experiment import FitCheck, accepted_arguments
 from lit_distill.commands.naming import run_name, wandb_naming
-from lit_distill.experiments.grid import merge, settings
+from lit_distill.experiments.grid import LOCATION, fit_keys, merge, nested
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,10 @@ def check() -> FitCheck:
 
 
 def config(check: FitCheck, student: Path, **changes: object) -> Namespace:
-    base = settings({"method": "step_by_step", "student": str(student), "dataset": "ToyDataModule", "seed": 0})
-    return check.parsed(
-        merge(base, settings({key.replace("__", "."): value for key, value in changes.items()}), accepted_arguments)
-    )
+    base = nested(fit_keys({"method": "step_by_step", "student": str(student), "dataset": "ToyDataModule", "seed": 0}))
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    location = {key: given.pop(key) for key in LOCATION if key in given}
+    return check.parsed(merge(base, nested(fit_keys(given) | location), accepted_arguments))
 
 
 @pytest.mark.parametrize(

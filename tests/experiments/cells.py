@@ -70,4 +70,9 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 def soon(true: Callable[[], bool], act: Callable[[], object]) -> None:
     """Act once something is true, while the main thread goes on."""
-    threading.Thread(target=lambda: (until(true), act()), daemon=True).start()
+
+    def wait_and_act() -> None:
+        until(true)
+        act()
+
+    threading.Thread(target=wait_and_act, daemon=True).start()
