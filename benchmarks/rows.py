@@ -17,10 +17,11 @@ from lit_distill.data import (
     RationaleDataModule,
     SVAMPDataModule,
 )
-from lit_distill.data.splits import SplitRows, UsedRows
+from lit_distill.data.selection import UsedRows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.modules import StepByStepModule
+from lit_distill.tasks import Row
 
 _DATASETS: dict[str, type[RationaleDataModule]] = {
     "cqa": CQADataModule,
@@ -68,7 +69,7 @@ class _Part(RationaleDataModule):
     part: tuple[Split, Sequence[int]] | None = None
     source: RationaleDataModule | None = None
 
-    def released(self, split: Split) -> SplitRows | None:
+    def released(self, split: Split) -> list[Row] | None:
         """As the base's; read once for all parts."""
         return super().released(split) if self.source is None else self.source.released(split)
 
@@ -78,7 +79,7 @@ class _Part(RationaleDataModule):
         if self.part is None or split != self.part[0]:
             return used
         positions = self.part[1]
-        return UsedRows([used.examples[p] for p in positions], [used.gold[p] for p in positions], used.counts)
+        return UsedRows([used.rows[p] for p in positions], [used.gold[p] for p in positions], used.counts)
 
 
 class _Replay(RationaleDataModule):

@@ -196,7 +196,7 @@ def test_the_tickets_are_what_their_script_writes(tmp_path: Path, monkeypatch: p
     # in a folder without configs it is the shipped file that its config names
     monkeypatch.chdir(tmp_path)
     named = JSONLDataModule(train="configs/tickets/train.csv", input_column="message", label_column="team")
-    assert len(named.used_rows("train").examples) == 198
+    assert len(named.used_rows("train").rows) == 198
     tokenizer = load_tokenizer(ROOT / "configs" / "students" / "tickets-t5")
     with (tmp_path / "train.csv").open(newline="") as file:
         cells = [cell for row in list(csv.reader(file))[1:] for cell in row[1:]]

@@ -25,7 +25,7 @@ from lit_distill.checkpoints import RunHistory, save_atomically
 from lit_distill.commands.naming import names
 from lit_distill.commands.report import chance_level
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.splits import teacher_accuracy
+from lit_distill.data.selection import teacher_accuracy
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.files import write_text
@@ -172,12 +172,12 @@ def record_run(
         train_fraction=arguments["train_fraction"],
         seed=config["seed_everything"],
         data_seed=arguments["seed"],
-        train_rows=len(data.used_rows("train").examples),
+        train_rows=len(data.used_rows("train").rows),
         test_rows=len(tested.answers) if tested else 0,
         steps=steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
         validation=_validation(trainer),
-        rationales=data.rationale_pairing if any("rationale" in task for task in data.tasks) else None,
+        rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=_teacher_accuracy(data, tested),
         chance=chance[1] if chance else None,
@@ -215,7 +215,7 @@ def _teacher_accuracy(data: RationaleDataModule, tested: Evaluation | None) -> f
     """Of the teacher's labels on the rows that were tested, or on all of test."""
     rows = data.split_rows("test")
     if rows is not None and tested is not None:
-        rows = rows.take([answer.index for answer in tested.answers])
+        rows = [rows[answer.index] for answer in tested.answers]
     return None if rows is None else teacher_accuracy(rows, data.teacher_agrees)
 
 
@@ -226,7 +226,7 @@ def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[
         if data.split_rows(split) is None:
             continue
         # what was trained on, rationales included; what was evaluated on, with gold labels
-        rows = list(data.used_rows(split).examples)
+        rows = list(data.used_rows(split).rows)
         if split == "test" and tested is not None:
             # a limited run leaves some out
             rows = [rows[answer.index] for answer in tested.answers]

@@ -77,14 +77,14 @@ class _SaveConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / self.config_filename, self.parser.dump(self.config, skip_unset=False))
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        train = data.used_rows("train").examples
+        train = data.used_rows("train").rows
         dataset, method = names(self.config)
         # beside the keys of the config, the two that runs are compared by
         flat = plain_config(self.config) | {"dataset": dataset, "method": method, "train_rows": len(train)}
-        if any("rationale" in task for task in data.tasks):
+        if any(task.uses_output for task in data.tasks.values()):
             flat["train_rationales"] = sum(row.rationale is not None for row in train)
         if data.split_rows("val") is not None:
-            flat["val_rows"] = len(data.used_rows("val").examples)
+            flat["val_rows"] = len(data.used_rows("val").rows)
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
 

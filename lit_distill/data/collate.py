@@ -1,82 +1,95 @@
 """From tokenised rows to a batch: the contract of `lit_distill.batch`."""
 
-from __future__ import annotations
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
+from lit_distill.data.tokenize import TokenSettings
+from lit_distill.tasks import Task
 
-if TYPE_CHECKING:
-    from datasets import Dataset as ArrowDataset  # type: ignore[import-untyped]
-
-Row = dict[str, Any]
-"""``index``, and for each task ``<task>.input_ids`` and ``<task>.labels`` (``None`` where it has no target)."""
+TokenRow = dict[str, Any]
+"""``index``, and for each task ``<task>.input_ids`` and ``<task>.labels``, a list of targets, perhaps empty."""
 
 
-class TokenRows(Dataset[Row]):
-    """The rows of a tokenised split by position; ``PADDING_ROW`` is a copy of the first one without targets.
+class TokenRows(Dataset[TokenRow]):
+    """The rows of a tokenised split by position.
+
+    A position beyond the rows is one of a later epoch, ``epoch * rows + position``, for which tasks that ``sample``
+    draw anew: what is drawn depends on seed, epoch and row alone. ``PADDING_ROW`` is the first row without targets.
 
     Args:
-        table: the Arrow data that `lit_distill.data.tokenize` wrote.
-        tasks: the tasks to read.
+        table: what `lit_distill.data.tokenize.tokenize_once` gives.
+        settings: tasks and lengths.
+        seed: of the draws.
     """
 
-    def __init__(self, table: ArrowDataset, tasks: Sequence[str]) -> None:
-        self.tasks = tuple(tasks)
+    def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:  # noqa: ANN401
+        self.settings = settings
+        self.seed = seed
+        self._sampled = [name for name, task in settings.tasks.items() if task.select == "sample"]
+        self.column = lambda name: table.data[name].to_pylist()
         self._table = table.select_columns(
-            ["index", *(f"{task}.{part}" for task in tasks for part in ("input_ids", "labels"))]
+            [f"{name}.{part}" for name in settings.tasks for part in ("input_ids", "labels")]
         )
 
     def __len__(self) -> int:
         return len(self._table)
 
+    @property
+    def samples(self) -> bool:
+        """Whether a task draws anew each epoch."""
+        return bool(self._sampled)
+
+    def target_lengths(self, task: str) -> list[list[int]]:
+        """Tokens of each row's targets, after the cut."""
+        lengths = self.column(f"{task}.target_lengths")
+        return [[min(length, self.settings.max_target_length) for length in several] for several in lengths]
+
     def lengths(self, *, evaluation: bool) -> list[int]:
         """What each row costs: the tokens of its sources and targets, summed over the tasks.
 
-        In training a task without a target does not hold the row, whose source then costs nothing.
+        In training a source is read once for each target; of a task that samples, the longest target counts.
         """
-        columns = self._table.with_format("arrow")[:]
-        total = 0
-        for task in self.tasks:
-            source, target = (pc.list_value_length(columns[f"{task}.{part}"]) for part in ("input_ids", "labels"))
-            if evaluation:
-                target = pc.fill_null(target, 0)
-            # without a target the sum is null as well
-            total = pc.add(total, pc.fill_null(pc.add(source, target), 0))
-        lengths: list[int] = total.to_pylist()  # type: ignore[attr-defined]
-        return lengths
+        total = [0] * len(self)
+        for name, task in self.settings.tasks.items():
+            sources = self.column(f"{name}.input_length")
+            for position, (length, several) in enumerate(zip(sources, self.target_lengths(name), strict=True)):
+                length = min(length, self.settings.max_source_length)
+                if evaluation:
+                    total[position] += length + sum(several[:1])
+                elif several:
+                    read = [max(several)] if task.select == "sample" else several
+                    total[position] += length * len(read) + sum(read)
+        return total
 
-    def target_lengths(self, task: str) -> list[int]:
-        """Tokens of the targets of a task, of the rows that have one."""
-        column = self._table.with_format("arrow")[:][f"{task}.labels"]
-        lengths: list[int] = pc.list_value_length(column).drop_null().to_pylist()
-        return lengths
-
-    def __getitem__(self, position: int) -> Row:
+    def __getitem__(self, position: int) -> TokenRow:
         return self.__getitems__([position])[0]
 
-    def __getitems__(self, positions: list[int]) -> list[Row]:
+    def __getitems__(self, positions: list[int]) -> list[TokenRow]:
         """The rows of one batch, read from the Arrow data at once (PyTorch's loader asks for this by name)."""
-        columns = self._table[[max(position, 0) for position in positions]]
+        columns = self._table[[max(position, 0) % len(self) for position in positions]]
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(positions))]
         for row, position in zip(rows, positions, strict=True):
+            epoch, row["index"] = divmod(position, len(self)) if position != PADDING_ROW else (0, PADDING_ROW)
             if position == PADDING_ROW:
-                row["index"] = PADDING_ROW
-                row.update({f"{task}.labels": None for task in self.tasks})
+                row.update({f"{name}.labels": [] for name in self.settings.tasks})
+            for name in self._sampled:
+                found = row[f"{name}.labels"]
+                draw = random.Random(f"{self.seed}-{epoch}-{row['index']}").random()  # noqa: S311 - no secret
+                row[f"{name}.labels"] = found and [found[int(draw * len(found))]]
         return rows
 
 
 class RationaleCollator:
     """Pads rows to a batch: task name -> that task's tensors.
 
-    In training a task holds only the rows that have a target for it, perhaps none; in evaluation each task holds every
-    row, in the same order, and a row without a target has only ``IGNORE_INDEX`` labels.
+    In training a task holds a row once for each of its targets, perhaps never; in evaluation each task holds every row
+    once, in the same order, and a row without a target has only ``IGNORE_INDEX`` labels.
 
     Args:
         pad_token_id: fills ``input_ids`` up to the longest row.
@@ -86,35 +99,38 @@ class RationaleCollator:
     """
 
     def __init__(
-        self, pad_token_id: int, tasks: Sequence[str], evaluation: bool, pad_to_multiple_of: int | None = None
+        self,
+        pad_token_id: int,
+        tasks: Mapping[str, Task] | Sequence[str],
+        evaluation: bool,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
         self.tasks = tuple(tasks)
         self.evaluation = evaluation
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, rows: Sequence[Row]) -> TaskBatch:
+    def __call__(self, rows: Sequence[TokenRow]) -> TaskBatch:
         """One batch of these rows."""
         return {task: self._task(task, rows) for task in self.tasks}
 
-    def _task(self, task: str, rows: Sequence[Row]) -> TaskInputs:
-        if not self.evaluation:
-            rows = [row for row in rows if row[f"{task}.labels"] is not None]
-        sources = [row[f"{task}.input_ids"] for row in rows]
+    def _task(self, task: str, rows: Sequence[TokenRow]) -> TaskInputs:
+        pairs = [
+            (row, target)
+            for row in rows
+            for target in ((row[f"{task}.labels"] or [[]])[:1] if self.evaluation else row[f"{task}.labels"])
+        ]
+        sources = [row[f"{task}.input_ids"] for row, _ in pairs]
         input_ids = self._pad(sources, self.pad_token_id)
         lengths = torch.tensor([len(source) for source in sources], dtype=torch.long)
         # by length, not by id: a tokenizer's padding id can be an ordinary token's, too
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        targets = [row[f"{task}.labels"] or [] for row in rows]
-        batch: TaskInputs = {
+        return {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "labels": self._pad(targets, IGNORE_INDEX),
-            "source_lengths": tuple(map(len, sources)),
-            "target_lengths": tuple(map(len, targets)),
-            "index": torch.tensor([row["index"] for row in rows], dtype=torch.long),
+            "labels": self._pad([target for _, target in pairs], IGNORE_INDEX),
+            "index": torch.tensor([row["index"] for row, _ in pairs], dtype=torch.long),
         }
-        return batch
 
     def _pad(self, sequences: Sequence[Sequence[int]], value: int) -> Tensor:
         """``(batch, length)``; at least one column wide, so that a batch of nothing has a valid shape."""

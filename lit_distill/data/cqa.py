@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.files import text_of, texts_of
+from lit_distill.data.sources import text_of, texts_of
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row
 
@@ -28,11 +28,11 @@ class CQADataModule(RationaleDataModule):
         text = f"{text_of(row, 'question')}\nAnswer Choices:{lettered}"
         return Row(id=str(row.get("id", "")), input=text, label=text_of(row, "answer"), choices=choices)
 
-    def prompt_fields(self, example: Row) -> dict[str, str]:
+    def prompt_fields(self, row: Row) -> dict[str, str]:
         """Also ``letter``, that of the label among the choices; a question mark where it is none of them."""
-        choices = example.choices or ()
-        letter = chr(ord("a") + choices.index(example.label)) if example.label in choices else "?"
-        return super().prompt_fields(example) | {"letter": letter}
+        choices = row.choices or ()
+        letter = chr(ord("a") + choices.index(row.label)) if row.label in choices else "?"
+        return super().prompt_fields(row) | {"letter": letter}
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
         """``... So the answer is (d) math problem.``: the text after the letter, never the letter.

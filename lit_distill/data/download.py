@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lit_distill.data.files import read_json_lines
+from lit_distill.data.sources import read_json_lines
 from lit_distill.errors import UserError
 
 RELEASE_URL = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"

@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_distill import checks
-from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.splits import SplitRows
-from lit_distill.data.tables import Table, read_file, read_hub
+from lit_distill.data.base import RELEASED, RationaleDataModule
+from lit_distill.data.sources import Table, read_file, read_hub
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName
@@ -37,8 +36,9 @@ class JSONLDataModule(RationaleDataModule):
         input_template: the inputs as a format string over columns, as ``"{question}\n{context}"``, in place of
             ``input_column``.
         label_column: column of the labels; if not given, ``label``. Numbers are taken as positions in ``label_set``.
-        rationale_column: column of the rationales; if not given, ``rationale``.
+        rationale_column: column of the rationales, a text or a list of them; if not given, ``rationale``.
         teacher_label_column: column of the teacher's labels; if not given, ``teacher_label``.
+        outputs: further columns of teacher outputs, each a text or a list of them -> their kind.
         choices_column: column of each row's own choices; if not given, ``choices``.
         label_set: the closed set of labels, in the order of their numbers where the data holds numbers.
         metric: how an answer is judged: ``exact_match``, or ``equation`` by its value.
@@ -62,12 +62,14 @@ class JSONLDataModule(RationaleDataModule):
         label_column: str | None = None,
         rationale_column: str | None = None,
         teacher_label_column: str | None = None,
+        outputs: dict[str, str] | None = None,
         choices_column: str | None = None,
         label_set: Sequence[str] | None = None,
         metric: MetricName = "exact_match",
-        predict_split: Literal["train", "val", "test", "predict"] | None = None,
+        predict_split: Split | None = None,
         **kwargs: Any,
     ) -> None:
+        own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources = {split: str(source) for split, source in given.items() if source is not None}
         if not self.sources:
@@ -80,6 +82,10 @@ class JSONLDataModule(RationaleDataModule):
             if len({label.strip() for label in label_set} - {""}) < len(label_set):
                 raise UserError(f"label_set must hold different texts, none of them empty, got {label_set!r}")
             self.label_set = tuple(label_set)
+        if outputs is not None and not (
+            isinstance(outputs, Mapping) and all(isinstance(text, str) for pair in outputs.items() for text in pair)
+        ):
+            raise UserError(f"outputs must map columns to kinds, got {outputs!r}")
         self._columns = {
             "id": id_column,
             "label": label_column,
@@ -87,52 +93,50 @@ class JSONLDataModule(RationaleDataModule):
             "teacher_label": teacher_label_column,
             "choices": choices_column,
         }
+        self._outputs = dict(outputs or {})
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
         if hub is not None and not checks.check_text("hub", hub).strip("/\\. "):
             raise UserError(f"hub must be a dataset's name or a folder of one, got {hub!r}")
         self._hub, self._hub_config = hub, hub_config
         self.hub_name = None if hub is None or Path(hub).exists() else hub
-        if predict_split is None:
-            predict_split = "predict" if predict is not None else "test"
-        super().__init__(predict_split=predict_split, **kwargs)
-        own: dict[str, Any] = {split: self.sources.get(split) for split in given}
-        own |= {f"{part}_column": column for part, column in self._columns.items()}
-        own |= {"hub": hub, "hub_config": hub_config, "input_column": input_column, "input_template": input_template}
-        own |= {"label_set": None if label_set is None else list(label_set), "metric": metric}
-        self.save_hyperparameters(own)
+        super().__init__(predict_split=predict_split or ("predict" if predict is not None else "test"), **kwargs)
+        plain = {**self.sources, "predict_split": self.predict_split}
+        self.save_hyperparameters(own | plain | {"label_set": None if label_set is None else list(label_set)})
 
     def prepare_data(self) -> None:
         """Check that every file is there, before a long run finds out that it is not; fetch what is on the hub."""
-        self._check_rationales()
+        super().prepare_data()
         for split, source in self.sources.items():
-            if self._hub is None:
-                self._find(split)
-            else:
+            if self._hub is not None:
                 read_hub(self._hub, self._hub_config, source)
+            elif (path := self.split_file(split)) is not None and not path.exists():
+                raise UserError(f"{split}: there is no {' nor '.join(map(str, self._candidates(split)))}")
 
-    def load_split(self, split: Split) -> SplitRows | None:
+    def load_rows(self, split: Split) -> list[Row] | None:
         """The rows of a split; ``None`` where none was given."""
         if split not in self.sources:
             return None
-        if self._hub is not None:
-            table = read_hub(self._hub, self._hub_config, self.sources[split])
+        path = self.split_file(split)
+        if path is None:
+            table = read_hub(str(self._hub), self._hub_config, self.sources[split])
+        elif path.exists():
+            table = read_file(path, split)
         else:
-            table = read_file(self._find(split), split)
-        if not table:
-            where = self.split_file(split) or f"{self.sources[split]!r} of {self._hub}"
+            raise UserError(f"{split}: there is no {' nor '.join(map(str, self._candidates(split)))}")
+        if not table.rows:
+            where = path or f"{self.sources[split]!r} of {self._hub}"
             raise UserError(f"{split}: {where} is empty; give one with rows, or leave {split} out")
         columns = self._choose_columns(table, split)
         if (label := columns["label"]) is not None and self.label_set is None and label in table.class_names:
             self.label_set = tuple(table.class_names[label])
-        examples: list[Row] = []
-        for place, row in table:
+        rows: list[Row] = []
+        for place, found in table.rows:
             try:
-                example = self._example(row, columns)
+                rows.append(self.with_id(self._row(found, columns), split, len(rows)))
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
-            examples.append(self.with_id(example, split, len(examples)))
-        return SplitRows(examples)
+        return rows
 
     def split_file(self, split: Split) -> Path | None:
         """The file or folder of a split; ``None`` where none was given, or it is on the hub."""
@@ -150,20 +154,10 @@ class JSONLDataModule(RationaleDataModule):
         """The data in plain values, with where it comes from."""
         return super().describe() | {"sources": dict(self.sources), "hub": self._hub}
 
-    def missing_teacher(self) -> str:
-        """What is missing where train has no rationales or teacher's labels, for messages."""
-        return "of which there is none; see rationale_column and teacher_label_column"
-
-    def missing_labels(self) -> str:
-        """What is missing where train has no labels, for messages."""
-        return "of which there is none; see label_column"
-
-    def _find(self, split: Split) -> Path:
-        candidates = self._candidates(split)
-        for path in candidates:
-            if path.exists():
-                return path
-        raise UserError(f"{split}: there is no {' nor '.join(map(str, candidates))}")
+    def missing(self, what: str) -> str:
+        """The columns of train's labels or teacher outputs."""
+        columns = "label_column" if what == "labels" else "rationale_column, teacher_label_column, outputs"
+        return f"the data ({columns})"
 
     def _candidates(self, split: Split) -> list[Path]:
         path = Path(shipped(self.sources[split]))
@@ -171,15 +165,13 @@ class JSONLDataModule(RationaleDataModule):
         return [path] if path.is_absolute() else [path.absolute(), (self.data_dir / path).absolute()]
 
     def _choose_columns(self, table: Table, split: Split) -> dict[str, str | None]:
-        """Part of an example -> its column, where the data has it; what was asked for by name has to be there."""
-        asked = dict.fromkeys(self._input_columns)
-        if self._columns["id"] is not None:
-            asked[self._columns["id"]] = None
+        """Part of a row -> its column, where the data has it; what was asked for by name has to be there."""
+        needed = [*self._input_columns, self._columns["id"]]
         if split == "train":
-            asked |= dict.fromkeys(column for column in self._columns.values() if column is not None)
+            needed += [*self._columns.values(), *self._outputs]
         elif split != "predict":
-            asked[self._columns["label"] or "label"] = None
-        missing = [column for column in asked if column not in table.columns]
+            needed.append(self._columns["label"] or "label")
+        missing = [column for column in dict.fromkeys(needed) if column is not None and column not in table.columns]
         if missing:
             raise UserError(
                 f"{split}: no column {', '.join(map(repr, missing))} in {self.sources[split]};"
@@ -188,15 +180,19 @@ class JSONLDataModule(RationaleDataModule):
         chosen = {part: column or part for part, column in self._columns.items()}
         return {part: column if column in table.columns else None for part, column in chosen.items()}
 
-    def _example(self, row: dict[str, Any], columns: dict[str, str | None]) -> Row:
-        values = {part: None if column is None else row.get(column) for part, column in columns.items()}
+    def _row(self, found: dict[str, Any], columns: dict[str, str | None]) -> Row:
+        values = {part: None if column is None else found.get(column) for part, column in columns.items()}
         label, teacher_label = self._label(values["label"]), self._label(values["teacher_label"])
         if label is not None and self.label_set is not None and label not in self.label_set:
             raise UserError(f"the label {label!r} is not in label_set ({', '.join(self.label_set)})")
-        rationale = None if values["rationale"] is None else _text("rationale", values["rationale"]).strip() or None
+        texts = [(text, "rationale") for text in _output_texts("rationale", values["rationale"])]
+        if not texts and teacher_label is not None:
+            texts = [(None, "rationale")]
+        outputs = [TeacherOutput(text, teacher_label, RELEASED, kind) for text, kind in texts]
+        for column, kind in self._outputs.items():
+            outputs += [TeacherOutput(text, None, RELEASED, kind) for text in _output_texts(column, found.get(column))]
         row_id = "" if values["id"] is None else str(values["id"])
-        outputs = () if rationale is None and teacher_label is None else (TeacherOutput(rationale, teacher_label),)
-        return Row(row_id, self._input(row), label, _choices(values["choices"]), outputs)
+        return Row(row_id, self._input(found), label, _choices(values["choices"]), tuple(outputs))
 
     def _input(self, row: dict[str, Any]) -> str:
         for column in self._input_columns:
@@ -238,6 +234,12 @@ def _text(name: str, value: Any) -> str:  # noqa: ANN401
     if isinstance(value, str | int | float):
         return str(value)
     raise UserError(f"{name!r} must be a text, got {value!r}")
+
+
+def _output_texts(name: str, value: Any) -> list[str]:  # noqa: ANN401
+    """The texts of a column of teacher outputs, without empty ones."""
+    listed = value if isinstance(value, list) else [value]
+    return [text for one in listed if one is not None and (text := _text(name, one).strip())]
 
 
 def _choices(value: Any) -> tuple[str, ...] | None:  # noqa: ANN401

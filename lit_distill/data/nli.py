@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.files import text_of
+from lit_distill.data.sources import text_of
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row
@@ -36,10 +36,10 @@ class _NLIDataModule(RationaleDataModule):
         text = f"{text_of(row, 'premise')}{SEPARATOR}{text_of(row, 'hypothesis')}"
         return Row(id=str(row.get("uid", "")), input=text, label=LABELS[number])
 
-    def prompt_fields(self, example: Row) -> dict[str, str]:
+    def prompt_fields(self, row: Row) -> dict[str, str]:
         """Also ``premise`` and ``hypothesis``."""
-        premise, _, hypothesis = example.input.partition(SEPARATOR)
-        return super().prompt_fields(example) | {"premise": premise.strip(), "hypothesis": hypothesis.strip()}
+        premise, _, hypothesis = row.input.partition(SEPARATOR)
+        return super().prompt_fields(row) | {"premise": premise.strip(), "hypothesis": hypothesis.strip()}
 
 
 class ESNLIDataModule(_NLIDataModule):

@@ -9,8 +9,8 @@ from torch.utils.data import DistributedSampler
 from lit_distill.batch import PADDING_ROW
 
 WINDOW = 50
-"""Batches (of all ranks) whose rows are sorted by length together, at most: so many that a batch's rows are of like
-length, so few that rows meet other rows in another epoch."""
+"""Batches (of all ranks) whose rows are sorted by length together, at most: enough for batches of similar length, few
+enough that rows meet other rows in another epoch."""
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -27,12 +27,13 @@ class EpochSampler(DistributedSampler[int]):
         num_replicas: number of ranks.
         rank: this rank.
         shuffle: another order each epoch (training), or keep the order and pad (evaluation).
-        seed: the run's seed; an epoch's order depends on it and on the epoch alone.
-        lengths: the rows' lengths, where the order is to go by them: shuffling then makes batches of rows of like
-            length (`by_length`), and otherwise the longest row comes first (`longest_first`).
+        seed: the run's seed.
+        lengths: the rows' lengths: shuffling then makes batches of similar length (`by_length`), and without shuffling
+            the longest row comes first.
         batch_size: rows of a batch on one rank, for batches by length.
-        first: without shuffling, as many rows of the dataset come before all others whatever their length; all rows
+        first: without shuffling, how many rows of the dataset come before all others whatever their length; all rows
             if not given.
+        with_epoch: when shuffling, give ``epoch * rows + position``, for a dataset that draws anew each epoch.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class EpochSampler(DistributedSampler[int]):
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
         first: int | None = None,
+        with_epoch: bool = False,
     ) -> None:
         # the base class's annotation asks for a `Dataset`, of which it uses the length alone
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
@@ -54,17 +56,19 @@ class EpochSampler(DistributedSampler[int]):
         self.lengths = lengths
         self.batch_size = batch_size
         self.first = self.rows if first is None else first
+        self.with_epoch = with_epoch
 
     def __iter__(self) -> Iterator[int]:
         own = self._order()[self.rank :: self.num_replicas]
         begin, self.offset = self.offset, 0
-        return iter(own[begin:])
+        shift = self.epoch * self.rows if self.with_epoch else 0
+        return iter([position + shift for position in own[begin:]])
 
     def __len__(self) -> int:
         return int(self.num_samples)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass; where it is another one, that pass begins at its first row."""
+        """Choose the epoch of the next pass; a pass of another epoch begins at its first row."""
         if epoch != self.epoch:
             self.offset = 0
         self.epoch = epoch
@@ -80,7 +84,9 @@ class EpochSampler(DistributedSampler[int]):
     def _order(self) -> list[int]:
         positions = self.num_samples * self.num_replicas
         if not self.shuffle:
-            order = list(range(self.rows)) if self.lengths is None else longest_first(self.lengths, self.first)
+            order = list(range(self.rows))
+            if self.lengths is not None:
+                order[: self.first] = sorted(order[: self.first], key=self.lengths.__getitem__, reverse=True)
             return order + [PADDING_ROW] * (positions - self.rows)
         # one integer out of two, without the collisions of `seed + epoch` between runs of neighbouring seeds
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
@@ -90,12 +96,12 @@ class EpochSampler(DistributedSampler[int]):
         if self.lengths is not None:
             batch_size = self.batch_size * self.num_replicas
             shuffled = by_length(shuffled, torch.tensor(self.lengths), batch_size, generator)
-        dealt: list[int] = shuffled.tolist()
-        return dealt
+        order = shuffled.tolist()
+        return order
 
 
 def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """An epoch's order, rearranged so that each batch holds rows of similar length.
+    """An epoch's order, rearranged so that each batch holds rows of similar length (length bucketing).
 
     Windows of the order are sorted and cut into batches, and the batches of all windows are shuffled. The rows that
     do not fill a batch are the order's last ones, whatever their length, and stay the last: no length is favoured.
@@ -108,7 +114,7 @@ def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.
         generator: shuffles the batches.
     """
     count = len(order) // batch_size
-    # several windows where there are few batches: the only one would make the same batches in each epoch
+    # several windows where there are few batches: a single one would make the same batches in each epoch
     window_size = batch_size * min(WINDOW, max(1, count // 4))
     whole = count * batch_size
     windows = [*order[:whole].split(window_size), order[whole:]]
@@ -118,18 +124,8 @@ def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.
     return torch.cat([*(batches[i] for i in shuffled), rest])
 
 
-def longest_first(lengths: Sequence[int], first: int) -> list[int]:
-    """Positions, those of the first rows before all others, and of these the longest before the shorter ones.
-
-    Args:
-        lengths: the rows' lengths.
-        first: rows to sort; the others follow as they are.
-    """
-    return [*sorted(range(first), key=lengths.__getitem__, reverse=True), *range(first, len(lengths))]
-
-
 def rows_read(limit: float, rows: int, batch_size: int, world: int) -> int:
-    """How many rows a pass of evaluation reads that Lightning limits: the first ones, of all ranks together.
+    """How many rows, the first ones of all ranks together, an evaluation reads that Lightning limits.
 
     Args:
         limit: the trainer's ``limit_<stage>_batches``: an integer is a number of batches, a float a part of them.

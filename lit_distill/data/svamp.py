@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.files import text_of
+from lit_distill.data.sources import text_of
 from lit_distill.equations import evaluate
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_distill import checks
-from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.splits import SplitRows
+from lit_distill.data.base import RELEASED, RationaleDataModule
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row, TeacherOutput
 
@@ -55,7 +54,7 @@ def toy_example(seed: int, split: str, position: int) -> Row:
         input=f"which one does not belong : {' , '.join(words)} ?",
         label=label,
         choices=tuple(words),
-        outputs=(TeacherOutput(" ".join(f"{kind_of[word]} : {word} ." for word in words), label),),
+        outputs=(TeacherOutput(" ".join(f"{kind_of[word]} : {word} ." for word in words), label, RELEASED),),
     )
 
 
@@ -87,16 +86,12 @@ class ToyDataModule(RationaleDataModule):
             {"train_size": train_size, "val_size": val_size, "test_size": test_size, "toy_seed": toy_seed}
         )
 
-    def prepare_data(self) -> None:
-        """Nothing to fetch."""
-        self._check_rationales()
-
     def split_file(self, split: Split) -> Path | None:
         """None: the rows are made, not read."""
         return None
 
-    def load_split(self, split: Split) -> SplitRows | None:
+    def load_rows(self, split: Split) -> list[Row] | None:
         """Generate a split."""
         if split not in self.sizes:
             return None
-        return SplitRows([toy_example(self.toy_seed, split, i) for i in range(self.sizes[split])], frozenset())
+        return [toy_example(self.toy_seed, split, i) for i in range(self.sizes[split])]

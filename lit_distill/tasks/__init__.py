@@ -9,6 +9,7 @@ from lit_distill.tasks.task import (
     Parsed,
     Task,
     answer_task,
+    find_function,
     tasks_from,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "Task",
     "TeacherOutput",
     "answer_task",
+    "find_function",
     "fingerprint",
     "read_rows",
     "tasks_from",

@@ -16,7 +16,6 @@ from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.splits import SplitRows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row
@@ -81,7 +80,7 @@ def jsonl(tmp_path: Path, write_lines: WriteLines, say: Say) -> Make:
     return make
 
 
-def rows_of(module: RationaleDataModule, split: Split = "train") -> SplitRows:
+def rows_of(module: RationaleDataModule, split: Split = "train") -> list[Row]:
     rows = module.released(split)
     assert rows is not None
     return rows
@@ -89,7 +88,7 @@ def rows_of(module: RationaleDataModule, split: Split = "train") -> SplitRows:
 
 def rationales(module: RationaleDataModule, split: Split = "train") -> dict[str, str | None]:
     """What each row would be trained on."""
-    return {example.id: example.rationale for example in module.used_rows(split).examples}
+    return {example.id: example.rationale for example in module.used_rows(split).rows}
 
 
 def counted(module: RationaleDataModule, split: Split = "train") -> dict[str, int]:
@@ -115,11 +114,11 @@ def test_rows_and_samples_are_joined_by_id_not_by_place(tmp_path: Path, write_li
     ]
     random.Random(3).shuffle(lines)  # noqa: S311
     module = SVAMPDataModule(data_dir=data, tasks=BOTH, rationales=say(lines))
-    assert [(row.id, row.input, row.rationale, row.teacher_label) for row in rows_of(module).examples] == [
+    assert [(row.id, row.input, row.rationale, row.teacher_label) for row in rows_of(module)] == [
         (f"svamp-train-{i}", f"How many are {i} and {i}?", f"R0 of svamp-train-{i}", f"({2 * i})") for i in range(10)
     ]
     # (0) of nought and nought included: by value
-    assert counted(module)["teacher_correct"] == len(module.used_rows("train").examples) == 9
+    assert counted(module)["teacher_correct"] == len(module.used_rows("train").rows) == 9
 
 
 def test_released_outputs_are_not_needed(write_cqa: WriteCQA, say: Say) -> None:
@@ -137,10 +136,10 @@ def test_val_that_is_taken_off_train_keeps_its_samples(write_cqa: WriteCQA, say:
     assert train is not None
     assert (len(val), len(train)) == (2, 18)
     for rows in (val, train):
-        for place, row in enumerate(rows.examples):
+        for row in rows:
             assert (row.rationale, row.teacher_label) == (f"R0 of {row.id}", "no")
-            assert [other.rationale for other in rows.samples[place]] == [f"R1 of {row.id}"]
-    assert module.answer_key("val").rationales == [f"R0 of {row.id}" for row in val.examples]
+            assert [other.text for other in row.outputs[1:]] == [f"R1 of {row.id}"]
+    assert module.answer_key("val").rationales == [f"R0 of {row.id}" for row in val]
 
 
 def test_a_toy_s_own_teacher_is_not_heard(say: Say) -> None:
@@ -219,7 +218,7 @@ def test_every_row_is_accounted_for(jsonl: Make) -> None:
     # of a, what was asked again
     module = jsonl([failed("a"), said("a", label="no"), said("b", label=None), failed("c"), failed("b", 1)])
     assert counted(module) == {"rows": 3, "parsed": 1, "unparsed": 1, "no_output": 1, "used": 3}
-    assert rows_of(module).unparsed == {1}
+    assert [row.id for row in rows_of(module) if row.outputs and row.rationale is None] == ["b"]
     assert rationales(module) == {"a": "R0 of a", "b": None, "c": None}
 
 
@@ -239,12 +238,12 @@ SEVERAL = [
 def test_the_first_sample_stands_for_the_teacher(jsonl: Make) -> None:
     module = jsonl(SEVERAL)
     rows = rows_of(module)
-    assert [(row.rationale, row.teacher_label) for row in rows.examples] == [
+    assert [(row.rationale, row.teacher_label) for row in rows] == [
         ("R0 of a", "no"),
         (None, None),
         ("R0 of c", "no"),
     ]
-    assert {place: [other.rationale for other in others] for place, others in rows.samples.items()} == {
+    assert {place: [other.text for other in row.outputs[1:]] for place, row in enumerate(rows) if row.outputs[1:]} == {
         0: ["R1 of a", "R2 of a"],
         1: ["R1 of b", "R2 of b"],
     }
@@ -271,13 +270,13 @@ def test_the_first_sample_that_is_kept_is_trained_on(
     module = jsonl(SEVERAL, rationale_filter=rationale_filter)
     assert rationales(module) == trained_on
     assert module.counts["train"]["rationale_filtered"] == filtered
-    assert [example.label for example in module.used_rows("train").examples] == ["yes", "no", "yes"]
+    assert [example.label for example in module.used_rows("train").rows] == ["yes", "no", "yes"]
 
 
 def test_the_teacher_s_label_is_that_of_the_sample(jsonl: Make) -> None:
     def labels(**arguments: Any) -> dict[str, str | None]:
         module = jsonl(SEVERAL, label_source="teacher", **arguments)
-        return {example.id: example.label for example in module.used_rows("train").examples}
+        return {example.id: example.label for example in module.used_rows("train").rows}
 
     assert labels() == {"a": "no", "b": "yes", "c": "no"}
     assert labels(rationale_filter="label_agrees") == {"a": "yes", "b": "no", "c": "no"}
@@ -295,7 +294,7 @@ def test_rows_without_a_sample_have_no_teacher_s_label(jsonl: Make) -> None:
 def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
     lines = [said("b", teacher="U"), said("a", 0, "no", teacher="T"), said("a", 1, teacher="U"), said("b", teacher="T")]
     module = jsonl(lines)
-    assert [row.columns.get("teacher") for row in rows_of(module).examples] == ["U", "U", None]
+    assert [row.columns.get("teacher") for row in rows_of(module)] == ["U", "U", None]
     assert "samples of several teachers (U, T), the first of which comes first" in caplog.text
     module = jsonl(lines, rationale_filter="teacher == T")
     assert rationales(module) == {"a": "R0 of a", "b": "R0 of b", "c": None}
@@ -329,7 +328,7 @@ def test_splits_that_nothing_was_said_of_need_no_columns(tokenizer: PreTrainedTo
 
 def test_an_example_s_columns_are_the_line_s_but_for_its_texts(jsonl: Make) -> None:
     line = said("a", score=[1], agrees=True, key="ab", input=digest("in a"))
-    (row, *_) = rows_of(jsonl([line])).examples
+    (row, *_) = rows_of(jsonl([line]))
     known = {key: line[key] for key in line if key not in ("text", "rationale", "input", "key")}
     assert row.columns == known | {"votes": 1, "majority_label": "yes", "vote_share": 1.0, "in_majority": True}
     assert (row.label, row.teacher_label) == ("yes", "yes")
@@ -344,9 +343,63 @@ def test_a_column_that_is_not_there_is_named(name: str, jsonl: Make) -> None:
         module.released("train")
 
 
-def test_conditions_need_rationales(write_cqa: WriteCQA) -> None:
-    with pytest.raises(UserError, match=r"rationale_filter: 'agrees' is a condition on columns, which need rationales"):
-        CQADataModule(data_dir=write_cqa(), rationale_filter="agrees")
+def test_conditions_hold_for_released_outputs_too(write_cqa: WriteCQA) -> None:
+    outputs = [cqa_output(i, "no" if i % 2 else "yes") for i in range(20)]
+    module = CQADataModule(data_dir=write_cqa(outputs=outputs), tasks=BOTH, rationale_filter="agrees and length < 3")
+    kept = [row.id for row in module.used_rows("train").rows if row.rationale is not None]
+    assert kept
+    assert all(int(name[1:]) % 2 == 0 for name in kept)
+    assert module.used_rows("train").rows[0].columns["teacher"] == "released"
+
+
+def test_released_outputs_and_folders_together(write_cqa: WriteCQA, say: Say, tmp_path: Path) -> None:
+    first = say([said(f"q{i}", teacher="A", kind="program") for i in range(4)])
+    second = write_lines_to(
+        tmp_path / "second", [said(f"q{i}", sample, teacher="B") for i in (3, 4) for sample in (1, 0)]
+    )
+    module = CQADataModule(data_dir=write_cqa(test=None), rationales=[first, "released", second])
+    rows = {row.id: [(o.teacher, o.kind, o.text) for o in row.outputs] for row in rows_of(module)}
+    own = ("released", "rationale", "Because 3.")
+    assert rows["q3"] == [
+        ("A", "program", "R0 of q3"),
+        own,
+        ("B", "rationale", "R0 of q3"),
+        ("B", "rationale", "R1 of q3"),
+    ]
+    assert [one[0] for one in rows["q4"]] == ["released", "B", "B"]
+    assert [one[0] for one in rows["q9"]] == ["released"]
+    assert module.hparams["rationales"] == [str(first), "released", str(second)]
+    tasks = {"why": {"prefix": "a", "target": "{rationale}", "teacher": "B", "select": "vote"}}
+    tasks |= {"code": {"prefix": "b", "target": "{rationale}", "kind": "program"}}
+    chosen = CQADataModule(data_dir=write_cqa(test=None), rationales=[first, "released", second], tasks=tasks)
+    by_task = {
+        name: [chosen.targets("train", task, row) for row in rows_of(chosen)] for name, task in chosen.tasks.items()
+    }
+    assert [[target.text for target in found] for found in by_task["why"][2:6]] == [[], ["R0 of q3"], ["R0 of q4"], []]
+    assert sum(map(len, by_task["code"])) == 4
+
+
+def write_lines_to(folder: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / FILE).write_text("".join(json.dumps(dict(line)) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            {"kind": "proof"},
+            r"tasks: x needs outputs of proof \(any teacher\) of train; there are rationale \(released\)$",
+        ),
+        ({"teacher": "B"}, r"tasks: x needs outputs of rationale \(B\) of train; there are rationale \(released\)$"),
+        ({"target": "{column}"}, r"train: no row is left to train on"),
+    ],
+)
+def test_a_task_without_outputs_is_named(task: dict[str, Any], message: str, write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa(), tasks={"x": {"target": "{rationale}"} | task})
+    with pytest.raises(UserError, match=message):
+        module.check_split("train", "fit")
 
 
 # ---------------------------------------------------------------- whose file it is
@@ -390,7 +443,7 @@ def test_votes_are_there_whether_the_job_has_ended_or_not(ended: bool, tmp_path:
     rows = rows_of(SVAMPDataModule(data_dir=data, rationales=tmp_path / "out"))
     votes = [
         [(example.columns or {}).get(name) for name in ("votes", "majority_label", "vote_share", "in_majority")]
-        for example in (rows.examples[2], *rows.samples[2])
+        for example in rows[2].outputs
     ]
     assert votes == [[4, "(4)", 0.5, inside] for inside in (True, True, None, False)]
 
@@ -399,7 +452,7 @@ def test_votes_of_an_earlier_job_are_counted_anew(jsonl: Make) -> None:
     old = {"votes": 1, "majority_label": "no", "vote_share": 1.0, "in_majority": True}
     module = jsonl([said("a", 0, "no", **old), said("a", 1), said("a", 2)], rationale_filter="in_majority")
     assert rationales(module)["a"] == "R1 of a"
-    (row, *_) = rows_of(module).examples
+    (row, *_) = rows_of(module)
     assert row.columns is not None
     assert [row.columns[name] for name in old] == [3, "yes", 2 / 3, False]
 
@@ -589,10 +642,10 @@ class Own(RationaleDataModule):
 
     name = "own"
 
-    def load_split(self, split: Split) -> SplitRows | None:
+    def load_rows(self, split: Split) -> list[Row] | None:
         if split == "test":
             return None
-        return SplitRows([make_row(f"{split}{i}", f"in {i}", "yes", None, "old", "old", {"x": 1}) for i in range(3)])
+        return [make_row(f"{split}{i}", f"in {i}", "yes", None, "old", "old", {"x": 1}) for i in range(3)]
 
 
 def test_a_dataset_that_loads_its_splits_itself_is_asked_about_and_joined(say: Say) -> None:
@@ -636,13 +689,13 @@ def test_texts_alone_are_parsed_as_the_dataset_has_it(jsonl: Make) -> None:
     data = jsonl([{"id": row, "text": text} for row, text in texts.items()])
     rows = data.released("train")
     assert rows is not None
-    assert [(row.rationale, row.teacher_label) for row in rows.examples] == [
+    assert [(row.rationale, row.teacher_label) for row in rows] == [
         ("Well.", "yes"),
         ("It is yes.", "yes"),
         (None, None),
     ]
-    assert rows.unparsed == {2}
-    known = [row.columns or {} for row in rows.examples]
+    assert len(rows[2].outputs) == 1
+    known = [row.columns or {} for row in rows]
     assert [(c["parsed"], c["agrees"], c.get("contains_label"), c.get("length")) for c in known] == [
         (True, True, False, 1),
         (True, False, True, 3),
@@ -650,7 +703,7 @@ def test_texts_alone_are_parsed_as_the_dataset_has_it(jsonl: Make) -> None:
     ]
     lines = [{"id": row, "text": text} for row, text in texts.items()]
     filtered = jsonl(lines, rationale_filter="agrees and not contains_label")
-    assert [row.rationale for row in filtered.used_rows("train").examples] == ["Well.", None, None]
+    assert [row.rationale for row in filtered.used_rows("train").rows] == ["Well.", None, None]
 
 
 def test_a_torn_line_is_named(jsonl: Make, say: Say, caplog: pytest.LogCaptureFixture) -> None:
@@ -659,9 +712,9 @@ def test_a_torn_line_is_named(jsonl: Make, say: Say, caplog: pytest.LogCaptureFi
     content = path.read_bytes()
     path.write_bytes(content[:-10])
     rows = jsonl(folder).released("train")
-    assert f"jsonl train: {path}:3 is torn: no sample, so that its row may have none" in caplog.text
+    assert f"jsonl train: {path}:3 is torn: its row may have no sample" in caplog.text
     assert rows is not None
-    assert [row.rationale for row in rows.examples] == ["R0 of a", "R0 of b", None]
+    assert [row.rationale for row in rows] == ["R0 of a", "R0 of b", None]
     # elsewhere than at its end it is damage
     path.write_bytes(content.replace(b'"id"', b'"i', 1))
     with pytest.raises(UserError, match=re.escape(f"{path}:1: not a sample: ")):

@@ -31,7 +31,6 @@ ARGUMENTS = [
     "max_target_length",
     "num_workers",
     "allow_extra_outputs",
-    "cache_dir",
     "predict_split",
     "batching",
     "pad_to_multiple_of",
@@ -85,7 +84,8 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
         ),
         (
             {"rationale_filter": 3},
-            "rationale_filter must be none, label_agrees or a function (package.module.function), got 3",
+            "rationale_filter: got 3; allowed are none, label_agrees, conditions on columns, or a function"
+            " (package.module.function)",
         ),
         ({"tokenizer": 3}, "tokenizer must be a hub name, a folder or a tokenizer object, got 3"),
         ({"round": 4}, "round must be one of 1, 2, 3, got 4"),

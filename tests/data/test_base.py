@@ -75,10 +75,15 @@ def test_evaluation_batches_hold_every_row(tokenizer: PreTrainedTokenizerFast, w
     assert [text(row) for row in batches[0]["label"]["labels"]] == ["yes", "yes"]
 
 
+def lengths(inputs: Any) -> list[int]:  # noqa: ANN401
+    found: list[int] = inputs["attention_mask"].sum(dim=1).tolist()
+    return found
+
+
 def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
     outputs = [cqa_output(i, "no" if i % 2 else "yes") for i in range(20)]
     data = write_cqa(outputs=["?" if i == 2 else output for i, output in enumerate(outputs)])
-    module = CQADataModule(data_dir=data, tasks=BOTH, label_source="teacher")
+    module = CQADataModule(data_dir=data, tasks=[*BOTH, "rationale_label"], label_source="teacher")
     key = module.answer_key("val")
     assert len(key) == len(set(key.ids)) == 2
     assert key.labels == ["yes", "yes"]  # gold, whatever the student is trained on
@@ -89,7 +94,7 @@ def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> Non
     assert key.read_rationale("rationale_label", "Because. So the answer is yes") == "Because."
     train = module.answer_key("train")
     assert set(train.labels) == {"yes"}
-    labels = [example.label for example in module.used_rows("train").examples]
+    labels = [example.label for example in module.used_rows("train").rows]
     assert key.majority_label == max(("no", "yes"), key=labels.count)
     assert module.answer_key("val") is key
 
@@ -153,7 +158,7 @@ def test_fractions_are_of_what_remains_and_nested(write_cqa: WriteCQA) -> None:
     data = write_cqa(train=40)
 
     def drawn(fraction: float) -> set[str]:
-        return {row.id for row in CQADataModule(data_dir=data, train_fraction=fraction).used_rows("train").examples}
+        return {row.id for row in CQADataModule(data_dir=data, train_fraction=fraction).used_rows("train").rows}
 
     assert [len(drawn(fraction)) for fraction in (0.001, 0.25, 0.5, 1.0)] == [1, 9, 18, 36]
     assert drawn(0.001) < drawn(0.25) < drawn(0.5) < drawn(1.0)
@@ -166,7 +171,7 @@ def test_label_agrees_is_by_the_dataset_s_metric(tmp_path: Path, write_lines: Wr
     outputs = [f"So. The answer is ({4 + i % 2} / 2)." for i in range(10)]
     (tmp_path / "svamp" / "llm" / "train_CoT_0.json").write_text(json.dumps(outputs))
     module = SVAMPDataModule(data_dir=tmp_path, tasks=BOTH, rationale_filter="label_agrees")
-    examples = module.used_rows("train").examples
+    examples = module.used_rows("train").rows
     assert {(row.rationale is None, int(row.id.rpartition("-")[2]) % 2) for row in examples} == {(False, 0), (True, 1)}
 
 
@@ -177,7 +182,7 @@ def never(example: Row) -> bool:
 @pytest.mark.parametrize("rationale_filter", [never, f"{__name__}.never"])
 def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> None:  # noqa: ANN401
     module = CQADataModule(data_dir=write_cqa(), tasks=BOTH, rationale_filter=rationale_filter)
-    assert all(row.rationale is None for row in module.used_rows("train").examples)
+    assert all(row.rationale is None for row in module.used_rows("train").rows)
     assert module.counts["train"]["rationale_filtered"] == 18
 
 
@@ -285,8 +290,6 @@ def test_the_cache_is_where_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = write_cqa()
-    CQADataModule(data_dir=data, tokenizer=tokenizer, cache_dir=tmp_path / "own").setup("test")
-    assert (any((tmp_path / "own").glob("cqa-test-*")), token_cache.exists()) == (True, False)
     CQADataModule(data_dir=data, tokenizer=tokenizer).setup("test")
     assert any(token_cache.glob("cqa-test-*"))
     monkeypatch.delenv("LIT_DISTILL_CACHE")
@@ -366,7 +369,7 @@ def lengthy(folder: Path, write_lines: WriteLines, train: int = 4, test: int = 0
 
 def sources(loader: DataLoader[Any]) -> list[list[int]]:
     """The lengths of the label task's inputs without their end, batch by batch."""
-    return [[length - 1 for length in batch["label"]["source_lengths"]] for batch in loader]
+    return [[length - 1 for length in lengths(batch["label"])] for batch in loader]
 
 
 def test_evaluation_reads_the_longest_rows_first(
@@ -378,7 +381,7 @@ def test_evaluation_reads_the_longest_rows_first(
     # row i has 7i mod 10 + 1 letters; an index is still a position in the file
     for batch in module.test_dataloader():
         index = batch["label"]["index"].tolist()
-        assert [(7 * i) % 10 + 2 for i in index] == list(batch["label"]["source_lengths"])
+        assert [(7 * i) % 10 + 2 for i in index] == list(lengths(batch["label"]))
 
 
 @pytest.mark.parametrize(("limit", "batches"), [(1, 1), (2, 2), (5, 3), (0.4, 1), (0.7, 2), (1.0, 3)])
@@ -480,7 +483,7 @@ def test_widths_are_rounded_up_if_asked(tokenizer: PreTrainedTokenizerFast, writ
     for batch in (*data.train_dataloader(), *data.val_dataloader()):
         for inputs in batch.values():
             assert inputs["input_ids"].shape[1] % 32 == inputs["labels"].shape[1] % 32 == 0
-            assert max(inputs["source_lengths"]) < inputs["input_ids"].shape[1]
+            assert max(lengths(inputs)) < inputs["input_ids"].shape[1]
 
 
 def test_overfitting_reads_the_same_rows_by_length(
@@ -512,7 +515,7 @@ class Silent(pl.LightningModule):
 
     def training_step(self, batch: Any) -> torch.Tensor:  # noqa: ANN401
         self.loaders.append(self.trainer.train_dataloader)
-        self.trained.append([length - 1 for length in batch["label"]["source_lengths"]])
+        self.trained.append([length - 1 for length in lengths(batch["label"])])
         return self.weight * 1
 
     def validation_step(self, batch: Any) -> None:  # noqa: ANN401

@@ -5,23 +5,38 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
-from lightning.fabric.utilities.apply_func import move_data_to_device
-from torch.utils.data._utils.pin_memory import pin_memory
 
-from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, lengths_of
-from lit_distill.data.collate import RationaleCollator, Row, TokenRows
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW
+from lit_distill.data.collate import RationaleCollator, TokenRow, TokenRows
+from lit_distill.data.tokenize import TokenSettings
+from lit_distill.tasks import tasks_from
 
 TASKS = ("label", "rationale")
 
 
-def row(index: int, source: list[int], label: list[int] | None, rationale: list[int] | None) -> Row:
+def row(index: int, source: list[int], label: list[int] | None, rationale: list[int] | None) -> TokenRow:
     return {
         "index": index,
         "label.input_ids": source,
-        "label.labels": label,
+        "label.labels": [] if label is None else [label],
         "rationale.input_ids": [9, *source],
-        "rationale.labels": rationale,
+        "rationale.labels": [] if rationale is None else [rationale],
     }
+
+
+def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenRows:  # noqa: ANN401
+    """As they are read from the cache."""
+    found = []
+    for one in rows:
+        known: TokenRow = {}
+        for task in TASKS:
+            targets = one[f"{task}.labels"]
+            known |= {f"{task}.{part}": one[f"{task}.{part}"] for part in ("input_ids", "labels")}
+            known |= {f"{task}.input_length": len(one[f"{task}.input_ids"])}
+            known |= {f"{task}.target_lengths": [len(target) for target in targets]}
+        found.append(known)
+    settings = TokenSettings(tasks_from(tasks or {"label": {"prefix": "p"}, "rationale": {}}), 99, 99)
+    return TokenRows(Dataset.from_list(found), settings, seed)
 
 
 ROWS = [row(0, [5, 1], [6, 1], None), row(1, [7, 0, 1], [8, 8, 1], [4, 1])]
@@ -37,8 +52,6 @@ def test_training_holds_only_rows_with_a_target() -> None:
     assert rationale["input_ids"].tolist() == [[9, 7, 0, 1]]
     assert rationale["labels"].tolist() == [[4, 1]]
     assert (label["index"].tolist(), rationale["index"].tolist()) == ([0, 1], [1])
-    assert (label["source_lengths"], label["target_lengths"]) == ((2, 3), (2, 3))
-    assert (rationale["source_lengths"], rationale["target_lengths"]) == ((4,), (2,))
     assert {tensor.dtype for task in batch.values() for tensor in (task["input_ids"], task["labels"])} == {torch.int64}
 
 
@@ -48,7 +61,6 @@ def test_training_without_any_target_has_no_rows() -> None:
     for tensor in (rationale["input_ids"], rationale["attention_mask"], rationale["labels"]):
         assert tensor.shape == (0, 1)
         assert tensor.dtype == torch.int64
-    assert (rationale["source_lengths"], rationale["target_lengths"]) == ((), ())
 
 
 def test_evaluation_holds_every_row() -> None:
@@ -57,7 +69,6 @@ def test_evaluation_holds_every_row() -> None:
     assert rationale["input_ids"].tolist() == [[9, 5, 1, 0], [9, 7, 0, 1]]
     assert rationale["labels"].tolist() == [[IGNORE_INDEX] * 2, [4, 1]]
     assert [task["index"].tolist() for task in batch.values()] == [[0, 1], [0, 1]]
-    assert (rationale["source_lengths"], rationale["target_lengths"]) == ((3, 4), (0, 2))
 
 
 def test_evaluation_without_any_target_still_has_a_column() -> None:
@@ -71,47 +82,61 @@ def test_lengths_are_rounded_up(evaluation: bool) -> None:
     assert batch["label"]["input_ids"].shape == (2, 8)
     assert batch["label"]["labels"].shape == (2, 8)
     assert batch["label"]["attention_mask"].sum().item() == 5
-    # what is real is not rounded
-    assert batch["label"].get("source_lengths") == batch["label"].get("target_lengths") == (2, 3)
-
-
-@pytest.mark.parametrize("evaluation", [True, False])
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
-def test_lengths_are_what_the_tensors_say(evaluation: bool, pad_to_multiple_of: int | None) -> None:
-    batch = RationaleCollator(0, TASKS, evaluation, pad_to_multiple_of)(ROWS)
-    for inputs in batch.values():
-        bare: Any = {part: inputs[part] for part in ("input_ids", "attention_mask", "labels")}
-        assert lengths_of(inputs) == lengths_of(bare)
-
-
-def test_lengths_stay_on_the_host() -> None:
-    batch: TaskBatch = move_data_to_device(RationaleCollator(0, TASKS, evaluation=True)(ROWS), torch.device("meta"))
-    label = batch["label"]
-    assert label["input_ids"].is_meta
-    assert (label["source_lengths"], label["target_lengths"]) == ((2, 3), (2, 3))
-    lengths: Any = {"source_lengths": label["source_lengths"], "target_lengths": label["target_lengths"]}
-    # as the loader's thread does it, where there is a device to pin memory for
-    assert {name: tuple(value) for name, value in pin_memory(lengths).items()} == lengths
 
 
 def test_a_row_is_as_long_as_all_that_is_read_of_it() -> None:
     rows = [*ROWS, row(2, [5, 6, 7, 1], None, None), row(3, [1], None, [2, 1])]
-    both = TokenRows(Dataset.from_list(rows), TASKS)
+    both = token_rows(rows)
     # label 2 + 2, rationale 3 + 2 and so on; a task without a target counts in evaluation alone, by its source
     assert both.lengths(evaluation=False) == [4, 6 + 6, 0, 4]
     assert both.lengths(evaluation=True) == [4 + 3, 6 + 6, 4 + 5, 1 + 4]
-    label = TokenRows(Dataset.from_list(rows), ("label",))
+    label = token_rows(rows, {"label": {}})
     assert label.lengths(evaluation=False) == [4, 6, 0, 0]
     assert label.lengths(evaluation=True) == [4, 6, 4, 1]
 
 
 def test_padding_row_is_the_first_without_targets() -> None:
-    rows = TokenRows(Dataset.from_list([row(0, [5, 1], [6, 1], [3, 1]), row(1, [7, 1], [8, 1], [4, 1])]), TASKS)
+    rows = token_rows([row(0, [5, 1], [6, 1], [3, 1]), row(1, [7, 1], [8, 1], [4, 1])])
     assert len(rows) == 2
-    assert rows[1]["label.labels"] == [8, 1]
+    assert rows[1]["label.labels"] == [[8, 1]]
     assert rows[PADDING_ROW] == row(PADDING_ROW, [5, 1], None, None)
     assert [found["index"] for found in rows.__getitems__([1, PADDING_ROW, 0])] == [1, PADDING_ROW, 0]
     batch = RationaleCollator(0, TASKS, evaluation=True)([rows[1], rows[PADDING_ROW]])
     assert batch["label"]["index"].tolist() == [1, PADDING_ROW]
     assert batch["label"]["labels"].tolist() == [[8, 1], [IGNORE_INDEX] * 2]
     assert batch["label"]["attention_mask"].tolist() == [[1, 1], [1, 1]]
+
+
+SEVERAL = [row(i, [5, 1], [6, 1], None) | {"rationale.labels": [[i, k] for k in range(5)]} for i in range(40)]
+
+
+def test_all_outputs_are_rows_of_their_own() -> None:
+    rows = token_rows([*SEVERAL[:2], ROWS[0]], {"label": {"prefix": "p"}, "rationale": {"select": "all"}})
+    batch = RationaleCollator(0, TASKS, evaluation=False)(rows.__getitems__([0, 1, 2]))
+    assert batch["label"]["index"].tolist() == [0, 1, 2]
+    assert batch["rationale"]["index"].tolist() == [0] * 5 + [1] * 5
+    assert batch["rationale"]["labels"].tolist() == [[i, k] for i in range(2) for k in range(5)]
+    evaluated = RationaleCollator(0, TASKS, evaluation=True)(rows.__getitems__([0, 1, 2]))
+    assert evaluated["rationale"]["labels"].tolist() == [[0, 0], [1, 0], [IGNORE_INDEX] * 2]
+    # a source is read once for each target
+    assert rows.lengths(evaluation=False) == [4 + 5 * 5, 4 + 5 * 5, 4]
+
+
+def drawn(epoch: int, seed: int = 0) -> list[int]:
+    tasks = {"label": {"prefix": "p"}, "rationale": {"select": "sample"}}
+    rows = token_rows(SEVERAL, tasks, seed)
+    found = rows.__getitems__([epoch * len(rows) + position for position in range(len(rows))])
+    assert [one["index"] for one in found] == list(range(40))
+    assert all(len(one["rationale.labels"]) == 1 for one in found)
+    return [one["rationale.labels"][0][1] for one in found]
+
+
+def test_an_output_is_drawn_anew_each_epoch() -> None:
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0) != drawn(0, seed=1)
+    # over the epochs each output of a row is drawn about as often
+    counts = [0] * 5
+    for epoch in range(50):
+        for choice in drawn(epoch):
+            counts[choice] += 1
+    assert all(340 < count < 460 for count in counts), counts

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import JSONLDataModule
-from lit_distill.data.tables import read_file
+from lit_distill.data.sources import read_file
 from lit_distill.errors import UserError
 from lit_distill.tasks import write_rows
 from tests.rows import make_row
@@ -71,8 +71,11 @@ WRITERS = [as_jsonl, as_json, as_json_lines, as_csv, as_parquet, as_saved, as_sa
 def test_every_kind_of_file(write: Callable[[Path], Path], tmp_path: Path) -> None:
     rows = JSONLDataModule(train=write(tmp_path)).released("train")
     assert rows is not None
-    assert rows.examples == [
-        make_row(row["id"], row["input"], row["label"], None, row["rationale"], row["teacher_label"]) for row in ROWS
+    assert rows == [
+        make_row(
+            row["id"], row["input"], row["label"], None, row["rationale"], row["teacher_label"], teacher="released"
+        )
+        for row in ROWS
     ]
 
 
@@ -85,11 +88,11 @@ def test_splits_of_a_saved_dict(tmp_path: Path) -> None:
 
 
 def test_what_write_examples_wrote(tmp_path: Path) -> None:
-    examples = [make_row("x", "in", "a", ("a", "b"), "so", "b"), make_row("y", "in", None)]
+    examples = [make_row("x", "in", "a", ("a", "b"), "so", "b", teacher="released"), make_row("y", "in", None)]
     write_rows(tmp_path / "rows.jsonl", examples)
     rows = JSONLDataModule(train=tmp_path / "rows.jsonl").released("train")
     assert rows is not None
-    assert rows.examples == examples
+    assert rows == examples
 
 
 def test_trained_and_evaluated(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_columns_by_argument(tmp_path: Path) -> None:
     )
     rows = module.released("train")
     assert rows is not None
-    assert rows.examples == [make_row("7", "Why?\nIt is {so}.", "x", ("x", "y"), "since", "y")]
+    assert rows == [make_row("7", "Why?\nIt is {so}.", "x", ("x", "y"), "since", "y", teacher="released")]
     assert module.answer_key("test").choices == [("x", "y")]
 
 
@@ -170,7 +173,7 @@ def test_labels(value: Any, label_set: list[str] | None, expected: str | None, t
     path.write_text(json.dumps({"input": "x", "label": value}))
     rows = JSONLDataModule(train=path, label_set=label_set).released("train")
     assert rows is not None
-    assert rows.examples[0].label == expected
+    assert rows[0].label == expected
 
 
 @pytest.mark.parametrize("told", ["", "{", "[]", '{"info": 3}', '{"info": {"features": {"a": {"_type": "No"}}}}'])
@@ -178,7 +181,7 @@ def test_parquet_with_what_other_tools_left_in_its_metadata(tmp_path: Path, told
     path = as_parquet(tmp_path)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({"huggingface": told}), path)
-    assert len(list(read_file(path, "train"))) == len(ROWS)
+    assert len(read_file(path, "train").rows) == len(ROWS)
 
 
 @pytest.mark.parametrize("write", ["parquet", "saved"])
@@ -320,7 +323,7 @@ def read_all(**arguments: Any) -> None:
             {"test": "choices.jsonl"},
             r"^jsonl test: the label of 2 of 3 rows is none of the row's choices \('jsonl-test-1' has 'B'",
         ),
-        ({"train": "items.json"}, r"items\.json: item 1 is not an object but int"),
+        ({"train": "items.json"}, r"items\.json, item 1: not a JSON object but int"),
         ({"train": "ragged.csv"}, r"ragged\.csv:3: another number of cells than the 2 columns"),
         ({"train": "latin.csv"}, r"latin\.csv: not a CSV file in UTF-8"),
         ({"train": "bad.parquet"}, r"bad\.parquet: not a Parquet file"),
@@ -370,7 +373,7 @@ def test_rationales_that_are_not_there(tokenizer: PreTrainedTokenizerFast, tmp_p
     path = tmp_path / "rows.jsonl"
     path.write_text('{"input": "a", "label": "x"}\n{"input": "b", "label": "x"}')
     module = JSONLDataModule(train=path, tokenizer=tokenizer, tasks=("label", "rationale"))
-    with pytest.raises(UserError, match=r"tasks: rationale needs .* see rationale_column"):
+    with pytest.raises(UserError, match=r"tasks: rationale needs .* none in the data .rationale_column"):
         module.setup("fit")
 
 
@@ -402,7 +405,7 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": "x"}\n')
     rows = JSONLDataModule(train=path).released("train")
     assert rows is not None
-    assert [example.input for example in rows.examples] == ["a"]
+    assert [example.input for example in rows] == ["a"]
 
 
 def test_csv_columns_and_cells(tmp_path: Path) -> None:
@@ -414,7 +417,7 @@ def test_csv_columns_and_cells(tmp_path: Path) -> None:
     long.write_text(f"input,label\n{'a' * 200_000},x\n")
     rows = JSONLDataModule(train=long).released("train")
     assert rows is not None
-    assert len(rows.examples[0].input) == 200_000
+    assert len(rows[0].input) == 200_000
 
 
 def test_a_label_of_dashes_and_digits_is_a_text(tmp_path: Path) -> None:
@@ -445,7 +448,9 @@ def labelled(tmp_path: Path, labels: list[str | None]) -> Path:
 def test_a_training_file_without_labels(tasks: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = labelled(tmp_path, [None] * 5)
     module = JSONLDataModule(train=path, val=labelled(tmp_path, [None] * 5), tokenizer=tokenizer, tasks=tasks)
-    with pytest.raises(UserError, match=rf"^tasks: {tasks[0]} needs the labels of train, .* none; see label_column$"):
+    with pytest.raises(
+        UserError, match=rf"^tasks: {tasks[0]} needs the labels of train, .* none in the data .label_column.$"
+    ):
         module.setup("fit")
 
 

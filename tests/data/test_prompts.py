@@ -17,13 +17,13 @@ from lit_distill.data import (
     RationaleDataModule,
     SVAMPDataModule,
 )
-from lit_distill.data.base import PROMPTS
 from lit_distill.data.nli import LABELS, SEPARATOR
 from lit_distill.data.toy import KINDS, toy_example
 from lit_distill.equations import evaluate
 from lit_distill.questions import Message
 from lit_distill.tasks import Row
 
+PROMPTS = CQADataModule().prompt_file.parent
 FILES = sorted(PROMPTS.glob("*.yaml"))
 SHOWING = [path for path in FILES if path.stem != "default"]
 NLI = [ANLIDataModule, ESNLIDataModule]
@@ -267,7 +267,7 @@ def known_by(example: Row) -> set[str]:
 @pytest.mark.parametrize("dataset", [CQADataModule, SVAMPDataModule, *NLI])
 def test_no_demonstration_is_a_row_of_the_data(dataset: type[RationaleDataModule], shared_data: Path) -> None:
     module = dataset(data_dir=shared_data, allow_extra_outputs=True)
-    rows = [example for split in module.splits if (found := module.released(split)) for example in found.examples]
+    rows = [example for split in module.splits if (found := module.released(split)) for example in found]
     assert len(rows) >= 1000
     known = set().union(*map(known_by, rows))
     assert known_by(rows[0]) <= known

@@ -55,12 +55,11 @@ def test_sizes_and_base_arguments(tmp_path: Path) -> None:
         tokenizer=ROOT / "configs" / "students" / "toy-t5",
         tasks=("label", "rationale"),
         batch_size=4,
-        cache_dir=tmp_path,
     )
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    assert [len(data.used_rows(split).examples) for split in ("train", "val", "test")] == [10, 6, 5]
+    assert [len(data.used_rows(split).rows) for split in ("train", "val", "test")] == [10, 6, 5]
     batch = next(iter(data.train_dataloader()))
     assert batch["rationale"]["labels"].shape[0] == 4
     assert data.answer_key("test").choices is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_distill.data import ANLIDataModule, CQADataModule, ESNLIDataModule, SVAMPDataModule
-from lit_distill.data.files import output_files, read_outputs
+from lit_distill.data.sources import read_outputs
 from lit_distill.errors import UserError
 from tests.data.conftest import WriteCQA, cqa_output, cqa_rows
 
@@ -71,14 +71,14 @@ def test_rows_of_each_dataset(tmp_path: Path) -> None:
     (tmp_path / "svamp" / "svamp_test.json").write_text('{"input": "B\\nQ?", "label": "( 1.0 + 2.0 )"}\n\n')
     rows = ANLIDataModule(round=2, data_dir=tmp_path).released("val")
     assert rows is not None
-    assert [(row.id, row.input, row.label) for row in rows.examples] == [
+    assert [(row.id, row.input, row.label) for row in rows] == [
         ("u0", "P.</s>H.", "entailment"),
         ("u1", "P.</s>H.", "neutral"),
         ("u2", "P.</s>H.", "contradiction"),
     ]
     rows = SVAMPDataModule(data_dir=tmp_path).released("test")
     assert rows is not None
-    assert [(row.id, row.input, row.label) for row in rows.examples] == [("svamp-test-0", "B\nQ?", "( 1.0 + 2.0 )")]
+    assert [(row.id, row.input, row.label) for row in rows] == [("svamp-test-0", "B\nQ?", "( 1.0 + 2.0 )")]
     cqa = CQADataModule().read_row(cqa_rows(1)[0])
     assert (cqa.input, cqa.label, cqa.choices) == ("Q0?\nAnswer Choices:\n(a) yes\n(b) no", "yes", ("yes", "no"))
 
@@ -87,7 +87,7 @@ def test_chunks_are_joined_by_their_number(write_cqa: WriteCQA) -> None:
     # 23 outputs in chunks of 2 are the files 0 to 11; by name, 10 would come before 2
     rows = CQADataModule(data_dir=write_cqa(train=23, chunk=2)).released("train")
     assert rows is not None
-    assert [row.rationale for row in rows.examples] == [f"Because {i}." for i in range(23)]
+    assert [row.rationale for row in rows] == [f"Because {i}." for i in range(23)]
 
 
 def test_a_missing_chunk(write_cqa: WriteCQA) -> None:
@@ -110,7 +110,7 @@ def test_as_many_outputs_as_rows(count: int, admitted: bool, write_cqa: WriteCQA
         return
     rows = lenient.released("train")
     assert rows is not None
-    assert [row.rationale for row in rows.examples] == [f"Because {i}." for i in range(5)]
+    assert [row.rationale for row in rows] == [f"Because {i}." for i in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_as_many_outputs_as_rows(count: int, admitted: bool, write_cqa: WriteCQA
 def test_a_bad_chunk(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x_CoT_0.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_outputs(output_files(tmp_path, "x"))
+        read_outputs(tmp_path, "x")
 
 
 def test_no_outputs_are_no_files(tmp_path: Path) -> None:
-    assert output_files(tmp_path / "absent", "train") == []
+    assert read_outputs(tmp_path / "absent", "train") == []
     (tmp_path / "train_CoT_0.json.bak").touch()
     (tmp_path / "other_CoT_0.json").touch()
-    assert output_files(tmp_path, "train") == []
+    assert read_outputs(tmp_path, "train") == []

@@ -1,32 +1,32 @@
 """Which rows are used, with what became of the others."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_distill.data.splits import (
-    SplitRows,
+from lit_distill.data.selection import (
     UsedRows,
     hold_out,
-    sample,
     shuffle_rationales,
+    subset,
     teacher_counts,
     train_rows,
 )
 from lit_distill.errors import UserError
-from lit_distill.rationales import RationaleFilter
-from lit_distill.tasks import Row, tasks_from
+from lit_distill.tasks import Row, RowFilter, TeacherOutput, tasks_from
 from tests.rows import make_row
 
 
-def rows(count: int) -> SplitRows:
-    return SplitRows([make_row(str(i), f"in {i}", "yes", None, f"because {i}", "yes") for i in range(count)])
+def rows(count: int) -> list[Row]:
+    return [make_row(str(i), f"in {i}", "yes", None, f"because {i}", "yes") for i in range(count)]
 
 
-def ids(split: SplitRows | UsedRows) -> list[str]:
-    return [example.id for example in split.examples]
+def ids(split: Sequence[Row] | UsedRows) -> list[str]:
+    return [row.id for row in (split.rows if isinstance(split, UsedRows) else split)]
 
 
 @given(st.integers(2, 300))
@@ -44,8 +44,8 @@ def test_val_never_moves() -> None:
 
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=200).filter(lambda found: len(set(found)) > 1))
 def test_rows_of_one_input_stay_together(inputs: list[int]) -> None:
-    train, val = hold_out(SplitRows([make_row(str(i), f"in {one}", "yes") for i, one in enumerate(inputs)]))
-    trained, held = ({example.input for example in part.examples} for part in (train, val))
+    train, val = hold_out([make_row(str(i), f"in {one}", "yes") for i, one in enumerate(inputs)])
+    trained, held = ({row.input for row in part} for part in (train, val))
     assert not trained & held
     assert len(held) == math.ceil(len(set(inputs)) / 10)
     assert sorted(ids(train) + ids(val), key=int) == [str(i) for i in range(len(inputs))]
@@ -53,7 +53,7 @@ def test_rows_of_one_input_stay_together(inputs: list[int]) -> None:
 
 def test_val_cannot_be_taken_off_one_input() -> None:
     with pytest.raises(UserError, match=r"train has 9 row\(s\) with 1 different input\(s\): no validation split"):
-        hold_out(SplitRows([make_row(str(i), "in", "yes") for i in range(9)]))
+        hold_out([make_row(str(i), "in", "yes") for i in range(9)])
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -68,27 +68,26 @@ def test_val_cannot_be_taken_off_one_row(count: int) -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_fractions_are_nested(count: int, fractions: tuple[float, float], seed: int) -> None:
-    small, large = (sample(count, fraction, seed) for fraction in sorted(fractions))
+    small, large = (subset(count, fraction, seed) for fraction in sorted(fractions))
     assert set(small) <= set(large)
     assert len(small) == max(1, round(min(fractions) * count))
-    assert sample(count, 1.0, seed) == list(range(count))
+    assert subset(count, 1.0, seed) == list(range(count))
 
 
 def test_seeds_draw_different_rows() -> None:
-    assert sample(100, 0.1, 0) != sample(100, 0.1, 1)
+    assert subset(100, 0.1, 0) != subset(100, 0.1, 1)
 
 
 GOLD_YES = make_row("a", "in", "yes", None, "because", "yes")
 GOLD_NO = make_row("b", "in", "no", None, "hence", "yes")
-UNPARSED = make_row("c", "in", "yes")
+UNPARSED = replace(make_row("c", "in", "yes"), outputs=(TeacherOutput(None),))
+WITHOUT = make_row("c", "in", "yes")
 OUTSIDE = make_row("d", "in", "yes", ("yes", "no"), "since", "maybe")
 UNLABELLED = make_row("e", "in", None, None, "so", "no")
-ROWS = SplitRows([GOLD_YES, GOLD_NO, UNPARSED, OUTSIDE, UNLABELLED], frozenset({2}))
+ROWS = [GOLD_YES, GOLD_NO, UNPARSED, OUTSIDE, UNLABELLED]
 
 
-def used(
-    *tasks: str, teacher_labels: bool = False, keep: RationaleFilter | None = None, fraction: float = 1.0
-) -> UsedRows:
+def used(*tasks: str, teacher_labels: bool = False, keep: RowFilter | None = None, fraction: float = 1.0) -> UsedRows:
     built = tuple(tasks_from({task: {"prefix": task} for task in tasks}).values())
     return train_rows(ROWS, tasks=built, teacher_labels=teacher_labels, keep=keep, fraction=fraction, seed=0)
 
@@ -96,14 +95,14 @@ def used(
 def test_gold_labels_keep_an_unparsed_row_without_its_rationale() -> None:
     found = used("label", "rationale")
     assert ids(found) == ["a", "b", "c", "d", "e"]
-    assert [example.label for example in found.examples] == ["yes", "no", "yes", "yes", None]
-    assert found.examples[2].rationale is None
+    assert [example.label for example in found.rows] == ["yes", "no", "yes", "yes", None]
+    assert found.rows[2].rationale is None
 
 
 def test_teacher_labels_drop_an_unparsed_row() -> None:
     found = used("label", "rationale", teacher_labels=True)
     assert ids(found) == ["a", "b", "d", "e"]
-    assert [example.label for example in found.examples] == ["yes", "yes", "maybe", "no"]
+    assert [example.label for example in found.rows] == ["yes", "yes", "maybe", "no"]
     assert found.gold == ["yes", "no", "yes", None]
     assert found.counts["dropped_without_teacher_label"] == 1
 
@@ -117,7 +116,7 @@ def test_filter_sees_the_gold_label_and_takes_rationales_only() -> None:
 
     found = used("label", "rationale", teacher_labels=True, keep=keep)
     assert seen == ["yes", "no", "yes", None]
-    assert [example.rationale for example in found.examples] == ["because", None, None, None]
+    assert [example.rationale for example in found.rows] == ["because", None, None, None]
     assert found.counts["rationale_filtered"] == 3
 
 
@@ -148,7 +147,7 @@ def test_teacher_counts_by_hand() -> None:
         "teacher_correct": 1,
         "outside_label_set": 1,
     }
-    unannotated = SplitRows([UNPARSED, UNPARSED])
+    unannotated = [WITHOUT, WITHOUT]
     assert teacher_counts(unannotated, str.__eq__, None)["no_output"] == 2
 
 
@@ -156,22 +155,22 @@ def test_teacher_counts_by_hand() -> None:
 def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
     examples = [make_row(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
     used = shuffle_rationales(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}), seed)
-    assert [(one.id, one.input, one.label) for one in used.examples] == [(o.id, o.input, o.label) for o in examples]
+    assert [(one.id, one.input, one.label) for one in used.rows] == [(o.id, o.input, o.label) for o in examples]
     # the same rationales, in other places, and none where there was none
-    assert sorted(filter(None, (one.rationale for one in used.examples))) == sorted(
+    assert sorted(filter(None, (one.rationale for one in used.rows))) == sorted(
         filter(None, (one.rationale for one in examples))
     )
-    assert [one.rationale is not None for one in used.examples] == has
-    assert all(one.rationale is None or one.rationale != f"because {one.id}" for one in used.examples)
+    assert [one.rationale is not None for one in used.rows] == has
+    assert all(one.rationale is None or one.rationale != f"because {one.id}" for one in used.rows)
     assert used.counts == {"used": len(has), "rationale_shuffled": sum(has)}
 
 
 def test_seeds_pair_differently() -> None:
-    used = UsedRows(rows(50).examples, ["yes"] * 50, {})
-    pairings = [tuple(one.rationale for one in shuffle_rationales(used, seed).examples) for seed in (0, 0, 1)]
+    used = UsedRows(rows(50), ["yes"] * 50, {})
+    pairings = [tuple(one.rationale for one in shuffle_rationales(used, seed).rows) for seed in (0, 0, 1)]
     assert pairings[0] == pairings[1] != pairings[2]
 
 
 def test_one_rationale_cannot_be_exchanged() -> None:
-    with pytest.raises(UserError, match="rationale_pairing: shuffled needs two rationales at least, and there are 1"):
-        shuffle_rationales(UsedRows(rows(1).examples, ["yes"], {}), 0)
+    with pytest.raises(UserError, match="rationales of two rows or more, and 1 has one"):
+        shuffle_rationales(UsedRows(rows(1), ["yes"], {}), 0)

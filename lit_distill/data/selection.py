@@ -1,0 +1,256 @@
+"""Which rows are validation, which are trained on, which teacher outputs are targets, and what became of the others."""
+
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from lit_distill.annotation.conditions import condition, is_condition
+from lit_distill.annotation.record import same_answer, vote
+from lit_distill.errors import UserError
+from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
+
+VAL_FRACTION = 0.1
+"""The part of train that is validation where a dataset releases none (the paper's)."""
+
+Agree = Callable[[str, str], bool]
+"""``(answer, gold answer) -> right``."""
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """The rows of a split as this run uses them."""
+
+    rows: Sequence[Row]
+    """The rows; ``label`` is the one to train on, ``outputs`` are those that the filter kept."""
+    gold: Sequence[str | None]
+    """The rows' gold labels."""
+    counts: dict[str, int]
+    """What became of the rows of the split."""
+
+
+class Target(NamedTuple):
+    """One target of a task."""
+
+    text: str
+    label: str | None
+    """The label in it, which truncation spares."""
+
+
+# ---------------------------------------------------------------- filters
+
+
+def label_agrees(row: Row, agree: Agree = operator.eq) -> bool:
+    """Keep an output whose label is the gold one; for equations two strings can be one answer."""
+    return None not in (row.teacher_label, row.label) and agree(str(row.teacher_label), str(row.label))
+
+
+def make_filter(rationale_filter: str | RowFilter, agree: Agree) -> RowFilter | None:
+    """The filter behind the argument ``rationale_filter``; ``None`` keeps all.
+
+    Raises:
+        UserError: it is none of what is allowed.
+    """
+    allowed = "allowed are none, label_agrees, conditions on columns, or a function (package.module.function)"
+    if rationale_filter == "none":
+        return None
+    if rationale_filter == "label_agrees":
+        return lambda row: label_agrees(row, agree)
+    if isinstance(rationale_filter, str):
+        # whatever holds more than names and points is meant as conditions
+        if re.fullmatch(r"[\w.]+", rationale_filter) and not is_condition(rationale_filter):
+            try:
+                return find_function("rationale_filter", rationale_filter)
+            except UserError as error:
+                raise UserError(f"{error}; {allowed}") from error
+        test = condition(rationale_filter)
+        return lambda row: test(row.columns)
+    if not callable(rationale_filter):
+        raise UserError(f"rationale_filter: got {rationale_filter!r}; {allowed}")
+    return rationale_filter
+
+
+def filter_name(rationale_filter: str | RowFilter) -> str:
+    """The name that `make_filter` finds a filter by, as far as it has one."""
+    if isinstance(rationale_filter, str):
+        return rationale_filter
+    named = rationale_filter if hasattr(rationale_filter, "__qualname__") else type(rationale_filter)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+# ---------------------------------------------------------------- rows
+
+
+def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Split train into train and val: a tenth of its inputs, rounded up, each with all of its rows.
+
+    The permutation depends on the number of inputs alone, so that runs of any seed and fraction are validated on the
+    same rows. Where no input repeats, val is a tenth of the rows.
+
+    Raises:
+        UserError: there are fewer than two inputs.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        groups.setdefault(row.input, []).append(position)
+    if len(groups) < 2:
+        found = f"{len(rows)} row(s) with {len(groups)} different input(s)"
+        raise UserError(f"train has {found}: no validation split can be taken from it")
+    count = math.ceil(VAL_FRACTION * len(groups))
+    # RandomState's streams never change, those of newer generators may
+    order = np.random.RandomState(0).permutation(len(groups)).tolist()
+    of_input = list(groups.values())
+    positions = [sorted(p for group in part for p in of_input[group]) for part in (order[count:], order[:count])]
+    train, val = ([rows[position] for position in part] for part in positions)
+    return train, val
+
+
+def subset(rows: int, fraction: float, seed: int) -> list[int]:
+    """Positions of a fraction of the rows, at least one; a smaller fraction of a seed is part of a larger one."""
+    count = max(1, round(fraction * rows)) if rows else 0
+    return sorted(np.random.RandomState(seed).permutation(rows)[:count].tolist())
+
+
+def train_rows(
+    rows: Sequence[Row],
+    *,
+    tasks: Sequence[Task],
+    teacher_labels: bool,
+    keep: RowFilter | None,
+    fraction: float,
+    seed: int,
+    agree: Agree = operator.eq,
+) -> UsedRows:
+    """The rows to train on: a fraction of the split, with their labels, and the teacher outputs that are kept.
+
+    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows. The
+    teacher's label of a row is that of the first output that is kept, or of the first with a label where none is.
+
+    Args:
+        rows: train, without validation.
+        tasks: a row without a target for any of them is left out.
+        teacher_labels: train on the teachers' labels; rows without one are left out.
+        keep: which outputs are kept; it sees the row with its gold label and one output.
+        fraction: part of the rows.
+        seed: decides which part.
+        agree: which labels are one answer, for votes.
+    """
+    drawn = [rows[position] for position in subset(len(rows), fraction, seed)]
+    names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
+    counts = dict.fromkeys(names, 0) | {"left_out_by_fraction": len(rows) - len(drawn)}
+    used: list[Row] = []
+    gold: list[str | None] = []
+    for original in drawn:
+        said = [output for output in original.outputs if output.text is not None]
+        kept = [output for output in said if keep is None or keep(replace(original, outputs=(output,)))]
+        if not kept:
+            counts["rationale_filtered"] += bool(said)
+            # a label may be left where no rationale is
+            kept = [replace(output, text=None) for output in original.outputs if output.label is not None]
+        label = original.label
+        if teacher_labels and (label := kept[0].label if kept else None) is None:
+            counts["dropped_without_teacher_label"] += 1
+            continue
+        row = replace(original, label=label, outputs=tuple(kept))
+        if not any(targets(task, row, agree, teacher_labels=teacher_labels) for task in tasks):
+            counts["dropped_without_target"] += 1
+            continue
+        used.append(row)
+        gold.append(original.label)
+    return UsedRows(used, gold, counts | {"used": len(used)})
+
+
+def evaluation_rows(rows: Sequence[Row]) -> UsedRows:
+    """Every row of a split, with its gold label."""
+    return UsedRows(rows, [row.label for row in rows], {"used": len(rows)})
+
+
+def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
+    """The same teacher outputs, each row's with another row's input: a control that keeps all of their text.
+
+    The rows with a text form one ring, drawn by ``seed``, along which each passes its outputs to the next, so that
+    none keeps its own. Labels stay where they are.
+
+    Raises:
+        UserError: fewer than two rows have a text.
+    """
+    having = [position for position, row in enumerate(used.rows) if row.rationale is not None]
+    if len(having) < 2:
+        raise UserError(f"rationale_pairing: shuffled needs rationales of two rows or more, and {len(having)} has one")
+    ring = np.random.RandomState(seed).permutation(having).tolist()
+    rows = list(used.rows)
+    for giver, taker in zip(ring, [*ring[1:], ring[0]], strict=True):
+        outputs = (replace(output, label=rows[taker].label) for output in used.rows[giver].outputs)
+        rows[taker] = replace(rows[taker], outputs=tuple(outputs))
+    return UsedRows(rows, used.gold, used.counts | {"rationale_shuffled": len(having)})
+
+
+# ---------------------------------------------------------------- targets
+
+
+def targets(
+    task: Task, row: Row, agree: Agree = operator.eq, *, teacher_labels: bool = False, evaluation: bool = False
+) -> list[Target]:
+    """A task's targets for a row, one for each teacher output that the task selects.
+
+    With ``teacher_labels`` a target holds the label of its own output. In evaluation there is one target at most.
+    """
+    accepted = [output for output in row.outputs if task.accepts(output)]
+    chosen: Sequence[TeacherOutput | None]
+    if task.uses_output:
+        chosen = [output for output in accepted if output.text is not None]
+    else:
+        chosen = [output for output in accepted if teacher_labels and output.label is not None] or [None]
+    if task.select == "vote" and chosen != [None]:
+        labels = [output.label for output in chosen if output is not None]
+        winner, _ = vote(labels, agree)
+        pairs = zip(chosen, labels, strict=True)
+        chosen = [one for one, label in pairs if label and winner and same_answer(label, winner, agree)][:1]
+    elif task.select == "first" or evaluation:
+        chosen = chosen[:1]
+    found = []
+    for output in chosen:
+        label = output.label if teacher_labels and output is not None and output.label is not None else row.label
+        text = task.render(replace(row, label=label), output)
+        if text is not None:
+            found.append(Target(text, label))
+    return found
+
+
+# ---------------------------------------------------------------- counts
+
+
+def teacher_counts(rows: Sequence[Row], agree: Agree, label_set: tuple[str, ...] | None) -> dict[str, int]:
+    """What the teacher said about the rows, by each row's first output: ``rows = parsed + unparsed + no_output``."""
+    names = ("rows", "parsed", "unparsed", "no_output", "teacher_correct", "outside_label_set")
+    counts = Counter({"rows": len(rows)})
+    for row in rows:
+        label = row.teacher_label
+        counts["no_output" if not row.outputs else "unparsed" if _is_unparsed(row) else "parsed"] += 1
+        if label is not None:
+            counts["teacher_correct"] += row.label is not None and agree(label, row.label)
+            choices = row.choices or label_set
+            counts["outside_label_set"] += choices is not None and label not in choices
+    return {name: counts[name] for name in names}
+
+
+def teacher_accuracy(rows: Sequence[Row], agree: Agree) -> float | None:
+    """The part of right labels among the rows' first outputs; one that does not parse is wrong. ``None`` without any.
+
+    Rows without a gold label, and outputs that hold a rationale alone, do not count.
+    """
+    judged = [
+        row.teacher_label is not None and agree(row.teacher_label, row.label)
+        for row in rows
+        if row.label is not None and (row.teacher_label is not None or _is_unparsed(row))
+    ]
+    return sum(judged) / len(judged) if judged else None
+
+
+def _is_unparsed(row: Row) -> bool:
+    return bool(row.outputs) and row.rationale is None and row.teacher_label is None

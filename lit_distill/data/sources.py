@@ -1,0 +1,222 @@
+"""Read rows from files, folders and the hub; whatever is wrong is said with the file's name and line.
+
+JSON and CSV are read here and not by Hugging Face datasets, whose readers guess types over the whole file, take words
+such as ``None`` for gaps and name no line. It reads Parquet, saved folders and the hub, and is imported where it does:
+it brings pandas, which takes a tenth of the start.
+"""
+
+import codecs
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
+from lit_distill.reading import parse_json
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""The files that can be read."""
+
+_SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "val": ("val", "validation", "valid", "dev"),
+    "test": ("test",),
+    "predict": ("predict", "test"),
+}
+
+
+class Table(NamedTuple):
+    """Rows of a user's own."""
+
+    columns: list[str]
+    """The columns' names, in order."""
+    rows: list[tuple[str, dict[str, Any]]]
+    """``(place, row)``: the place is for messages."""
+    class_names: dict[str, list[str]]
+    """Column of numbers that stand for names -> the names."""
+
+
+def read_file(path: Path, split: Split) -> Table:
+    """The rows of a JSON, JSON lines, CSV or Parquet file, or of a folder that ``save_to_disk`` wrote.
+
+    Args:
+        path: the file or folder, which exists.
+        split: the split to take where a folder holds several.
+
+    Raises:
+        UserError: the file is none of these, or is damaged.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _read_folder(path, split)
+    if suffix == ".csv":
+        return _read_csv(path)
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    if suffix not in SUFFIXES:
+        raise UserError(f"{split}: {path} is none of {', '.join(SUFFIXES)} and no folder")
+    with path.open("rb") as file:
+        is_list = file.read(4096).lstrip()[:1] == b"["
+    rows = list(_json_list(path) if is_list else read_json_lines(path))
+    # a column is there where any row has it: writers of JSON lines leave empty values out
+    return Table(list(dict.fromkeys(key for _, row in rows for key in row)), rows, {})
+
+
+def read_hub(name: str, config: str | None, split_name: str) -> Table:
+    """The rows of one split of a hub dataset.
+
+    Raises:
+        UserError: there is no such dataset or split, or no connection.
+    """
+    import datasets  # type: ignore[import-untyped]
+
+    try:
+        loaded = datasets.load_dataset(name, config, split=split_name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # OSError: also no connection, offline, no such dataset; RuntimeError: a script, which is no longer run
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"hub: {split_name!r} of {name!r} cannot be loaded ({reason})") from error
+    return _from_dataset(loaded, f"{name}[{split_name}]")
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place and the object of each line that is not blank.
+
+    Raises:
+        UserError: a line is not UTF-8, not a JSON object, or has a key twice.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                # how some programs begin a file in UTF-8
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.isspace():
+                place = f"{path}:{number}"
+                yield place, _object(_parsed(line, place), place)
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for position, found in enumerate(_parsed(path.read_bytes(), str(path))):
+        place = f"{path}, item {position}"
+        yield place, _object(found, place)
+
+
+def _parsed(text: bytes, place: str) -> Any:  # noqa: ANN401 - whatever it holds
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _object(found: Any, place: str) -> dict[str, Any]:  # noqa: ANN401
+    if not isinstance(found, dict):
+        raise UserError(f"{place}: not a JSON object but {type(found).__name__}")
+    return found
+
+
+def _read_csv(path: Path) -> Table:
+    # a cell may be as long as an input is
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or [])
+            if twice := sorted({name for name in columns if columns.count(name) > 1}):
+                raise UserError(f"{path}: the column {twice[0]!r} is there twice")
+            rows: list[tuple[str, dict[str, Any]]] = []
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{place}: another number of cells than the {len(columns)} columns")
+                rows.append((place, {key: value if value != "" else None for key, value in row.items()}))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+    return Table(columns, rows, {})
+
+
+def _read_parquet(path: Path) -> Table:
+    from datasets import Dataset
+    from datasets.table import InMemoryTable  # type: ignore[import-untyped]
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file ({error})") from error
+    try:
+        return _from_dataset(Dataset(InMemoryTable(table)), str(path))
+    except Exception:  # noqa: BLE001 - what other tools left in the file's metadata is no features of datasets
+        return _from_dataset(Dataset(InMemoryTable(table.replace_schema_metadata())), str(path))
+
+
+def _read_folder(path: Path, split: Split) -> Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{split}: {path} is no folder that save_to_disk wrote ({error})") from error
+    if isinstance(loaded, dict):
+        names = [name for name in _SPLIT_NAMES[split] if name in loaded]
+        if not names:
+            raise UserError(f"{split}: {path} holds {', '.join(loaded)}, none of {', '.join(_SPLIT_NAMES[split])}")
+        loaded = loaded[names[0]]
+    return _from_dataset(loaded, str(path))
+
+
+def _from_dataset(rows: Any, place: str) -> Table:  # noqa: ANN401 - datasets has no types
+    from datasets import ClassLabel
+
+    names = {key: feature.names for key, feature in rows.features.items() if isinstance(feature, ClassLabel)}
+    placed = [(f"{place}, row {position}", dict(row)) for position, row in enumerate(rows)]
+    return Table(list(rows.column_names), placed, names)
+
+
+# ---------------------------------------------------------------- the released layout
+
+
+def read_outputs(folder: Path, split: str) -> list[str]:
+    """The teacher's outputs in the files ``<split>_CoT_<k>.json`` of a folder, each a JSON list of strings, by k.
+
+    Raises:
+        UserError: a file is something else, or a number is missing, which would shift every output after it.
+    """
+    pattern = re.compile(re.escape(split) + r"_CoT_(\d+)\.json")
+    numbered = {int(match[1]): path for path in folder.glob("*.json") if (match := pattern.fullmatch(path.name))}
+    outputs: list[str] = []
+    for expected, (number, path) in enumerate(sorted(numbered.items())):
+        if number != expected:
+            raise UserError(f"{folder}: {split}_CoT_{expected}.json is missing, but {path.name} is there")
+        found = _parsed(path.read_bytes(), str(path))
+        if not isinstance(found, list):
+            raise UserError(f"{path}: not a JSON list of the teacher's outputs but {type(found).__name__}")
+        for position, output in enumerate(found):
+            if not isinstance(output, str):
+                raise UserError(f"{path}: output {position} is not a string but {type(output).__name__}")
+        outputs += found
+    return outputs
+
+
+def text_of(row: dict[str, Any], key: str) -> str:
+    """The string under a key.
+
+    Raises:
+        KeyError: there is no such key; whoever reads the row knows its file and line.
+        UserError: it is not a string.
+    """
+    value = row[key]
+    if not isinstance(value, str):
+        raise UserError(f"{key!r} must be a string, got {value!r}")
+    return value
+
+
+def texts_of(row: dict[str, Any], key: str) -> tuple[str, ...]:
+    """The list of strings under a key, as `text_of`."""
+    value = row[key]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{key!r} must be a list of strings, got {value!r}")
+    return tuple(value)
