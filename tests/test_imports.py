@@ -31,7 +31,7 @@ LAYERS = (
     ("equations",),
     ("checks",),
     ("tasks",),
-    ("rationales", "losses", "evaluation", "students"),
+    ("losses", "evaluation", "students"),
     ("annotation", "comparison", "experiments"),
     ("data", "teachers"),
     ("objectives",),

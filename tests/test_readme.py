@@ -115,7 +115,8 @@ def test_own_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     student = make_student_folder(tmp_path / "student")
-    data = f"--data ToyDataModule --data.train_size 8 --data.batch_size 4 --data.cache_dir {tmp_path / 'cache'}"
+    monkeypatch.setenv("LIT_DISTILL_CACHE", str(tmp_path / "cache"))
+    data = "--data ToyDataModule --data.train_size 8 --data.batch_size 4"
     main(
         [
             *shlex.split(f"fit --model readme_losses.SmoothedModule --model.bonus 0.2 --model.student {student}"),
