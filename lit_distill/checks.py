@@ -83,13 +83,3 @@ def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value
-
-
-def check_distinct(prefixes: dict[str, str]) -> dict[str, str]:
-    """Prefixes that tell the tasks apart, blanks aside, which tokenizers may drop."""
-    tasks: dict[str, str] = {}
-    for task, prefix in prefixes.items():
-        other = tasks.setdefault(" ".join(prefix.split()), task)
-        if other != task:
-            raise UserError(f"prefixes: {other} and {task} both have {prefix!r}, so that nothing tells the tasks apart")
-    return prefixes

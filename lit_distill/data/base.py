@@ -71,7 +71,6 @@ class RationaleDataModule(pl.LightningDataModule):
         eval_batch_size: examples in an evaluation batch, on each device; as ``batch_size`` if not given.
         tasks: what a student is trained on: task name -> settings of `lit_distill.tasks.Task`, or a list of
             ``label``, ``rationale``, ``rationale_label``, ``label_rationale``.
-        prefixes: task -> prefix of its inputs, in place of those of ``tasks``.
         label_source: train on the data's own labels (``gold``) or on the teacher's; val and test are always gold.
         rationale_filter: which teacher outputs to train on: ``none`` filters nothing, ``label_agrees`` keeps those
             whose label is right, ``package.module.function`` those that the function returns true for, and
@@ -121,7 +120,6 @@ class RationaleDataModule(pl.LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         tasks: Mapping[str, Any] | Sequence[Any] = ("label",),
-        prefixes: dict[str, str] | None = None,
         label_source: Literal["gold", "teacher"] = "gold",
         rationale_filter: str | RowFilter = "none",
         train_fraction: float = 1.0,
@@ -143,8 +141,7 @@ class RationaleDataModule(pl.LightningDataModule):
         self.eval_batch_size = checks.check_int(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
         )
-        self.tasks = tasks_from(tasks if prefixes is None else {task: {"prefix": prefixes[task]} for task in tasks})
-        self.prefixes = {name: task.prefix for name, task in self.tasks.items()}
+        self.tasks = tasks_from(tasks)
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
         self.rationales = _paths(rationales)
         self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, ("own", "shuffled"))
@@ -175,7 +172,7 @@ class RationaleDataModule(pl.LightningDataModule):
         given_paths = [str(path) for path in self.rationales or ()]
         plain |= {"rationales": given_paths[0] if len(given_paths) == 1 else given_paths or None}
         plain["data_dir"] = str(data_dir)
-        plain |= {"tasks": {name: task.plain() for name, task in self.tasks.items()}, "prefixes": None}
+        plain |= {"tasks": {name: task.plain() for name, task in self.tasks.items()}}
         self.save_hyperparameters(given | plain)
 
     # ---------------------------------------------------------------- what a dataset says about itself
@@ -411,8 +408,6 @@ class RationaleDataModule(pl.LightningDataModule):
                 metric=self.metric,
                 label_set=self.label_set,
                 choices=[row.choices or self.label_set or () for row in used.rows] if has_choices else None,
-                read_label=lambda task, text: self.tasks[task].read(text).label or "",
-                read_rationale=lambda task, text: self.tasks[task].read(text).rationale or "",
                 majority_label=self.majority_label,
             )
         return self._keys[split]

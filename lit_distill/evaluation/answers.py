@@ -1,6 +1,6 @@
 """The answers of a split: the gold ones, which cross from data to modules beside the batch, and a student's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -31,10 +31,6 @@ class AnswerKey:
     """The closed label set that all rows share, if there is one."""
     choices: Sequence[tuple[str, ...]] | None
     """The closed choices of each row (a row's own, or the shared label set), if the dataset has them."""
-    read_label: Callable[[str, str], str]
-    """``(task, generated text) -> label``: how an answer is read out of what the student wrote for a task."""
-    read_rationale: Callable[[str, str], str]
-    """``(task, generated text) -> rationale``: how a rationale is."""
     majority_label: str | None
     """The most frequent label that is trained on, the answer of a student that learned nothing else."""
 

@@ -274,7 +274,7 @@ def answer_key(labels: list[str | None], choices: list[tuple[str, ...]] | None, 
     texts = [str(number) for number in range(len(labels))]
     return AnswerKey(
         ids=texts, inputs=texts, labels=labels, rationales=[None] * len(labels), metric="exact_match", label_set=None,
-        choices=choices, read_label=lambda task, text: text, read_rationale=lambda task, text: text,
+        choices=choices,
         majority_label=majority,
     )  # fmt: skip
 

@@ -22,7 +22,6 @@ ARGUMENTS = [
     "batch_size",
     "eval_batch_size",
     "tasks",
-    "prefixes",
     "label_source",
     "rationale_filter",
     "train_fraction",
@@ -98,20 +97,6 @@ def test_what_is_not_allowed(arguments: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(
-    ("tasks", "given", "expected"),
-    [
-        (["label"], None, {"label": ""}),
-        (["label", "rationale"], None, {"label": "predict: ", "rationale": "explain: "}),
-        (["rationale_label"], None, {"rationale_label": ""}),
-        (["label"], {"label": "[label]"}, {"label": "[label]"}),
-        (["label", "rationale_label"], {"label": "a", "rationale_label": "b"}, {"label": "a", "rationale_label": "b"}),
-    ],
-)
-def test_prefixes(tasks: list[str], given: dict[str, str] | None, expected: dict[str, str]) -> None:
-    assert CQADataModule(tasks=tasks, prefixes=given).prefixes == expected
-
-
 def long_only(example: Row) -> bool:
     return len(example.rationale or "") > 10
 
@@ -148,11 +133,14 @@ def test_every_argument_is_in_the_help(name: str) -> None:
 def test_values_as_a_configuration_has_them() -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(RationaleDataModule, "data")
-    given = {"tasks": ["label", "rationale"], "prefixes": {"label": "a", "rationale": "b"}, "tokenizer": "t5-small"}
+    given = {"tasks": {"label": {"prefix": "a"}, "why": {"target": "{rationale}"}}, "tokenizer": "t5-small"}
     config = parser.parse_object({"data": {"class_path": "lit_distill.data.CQADataModule", "init_args": given}})
     module = parser.instantiate(config).data
     assert isinstance(module, CQADataModule)
-    assert module.prefixes == given["prefixes"]
+    assert {name: (task.prefix, task.target) for name, task in module.tasks.items()} == {
+        "label": ("a", "{label}"),
+        "why": ("", "{rationale}"),
+    }
     assert module.hparams["tokenizer"] == "t5-small"
 
 

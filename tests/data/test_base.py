@@ -90,8 +90,6 @@ def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> Non
     assert key.inputs[0].startswith("Q")
     assert key.choices == [("yes", "no")] * 2
     assert (key.metric, key.label_set) == ("exact_match", None)
-    assert key.read_label("label", " yes ") == "yes"
-    assert key.read_rationale("rationale_label", "Because. So the answer is yes") == "Because."
     train = module.answer_key("train")
     assert set(train.labels) == {"yes"}
     labels = [example.label for example in module.used_rows("train").rows]

@@ -21,6 +21,7 @@ from tests.data.conftest import WriteLines, character_tokenizer
 
 TASKS = ("label", "rationale", "rationale_label", "label_rationale")
 PREFIXES = {"label": "predict: ", "rationale": "explain: ", "rationale_label": "both: ", "label_rationale": "other: "}
+PREFIXED = {task: {"prefix": prefix} for task, prefix in PREFIXES.items()}
 TICKETS = Path(__file__).parents[2] / "configs" / "tickets"
 
 
@@ -191,7 +192,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", DATASETS)
 def test_released_rows(name: str, shared_data: Path) -> None:
     dataset, arguments = DATASETS[name]
-    module = dataset(data_dir=shared_data, allow_extra_outputs=True, tasks=TASKS, prefixes=PREFIXES, **arguments)
+    module = dataset(data_dir=shared_data, allow_extra_outputs=True, tasks=PREFIXED, **arguments)
     found = {split: texts(module, split) for split in ("train", "val", "test") if module.split_rows(split) is not None}
     assert found == RELEASED[name]
 
@@ -220,8 +221,7 @@ def test_released_tokens(name: str, shared_data: Path, shared_tokenizer: Path) -
     module = dataset(
         data_dir=shared_data,
         tokenizer=shared_tokenizer,
-        tasks=TASKS,
-        prefixes=PREFIXES,
+        tasks=PREFIXED,
         max_source_length=60,
         max_target_length=48,
         **arguments,
@@ -343,8 +343,7 @@ def own(name: str, folder: Path, write_lines: WriteLines) -> RationaleDataModule
     """A user's own rows, from files that are made here."""
     common: dict[str, Any] = {
         "tokenizer": character_tokenizer(),
-        "tasks": TASKS,
-        "prefixes": PREFIXES,
+        "tasks": PREFIXED,
         "max_target_length": 40,
     }
     if name == "tickets":

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
 from lit_distill.evaluation.answers import AnswerKey, Split
-from lit_distill.tasks.task import PRESETS
 from tests.students import WORDS
 
 Row = dict[str, tuple[list[int], list[int]]]
@@ -103,8 +102,6 @@ class RowsData(pl.LightningDataModule):
             metric="exact_match",
             label_set=None,
             choices=None,
-            read_label=lambda task, text: PRESETS[task].read(text).label or "",
-            read_rationale=lambda task, text: PRESETS[task].read(text).rationale or "",
             majority_label=None,
         )
 

@@ -18,7 +18,6 @@ from lit_distill.evaluation.answers import Answer, AnswerKey, Split, answer_row
 from lit_distill.evaluation.summaries import summarise
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.objectives import Step
-from lit_distill.tasks.task import PRESETS
 from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
 from tests.modules.running import identical, make_trainer, plain_terms
 from tests.students import WORDS
@@ -81,8 +80,6 @@ def item_key(labels: Sequence[str | None], **changes: Any) -> AnswerKey:
         metric="exact_match",
         label_set=None,
         choices=[("yes", "no", "a b"), ("yes", "no"), ("a b", "a"), ("c", "d"), ("yes", "no")],
-        read_label=lambda task, text: PRESETS[task].read(text).label or "",
-        read_rationale=lambda task, text: PRESETS[task].read(text).rationale or "",
         majority_label=None,
     )
     return dataclasses.replace(key, **changes)
