@@ -4,23 +4,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx2
-import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
-from lit_distill.students import (
-    CHECKPOINT_KEY,
-    StudentRecord,
-    build_model,
-    restore_tokenizer,
-    save_model,
-    student_weights,
-)
+from lit_distill.students import CHECKPOINT_KEY, load, read_checkpoint
+from lit_distill.students.tokens import Family
 
 _HUB_ERRORS = (OSError, ValueError, httpx2.HTTPError)
 """What a call to the hub raises: no network, no such name, no permission."""
@@ -47,6 +40,12 @@ class CardFacts:
     """The base model's."""
     hub_dataset: str | None = None
     """The dataset's name on the hub."""
+    family: Family = "seq2seq"
+    """The student's."""
+    chat: bool = False
+    """Whether its tokenizer has a chat template."""
+    adapter_alone: bool = False
+    """Whether the folder holds an adapter without the student under it."""
 
 
 def export_checkpoint(
@@ -69,24 +68,29 @@ def export_checkpoint(
     Returns:
         The folder.
     """
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
-    record = cast(StudentRecord, checkpoint[CHECKPOINT_KEY])
-    student = build_model(record["config"], student_weights(checkpoint["state_dict"]))
+    record = read_checkpoint(str(checkpoint_path))[CHECKPOINT_KEY]
+    # without its adapter named, a student is loaded with the adapter merged into it
+    adapter = record.get("adapter") if facts.adapter_alone else None
+    student = load(checkpoint_path, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
+    network = student.network
     first = next(iter(prefixes))
     for name, value in generation[first].items():
-        setattr(student.generation_config, name, value)
+        setattr(network.generation_config, name, value)
     # greedy search: sampling settings of a pretrained student's own would contradict it
-    student.generation_config.do_sample = False
+    network.generation_config.do_sample = False
+    for config in getattr(student.model, "peft_config", {}).values():
+        config.base_model_name_or_path = str(facts.settings["student"])
     with atomic_folder(folder) as tmp_path:
-        save_model(student, restore_tokenizer(record["tokenizer"]), tmp_path)
-        # Hugging Face's place for what a task puts before its inputs
+        student.save(tmp_path)
         path = tmp_path / "config.json"
-        config = json.loads(path.read_text())
-        config["prefix"] = prefixes[first]
-        config["task_specific_params"] = {
-            task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()
-        }
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if path.exists():
+            # Hugging Face's place for what a task puts before its inputs
+            config = json.loads(path.read_text())
+            config["prefix"] = prefixes[first]
+            config["task_specific_params"] = {
+                task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()
+            }
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (tmp_path / "README.md").write_text(model_card(facts, prefixes, generation), encoding="utf-8")
     return folder
 
@@ -94,13 +98,12 @@ def export_checkpoint(
 def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mapping[str, Mapping[str, Any]]) -> str:
     """The card as Markdown with the hub's metadata block."""
     first = next(iter(prefixes))
-    length = generation[first]["max_new_tokens"]
     results = _eval_results(facts)
     name = f"{facts.student} trained on {facts.dataset} with {facts.method}"
     data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text2text-generation",
-        tags=["lit_distill", "distilling-step-by-step", "t5"],
+        library_name="peft" if facts.adapter_alone else "transformers",
+        pipeline_tag="text2text-generation" if facts.family == "seq2seq" else "text-generation",
+        tags=["lit_distill", "distilling-step-by-step"],
         base_model=facts.base_model,
         license=facts.license,
         datasets=None if facts.hub_dataset is None else [facts.hub_dataset],
@@ -113,11 +116,7 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
         f"Trained with lit_distill {__version__} after *Distilling step-by-step* (Hsieh et al., Findings of ACL 2023).",
         "",
         "```python",
-        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
-        'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForSeq2SeqLM.from_pretrained(".")',
-        f'inputs = tokenizer({prefixes[first]!r} + "your input", return_tensors="pt")',
-        f"output = model.generate(**inputs, max_new_tokens={length})",
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        *_snippet(facts, prefixes[first], generation[first]["max_new_tokens"]),
         "```",
         "",
         "## Prefixes",
@@ -132,6 +131,33 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
         if content:
             lines += ["", f"## {title}", "", "| | |", "|---|---|", *_rows(content)]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _snippet(facts: CardFacts, prefix: str, length: int) -> list[str]:
+    """Code that generates for one input."""
+    kind = "Seq2SeqLM" if facts.family == "seq2seq" else "CausalLM"
+    if facts.adapter_alone:
+        name, imports = f"AutoPeftModelFor{kind}", [f"from peft import AutoPeftModelFor{kind}"]
+    else:
+        name, imports = f"AutoModelFor{kind}", []
+    imports.append(f"from transformers import {'' if facts.adapter_alone else f'{name}, '}AutoTokenizer")
+    if facts.chat:
+        inputs = [
+            f'turns = [{{"role": "user", "content": {prefix!r} + "your input"}}]',
+            'settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+            "inputs = tokenizer.apply_chat_template(turns, **settings)",
+        ]
+    else:
+        newline = "" if facts.family == "seq2seq" else "\\n"
+        inputs = [f'inputs = tokenizer({prefix!r} + "your input{newline}", return_tensors="pt")']
+    new = "output[0]" if facts.family == "seq2seq" else 'output[0, inputs["input_ids"].shape[1] :]'
+    return [
+        *imports,
+        f'tokenizer, model = AutoTokenizer.from_pretrained("."), {name}.from_pretrained(".")',
+        *inputs,
+        f"output = model.generate(**inputs, max_new_tokens={length})",
+        f"print(tokenizer.decode({new}, skip_special_tokens=True))",
+    ]
 
 
 def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]:

@@ -96,6 +96,9 @@ def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
         base_model=base_model,
         license=licence,
         hub_dataset=data.hub_name,
+        family=module.student.tokens.family,
+        chat=module.student.tokens.family == "causal" and module.tokenizer.chat_template is not None,
+        adapter_alone=(adapter := module.student.adapter) is not None and adapter.export == "adapter",
     )
 
 

@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
 from lit_distill.progress import Progress
 from lit_distill.records import RECORD
+from lit_distill.students.sharding import deferred
 
 _BOUNDS: dict[str, dict[str, float]] = {
     "accumulate_grad_batches": {"at_least": 1},
@@ -288,8 +290,12 @@ class DistillCLI(LightningCLI):
         """As Lightning's; what the machine or the environment lacks is told in one line."""
         self._given = self.config
         self.config = self._from_checkpoint()
+        strategy = self.config[str(self.subcommand)]["trainer"]["strategy"]
+        name = strategy["class_path"] if isinstance(strategy, Namespace) else str(strategy)
         try:
-            super().instantiate_classes()
+            # FSDP gives the student its weights part by part
+            with deferred() if "fsdp" in name.lower() else nullcontext():
+                super().instantiate_classes()
         except Raised as raised:
             error: Exception = raised.error
         except ValueError as unbuilt:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from lit_distill.modules.evaluating import Evaluating
 from lit_distill.modules.optimization import OptimizerName, ScheduleName
 from lit_distill.objectives import Objective
 from lit_distill.objectives.base import check_objectives
+from lit_distill.students.models import Dtype
+from lit_distill.students.sharding import give_weights, is_deferred
 from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
 from lit_distill.teachers.models import TeacherModel, Teachers
 
@@ -38,6 +41,11 @@ class DistillModule(Evaluating, Checkpointing):
         objectives: losses beside those of the tasks.
         teachers: frozen models by the names that objectives call them.
         from_scratch: random weights from the student's configuration.
+        dtype: what the student's weights are kept in. Small updates are lost in ``bfloat16``; it suits a large student
+            of which only an adapter is trained.
+        adapter: train an adapter in the layers of the frozen student: LoRA's ``r``, ``alpha``, ``dropout`` and
+            ``target_modules``, or another of PEFT's configurations as ``class_path`` and ``init_args``; ``export`` says
+            whether it is saved ``merged`` into the student or as an ``adapter`` alone.
         learning_rate: the highest learning rate, reached after the warm-up.
         optimizer: ``adamw``, or ``adafactor`` with the given learning rate (no relative steps).
         weight_decay: decoupled weight decay, left out for biases and layer norms.
@@ -75,6 +83,8 @@ class DistillModule(Evaluating, Checkpointing):
         objectives: list[Objective] | None = None,
         teachers: dict[str, TeacherModel] | None = None,
         from_scratch: bool = False,
+        dtype: Dtype = "float32",
+        adapter: dict[str, Any] | None = None,
         learning_rate: float = 5e-5,
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
@@ -116,17 +126,31 @@ class DistillModule(Evaluating, Checkpointing):
         self.hparams["tasks"] = tasks and {name: self.tasks[name].plain() for name in tasks}
         self.hparams["objectives"] = objectives and [objective.plain() for objective in objectives]
         self.hparams["teachers"] = teachers and self.teachers.plain()
+        self.hparams["adapter"] = adapter and dict(adapter)
         self.set_logged_hparams()
+        self._student_source = student
+        self._model_settings: dict[str, Any] = {
+            "from_scratch": from_scratch,
+            "dropout": dropout,
+            "dtype": dtype,
+            "adapter": adapter,
+        }
         self.student = students.load(
             student,
-            from_scratch=from_scratch,
-            dropout=dropout,
+            **self._model_settings,
             fast=fast,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            meta=is_deferred(),
         )
         if evaluate_rationales and self.rationale_task is None:
             rank_zero_warn(f"evaluate_rationales: {type(self).__name__} writes no rationales, none are scored")
+
+    def configure_model(self) -> None:
+        """Give a student that was built without weights those that it is to have under this strategy."""
+        if any(parameter.is_meta for parameter in self.student.parameters()):
+            load = partial(students.load_model, self._student_source, **self._model_settings)
+            give_weights(self.student, self.trainer.strategy, load)
 
     @classmethod
     def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:

@@ -11,6 +11,7 @@ from lit_distill.modules.resume import consumed_batches, rewind
 from lit_distill.modules.training import Training
 from lit_distill.objectives.base import build_objective
 from lit_distill.students import CHECKPOINT_KEY, check_weights
+from lit_distill.students.adapters import Adapter
 
 _SEED_KEY = "lit_distill_seed"
 _TASKS_KEY = "lit_distill_tasks"
@@ -46,7 +47,8 @@ class Checkpointing(Training):
         """Take up the run's seed and position.
 
         Raises:
-            UserError: the checkpoint was trained on other tasks or prefixes, or a weight is not finite.
+            UserError: the checkpoint was trained on other tasks or prefixes or with another adapter, or has a weight
+                that is not finite.
         """
         if not self.sharded:
             check_weights(checkpoint["state_dict"], "ckpt_path")
@@ -58,6 +60,12 @@ class Checkpointing(Training):
                     f" give --model.optimizer {before}"
                 )
             check_optimizer_states(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
+        kept, adapter = checkpoint.get(CHECKPOINT_KEY, {}).get("adapter"), self.student.adapter
+        if (adapter or kept) and not (adapter and kept and adapter.same(Adapter.of(kept))):
+            raise UserError(
+                f"ckpt_path: the checkpoint was trained with the adapter {kept}, here it is"
+                f" {adapter and adapter.plain()}; give model.adapter as it was trained with"
+            )
         own = self.texts(self.tasks)
         if (trained := checkpoint.get(_TASKS_KEY, own)) != own:
             raise UserError(

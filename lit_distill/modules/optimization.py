@@ -46,7 +46,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     decaying, spared = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (spared if "norm" in name or name.endswith(".bias") else decaying).append(parameter)
+            (spared if "norm" in name or ".ln_" in name or name.endswith(".bias") else decaying).append(parameter)
     groups = ((decaying, weight_decay), (spared, 0.0))
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 

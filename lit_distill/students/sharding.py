@@ -1,0 +1,84 @@
+"""Students whose parameters are spread over ranks: the first rank alone reads all weights.
+
+A module that is built within `deferred` has a student without memory for its weights. They come when the strategy is
+known, from ``configure_model``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_distill.students.base import Student
+
+_DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Build students without memory for their weights."""
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
+
+
+def is_deferred() -> bool:
+    """Whether students are built without memory for their weights now."""
+    return _DEFERRED.get()
+
+
+def give_weights(student: Student, strategy: Strategy, load: Callable[[], PreTrainedModel]) -> None:
+    """Give a student its weights.
+
+    FSDP asks for them a layer at a time: the first rank reads the model and sends each layer's, and every rank keeps
+    its part. Any other strategy reads them on every rank.
+
+    Args:
+        student: one that was built within `deferred`.
+        strategy: of the trainer that is being set up.
+        load: reads the model.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        strategy.kwargs["param_init_fn"] = _Sender(student.model, load, strategy.root_device, strategy.global_rank)
+    else:
+        student.model = load()
+
+
+class _Sender:
+    """FSDP's ``param_init_fn``: the tensors of one module, from the first rank."""
+
+    def __init__(
+        self, model: PreTrainedModel, load: Callable[[], PreTrainedModel], device: torch.device, rank: int
+    ) -> None:
+        self._names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        self._device = device
+        self._sent: dict[int, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[str, Tensor] | None = None
+        if rank == 0:
+            whole = load()
+            self._weights = dict((*whole.named_parameters(), *whole.named_buffers()))
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module) -> None:
+        for tensors in (module._parameters, module._buffers):
+            for name, empty in tensors.items():
+                if empty is None or not empty.is_meta:
+                    continue
+                if id(empty) not in self._sent:
+                    # kept with the empty one, whose id would go to another
+                    self._sent[id(empty)] = empty, self._send(empty)
+                # a tied one is sent once, and stays tied
+                tensors[name] = self._sent[id(empty)][1]  # type: ignore[assignment]
+
+    def _send(self, empty: Tensor) -> Tensor:
+        tensor = torch.empty_like(empty, device=self._device)
+        if self._weights is not None:
+            tensor.copy_(self._weights.pop(self._names[id(empty)]))
+        torch.distributed.broadcast(tensor, src=0)
+        return nn.Parameter(tensor, empty.requires_grad) if isinstance(empty, nn.Parameter) else tensor
