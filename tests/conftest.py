@@ -33,3 +33,10 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny untied T5 that has weights."""
     return add_weights(make_student_folder(tmp_path_factory.mktemp("students") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of the tiny one's vocabulary that is wider and has dropout; its head has rows that no token needs."""
+    folder = tmp_path_factory.mktemp("teachers") / "wide"
+    return add_weights(make_student_folder(folder, d_model=24, d_ff=40, num_layers=3, vocab_size=72, dropout_rate=0.3))

@@ -172,4 +172,7 @@ class WindowSource:
         return self._source
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name == "_source":
+            # of a copy in the making
+            raise AttributeError(name)
         return getattr(self._source, name)

@@ -22,6 +22,7 @@ from lit_distill.objectives import Step
 from lit_distill.students import base
 from tests.modules.batches import Row, Rows, RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
+from tests.variants.fixed_text import FixedText
 
 WORLD = 2
 WEIGHT = 0.7
@@ -108,9 +109,9 @@ def ddp_trainer(**settings: Any) -> Any:  # noqa: ANN401
     return make_trainer(**({"strategy": "ddp", "devices": WORLD} | settings))
 
 
-def gradients(folder: Path, accumulate: int, epochs: int = 1) -> dict[str, Any]:
+def gradients(folder: Path, accumulate: int, epochs: int = 1, **arguments: Any) -> dict[str, Any]:
     steps = Steps()
-    module = make_module(folder)
+    module = make_module(folder, **arguments)
     trainer = ddp_trainer(accumulate_grad_batches=accumulate, max_epochs=epochs, callbacks=[steps])
     trainer.fit(module, datamodule=InOrder(ROWS, 2, module.tasks))
     return {
@@ -134,6 +135,9 @@ def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found: dict[str, Any] = {f"right {k}": gradients(folder, k, epochs=2) for k in ACCUMULATES}
+
+    for k in ACCUMULATES:
+        found[f"prepared {k}"] = gradients(folder, k, objectives=[FixedText(weight=0.5, tasks=["rationale"])])
 
     right_weights, right_counts = DistillModule.window_weights, DistillModule.term_counts
     DistillModule.window_weights = only_own_counts  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """Two processes train and evaluate as one does."""
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from tests.modules import ddp_runs
+from tests.modules.batches import Row
 from tests.modules.ddp_runs import ACCUMULATES, EVALUATION_ROWS, ROWS, WEIGHT, WORLD, make_module
 from tests.modules.running import difference, identical, plain_gradients, plain_terms
+from tests.variants.fixed_text import with_fixed_text
 
 Found = dict[str, Any]
 
@@ -33,15 +36,17 @@ def ranks(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def differences(folder: Path, run: Found, accumulate: int, epochs: int = 1) -> list[float]:
+def differences(
+    folder: Path, run: Found, accumulate: int, epochs: int = 1, rows: Sequence[Row] = ROWS, weight: float = WEIGHT
+) -> list[float]:
     """Of each step's gradient to the plain one over all rows of the step, those of both ranks."""
     student = make_module(folder).student.model.eval()
     size = 2 * WORLD * accumulate
-    expected = [ROWS[start : start + size] for start in range(0, len(ROWS), size)] * epochs
+    expected = [rows[start : start + size] for start in range(0, len(rows), size)] * epochs
     found = []
-    for gradients, weights, rows in zip(run["gradients"], run["weights"], expected, strict=True):
+    for gradients, weights, own in zip(run["gradients"], run["weights"], expected, strict=True):
         student.load_state_dict(weights)
-        plain = plain_gradients(student, rows, {"label": 1.0, "rationale": WEIGHT})
+        plain = plain_gradients(student, own, {"label": 1.0, "rationale": weight})
         found.append(difference(gradients, plain))
     return found
 
@@ -50,6 +55,16 @@ def differences(folder: Path, run: Found, accumulate: int, epochs: int = 1) -> l
 def test_gradients_are_those_of_all_rows(student_folder: Path, ranks: list[Found], accumulate: int) -> None:
     for rank in ranks:
         assert max(differences(student_folder, rank[f"right {accumulate}"], accumulate, epochs=2)) < 1e-5
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_targets_that_an_objective_prepares_are_counted(
+    student_folder: Path, ranks: list[Found], accumulate: int
+) -> None:
+    rows = with_fixed_text(ROWS)
+    for rank in ranks:
+        run = rank[f"prepared {accumulate}"]
+        assert max(differences(student_folder, run, accumulate, rows=rows, weight=WEIGHT + 0.5)) < 1e-5
 
 
 @pytest.mark.parametrize("wrong", ["plain", "own counts"])

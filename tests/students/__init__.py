@@ -65,7 +65,7 @@ def make_student_folder(folder: Path, **changes: Any) -> Path:
 def add_weights(folder: Path) -> Path:
     """Give a folder with a configuration alone weights, as a pretrained student has them."""
     torch.manual_seed(11)
-    save_model(build_model(CONFIG), make_tokenizer(), folder)
+    save_model(build_model(json.loads((folder / "config.json").read_text())), make_tokenizer(), folder)
     return folder
 
 

@@ -1,0 +1,1 @@
+"""Methods as a user would write them: nothing of the package is changed."""
