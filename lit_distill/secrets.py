@@ -21,14 +21,7 @@ INSTEAD = (
 
 
 def refuse_secrets(args: Sequence[str]) -> None:
-    """See that no argument, and no config that one names, holds a key.
-
-    Args:
-        args: of a command line.
-
-    Raises:
-        UserError: one does; the message names it without its value.
-    """
+    """Raise a ``UserError``, without the value, if an argument or a config that one names holds a key."""
     for before, arg, following in zip(["", *args], args, [*args[1:], ""], strict=False):
         option, given, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
         name = option.lstrip("-").rstrip("+")
@@ -40,17 +33,12 @@ def refuse_secrets(args: Sequence[str]) -> None:
 
 
 def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML holds
-    """The keys in plain values under which a secret stands.
-
-    Args:
-        value: plain values, nested as deep as may be; a text of YAML; or the path of a YAML file. Texts in it that name
-            a YAML file are followed, as a config may name others.
-    """
-    open_values: list[tuple[str, str, Any]] = [("", "", value)]
+    """The keys of secrets in plain values, a text of YAML or a YAML file, and in the files that these name."""
+    pending: list[tuple[str, str, Any]] = [("", "", value)]
     # by identity, as YAML's aliases may lead to one value very often; kept, so that no identity is given twice
     seen: dict[int, Any] = {}
-    while open_values:
-        name, where, found = open_values.pop()
+    while pending:
+        name, where, found = pending.pop()
         if isinstance(found, str) and found.endswith((".yaml", ".yml")) and len(found) < 1024:
             found = Path(found)
         if isinstance(found, Path):
@@ -62,7 +50,7 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
             continue
         if isinstance(found, str) and re.search("[:=]", found):
             text = found
-            with suppress(ValueError):  # its parser's message would show it
+            with suppress(ValueError):  # its message would show the text
                 found = parse_yaml(text)
             if isinstance(found, str):
                 yield from (word + where for word, inner in _WORD.findall(text) if _is_secret(word, inner))
@@ -73,7 +61,7 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
             below = f"{name}.{key}" if name else str(key)
             if isinstance(found, Mapping) and _is_secret(str(key), inner):
                 yield below + where
-            open_values.append((below, where, inner))
+            pending.append((below, where, inner))
 
 
 def _is_secret(name: str, value: Any) -> bool:  # noqa: ANN401

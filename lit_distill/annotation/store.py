@@ -85,12 +85,12 @@ class AnnotationStore:
                 raise UserError(f"out: {used}") from error
         try:
             with self._writing(self.path):
-                self._repair()
-                for annotation in self:
-                    self._note(read(annotation))
-                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+                self._mend()
+            for annotation in self:
+                self._note(read(annotation))
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
 
     def __enter__(self) -> "AnnotationStore":
@@ -157,7 +157,7 @@ class AnnotationStore:
                 ):
                     out.write(to_line(sample, {name: row[name] for name in row if name not in COLUMNS}))
         os.close(self._file)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
 
     def read_metadata(self) -> dict[str, Any]:
         """What is known of the jobs that wrote here."""
@@ -210,6 +210,22 @@ class AnnotationStore:
         with self._writing(self.folder / name), atomic_write(self.folder / name, "wb") as out:
             yield out
 
+    def _mend(self) -> None:
+        """Remove a torn line at the end; a whole line that lacks only its end is given one."""
+        offset, last = 0, b"\n"
+        with self.path.open("rb") as file:
+            for last in file:
+                offset += len(last)
+        if last.endswith(b"\n"):
+            return
+        try:
+            parse_json(last, surrogates=True)
+        except ValueError:
+            self.torn = len(last)
+            os.ftruncate(self._file, offset - len(last))
+        else:
+            os.write(self._file, b"\n")
+
     def _note(self, annotation: Annotation) -> None:
         if annotation.key is not None:
             key = bytes.fromhex(annotation.key)
@@ -218,30 +234,6 @@ class AnnotationStore:
             if annotation.agrees:
                 self.agreeing.add(key)
         self._on_sample(annotation)
-
-    def _repair(self) -> None:
-        """Remove a torn line at the end; a whole line that lacks only its end is given one."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            start = size = file.seek(0, os.SEEK_END)
-            tail = b""
-            while start > 0 and b"\n" not in tail:
-                step = min(start, 1 << 16)
-                start -= step
-                file.seek(start)
-                tail = file.read(step) + tail
-            last = tail[tail.rfind(b"\n") + 1 :]
-            if not last:
-                return
-            try:
-                parse_json(last, surrogates=True)
-            except ValueError:
-                self.torn = len(last)
-                file.truncate(size - len(last))
-            else:
-                file.seek(0, os.SEEK_END)
-                file.write(b"\n")
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -82,33 +84,22 @@ class Tally:
         }
 
 
-class Progress:
-    """A bar on stderr; where that is no terminal, a line from time to time.
+@contextmanager
+def progress(tally: Tally, name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, or where that is no terminal a line from time to time; yields what moves it by one sample."""
+    shown = time.monotonic()
+    done = min(tally.counts["samples"], total)
+    with tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
 
-    Args:
-        tally: what is shown.
-        name: stands before it.
-        total: samples that are wanted.
-    """
+        def update() -> None:
+            nonlocal shown
+            bar.set_postfix_str(tally.line(), refresh=False)
+            bar.update()
+            if bar.disable and time.monotonic() - shown > LINE_SECONDS:
+                shown = time.monotonic()
+                print(f"{name}: {tally.counts['samples']} of {total}, {tally.line()}", file=sys.stderr, flush=True)
 
-    def __init__(self, tally: Tally, name: str, total: int) -> None:
-        self._tally, self._name, self._total = tally, name, total
-        done = min(tally.counts["samples"], total)
-        self._bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.began = self._shown = time.monotonic()
-
-    def update(self) -> None:
-        """Show one more sample."""
-        self._bar.set_postfix_str(self._tally.line(), refresh=False)
-        self._bar.update()
-        if self._bar.disable and time.monotonic() - self._shown > LINE_SECONDS:
-            self._shown = time.monotonic()
-            done = f"{self._tally.counts['samples']} of {self._total}"
-            print(f"{self._name}: {done}, {self._tally.line()}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+        yield update
 
 
 def most_common(reasons: Counter[str]) -> str | None:

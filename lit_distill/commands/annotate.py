@@ -34,7 +34,7 @@ from lit_distill.annotation.prompts import (
 )
 from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
 from lit_distill.annotation.store import CARD, FILE, AnnotationStore
-from lit_distill.annotation.tally import Progress, Tally, most_common
+from lit_distill.annotation.tally import Tally, most_common, progress
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.export import check_hub, push_folder
@@ -168,15 +168,10 @@ def annotate(
         selection=selection,
     )
     rows = _rows(datamodule, split)[:limit]
-    # a template that asks for an unknown field fails with the first row
+    # a template that asks for an unknown field fails here, too
     tokens = count_tokens(plan.prompt(rows[0])), max_new_tokens
-    for name, given, least in (
-        ("max_tokens", max_tokens, sum(tokens)),
-        ("max_cost", max_cost, teacher.cost(*tokens) or 0.0),
-    ):
-        if given is not None and given < least:
-            question = f"a prompt of about {tokens[0]:,} tokens and an answer of max_new_tokens {max_new_tokens:,}"
-            raise UserError(f"{name} must be at least {least:.6g}, for {question}; got {given:g}")
+    if too_small := Budget(max_tokens, max_cost).exhausted(sum(tokens), teacher.cost(*tokens) or 0.0):
+        raise UserError(too_small)
     if dry_run:
         summary = _estimate(plan, teacher, rows)
         for row in rows[:_SHOWN]:
@@ -269,18 +264,16 @@ class _Job:
             self.teacher.has_answered = tally.counts["answers"] > 0 or self.teacher.has_answered
             _keep_prompt(self.plan, folder)
             self.note(store, started, None)
-            failed: set[bytes] = set()
-            progress = Progress(tally, self.teacher.name, len(self.rows) * self.plan.num_samples)
+            began = time.monotonic()
 
             def on_result(asked: Asked, result: Reply | TeacherError) -> None:
                 sample, _ = asked
                 if isinstance(result, TeacherError):
                     sample = replace(sample, error=" ".join(str(result).split()) or type(result).__name__)
-                    failed.add(bytes.fromhex(sample.key or ""))
                 else:
                     sample = self.read(self.answered(sample, result))
                 store.append(sample)
-                progress.update()
+                show()
 
             runner = RequestRunner(self.teacher, concurrency, on_result, budget)
 
@@ -291,29 +284,23 @@ class _Job:
                 if not store.write_card():
                     _tell(f"{folder / CARD} has words of your own and was left as it is")
 
+            total = len(self.rows) * self.plan.num_samples
             with queued_interrupts() as interrupts:
                 try:
-                    runner.run(self.questions(store), interrupts)
+                    with progress(tally, self.teacher.name, total) as show:
+                        runner.run(self.questions(store), interrupts)
                 except BaseException:
                     # what was paid for is put in order if possible; why the job ended is what is told
                     with suppress(UserError):
                         finish()
                     raise
-                finally:
-                    progress.close()
                 finish()
-                unsettled = 0
-                if runner.stopped is not None or runner.busy:
-                    settled = store.settled | failed
-                    rounds = (self.plan.questions(row, self.split, settled, store.agreeing) for row in self.rows)
-                    unsettled = sum(next(one, None) is not None for one in rounds)
             summary = self.summary(store) | {
-                "rows not finished": unsettled,
                 "not answered now": runner.busy.total(),
                 "why not": most_common(runner.busy),
                 "could not be read": len(self.faults) or None,
                 "stopped": runner.stopped,
-                "seconds": round(time.monotonic() - progress.began, 1),
+                "seconds": round(time.monotonic() - began, 1),
                 "file": str(folder / FILE),
             }
         if self.faults:

@@ -237,7 +237,7 @@ class TransformersTeacher(BatchTeacher):
         for i, ids in enumerate(prompts):
             place = slice(width - len(ids), width) if left else slice(len(ids))
             rows[i, place], mask[i, place] = torch.tensor(ids), 1
-        watch, start = _LogProbs(), width if left else 1
+        start = width if left else 1
         draws: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -245,17 +245,19 @@ class TransformersTeacher(BatchTeacher):
         devices = [network.device] if network.device.type == "cuda" else []
         with torch.inference_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(_seed(questions))
-            sequences = network.generate(
+            made = network.generate(
                 input_ids=rows.to(network.device),
                 attention_mask=mask.to(network.device),
                 generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, **draws),
-                logits_processor=[watch] if self.logprobs else [],
                 stopping_criteria=[ends] if stop else [],
+                return_dict_in_generate=True,
+                output_logits=self.logprobs,
             )
-            logprobs = watch.finish(sequences) if self.logprobs else None
+        steps = zip(made.logits if self.logprobs else (), made.sequences[:, start:].unbind(1), strict=False)
+        logprobs = [logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist() for logits, ids in steps]
         eos = set(network.generation_config.eos_token_id or ())
         replies = []
-        for i, answer in enumerate(sequences[:, start:].tolist()):
+        for i, answer in enumerate(made.sequences[:, start:].tolist()):
             first = next((n + 1 for n, token in enumerate(answer) if token in eos), len(answer) + 1)
             length = min(first, ends.lengths.get(i, len(answer) + 1))
             finish = "stop" if length <= len(answer) else "length"
@@ -263,36 +265,13 @@ class TransformersTeacher(BatchTeacher):
             text = _decode(self.tokenizer, answer[: length - (answer[length - 1] in eos)])
             if cuts := [at for at in map(text.find, stop) if at >= 0]:
                 text, finish = text[: min(cuts)], "stop"
-            mean = None if logprobs is None else math.fsum(logprobs[i][:length]) / length
+            mean = math.fsum(step[i] for step in logprobs[:length]) / length if self.logprobs else None
             replies.append(Reply(text, finish, len(prompts[i]), length, mean))
         return replies
 
     def _unreadable(self, what: str, error: Exception) -> UserError:
         hint = "" if Path(self.model).exists() else "; it is no folder here, so it has to be a name on the hub"
         return UserError(f"model: cannot load {what} from {self.model!r} ({_first_line(error)}){hint}")
-
-
-class _LogProbs:
-    """A logits processor that keeps the model's log-probability of each token that was taken."""
-
-    def __init__(self) -> None:
-        self._last: Tensor | None = None
-        self._taken: list[Tensor] = []
-
-    def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
-        """See a step's ``scores``, ``(batch, vocabulary)``; ``input_ids`` ends with the token of the step before."""
-        if self._last is not None:
-            self._taken.append(self._last.gather(-1, input_ids[:, -1:]))
-        self._last = scores.float().log_softmax(-1)
-        return scores
-
-    def finish(self, sequences: "Tensor") -> list[list[float]]:
-        """The log-probability of each generated token of ``sequences``, ``(batch, len)``, row by row."""
-        import torch
-
-        self(sequences, torch.zeros(1))
-        rows: list[list[float]] = torch.cat(self._taken, dim=1).tolist()
-        return rows
 
 
 class _StopTexts:

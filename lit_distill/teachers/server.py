@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -100,7 +101,7 @@ class OpenAITeacher(Teacher):
     @property
     def settings(self) -> dict[str, Any]:
         """With what else is sent, and whether log-probabilities are asked for."""
-        return {**super().settings, "logprobs": self.logprobs, "extra_body": json.loads(json.dumps(self.extra_body))}
+        return super().settings | {"logprobs": self.logprobs, "extra_body": deepcopy(self.extra_body)}
 
     def check_schema(self) -> None:
         """Raise a ``UserError`` unless the layout has a field for a schema."""
