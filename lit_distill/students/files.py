@@ -24,7 +24,7 @@ from lit_distill.students.tokens import Family
 CHECKPOINT_KEY = "lit_distill_student"
 """Where a Lightning checkpoint keeps the student's record."""
 
-SEQ2SEQ = ("t5", "mt5", "umt5")
+SEQ2SEQ = ("t5", "mt5")
 """``model_type`` of the encoder-decoder models; ByT5's, Flan's and T5 v1.1's is ``t5``."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")

@@ -81,8 +81,12 @@ def load_tokens(name: str | os.PathLike[str]) -> Tokens:
     Raises:
         UserError: there is no tokenizer, or none that can be used.
     """
-    causal = family(read_config(name)) == "causal"
-    return (CausalTokens if causal else Tokens)(load_tokenizer(name))
+    kind, tokenizer = family(read_config(name)), load_tokenizer(name)
+    if kind == "causal":
+        return CausalTokens(tokenizer)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"tokenizer: the one of {os.fspath(name)!r} has no padding token")
+    return Tokens(tokenizer)
 
 
 def load_model(

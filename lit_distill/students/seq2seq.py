@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
@@ -21,7 +21,7 @@ from lit_distill.students.fast.greedy import greedy
 from lit_distill.students.fast.head import token_losses
 from lit_distill.students.fast.memory import keep_freed_memory
 from lit_distill.students.fast.packed import Encoded, encode, encode_and_decode, log_likelihoods
-from lit_distill.students.fast.support import fits, reason_against, reason_against_decoding
+from lit_distill.students.fast.support import fits, reason_against
 from lit_distill.students.fast.t5 import into_head
 from lit_distill.students.tokens import Tokens
 
@@ -43,6 +43,14 @@ class Seq2SeqStudent(Student):
         self.fast = fast
         self.compiles = compile
         self._said: set[str] = set()
+        config = self.network.config
+        # in place of a pretrained model's own settings: the arguments alone say how it generates
+        self.generation = GenerationConfig(
+            pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id,
+            decoder_start_token_id=config.decoder_start_token_id,
+        )
+        self.network.generation_config = self.generation
 
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
         """A pass of this batch, on the fast path where student and batch allow it."""
@@ -57,8 +65,8 @@ class Seq2SeqStudent(Student):
             why: str | None = "in training, the forward is compiled instead"
         else:
             # a sharded parameter is whole only while its block's own forward runs
-            why = "the parameters are sharded" if self.sharded else reason_against(self.model)
-            if why is None and not fits(list(batch.values())):
+            why = "the parameters are sharded" if self.sharded else reason_against(self.network)
+            if why is None and not fits(inputs for inputs in batch.values() if len(inputs["labels"])):
                 why = "for a batch, it has padding before a source's end, or a row without a source"
         return why is None or self.say_off(why)
 
@@ -75,7 +83,7 @@ class Seq2SeqPass(Pass):
 
     def __init__(self, student: Seq2SeqStudent, batch: TaskBatch) -> None:
         super().__init__(student, batch)
-        self.model: Any = student.model
+        self.model: Any = student.network
         self.with_rows = {task: inputs for task, inputs in batch.items() if len(inputs["labels"])}
         ends = accumulate((len(inputs["labels"]) for inputs in batch.values()), initial=0)
         self.first_rows = dict(zip(batch, ends, strict=False))
@@ -196,8 +204,8 @@ class PackedPass(Seq2SeqPass):
         """See `Pass.generate`."""
         chosen = list(range(len(self.inputs(task)["labels"])) if rows is None else rows)
         greedily = chosen and num_beams == 1 and not self.model.training
-        if greedily and (why := reason_against_decoding(self.model)) is not None:
-            greedily = self.student.say_off(f"for generation, {why}")
+        if greedily and self.model.generation_config != self.student.generation:
+            greedily = self.student.say_off("for generation, which has settings of its own")
         if not greedily:
             return super().generate(
                 task, rows=chosen, max_new_tokens=max_new_tokens, num_beams=num_beams, process_logits=process_logits

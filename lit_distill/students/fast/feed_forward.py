@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers.activations import NewGELUActivation
-from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerFF
+from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from lit_distill.students.fast.functions import apply, kept, rms_norm_gradients, rms_scale
-from lit_distill.students.fast.support import listened_to
+from lit_distill.students.fast.support import has_hooks
 
 CHUNK = 1024
 """Tokens that go through the sublayer together."""
@@ -31,10 +31,10 @@ def chunks_well(layer: T5LayerFF, x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and isinstance(inner, T5DenseGatedActDense)
+        and hasattr(inner, "wi_1")
         and isinstance(inner.act, NewGELUActivation)
         and all(
-            type(m) is nn.Linear and m.bias is None and not listened_to(m) for m in (inner.wi_0, inner.wi_1, inner.wo)
+            type(m) is nn.Linear and m.bias is None and not has_hooks(m) for m in (inner.wi_0, inner.wi_1, inner.wo)
         )
         and all(m.weight.dtype == torch.float32 for m in (inner.wi_0, inner.wi_1, inner.wo))
     )

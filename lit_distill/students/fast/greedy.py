@@ -13,7 +13,6 @@ from lit_distill.students.fast.few_queries import FewQueries
 from lit_distill.students.fast.looks import projects_plainly
 from lit_distill.students.fast.packed import Encoded
 from lit_distill.students.fast.packing import Packing
-from lit_distill.students.fast.support import start_token
 from lit_distill.students.fast.t5 import feed_forward, into_head, norm
 
 Shape = Callable[[Tensor, int, Tensor], Tensor]
@@ -50,12 +49,9 @@ def greedy(
     """
     if not rows:
         return []
-    settings = student.generation_config
-    eos, device = settings.eos_token_id, student.device
-    start = start_token(student)
-    if start is None:
-        raise ValueError("the generation settings have no start token")
-    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=device)
+    settings, device = student.generation_config, student.device
+    start, eos = settings.decoder_start_token_id, settings.eos_token_id
+    ends = torch.tensor([] if eos is None else eos, device=device).view(-1)
     if len(set(rows)) < len(encoded.packing.lengths):
         present, packing = encoded.packing.rows(rows).compact()
         encoded, rows = Encoded([encoded.states.index_select(0, present)], packing), range(len(rows))

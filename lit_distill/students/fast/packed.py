@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_distill.batch import TaskInputs, sources_of, targets_of
 from lit_distill.students.fast.head import token_losses
 from lit_distill.students.fast.packing import Packing
-from lit_distill.students.fast.support import listened_to
+from lit_distill.students.fast.support import has_hooks
 from lit_distill.students.fast.t5 import into_head, run_decoder, run_encoder
 
 
@@ -74,7 +74,7 @@ def embed(model: Any, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     """Embeddings of packed source ids and of the decoder's packed inputs."""
     encoder, decoder = model.encoder.embed_tokens, model.decoder.embed_tokens
     # transformers' activation checkpointing has hooks on the embeddings
-    if encoder.weight is not decoder.weight or listened_to(encoder) or listened_to(decoder):
+    if encoder.weight is not decoder.weight or has_hooks(encoder) or has_hooks(decoder):
         return encoder(sources), decoder(targets)
     # one look-up: its gradient is as large as the vocabulary, and would be made and added twice
     both = F.embedding(torch.cat([sources, targets]), encoder.weight)

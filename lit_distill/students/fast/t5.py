@@ -5,12 +5,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
     T5Block,
-    T5DenseActDense,
-    T5DenseGatedActDense,
     T5LayerNorm,
     T5Stack,
 )
@@ -30,10 +29,10 @@ def norm(module: T5LayerNorm, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def feed_forward(module: T5DenseActDense | T5DenseGatedActDense, x: Tensor) -> Tensor:
+def feed_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - T5's or mT5's
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
     rate = _rate(module.dropout)
-    if isinstance(module, T5DenseGatedActDense):
+    if hasattr(module, "wi_1"):
         inner = gated(_activate(module.act, module.wi_0(x)), module.wi_1(x), rate)
     else:
         inner = dropout(_activate(module.act, module.wi(x)), rate)
@@ -45,11 +44,10 @@ def feed_forward(module: T5DenseActDense | T5DenseGatedActDense, x: Tensor) -> T
 
 
 def into_head(model: Any, states: Tensor) -> Tensor:  # noqa: ANN401 - one of the T5 family, adapted or not
-    """What the output head reads of the decoder's states ``(tokens, d_model)``: most tied heads read them scaled."""
-    config = model.config
-    # mT5 never scales, UMT5 where its head is tied, T5 as its configuration file says
-    scales = getattr(config, "scale_decoder_outputs", config.model_type == "umt5" and config.tie_word_embeddings)
-    return states * config.d_model**-0.5 if scales else states
+    """What the output head reads of the decoder's states ``(tokens, d_model)``: a tied one reads them scaled."""
+    # mT5 never scales
+    scales = getattr(model.config, "scale_decoder_outputs", False)
+    return states * model.config.d_model**-0.5 if scales else states
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ def _run(stack: T5Stack, x: Tensor, own: SelfLook, cross: CrossLook | None) -> l
     for block in blocks:
         hidden.append(x)
         if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
-            x = block._gradient_checkpointing_func(_block, block, x, own, cross)
+            x = checkpoint(_block, block, x, own, cross, use_reentrant=False)
         else:
             x = _block(block, x, own, cross)
     return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]

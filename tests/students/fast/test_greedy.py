@@ -197,13 +197,6 @@ def test_distances_beyond_the_last_bucket() -> None:
     assert ours(student, ROWS, 60) == generated(student, ROWS, 60)
 
 
-@pytest.mark.parametrize(("start", "begin"), [(None, 7), (7, 3)])
-def test_the_token_that_generate_starts_with(start: int | None, begin: int) -> None:
-    student = make(3, list(range(1, 9)))
-    student.generation_config.decoder_start_token_id, student.generation_config.bos_token_id = start, begin
-    assert ours(student, ROWS, 12) == generated(student, ROWS, 12)
-
-
 class Squared(nn.Linear):
     """Nothing like a matrix product."""
 

@@ -9,16 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
 
 from lit_distill.batch import IGNORE_INDEX
-from lit_distill.students.fast.support import (
-    decodes_plainly,
-    fits,
-    reason_against,
-    reason_against_decoding,
-    start_token,
-)
+from lit_distill.students.fast.support import fits, reason_against
 from tests.students.fast.examples import TASKS, VARIANTS, checkpointed, make_student, make_task
 
 
@@ -181,28 +174,7 @@ def test_embeddings_that_do_more_than_look_up(settings: dict[str, Any], which: s
         student.set_input_embeddings(nn.Embedding(60, 16, **settings))
     else:
         getattr(student, which).embed_tokens = nn.Embedding(60, 16, **settings)
-    assert "is more than a table" in str(reason_against(student))
-
-
-@pytest.mark.parametrize(
-    ("place", "name"), [("encoder.block.1.layer.0", "SelfAttention"), ("decoder.block.0.layer.1", "EncDecAttention")]
-)
-def test_scaled_scores(place: str, name: str) -> None:
-    student: Any = make_student()
-    attend: Any = student.get_submodule(f"{place}.{name}")
-    attend.scaling = 1.0
-    assert reason_against(student) is None
-    attend.scaling = 0.5
-    assert "scales its scores" in str(reason_against(student))
-
-
-@pytest.mark.parametrize("settings", [{"use_reentrant": True}, {}])
-def test_reentrant_checkpointing(settings: dict[str, Any]) -> None:
-    # it finds no gradients of what a layer reads beside its arguments
-    student: Any = make_student()
-    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
-    enable(settings)
-    assert "use_reentrant" in str(reason_against(student))
+    assert "embed_tokens is not what T5 has there" in str(reason_against(student))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -224,20 +196,13 @@ def test_parametrised_projections_are_served() -> None:
     assert reason_against(student) is None
 
 
-def test_the_classes_are_what_they_are_named_after() -> None:
-    student = make_student()
-    assert type(student.encoder) is T5Stack
-    assert type(student.encoder.block[0]) is T5Block
-    assert type(student.encoder.final_layer_norm) is T5LayerNorm
-
-
 # ------------------------------------------------------------------------------------------------ batches
 
 
 def test_rows_padded_on_the_right() -> None:
     assert fits(TASKS)
     assert fits([make_task([3, 1], [2, 1], extra=4)])
-    assert fits([make_task([3, 1], [2, 0], lengths=True)])
+    assert fits([make_task([3, 1], [2, 0])])
     # targets may have holes
     assert fits([make_task([3, 1], [9, 9], holes=0.5)])
 
@@ -259,18 +224,11 @@ def test_empty_sources() -> None:
     task = make_task([3, 5], [2, 1])
     task["attention_mask"][0] = 0
     assert not fits([task])
-    assert not fits([make_task([3, 0], [2, 1], lengths=True)])
-
-
-def test_no_rows() -> None:
-    task = make_task([1], [1])
-    for name in ("input_ids", "attention_mask", "labels"):
-        task[name] = task[name][:0]
-    assert not fits([task])
+    assert not fits([make_task([3, 0], [2, 1])])
 
 
 def test_holes_beside_lengths_that_were_written_down() -> None:
-    task = make_task([3, 5], [2, 1], lengths=True)
+    task = make_task([3, 5], [2, 1])
     task["attention_mask"][1, 2] = 0
     assert not fits([task])
 
@@ -290,62 +248,3 @@ def test_targets_do_not_matter() -> None:
     task = make_task([3, 5], [2, 1])
     task["labels"].fill_(IGNORE_INDEX)
     assert fits([task])
-
-
-# ------------------------------------------------------------------------------------------------ generation settings
-
-
-def test_plain_generation_settings() -> None:
-    assert decodes_plainly(make_student())
-    student = make_student()
-    settings = {"num_beams": 4, "do_sample": True, "temperature": 0.7, "max_length": 33, "eos_token_id": [1, 2]}
-    for name, value in settings.items():
-        setattr(student.generation_config, name, value)
-    assert decodes_plainly(student)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("repetition_penalty", 1.3),
-        ("min_length", 5),
-        ("min_new_tokens", 5),
-        ("no_repeat_ngram_size", 2),
-        ("bad_words_ids", [[5]]),
-        ("suppress_tokens", [5]),
-        ("begin_suppress_tokens", [5]),
-        ("forced_bos_token_id", 5),
-        ("forced_eos_token_id", 1),
-        ("encoder_repetition_penalty", 1.2),
-        ("encoder_no_repeat_ngram_size", 2),
-        ("exponential_decay_length_penalty", (3, 1.1)),
-        ("sequence_bias", [[[5], -3.0]]),
-        ("guidance_scale", 2.0),
-        ("stop_strings", ["a"]),
-        ("max_time", 1.0),
-        ("watermarking_config", {"bias": 2.0}),
-        ("penalty_alpha", 0.6),
-        ("num_return_sequences", 2),
-    ],
-)
-def test_settings_that_change_the_tokens(name: str, value: object) -> None:
-    student = make_student()
-    setattr(student.generation_config, name, value)
-    assert not decodes_plainly(student)
-
-
-def test_a_reason_names_the_settings() -> None:
-    student = make_student()
-    student.generation_config.repetition_penalty = 1.3
-    student.generation_config.suppress_tokens = [5]
-    assert reason_against_decoding(student) == "the generation settings have repetition_penalty, suppress_tokens"
-
-
-@pytest.mark.parametrize(
-    ("start", "begin", "expected"), [(3, 7, 3), (None, 7, 7), (None, None, None), ([3, 3], 7, None)]
-)
-def test_the_start_token_is_the_one_of_generate(start: Any, begin: int | None, expected: int | None) -> None:  # noqa: ANN401
-    student = make_student()
-    student.generation_config.decoder_start_token_id, student.generation_config.bos_token_id = start, begin
-    assert start_token(student) == expected
-    assert decodes_plainly(student) == (expected is not None)
