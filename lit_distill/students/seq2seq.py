@@ -1,5 +1,6 @@
 """Encoder-decoder students of the T5 family, and their two passes: on real tokens only, or Hugging Face's forward."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,7 @@ class Seq2SeqStudent(Student):
             eos_token_id=config.eos_token_id,
             decoder_start_token_id=config.decoder_start_token_id,
         )
-        self.network.generation_config = self.generation
+        self.network.generation_config = copy.deepcopy(self.generation)
 
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
         """A pass of this batch, on the fast path where student and batch allow it."""

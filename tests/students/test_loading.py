@@ -344,9 +344,15 @@ def test_a_tokenizer_that_makes_no_ids_or_ends_no_target(tmp_path: Path) -> None
     ("change", "reason"),
     [
         (lambda content: content.pop("state_dict"), "is a checkpoint without weights"),
-        (lambda content: content["state_dict"].update({"student.shared.weight": 3}), "is a checkpoint without weights"),
-        (lambda content: content["state_dict"].pop("student.shared.weight"), "Missing key"),
-        (lambda content: content["state_dict"].update({"student.shared.weight": torch.zeros(3)}), "size mismatch"),
+        (
+            lambda content: content["state_dict"].update({"student.model.shared.weight": 3}),
+            "is a checkpoint without weights",
+        ),
+        (lambda content: content["state_dict"].pop("student.model.shared.weight"), "Missing key"),
+        (
+            lambda content: content["state_dict"].update({"student.model.shared.weight": torch.zeros(3)}),
+            "size mismatch",
+        ),
         (lambda content: content["lit_distill_student"].pop("tokenizer"), "is not a checkpoint of lit_distill"),
         (lambda content: content["lit_distill_student"]["config"].pop("model_type"), "cannot be a student"),
     ],
@@ -355,7 +361,7 @@ def test_checkpoints_that_lack_a_part(tmp_path: Path, change: Callable[[dict[str
     student = build_model(CONFIG)
     content = {
         "lit_distill_student": dict(record_model(student, make_tokenizer())),
-        "state_dict": {f"student.{name}": tensor for name, tensor in student.state_dict().items()},
+        "state_dict": {f"student.model.{name}": tensor for name, tensor in student.state_dict().items()},
     }
     change(content)
     torch.save(content, tmp_path / "a.ckpt")
