@@ -98,16 +98,7 @@ def compare_runs(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """Compare runs.
-
-    Args:
-        runs: the runs.
-        skipped: source -> reason for what was found and is no finished run.
-        metric: what is compared, by its logged name.
-        baseline: ``key=value,key=value``; standard finetuning by default.
-        allow_different_tests: runs of a dataset may have been tested on different rows.
-        resamples: of the bootstrap.
-        seed: of its draws.
+    """Compare runs; ``skipped`` is what was found and is no finished run, all else is as in the command.
 
     Raises:
         UserError: there are no runs, their test rows differ, or an argument is wrong.
@@ -251,9 +242,7 @@ def find_baseline(
     """The setting with the wanted values that is otherwise most like ``setting``; else ``None`` and why."""
     if _matches(setting, wanted):
         return None, ""
-    same = {"dataset", "student", "parameters", "label_source", "train_fraction"} - set(wanted)
-    if "student" in wanted:
-        same -= {"parameters"}
+    same = {"dataset", "student", "label_source", "train_fraction"} - set(wanted)
     candidates = [
         other
         for other in settings

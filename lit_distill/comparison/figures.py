@@ -179,10 +179,8 @@ def _lines(results: Sequence[Result], field: str, section: Section, metric: str,
     figure.legend(handles=sorted(handles, key=handles.__getitem__, reverse=True), loc="outside right center")
     short = short_names(keys)
     notes = [f"{short[key].replace('_', ' ')} differs between points" for key in sorted(keys - splitting)]
-    student = settings[0].student
-    what, file = (
-        (student, f"{student}-training_rows") if field == "train_fraction" else (_part(settings[0]), "student_size")
-    )
+    what = settings[0].student if field == "train_fraction" else _part(settings[0])
+    file = f"{what}-training_rows" if field == "train_fraction" else "student_size"
     yield _finish(figure, settings[0], [what], file, [*notes, *_notes(results)])
 
 
@@ -206,15 +204,12 @@ def _tick(results: Sequence[Result], field: str) -> str:
 def _variants(results: Sequence[Result], section: Section, metric: str, names: list[str]) -> Plot:
     """Methods and variants of one student and fraction below each other, with their differences to a baseline."""
     results = sorted(results, key=lambda result: (-result.metric.mean, result.name))
-    settings = [result.setting for result in results]
-    varying = {key for one in settings for key, _ in one.extra if len({other.value(key) for other in settings}) > 1}
-    labels = variant_names(settings, varying)
-    folded = [fill(labels[setting], 34) for setting in settings]
+    labels = [fill(result.name, 34) for result in results]
     baselines = {result.baseline for result in results if result.by_row}
     baseline = baselines.pop() if len(baselines) == 1 else None
-    figure, panels = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in folded), 1 + bool(baseline))
+    figure, panels = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels), 1 + bool(baseline))
     for y, result in enumerate(results):
-        look = _look(labels[result.setting], names)
+        look = _look(result.name, names)
         panels[0].errorbar(result.metric.mean, y, xerr=result.metric.standard_error or 0, **look)
         if result.metric.n > 1:
             values = result.metric.values
@@ -227,8 +222,8 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
             panels[1].plot(0, y, look["marker"], mfc="white", mec=look["color"])
     if section.chance is not None:
         panels[0].axvline(section.chance, color=_GREY, linestyle=":", zorder=1)
-    panels[0].set_yticks(range(len(folded)), folded)
-    panels[0].set_ylim(len(folded) - 0.5, -0.5)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
     for panel in panels:
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
@@ -236,19 +231,19 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
     notes = _notes(results) + ["small circles: single seeds"] * any(result.metric.n > 1 for result in results)
     notes += ["dotted: chance"] * (section.chance is not None)
     if baseline:
-        label = labels.get(baseline) or next(one.name for one in section.results if one.setting == baseline)
+        name = next(result.name for result in section.results if result.setting == baseline)
         panels[1].axvline(0, color=_GREY, linestyle=_DASHED, zorder=1)
-        _show_metric(panels[1], "x", metric, fill(f"difference to {label} (points)", 40))
+        _show_metric(panels[1], "x", metric, fill(f"difference to {name} (points)", 40))
         notes = [f"left: {notes[0]}", *notes[1:], "right: 95 % bootstrap intervals over test rows"]
-    student = settings[0].student
-    return _finish(figure, settings[0], [student, _part(settings[0])], f"{student}-methods", notes)
+    setting = results[0].setting
+    return _finish(figure, setting, [setting.student, _part(setting)], f"{setting.student}-methods", notes)
 
 
-def _mark_published(axes: Axes, result: Result, look: dict[str, Any], **place: float) -> None:
-    """A hollow marker at the published accuracy, at an x or y."""
+def _mark_published(axes: Axes, result: Result, look: dict[str, Any], x: float | None = None, y: float = 0) -> None:
+    """A hollow marker at the published accuracy, which is on the axis that has no place given."""
     if result.published:
-        place = {"x": result.published.accuracy, "y": result.published.accuracy} | place
-        axes.plot(place["x"], place["y"], look["marker"], ms=10, mfc="none", mec=look["color"], mew=1.5)
+        place = (result.published.accuracy, y) if x is None else (x, result.published.accuracy)
+        axes.plot(*place, look["marker"], ms=10, mfc="none", mec=look["color"], mew=1.5)
 
 
 def _part(setting: Setting) -> str:

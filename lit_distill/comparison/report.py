@@ -40,7 +40,7 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``runs.csv``, ``runs.parquet`` and ``figures/``; return the PNG files."""
     # imported here, as no other command needs it
     import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import csv, parquet  # type: ignore[import-untyped]
+    from pyarrow import csv, parquet
 
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     # pandas would make numbers of rows with a gap into floats

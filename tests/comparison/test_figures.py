@@ -3,17 +3,17 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lit_distill.comparison.comparing import compare_runs
+from lit_distill.comparison.comparing import Comparison, compare_runs
 from lit_distill.comparison.figures import Plot, draw
 from lit_distill.comparison.runs import find_runs
 from tests.comparison.runs import answers, write_run, write_runs
@@ -81,6 +81,23 @@ def extremes(root: Path) -> None:
 CASES = [few, like_the_paper, many, tiny, extremes]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> "Drawn":
+    """The comparison of a case and its figures, which no test changes."""
+
+    @cache
+    def draw_case(case: Callable[[Path], None]) -> tuple[Comparison, list[Plot]]:
+        root = tmp_path_factory.mktemp(case.__name__)
+        case(root)
+        comparison = compare_runs(*find_runs([root]), resamples=200)
+        return comparison, draw(comparison)
+
+    return draw_case
+
+
+Drawn = Callable[[Callable[[Path], None]], tuple[Comparison, list[Plot]]]
+
+
 def plots_of(root: Path, **how: Any) -> list[Plot]:
     return draw(compare_runs(*find_runs([root]), **({"resamples": 200} | how)))
 
@@ -100,9 +117,8 @@ def texts_of(figure: Figure) -> list[Text]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_everything_can_be_read_and_lies_within_its_figure(tmp_path: Path, case: Callable[[Path], None]) -> None:
-    case(tmp_path)
-    found = plots_of(tmp_path)
+def test_everything_can_be_read_and_lies_within_its_figure(drawn: Drawn, case: Callable[[Path], None]) -> None:
+    _, found = drawn(case)
     assert found
     for plot in found:
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(plot.figure)]
@@ -130,9 +146,8 @@ def labels_of(plot: Plot) -> list[str]:
     return [text.get_text().replace("\n", " ") for legend in plot.figure.legends for text in legend.get_texts()]
 
 
-def test_there_is_a_figure_for_each_question_that_runs_answer(tmp_path: Path) -> None:
-    like_the_paper(tmp_path)
-    by_rows, by_size, variants = plots_of(tmp_path)
+def test_there_is_a_figure_for_each_question_that_runs_answer(drawn: Drawn) -> None:
+    comparison, (by_rows, by_size, variants) = drawn(like_the_paper)
     assert by_rows.name == "cqa-gold-t5-v1_1-base-training_rows"
     assert by_size.name == "cqa-gold-student_size"
     assert variants.name == "cqa-gold-t5-v1_1-base-methods"
@@ -146,19 +161,18 @@ def test_there_is_a_figure_for_each_question_that_runs_answer(tmp_path: Path) ->
         "difference to standard finetuning\n(points)",
     ]
     # another metric than accuracy has no level of the teacher's labels
-    of_loss = plots_of(tmp_path, metric="test/loss")
+    of_loss = draw(compare_runs(comparison.runs, metric="test/loss"))
     assert labels_of(of_loss[1])[0] != "teacher's labels, 77.2 %"
     assert of_loss[0].figure.axes[0].get_ylabel() == "test loss"
 
 
-def test_the_points_and_bars_are_the_results(tmp_path: Path) -> None:
-    like_the_paper(tmp_path)
-    comparison = compare_runs(*find_runs([tmp_path]), resamples=200)
-    axes = draw(comparison)[0].figure.axes[0]
+def test_the_points_and_bars_are_the_results(drawn: Drawn) -> None:
+    comparison, plots = drawn(like_the_paper)
+    axes = plots[0].figure.axes[0]
     results = [result for result in comparison.sections[0].results if result.setting.student == "t5-v1_1-base"]
-    drawn = {round(float(y), 9) for line in axes.get_lines() for y in np.asarray(line.get_ydata(), float)}
-    assert {round(result.metric.mean, 9) for result in results} <= drawn
-    assert {result.published.accuracy for result in results if result.published} <= drawn
+    ys = {round(float(y), 9) for line in axes.get_lines() for y in np.asarray(line.get_ydata(), float)}
+    assert {round(result.metric.mean, 9) for result in results} <= ys
+    assert {result.published.accuracy for result in results if result.published} <= ys
     bars = {
         (round(float(a), 6), round(float(b), 6))
         for collection in axes.collections
@@ -204,36 +218,15 @@ def test_a_key_that_follows_the_axis_does_not_break_a_line(tmp_path: Path) -> No
     assert any(text.get_text().startswith("warmup differs between points") for text in texts_of(plot.figure))
 
 
-def test_methods_look_apart_without_colour_and_the_same_in_all_figures(tmp_path: Path) -> None:
-    many(tmp_path)
-    lines, dots = plots_of(tmp_path)
+def test_methods_look_apart_without_colour_and_the_same_in_all_figures(drawn: Drawn) -> None:
+    _, (lines, dots) = drawn(many)
     looks = {bars.get_label(): bars.lines[0] for bars in lines.figure.axes[0].containers}  # type: ignore[attr-defined]
     assert len({(line.get_marker(), line.get_linestyle()) for line in looks.values()}) == len(looks) == 9
-    drawn = {(line.get_marker(), line.get_color()) for line in dots.figure.axes[0].get_lines()}
-    assert {(line.get_marker(), line.get_color()) for line in looks.values()} <= drawn
+    found = {(line.get_marker(), line.get_color()) for line in dots.figure.axes[0].get_lines()}
+    assert {(line.get_marker(), line.get_color()) for line in looks.values()} <= found
 
 
-def test_files_are_the_same_each_time_and_leave_matplotlib_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few(tmp_path / "runs")
-    # without the backend, which is chosen by being looked at
-    before = {name: mpl.rcParams[name] for name in mpl.rcParams if name != "backend"}
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        for plot in plots_of(tmp_path / "runs"):
-            plot.save(tmp_path / name)
-        assert {name: mpl.rcParams[name] for name in mpl.rcParams if name not in ("backend", "font.size")} == {
-            name: value for name, value in before.items() if name != "font.size"
-        }
-        monkeypatch.setitem(mpl.rcParams, "font.size", 30.0)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 4
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_heavy_libraries_are_imported_when_they_are_used(tmp_path: Path) -> None:
+def test_heavy_libraries_are_imported_when_they_are_used() -> None:
     code = """
 import sys
 from lit_distill.comparison import comparing, figures, report, runs
