@@ -1,23 +1,27 @@
 """Arithmetic in text, valued without ever running the text.
 
-A student's output is untrusted: the value of an equation is computed here from a syntax tree in which only numbers,
-``+ - * / // % **``, signs and parentheses exist.
+What a student writes is untrusted: the value of an equation or a program is computed here from a syntax tree in which
+only numbers, ``+ - * / // % **``, signs, parentheses and, in programs, assigned names exist.
 """
 
 import ast
 import operator
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Final
 
 MAX_LENGTH: Final = 512
-"""Longest text read, in characters after stripping. SVAMP's longest equation has 31; the bound also caps the number of
-nodes, so that a generation that never stopped costs no more than a good one."""
+"""Longest equation or line of a program, in characters after stripping. SVAMP's longest equation has 31; the bound also
+caps the number of nodes, so that a generation that never stopped costs no more than a good one."""
+
+MAX_LINES: Final = 64
+"""Most lines of a program."""
 
 MAX_DEPTH: Final = 64
-"""Deepest nesting read, of parentheses and of operations alike, where every term of ``1 + 1 + 1 ...`` nests one deeper.
-Far below the parser's and the interpreter's own limits, so that the answer depends neither on the Python version nor on
-how deep the caller's stack is."""
+"""Deepest nesting, of parentheses and of operations alike, where every term of ``1 + 1 + 1 ...`` nests one deeper. Far
+below the parser's and the interpreter's own limits, so that the answer depends neither on the Python version nor on how
+deep the caller's stack is."""
 
 MAX_EXPONENT: Final = 64.0
 """Largest exponent by size. No word problem raises to more, and a student that stutters ``**`` writes no answer."""
@@ -48,21 +52,26 @@ _BINARY: Final[dict[type[ast.operator], Callable[[float, float], float]]] = {
     ast.Mod: operator.mod,
     ast.Pow: _power,
 }
-
 _UNARY: Final[dict[type[ast.unaryop], Callable[[float], float]]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
+# the parser gives up on deep nesting with RecursionError or MemoryError, on overlong integers with ValueError
+_FAULTS: Final = (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError)
 
-def _value(node: ast.expr, depth: int) -> float:
+
+def _value(node: ast.expr, names: Mapping[str, float], depth: int = 1) -> float:
     """The value of a tree; raises ``ValueError`` or ``ArithmeticError`` where it has none."""
     if depth > MAX_DEPTH:
         raise ValueError("nested beyond MAX_DEPTH")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        # In floats from the leaves on: no integer can grow without bound.
+        # in floats from the leaves on: no integer can grow without bound
         value = float(node.value)  # type: ignore[arg-type]
+    elif isinstance(node, ast.Name) and node.id in names:
+        value = names[node.id]
     elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        value = _BINARY[type(node.op)](_value(node.left, depth + 1), _value(node.right, depth + 1))
+        left, right = _value(node.left, names, depth + 1), _value(node.right, names, depth + 1)
+        value = _BINARY[type(node.op)](left, right)
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        value = _UNARY[type(node.op)](_value(node.operand, depth + 1))
+        value = _UNARY[type(node.op)](_value(node.operand, names, depth + 1))
     else:
         raise ValueError(f"{type(node).__name__} is no arithmetic")
     # `not <=` rather than `>`: nan fails it as well
@@ -71,17 +80,17 @@ def _value(node: ast.expr, depth: int) -> float:
     return value
 
 
-def _parentheses(text: str) -> int:
-    """How deep a text's parentheses nest; the syntax tree no longer shows redundant ones."""
+def _is_short(text: str) -> bool:
+    """Whether a line is within the limits; the syntax tree no longer shows redundant parentheses."""
     depths = accumulate((character == "(") - (character == ")") for character in text)
-    return max(depths, default=0)
+    return len(text) <= MAX_LENGTH and max(depths, default=0) <= MAX_DEPTH
 
 
 def evaluate(text: str) -> float | None:
     """The value of an arithmetic expression, by Python's own precedence and meaning of each operator.
 
-    The text is stripped of surrounding whitespace. Read are decimal integers and floats, ``+ - * / // % **``, signs and
-    parentheses, within this module's limits. Commas are not thousands separators: ``1,000`` is no number here.
+    The text is stripped of surrounding whitespace. Decimal integers and floats, ``+ - * / // % **``, signs and
+    parentheses are read, within this module's limits. Commas are not thousands separators: ``1,000`` is no number here.
 
     Args:
         text: any text at all; it is parsed, never executed.
@@ -96,10 +105,42 @@ def evaluate(text: str) -> float | None:
     True
     """
     text = text.strip()
-    if len(text) > MAX_LENGTH or not _CHARACTERS.issuperset(text) or _parentheses(text) > MAX_DEPTH:
+    if not _is_short(text) or not _CHARACTERS.issuperset(text):
         return None
     try:
-        return _value(ast.parse(text, mode="eval").body, depth=1)
-    # The parser gives up on deep nesting with RecursionError or MemoryError, on overlong integers with ValueError.
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return _value(ast.parse(text, mode="eval").body, {})
+    except _FAULTS:
         return None
+
+
+def run_program(text: str) -> str | None:
+    r"""The last value of a program as text: lines of ``name = expression`` over numbers and earlier names.
+
+    A last line may be an expression alone. Lines are read as `evaluate` reads them, and comments are left out.
+
+    Returns:
+        The value; ``None`` for anything that is no such program. It never raises.
+
+    >>> run_program("apples = 3 * 4\\nleft = apples - 5  # eaten")
+    '7'
+    """
+    names: dict[str, float] = {}
+    value = None
+    lines = [line for raw in text.strip().splitlines() if (line := raw.partition("#")[0].strip())]
+    if len(lines) > MAX_LINES:
+        return None
+    for line in lines:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the parser, about `1or 2`
+                (statement,) = ast.parse(line).body if _is_short(line) else ()
+            if isinstance(statement, ast.Assign) and all(isinstance(name, ast.Name) for name in statement.targets):
+                value = _value(statement.value, names)
+                names |= {name.id: value for name in statement.targets if isinstance(name, ast.Name)}
+            elif isinstance(statement, ast.Expr) and line == lines[-1]:
+                value = _value(statement.value, names)
+            else:
+                return None
+        except _FAULTS:
+            return None
+    return None if value is None else str(int(value) if value.is_integer() else value)

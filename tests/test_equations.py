@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_distill.equations import MAX_DEPTH, MAX_EXPONENT, MAX_LENGTH, MAX_MAGNITUDE, evaluate
+from lit_distill.equations import MAX_DEPTH, MAX_EXPONENT, MAX_LENGTH, MAX_LINES, MAX_MAGNITUDE, evaluate, run_program
 
 SVAMP = Path(__file__).parents[2] / "shared" / "data" / "svamp"
 
@@ -341,3 +341,47 @@ def test_any_text_gives_a_bounded_number_or_nothing_quickly(text: str) -> None:
     assert time.perf_counter() - start < QUICK_S
     assert not seen  # as errors they would be caught with the parser's and go unseen
     assert value is None or (type(value) is float and abs(value) <= MAX_MAGNITUDE)
+
+
+@pytest.mark.parametrize(
+    ("program", "answer"),
+    [
+        ("a = 3 + 4\nb = a * 2\nanswer = b - 1", "13"),
+        ("  x = 7 / 2  ", "3.5"),
+        ("x = y = 2 ** 3\nx * y", "64"),
+        ("# how many\n\nx = 1  # one", "1"),
+        ("(84 / 2)", "42"),
+        ("", None),
+        ("x", None),
+        ("x = y", None),
+        ("x = 1\nx = x / 0", None),
+        ("x = 1; y = 2", None),
+        ("1 + 1\nx = 2", None),
+        ("import os", None),
+        ("x = __import__('os').system('true')", None),
+        ("x = [1, 2]", None),
+        ("x.y = 2", None),
+        ("x, y = 1, 2", None),
+        ("x = 'a' * 10", None),
+        ("x = (lambda: 1)()", None),
+        ("x = 1or 2", None),
+        ("x = 9 ** 99", None),
+        ("x = True", None),
+        ("x = 2j", None),
+        ("while True: 1", None),
+        ("x = 1 if 1 else 2", None),
+        ("x = " + "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1), None),
+        ("x = " + "1 + " * MAX_LENGTH + "1", None),
+        ("x = 1\n" * (MAX_LINES + 1), None),
+        ("x = 10\n" + "x = x * x\n" * 10, None),
+        ("x = 1\0", None),
+    ],
+)
+def test_programs(program: str, answer: str | None) -> None:
+    assert run_program(program) == answer
+
+
+@given(st.text(st.sampled_from("ab=+-*/%().e 0123456789\n#_'[]:"), max_size=200) | st.text(max_size=200))
+def test_any_text_is_a_program_or_none(text: str) -> None:
+    found = run_program(text)
+    assert found is None or abs(float(found)) <= MAX_MAGNITUDE

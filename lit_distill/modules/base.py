@@ -79,7 +79,7 @@ class DistillModule(Evaluating, Checkpointing):
         self,
         student: str | Path,
         *,
-        tasks: dict[str, Task | dict[str, Any]] | None = None,
+        tasks: dict[str, dict[str, Any] | Task] | None = None,
         objectives: list[Objective] | None = None,
         teachers: dict[str, TeacherModel] | None = None,
         from_scratch: bool = False,
