@@ -3,6 +3,7 @@ import json
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lit_distill.commands.train import DistillCLI
 from lit_distill.data import JSONLDataModule
 from lit_distill.students import load_tokenizer
 from tests.runs import QUIET, at_work_in
-from tests.students import make_student_folder
+from tests.students import add_weights, make_student_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -121,6 +122,23 @@ def test_own_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         [
             *shlex.split(f"fit --model readme_losses.SmoothedModule --model.bonus 0.2 --model.student {student}"),
             *shlex.split(f"--model.from_scratch true {data} --trainer.fast_dev_run 1 --trainer.accelerator cpu"),
+        ]
+    )
+
+
+def test_own_objective_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_losses.py").write_text(python_block("KL"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    student = add_weights(make_student_folder(tmp_path / "student"))
+    (tmp_path / "method.yaml").write_text(yaml_block("teachers:").replace("google/t5-v1_1-large", str(student)))
+    monkeypatch.setenv("LIT_DISTILL_CACHE", str(tmp_path / "cache"))
+    data = "--data ToyDataModule --data.train_size 8 --data.batch_size 4"
+    main(
+        [
+            *shlex.split(f"fit --model StepByStepModule --config method.yaml --model.student {student} {data}"),
+            *shlex.split("--trainer.fast_dev_run 1 --trainer.accelerator cpu"),
         ]
     )
 

@@ -102,8 +102,12 @@ class Evaluating(Training):
             return self.process_logits(task, scores, number, rows if index is None else index[rows])
 
         overridden = type(self).process_logits is not Hooks.process_logits
+        settings = self.generation_settings(task)
         ids = step.student.generate(
-            task, **self.generation_settings(task), process_logits=process_logits if overridden else None
+            task,
+            max_new_tokens=settings["max_new_tokens"],
+            num_beams=settings["num_beams"],
+            process_logits=process_logits if overridden else None,
         )
         return self.student.tokens.decode(ids)
 

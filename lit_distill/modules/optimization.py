@@ -43,7 +43,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
     They are told apart by name: a sharded strategy makes every parameter one-dimensional.
     """
-    decaying, spared = [], []
+    decaying: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (spared if "norm" in name or ".ln_" in name or name.endswith(".bias") else decaying).append(parameter)

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.core.mixins import HyperparametersMixin
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import Tensor, nn
 
 from lit_distill.batch import TaskBatch, target_tokens

@@ -13,6 +13,7 @@ from lit_distill import students
 from lit_distill.batch import TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.students import Pass, Student
+from lit_distill.students.models import Dtype
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class TeacherModel:
 
     Args:
         model: a hub name, a folder or a checkpoint file of this framework; its vocabulary is the student's.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, whatever the student's.
+        dtype: of its weights, whatever the student's.
         device: where it runs, as in ``cuda:1``; by default where the student does.
     """
 
     model: str
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     device: str | None = None
 
 

@@ -284,7 +284,7 @@ def test_bootstrap_interval_nears_the_normal_one() -> None:
 
 
 def test_bootstrap_interval_is_scipys() -> None:
-    from scipy.stats import bootstrap  # type: ignore[import-untyped]
+    from scipy.stats import bootstrap
 
     values = np.random.default_rng(3).random(40)
     expected = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval

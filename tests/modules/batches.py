@@ -1,6 +1,6 @@
 """Batches written by hand, and a data module that serves them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +20,7 @@ def pad(rows: Sequence[list[int]], value: int, extra: int = 0) -> torch.Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.long).reshape(-1, length)
 
 
-def collate(rows: Sequence[Row], tasks: Sequence[str], extra: int = 0) -> TaskBatch:
+def collate(rows: Sequence[Row], tasks: Iterable[str], extra: int = 0) -> TaskBatch:
     """Rows to a batch, by the plainest means; ``extra`` adds that much padding."""
     batch: TaskBatch = {}
     for task in tasks:
@@ -68,9 +68,9 @@ class Rows(Dataset[tuple[int, Row]]):
 class RowsData(pl.LightningDataModule):
     """Serves rows unshuffled."""
 
-    def __init__(self, rows: Sequence[Row], batch_size: int, tasks: Sequence[str], **loader: Any) -> None:
+    def __init__(self, rows: Sequence[Row], batch_size: int, tasks: Iterable[str], **loader: Any) -> None:
         super().__init__()
-        self.rows, self.batch_size, self.tasks, self.loader = rows, batch_size, tasks, loader
+        self.rows, self.batch_size, self.tasks, self.loader = rows, batch_size, tuple(tasks), loader
 
     def _collate(self, items: Sequence[tuple[int, Row]]) -> TaskBatch:
         return collate([row for _, row in items], self.tasks)

@@ -140,7 +140,7 @@ def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
         found[f"prepared {k}"] = gradients(folder, k, objectives=[FixedText(weight=0.5, tasks=["rationale"])])
 
     right_weights, right_counts = DistillModule.window_weights, DistillModule.term_counts
-    DistillModule.window_weights = only_own_counts  # type: ignore[method-assign]
+    DistillModule.window_weights = only_own_counts  # type: ignore[method-assign, assignment]
     found |= {f"own counts {k}": gradients(folder, k) for k in ACCUMULATES}
     DistillModule.window_weights = lambda self, window: {"": torch.tensor(1.0)}  # type: ignore[method-assign]
     DistillModule.term_counts = lambda self, batch: {}  # type: ignore[method-assign]
@@ -215,8 +215,8 @@ def forward_passes(folder: Path) -> list[int]:
 
         return hook
 
-    module.student.model.encoder.register_forward_hook(count(0))
-    module.student.model.decoder.register_forward_hook(count(1))
+    module.student.model.get_submodule("encoder").register_forward_hook(count(0))
+    module.student.model.get_submodule("decoder").register_forward_hook(count(1))
     with mock.patch.object(DistillModule, "sharded", True), mock.patch.object(base, "CHOICES_AT_ONCE", 2):
         data = Choices(EVALUATION_ROWS, 2, module.tasks)
         ddp_trainer(limit_val_batches=1.0, use_distributed_sampler=False).validate(

@@ -37,7 +37,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def logits(module: DistillModule) -> Tensor:
     module.eval()
     with torch.no_grad():
-        return module.student(collate(ROWS, ("label",))).logits("label")
+        return module.step(collate(ROWS, ("label",))).student.logits("label")
 
 
 def trained(folder: Path, path: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401

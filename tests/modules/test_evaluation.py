@@ -5,7 +5,7 @@ import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -161,7 +161,10 @@ def test_val_loss_is_the_token_mean_over_the_split(student_folder: Path, batch_s
         module, datamodule=RowsData(rows, batch_size, module.tasks), verbose=False
     )
     with torch.no_grad():
-        terms = {task: float(term) for task, term in plain_terms(module.student.model, rows, module.tasks).items()}
+        terms = {
+            task: float(term)
+            for task, term in plain_terms(cast(Any, module.student.model), rows, tuple(module.tasks)).items()
+        }
     assert found["val/label_loss"] == pytest.approx(terms["label"], rel=1e-5)
     assert found["val/rationale_loss"] == pytest.approx(terms["rationale"], rel=1e-5)
     assert found["val/loss"] == pytest.approx(terms["label"] + 0.3 * terms["rationale"], rel=1e-5)

@@ -307,7 +307,7 @@ def test_the_student_stays_what_it_is(student_folder: Path, tmp_path: Path) -> N
     module = make(student_folder, StepByStepModule, fast=True, learning_rate=1e-2)
     names = list(make(student_folder, StepByStepModule, fast=False).student.model.state_dict())
     make_trainer(max_steps=3).fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
-    student = module.student.model.eval()
+    student: Any = module.student.model.eval()
     assert type(student) is T5ForConditionalGeneration
     assert list(student.state_dict()) == names
     inputs = batch_of(module)["label"]

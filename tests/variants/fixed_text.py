@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lit_distill.batch import IGNORE_INDEX
 from lit_distill.objectives import Objective, Step
-from tests.modules.batches import IGNORE_INDEX, Row, pad
+from tests.modules.batches import Row, pad
 
 
 class FixedText(Objective):

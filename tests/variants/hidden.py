@@ -18,4 +18,5 @@ class HiddenMatch(Objective):
     def forward(self, step: Step) -> Tensor:
         teacher, tasks = step.teacher(str(self.teacher)), self.about(step.batch)
         ours, theirs = (torch.cat([each.hidden(task, -1) for task in tasks]) for each in (step.student, teacher))
-        return (self.widen(ours) - theirs).square().mean(-1).sum() / max(len(ours), 1)
+        distances: Tensor = (self.widen(ours) - theirs).square().mean(-1)
+        return distances.sum() / max(len(ours), 1)
