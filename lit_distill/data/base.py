@@ -131,7 +131,7 @@ class RationaleDataModule(pl.LightningDataModule):
         predict_split: Split = "test",
         batching: Literal["shuffled", "by_length"] = "shuffled",
         pad_to_multiple_of: int | None = None,
-        rationales: str | Path | Sequence[str | Path] | None = None,
+        rationales: list[str | Path] | str | Path | None = None,
         rationale_pairing: Literal["own", "shuffled"] = "own",
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
