@@ -62,7 +62,7 @@ def _unknown_class(found: re.Match[str], key: str, message: str, options: Sequen
 
 
 def _unknown_option(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str:
-    name = ".".join(found.groups())
+    name = ".".join(filter(None, found.groups()))
     group = name.rpartition(".")[0]
     while group and not any(option.startswith(f"{group}.") for option in options):
         group = group.rpartition(".")[0]
@@ -122,10 +122,7 @@ _RULES: Sequence[tuple[str, str | Callable[[re.Match[str], str, str, Sequence[st
         "unexpected argument {0!r}; allowed are --key value and --config FILE",
     ),
     (r"unrecognized arguments: --?(\S+?)(?:[= ]|$)", _unknown_option),
-    (r"Group '([^']+)' does not accept option '([^']+)'", _unknown_option),
-    (r"does not accept option '([^']+)'", _unknown_option),
-    (r"Option '([^']+)' is not accepted", _unknown_option),
-    (r"Key '([^']+)' is not expected", _unknown_option),
+    (r"(?:Group '([^']+)' )?does not accept option '([^']+)'|(?:Option|Key) '([^']+)' is not ", _unknown_option),
     (
         r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?",
         "{place}: no file {0!r}",

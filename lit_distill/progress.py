@@ -133,59 +133,13 @@ class Progress(ProgressBar):
         if self._fit is not None and self._fit.n != trainer.global_step:
             self._fit.advance(trainer.global_step - self._fit.n)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the bar away."""
-        self._close()
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the rows."""
-        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        name = "sanity check" if trainer.sanity_checking else "validation"
-        self._begin(trainer, name, trainer.val_dataloaders, batches)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the rows."""
-        self._begin(trainer, "test", trainer.test_dataloaders, trainer.num_test_batches)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the rows."""
-        self._begin(trainer, "predict", trainer.predict_dataloaders, trainer.num_predict_batches)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Count its rows."""
-        if self._rows is not None:
-            rows = max((len(inputs["labels"]) for inputs in args[2].values()), default=0)
-            self._rows.advance(rows * trainer.world_size)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what was found, also beside bars, which show the last one alone."""
-        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        if self._fit is not None and self._rows is not None:
-            self._fit.paused += self._rows.seconds
-            if found and not trainer.sanity_checking:
-                write = tqdm.write if self._fit.on_terminal else print
-                write(f"{self._fit.step}: {_numbers(found)}")
-        self._end()
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the bar away."""
-        self._end()
-
-    on_predict_end = on_test_end
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
-        self._close()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
-        self._close()
-        self._logs.close()
-
-    def _begin(self, trainer: pl.Trainer, name: str, loader: Any, batches: Any) -> None:  # noqa: ANN401 - Lightning's
-        rows = None
+        """Count the rows of an evaluation."""
+        name = {"val": "validation"}.get(prefix := str(trainer.state.stage.dataloader_prefix), prefix)  # type: ignore[union-attr]
+        batches = getattr(trainer, f"num_{prefix}_batches")
+        if trainer.sanity_checking:
+            name, batches = "sanity check", trainer.num_sanity_val_batches
+        rows, loader = None, getattr(trainer, f"{prefix}_dataloaders")
         # Lightning wraps the sampler of predict, and then the loader itself has no size
         batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         if isinstance(loader, DataLoader) and batch_size is not None and not math.isinf(sum(batches)):
@@ -197,17 +151,44 @@ class Progress(ProgressBar):
                 self._fit.refresh()
             self._rows = _Bar(name, rows)
 
-    def _end(self) -> None:
-        if self._rows is not None:
-            self._line(f"{self._rows.desc}: {self._rows.n} rows in {_clock(self._rows.seconds)}")
-            self._rows.close()
-            self._rows = None
+    on_test_start = on_predict_start = on_validation_start
 
-    def _close(self) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count its rows."""
+        if self._rows is not None:
+            rows = max((len(inputs["labels"]) for inputs in args[2].values()), default=0)
+            self._rows.advance(rows * trainer.world_size)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show what was found, also beside bars, which show the last one alone."""
+        if (rows := self._rows) is None:
+            return
+        if self._fit is not None:
+            self._fit.paused += rows.seconds
+            found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            if found and not trainer.sanity_checking:
+                (tqdm.write if rows.on_terminal else print)(f"{self._fit.step}: {_numbers(found)}")
+        self._line(f"{rows.desc}: {rows.n} rows in {_clock(rows.seconds)}")
+        rows.close()
+        self._rows = None
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_train_end(self, *args: Any) -> None:
+        """Leave the terminal as it was."""
         for bar in (self._rows, self._fit):
             if bar is not None:
                 bar.close()
         self._rows = self._fit = None
+
+    on_exception = on_train_end
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal and Lightning's messages as they were."""
+        self.on_train_end()
+        self._logs.close()
 
     def _losses(self, trainer: pl.Trainer) -> str:
         if sys.stdout.isatty():

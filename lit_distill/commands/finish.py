@@ -112,12 +112,12 @@ def train_baseline(
 
     Args:
         config: the run's; of its method's arguments those that ``StandardModule`` has are taken.
-        trainer_args: the run's trainer arguments, built again: a strategy or a plugin serves one trainer.
-        data_class: the run's data module.
-        folder: where its checkpoints go.
+        trainer_args: the run's, built again: a strategy or a plugin serves one trainer.
+        data_class: the run's.
+        folder: where the checkpoints go.
 
     Returns:
-        The test metrics of its best checkpoint.
+        The test metrics of the best checkpoint.
     """
     pl.seed_everything(config["seed_everything"], workers=True, verbose=False)
     shared = set(inspect.signature(DistillModule.__init__).parameters) - {"self", "tasks", "objectives", "teachers"}
@@ -151,22 +151,12 @@ def record_run(
     history: RunHistory,
     steps: int,
 ) -> None:
-    """Write a run's record, and its test predictions where it was tested.
-
-    Args:
-        folder: the run's.
-        config: what ``fit`` was given.
-        trainer: it has ended.
-        module: it has the last evaluation.
-        data: it has the rows.
-        history: when it began, and how long it took.
-        steps: optimizer steps that were taken.
-    """
+    """Write the record of a run that has ended after ``steps`` optimizer steps, and its test predictions if any."""
     dataset, method = names(config)
     arguments, settings, tested = data.hparams, dict(module.hparams), _tested(module)
     if tested is not None:
         write_predictions_file(folder, (answer_row(answer, tested.key) for answer in tested.answers))
-    chance = chance_level(tested) if tested else None
+    chance, saved = chance_level(tested) if tested else None, folder / "config.yaml"
     record = RunRecord(
         dataset=dataset,
         method=method,
@@ -185,7 +175,7 @@ def record_run(
         teacher_accuracy=_teacher_accuracy(data, tested),
         chance=chance[1] if chance else None,
         fingerprints=_fingerprints(data, tested),
-        config=_saved_config(folder),
+        config=yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else {},
         data=data.describe(),
         command=_command(),
         versions=_versions(),
@@ -235,12 +225,6 @@ def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[
             rows = [rows[answer.index] for answer in tested.answers]
         found[split] = fingerprint(rows, rationales=split == "train")
     return found
-
-
-def _saved_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
 
 
 def _versions() -> dict[str, str]:

@@ -43,12 +43,9 @@ _TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_
 
 
 def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
-    """See that a checkpoint is one.
+    """See that a checkpoint is one: a file, a folder (sharded), or ``last`` in ``folder``.
 
-    Args:
-        path: a file, a folder (a sharded checkpoint), or ``last``, ``hpc`` or ``registry``.
-        folder: the folder of checkpoints in which ``last`` is looked for.
-        required: ``last`` has to exist; else a run that has none yet starts from the beginning.
+    Unless it is ``required``, a run that has no ``last`` yet starts from the beginning.
 
     Raises:
         UserError: there is none.
@@ -175,12 +172,7 @@ def check_unused(config: Namespace, command: str) -> None:
 
 
 def newest_run(config: Namespace, plain: Mapping[str, Any]) -> Earlier | None:
-    """The newest run of this very configuration.
-
-    Args:
-        config: of ``fit``.
-        plain: the same, as its ``config.yaml`` will say it.
-    """
+    """The newest run of this very configuration; ``plain`` is the same as its ``config.yaml`` will say it."""
     wanted = _settings(plain)
     found: list[Earlier] = []
     others: dict[Path, str] = {}
@@ -265,13 +257,7 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
 
 
 def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:
-    """Have the loggers write where an earlier part of the run did, from its checkpoint's step on.
-
-    Args:
-        config: changed in place.
-        folder: the run's.
-        progress: what its checkpoint says.
-    """
+    """Change a config in place: the loggers write in the run's folder, from the step of its checkpoint on."""
     loggers = loggers_of(config)
     versions = RunHistory.of(progress).get("versions", [])
     if len(versions) != len(loggers):

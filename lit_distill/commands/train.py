@@ -49,6 +49,20 @@ from lit_distill.progress import Progress
 from lit_distill.records import RECORD
 from lit_distill.students.sharding import deferred
 
+_OPTIONS: Sequence[tuple[str, Any, object, str]] = (
+    ("cpu_threads", int | None, None, "Threads of one operation on the CPU; a tiny student is fastest with 1."),
+    ("test_after_fit", bool, True, "End fit with one test of the best checkpoint."),
+    (
+        "baseline_after_fit",
+        bool,
+        False,
+        "After fit, train the label-only baseline for as many steps, and print it too.",
+    ),
+    ("push_to_hub", str | None, None, "Hugging Face repository that fit uploads its student to, as in user/name."),
+    ("predictions", str | None, None, "JSON lines file that predict writes; by default in the run's folder."),
+)
+"""What the commands take beside Lightning's arguments: name, type, default, help."""
+
 _BOUNDS: dict[str, dict[str, float]] = {
     "accumulate_grad_batches": {"at_least": 1},
     "num_nodes": {"at_least": 1, "below": 2**16},
@@ -122,38 +136,12 @@ class DistillCLI(LightningCLI):
                 "checkpoint.save_on_train_epoch_end": False,
             }
         )
-        parser.add_argument(
-            "--cpu_threads",
-            type=int | None,
-            default=None,
-            help="Threads of one operation on the CPU; by default PyTorch's choice. A tiny student is fastest with 1.",
-        )
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=True, help="End fit with one test of the best checkpoint."
-        )
-        parser.add_argument(
-            "--baseline_after_fit",
-            type=bool,
-            default=False,
-            help="After fit, train the label-only baseline on the same data for as many steps and print it beside.",
-        )
-        parser.add_argument(
-            "--push_to_hub",
-            type=str | None,
-            default=None,
-            help="Repository on the Hugging Face hub that fit uploads its student to, as in user/name.",
-        )
+        for name, kind, default, text in _OPTIONS:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_argument(
             "--resume",
             action="store_true",
-            default=False,
             help="Go on with the newest run of this configuration, in its folder, unless it is finished; fit only.",
-        )
-        parser.add_argument(
-            "--predictions",
-            type=str | None,
-            default=None,
-            help="JSON lines file that predict writes; by default predictions.jsonl in the run's folder.",
         )
         self.add_links(parser)
 
