@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lit_distill.data.toy import toy_example
+from lit_distill.students.models import build_model
 from tests.runs import (
     at_work_in,
     read_lines,
@@ -37,10 +39,11 @@ def test_predictions_are_all_rows_in_order_with_rationales(here: Path, monkeypat
     shutil.rmtree(student)
     checkpoint = folder / "checkpoints" / "last.ckpt"
 
-    def draw(*args: object, **kwargs: object) -> None:
-        raise AssertionError("random weights were drawn for a student that has its own")
+    def with_weights(config: Any, weights: object = None, **settings: Any) -> Any:  # noqa: ANN401
+        assert weights is not None or settings.get("meta"), "random weights for a student that has its own"
+        return build_model(config, weights, **settings)
 
-    monkeypatch.setattr("lit_distill.students.models.build", draw)
+    monkeypatch.setattr("lit_distill.students.loading.build_model", with_weights)
     # batches of 2 of 5 rows, and one row whose rationale is a sample: that of each is wanted
     more = ["--data.eval_batch_size=2", "--model.num_samples=1"]
     run("predict", arguments, more, f"--ckpt_path={checkpoint}", "--predictions=out/put.jsonl")
