@@ -97,8 +97,8 @@ def answer_at_once(given: list[str]) -> None:
     if option == "--version":
         end(f"lit_distill {__version__}")
     if option in ("-h", "--help"):
-        commands = "".join(f"    {name:<12}{text}\n" for name, text in COMMANDS.items())
-        end(_OVERVIEW.format(description=DESCRIPTION, commands=commands))
+        commands = "\n".join(f"    {name:<12}{text}" for name, text in COMMANDS.items())
+        end(help_texts()[0].format(description=DESCRIPTION, commands=commands))
     if not option.startswith("-") and option not in COMMANDS:
         raise UserError(no_command(option))
     if option.startswith("-") and option not in ("-c", *(f"--{name}" for name in BEFORE)):
@@ -108,9 +108,14 @@ def answer_at_once(given: list[str]) -> None:
         )
     if option in SHORT_HELP and {"-h", "--help"} & set(given):
         # the whole help has hundreds of lines, most of them the trainer's
-        parts = Path(__file__).with_name("help.txt").read_text(encoding="utf-8").rstrip().split("\n\n")
-        shown = "\n\n".join(part for part in parts if part.partition(":")[0].split("\n")[0] in SHORT_HELP[option])
-        end(_HELP.format(command=option, description=COMMANDS[option], shown=shown))
+        _, text, parts = help_texts()
+        shown = [part for part in parts.split("\n\n") if part.partition(":")[0].split("\n")[0] in SHORT_HELP[option]]
+        end(text.format(command=option, description=COMMANDS[option], shown="\n\n".join(shown)))
+
+
+def help_texts() -> list[str]:
+    """The overview of the commands, the help of a command, and its parts."""
+    return Path(__file__).with_name("help.txt").read_text(encoding="utf-8").rstrip().split("\n\n====\n\n")
 
 
 def end(text: str) -> NoReturn:
@@ -126,31 +131,4 @@ _TRAINING = ("config", "method", "of StepByStepModule", "data", "run")
 SHORT_HELP = dict.fromkeys(("fit", "validate", "test", "predict"), _TRAINING) | {
     "inspect": ("config", "data", "report")
 }
-"""Command -> the parts of ``help.txt`` that ``--help`` shows."""
-
-_HELP = """\
-usage: lit-distill {command} --config FILE [--KEY VALUE ...]
-
-{description}
-
-{shown}
-
-All arguments: lit-distill {command} --help_all
-All of a class: lit-distill {command} --data.help CQADataModule, or --model.help"""
-
-_OVERVIEW = """\
-usage: lit-distill [-h] [--version] [-c CONFIG] COMMAND ...
-
-{description}
-
-options:
-  -h, --help           show this help message and exit
-  --version            show the version and exit
-  -c, --config CONFIG  a configuration file with a section for the command
-
-commands:
-{commands}
-the arguments of a command, of a method, of a dataset:
-  lit-distill fit --help
-  lit-distill fit --model.help=StepByStepModule
-  lit-distill fit --data.help=CQADataModule"""
+"""Command -> the parts of its help that ``--help`` shows."""

@@ -1,12 +1,14 @@
 """What all tests share."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from tests.runs import at_work_in
 from tests.students import add_weights, make_student_folder
 
 # the students are tiny: a second thread only waits, several times as long where cores are shared
@@ -40,3 +42,10 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 of the tiny one's vocabulary that is wider and has dropout; its head has rows that no token needs."""
     folder = tmp_path_factory.mktemp("teachers") / "wide"
     return add_weights(make_student_folder(folder, d_model=24, d_ff=40, num_layers=3, vocab_size=72, dropout_rate=0.3))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the test's own to work in."""
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder

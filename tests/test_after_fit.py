@@ -1,6 +1,5 @@
 """What `fit` ends with where test is absent or stumbles: the trained student is kept."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from huggingface_hub import HfApi, ModelCard
 
 from lit_distill.modules import DistillModule
 from tests.runs import (
-    at_work_in,
     metric_rows,
     refusal,
     run,
@@ -24,10 +22,7 @@ from tests.runs import (
 ROWS = [{"input": f"cat {i}", "label": "a", "rationale": "because a"} for i in range(8)]
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def own_rows(**files: Path) -> list[str]:
@@ -39,8 +34,8 @@ def own_rows(**files: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*the student is saved untested:UserWarning")
-def test_without_a_test_split_the_student_is_saved_untested(student_folder: Path, place: Path) -> None:
-    rows = write_lines(place / "rows.jsonl", ROWS)
+def test_without_a_test_split_the_student_is_saved_untested(student_folder: Path, here: Path) -> None:
+    rows = write_lines(here / "rows.jsonl", ROWS)
     with pytest.warns(UserWarning, match="the student is saved untested"):
         run("fit", small_model(student_folder), own_rows(train=rows, val=rows), small_trainer())
     [folder] = run_folders()
@@ -60,10 +55,10 @@ def test_a_test_that_stumbles_does_not_lose_the_student(student_folder: Path, mo
 
 @pytest.mark.parametrize("row", [{"input": "cat", "label": None}, {"input": "cat"}, {"input": ["cat"], "label": "a"}])
 def test_a_test_that_cannot_be_is_refused_before_training(
-    row: dict[str, Any], student_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    row: dict[str, Any], student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = write_lines(place / "rows.jsonl", ROWS)
-    data = own_rows(train=rows, val=rows, test=write_lines(place / "test.jsonl", [row]))
+    rows = write_lines(here / "rows.jsonl", ROWS)
+    data = own_rows(train=rows, val=rows, test=write_lines(here / "test.jsonl", [row]))
     with pytest.raises(SystemExit) as stopped:
         run("fit", small_model(student_folder), data, small_trainer())
     assert stopped.value.code == 2
@@ -88,7 +83,7 @@ def test_a_run_without_an_end_is_refused(student_folder: Path, capsys: pytest.Ca
     assert "trainer.max_steps: -1 needs" in refusal(capsys, "fit", small_model(student_folder), arguments)
 
 
-def test_a_run_without_validation_saves_its_last_student(student_folder: Path, place: Path) -> None:
+def test_a_run_without_validation_saves_its_last_student(student_folder: Path, here: Path) -> None:
     data = ["--data=ToyDataModule", "--data.train_size=8", "--data.test_size=4", "--data.batch_size=4"]
     with pytest.warns(UserWarning, match="the student of the last step is tested and saved"):
         run("fit", small_model(student_folder), data, small_trainer(), "--trainer.limit_val_batches=0")
@@ -97,15 +92,15 @@ def test_a_run_without_validation_saves_its_last_student(student_folder: Path, p
     assert (folder / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_default_root_dir_holds_the_runs(student_folder: Path, place: Path) -> None:
+def test_default_root_dir_holds_the_runs(student_folder: Path, here: Path) -> None:
     data = ["--data=ToyDataModule", "--data.train_size=8", "--data.val_size=4", "--data.test_size=4"]
     run("fit", small_model(student_folder), data, small_trainer(), "--trainer.default_root_dir=elsewhere")
-    [folder] = run_folders(place / "elsewhere" / "runs")
+    [folder] = run_folders(here / "elsewhere" / "runs")
     assert (folder / "student" / "config.json").is_file()
-    assert not (place / "runs").exists()
+    assert not (here / "runs").exists()
 
 
-def test_lightnings_own_interval_is_heard(student_folder: Path, place: Path) -> None:
+def test_lightnings_own_interval_is_heard(student_folder: Path, here: Path) -> None:
     data = ["--data=ToyDataModule", "--data.train_size=16", "--data.val_size=4", "--data.test_size=4"]
     trainer = ["--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.val_check_interval=2"]
     run("fit", small_model(student_folder), data, "--data.batch_size=4", trainer, "--trainer.enable_progress_bar=false")

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from lit_distill.messages import COMMANDS
 from tests.runs import (
     CONFIGS,
     REPOSITORY,
-    at_work_in,
     flat,
     metric_rows,
     refusal,
@@ -84,10 +82,7 @@ class OwnDataModule(ToyDataModule):
 '''
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

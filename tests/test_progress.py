@@ -8,19 +8,14 @@ import re
 import struct
 import termios
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import lit_distill.progress
-from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
+from tests.runs import metric_rows, run, run_folders, small_model, small_trainer, toy_data
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def fit(student: Path, *more: object, steps: int = 5, every: int = 2) -> None:

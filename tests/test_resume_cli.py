@@ -1,7 +1,6 @@
 """Runs that are broken off and resumed, through the command line."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,7 @@ class Interrupt(pl.Callback):
             raise self.fault
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def arguments(student: Path) -> list[str]:
@@ -175,16 +171,15 @@ def test_the_same_command_starts_and_resumes(unbroken: Path, student_folder: Pat
     assert Path("kept/student/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("command", "size"), [("fit", 0), ("fit", 4000), ("test", 4000)])
 def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(
-    command: str, size: int, student_folder: Path, capsys: pytest.CaptureFixture[str]
+    student_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("fit", arguments(student_folder), "--checkpoint.dirpath=kept", "--checkpoint.save_top_k=2")
     older, newer = sorted(Path("kept").glob("best*.ckpt"), key=lambda path: path.stat().st_mtime)
     assert older != newer
-    with Path("kept/last.ckpt").open("rb+") as file:
-        file.truncate(size)
-    for path in ("last", "kept/last.ckpt"):
+    for command, size, path in (("test", 4000, "last"), ("fit", 4000, "kept/last.ckpt"), ("fit", 0, "last")):
+        with Path("kept/last.ckpt").open("rb+") as file:
+            file.truncate(size)
         line = refusal(capsys, command, arguments(student_folder), "--checkpoint.dirpath=kept", f"--ckpt_path={path}")
         assert line == (
             f"ckpt_path: 'kept/last.ckpt' is damaged (cut off at {size} bytes);"
@@ -193,38 +188,29 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(
 
 
 def test_a_checkpoint_of_another_optimizer_is_not_gone_on_from(
-    student_folder: Path, capsys: pytest.CaptureFixture[str]
+    unbroken: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("fit", arguments(student_folder), "--trainer.max_steps=1")
-    path = run_folders()[0] / "checkpoints" / "last.ckpt"
-    line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}", "--model.optimizer=adafactor")
+    again = [*arguments(student_folder), f"--ckpt_path={unbroken / 'checkpoints' / 'last.ckpt'}"]
+    line = refusal(capsys, "fit", again, "--trainer.max_steps=9", "--model.optimizer=adafactor")
     assert "the state of adamw" in line
     assert "give --model.optimizer adamw" in line
 
 
-@pytest.mark.parametrize("part", ["optimizer_states", "loops"])
-def test_a_checkpoint_without_a_part_is_one_line(
-    part: str, student_folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("part", ["optimizer_states", "loops", "eps", "base_lrs"])
+def test_a_checkpoint_with_a_wrong_part_is_one_line(
+    part: str, unbroken: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("fit", arguments(student_folder), "--trainer.max_steps=1")
-    path = run_folders()[0] / "checkpoints" / "last.ckpt"
-    content = torch.load(path, weights_only=True)
-    content[part] = 3
-    torch.save(content, path)
-    line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}")
-    assert line.startswith(f"ckpt_path: {str(path)!r} does not fit what is run here")
-
-
-@pytest.mark.parametrize(("name", "value"), [("eps", []), ("base_lrs", [{}])])
-def test_a_checkpoint_whose_optimizer_has_no_numbers(
-    name: str, value: object, student_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("fit", arguments(student_folder), "--trainer.max_steps=1")
-    path = run_folders()[0] / "checkpoints" / "last.ckpt"
-    content = torch.load(path, weights_only=True)
-    owner = content["lr_schedulers"][0] if name == "base_lrs" else content["optimizer_states"][0]["param_groups"][0]
-    assert name in owner
-    owner[name] = value
-    torch.save(content, path)
-    line = refusal(capsys, "fit", arguments(student_folder), f"--ckpt_path={path}")
-    assert line == f"ckpt_path: the checkpoint's optimizer has {name} {value!r}, which is no number"
+    content = last(unbroken)
+    if part == "eps":
+        content["optimizer_states"][0]["param_groups"][0][part] = []
+    elif part == "base_lrs":
+        content["lr_schedulers"][0][part] = [{}]
+    else:
+        content[part] = 3
+    torch.save(content, "wrong.ckpt")
+    line = refusal(capsys, "fit", arguments(student_folder), "--ckpt_path=wrong.ckpt", "--trainer.max_steps=9")
+    expected = {
+        "eps": "ckpt_path: the checkpoint's optimizer has eps [], which is no number",
+        "base_lrs": "ckpt_path: the checkpoint's optimizer has base_lrs [{}], which is no number",
+    }
+    assert line.startswith(expected.get(part, "ckpt_path: 'wrong.ckpt' does not fit what is run here"))

@@ -179,7 +179,7 @@ def record_run(
         data=data.describe(),
         command=_command(),
         versions=_versions(),
-        git=_git(),
+        git=repository_state(),
         machine=_machine(),
         started=history.started,
         wall_seconds=round(history.seconds, 2),
@@ -237,7 +237,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git() -> dict[str, Any]:
+def repository_state() -> dict[str, Any]:
     """The state of the repository that the command ran in; empty where there is none."""
 
     def ask(*arguments: str) -> str:

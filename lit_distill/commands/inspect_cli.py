@@ -8,7 +8,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_distill.commands.inspect import inspect_data, render, write_report
 from lit_distill.commands.parser import Parser, check_nulls, import_class
-from lit_distill.commands.train import DistillCLI, linked
+from lit_distill.commands.settings import linked
+from lit_distill.commands.train import DistillCLI
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS

@@ -3,7 +3,6 @@
 import csv
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,25 +133,6 @@ def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
 # ---------------------------------------------------------------------- runs
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """An earlier run."""
-
-    folder: Path
-    checkpoint: Path | None
-    """The newest undamaged one."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it left its record."""
-        return (self.folder / RECORD).exists()
-
-    @property
-    def changed(self) -> float:
-        """When it last wrote something."""
-        return (self.checkpoint or self.folder / _CONFIG).stat().st_mtime
-
-
 def check_unused(config: Namespace, command: str) -> None:
     """Refuse a run that is not resumed and would overwrite an earlier one.
 
@@ -171,10 +151,13 @@ def check_unused(config: Namespace, command: str) -> None:
             raise UserError(f"{folder}: holds {kind}; {go_on}move it away, or give another folder")
 
 
-def newest_run(config: Namespace, plain: Mapping[str, Any]) -> Earlier | None:
-    """The newest run of this very configuration; ``plain`` is the same as its ``config.yaml`` will say it."""
+def newest_run(config: Namespace, plain: Mapping[str, Any]) -> tuple[Path, Path | None] | None:
+    """The folder and the newest undamaged checkpoint of the newest run of this very configuration.
+
+    ``plain`` is the configuration as its ``config.yaml`` will say it.
+    """
     wanted = _settings(plain)
-    found: list[Earlier] = []
+    found: list[tuple[Path, Path | None]] = []
     others: dict[Path, str] = {}
     for folder in _folders(config):
         try:
@@ -184,11 +167,11 @@ def newest_run(config: Namespace, plain: Mapping[str, Any]) -> Earlier | None:
         saved = _settings(content if isinstance(content, Mapping) else {})
         keys = [key for key in {**wanted, **saved} if wanted.get(key) != saved.get(key)]
         if not keys:
-            found.append(Earlier(folder, _newest_checkpoint(folder, config)))
+            found.append((folder, _newest_checkpoint(folder, config)))
         elif not (folder / RECORD).exists():
             others[folder] = ", ".join(sorted(keys)[:3])
     if found:
-        return max(found, key=lambda earlier: earlier.changed)
+        return max(found, key=lambda run: (run[1] or run[0] / _CONFIG).stat().st_mtime)
     hint = ""
     if others:
         nearest = max(others, key=lambda folder: (folder / _CONFIG).stat().st_mtime)

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from jsonargparse._link_arguments import skip_apply_links
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -21,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from lit_distill.callbacks import SampleTable, Throughput, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
-from lit_distill.checks import check_range
 from lit_distill.commands.finish import add_baseline, record_run, save_best_student, train_baseline
 from lit_distill.commands.naming import fixed_folder, name_loggers, names, plain_config, run_folder
 from lit_distill.commands.parser import Parser, Raised, import_class
@@ -37,6 +35,7 @@ from lit_distill.commands.resume import (
     newest_run,
     read_progress,
 )
+from lit_distill.commands.settings import check_settings, linked_tasks, refuse_overruled, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation
@@ -62,16 +61,6 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("predictions", str | None, None, "JSON lines file that predict writes; by default in the run's folder."),
 )
 """What the commands take beside Lightning's arguments: name, type, default, help."""
-
-_BOUNDS: dict[str, dict[str, float]] = {
-    "accumulate_grad_batches": {"at_least": 1},
-    "num_nodes": {"at_least": 1, "below": 2**16},
-    "val_check_interval": {"above": 0},
-    "check_val_every_n_epoch": {"above": 0},
-    "log_every_n_steps": {"at_least": 0},
-    "gradient_clip_val": {"at_least": 0},
-}
-"""Of the trainer's numbers, whose types do not say it."""
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -162,27 +151,8 @@ class DistillCLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         config = self.config if command is None else self.config[command]
-        self._refuse_overruled(parser, args, config)
-        for group in ("trainer", "validation", "checkpoint"):
-            if not isinstance(config[group], Namespace):
-                raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
-        for name, bounds in _BOUNDS.items():
-            if isinstance(value := config["trainer"][name], int | float):
-                check_range(f"trainer.{name}", value, **bounds)
-        check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
-
-    def _refuse_overruled(self, parser: LightningArgumentParser, args: ArgsType, config: Namespace) -> None:
-        """Refuse data arguments that the model decides."""
-        if (model := config.get("model")) is None:
-            return
-        parse = parser.parse_object if isinstance(args, dict | Namespace) else parser.parse_args
-        with skip_apply_links():
-            given = parse(args, defaults=False)
-        given = given if "subcommand" not in given else given[given["subcommand"]]
-        settings = (given.get("data") or Namespace()).get("init_args") or Namespace()
-        for name, value in linked(model).items():
-            if settings.get(name) not in (None, value):
-                raise UserError(f"data.{name}: {settings[name]!r} is decided by the model, as {value!r}; leave it out")
+        refuse_overruled(parser, args, config)
+        check_settings(config)
 
     def _parse_ckpt_path(self) -> None:
         """See that the checkpoint is one, before anything is built.
@@ -211,36 +181,7 @@ class DistillCLI(LightningCLI):
         self._find_earlier()
 
     def _settle(self) -> None:
-        config, fit = self.config[self.subcommand], self.subcommand == "fit"
-        trainer = config["trainer"]
-        check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
-        if config["baseline_after_fit"] and not config["test_after_fit"]:
-            raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
-        unbound = [name for name in ("max_steps", "max_epochs") if trainer[name] in (None, -1)]
-        for name in {"max_steps", "max_epochs"} - {*unbound}:
-            if fit:
-                check_range(f"trainer.{name}", trainer[name], at_least=1, below=2**31, whole=True)
-        if fit and len(unbound) == 2 and trainer["max_time"] is None:
-            raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
-        if not fit and config["ckpt_path"] is None:
-            model = config["model"]["init_args"]
-            if model.get("from_scratch"):
-                raise UserError(
-                    f"ckpt_path: {self.subcommand} would score random weights, which model.from_scratch asks for; give"
-                    " ckpt_path, or a student that has weights and from_scratch: false"
-                )
-            rank_zero_info(f"No ckpt_path: {self.subcommand} takes the student {model.get('student')!r} as it is.")
-        if config.get("verbose") is not None:
-            # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
-            config["verbose"] = False
-        if config.get("weights_only") is None:
-            # what a checkpoint has beside weights is plain data; anything else in one is code to run
-            config["weights_only"] = True
-        if trainer["val_check_interval"] is not None:
-            # whoever sets Lightning's own interval means it
-            config["validation"]["every_n_steps"] = None
-        if config["cpu_threads"] is not None:
-            torch.set_num_threads(config["cpu_threads"])
+        settle(self.config[self.subcommand], str(self.subcommand))
 
     def _find_earlier(self) -> None:
         """Find the run to resume, if any, and check that no other one is overwritten.
@@ -253,15 +194,14 @@ class DistillCLI(LightningCLI):
         if config["resume"]:
             config["resume"] = False
             earlier = newest_run(config, yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False)))
-            if earlier is not None and earlier.finished:
+            if earlier is not None and (earlier[0] / RECORD).exists():
                 # for a job that is started again
-                rank_zero_only(print)(f"--resume: this run is finished: {earlier.folder}")
+                rank_zero_only(print)(f"--resume: this run is finished: {earlier[0]}")
                 raise SystemExit(0)
             if earlier is not None:
-                self._earlier_folder = earlier.folder
-                config["ckpt_path"] = earlier.checkpoint and str(earlier.checkpoint)
-                start = config["ckpt_path"] or "its beginning"
-                rank_zero_info(f"--resume: going on with {earlier.folder} from {start}")
+                self._earlier_folder, config["ckpt_path"] = earlier[0], earlier[1] and str(earlier[1])
+                start = earlier[1] or "its beginning"
+                rank_zero_info(f"--resume: going on with {earlier[0]} from {start}")
         elif self.subcommand == "fit" and folder is not None and (own or self._last) and not (folder / RECORD).exists():
             self._earlier_folder = folder
         if self._earlier_folder is None:
@@ -451,19 +391,6 @@ class DistillCLI(LightningCLI):
         target = self.config[self.subcommand]["predictions"]
         path = Path(target) if target else run_folder(self.trainer) / "predictions.jsonl"
         write_predictions(self.trainer, model, datamodule, path, **kwargs)
-
-
-def linked_tasks(class_path: str, init_args: Namespace | None = None) -> dict[str, Any]:
-    """The tasks of a method that is only named yet, in plain types."""
-    method: type[DistillModule] = import_class(class_path)
-    settings = init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}
-    return {name: task.plain() for name, task in method.all_tasks(settings).items()}
-
-
-def linked(model: Namespace) -> dict[str, Any]:
-    """The data module's arguments that a method, known by name only so far, decides."""
-    settings = model.get("init_args") or Namespace()
-    return {"tokenizer": settings.get("student"), "tasks": linked_tasks(model["class_path"], settings)}
 
 
 def _without_checkpoint(command: Sequence[str]) -> Iterator[str]:

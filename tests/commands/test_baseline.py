@@ -1,19 +1,15 @@
 """The label-only baseline beside a run is what a run of its own would have been."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
+from lit_distill.records import RECORD, read_record
+from tests.runs import metric_rows, run, run_folders, small_model, small_trainer, toy_data
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_the_baseline_is_a_standard_run(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +18,8 @@ def test_the_baseline_is_a_standard_run(student_folder: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     [both] = run_folders()
     run("fit", small_model(student_folder, "StandardModule"), rest)
+    # and none where it is not asked for
+    assert "baseline" not in capsys.readouterr().out
     [alone] = [folder for folder in run_folders() if folder.parent.name.startswith("toy-Standard")]
     [row] = [row for row in metric_rows(alone) if "test/accuracy" in row]
     found = re.search(r"accuracy of the label-only baseline\s+\S\s+(\S+)\s+\S\s+(\S+) to (\S+)", out)
@@ -36,9 +34,5 @@ def test_the_baseline_is_a_standard_run(student_folder: Path, capsys: pytest.Cap
     # the run's own student is the one that is shown and saved
     assert "with StepByStep" in (both / "student" / "README.md").read_text()
     assert out.count("sample 1 of test") == 1
-
-
-def test_no_baseline_unless_asked_for(here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("fit", small_model(student_folder), toy_data(), small_trainer(1), "--baseline_after_fit=false")
-    assert "baseline" not in capsys.readouterr().out
-    assert not list(here.rglob("baseline"))
+    assert read_record(both).method == "StepByStep"
+    assert list(both.rglob(RECORD)) == [both / RECORD]

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from lit_distill.commands.report import chance_level, metrics_table
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation
 from lit_distill.modules import StepByStepModule
 from tests.runs import (
-    at_work_in,
     metric_rows,
     run,
     run_folders,
@@ -29,11 +28,7 @@ from tests.runs import (
 )
 from tests.students import make_student_folder
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[str]:
@@ -247,27 +242,24 @@ def test_a_folder_of_ones_own(student_folder: Path) -> None:
     assert {path.suffix for path in Path("mine/checkpoints").iterdir()} == {".ckpt"}
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_checkpoint_is_evaluated_without_its_original_student(
-    command: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_is_evaluated_without_its_original_student(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student = make_student_folder(here / "student")
     arguments = small_toy(student)
     run("fit", arguments)
     [folder] = run_folders()
     shutil.rmtree(student)
-    split = "val" if command == "validate" else "test"
-    # the row of the step that the best checkpoint was written at
     best = next((folder / "checkpoints").glob("best-step*.ckpt"))
-    step = int(best.stem.removeprefix("best-step")) - 1
-    rows = [row for row in metric_rows(folder) if f"{split}/loss" in row]
-    wanted = rows[0] if split == "test" else next(row for row in rows if int(row["step"]) == step)
-    capsys.readouterr()
-    run(command, arguments, f"--ckpt_path={best}")
-    [again] = [row for row in metric_rows(run_folders()[1]) if f"{split}/loss" in row]
-    for name in (f"{split}/loss", f"{split}/accuracy", f"{split}/label_loss"):
-        assert float(again[name]) == pytest.approx(float(wanted[name]), rel=1e-6)
-    assert f"{split} (" in capsys.readouterr().out
+    for command, split in (("validate", "val"), ("test", "test")):
+        # val's is the row of the step that the best checkpoint was written at
+        step = int(best.stem.removeprefix("best-step")) - 1
+        rows = [row for row in metric_rows(folder) if f"{split}/loss" in row]
+        wanted = rows[0] if split == "test" else next(row for row in rows if int(row["step"]) == step)
+        capsys.readouterr()
+        run(command, arguments, f"--ckpt_path={best}")
+        [again] = [row for row in metric_rows(run_folders()[-1]) if f"{split}/loss" in row]
+        for name in (f"{split}/loss", f"{split}/accuracy", f"{split}/label_loss"):
+            assert float(again[name]) == pytest.approx(float(wanted[name]), rel=1e-6)
+        assert f"{split} (" in capsys.readouterr().out
 
 
 def answer_key(labels: list[str | None], choices: list[tuple[str, ...]] | None, majority: str | None) -> AnswerKey:

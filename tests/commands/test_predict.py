@@ -1,7 +1,6 @@
 """``predict``: one JSON object a row."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from lit_distill.data.toy import toy_example
 from lit_distill.students.models import build_model
 from tests.runs import (
-    at_work_in,
     read_lines,
     run,
     run_folders,
@@ -25,10 +23,7 @@ from tests.students import make_student_folder
 KEYS = ["id", "input", "label", "prediction", "correct", "rationale"]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_predictions_are_all_rows_in_order_with_rationales(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import subprocess
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,13 @@ import pytest
 import yaml
 from transformers import AutoModelForSeq2SeqLM
 
+from lit_distill.commands.finish import repository_state
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, read_record, write_record
-from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_toy, small_trainer, toy_data
+from tests.runs import metric_rows, run, run_folders, small_model, small_toy, small_trainer, toy_data
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_record_says_what_a_run_was_and_found(student_folder: Path) -> None:
@@ -81,17 +78,16 @@ def test_fingerprints_tell_data_apart(student_folder: Path) -> None:
     assert fingerprints(student_folder, "--seed_everything=5", "--data.batch_size=2") == plain
     other_rows = fingerprints(student_folder, "--data.toy_seed=1")
     assert not {*other_rows.values()} & {*plain.values()}
-    for change in ("--data.train_fraction=0.5", "--data.rationale_pairing=shuffled"):
-        changed = fingerprints(student_folder, change)
-        assert changed["train"] != plain["train"]
-        assert (changed["val"], changed["test"]) == (plain["val"], plain["test"])
-
-
-def test_a_test_of_fewer_rows_is_another_test(student_folder: Path) -> None:
-    plain = fingerprints(student_folder)
     limited = fingerprints(student_folder, "--trainer.limit_test_batches=1", "--data.eval_batch_size=2")
     assert limited["test"] != plain["test"]
     assert (limited["train"], limited["val"]) == (plain["train"], plain["val"])
+    control = fingerprints(student_folder, "--data.rationale_pairing=shuffled")
+    assert control["train"] != plain["train"]
+    assert (control["val"], control["test"]) == (plain["val"], plain["test"])
+    # the record says which one it is
+    found = read_record(run_folders()[-1])
+    assert found.rationales == "shuffled"
+    assert found.data["splits"]["train"]["rationale_shuffled"] == 12
 
 
 def test_a_teacher_is_judged_by_its_labels_on_the_rows_that_are_tested(student_folder: Path, here: Path) -> None:
@@ -112,42 +108,23 @@ def test_a_teacher_is_judged_by_its_labels_on_the_rows_that_are_tested(student_f
     assert found == [None, 1 / 5, 0.0]
 
 
-def test_the_repository_s_state(student_folder: Path, here: Path) -> None:
-    run("fit", small_toy(student_folder, steps=1))
-    assert read_record(run_folders()[0]).git == {}
+def test_the_repository_s_state(here: Path) -> None:
+    assert repository_state() == {}
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run([*git, *command], check=True, cwd=here)  # noqa: S603
-    run("fit", small_toy(student_folder, steps=1))
-    found = read_record(run_folders()[1]).git
-    assert len(str(found["commit"])) == 40
-    # the runs' own folder is there by now
-    assert found["changed"] is True
+    found = repository_state()
+    assert (len(str(found["commit"])), found["changed"]) == (40, False)
+    (here / "file").touch()
+    assert repository_state() == found | {"changed": True}
 
 
-def test_a_method_without_rationales_has_no_pairing(student_folder: Path) -> None:
-    run("fit", small_model(student_folder, "StandardModule"), toy_data(), small_trainer(steps=1))
-    assert read_record(run_folders()[0]).rationales is None
-
-
-def test_a_control_says_that_it_is_one(student_folder: Path) -> None:
-    run("fit", small_toy(student_folder, steps=1), "--data.rationale_pairing=shuffled")
+def test_an_untested_run_without_rationales(student_folder: Path) -> None:
+    model = small_model(student_folder, "StandardModule")
+    run("fit", model, toy_data(), small_trainer(steps=1), "--test_after_fit=false")
     found = read_record(run_folders()[0])
-    assert found.rationales == "shuffled"
-    assert found.data["splits"]["train"]["rationale_shuffled"] == 12
-
-
-def test_an_untested_run_has_no_metrics(student_folder: Path) -> None:
-    run("fit", small_toy(student_folder, steps=1), "--test_after_fit=false")
-    found = read_record(run_folders()[0])
-    assert (found.metrics, found.test_rows) == ({}, 0)
+    assert (found.metrics, found.test_rows, found.rationales, found.git) == ({}, 0, None, {})
     assert not (run_folders()[0] / PREDICTIONS).exists()
-
-
-def test_a_baseline_s_predictions_are_not_taken_for_the_run_s(student_folder: Path) -> None:
-    run("fit", small_toy(student_folder, steps=1), "--baseline_after_fit=true")
-    assert read_record(run_folders()[0]).method == "StepByStep"
-    assert len(list(Path("runs").rglob(RECORD))) == 1
 
 
 def test_a_run_that_is_broken_off_has_no_record(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +151,9 @@ def test_a_record_reads_as_it_was_written(student_folder: Path, here: Path) -> N
     content = json.loads((here / "copy" / RECORD).read_text()) | {"later": 1}
     (here / "copy" / RECORD).write_text(json.dumps(content))
     assert read_record(here / "copy") == found
+    # what is not known is no number
+    write_record(here, replace(found, wall_seconds=math.nan))
+    assert math.isnan(read_record(here).wall_seconds)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +183,3 @@ def test_what_are_no_predictions(content: str | None, message: str, here: Path) 
         (here / PREDICTIONS).write_text(content)
     with pytest.raises(UserError, match=message):
         read_predictions_file(here)
-
-
-def test_a_number_that_is_none_is_kept_as_such(student_folder: Path, here: Path) -> None:
-    run("fit", small_toy(student_folder, steps=1))
-    found = read_record(run_folders()[0])
-    object.__setattr__(found, "wall_seconds", math.nan)
-    write_record(here, found)
-    assert math.isnan(read_record(here).wall_seconds)
