@@ -183,24 +183,21 @@ class OpenAITeacher(Teacher):
 
     async def _ask(self, question: Question) -> bytes:
         """The body of a good response."""
+        import httpx2
+
         if self._client is None:
             raise RuntimeError("a teacher has to be opened before it is asked")
-        if isinstance(question.prompt, str) is not (self.layout == "completion"):
-            raise TypeError(f"layout {self.layout} does not suit a prompt of type {type(question.prompt).__name__}")
-        # the prompt goes through `extra_body`: checking messages takes the client longer than all else here
-        body = self._body(question)
-        if isinstance(question.prompt, str):
-            create = self._client.completions.with_raw_response.create
-            return (await create(model=self.model, prompt=question.prompt, extra_body=body)).http_response.content
-        body["messages"] = turns(question.prompt)
-        chat = self._client.chat.completions.with_raw_response.create
-        return (await chat(model=self.model, messages=[], extra_body=body)).http_response.content
+        path = "/completions" if isinstance(question.prompt, str) else "/chat/completions"
+        # by the client's plain method: checking messages would take it longer than all else here
+        return (await self._client.post(path, cast_to=httpx2.Response, body=self._body(question))).content
 
     def _body(self, question: Question) -> dict[str, Any]:
-        """The request's fields but for the model and the prompt."""
         sampling = question.sampling
-        # also where it is OpenAI's default: vLLM's defaults are those of the model's generation_config.json
+        prompt = question.prompt
+        # also what OpenAI has by default: vLLM's defaults are those of the model's generation_config.json
         body: dict[str, Any] = {
+            "model": self.model,
+            **({"prompt": prompt} if isinstance(prompt, str) else {"messages": turns(prompt)}),
             "temperature": sampling.temperature,
             self.token_limit: sampling.max_new_tokens,
             "seed": sampling.seed,
@@ -224,10 +221,10 @@ class OpenAITeacher(Teacher):
         import httpx2
         import openai
 
-        quick = client.with_options(max_retries=0, timeout=min(self.timeout, _LIST_TIMEOUT))
+        options = {"max_retries": 0, "timeout": min(self.timeout, _LIST_TIMEOUT)}
         try:
-            response = await quick.models.with_raw_response.list()
-            names = sorted(str(model["id"]) for model in json.loads(response.http_response.content)["data"])
+            response = await client.get("/models", cast_to=httpx2.Response, options=options)
+            names = sorted(str(model["id"]) for model in json.loads(response.content)["data"])
         except openai.APIConnectionError as error:
             if not isinstance(error.__cause__, httpx2.ConnectError):
                 return ""
@@ -244,22 +241,22 @@ class OpenAITeacher(Teacher):
         if self.has_answered and status in (403, 404, 405):
             # the key and the model are good: a filter or a region concerns this question alone
             return TeacherError(line)
+        if (status in (408, 409, 429) and code != "insufficient_quota") or status >= 500:
+            return TeacherBusy(line)
         if code == "model_not_found" or (status == 404 and _NO_MODEL.search(said)):
             listed = await self._list_models(self._client) if self._client is not None else ""
-            others = f", but {listed}" if listed else ""
-            return UserError(self._line(f"model: the server has no {self.model!r}{others} ({line})"))
-        if status in (401, 403):
-            given = "refuses it" if self._key else "wants one, and none was given"
-            return UserError(self._line(f"api_key: the server {given} ({line})"))
-        if code == "insufficient_quota" or status == 402:
-            return UserError(self._line(f"api_key: its account has nothing left to spend ({line})"))
-        if status in (408, 409, 429) or status >= 500:
-            return TeacherBusy(line)
-        if status in (404, 405):
-            return UserError(self._line(f"base_url: {line} (is its end, as /v1, right?)"))
-        if code in ("unsupported_parameter", "unsupported_value"):
-            return UserError(self._line(f"extra_body: {line} (FIELD: null leaves a field out)"))
-        return TeacherError(line)
+            problem = f"model: the server has no {self.model!r}{', but ' if listed else ''}{listed} ({line})"
+        elif status in (401, 403):
+            problem = f"api_key: the server {'refuses it' if self._key else 'wants one, and none was given'} ({line})"
+        elif status == 402 or code == "insufficient_quota":
+            problem = f"api_key: its account has nothing left to spend ({line})"
+        elif status in (404, 405):
+            problem = f"base_url: {line} (is its end, as /v1, right?)"
+        elif code in ("unsupported_parameter", "unsupported_value"):
+            problem = f"extra_body: {line} (FIELD: null leaves a field out)"
+        else:
+            return TeacherError(line)
+        return UserError(self._line(problem))
 
     def _line(self, text: str) -> str:
         """A text as one printable line of at most 500 characters, with the key masked."""
