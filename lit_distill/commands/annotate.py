@@ -305,10 +305,8 @@ class _Job:
             }
         if self.faults:
             (name, _), fault = next(iter(self.faults.items()))
-            _tell(
-                f"{type(self.datamodule).__name__} could not read {len(self.faults)} answers, the first of row {name!r}"
-                f" ({fault}); they are kept, and read again at the next start"
-            )
+            unread = f"{type(self.datamodule).__name__} could not read {len(self.faults)} answers"
+            _tell(f"{unread}, the first of row {name!r} ({fault}); they are kept, and read again at the next start")
         return summary
 
     @cached_property

@@ -185,18 +185,14 @@ class BatchTeacher(Teacher):
             for start in range(0, len(window), self.batch_size):
                 # those that were given up are done
                 batch = [asked for asked in window[start : start + self.batch_size] if not asked[1].done()]
-                outcomes = await self._outcomes([question for question, _ in batch])
+                outcomes = await self._outcomes([question for question, _ in batch]) if batch else []
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
-                    if future.done():
-                        continue
-                    if isinstance(outcome, Exception):
+                    if not future.done() and isinstance(outcome, Exception):
                         future.set_exception(outcome)
-                    else:
+                    elif not future.done():
                         future.set_result(outcome)
 
     async def _outcomes(self, questions: list[Question]) -> Sequence[Reply | Exception]:
-        if not questions:
-            return []
         try:
             replies = await self._in_thread(self.answer_batch, questions)
             if len(replies) != len(questions):

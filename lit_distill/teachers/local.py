@@ -166,9 +166,9 @@ class TransformersTeacher(BatchTeacher):
         """A generation configuration with the model's special tokens and nothing of how to draw others."""
         from transformers import GenerationConfig
 
-        names = ("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id")
-        kept = {name: getattr(own, name, None) for name in (*names, "forced_bos_token_id")}
-        kept |= {name: getattr(own, name, None) for name in ("suppress_tokens", "begin_suppress_tokens")}
+        names = ["decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id", "forced_bos_token_id"]
+        names += ["suppress_tokens", "begin_suppress_tokens"]
+        kept = {name: getattr(own, name, None) for name in names}
         kept |= {name: getattr(self.config, name, None) for name in names if kept[name] is None}
         ends = kept["eos_token_id"] or []
         ends = {self.tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}

@@ -26,17 +26,10 @@ Interrupts = queue.SimpleQueue[bool]
 Rounds = Iterator[list[tuple[Tag, Question]]]
 """The questions about one row; the next round is read when the one before is answered."""
 
-GRACE_SECONDS = 10.0
-"""How long questions in flight may take once no other can be answered."""
-
-LEAVE_SECONDS = 1.0
-"""How long a teacher may take to close after a second interruption."""
-
-_POLL_SECONDS = 0.2
-"""Between two looks at whether the job was interrupted."""
-
-_PATIENCE = 20
-"""Unanswered questions in a row, beside those in flight, after which a teacher counts as gone."""
+GRACE_SECONDS = 10.0  # for questions in flight, once no other can be answered
+LEAVE_SECONDS = 1.0  # for a teacher to close after a second interruption
+_POLL_SECONDS = 0.2  # between two looks at whether the job was interrupted
+_PATIENCE = 20  # unanswered questions in a row, beside those in flight, after which a teacher counts as gone
 
 
 @dataclass
@@ -187,9 +180,8 @@ class RequestRunner(Generic[Tag]):
             if pending:
                 # one failed for good; what the others have in flight is paid for
                 await asyncio.wait(pending, timeout=GRACE_SECONDS)
-            failed = [error for task in done if (error := task.exception()) is not None]
-            if failed:
-                raise failed[0]
+            for task in done:
+                task.result()
             self._report_refused()
         finally:
             for task in workers:
@@ -201,14 +193,11 @@ class RequestRunner(Generic[Tag]):
         try:
             while (taken := await self._next(rows)) is not None:
                 await self._ask(*taken)
-        except asyncio.CancelledError:
+        except BaseException as error:
+            self.stopped = self.stopped or "failed"
             task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            self.stopped = self.stopped or "failed"
-            raise RuntimeError(f"{type(self._teacher).__name__} cancelled a question by itself") from None
-        except BaseException:
-            self.stopped = self.stopped or "failed"
+            if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
+                raise RuntimeError(f"{type(self._teacher).__name__} cancelled a question by itself") from None
             raise
 
     async def _next(self, rows: Iterator[Rounds[Tag]]) -> "tuple[_Round[Tag], Tag, Question, tuple[int, float]] | None":
@@ -254,7 +243,10 @@ class RequestRunner(Generic[Tag]):
             except TeacherError as error:
                 self._take(tag, error)
             except TeacherBusy as error:
-                self._count_busy(error)
+                self.busy[" ".join(str(error).split())] += 1
+                self._busy_in_a_row += 1
+                if self._busy_in_a_row >= _PATIENCE + self._concurrency:
+                    raise UserError(f"teacher: {self._teacher.name} does not answer any more ({error})") from error
             round_.open -= 1
             if not round_.open:
                 self._add_round(round_.rounds)
@@ -267,12 +259,6 @@ class RequestRunner(Generic[Tag]):
         if questions := next(rounds, None):
             round_ = _Round(rounds, len(questions))
             self._pending.extend((round_, tag, question) for tag, question in questions)
-
-    def _count_busy(self, error: TeacherBusy) -> None:
-        self.busy[" ".join(str(error).split())] += 1
-        self._busy_in_a_row += 1
-        if self._busy_in_a_row >= _PATIENCE + self._concurrency:
-            raise UserError(f"teacher: {self._teacher.name} does not answer any more ({error})")
 
     def _take(self, tag: Tag, result: Reply | TeacherError) -> None:
         self._busy_in_a_row = 0

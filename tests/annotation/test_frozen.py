@@ -26,7 +26,7 @@ def test_its_files_are_read_as_they_stand() -> None:
     assert [job["rows"] for job in read_metadata(FROZEN / "out")["jobs"]] == [3, 3, 1]
     joined = JSONLDataModule(train=str(FROZEN / "rows.jsonl"), rationales=str(FROZEN / "out")).released("train")
     assert joined is not None
-    assert [(row.id, row.rationale, row.teacher_label) for row in joined.examples] == [
+    assert [(row.id, row.rationale, row.teacher_label) for row in joined] == [
         ("r0", "It is 0.", "0"),
         ("r1", None, None),
         ("r2", "It is two.", "2"),

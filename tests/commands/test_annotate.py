@@ -305,10 +305,8 @@ def test_samples_of_an_earlier_input_are_neither_judged_nor_counted(
     for word, label in (("old", "yes"), ("new", "no")):
         joined = JSONLDataModule(train=str(rows(word, label)), rationales="out").released("train")
         assert joined is not None
-        assert [(row.teacher_label, row.columns and row.columns["votes"]) for row in joined.examples] == [
-            (label, 1)
-        ] * 2
-        assert joined.samples == {}
+        assert [(row.teacher_label, row.columns and row.columns["votes"]) for row in joined] == [(label, 1)] * 2
+        assert {len(row.outputs) for row in joined} == {1}
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -322,7 +320,7 @@ def test_a_row_with_other_choices_is_another_row(shown: bool, here: Path) -> Non
     assert columns("votes", "vote_share") == [(1, 1.0), (1, 1.0)]
     joined = JSONLDataModule(train="rows.jsonl", rationales="out").released("train")
     assert joined is not None
-    assert joined.samples == {}
+    assert [len(row.outputs) for row in joined] == [1]
 
 
 def test_a_gold_label_that_is_mended_ends_the_asking(here: Path) -> None:
