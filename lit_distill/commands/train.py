@@ -233,7 +233,7 @@ class DistillCLI(LightningCLI):
             raise UserError(f"trainer: {lacking}") from unbuilt
         else:
             # the very same one, which would be read from its files once more
-            self.datamodule.tokenizer = self.model.tokenizer
+            self.datamodule.tokenizer = self.model.student.tokens
             # what is saved and logged of a resumed run names the student that it began with
             given = self.config[self.subcommand]["model"]["init_args"]
             for name in ("student", "from_scratch"):

@@ -23,6 +23,7 @@ from lit_distill.modules.optimization import clip_within_step, configure, reset_
 from lit_distill.modules.resume import seed_step
 from lit_distill.modules.window import Window, WindowLoader, WindowSource
 from lit_distill.objectives import Step
+from lit_distill.students import Tokens
 from lit_distill.tasks import Task
 
 _SHOWN_ROWS = 8
@@ -71,6 +72,12 @@ class Training(Hooks):
         """Check that the data module builds this module's tasks, load the teachers, read an optimizer step ahead."""
         datamodule = getattr(self.trainer, "datamodule", None)
         self._check_tasks(getattr(datamodule, "tasks", None))
+        tokens = getattr(datamodule, "tokens", None)
+        if isinstance(tokens, Tokens) and tokens.family != self.student.tokens.family:
+            raise UserError(
+                f"tokenizer: the data module writes texts for a {tokens.family} student, this one is"
+                f" {self.student.tokens.family}; give the data module tokenizer=module.student.tokens"
+            )
         self.student.sharded = self.sharded
         if stage != "predict":
             self.teachers.load(self.student)

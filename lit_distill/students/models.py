@@ -144,8 +144,10 @@ def pretrained(
     if family(config) == "seq2seq" and not (_says_tied(config) and is_tied(model)):
         untie(model)
     for parameter in model.parameters():
-        # transformers keeps some in float32; buffers, which may be in float32 for their precision, stay as they are
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+        # transformers keeps some in float32; buffers, which may be in float32 for their precision, stay as they are.
+        # Copied, as a tensor inside a file's memory is not aligned, and multiplies with other rounding errors than the
+        # same one in a run that is resumed from a checkpoint
+        parameter.data = parameter.data.to(getattr(torch, dtype), copy=True)
     # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
     return cast(PreTrainedModel, model.train())
 

@@ -1,0 +1,184 @@
+"""A decoder-only student, and adapters of both families, through the command line."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_distill.modules import StepByStepModule
+from lit_distill.students import load
+from lit_distill.tasks import LABEL
+from tests.runs import (
+    CONFIGS,
+    at_work_in,
+    metric_rows,
+    read_lines,
+    refusal,
+    run,
+    run_folders,
+    small_model,
+    small_toy,
+    small_trainer,
+    toy_data,
+)
+from tests.students import add_weights, make_causal_folder, make_student_folder
+from tests.test_resume_cli import interrupt, last
+
+LORA = f"--config={CONFIGS / 'overlay/lora.yaml'}"
+
+pytestmark = pytest.mark.filterwarnings(
+    # PEFT 0.21 asks transformers 5.23 by names that are going
+    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    "ignore:`gradient_checkpointing:FutureWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with at_work_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def student_of(family: str, folder: Path, **changes: Any) -> Path:
+    """A tiny student with weights."""
+    if family == "t5":
+        return add_weights(make_student_folder(folder))
+    make_causal_folder(folder, **changes)
+    torch.manual_seed(11)
+    student = load(folder, from_scratch=True)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            # so that it writes more than the end of a target, which is token 1
+            parameter.normal_(std=0.3)
+        student.network.lm_head.weight[1] = 0.0
+    student.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["StepByStepModule", "StandardModule", "SingleTaskModule"])
+def test_every_method_trains_and_saves_a_causal_student(
+    method: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = student_of("causal", here / "tiny-llama")
+    arguments = [small_model(student, method), toy_data(), small_trainer(3, 3)]
+    run("fit", arguments)
+    [folder] = run_folders()
+    record = json.loads((folder / "run.json").read_text())
+    assert record["student"] == "tiny-llama"
+    assert {"test/accuracy", "test/loss"} <= set(record["metrics"])
+    # closed choices are scored where the label is a task of its own
+    assert ("test/scored_accuracy" in record["metrics"]) is (method != "SingleTaskModule")
+    checkpoint = next((folder / "checkpoints").glob("best*.ckpt"))
+    shutil.rmtree(student)
+    run("predict", arguments, f"--ckpt_path={checkpoint}", "--predictions=a.jsonl")
+    # the saved student says the same, through the command line and by the code of its card
+    run("predict", [*small_model(folder / "student", method), toy_data(), small_trainer()], "--predictions=b.jsonl")
+    first, second = read_lines(here / "a.jsonl"), read_lines(here / "b.jsonl")
+    assert first == second
+    assert any(row["prediction"] for row in first)
+    if method != "SingleTaskModule":
+        said = snippet(folder.absolute() / "student", first[0]["input"], monkeypatch, capsys)
+        assert LABEL.read(said).label == first[0]["prediction"]
+
+
+def snippet(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the code of a saved student's card prints for an input."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "your input" in code
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        exec(code.replace("your input", text.replace("\n", "\\n")), {})  # noqa: S102 - the card's own
+    return capsys.readouterr().out.strip()
+
+
+TEMPLATE = (
+    "{% for message in messages %}<s> Answer {{ message.content }} . {% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n' }}Rationale:{% endif %}"
+)
+
+
+def test_a_students_chat_template(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = student_of("causal", here / "tiny-llama")
+    (student / "chat_template.jinja").write_text(TEMPLATE)
+    run("fit", small_toy(student, 3), "--model.learning_rate=0.01", "--test_after_fit=false")
+    [folder] = run_folders()
+    best = next((folder / "checkpoints").glob("best*.ckpt")).absolute()
+    run("predict", small_toy(student), f"--ckpt_path={best}", "--predictions=a.jsonl")
+    row = read_lines(here / "a.jsonl")[0]
+    said = snippet(folder.absolute() / "student", row["input"], monkeypatch, capsys)
+    assert LABEL.read(said).label == row["prediction"]
+    assert "apply_chat_template" in (folder / "student/README.md").read_text()
+
+
+@pytest.mark.parametrize(("family", "overlay"), [("causal", False), ("causal", True), ("t5", True)])
+def test_a_broken_run_goes_on_bit_by_bit(family: str, overlay: bool, here: Path) -> None:
+    student = student_of(family, here / "student", attention_dropout=0.1)
+    # 3 micro-batches an epoch in windows of 2 and 1
+    arguments = [*small_model(student), *toy_data(10, 4), *small_trainer(4, 2), "--trainer.accumulate_grad_batches=2"]
+    arguments += ["--model.learning_rate=0.01", "--model.dropout=0.2", "--test_after_fit=false"]
+    overlays = [LORA, "--model.adapter.r=4"] if overlay else []
+    run("fit", overlays, arguments)
+    [whole] = run_folders()
+    with pytest.raises(FloatingPointError):
+        run("fit", overlays, arguments, interrupt(4))
+    _, broken = run_folders()
+    shutil.rmtree(student)
+    run("fit", overlays, arguments, f"--ckpt_path={broken / 'checkpoints/last.ckpt'}")
+    first, second = last(whole), last(run_folders()[-1])
+    assert first["global_step"] == second["global_step"] == 4
+    for name, weight in first["state_dict"].items():
+        assert torch.equal(weight, second["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("family", ["causal", "t5"])
+def test_lora_from_its_overlay(family: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = student_of(family, here / "student")
+    arguments = [*small_model(student), *toy_data(), *small_trainer(3, 3), "--trainer.max_steps=3"]
+    run("fit", LORA, arguments, "--model.learning_rate=0.03")
+    [folder] = run_folders()
+    record = json.loads((folder / "run.json").read_text())
+    adapter = record["config"]["model"]["init_args"]["adapter"]
+    assert (adapter["r"], adapter["alpha"], adapter["export"]) == (16, 32, "merged")
+    checkpoint = next((folder / "checkpoints").glob("best*.ckpt"))
+    # what did not learn is as it was
+    before, weights = load(student).model.state_dict(), last(folder)["state_dict"]
+    kept = {
+        name.replace(".base_layer", "").removeprefix("student.model.base_model.model."): w
+        for name, w in weights.items()
+    }
+    assert all(torch.equal(kept[name], weight) for name, weight in before.items())
+    module = StepByStepModule.load_from_checkpoint(checkpoint)
+    assert all("lora_" in name for name, p in module.named_parameters() if p.requires_grad)
+    run("predict", LORA, arguments, f"--ckpt_path={checkpoint}", "--predictions=a.jsonl")
+    run("predict", [*small_model(folder / "student"), *toy_data(), *small_trainer()], "--predictions=b.jsonl")
+    assert read_lines(here / "a.jsonl") == read_lines(here / "b.jsonl")
+    assert metric_rows(folder)[0]["train/loss"] != metric_rows(folder)[-1].get("train/loss")
+    said = refusal(capsys, "predict", arguments, f"--ckpt_path={checkpoint}")
+    assert said.startswith("ckpt_path: the checkpoint was trained with the adapter")
+    said = refusal(capsys, "fit", LORA, arguments, "--model.adapter.target_modules=[query]")
+    assert said.startswith("adapter: the student has no layers named query; it has ")
+
+
+def test_an_adapter_saved_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = student_of("causal", here / "student")
+    arguments = [*small_model(student), *toy_data(), *small_trainer(3, 3)]
+    more = [LORA, "--model.adapter.export=adapter", "--model.learning_rate=0.03"]
+    run("fit", more, arguments, "--test_after_fit=false")
+    [folder] = run_folders()
+    saved = folder.absolute() / "student"
+    assert not (saved / "model.safetensors").exists()
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(student)
+    best = next((folder / "checkpoints").glob("best*.ckpt"))
+    run("predict", more, arguments, f"--ckpt_path={best}", "--predictions=a.jsonl")
+    row = read_lines(here / "a.jsonl")[0]
+    said = snippet(saved, row["input"], monkeypatch, capsys)
+    assert LABEL.read(said).label == row["prediction"]
