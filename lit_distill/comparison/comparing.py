@@ -21,9 +21,6 @@ K = TypeVar("K", bound=Hashable)
 ACCURACY = "test/accuracy"
 """The metric that predictions tell row by row, and that was published."""
 
-_ACCURACIES = (ACCURACY, "test/scored_accuracy")
-"""Metrics for which chance is known."""
-
 _DATA_DIR = "data.init_args.data_dir"
 
 Groups = dict[Setting, list[Run]]
@@ -133,7 +130,9 @@ def compare_runs(
         results = sorted(_results(group, wanted, metric, resamples, seed), key=_order)
         records = [run.record for result in results for run in result.runs]
         known = {round(one.teacher_accuracy, 6) for one in records if one.teacher_accuracy is not None}
-        chances = [one.chance for one in records if one.chance is not None and metric in _ACCURACIES]
+        chances = [
+            one.chance for one in records if one.chance is not None and metric in (ACCURACY, "test/scored_accuracy")
+        ]
         sections.append(
             Section(
                 dataset=dataset,
@@ -310,9 +309,7 @@ def _answers(runs: Sequence[Run]) -> np.ndarray[tuple[int, int], np.dtype[np.flo
 
 
 def _order(result: Result) -> tuple[object, ...]:
-    """By labels, size of the student, fraction, then method with standard finetuning first."""
-    setting, methods = result.setting, ("Standard", "SingleTask", "StepByStep")
-    place = methods.index(setting.method) if setting.method in methods else len(methods)
-    size = (setting.parameters, setting.student)
-    variant = (setting.rationales not in (None, "own"), setting.rationale_weight or 0.0)
-    return setting.label_source, *size, setting.train_fraction, place, setting.method, variant, setting.extra
+    """By labels, size of the student and fraction, then standard finetuning first."""
+    one = result.setting
+    method = (one.method != "Standard", one.method, one.rationale_weight or 0.0, result.name)
+    return one.label_source, one.parameters, one.student, one.train_fraction, *method

@@ -45,6 +45,9 @@ _AS_PUBLISHED: Final = {
 }
 """Key of a config -> its values under which a run is of the published kind."""
 
+_ADDED: Final = tuple(f"model.init_args.{name}" for name in ("tasks", "objectives", "adapter"))
+"""Arguments, which may be nested, with which a method is no longer the published one."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -69,6 +72,7 @@ def published(run: Run) -> Published | None:
         and record.test_rows == TEST_ROWS[dataset]
         and abs(record.train_rows / TRAIN_ROWS[dataset] - 1) <= 0.01
         and abs(record.parameters / _PARAMETERS - 1) <= 0.05
-        and all(config.get(key) in values for key, values in _AS_PUBLISHED.items())
+        and all(value in _AS_PUBLISHED.get(key, (value,)) for key, value in config.items())
+        and not any(value for key, value in config.items() if key.startswith(_ADDED))
     )
     return Published(row, ROWS[row][dataset]) if as_published and row else None

@@ -77,7 +77,7 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
             | {key: as_text(config[key]) if key in config else None for key in keys}
             | {name: record.metrics.get(name) for name in metrics}
             | {"validation_metric": selected, "validation_value": record.validation.get(selected or "")}
-            | {"validation_step": record.validation.get("step"), "commit": str(record.git.get("commit") or "")}
+            | {"validation_step": record.validation.get("step"), "commit": str(record.git.get("commit") or "") or None}
             | {f"{split}_fingerprint": record.fingerprints.get(split) for split in ("train", "test")}
             | {"test_ids": run.ids or None, "predictions": run.correct is not None}
             | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source}
@@ -211,7 +211,7 @@ def _software(runs: Iterable[Run]) -> dict[str, Counter[str]]:
 
 def _escape(text: str) -> str:
     """A text without meaning in Markdown, on one line; an underscore within a word has none."""
-    return re.sub(r"[\\`*<>\[&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split("\n")))
+    return re.sub(r"[\\`*<>\[&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.splitlines()))
 
 
 def _table(rows: Sequence[dict[str, str]]) -> Markdown:

@@ -69,10 +69,7 @@ class Run:
 
 
 def find_runs(sources: Sequence[str | Path]) -> tuple[list[Run], dict[str, str]]:
-    """Read all runs of some sources.
-
-    Args:
-        sources: folders of runs, folders that are searched for runs, or ``wandb://entity/project``.
+    """Read all runs below some folders or in ``wandb://entity/project``.
 
     Returns:
         The runs, and source -> reason for what looks like a run but cannot be compared.

@@ -108,14 +108,11 @@ def config_table(runs: Sequence[Run]) -> "pd.DataFrame":
 
 
 def settings_of(runs: Sequence[Run], sizes: Mapping[str, int]) -> tuple[dict[str, Setting], list[str], list[str]]:
-    """The settings of one dataset's runs.
+    """Source -> setting of one dataset's runs, the keys in which their configs differ, and remarks on these.
 
     Args:
         runs: the runs.
         sizes: path of a student -> parameters, for records that lack them.
-
-    Returns:
-        Source -> setting, the keys in which the configs differ, and what a reader should know about these.
     """
     table = config_table(runs)
     keys = [key for key in table if not (key in _FIELDS_OF_SETTING or _IGNORED.match(key)) and table[key].nunique() > 1]
@@ -232,12 +229,22 @@ def variant_names(settings: Iterable[Setting], keys: Collection[str] | None = No
 
 
 def value_name(value: str) -> str:
-    """A value of a config in short: classes by their names, paths by their last part."""
-    if classes := re.findall(r'"class_path": "(?:[^"]*\.)?(\w+)"', value):
-        value = ", ".join(classes)
+    """A value of a config in short: classes by name and arguments, paths by their last part."""
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if isinstance(parsed, list) and parsed and all(isinstance(one, dict) and "class_path" in one for one in parsed):
+        value = ", ".join(map(_class_name, parsed))
     elif not value.startswith(("[", "{")):
         value = value.rstrip("/").rpartition("/")[2] or value
     return value if len(value) <= _MAX_LENGTH else f"{value[: _MAX_LENGTH - 3]}..."
+
+
+def _class_name(spec: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{key}={value}" for key, value in flatten(spec).items() if key != "class_path")
+    name = str(spec["class_path"]).rpartition(".")[2]
+    return name + (f"({arguments})" if arguments else "").replace("init_args.", "")
 
 
 def size_name(parameters: int) -> str:

@@ -85,7 +85,7 @@ def test_any_other_key_makes_a_setting_of_its_own(tmp_path: Path) -> None:
         "step-by-step, rationales other-teacher",
         "step-by-step, rationale filter label_agrees",
         "step-by-step, order label_first",
-        "step-by-step, callbacks EarlyStopping",
+        "step-by-step, callbacks EarlyStopping(patience=3)",
         "step-by-step, from scratch",
     ]
 
