@@ -58,7 +58,7 @@ def _unknown_class(found: re.Match[str], key: str, message: str, options: Sequen
     if not bases:
         return None
     allowed = sorted(known_subclasses(bases[0]))
-    return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join(allowed)}, {_OWN}"
+    return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join([*allowed, _OWN])}"
 
 
 def _unknown_option(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str:

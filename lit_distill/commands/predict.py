@@ -61,6 +61,6 @@ def write_predictions(
             # a logger takes a folder with files for an earlier run's
             path.unlink()
     except OSError as error:
-        raise UserError(f"predictions: cannot write {str(path)!r} ({error.strerror})") from error
+        raise UserError(f"predictions: {path} cannot be read or written: {error.strerror}") from error
     trainer.callbacks.append(_Writer(path, datamodule))  # type: ignore[attr-defined]  # not declared by Lightning
     trainer.predict(module, datamodule=datamodule, return_predictions=False, **kwargs)
