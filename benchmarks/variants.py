@@ -2,10 +2,10 @@
 
     python benchmarks/variants.py --data_dir data --student google/t5-v1_1-small --wide google/t5-v1_1-base
 
-Each pair is one optimizer step of the plain method and one of a variant on the same batch, in turn, and the teacher's own
-forward on it: to the logits of all target tokens for the KL divergence, to the hidden states for the match with a wider
-teacher. The cost is the variant's time less its teacher's, over the plain step's; medians over the pairs. The goal is
-at most 1.35. The last line is a JSON object.
+Each pair is one optimizer step of the plain method and one of a variant on the same batch, in turn, and the teacher's
+own forward on it: to the logits of all target tokens for the KL divergence, to the hidden states for the match with a
+wider teacher. The cost is the variant's time less its teacher's, over the plain step's; medians over the pairs. The
+goal is at most 1.35. The last line is a JSON object.
 """
 
 import argparse

@@ -123,7 +123,9 @@ class DistillModule(Evaluating, Checkpointing):
         check_objectives(objectives or [], list(self.tasks), self.teachers)
         # plain types only: a checkpoint is read with `weights_only=True`
         self.hparams["student"] = str(student)
-        self.hparams["tasks"] = tasks and {name: self.tasks[name].plain() for name in tasks}
+        self.hparams["tasks"] = tasks and {
+            name: given.plain() if isinstance(given, Task) else dict(given) for name, given in tasks.items()
+        }
         self.hparams["objectives"] = objectives and [objective.plain() for objective in objectives]
         self.hparams["teachers"] = teachers and self.teachers.plain()
         self.hparams["adapter"] = adapter and dict(adapter)
