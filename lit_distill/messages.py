@@ -117,16 +117,10 @@ _RULES: Sequence[tuple[str, str | Callable[[re.Match[str], str, str, Sequence[st
         "{key}.init_args: got a {0}; allowed is a mapping of the class's arguments",
     ),
     (r"Problem with given class_path '([^']+)':\s*(.+)", "{key}: cannot use the class {0!r}: {1}"),
-    (
-        r"unrecognized arguments: ([^-\s]\S*)",
-        "unexpected argument {0!r}; allowed are --key value and --config FILE",
-    ),
+    (r"unrecognized arguments: ([^-\s]\S*)", "unexpected argument {0!r}; allowed are --key value and --config FILE"),
     (r"unrecognized arguments: --?(\S+?)(?:[= ]|$)", _unknown_option),
     (r"(?:Group '([^']+)' )?does not accept option '([^']+)'|(?:Option|Key) '([^']+)' is not ", _unknown_option),
-    (
-        r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?",
-        "{place}: no file {0!r}",
-    ),
+    (r"(?:File does not exist|No such file or directory|does not exist): '?([^'\n]+)'?", "{place}: no file {0!r}"),
     (r"Path is not a file: '([^']+)'", "{place}: {0!r} is not a file"),
     (
         r"(?s)Unable to load config '(.*?)'",
@@ -139,10 +133,7 @@ _RULES: Sequence[tuple[str, str | Callable[[re.Match[str], str, str, Sequence[st
     (r"Not a valid subclass of", f"{{key}}: got {{given}}; allowed is {_CLASS}"),
     (r"Expected ", _wrong_type),
     (r"the following arguments are required: (.+)", _required),
-    (
-        r"argument (?:-\w/)?--([\w.]+): expected one argument",
-        "{0}: a value must be given, as --{0} VALUE",
-    ),
+    (r"argument (?:-\w/)?--([\w.]+): expected one argument", "{0}: a value must be given, as --{0} VALUE"),
     (r"invalid choice: '(\w+)'", lambda found, *others: no_command(found.group(1))),
     (r"expected \"subcommand\" to be one of", lambda *others: no_command()),
 )
@@ -183,7 +174,8 @@ def import_given(message: str) -> None:
 def known_subclasses(base: str) -> dict[str, type]:
     """The imported classes below the one at an import path, by their bare names."""
 
-    def below(root: type) -> Iterator[type]:
+    def below(root: type[object]) -> Iterator[type[object]]:
+        klass: type[object]
         for klass in root.__subclasses__():
             yield klass
             yield from below(klass)
