@@ -38,6 +38,7 @@ _DASHED: Final = (0, (5, 3))
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _STROKES: Final = ("-", "--", "-.", ":")
+_BARS: Final[Any] = {"mec": "white", "mew": 0.6, "ms": 7, "elinewidth": 1.2, "capsize": 3}
 # these look the same in every report
 _FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale and label", "standard distillation")
 
@@ -127,16 +128,7 @@ def _look(name: str, names: list[str]) -> dict[str, Any]:
     if name not in names:
         names.append(name)
     colour, marker, stroke = (looks[names.index(name) % len(looks)] for looks in (_COLOURS, _MARKERS, _STROKES))
-    return {
-        "color": colour,
-        "marker": marker,
-        "linestyle": stroke,
-        "mec": "white",
-        "mew": 0.6,
-        "ms": 7,
-        "elinewidth": 1.2,
-        "capsize": 3,
-    }
+    return {"color": colour, "marker": marker, "linestyle": stroke, **_BARS}
 
 
 def _lines(results: Sequence[Result], field: str, section: Section, metric: str, names: list[str]) -> Iterator[Plot]:

@@ -156,7 +156,7 @@ def _read_project(address: str, runs: list[Run], skipped: dict[str, str]) -> Non
 
     path = address.removeprefix(WANDB).strip("/")
     if path.count("/") != 1 or not all(path.split("/")):
-        raise UserError(f"runs: {address!r} is no address; allowed is {WANDB}entity/project")
+        raise UserError(f"runs: {address!r} is not an address; allowed is {WANDB}entity/project")
     try:
         for run in sorted(wandb.Api().runs(path), key=lambda run: str(run.id)):
             source = f"{WANDB}{path}/{run.id}"

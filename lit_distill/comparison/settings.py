@@ -1,4 +1,4 @@
-"""What a run was a run of, everything but its seeds, and what that is called."""
+"""Settings: what runs that differ only in their seeds have in common, and how it is called."""
 
 import json
 import re
@@ -52,7 +52,7 @@ class Setting:
     """Other keys of the config in which settings of the dataset differ, with their values as text."""
 
     def having(self, key: str, value: str) -> "Setting":
-        """It, with one more key."""
+        """The same setting with one more key."""
         return replace(self, extra=tuple(sorted((*self.extra, (key, value)))))
 
     def value(self, key: str) -> str | None:

@@ -90,7 +90,7 @@ def test_several_folders_and_keys_from_a_file(runs: Path) -> None:
         (["runs", "--out=file"], "out: 'file' cannot be written (Not a directory)"),
         (["runs", "--out="], "out must be a text, got ''"),
         (["runs", "--outt=x"], "outt: no such argument (did you mean out?)"),
-        (["runs", "wandb://me"], "runs: 'wandb://me' is no address; allowed is wandb://entity/project"),
+        (["runs", "wandb://me"], "runs: 'wandb://me' is not an address; allowed is wandb://entity/project"),
     ],
 )
 def test_what_is_wrong_is_one_line(runs: Path, arguments: list[str], message: str) -> None:
