@@ -104,7 +104,8 @@ class CausalPass(Pass):
         if task in self._logits:
             return F.cross_entropy(self._logits[task].float(), labels, reduction="none")
         size = max(1, _CHUNK_BYTES // (4 * self.student.network.config.get_text_config().vocab_size))
-        if len(states) <= size:
+        if len(states) <= size or self.student.sharded:
+            # ranks differ in their number of chunks, and the head may be a collective
             return self._cross_entropy(states, labels)
         chunks = zip(states.split(size), labels.split(size), strict=True)
         return torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
@@ -186,6 +187,9 @@ class CausalPass(Pass):
             labels = pad_sequence(
                 [torch.tensor(own) for own in targets or [[student.pad]]], batch_first=True, padding_value=IGNORE_INDEX
             ).to(device)
+            if student.sharded:
+                # so that each rank makes the second forward
+                labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)
             real, states = labels != IGNORE_INDEX, read.last_hidden_state[chosen, -1:]
             if labels.shape[1] > 1:
                 # the last token predicts nothing

@@ -225,6 +225,8 @@ def test_scores_of_the_next_token_can_be_changed() -> None:
 def test_choices(kind: str, changes: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "CHOICES_AT_ONCE", at_once)
     student = make_student(kind, **changes).eval()
+    # one more column, for ranks that make as many forwards
+    student.sharded = at_once == 2
     choices = [("cat", "the red dog"), ("", "a b c d e"), (), ("yes", "no", "no", "because")]
     with torch.no_grad():
         found = student(BATCH).score("label", choices)
