@@ -140,8 +140,8 @@ class AnnotationStore:
                 if line.strip():
                     found, _ = _parse(line, f"{self.path}:{number}")
                     if (at := place(found)) is None:
-                        row = (found.split, found.id, found.input)
-                        at = unmatched.setdefault(row, _UNMATCHED + len(unmatched))
+                        own = (found.split, found.id, found.input)
+                        at = unmatched.setdefault(own, _UNMATCHED + len(unmatched))
                     group = groups.setdefault((found.teacher, found.prompt, found.settings, found.kind), len(groups))
                     entries.append((at, group, found.sample, offset))
                 offset += len(line)
@@ -316,5 +316,5 @@ def _voted(samples: list[Annotation], agree: Agree) -> Iterable[Annotation]:
     def agreeing(label: str | None) -> bool | None:
         return None if label is None or winner is None else same_answer(label, winner, agree)
 
-    columns = {"votes": len(answers), "majority_label": winner, "vote_share": share}
+    columns: dict[str, Any] = {"votes": len(answers), "majority_label": winner, "vote_share": share}
     return [replace(one, **columns, in_majority=agreeing(one.label)) for one in samples]

@@ -187,10 +187,12 @@ class BatchTeacher(Teacher):
                 batch = [asked for asked in window[start : start + self.batch_size] if not asked[1].done()]
                 outcomes = await self._outcomes([question for question, _ in batch]) if batch else []
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
-                    if not future.done() and isinstance(outcome, Exception):
-                        future.set_exception(outcome)
-                    elif not future.done():
+                    if future.done():
+                        continue
+                    if isinstance(outcome, Reply):
                         future.set_result(outcome)
+                    else:
+                        future.set_exception(outcome)
 
     async def _outcomes(self, questions: list[Question]) -> Sequence[Reply | Exception]:
         try:

@@ -221,9 +221,9 @@ class OpenAITeacher(Teacher):
         import httpx2
         import openai
 
-        options = {"max_retries": 0, "timeout": min(self.timeout, _LIST_TIMEOUT)}
+        quick = client.with_options(max_retries=0, timeout=min(self.timeout, _LIST_TIMEOUT))
         try:
-            response = await client.get("/models", cast_to=httpx2.Response, options=options)
+            response = await quick.get("/models", cast_to=httpx2.Response)
             names = sorted(str(model["id"]) for model in json.loads(response.content)["data"])
         except openai.APIConnectionError as error:
             if not isinstance(error.__cause__, httpx2.ConnectError):
