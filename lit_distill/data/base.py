@@ -1,26 +1,23 @@
 """What every dataset has in common: from rows and what teachers said about them to batches and answers."""
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import checks
-from lit_distill.annotation.conditions import is_condition
-from lit_distill.annotation.record import Annotation, read_text
-from lit_distill.data.annotated import annotations_file, check_columns, output_of, read_annotations
+from lit_distill.data.annotated import annotations_file
 from lit_distill.data.collate import RationaleCollator, TokenRows
-from lit_distill.data.download import RELEASE_URL, fetch_release
+from lit_distill.data.download import fetch_release
 from lit_distill.data.loader import ResumableLoader
+from lit_distill.data.released import RELEASED, ReleasedRows, log
 from lit_distill.data.sampler import EpochSampler, rows_read
 from lit_distill.data.selection import (
     Target,
@@ -34,30 +31,22 @@ from lit_distill.data.selection import (
     teacher_counts,
     train_rows,
 )
-from lit_distill.data.sources import read_json_lines, read_outputs
 from lit_distill.data.tokenize import TokenSettings, cut_counts, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
-from lit_distill.evaluation.metrics import MetricName, judge
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
-from lit_distill.tasks import RATIONALE_LABEL, Row, RowFilter, Task, TeacherOutput, tasks_from
+from lit_distill.tasks import Row, RowFilter, Task, tasks_from
 
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
 """Environment variable that names the folder of tokenised rows; by default it is in Hugging Face datasets' cache."""
-
-RELEASED = "released"
-"""The teacher's name, and the word in ``rationales``, for the outputs that come with the data."""
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """The splits that a stage of the trainer needs; ``predict`` needs `RationaleDataModule.predict_split`."""
 
 Tokenizer = str | Path | PreTrainedTokenizerBase | Tokens
 
-# the logger that Lightning shows without set-up; a notice that were a `warnings.warn` would be a fault in strict runs
-_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
-
-class RationaleDataModule(pl.LightningDataModule):
+class RationaleDataModule(ReleasedRows):
     """Rows with teachers' rationales, as batches for a student and as answers for its evaluation.
 
     A dataset is a subclass that says where it lies (`name`, `splits`), how a row and the teacher's text are read
@@ -96,23 +85,6 @@ class RationaleDataModule(pl.LightningDataModule):
             shapes; if not given, a batch is as long as its longest row.
     """
 
-    name: str = ""
-    """Names the dataset in ids, reports and the cache."""
-    hub_name: str | None = None
-    """The dataset's name on the Hugging Face hub, for the cards of what is trained on it."""
-    splits: Mapping[Split, str] = {"train": "train", "val": "valid", "test": "test"}
-    """The splits that are released -> their word in file names; without ``val``, a tenth of train's inputs is."""
-    released_rows: Mapping[Split, int] = {}
-    """The rows of the released splits, by which a download is checked."""
-    metric: MetricName = "exact_match"
-    """How an answer is judged."""
-    label_set: tuple[str, ...] | None = None
-    """The closed label set that all rows share, if there is one."""
-    prompt: ClassVar[str] = "default"
-    """The file in ``data/prompts/`` that a teacher is asked with."""
-    release_url: ClassVar[str] = RELEASE_URL
-    """The archive of the released data."""
-
     def __init__(
         self,
         data_dir: str | Path = "data",
@@ -138,9 +110,8 @@ class RationaleDataModule(pl.LightningDataModule):
         super().__init__()
         self.data_dir = Path(data_dir)
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
-        self.eval_batch_size = checks.check_int(
-            "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
-        )
+        eval_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.eval_batch_size = checks.check_int("eval_batch_size", eval_size, 1)
         self.tasks = tasks_from(tasks)
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
         self.rationales = _paths(rationales)
@@ -155,18 +126,15 @@ class RationaleDataModule(pl.LightningDataModule):
         self.allow_extra_outputs = checks.check_bool("allow_extra_outputs", allow_extra_outputs)
         self.predict_split: Split = checks.check_choice("predict_split", predict_split, get_args(Split))
         self.batching = checks.check_choice("batching", batching, ("shuffled", "by_length"))
-        self.pad_to_multiple_of = checks.check_int(
-            "pad_to_multiple_of", 1 if pad_to_multiple_of is None else pad_to_multiple_of, 1, 4096
-        )
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        self.pad_to_multiple_of = checks.check_int("pad_to_multiple_of", multiple, 1, 4096)
         if not isinstance(tokenizer, Tokenizer | None):
             raise UserError(f"tokenizer must be a hub name, a folder or a tokenizer object, got {tokenizer!r}")
         self.counts: dict[str, dict[str, int]] = {}
         self._tokenizer = tokenizer
-        self._released: dict[Split, list[Row] | None] = {}
         self._used: dict[Split, UsedRows] = {}
         self._keys: dict[Split, AnswerKey] = {}
         self._tokenized: dict[Split, TokenRows] = {}
-        self._notices: set[str] = set()
         # plain types only: a checkpoint has to load with `weights_only=True`
         plain: dict[str, Any] = {"tokenizer": self._tokenizer_name(), "rationale_filter": self.rationale_filter}
         given_paths = [str(path) for path in self.rationales or ()]
@@ -174,175 +142,6 @@ class RationaleDataModule(pl.LightningDataModule):
         plain["data_dir"] = str(data_dir)
         plain |= {"tasks": {name: task.plain() for name, task in self.tasks.items()}}
         self.save_hyperparameters(given | plain)
-
-    # ---------------------------------------------------------------- what a dataset says about itself
-
-    @property
-    def folder(self) -> Path:
-        """Where the dataset's files lie."""
-        return self.data_dir / self.name
-
-    def read_row(self, row: dict[str, Any]) -> Row:
-        """One released row; an empty ``id`` is filled in by the row's position.
-
-        A ``KeyError`` or a ``UserError`` is given the file's name and the line.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not read rows")
-
-    def parse_teacher(self, text: str) -> tuple[str, str] | None:
-        """``(rationale, label)`` in the teacher's text, neither of them empty; ``None`` where it does not parse.
-
-        Here: ``... So the answer is LABEL.``, the label up to the end of its line without a final stop; where the mark
-        stands several times, the last one counts.
-        """
-        label, rationale = RATIONALE_LABEL.read(text)
-        label = ((label or "").splitlines() or [""])[0].strip().removesuffix(".").strip()
-        return (rationale, label) if rationale and label else None
-
-    @property
-    def prompt_file(self) -> Path:
-        """The YAML file of the prompt that a teacher is asked with."""
-        return Path(__file__).parent / "prompts" / f"{self.prompt}.yaml"
-
-    def prompt_fields(self, row: Row) -> dict[str, str]:
-        """What the templates of a prompt can name, of one row.
-
-        ``input``; ``choices``, the closed choices joined by commas; ``options``, a line that names them, or nothing
-        where there are none.
-        """
-        choices = ", ".join(row.choices or self.label_set or ())
-        return {"input": row.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
-
-    def load_rows(self, split: Split) -> list[Row] | None:
-        """The rows of a split, the whole of it, with the teacher outputs that lie in the same file, if any.
-
-        ``None`` where the split is absent. Data in another layout overrides this.
-
-        Raises:
-            UserError: a file is not as it should be.
-        """
-        path = self.split_file(split)
-        if path is None or not path.is_file():
-            return None
-        rows: list[Row] = []
-        for place, found in read_json_lines(path):
-            try:
-                rows.append(self.with_id(self.read_row(found), split, len(rows)))
-            except KeyError as error:
-                raise UserError(f"{place}: no key {error}; there are {', '.join(found)}") from error
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from error
-        if not rows:
-            raise UserError(f"{split}: {path} is empty; give a file with rows, or remove it")
-        return rows
-
-    def load_outputs(self, split: Split, rows: list[Row]) -> list[Row]:
-        """The rows with the released outputs of their teacher, the files ``llm/<split>_CoT_<k>.json``.
-
-        Raises:
-            UserError: a file is not as it should be.
-        """
-        folder, word = self.folder / "llm", self.splits[split]
-        outputs = read_outputs(folder, word)
-        if not outputs:
-            return rows
-        counted = f"{split}: {self.split_file(split)} has {len(rows)} rows, {folder}/{word}_CoT_*.json have"
-        counted += f" {len(outputs)} outputs"
-        if len(outputs) < len(rows):
-            raise UserError(f"{counted}; they are joined by position and have to be as many")
-        if len(outputs) > len(rows) and not self.allow_extra_outputs:
-            raise UserError(f"{counted}; allow_extra_outputs: true joins the first {len(rows)} of them")
-        # there may be more outputs, so not strict
-        pairs = zip(rows, outputs, strict=False)
-        return [replace(row, outputs=(self._released_output(row, text),)) for row, text in pairs]
-
-    def _released_output(self, row: Row, text: str) -> TeacherOutput:
-        if is_condition(self.rationale_filter):
-            # the columns that `annotate` writes
-            sample = Annotation(row.id, teacher=RELEASED, text=text)
-            sample = read_text(sample, row, self.parse_teacher, self.teacher_agrees)
-            return output_of(sample, asdict(sample))
-        return TeacherOutput(*(self.parse_teacher(text) or (None, None)), RELEASED)
-
-    def with_id(self, row: Row, split: Split, position: int) -> Row:
-        """The row, with an id made of its position where it has none."""
-        return row if row.id else replace(row, id=f"{self.name}-{split}-{position}")
-
-    def split_file(self, split: Split) -> Path | None:
-        """The file of a split, present or not; ``None`` where none is released."""
-        word = self.splits.get(split)
-        return None if word is None else self.folder / f"{self.name}_{word}.json"
-
-    def absence(self, split: Split) -> str:
-        """That a split is absent, with the argument that says where it is looked for."""
-        return f"data_dir: {self.name} has no {split} split ({self.split_file(split) or 'none is released'})"
-
-    def missing(self, what: str) -> str:
-        """Where train's ``labels`` or teacher ``outputs`` are looked for, for messages."""
-        word = self.splits.get("train", "train")
-        return str(self.split_file("train") if what == "labels" else f"{self.folder / 'llm'}/{word}_CoT_*.json")
-
-    def teacher_agrees(self, teacher_label: str, label: str) -> bool:
-        """Whether the teacher's label is right."""
-        return judge(self.metric)(teacher_label, label)
-
-    # ---------------------------------------------------------------- the rows
-
-    def released(self, split: Split) -> list[Row] | None:
-        """The whole of a released split with what teachers said about it; ``None`` where it is absent. Read once."""
-        if split not in self._released:
-            rows = self.load_checked(split)
-            self._released[split] = None if rows is None else self._join(rows, split)
-        return self._released[split]
-
-    def load_checked(self, split: Split) -> list[Row] | None:
-        """As `load_rows`, where the split is one of the dataset's; ids and labels are checked.
-
-        Raises:
-            UserError: two rows share an id, or a label is none of its row's choices.
-        """
-        rows = self.load_rows(split) if split in self.splits else None
-        seen: dict[str, int] = {}
-        for position, row in enumerate(rows or ()):
-            if (first := seen.setdefault(row.id, position)) != position:
-                raise UserError(f"{self.name} {split}: rows {first} and {position} share the id {row.id!r}")
-        outside = [row for row in rows or () if row.choices is not None and row.label not in (None, *row.choices)]
-        if outside:
-            first_one = f"{outside[0].id!r} has {outside[0].label!r} of {', '.join(outside[0].choices or ()) or 'none'}"
-            raise UserError(
-                f"{self.name} {split}: the label of {len(outside)} of {len(rows or ())} rows is none of the row's"
-                f" choices ({first_one})"
-            )
-        return rows
-
-    def rows_to_ask(self, split: Split) -> list[Row] | None:
-        """The rows that a teacher is asked about: a released split whole, without what teachers said about it."""
-        rows = self.load_checked(split)
-        return None if rows is None else [replace(row, outputs=()) for row in rows]
-
-    def _join(self, rows: list[Row], split: Split) -> list[Row]:
-        """The rows with the outputs that ``rationales`` names, those of the data itself if it names none."""
-        parts = []
-        for path in self.rationales or [Path(RELEASED)]:
-            if str(path) != RELEASED:
-                outputs, notices = read_annotations(rows, path, split, self.teacher_agrees, self.parse_teacher)
-                for notice in notices:
-                    self._warn(f"{split}: {notice}")
-            else:
-                own = type(self).load_rows is not RationaleDataModule.load_rows
-                outputs = [row.outputs for row in (rows if own else self.load_outputs(split, rows))]
-            parts.append(outputs)
-        joined = [tuple(output for part in of_row for output in part) for of_row in zip(*parts, strict=True)]
-        rows = [replace(row, outputs=outputs) for row, outputs in zip(rows, joined, strict=True)]
-        names = dict.fromkeys(output.teacher for outputs in joined for output in outputs)
-        if len(names) > 1 and not any(task.teacher for task in self.tasks.values()):
-            self._warn(
-                f"{split}: samples of several teachers ({', '.join(map(str, names))}), the first of which comes"
-                " first; a task's teacher or rationale_filter: teacher == 'NAME' chooses"
-            )
-        if split == "train":
-            check_columns(self.rationale_filter, rows)
-        return rows
 
     def split_rows(self, split: Split) -> list[Row] | None:
         """The rows of a split, where no val is released without those that become val; ``None`` where it is absent."""
@@ -421,7 +220,7 @@ class RationaleDataModule(pl.LightningDataModule):
                 labels.update(row.label for row in self.used_rows("train").rows if row.label is not None)
         except UserError as error:
             # training on such data is an error, evaluating a student beside it is not
-            self._warn(f"the majority label is not known ({error})")
+            self.warn(f"the majority label is not known ({error})")
         return labels.most_common(1)[0][0] if labels else None
 
     def describe(self) -> dict[str, Any]:
@@ -450,10 +249,10 @@ class RationaleDataModule(pl.LightningDataModule):
         for path in self.rationales or ():
             if str(path) != RELEASED:
                 annotations_file(path)
-        paths = {split: path for split in self.splits if (path := self.split_file(split)) is not None}
-        if self.released_rows and not any(path.is_file() for path in paths.values()):
-            rows = {path.name: self.released_rows[split] for split, path in paths.items()}
-            fetch_release(self.release_url, self.data_dir, self.name, rows)
+        files = {self.split_file(split): count for split, count in self.released_rows.items()}
+        expected = {file.name: count for file, count in files.items() if file is not None}
+        if expected and not any(file is not None and file.is_file() for file in files):
+            fetch_release(self.release_url, self.data_dir, self.name, expected)
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that a stage needs; a second call does nothing again.
@@ -471,9 +270,10 @@ class RationaleDataModule(pl.LightningDataModule):
             if split not in self._tokenized:
                 self._tokenized[split] = self._tokenize(split)
         for split in self.splits:
-            if (path := self.split_file(split)) is not None and not path.exists():
-                self._warn(self.absence(split))
-        for split in {"fit": ("val", "test"), "predict": ()}.get(stage, needed):
+            if (file := self.split_file(split)) is not None and not file.exists():
+                self.warn(self.absence(split))
+        evaluated: dict[str, tuple[Split, ...]] = {"fit": ("val", "test"), "predict": ()}
+        for split in evaluated.get(stage, needed):
             self._report_repeated(split)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -519,7 +319,7 @@ class RationaleDataModule(pl.LightningDataModule):
         if self.num_workers:
             # the workers are forked after the tokenizer ran in threads; without this it complains in each of them
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # the property has checked it
+        pad = int(self.tokenizer.pad_token_id)
         return (DataLoader if evaluation else ResumableLoader)(
             rows,
             batch_size=batch_size,
@@ -542,10 +342,11 @@ class RationaleDataModule(pl.LightningDataModule):
         if self._tokenizer is None:
             raise UserError("tokenizer must be given: a hub name, a folder or a tokenizer object")
         if isinstance(self._tokenizer, str | Path):
+            name = self._tokenizer
             try:
-                self._tokenizer = load_tokens(self._tokenizer)
+                self._tokenizer = load_tokens(name)
             except UserError:  # a tokenizer without a model's configuration
-                self._tokenizer = Tokens(load_tokenizer(self._tokenizer))
+                self._tokenizer = Tokens(load_tokenizer(name))
         elif not isinstance(self._tokenizer, Tokens):
             self._tokenizer = Tokens(self._tokenizer)
         found = self._tokenizer.tokenizer
@@ -564,7 +365,8 @@ class RationaleDataModule(pl.LightningDataModule):
 
     def _tokenizer_name(self) -> str | None:
         found = self._tokenizer.tokenizer if isinstance(self._tokenizer, Tokens) else self._tokenizer
-        return str(found.name_or_path) or None if isinstance(found, PreTrainedTokenizerBase) else found and str(found)
+        name = found.name_or_path if isinstance(found, PreTrainedTokenizerBase) else found
+        return None if name is None else str(name) or None
 
     @property
     def token_settings(self) -> TokenSettings:
@@ -585,11 +387,11 @@ class RationaleDataModule(pl.LightningDataModule):
         cut = cut_counts(found.column, settings)
         self.counts[split] |= cut
         told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
-        rank_zero_only(_log.info)(f"{self.name} {split}: {told}")
+        rank_zero_only(log.info)(f"{self.name} {split}: {told}")
         if any(cut.values()):
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
             limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
-            self._warn(f"{split}: {told} ({limits})")
+            self.warn(f"{split}: {told} ({limits})")
         return found
 
     def target_limits(self) -> dict[str, int]:
@@ -610,68 +412,44 @@ class RationaleDataModule(pl.LightningDataModule):
     # ---------------------------------------------------------------- checks and notices
 
     def check_split(self, split: Split, stage: str) -> None:
-        """See that a split, which is there, has what a stage needs of it.
+        """See that a split, which is there, has what a stage needs of it: labels, and in train a target for each task.
 
         Raises:
             UserError: it has not.
         """
-        used = self.used_rows(split)
+        used, rows = self.used_rows(split), self.split_rows(split) or []
+        unlabelled = sum(row.label is None for row in rows)
         if split != "train":
-            if unlabelled := sum(label is None for label in used.gold):
-                raise UserError(f"{split}: {unlabelled} of {len(used.gold)} rows have no label, which {stage} needs")
-            return
-        rows = self.split_rows("train") or []
-        outputs = [output for row in rows for output in row.outputs]
-        asking = {"label_source: teacher": self.label_source == "teacher"}
-        asking |= {"rationale_filter: label_agrees": self.rationale_filter == "label_agrees"}
-        for argument, asks in asking.items():
-            if asks and all(output.label is None for output in outputs):
-                raise UserError(f"{argument} needs the teacher's labels of train, {self._missing('outputs')}")
-        texts = [output for output in outputs if output.text is not None]
-        asking = {f"tasks: {name}": task.uses_output for name, task in self.tasks.items()}
-        asking |= {f"rationale_filter: {self.rationale_filter}": self._keep is not None}
-        for argument, asks in asking.items():
-            if asks and not texts:
-                raise UserError(f"{argument} needs the teacher's rationales of train, {self._missing('outputs')}")
-        for name, task in self.tasks.items():
-            if task.uses_output and not any(map(task.accepts, texts)):
-                known = dict.fromkeys(f"{output.kind} ({output.teacher})" for output in texts)
-                wanted = f"{task.kind} ({task.teacher or 'any teacher'})"
-                raise UserError(f"tasks: {name} needs outputs of {wanted} of train; there are {', '.join(known)}")
-        if self.label_source == "gold" and (needing := [name for name, task in self.tasks.items() if task.needs_label]):
-            unlabelled = sum(row.label is None for row in rows)
-            if unlabelled == len(rows):
-                raise UserError(f"tasks: {needing[0]} needs the labels of train, {self._missing('labels')}")
             if unlabelled:
-                self._warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")
-        if not used.rows:
-            raise UserError(f"train: no row is left to train on ({self.counts['train']})")
+                raise UserError(f"{split}: {unlabelled} of {len(rows)} rows have no label, which {stage} needs")
+            return
+        counts = {name: count for name, count in self.counts["train"].items() if count}
         if self._keep is not None and all(row.rationale is None for row in used.rows):
-            raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale ({self.counts['train']})")
+            raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
+        outputs = (output for row in rows for output in row.outputs if output.text is not None)
+        known = ", ".join(dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)) or "none"
+        teacher_labels = self.label_source == "teacher"
         for name, task in self.tasks.items():
-            if not any(self.targets("train", task, row) for row in used.rows):
-                raise UserError(f"tasks: {name} has no target in train ({self.counts['train']})")
-
-    def _missing(self, what: str) -> str:
-        given = ", ".join(str(path) for path in self.rationales or ()) if what == "outputs" else ""
-        return f"of which there is none in {given or self.missing(what)}"
+            if any(self.targets("train", task, row) for row in used.rows):
+                continue
+            needed = ["labels of the teacher" if teacher_labels else "labels"] if task.needs_label else []
+            if task.uses_output:
+                needed.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
+            found = f"there are outputs of kind {known}; {counts}"
+            raise UserError(f"tasks: {name} needs {' and '.join(needed)}, and has no target in train; {found}")
+        if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
+            self.warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")
 
     def _report_repeated(self, split: Split) -> None:
         try:
             repeated = self.repeated_rows(split)
         except UserError as error:
             # what needs the split will say so; the rest can run without it
-            self._warn(f"whether {split} repeats inputs of train is not known ({error})")
+            self.warn(f"whether {split} repeats inputs of train is not known ({error})")
             return
         if repeated:
             total = len(self.split_rows(split) or ())
-            self._warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
-
-    def _warn(self, text: str) -> None:
-        """Say something once."""
-        if text not in self._notices:
-            self._notices.add(text)
-            rank_zero_only(_log.warning)(text if text.startswith("data_dir") else f"{self.name} {text}")
+            self.warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
 
 
 def _paths(rationales: Any) -> list[Path] | None:  # noqa: ANN401

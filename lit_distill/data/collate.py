@@ -32,13 +32,18 @@ class TokenRows(Dataset[TokenRow]):
         self.settings = settings
         self.seed = seed
         self._sampled = [name for name, task in settings.tasks.items() if task.select == "sample"]
-        self.column = lambda name: table.data[name].to_pylist()
+        self._columns = table.data
         self._table = table.select_columns(
             [f"{name}.{part}" for name in settings.tasks for part in ("input_ids", "labels")]
         )
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def column(self, name: str) -> list[Any]:
+        """A column of `lit_distill.data.tokenize.encode_rows`."""
+        found: list[Any] = self._columns[name].to_pylist()
+        return found
 
     @property
     def samples(self) -> bool:

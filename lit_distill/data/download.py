@@ -4,6 +4,7 @@ import http.client
 import os
 import shutil
 import stat
+import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -11,12 +12,14 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from filelock import FileLock
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lit_distill.data.sources import read_json_lines
 from lit_distill.errors import UserError
+from lit_distill.files import atomic_folder
 
 RELEASE_URL = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
 """The archive released with the paper's reference code (all four datasets)."""
@@ -29,8 +32,6 @@ MAX_MEMBERS = 10_000
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a download is given up."""
-
-_CHUNK = 2**16
 
 
 def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, int]) -> None:
@@ -48,6 +49,8 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
     target = data_dir / folder
     absent = f"data_dir: none of {', '.join(expected)} is in {target}"
     advice = f"set data_dir to the folder that holds {folder}/"
+    if not url.startswith(("https://", "http://")):
+        raise UserError(f"the release must be at an http or https address, got {url!r}")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"{absent}, and HF_HUB_OFFLINE forbids to download the release; {advice}")
     if target.exists() and any(target.iterdir()):
@@ -56,7 +59,17 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = data_dir / f".{folder}.lock"
     try:
-        _fetch(url, data_dir, folder, expected, FileLock(lock), absent, advice)
+        with FileLock(lock):
+            if any((target / name).is_file() for name in expected):
+                return  # another process was here first
+            with tempfile.TemporaryFile(dir=data_dir) as archive, atomic_folder(target) as tmp_folder:
+                try:
+                    _download(url, archive)
+                except (OSError, http.client.HTTPException) as error:
+                    if isinstance(error, urllib.error.HTTPError):
+                        error.close()  # it is the response, with an open socket
+                    raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
+                _unpack(archive, tmp_folder, folder, expected, url)
     except UserError:
         if is_new:  # a misspelt folder does not come into being
             lock.unlink(missing_ok=True)
@@ -65,104 +78,57 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
         raise
 
 
-def _fetch(
-    url: str, data_dir: Path, folder: str, expected: Mapping[str, int], lock: FileLock, absent: str, advice: str
-) -> None:
-    target = data_dir / folder
-    with lock:
-        if any((target / name).is_file() for name in expected):
-            return  # another process was here first
-        tmp_folder = data_dir / f".{folder}.tmp"
-        shutil.rmtree(tmp_folder, ignore_errors=True)  # of a process that was killed
-        try:
-            tmp_folder.mkdir()
-            try:
-                _download(url, tmp_folder / "release.zip")
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, urllib.error.HTTPError):
-                    error.close()  # it is the response, with an open socket
-                raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
-            _unpack(tmp_folder / "release.zip", tmp_folder / folder, folder, list(expected), url)
-            _check_rows(tmp_folder / folder, expected, url)
-            if target.exists():
-                target.rmdir()
-            (tmp_folder / folder).rename(target)
-        finally:
-            shutil.rmtree(tmp_folder, ignore_errors=True)
-
-
-def _download(url: str, path: Path) -> None:
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"the release must be at an http or https address, got {url!r}")
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:  # noqa: S310 - checked above
+def _download(url: str, file: IO[bytes]) -> None:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310 - the caller has checked it
         total = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
-        done = 0
         with tqdm(total=total, unit="B", unit_scale=True, desc="Downloading the release") as bar:
-            while chunk := response.read(_CHUNK):
-                done += len(chunk)
-                if done > MAX_BYTES:
-                    raise UserError(f"{url}: more than {MAX_BYTES} bytes, which is not the release")
+            while chunk := response.read(2**16):
                 file.write(chunk)
                 bar.update(len(chunk))
-        if total is not None and done != total:
-            raise ConnectionError(f"it broke off after {done} of {total} bytes")
+                if file.tell() > MAX_BYTES:
+                    raise UserError(f"{url}: more than {MAX_BYTES} bytes, which is not the release")
+        if total is not None and file.tell() != total:
+            raise ConnectionError(f"it broke off after {file.tell()} of {total} bytes")
 
 
-def _unpack(archive: Path, target: Path, folder: str, expected: list[str], url: str) -> None:
+def _unpack(archive: IO[bytes], target: Path, folder: str, expected: Mapping[str, int], url: str) -> None:
+    """Unpack what lies below the one folder of that name that holds the expected files."""
     try:
         with zipfile.ZipFile(archive) as zipped:
+            roots: dict[PurePosixPath, dict[PurePosixPath, zipfile.ZipInfo]] = {}
             members = zipped.infolist()
-            _check_members(members, url)
-            chosen = _below(members, folder, expected, url)
-            left = MAX_BYTES
+            if len(members) > MAX_MEMBERS:
+                raise UserError(f"{url}: {len(members)} members, which is not the release")
+            for member in members:
+                path = _checked_path(member, url)
+                if not member.is_dir() and folder in path.parts[:-1]:
+                    depth = path.parts.index(folder) + 1
+                    inner = PurePosixPath(*path.parts[depth:])
+                    roots.setdefault(PurePosixPath(*path.parts[:depth]), {})[inner] = member
+            names = [PurePosixPath(name) for name in expected]
+            chosen = next((found for found in roots.values() if all(name in found for name in names)), None)
+            if chosen is None:
+                raise UserError(f"{url}: no folder {folder!r} with {', '.join(expected)} is in the archive")
+            # a member that holds more than its claimed size is an error of zipfile
+            if sum(member.file_size for member in chosen.values()) > MAX_BYTES:
+                raise UserError(f"{url}: unpacks to more than {MAX_BYTES} bytes, which is not the release")
             for inner, member in chosen.items():
-                path = target / inner
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # counted while unpacking: the sizes in the archive's directory are only claims
-                with zipped.open(member) as source, path.open("wb") as file:
-                    while chunk := source.read(_CHUNK):
-                        left -= len(chunk)
-                        if left < 0:
-                            raise UserError(f"{url}: unpacks to more than {MAX_BYTES} bytes, which is not the release")
-                        file.write(chunk)
+                (target / inner).parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(member) as source, (target / inner).open("wb") as file:
+                    shutil.copyfileobj(source, file)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         # NotImplementedError and RuntimeError: an unknown compression, a password
         raise UserError(f"{url}: cannot be unpacked to {target.parent} ({error})") from error
-
-
-def _check_members(members: list[zipfile.ZipInfo], url: str) -> None:
-    if len(members) > MAX_MEMBERS:
-        raise UserError(f"{url}: {len(members)} members, which is not the release")
-    for member in members:
-        name = member.filename
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-            raise UserError(f"{url}: the member {name!r} points outside its archive; nothing was unpacked")
-        kind = stat.S_IFMT(member.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise UserError(f"{url}: the member {name!r} is a link or a device; nothing was unpacked")
-
-
-def _below(
-    members: list[zipfile.ZipInfo], folder: str, expected: list[str], url: str
-) -> dict[PurePosixPath, zipfile.ZipInfo]:
-    """The files below the one folder of that name that holds the expected files, by their paths in it."""
-    roots: dict[PurePosixPath, dict[PurePosixPath, zipfile.ZipInfo]] = {}
-    for member in members:
-        path = PurePosixPath(member.filename)
-        if member.is_dir() or folder not in path.parts[:-1]:
-            continue
-        depth = path.parts.index(folder) + 1
-        inner = PurePosixPath(*path.parts[depth:])
-        roots.setdefault(PurePosixPath(*path.parts[:depth]), {})[inner] = member
-    for found in roots.values():
-        if all(PurePosixPath(name) in found for name in expected):
-            return found
-    raise UserError(f"{url}: no folder {folder!r} with {', '.join(expected)} is in the archive")
-
-
-def _check_rows(folder: Path, expected: Mapping[str, int], url: str) -> None:
     for name, rows in expected.items():
-        found = sum(1 for _ in read_json_lines(folder / name))
+        found = sum(1 for _ in read_json_lines(target / name))
         if found != rows:
             raise UserError(f"{url}: {name} has {found} rows, the released one has {rows}; nothing was kept")
+
+
+def _checked_path(member: zipfile.ZipInfo, url: str) -> PurePosixPath:
+    name, path = member.filename, PurePosixPath(member.filename)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise UserError(f"{url}: the member {name!r} points outside its archive; nothing was unpacked")
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise UserError(f"{url}: the member {name!r} is a link or a device; nothing was unpacked")
+    return path

@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lit_distill import checks
-from lit_distill.data.base import RELEASED, RationaleDataModule
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.released import RELEASED
 from lit_distill.data.sources import Table, read_file, read_hub
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
@@ -71,7 +73,7 @@ class JSONLDataModule(RationaleDataModule):
     ) -> None:
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test, "predict": predict}
-        self.sources = {split: str(source) for split, source in given.items() if source is not None}
+        self.sources: dict[Split, str] = {split: str(source) for split, source in given.items() if source is not None}
         if not self.sources:
             raise UserError("train, val, test or predict must be given: a file, a folder, or a split's name with hub")
         self.splits = {split: split for split in self.sources}
@@ -101,8 +103,9 @@ class JSONLDataModule(RationaleDataModule):
         self._hub, self._hub_config = hub, hub_config
         self.hub_name = None if hub is None or Path(hub).exists() else hub
         super().__init__(predict_split=predict_split or ("predict" if predict is not None else "test"), **kwargs)
-        plain = {**self.sources, "predict_split": self.predict_split}
-        self.save_hyperparameters(own | plain | {"label_set": None if label_set is None else list(label_set)})
+        own |= {str(split): source for split, source in self.sources.items()}
+        own |= {"predict_split": self.predict_split, "label_set": label_set and list(label_set)}
+        self.save_hyperparameters(own)
 
     def prepare_data(self) -> None:
         """Check that every file is there, before a long run finds out that it is not; fetch what is on the hub."""
@@ -130,13 +133,7 @@ class JSONLDataModule(RationaleDataModule):
         columns = self._choose_columns(table, split)
         if (label := columns["label"]) is not None and self.label_set is None and label in table.class_names:
             self.label_set = tuple(table.class_names[label])
-        rows: list[Row] = []
-        for place, found in table.rows:
-            try:
-                rows.append(self.with_id(self._row(found, columns), split, len(rows)))
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from error
-        return rows
+        return self.read_rows(table.rows, partial(self._row, columns=columns), split)
 
     def split_file(self, split: Split) -> Path | None:
         """The file or folder of a split; ``None`` where none was given, or it is on the hub."""
@@ -153,11 +150,6 @@ class JSONLDataModule(RationaleDataModule):
     def describe(self) -> dict[str, Any]:
         """The data in plain values, with where it comes from."""
         return super().describe() | {"sources": dict(self.sources), "hub": self._hub}
-
-    def missing(self, what: str) -> str:
-        """The columns of train's labels or teacher outputs."""
-        columns = "label_column" if what == "labels" else "rationale_column, teacher_label_column, outputs"
-        return f"the data ({columns})"
 
     def _candidates(self, split: Split) -> list[Path]:
         path = Path(shipped(self.sources[split]))
@@ -185,10 +177,10 @@ class JSONLDataModule(RationaleDataModule):
         label, teacher_label = self._label(values["label"]), self._label(values["teacher_label"])
         if label is not None and self.label_set is not None and label not in self.label_set:
             raise UserError(f"the label {label!r} is not in label_set ({', '.join(self.label_set)})")
-        texts = [(text, "rationale") for text in _output_texts("rationale", values["rationale"])]
+        texts: list[str | None] = [*_output_texts("rationale", values["rationale"])]
         if not texts and teacher_label is not None:
-            texts = [(None, "rationale")]
-        outputs = [TeacherOutput(text, teacher_label, RELEASED, kind) for text, kind in texts]
+            texts = [None]
+        outputs = [TeacherOutput(text, teacher_label, RELEASED) for text in texts]
         for column, kind in self._outputs.items():
             outputs += [TeacherOutput(text, None, RELEASED, kind) for text in _output_texts(column, found.get(column))]
         row_id = "" if values["id"] is None else str(values["id"])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_distill import checks
-from lit_distill.data.base import RELEASED, RationaleDataModule
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.released import RELEASED
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row, TeacherOutput
 

@@ -187,20 +187,17 @@ def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": BOTH}, "tasks: rationale needs the teacher's rationales of train"),
-        ({"tasks": ["label_rationale"]}, "tasks: label_rationale needs the teacher's rationales of train"),
-        ({"label_source": "teacher"}, "label_source: teacher needs the teacher's labels of train"),
-        (
-            {"rationale_filter": "label_agrees"},
-            "rationale_filter: label_agrees needs the teacher's labels of train",
-        ),
+        ({"tasks": BOTH}, "tasks: rationale needs teacher outputs of kind rationale, and has no target"),
+        ({"tasks": ["label_rationale"]}, "tasks: label_rationale needs labels and teacher outputs of kind rationale"),
+        ({"label_source": "teacher"}, "tasks: label needs labels of the teacher"),
+        ({"rationale_filter": "label_agrees"}, "rationale_filter: label_agrees leaves no rationale"),
     ],
 )
 def test_train_without_teacher_outputs(
     arguments: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA
 ) -> None:
     data = write_cqa(outputs=[])
-    with pytest.raises(UserError, match=rf"^{message}, of which there is none in .*train_CoT_\*\.json$"):
+    with pytest.raises(UserError, match=rf"^{message}.* train"):
         CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("fit")
     CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("test")
     CQADataModule(data_dir=data, tokenizer=tokenizer).setup("fit")
@@ -211,7 +208,7 @@ def test_no_row_left_to_train_on(tokenizer: PreTrainedTokenizerFast, write_cqa: 
     module = CQADataModule(
         data_dir=write_cqa(outputs=outputs), tokenizer=tokenizer, label_source="teacher", train_fraction=0.01
     )
-    with pytest.raises(UserError, match="train: no row is left to train on"):
+    with pytest.raises(UserError, match="tasks: label needs labels of the teacher, and has no target in train"):
         module.setup("fit")
 
 
