@@ -56,6 +56,7 @@ def load(
     Raises:
         UserError: the student cannot be read, is of no family that is known, or its weights or tokenizer do not fit.
     """
+    wanted = None if adapter is None else Adapter.of(adapter)
     tokens = load_tokens(name)
     model = load_model(name, from_scratch=from_scratch, dropout=dropout, dtype=dtype, adapter=adapter, meta=meta)
     if len(tokens.tokenizer) > model.config.vocab_size:
@@ -71,7 +72,7 @@ def load(
         student: Student = CausalStudent(model, tokens, compile=compile)
     else:
         student = Seq2SeqStudent(model, tokens, fast=fast, compile=compile)
-    student.adapter = None if adapter is None else Adapter.of(adapter)
+    student.adapter = wanted
     return student
 
 
