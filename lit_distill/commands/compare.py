@@ -85,8 +85,8 @@ def _table(section: Section, label_source: str, results: list[Result], metric: s
     """A table that fits 80 columns: what belongs together is below each other."""
     title = f"{dataset_name(section.dataset)}, {labels_name(label_source)}: {metric_name(metric)}"
     table = Table(title=title, title_justify="left", show_lines=True)
-    stacks = ("setting", "student", "training rows"), ("n",), ("mean ± se", "published")
-    stacks += ("difference", "95 % interval"), ("p", "by seed ± se (n)")
+    stacks: list[tuple[str, ...]] = [("setting", "student", "training rows"), ("n",), ("mean ± se", "published")]
+    stacks += [("difference", "95 % interval"), ("p", "by seed ± se (n)")]
     rows = cells(results, section, metric)
     for stack in stacks:
         numeric = stack[0] != "setting"

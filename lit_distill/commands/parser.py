@@ -124,7 +124,7 @@ def call(
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     for option, base in classes.items():
         parser.add_subclass_arguments(base, option, required=True)
-    skipped = set(list(parameters)[: len(classes)])
+    skipped: set[str | int] = set(list(parameters)[: len(classes)])
     if positional is not None:
         option, text = positional
         parser.add_argument("words", nargs="*", type=str, metavar=option.upper(), help=text)
