@@ -98,16 +98,16 @@ def _comparison(name: str, compare: Callable[[Any, Any], bool] | None, node: ast
         value = {"true": True, "false": False}.get(written, written)
 
     def test(row: Mapping[str, Any]) -> bool | None:
-        held = row.get(name)
-        if held is None or value is None:
+        found = row.get(name)
+        if found is None or value is None:
             return None
         # a label such as 1 is a text in its column
-        other = written if isinstance(held, str) and not isinstance(value, str) else value
-        if not isinstance(held, str | int | float) or isinstance(held, str) is not isinstance(other, str):
-            raise UserError(f"rationale_filter: {name} holds {held!r}, which cannot be compared with {other!r}")
+        other = written if isinstance(found, str) and not isinstance(value, str) else value
+        if not isinstance(found, str | int | float) or isinstance(found, str) is not isinstance(other, str):
+            raise UserError(f"rationale_filter: {name} is {found!r}, which cannot be compared with {other!r}")
         try:
-            return compare(held, other)
+            return compare(found, other)
         except TypeError as error:
-            raise UserError(f"rationale_filter: {name} holds {held!r}, and {other!r} is of another type") from error
+            raise UserError(f"rationale_filter: {name} is {found!r}, and {other!r} is of another type") from error
 
     return test

@@ -94,7 +94,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     """Read a prompt file.
 
     Raises:
-        UserError: there is none, or it is not one; the message names the file and the key.
+        UserError: the file cannot be read, or is no prompt; the message names the file and the key.
     """
     try:
         found = parse_yaml(read_small(path))

@@ -188,8 +188,8 @@ def contains_label(rationale: str, label: str) -> bool:
     """Whether a rationale contains a label, as whole words, in any case."""
     # in linear time, unlike a pattern: a label may be as long as an answer
     words = (["", *re.findall(r"\w+|\W", text.lower()), ""] for text in (label.strip(), rationale))
-    sought, held = map("\0".join, words)
-    return sought in held
+    sought, whole = map("\0".join, words)
+    return sought in whole
 
 
 def same_answer(label: str, other: str, agree: Agree) -> bool:

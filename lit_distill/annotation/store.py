@@ -261,7 +261,7 @@ def read_rows(
 
     Args:
         path: the file.
-        on_torn: is told where a last line is torn, as one is while a job writes or when it was killed.
+        on_torn: called with the place of a torn last line, as a running or a killed job leaves one.
 
     Raises:
         UserError: a row is not a sample.

@@ -76,7 +76,7 @@ def annotate(
     wandb_project: str | None = None,
     push_to_hub: str | None = None,
 ) -> dict[str, Any]:
-    """Ask a teacher about a split's whole file, before val is taken off.
+    """Ask a teacher about a split's whole file, before val is split off.
 
     What is in ``out`` already is not asked again, whatever ended the job that wrote it. Answers belong to a row's
     input: those to an input that it had earlier stay in ``out``, and are neither judged nor counted.
@@ -226,7 +226,7 @@ def _rows(datamodule: RationaleDataModule, split: Split) -> list[Row]:
     datamodule.prepare_data()
     rows = datamodule.rows_to_ask(split)
     if rows is None:
-        taken = ", and val is taken off train, which is asked about whole" if split == "val" else ""
+        taken = ", and val is split off train, which is asked about whole" if split == "val" else ""
         raise UserError(f"split: {datamodule.absence(split)}{taken}")
     if not rows:
         raise UserError(f"split: {datamodule.name} {split} has no rows")
@@ -290,7 +290,7 @@ class _Job:
                     with progress(tally, self.teacher.name, total) as show:
                         runner.run(self.questions(store), interrupts)
                 except BaseException:
-                    # what was paid for is put in order if possible; why the job ended is what is told
+                    # put what was paid for in order if possible, but raise why the job ended
                     with suppress(UserError):
                         finish()
                     raise

@@ -34,7 +34,6 @@ _MOST_STOPS = 4  # stop texts that OpenAI and TGI take; answers are cut at the o
 _MOST_BYTES = 16 << 20  # of a response; the longest answers with all their log-probabilities have a tenth of it
 _LONGEST_KEY = 4096
 _OWN_FIELDS = ("model", "messages", "prompt", "stream", "n")
-_FINISHES = {"eos_token": "stop", "stop_sequence": "stop"}  # the words of older versions of TGI
 _NO_MODEL = re.compile(
     r"\bmodels?\b.*(not found|not exist|n't exist|no such|unknown|not available|not loaded|not served)"
     r"|(not found|no such|unknown|find)\b.*\bmodel\b",
@@ -171,7 +170,7 @@ class OpenAITeacher(Teacher):
         except openai.APIConnectionError as error:
             cause = error.__cause__
             if isinstance(cause, httpx2.DecodingError):
-                failure = TeacherError(self._line(f"{cause}, {self.max_retries + 1} times"))
+                failure = TeacherError(self._line(f"{self.max_retries + 1} times {cause}"))
             else:
                 failure = TeacherBusy(self._line(f"no connection: {str(cause) or type(cause).__name__}"))
         except _TooLarge as error:
@@ -229,7 +228,8 @@ class OpenAITeacher(Teacher):
             if not isinstance(error.__cause__, httpx2.ConnectError):
                 return ""
             proxies = "".join(f", through {name.upper()}_PROXY" for name in getproxies() if name != "no")
-            raise UserError(f"base_url: no server answers at {self._url} ({error.__cause__}{proxies})") from None
+            refused = f"base_url: no server answers at {self._url} ({error.__cause__}{proxies})"
+            raise UserError(self._line(refused)) from None
         except (openai.APIStatusError, _TooLarge, ValueError, LookupError, TypeError, RecursionError):
             # the list may be slow, forbidden or absent, which does not matter
             return ""
@@ -300,8 +300,9 @@ def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
                 except ValueError:
                     status = _inner_status(body)
                 if status == 0:
-                    said = body[:200].decode(errors="replace")
-                    raise httpx2.DecodingError(f"the server's answer is no completion: {said!r}", request=request)
+                    # more than is shown: a key is masked before the line is cut
+                    said = body[: 1 << 16].decode(errors="replace")
+                    raise httpx2.DecodingError(f"the server's answer is no completion: {said}", request=request)
             headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
             return httpx2.Response(status, headers=headers, content=body, request=request)
 
@@ -445,7 +446,7 @@ def _reply(found: _Completion, stops: tuple[str, ...]) -> Reply:
     if isinstance(text, list):
         # the parts of Mistral's reasoning models, without the thinking
         text = "".join(part.text for part in text if part is not None and part.type == "text")
-    text, finish = text or "", _FINISHES.get(choice.finish_reason or "", choice.finish_reason)
+    text, finish = text or "", choice.finish_reason
     # the other stop texts, or those that `transformers serve` leaves in
     if ends := [end for stop in stops if (end := text.find(stop)) >= 0]:
         text, finish = text[: min(ends)], "stop"

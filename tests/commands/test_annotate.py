@@ -656,7 +656,7 @@ def test_a_budget_of_dollars(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--limit=0"], "limit must be an integer >= 1, got 0"),
         (["--max_cost=3"], "max_cost needs teacher.input_price and teacher.output_price"),
         (["--max_tokens=0"], "max_tokens must be an integer >= 1, got 0"),
-        (["--split=val"], "split: data_dir: svamp has no val split (none is released), and val is taken off train"),
+        (["--split=val"], "split: data_dir: svamp has no val split (none is released), and val is split off train"),
         (["--split=predict"], "split: data_dir: svamp has no predict split"),
         (["--split=dev"], "split: got dev; allowed is one of 'train', 'val', 'test', 'predict'"),
         (["--prompt=none.yaml"], "prompt: 'none.yaml' cannot be read (No such file or directory)"),
