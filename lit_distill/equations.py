@@ -89,11 +89,8 @@ def _is_short(text: str) -> bool:
 def evaluate(text: str) -> float | None:
     """The value of an arithmetic expression, by Python's own precedence and meaning of each operator.
 
-    The text is stripped of surrounding whitespace. Decimal integers and floats, ``+ - * / // % **``, signs and
-    parentheses are read, within this module's limits. Commas are not thousands separators: ``1,000`` is no number here.
-
-    Args:
-        text: any text at all; it is parsed, never executed.
+    Decimal integers and floats, ``+ - * / // % **``, signs and parentheses are read, within this module's limits.
+    Commas are not thousands separators: ``1,000`` is no number here.
 
     Returns:
         The value, always finite; ``None`` for anything else: other syntax, division by zero, a complex power, numbers

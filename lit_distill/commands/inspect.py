@@ -27,23 +27,13 @@ EXAMPLES = 3
 def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     """A report in plain values: each split as it is released, and what of it this run uses.
 
-    Of each split that is there (one that is absent is ``{"present": false}``):
+    A split's ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (an
+    output that does not parse is wrong), ``outside_label_set`` and ``kept`` (by ``rationale_filter``) count the
+    released file whole; where no val is released (``released`` is false), the rows taken from train. ``taken_as_val``,
+    ``left_out_by_fraction`` and ``dropped_...`` lead from there to ``used``, of which the rest speaks: lengths are in
+    tokens before truncation. An absent split is ``{"present": false}``.
 
-    - of the released file whole, before val is taken from it or anything is filtered: ``rows`` = ``parsed`` +
-      ``unparsed`` + ``no_output``, ``without_label`` (no gold label), ``teacher_label_accuracy`` (an output that does
-      not parse is wrong; ``None`` without outputs or labels), ``outside_label_set`` (0 without closed choices) and, of
-      train, ``kept``: the rows with a rationale that ``rationale_filter`` keeps. Where no val is released
-      (``released`` is false), of the rows taken from train;
-    - what is taken away: ``taken_as_val``, ``left_out_by_fraction``, ``dropped_without_teacher_label`` and
-      ``dropped_without_target``, which lead from ``rows`` to ``used``;
-    - of the rows used: ``rationale_filtered``, ``used_rationales``, ``used_teacher_accuracy`` (where a rationale is
-      used), ``in_train`` (the input is also in train), the lengths in tokens before truncation, and what is truncated.
-
-    Args:
-        datamodule: the data, with a tokenizer; no student is built, and nothing is written to the cache.
-
-    Returns:
-        ``{"dataset", "metric", "tokenizer", "settings", "splits", "examples"}``.
+    No student is built, and nothing is written to the cache.
 
     Raises:
         UserError: no split is there, or a file is not as it should be.

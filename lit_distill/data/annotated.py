@@ -40,19 +40,10 @@ def annotations_file(path: Path) -> Path:
 def read_annotations(
     rows: Sequence[Row], path: Path, split: str, agree: Agree, parse: Parse
 ) -> tuple[list[tuple[TeacherOutput, ...]], list[str]]:
-    """Each row's outputs in one folder or file, in the order of its teachers, prompts and settings, and of samples.
+    """Each row's outputs in one folder or file, and what a user has to know of them.
 
-    A sample that holds a text and nothing of what follows from it is parsed here.
-
-    Args:
-        rows: the rows of a split.
-        path: the samples' file or folder.
-        split: samples of other splits are left out.
-        agree: which labels are one answer.
-        parse: how the dataset reads a teacher's text.
-
-    Returns:
-        The outputs, and what a user has to know of them.
+    They come in the order of teachers, kinds, prompts and settings, and of samples. Samples of other splits are left
+    out. A sample that holds a text and nothing of what follows from it is parsed here.
 
     Raises:
         UserError: a sample is of another input than its row has, or no sample is of any row.

@@ -35,13 +35,9 @@ TIMEOUT = 30.0
 
 
 def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, int]) -> None:
-    """Download the release archive and unpack one dataset of it to ``data_dir / folder``.
+    """Download the release archive and unpack one dataset of it, at whatever depth, to ``data_dir / folder``.
 
-    Args:
-        url: the archive, over http or https.
-        data_dir: the folder of the datasets; created where it is absent.
-        folder: the dataset's folder, at whatever depth it lies in the archive.
-        expected: the files that the dataset must have -> their number of rows.
+    ``expected`` maps the files that the dataset must have to their number of rows.
 
     Raises:
         UserError: there is no connection, or the archive is not what it should be; nothing is left behind.

@@ -101,17 +101,12 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """An epoch's order, rearranged so that each batch holds rows of similar length (length bucketing).
+    """An epoch's order ``(positions,)``, rearranged so that each batch holds rows of similar length (length bucketing).
 
-    Windows of the order are sorted and cut into batches, and the batches of all windows are shuffled. The rows that
-    do not fill a batch are the order's last ones, whatever their length, and stay the last: no length is favoured.
-    Within a batch the rows are sorted, so that ranks that take turns have rows of similar length as well.
-
-    Args:
-        order: the rows of an epoch, shuffled, ``(positions,)``.
-        lengths: the length of each row, ``(rows,)``.
-        batch_size: rows of a batch, over all ranks.
-        generator: shuffles the batches.
+    Windows of the order are sorted by ``lengths`` ``(rows,)`` and cut into batches (``batch_size`` counts all ranks),
+    and the batches of all windows are shuffled. The rows that do not fill a batch are the order's last ones, whatever
+    their length, and stay the last: no length is favoured. Within a batch the rows are sorted, so that ranks that take
+    turns have rows of similar length as well.
     """
     count = len(order) // batch_size
     # several windows where there are few batches: a single one would make the same batches in each epoch
@@ -127,11 +122,7 @@ def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.
 def rows_read(limit: float, rows: int, batch_size: int, world: int) -> int:
     """How many rows, the first ones of all ranks together, an evaluation reads that Lightning limits.
 
-    Args:
-        limit: the trainer's ``limit_<stage>_batches``: an integer is a number of batches, a float a part of them.
-        rows: rows of the split.
-        batch_size: rows of a batch on one rank.
-        world: number of ranks.
+    ``limit`` is the trainer's ``limit_<stage>_batches``: an integer is a number of batches, a float a part of them.
     """
     batches = -(-rows // (batch_size * world))
     read = min(limit, batches) if isinstance(limit, int) else int(batches * limit)

@@ -128,17 +128,9 @@ def train_rows(
 ) -> UsedRows:
     """The rows to train on: a fraction of the split, with their labels, and the teacher outputs that are kept.
 
-    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows. The
-    teacher's label of a row is that of the first output that is kept, or of the first with a label where none is.
-
-    Args:
-        rows: train, without validation.
-        tasks: a row without a target for any of them is left out.
-        teacher_labels: train on the teachers' labels; rows without one are left out.
-        keep: which outputs are kept; it sees the row with its gold label and one output.
-        fraction: part of the rows.
-        seed: decides which part.
-        agree: which labels are one answer, for votes.
+    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows. With
+    ``teacher_labels`` a row's label is that of its first output that is kept, or of the first with a label where none
+    is. ``keep`` sees a row with its gold label and one output. Rows without a label or any target are left out.
     """
     drawn = [rows[position] for position in subset(len(rows), fraction, seed)]
     names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")

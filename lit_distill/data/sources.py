@@ -42,11 +42,7 @@ class Table(NamedTuple):
 
 
 def read_file(path: Path, split: Split) -> Table:
-    """The rows of a JSON, JSON lines, CSV or Parquet file, or of a folder that ``save_to_disk`` wrote.
-
-    Args:
-        path: the file or folder, which exists.
-        split: the split to take where a folder holds several.
+    """The rows of a JSON, JSON lines, CSV or Parquet file, or of a split in a folder that ``save_to_disk`` wrote.
 
     Raises:
         UserError: the file is none of these, or is damaged.

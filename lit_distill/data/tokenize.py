@@ -111,15 +111,7 @@ def fingerprint(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
 def tokenize_once(
     name: str, rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose, root: Path
 ) -> Any:  # noqa: ANN401 - datasets has no types
-    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache where it has them.
-
-    Args:
-        name: begins the file's name in the cache.
-        rows: the rows of a split.
-        tokens: the student's.
-        settings: tasks and lengths.
-        choose: the targets of a row.
-        root: folder of the cache; created where it is absent.
+    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache ``root`` where it has them.
 
     Raises:
         UserError: the cache cannot be written.

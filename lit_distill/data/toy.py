@@ -33,16 +33,11 @@ TEXT_WORDS = (
 
 
 def toy_example(seed: int, split: str, position: int) -> Row:
-    """The example at a position of a split: a function of these three alone.
+    """The example at a position of a split: a function of the dataset's seed, split and position alone.
 
     The rationale says of each word what it is, the kind first: the knowledge that the answer follows from, not the
     answer. (Kind first, because the kind has then to be known from the input, not read off the word just written.) The
     teacher of the toy is always right.
-
-    Args:
-        seed: of the whole dataset.
-        split: splits are different draws.
-        position: in the split.
     """
     draw = random.Random(f"{seed}-{split}-{position}")  # noqa: S311 - a dataset, not a secret
     common, odd = draw.sample(sorted(KINDS), 2)
