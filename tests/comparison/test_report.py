@@ -231,12 +231,11 @@ def test_what_rests_on_few_rows_is_marked(tmp_path: Path) -> None:
 
 def test_odd_names_spoil_neither_figures_nor_files(tmp_path: Path) -> None:
     for method in ("Standard", "StepByStep"):
-        for fraction in (0.5, 1.0):
-            for student in ("dir$a$^{x" + "y" * 300, "DIR$a$^{x" + "y" * 300):
-                folder = tmp_path / "runs" / f"{method}{fraction}{student[:8]}"
-                write_run(folder, method=method, train_fraction=fraction, student=student, parameters=5)
+        # on some file systems these two names are one
+        for student in ("dir$a$^{x" + "y" * 300, "DIR$a$^{x" + "y" * 300):
+            write_run(tmp_path / "runs" / f"{method}{student[:8]}", method=method, student=student, parameters=5)
     figures = write_report(compare_runs(*find_runs([tmp_path / "runs"]), resamples=100), tmp_path / "out")
-    assert len({str(png).lower() for png in figures}) == len(figures) == 4
+    assert len({str(png).lower() for png in figures}) == len(figures) == 2
     assert all(png.is_file() and png.with_suffix(".svg").is_file() for png in figures)
 
 
