@@ -120,7 +120,8 @@ def measure(settings: argparse.Namespace, folder: str) -> dict[str, dict[str, fl
         found[name] = {"plain": step, "variant": own, "teacher": teacher, "ratio": statistics.median(ratios)}
         print(
             f"{name:<34} plain {step:.2f} s, variant {own:.2f} s, teacher {teacher:.2f} s;"
-            f" ratio {found[name]['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), goal {GOAL}"
+            f" ratio {found[name]['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), goal {GOAL}",
+            flush=True,
         )
     return found
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation
-from lit_distill.modules.base import DistillModule
+from lit_distill.modules.window import Window
 
 _NEVER = sys.maxsize
 
@@ -18,8 +18,7 @@ _NEVER = sys.maxsize
 class ValidateEverySteps(Callback):
     """Validate every so many optimizer steps, whatever the epoch's length and the accumulation, and at the end.
 
-    Lightning counts micro-batches, and a shorter last window of an epoch shifts that count against the steps; this
-    callback tells it batch by batch instead.
+    Lightning counts micro-batches, against which an epoch's shorter last window shifts the steps.
 
     Args:
         every_n_steps: optimizer steps between validations; ``null``, or a ``trainer.val_check_interval``, leaves
@@ -99,18 +98,11 @@ class ValidateEverySteps(Callback):
 
 
 class Throughput(Callback):
-    """Log examples, tokens (padding left out) and optimizer steps a second.
-
-    The rates are this rank's times the number of ranks, over the training time since the last row; evaluation is left
-    out.
-    """
+    """Log examples, tokens (without padding) and optimizer steps a second of training, over all ranks."""
 
     def __init__(self) -> None:
-        self._started = 0.0
-        self._seconds = 0.0
-        self._examples = 0
-        self._tokens = 0
-        self._steps = 0
+        self._started = self._seconds = 0.0
+        self._examples = self._tokens = self._steps = 0
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -125,18 +117,18 @@ class Throughput(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Count a complete step; log where it is logged."""
-        window = pl_module.window if isinstance(pl_module, DistillModule) else None
+        window: Window | None = getattr(pl_module, "window", None)
         if window is None or trainer.fit_loop.epoch_loop.batch_idx + 1 != window.start + window.size:
             return
         self._examples += window.examples
         self._tokens += window.tokens
         self._steps += 1
-        # global_step has been raised by now
-        if not self._is_logged(trainer, trainer.global_step):
+        # 0 stands for never; global_step has been raised by now
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not declared by Lightning
+        if not every or trainer.global_step % every:
             return
-        now = time.perf_counter()
+        now, world = time.perf_counter(), trainer.world_size
         seconds = self._seconds + now - self._started
-        world = trainer.world_size
         rates = {
             "train/examples_per_second": self._examples * world / seconds,
             "train/tokens_per_second": self._tokens * world / seconds,
@@ -145,12 +137,6 @@ class Throughput(Callback):
         pl_module.log_dict(rates, batch_size=1)
         self._started, self._seconds = now, 0.0
         self._examples = self._tokens = self._steps = 0
-
-    @staticmethod
-    def _is_logged(trainer: pl.Trainer, step: int) -> bool:
-        # Lightning gives the trainer this attribute without declaring it; 0 stands for never
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and step % every == 0
 
 
 class SampleTable(Callback):
@@ -169,8 +155,7 @@ class SampleTable(Callback):
         evaluation: Evaluation | None = getattr(pl_module, "evaluation", None)
         if trainer.sanity_checking or not trainer.is_global_zero or evaluation is None:
             return
-        rows = evaluation.sample_rows()
-        if not rows:
+        if not (rows := evaluation.sample_rows()):
             return
         columns = list(rows[0])
         for logger in trainer.loggers:

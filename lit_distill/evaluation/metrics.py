@@ -28,8 +28,7 @@ ABSOLUTE_TOLERANCE: Final = 1e-9
 def exact_match(prediction: str, label: str) -> bool:
     """Whether two answers are the same string once surrounding whitespace is stripped.
 
-    The exact string match of Hsieh et al. (2023), https://arxiv.org/abs/2305.02301. Only surrounding whitespace is
-    forgiven, which decoding can add; case, inner spaces and punctuation count.
+    The exact string match of Hsieh et al. (2023), https://arxiv.org/abs/2305.02301: case and punctuation count.
     """
     return prediction.strip() == label.strip()
 
@@ -39,9 +38,8 @@ def equations_agree(prediction: str, label: str) -> bool:
 
     .. math:: |p - y| \le \max(10^{-6} \max(|p|, |y|), 10^{-9})
 
-    with :math:`p` the prediction's and :math:`y` the label's value. The equation metric of Hsieh et al. (2023),
-    https://arxiv.org/abs/2305.02301, where what does not parse is wrong. That holds for the label too: a row whose
-    label has no value counts as wrong whatever is predicted, a copy of it included.
+    with :math:`p` the prediction's and :math:`y` the label's value; the equation metric of Hsieh et al. (2023),
+    https://arxiv.org/abs/2305.02301, where what does not parse is wrong, also on the side of the label.
     """
     predicted, gold = evaluate(prediction), evaluate(label)
     return predicted is not None and gold is not None and _values_agree(predicted, gold)
@@ -76,10 +74,8 @@ def macro_f1(
     .. math:: \frac{1}{|C|} \sum_{c \in C} \frac{2\,TP_c}{2\,TP_c + FP_c + FN_c}
 
     with :math:`C` the label set and :math:`TP_c, FP_c, FN_c` the true positives, false positives and false negatives of
-    class :math:`c`; the macro average of Sokolova and Lapalme (2009), https://doi.org/10.1016/j.ipm.2009.03.002, taken
-    over the classes' F1. A prediction outside the set is a false negative of its gold class and belongs to no class
-    itself. A class without gold labels and predictions scores 0, scikit-learn's ``zero_division=0``. Answers are
-    compared as in `exact_match`.
+    class :math:`c`. A prediction outside the set is a false negative of its gold class and belongs to no class itself.
+    A class without gold labels and predictions scores 0, scikit-learn's ``zero_division=0``.
     """
     codes = {label.strip(): code for code, label in enumerate(label_set)}
     classes = len(codes)
@@ -117,10 +113,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def _common_subsequence(words: Sequence[str], others: Sequence[str]) -> int:
-    """Length of the longest common subsequence, exact, by operations on whole rows of bits (Hyyrö 2004).
-
-    The plain table takes minutes for two texts of 20,000 words.
-    """
+    """Length of the longest common subsequence, by operations on whole rows of bits (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(words):
         places[word] = places.get(word, 0) | 1 << place
@@ -137,9 +130,7 @@ _TRAILING: Final = " \t\n\r\f\v.!?\"'`\u201d\u2019\u00bb)]}"
 # `.5`, or digits with an optional fraction; never a part of a word (`B12`) or of a number's fraction
 _NUMBER: Final = r"(?:(?<![\w.])\.[0-9]+|(?<!\w)(?<![0-9]\.)[0-9]+(?:\.[0-9]+)?)"
 _SUBTRACTION: Final = re.compile(r"(?:[0-9)]\s*|\w)-\Z")
-_ARITHMETIC: Final = re.compile(rf"(?:{_NUMBER}|[-+*/%() \t])+")
-_OPERATOR: Final = re.compile(r"[0-9)]\s*[-+*/%]")
-_LEADING_OPERATORS: Final = re.compile(r"\A(?:[+*/%]\s*|-\s+)+")
+_EXPRESSION: Final = re.compile(rf"[( ]*-?{_NUMBER}[) ]*(?:[-+*/%][( ]*-?{_NUMBER}[) ]*)+")
 _THOUSANDS_COMMA: Final = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
@@ -154,29 +145,13 @@ def _last_number(text: str) -> float | None:
 
 
 def _last_expression(text: str) -> float | None:
-    """The value of a text's last stretch of arithmetic that has an operator and a value."""
-    for match in reversed(list(_ARITHMETIC.finditer(text))):
-        # prose leaves its own marks on the ends: `(so 5 + 3)`, the dash of a list, the sign of `50 %`
-        stretch = _without_stray_parentheses(match.group()).strip().rstrip("-+*/% \t")
-        stretch = _LEADING_OPERATORS.sub("", stretch)
-        if _OPERATOR.search(stretch) and (value := evaluate(stretch)) is not None:
-            return value
+    """The value of a text's last expression with an operator that has one."""
+    for match in reversed(list(_EXPRESSION.finditer(text))):
+        # prose leaves parentheses of its own on the ends: `(so 5 + 3)`
+        for stretch in (match.group(), match.group().strip("() ")):
+            if (value := evaluate(stretch.strip())) is not None:
+                return value
     return None
-
-
-def _without_stray_parentheses(text: str) -> str:
-    """A text without the parentheses that have no partner in it."""
-    opened: list[int] = []
-    stray: set[int] = set()
-    for i, character in enumerate(text):
-        if character == "(":
-            opened.append(i)
-        elif character == ")" and opened:
-            opened.pop()
-        elif character == ")":
-            stray.add(i)
-    stray.update(opened)
-    return "".join(character for i, character in enumerate(text) if i not in stray)
 
 
 def ends_in(rationale: str, label: str, metric: MetricName) -> bool:

@@ -32,7 +32,7 @@ class Checkpointing(Training):
         checkpoint[CHECKPOINT_KEY] = self.student.record()
         checkpoint[_TASKS_KEY] = self.texts(self.tasks)
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
-        if self._seed is not None:
+        if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
         if self._windows is not None and "loops" in checkpoint:
             boundary = consumed_batches(self.trainer)
@@ -73,7 +73,7 @@ class Checkpointing(Training):
                 f" here asks for {own}; give the method and the prefixes that it was trained with"
             )
         self._target_limits = dict(checkpoint.get(_LIMITS_KEY, {}))
-        self._seed = checkpoint.get(_SEED_KEY)
+        self._seed = checkpoint.get(_SEED_KEY, -1)
         if (loops := checkpoint.get("loops")) is not None:
             self._resumed_batches = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"]
             self._resumed_loaders = loops["fit_loop"]["state_dict"].get("combined_loader", [])

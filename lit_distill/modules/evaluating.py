@@ -39,9 +39,7 @@ class Evaluating(Training):
         """Begin."""
         self._forget_evaluation()
 
-    def on_test_epoch_start(self) -> None:
-        """Begin."""
-        self._forget_evaluation()
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
         """Losses and answers of one batch of val."""
@@ -145,13 +143,13 @@ class Evaluating(Training):
 
     def _sample_rationales(self, batch: TaskBatch) -> None:
         """Generate the rationales of the sample rows: all of them together, with the evaluation's last batch."""
-        task = self.rationale_task
+        task, number = self.rationale_task, self.hparams["num_samples"]
         if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
             return
         inputs = batch[task]
-        rows = [i for i, row in enumerate(inputs["index"].tolist()) if 0 <= row < self.hparams["num_samples"]]
+        rows = [i for i, row in enumerate(inputs["index"].tolist()) if 0 <= row < number]
         last = self.trainer._evaluation_loop.batch_progress.is_last_batch
-        if last and self.sharded and self.hparams["num_samples"] and not rows and not self._eval_samples:
+        if last and self.sharded and number and not rows and not self._eval_samples:
             # every rank has to generate as often, if only for a row that nobody asked for
             rows = [0]
         if rows:
@@ -193,7 +191,7 @@ class Evaluating(Training):
         samples = [answer for answer in answers if answer.index < settings["num_samples"]]
         self.evaluation = Evaluation(split, metrics, samples, key, answers)
         for name, value in metrics.items():
-            # every rank holds the same value; the flag only says so to Lightning, which asks for it on any DDP run
+            # every rank holds the same value; Lightning asks for the flag on any DDP run
             shown = split == "val" and name == "accuracy"
             self.log(f"{split}/{name}", value, sync_dist=True, batch_size=1, prog_bar=shown)
 

@@ -21,15 +21,9 @@ _DIVISOR = "_lit_distill_divisor"
 
 
 def learning_rate_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_steps: float) -> float:
-    """The share of the highest learning rate at a step: a linear rise, then linear to 0 at the last step or constant.
+    """The share of the highest learning rate at a step: the Hugging Face trainer's linear and constant_with_warmup.
 
-    The Hugging Face trainer's ``linear`` and ``constant_with_warmup``.
-
-    Args:
-        step: optimizer steps done.
-        schedule: what follows the warm-up.
-        warmup_steps: steps of the rise.
-        total_steps: the run's steps; infinite where nothing bounds them, and nothing decays then.
+    Where nothing bounds a run, so that ``total_steps`` is infinite, nothing decays.
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -56,12 +50,7 @@ def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> boo
     """Leave clipping by the gradient's norm to the coming step of a fused AdamW, which reads each gradient anyway.
 
     The kernel divides by ``grad_scale`` as it goes, where ``torch.nn.utils.clip_grad_norm_`` passes over all gradients
-    once more. Afterwards the gradients are the clipped ones, as after that, and the next step divides by nothing.
-
-    Args:
-        optimizer: the optimizer.
-        max_norm: the norm that gradients are scaled down to where theirs is larger.
-        norm: theirs.
+    once more. Afterwards the gradients are the clipped ones, and the next step divides by nothing.
 
     Returns:
         Whether the optimizer can; it takes the divisor as float32, and gradients of other types are left alone.

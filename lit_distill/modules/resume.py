@@ -1,9 +1,8 @@
 """What a checkpoint says of progress: always the last complete optimizer step, whenever it is written.
 
-Lightning writes where its loops are at that instant, which can be the middle of an accumulation window, whose gradients
-are not saved, and keeps neither random states nor the position of the sampler. Here a checkpoint is rewound to the
-boundary before the open window (the weights have not moved since), and the random state of a step is a function of the
-run's seed, the step and the rank, so that a resumed run repeats the window bit by bit.
+Lightning writes where its loops are, which can be the middle of an accumulation window, and keeps neither random states
+nor the sampler's position. Here a checkpoint is rewound to the boundary before the open window (the weights have not
+moved since), and the random state of a step is a function of the run's seed, the step and the rank.
 """
 
 import random

@@ -1,7 +1,6 @@
 """Training: one optimizer step at a time, exact over its micro-batches and ranks, stopped where it is not finite."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -33,13 +32,12 @@ class Part(NamedTuple):
     """What is kept of a micro-batch until its optimizer step, or its evaluation, is known to be finite."""
 
     terms: dict[str, Tensor]
-    """Its detached terms."""
     rows: list[Tensor]
-    """Its rows' positions in their split, for each task; none where the batch does not say."""
+    """Its rows' positions in their split, for each task that says them."""
 
     @classmethod
     def of(cls, terms: dict[str, Tensor], batch: TaskBatch) -> "Part":
-        """A micro-batch's terms and rows."""
+        """A micro-batch's detached terms, and its rows."""
         rows = [inputs["index"] for inputs in batch.values() if "index" in inputs]
         return cls({name: term.detach() for name, term in terms.items()}, rows)
 
@@ -49,8 +47,8 @@ class Training(Hooks):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seed: int | None = None
-        """The run's; a checkpoint keeps it."""
+        self._seed = -1
+        """The run's, which a checkpoint keeps; negative before a run."""
         self._resumed_batches = 0
         self._resumed_loaders: list[dict[str, Any]] = []
         self._windows: WindowLoader | None = None
@@ -83,7 +81,7 @@ class Training(Hooks):
             self.teachers.load(self.student)
         if stage == "fit":
             # what an earlier run or `load_from_checkpoint` left; a run that resumes loads its own after this
-            self._seed, self._resumed_batches, self._resumed_loaders = None, 0, []
+            self._seed, self._resumed_batches, self._resumed_loaders = -1, 0, []
             source: Any = self.trainer.fit_loop._data_source
             inner = source.inner if isinstance(source, WindowSource) else source
             self.trainer.fit_loop._data_source = WindowSource(inner, self._read_ahead)  # type: ignore[assignment]
@@ -124,14 +122,13 @@ class Training(Hooks):
 
     def on_fit_start(self) -> None:
         """Fix the run's seed, and compare the effective batch with the one that the settings were written for."""
-        if self._seed is None:
+        if self._seed < 0:
             # one for all ranks: a checkpoint, which rank 0 writes, holds one
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
         if limits := {task: self.generation_settings(task)["max_new_tokens"] for task in self._target_limits}:
             shown = ", ".join(f"{task} {length}" for task, length in limits.items())
             rank_zero_info(f"Generated tokens at most: {shown} (max_..._length sets them).")
-        per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        if per_device is None:
+        if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
             return
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         effective = per_device * accumulate * world
@@ -139,8 +136,7 @@ class Training(Hooks):
         rank_zero_info(f"Effective batch: {effective} examples an optimizer step ({parts}).")
         for logger in self.trainer.loggers:
             logger.log_hyperparams({"effective_batch": effective})
-        wanted = self.hparams["effective_batch_size"]
-        if wanted is not None and wanted != effective:
+        if (wanted := self.hparams["effective_batch_size"]) not in (None, effective):
             rank_zero_warn(
                 f"The effective batch is {effective} examples ({parts}), the settings were written for {wanted}:"
                 " change batch_size or accumulate_grad_batches, or the learning rate and effective_batch_size with it."
@@ -152,10 +148,13 @@ class Training(Hooks):
         """`prepare`, which leaves no trace but in the batches."""
         if type(self).prepare is Hooks.prepare and not len(self.objectives):
             return
-        assert self._seed is not None  # noqa: S101 - for the type checker
-        with isolate_rng(), torch.no_grad(), _evaluating(self):
+        modes = [(module, module.training) for module in self.modules()]
+        with isolate_rng(), torch.no_grad():
             seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank, preparing=True)
+            self.eval()
             self.prepare(batches)
+        for module, training in modes:
+            module.training = training
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """At the first micro-batch of a step: its random state, and what its terms are divided by."""
@@ -166,7 +165,6 @@ class Training(Hooks):
             return
         # loggers number their rows by this count, which Lightning raises once too often where it resumes
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        assert self._seed is not None  # noqa: S101 - for the type checker
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         self._window = window
         self._window_weights = self.window_weights(window)
@@ -359,13 +357,3 @@ class Training(Hooks):
             if not any(is_overridden(hook_name, owner) for owner in owners):
                 remember_rows(args[0], found)
         return found
-
-
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within, training mode after."""
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()

@@ -3,12 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch
+from lit_distill.batch import TaskBatch, target_tokens
 
 Counts = Mapping[str, int]
 """Loss term -> how many things (a task's target tokens, say) it averages over."""
@@ -32,26 +32,15 @@ class Window:
     """Source and target tokens in it, padding left out."""
 
 
-def batch_size(batch: TaskBatch) -> int:
-    """Rows of the task that has the most."""
-    return max((len(inputs["labels"]) for inputs in batch.values()), default=0)
-
-
-def batch_tokens(batch: TaskBatch) -> int:
-    """Source and target tokens of a batch, padding left out."""
-    tokens = 0
-    for inputs in batch.values():
-        targets: Tensor = (inputs["labels"] != IGNORE_INDEX).sum()
-        tokens += int(inputs["attention_mask"].sum()) + int(targets)
-    return tokens
+def _tokens(batch: TaskBatch) -> int:
+    return sum(int(inputs["attention_mask"].sum()) + target_tokens(inputs) for inputs in batch.values())
 
 
 class WindowLoader(CombinedLoader):
     """Lightning's loader of the training data, one optimizer step ahead of it.
 
-    Lightning hands out one micro-batch at a time, too late to know how many targets the others of its step hold. This
-    loader reads a step's micro-batches at once, counts, and then hands them out one by one. What a checkpoint keeps of
-    the underlying loaders is their state before the step that is not complete yet.
+    It reads a step's micro-batches at once, counts their targets, and then hands them out one by one. What a checkpoint
+    keeps of the underlying loaders is their state before the step that is not complete yet.
 
     Args:
         iterables: the training data loader, or a collection as ``CombinedLoader`` takes it.
@@ -75,11 +64,8 @@ class WindowLoader(CombinedLoader):
         states: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(iterables, mode)
-        self._size = size
-        self._count = count
-        self._prepare = prepare
-        self._position = position
-        self._to_skip = position
+        self._size, self._count, self._prepare = size, count, prepare
+        self._position = self._to_skip = position
         self._to_load = list(states)
         self._ahead: deque[Any] = deque()
         self._handed_out: deque[Window] = deque()
@@ -120,17 +106,12 @@ class WindowLoader(CombinedLoader):
     def _read_window(self) -> None:
         self._before = (self._position, super()._state_dicts())
         size = self._size()
-        if self._iterator is not None and (length := _finite(len(self))) is not None:
+        if self._iterator is not None and (length := len(self)) != float("inf"):
             # a resumed epoch's iterator does not know that Lightning stops it at the full epoch's length
-            size = min(size, length - self._position)
-        items: list[Any] = []
-        while len(items) < max(size, 1):
-            try:
-                items.append(super().__next__())
-            except StopIteration:
-                if not items:
-                    raise
-                break
+            size = min(size, int(length) - self._position)
+        items: list[Any] = list(islice(iter(super().__next__, None), max(size, 1)))
+        if not items:
+            raise StopIteration
         batches: list[TaskBatch] = [batch for batch, _, _ in items]
         self._prepare(batches)
         batch_counts = tuple(self._count(batch) for batch in batches)
@@ -140,39 +121,26 @@ class WindowLoader(CombinedLoader):
             size=len(items),
             counts={name: sum(counts.get(name, 0) for counts in batch_counts) for name in names},
             batch_counts=batch_counts,
-            examples=sum(map(batch_size, batches)),
-            tokens=sum(map(batch_tokens, batches)),
+            examples=sum(max((len(inputs["labels"]) for inputs in batch.values()), default=0) for batch in batches),
+            tokens=sum(map(_tokens, batches)),
         )
         self._position += len(items)
         self._ahead.extend((item, window) for item in items)
 
 
-def _finite(length: float) -> int | None:
-    return None if length == float("inf") else int(length)
-
-
 class WindowSource:
-    """Stands where a trainer keeps the source of its training data, and wraps what comes from it.
-
-    Lightning prepares the loaders inside a ``CombinedLoader`` (samplers, strategy) as it does bare ones, whether they
-    come from a data module or were passed to ``fit``.
-    """
+    """Stands where a trainer keeps the source of its training data, and wraps the loaders that come from it."""
 
     def __init__(self, source: Any, wrap: Callable[[Any], WindowLoader]) -> None:  # noqa: ANN401 - private in Lightning
-        self._source = source
+        self.inner = source
         self._wrap = wrap
 
     def dataloader(self) -> WindowLoader:
         """The training data, read ahead."""
-        return self._wrap(self._source.dataloader())
-
-    @property
-    def inner(self) -> Any:  # noqa: ANN401
-        """The source that is wrapped."""
-        return self._source
+        return self._wrap(self.inner.dataloader())
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name == "_source":
+        if name == "inner":
             # of a copy in the making
             raise AttributeError(name)
-        return getattr(self._source, name)
+        return getattr(self.inner, name)
