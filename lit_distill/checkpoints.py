@@ -1,4 +1,4 @@
-"""What a run keeps of itself: its checkpoints, whole at every instant, and how signals stop it to be saved."""
+"""Checkpoints that are never half written, signals that stop a run so that it is saved, and a run's history."""
 
 import errno
 import os

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:  # noqa: ANN401 - whatever YAML holds
-    """An integer from ``low`` to ``high``, by default as far as 32 bits go; a bool is none."""
+    """An integer from ``low`` to ``high``, by default the largest of 32 bits; no bool."""
     most = 2**31 - 1 if high is None else high
     beyond = isinstance(value, int) and value > most
     allowed = f">= {low}" if high is None and not beyond else f"in [{low}, {most}]"

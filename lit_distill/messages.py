@@ -1,4 +1,4 @@
-"""One line for what a parser says in many: the key, what was given, and what is allowed."""
+"""Turns a parser's error of many lines into one: the key, what was given, and what is allowed."""
 
 import difflib
 import importlib

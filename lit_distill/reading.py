@@ -1,4 +1,4 @@
-"""Read JSON and YAML from anywhere: bounded in depth and size, and wrong in one way, a ``ValueError`` of one line."""
+"""Read JSON and YAML with bounds on depth and size; any fault is a ``ValueError`` of one line."""
 
 import json
 from pathlib import Path

@@ -25,7 +25,7 @@ _SHARES = re.compile(r"(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$")
 
 
 def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that a float holds, and of shares from 0 to 1."""
+    """Refuse numbers that are too large for a float, and shares that are not from 0 to 1."""
     for name, value in flatten(values).items():
         if not isinstance(value, int | float):
             continue
@@ -88,7 +88,7 @@ class RunRecord:
     """How long it took, test and saving included; of a run that was resumed all parts, without what was lost."""
     validation_seconds: _Amount = math.nan  # how long of that validation took
     peak_memory_mib: _Amount = math.nan
-    """The most memory that it held: of the accelerator where there is one, else of the process."""
+    """Peak memory of the accelerator where there is one, else of the process."""
     format: Literal[1] = 1  # the version of this layout
 
 

@@ -1,4 +1,4 @@
-"""Hands a command its arguments; the one door through which the command line reaches torch, lightning, transformers."""
+"""Runs a command; importing this module imports torch, lightning and transformers."""
 
 import logging
 import sys

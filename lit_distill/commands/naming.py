@@ -15,7 +15,7 @@ from lit_distill.files import flatten
 
 
 def names(config: Namespace) -> tuple[str, str]:
-    """What the dataset and the method are called in a run's name; of ANLI, each round is a dataset."""
+    """The names of dataset and method in a run's name; each round of ANLI is a dataset."""
     data, model = config["data"], config["model"]
     dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
     part = (data.get("init_args") or Namespace()).get("round", "")
@@ -30,9 +30,10 @@ def run_name(config: Namespace) -> str:
 
 
 def wandb_naming(config: Namespace) -> dict[str, Any]:
-    """The name, the group and the tags of a run in W&B: runs that differ in more than their seeds are in other groups.
+    """The name, the group and the tags of a run in W&B.
 
-    A group is called by what is looked for most, and ends in a hash of all that tells runs apart in a comparison.
+    The runs of a group differ in their seeds alone. Its name has the main settings, and ends in a hash of all settings
+    that a comparison tells runs apart by.
     """
     known = identifying({key: value for key, value in config.as_dict().items() if key != "config"})
     dataset, method = names(config)

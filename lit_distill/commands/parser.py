@@ -26,7 +26,7 @@ _load_yaml = get_loader("yaml")
 
 
 def _load_bounded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
-    """As jsonargparse's own loader, which tells dates and numbers in its way; a bomb of aliases is refused before."""
+    """Load YAML as jsonargparse does, after a check that it is not nested too deep and stands for few values."""
     try:
         check_yaml(text)
         return _load_yaml(text)
@@ -39,7 +39,7 @@ set_loader("yaml", _load_bounded, exceptions=(YAMLError,))
 
 
 class Raised(BaseException):
-    """Carries a constructor's exception out of jsonargparse, which rewrites any ``Exception``."""
+    """Wraps a constructor's exception, as jsonargparse rewrites any ``Exception``."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -80,7 +80,7 @@ class Parser(LightningArgumentParser):
         return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
-        """What Lightning calls, under the name and with the argument that replace jsonargparse's own since 4.49."""
+        """Lightning calls this method, for which jsonargparse 4.49 and later have `instantiate`."""
         ours = [
             (_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
         ]

@@ -1,4 +1,4 @@
-"""What is checked and settled of a config that the parser has read: bounds, contradictions, what the model decides."""
+"""Checks of a parsed config: bounds, contradictions, data arguments that the model decides."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "log_every_n_steps": {"at_least": 0},
     "gradient_clip_val": {"at_least": 0},
 }
-"""Of the trainer's numbers, whose types do not say it."""
+"""Bounds of the trainer's numbers, which their types do not express."""
 
 
 def check_settings(config: Namespace) -> None:
-    """Check what no type says.
+    """Check what types do not express.
 
     Raises:
         UserError: names the key, its bounds and what was given.

@@ -67,7 +67,7 @@ class _SaveConfig(SaveConfigCallback):
     """Writes the whole config into the run's folder, and gives it to the loggers."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """See that the test after fit will have what it needs; the run's folder is not known yet."""
+        """Check before training that test can be evaluated; the run's folder is not known yet."""
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
         # the record reads it in any case
         if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
@@ -101,7 +101,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI in subclass mode; what the data module has to know of the method is linked when parsing."""
+    """LightningCLI in subclass mode, with the method's tasks and the student linked to the data when parsing."""
 
     _last = False
     """Whether the checkpoint to go on from was asked for as ``last``."""
@@ -135,13 +135,13 @@ class DistillCLI(LightningCLI):
         self.add_links(parser)
 
     def add_links(self, parser: LightningArgumentParser) -> None:
-        """What the data module has to know of the method, read off the method's class while parsing."""
+        """The data module gets the student's tokenizer and the tasks of the method's class."""
         method = ("model.class_path", "model.init_args")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
         parser.link_arguments(method, "data.init_args.tasks", compute_fn=linked_tasks)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning's, with checks of what no type says."""
+        """As Lightning's, with checks of values and contradictions."""
         commands = parser._subcommands_action
         if commands is not None and isinstance(args, list) and args and args[0].startswith("--print_completion"):
             # the other commands have parsers of their own: of them the names are completed
@@ -175,7 +175,7 @@ class DistillCLI(LightningCLI):
     # ------------------------------------------------------------------ before anything is built
 
     def before_instantiate_classes(self) -> None:
-        """Check and settle what depends on several keys at once, name the run, and find an earlier part of it."""
+        """Settle the config, name the run, and find an earlier part of it."""
         self._settle()
         name_loggers(self.config[self.subcommand], str(self.subcommand))
         self._find_earlier()
@@ -215,7 +215,7 @@ class DistillCLI(LightningCLI):
     # ------------------------------------------------------------------ what is built
 
     def instantiate_classes(self) -> None:
-        """As Lightning's; what the machine or the environment lacks is told in one line."""
+        """As Lightning's; a package that is not installed is one line."""
         self._given = self.config
         self.config = self._from_checkpoint()
         strategy = self.config[str(self.subcommand)]["trainer"]["strategy"]
@@ -331,7 +331,7 @@ class DistillCLI(LightningCLI):
             check_hub(repository)
 
     def after_fit(self) -> None:
-        """Test the best checkpoint once, save its student, and say so."""
+        """Test the best checkpoint once, save its student, write the record and print the results."""
         config, trainer, model, data = self.config[self.subcommand], self.trainer, self.model, self.datamodule
         folder, steps, history = run_folder(trainer), trainer.global_step, self._history
         fast_dev_run = config["trainer"]["fast_dev_run"]
