@@ -32,7 +32,7 @@ _NOT_THE_RESULT = {
 }  # fmt: skip
 """Keys without effect on a run's result, besides those of its location."""
 
-_TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout")
+_TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout", "dtype")
 """A method's arguments that a checkpoint was trained with, beside those that it has and other methods have not."""
 
 _TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_pairing", "seed")
@@ -225,6 +225,8 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
     ]
     if (drawn := progress.get("lit_distill_seed")) is not None and not isinstance(seed, bool):
         pairs.append(("seed_everything", drawn, seed))
+    if "objectives" in trained:
+        pairs.append(("model.objectives", *(_objectives(one["objectives"]) for one in (trained, given))))
     for key, before, now in pairs:
         if key == "model.student":
             before, now = Path(str(before)).name, Path(str(now)).name
@@ -234,6 +236,17 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
                 f"{key}: the checkpoint was trained with {before}, got {now}; leave it as it was, or begin another run"
                 " from the checkpoint's weights: --model.student CHECKPOINT in place of --ckpt_path"
             )
+
+
+def _objectives(listed: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """The classes of objectives by their names, and their plain settings."""
+    found = []
+    for one in listed or ():
+        settings = {
+            name: value for name, value in (one.get("init_args") or {}).items() if isinstance(value, int | float | str)
+        }
+        found.append({"class": one["class_path"].rpartition(".")[2]} | settings)
+    return found
 
 
 # ---------------------------------------------------------------------- loggers

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from lit_distill.callbacks import Throughput
 from lit_distill.cli import main
+from lit_distill.objectives import Objective, Step
 from lit_distill.records import PREDICTIONS, RECORD, read_record
 from tests.runs import at_work_in, flat, metric_rows, refusal, run, run_folders, small_model, small_toy, toy_data
 from tests.runs import small_trainer as trainer_settings
@@ -315,6 +316,11 @@ def test_a_finished_run_is_never_written_over(
         ("--data.train_fraction=0.5", "data.train_fraction: the checkpoint was trained with 1.0, got 0.5"),
         ("--data=CQADataModule", "data: the checkpoint was trained with ToyDataModule, got CQADataModule"),
         ("--data.rationale_filter=agrees", "data.rationale_filter: the checkpoint was trained with none, got agrees"),
+        ("--model.dtype=bfloat16", "model.dtype: the checkpoint was trained with float32, got bfloat16"),
+        (
+            "--model.objectives=[{class_path: tests.commands.test_resume.Extra, init_args: {weight: 2}}]",
+            "model.objectives: the checkpoint was trained with [], got [{'class': 'Extra', 'weight': 2",
+        ),
         ("--model.student=other", "model.student: the checkpoint was trained with tiny, got other"),
     ],
 )
@@ -324,6 +330,21 @@ def test_what_contradicts_a_checkpoint_is_refused(
     shutil.copytree(student_folder, "other")
     path = unbroken / "checkpoints" / "last.ckpt"
     assert refusal(capsys, "fit", command(student_folder), f"--ckpt_path={path}", change).startswith(line)
+
+
+class Extra(Objective):
+    """A term that is the mean of the label task's losses once more."""
+
+    def forward(self, step: Step) -> torch.Tensor:
+        return step.student.loss("label")
+
+
+def test_a_run_with_an_objective_goes_on(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = ["--model.objectives=[{class_path: tests.commands.test_resume.Extra, init_args: {weight: 2}}]", "--resume"]
+    broken(monkeypatch, 7, command(student_folder), extra)
+    run("fit", command(student_folder), extra)
+    [folder] = run_folders()
+    assert steps(folder, "train/extra_loss") == list(range(STEPS))
 
 
 class Keep:
