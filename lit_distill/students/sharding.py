@@ -11,6 +11,7 @@ from contextvars import ContextVar
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import PreTrainedModel
 
 from lit_distill.students.base import Student
@@ -36,8 +37,9 @@ def is_deferred() -> bool:
 def give_weights(student: Student, strategy: Strategy, load: Callable[[], PreTrainedModel]) -> None:
     """Give a student its weights.
 
-    FSDP asks for them a layer at a time: the first rank reads the model and sends each layer's, and every rank keeps
-    its part. Any other strategy reads them on every rank.
+    FSDP asks for them a block of layers at a time: the first rank reads the model and sends each block's, and every
+    rank keeps its part. Blocks are what transformers does not split, unless the strategy has a policy of its own. Under
+    any other strategy every rank reads them.
 
     Args:
         student: one that was built within `deferred`.
@@ -45,6 +47,9 @@ def give_weights(student: Student, strategy: Strategy, load: Callable[[], PreTra
         load: reads the model.
     """
     if isinstance(strategy, FSDPStrategy):
+        names = student.network._no_split_modules or ()
+        blocks = {type(part) for part in student.modules() if type(part).__name__ in names}
+        strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy(blocks))
         strategy.kwargs["param_init_fn"] = _Sender(student.model, load, strategy.root_device, strategy.global_rank)
     else:
         student.model = load()

@@ -65,8 +65,6 @@ def sharded(folder: Path, **arguments: Any) -> dict[str, Any]:
     with deferred():
         module = module_of(folder, **arguments)
     empty = all(parameter.is_meta for parameter in module.student.parameters())
-    blocks = {type(part) for name, part in module.student.named_modules() if name.endswith((".0", "block.1"))}
-    blocks = {kind for kind in blocks if kind.__name__.endswith(("Block", "DecoderLayer"))}
     reads: list[int] = []
 
     def read(*args: Any, **settings: Any) -> PreTrainedModel:
@@ -81,10 +79,11 @@ def sharded(folder: Path, **arguments: Any) -> dict[str, Any]:
     )
     for patch in patches:
         patch.start()
-    strategy = FSDPStrategy(auto_wrap_policy=blocks, process_group_backend="gloo")
+    strategy = FSDPStrategy(process_group_backend="gloo")
     weights = trained(ddp_trainer(strategy=strategy), module, 2)
     for patch in patches:
         patch.stop()
+    blocks = [part for part in module.student.modules() if isinstance(part, FullyShardedDataParallel)]
     return {"weights": weights, "empty": empty, "reads": len(reads), "blocks": len(blocks)}
 
 
