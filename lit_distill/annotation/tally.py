@@ -49,7 +49,7 @@ class Tally:
         )
 
     def share(self, part: str, whole: str) -> float | None:
-        """One count as a part of another; ``None`` if there is nothing to count."""
+        """One count as a part of another; ``None`` of nothing."""
         return self.counts[part] / self.counts[whole] if self.counts[whole] else None
 
     def line(self) -> str:

@@ -289,9 +289,7 @@ class RequestRunner(Generic[Tag]):
 
 @dataclass
 class _Round(Generic[Tag]):
-    """Questions of one row that are asked together."""
+    """Questions of one row that are asked together: the row's later rounds, and how many are still unanswered."""
 
     rounds: Rounds[Tag]
-    """The row's later rounds."""
     open: int
-    """Questions that are not answered yet."""

@@ -117,7 +117,7 @@ def kill_at_random(forked: Forked, server: Server, folder: Path, *, rows: int, k
 
 
 def test_kills_at_random_instants_lose_nothing(forked: Forked, server: Server, tmp_path: Path) -> None:
-    kill_at_random(forked, server, tmp_path, rows=1500, kills=8, longest=0.3)
+    kill_at_random(forked, server, tmp_path, rows=1000, kills=5, longest=0.3)
 
 
 @pytest.mark.slow
