@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_distill.batch import IGNORE_INDEX
+from lit_distill.errors import UserError
 from tests.runs import REPOSITORY, write_release
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -127,9 +128,7 @@ def test_training_is_compared(bench: Callable[[str], Any], short: list[str], cap
         assert found[f"{side}_length_grouped"]["memory"] is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "losses"), [([], "answer"), (["--losses", "all"], "all"), (["--rationales"], "all")]
-)
+@pytest.mark.parametrize(("arguments", "losses"), [([], "answer"), (["--rationales"], "all")])
 def test_evaluation_is_compared_and_says_the_same(
     bench: Callable[[str], Any],
     short: list[str],
@@ -229,6 +228,7 @@ def test_datasets_are_those_there_are(bench: Callable[[str], Any]) -> None:
 # ---------------------------------------------------------------- annotate
 
 
+@pytest.mark.slow
 def test_a_teacher_is_kept_busy(bench: Callable[[str], Any], capfd: pytest.CaptureFixture[str]) -> None:
     sizes = ["--rows=5", "--concurrency=3", "--delay=0.05", "--runs=1", "--memory_rows", "40", "4"]
     bench("annotate_throughput").main(sizes)
@@ -338,16 +338,9 @@ def test_a_process_that_fails_or_dies_ends_all_with_one_line(
     assert capfd.readouterr().err == f"bench: error: {message}\n"
 
 
-def test_what_a_side_refuses_is_told_in_one_line(
-    bench: Callable[[str], Any], short: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        bench("train_throughput").main([*short, "--batch_size=100"])
-    assert stopped.value.code == 1
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    message = "batch_size: 100 is more than the 21 rows there are to train on"
-    assert captured.err == f"train_throughput: error: {message}\n"
+def test_more_rows_in_a_batch_than_there_are(bench: Callable[[str], Any], settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size: 100 is more than the 21 rows there are to train on"):
+        bench("training").train_side(Alone(), replace(settings, batch_size=100), "lit_distill", "32", str(tmp_path))
 
 
 def test_the_process_that_reports_imports_no_torch() -> None:

@@ -110,6 +110,12 @@ def test_every_cell_of_a_ready_grid_is_what_fit_takes(
     assert out == (f"runs/{kind(path)}/{path.stem}" if kind(path) != "smoke" else "runs/smoke")
 
 
+def test_a_shipped_grid_and_its_base_are_found_from_any_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("configs").unlink()
+    run("experiment", "--config", "experiments/smoke", "--dry_run")
+    assert "0 of 8 done, 8 pending" in capsys.readouterr().out
+
+
 def test_cells_of_the_ready_grids_by_hand(check: FitCheck, capsys: pytest.CaptureFixture[str]) -> None:
     experiment("configs/experiments/model_size/svamp.yaml", launcher="print", only="step_by_step-*-teacher-seed3")
     lines = capsys.readouterr().out.splitlines()
