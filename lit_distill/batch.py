@@ -36,11 +36,6 @@ class TaskInputs(TypedDict):
     """Target token ids with ``IGNORE_INDEX`` on padding, ``(batch, target_len)``."""
     index: NotRequired[Tensor]
     """The rows' positions in their split, ``(batch,)``."""
-    source_lengths: NotRequired[tuple[int, ...]]
-    """Tokens of each row's source as the collator made it, for whoever looks at batches. What the student is given
-    are the tensors, which may have been changed since: `sources_of` and `targets_of` read those."""
-    target_lengths: NotRequired[tuple[int, ...]]
-    """Likewise of each row's target; 0 for a row without one."""
 
 
 TaskBatch = dict[str, TaskInputs]
@@ -63,10 +58,6 @@ def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
     }
     if "index" in inputs:
         taken["index"] = inputs["index"][chosen]
-    if "source_lengths" in inputs:
-        taken["source_lengths"] = tuple(inputs["source_lengths"][row] for row in rows)
-    if "target_lengths" in inputs:
-        taken["target_lengths"] = tuple(inputs["target_lengths"][row] for row in rows)
     return taken
 
 
@@ -104,52 +95,37 @@ class Rows:
     """Whether all before a row's end are real, so that padding is on the right alone."""
 
 
-_MOVED = WeakTensorKeyDictionary()
-"""Tensors on an accelerator -> their version, and their rows as the host had them when it sent them there."""
+_HOST_COPIES = WeakTensorKeyDictionary()
+"""Tensors on an accelerator -> their version when they were sent there, and the same on the host."""
 
 
 def sources_of(inputs: TaskInputs) -> Rows:
-    """Where each source ends: with the last 1 of its mask.
-
-    The tensor is read as it is now, whatever was written down of it. An accelerator is waited for, but not where its
-    tensor is the very one that `remember_rows` knows, unchanged.
-    """
+    """Where each source ends: with the last 1 of its mask."""
     return _rows(inputs["attention_mask"], 0)
 
 
 def targets_of(inputs: TaskInputs) -> Rows:
-    """Likewise each target: with its last label that is not ``IGNORE_INDEX``."""
+    """Where each target ends: with its last label that is not ``IGNORE_INDEX``."""
     return _rows(inputs["labels"], IGNORE_INDEX)
 
 
-def lengths_of(inputs: TaskInputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of each row's source and of each row's target, padding on the right left out."""
-    return sources_of(inputs).ends, targets_of(inputs).ends
-
-
 def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
-    """Keep what `sources_of` and `targets_of` read of a batch on the host for the same batch on an accelerator.
+    """Let `sources_of` and `targets_of` read a batch on the host instead of waiting for an accelerator.
 
-    It is kept for those very tensors. Others in their place do not have it, nor do they themselves once they are
-    written to.
+    It is remembered for those very tensors, as long as they are not written to.
     """
     for task, inputs in moved.items():
-        _remember(host[task]["attention_mask"], inputs["attention_mask"], 0)
-        _remember(host[task]["labels"], inputs["labels"], IGNORE_INDEX)
-
-
-def _remember(host: Tensor, moved: Tensor, padding: int) -> None:
-    # inference tensors do not count how often they are written to
-    if host.device.type == "cpu" and moved.device.type != "cpu" and not moved.is_inference():
-        _MOVED[moved] = moved._version, _read(host, padding)
+        for name in ("attention_mask", "labels"):
+            tensor = inputs[name]  # type: ignore[literal-required]
+            # inference tensors do not count how often they are written to
+            if tensor.device.type != "cpu" and not tensor.is_inference():
+                _HOST_COPIES[tensor] = tensor._version, host[task][name]  # type: ignore[literal-required]
 
 
 def _rows(tensor: Tensor, padding: int) -> Rows:
-    version, rows = _MOVED.get(tensor, (None, None))
-    return _read(tensor, padding) if rows is None or version != tensor._version else rows
-
-
-def _read(tensor: Tensor, padding: int) -> Rows:
+    version, host = _HOST_COPIES.get(tensor, (None, None))
+    if host is not None and version == tensor._version:
+        tensor = host
     real = tensor != padding
     columns = torch.arange(1, real.shape[1] + 1, device=real.device)
     # a column of zeros in front: the greatest of no columns is not defined

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
-from lit_distill.files import atomic_folder
+from lit_distill.files import atomic_folder, flatten
 from lit_distill.students import CHECKPOINT_KEY, load, read_checkpoint
 from lit_distill.students.tokens import Family
 
@@ -56,17 +56,14 @@ def export_checkpoint(
     generation: Mapping[str, Mapping[str, Any]],
     facts: CardFacts,
 ) -> Path:
-    """Turn a checkpoint into a student's folder.
+    """Turn a checkpoint with a full state dict into a student's folder, which replaces an earlier one whole.
 
     Args:
-        checkpoint_path: a checkpoint of this framework, with a full state dict.
-        folder: where the student goes; an earlier one there is replaced whole.
+        checkpoint_path: the checkpoint.
+        folder: where the student goes; it is returned.
         prefixes: task -> input prefix.
         generation: task -> ``generate``'s arguments; those of the first task become the folder's defaults.
         facts: the model card's content.
-
-    Returns:
-        The folder.
     """
     record = read_checkpoint(str(checkpoint_path))[CHECKPOINT_KEY]
     # without its adapter named, a student is loaded with the adapter merged into it
@@ -99,6 +96,7 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
     """The card as Markdown with the hub's metadata block."""
     first = next(iter(prefixes))
     results = _eval_results(facts)
+    settings = {task: ", ".join(f"{key} {value}" for key, value in own.items()) for task, own in generation.items()}
     name = f"{facts.student} trained on {facts.dataset} with {facts.method}"
     data = ModelCardData(
         library_name="peft" if facts.adapter_alone else "transformers",
@@ -123,7 +121,7 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
         "",
         "| task | prefix | generation |",
         "|---|---|---|",
-        *(f"| {task} | `{json.dumps(prefix)}` | {_settings(generation[task])} |" for task, prefix in prefixes.items()),
+        *(f"| {task} | `{json.dumps(prefix)}` | {settings[task]} |" for task, prefix in prefixes.items()),
     ]
     if facts.metrics:
         lines += ["", "## Metrics", "", *_metric_rows(facts)]
@@ -249,33 +247,22 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 def _metric_rows(facts: CardFacts) -> list[str]:
     """A table: the student's figures with their intervals, and the baseline's accuracy beside."""
-    lines = [f"Of {facts.rows} rows of test.", "", "| metric | value | 95 % interval |", "|---|---|---|"]
-    figures = {name: facts.metrics for name in _measured(facts)}
-    lines += [_metric_row(name, name, metrics) for name, metrics in figures.items()]
+    rows = [(name, name, facts.metrics) for name in _measured(facts)]
     if facts.baseline:
-        lines.append(_metric_row("accuracy of the label-only baseline", "test/accuracy", facts.baseline))
+        rows.append(("accuracy of the label-only baseline", "test/accuracy", facts.baseline))
+    lines = [f"Of {facts.rows} rows of test.", "", "| metric | value | 95 % interval |", "|---|---|---|"]
+    for title, name, metrics in rows:
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+        lines.append(f"| {title} | {metrics[name]:.4f} | {interval} |")
     return lines
 
 
-def _metric_row(title: str, name: str, metrics: Mapping[str, float]) -> str:
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-    return f"| {title} | {metrics[name]:.4f} | {interval} |"
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _rows(content: Mapping[str, Any], before: str = "") -> list[str]:
-    rows: list[str] = []
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            rows += _rows(value, f"{before}{name}.")
-        else:
-            # a folder of this machine is of no use to whoever reads the card
-            if isinstance(value, str) and Path(value).is_absolute():
-                value = Path(value).name
-            text = f"{value:.4f}" if isinstance(value, float) and 0 < abs(value) < 1 and value >= 1e-3 else f"{value}"
-            rows.append(f"| {before}{name} | {text} |")
+def _rows(content: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, value in flatten(content).items():
+        # a folder of this machine is of no use to whoever reads the card
+        shown = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        text = f"{shown:.4f}" if isinstance(shown, float) and 1e-3 <= abs(shown) < 1 else f"{shown}"
+        rows.append(f"| {name} | {text} |")
     return rows

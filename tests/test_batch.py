@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from lit_distill.batch import (
-    _MOVED,
+    _HOST_COPIES,
     IGNORE_INDEX,
     TaskInputs,
-    lengths_of,
     remember_rows,
     sources_of,
     take,
     target_tokens,
+    targets_of,
 )
 
 
@@ -31,6 +31,10 @@ def test_no_rows_have_no_target_tokens() -> None:
 
 def test_ignored_positions_are_those_that_pytorch_ignores() -> None:
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX
+
+
+def lengths_of(inputs: TaskInputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return sources_of(inputs).ends, targets_of(inputs).ends
 
 
 def bare(mask: Tensor, labels: Tensor) -> TaskInputs:
@@ -51,12 +55,6 @@ def test_lengths_of_no_rows_and_of_no_columns() -> None:
         (0, 0),
         (3, 3),
     )
-
-
-def test_the_tensors_count_not_what_was_written_down() -> None:
-    inputs = bare(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
-    inputs["source_lengths"], inputs["target_lengths"] = (2, 1), (1, 0)
-    assert lengths_of(inputs) == ((3, 3), (3, 3))
 
 
 def test_padding_before_a_source_s_end() -> None:
@@ -121,11 +119,11 @@ def test_what_does_not_count_its_changes_is_read() -> None:
 
 
 def test_nothing_is_kept_alive() -> None:
-    before = len(_MOVED)
+    before = len(_HOST_COPIES)
     there = moved(HOST)
-    assert len(_MOVED) == before + 2
+    assert len(_HOST_COPIES) == before + 2
     del there
-    assert len(_MOVED) == before
+    assert len(_HOST_COPIES) == before
 
 
 def test_rows_are_taken_with_all_that_belongs_to_them() -> None:
@@ -139,7 +137,5 @@ def test_rows_are_taken_with_all_that_belongs_to_them() -> None:
         "attention_mask": [[1, 1], [1, 1]],
         "labels": [[-100], [3]],
     }
-    inputs |= {"index": torch.tensor([0, 1, -1]), "source_lengths": (2, 1, 2), "target_lengths": (1, 1, 0)}
-    taken = take(inputs, [1, 2])
-    assert taken["index"].tolist() == [1, -1]
-    assert (taken["source_lengths"], taken["target_lengths"]) == ((1, 2), (1, 0))
+    inputs["index"] = torch.tensor([0, 1, -1])
+    assert take(inputs, [1, 2])["index"].tolist() == [1, -1]

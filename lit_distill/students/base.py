@@ -107,7 +107,7 @@ class Pass(ABC):
     def encoder(self, task: str, layer: int = -1) -> Tensor:
         """The hidden states of each source token (of the prompt, where there is no encoder), ``(tokens, d_model)``."""
 
-    @abstractmethod
+    @torch.no_grad()
     def generate(
         self,
         task: str,
@@ -129,6 +129,43 @@ class Pass(ABC):
         Returns:
             For each row its token ids, which may end in padding; `Tokens.decode` makes text of them.
         """
+        chosen = list(range(len(self.inputs(task)["labels"])) if rows is None else rows)
+        if not chosen:
+            return []
+        numbers, process = torch.tensor(chosen, device=self.inputs(task)["labels"].device), None
+        if process_logits is not None:
+
+            def process(scores: Tensor, step: int, own: Tensor) -> Tensor:
+                return process_logits(scores, step, numbers[own])
+
+        return self._generate(task, chosen, max_new_tokens, num_beams, process)
+
+    def _generate(
+        self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
+    ) -> list[list[int]]:
+        """By Hugging Face's ``generate``; ``process`` numbers the rows from 0."""
+        ids, mask, first = self._prompts(task, rows)
+
+        def processor(seen: Tensor, scores: Tensor) -> Tensor:
+            # the beams of a row follow each other
+            own = torch.arange(len(scores), device=scores.device) // num_beams
+            return scores if process is None else process(scores, seen.shape[1] - first, own)
+
+        found: Any = self.student.network.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+            logits_processor=[processor],
+            # ranks generate different lengths; where a forward is a collective, all have to go on to the longest
+            synced_gpus=self.student.sharded,
+        )
+        return cast(list[list[int]], found[:, first:].tolist())
+
+    @abstractmethod
+    def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+        """What ``generate`` reads: ids and mask ``(rows, length)``, and where the target begins in its answer."""
 
     @torch.no_grad()
     def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:

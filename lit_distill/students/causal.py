@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.errors import UserError
-from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
+from lit_distill.students.base import Likelihood, Pass, Student
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
@@ -130,8 +130,8 @@ class CausalPass(Pass):
 
     # ------------------------------------------------------------------ evaluation
 
-    def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of these rows' sources, padded on the left, both ``(rows, length)``."""
+    def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+        """These rows' sources, padded on the left."""
         inputs, chosen = self.inputs(task), torch.tensor(list(rows), device=self.student.device)
         source = inputs["attention_mask"][chosen].bool()
         lengths = source.sum(dim=1)
@@ -141,44 +141,12 @@ class CausalPass(Pass):
         ids[mask] = inputs["input_ids"][chosen][source]
         # a row without a source has one padding token
         mask[:, -1] = True
-        return ids, mask.long()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        task: str,
-        *,
-        rows: Sequence[int] | None = None,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        process_logits: ProcessLogits | None = None,
-    ) -> list[list[int]]:
-        """Write a target for each row after its prompt, greedily or with beams; arguments as in `Pass.generate`."""
-        chosen = range(len(self.inputs(task)["labels"])) if rows is None else rows
-        if not chosen:
-            return []
-        ids, mask = self._prompts(task, chosen)
-        width = ids.shape[1]
-        processors = LogitsProcessorList()
-        if process_logits is not None:
-            own = torch.tensor(list(chosen), device=ids.device).repeat_interleave(num_beams)
-            processors.append(lambda seen, scores: process_logits(scores, seen.shape[1] - width, own))
-        found = self.student.network.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            logits_processor=processors,
-            # ranks generate different lengths; where a forward pass is a collective, all go on to the longest
-            synced_gpus=self.student.sharded,
-        )
-        return cast(list[list[int]], found[:, width:].tolist())
+        return ids, mask.long(), ids.shape[1]
 
     def likelihood(self, task: str) -> Likelihood:
         """Read a task's prompts, each once, to score targets with."""
         student, device = self.student, self.student.device
-        ids, mask = self._prompts(task, range(len(self.inputs(task)["labels"])))
+        ids, mask, _ = self._prompts(task, range(len(self.inputs(task)["labels"])))
         read = student.run(input_ids=ids, attention_mask=mask, use_cache=True, **student.positions(mask))
 
         def score(rows: list[int], targets: list[list[int]]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, lengths_of, take
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, sources_of, take, targets_of
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.objectives import Step
 from lit_distill.students.fast.support import fits
@@ -240,25 +240,11 @@ def test_a_batch_that_a_method_changes(student_folder: Path, change: str, evalua
     for fast in (True, False):
         module = evaluate(student_folder, Changed, fast=fast)
         if evaluation:
-            data = LengthsData(module, batch_size=5)
+            data = ItemData(module, batch_size=5)
             found.append(make_trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)[0])
         else:
-            found.append(
-                train(module, written(collate(random_rows(6, seed=21, without_rationale=()), module.tasks)))[0]
-            )
+            found.append(train(module, (collate(random_rows(6, seed=21, without_rationale=()), module.tasks)))[0])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
-def written(batch: TaskBatch) -> TaskBatch:
-    """With the lengths of its rows, as the collator writes them."""
-    for inputs in batch.values():
-        inputs["source_lengths"], inputs["target_lengths"] = lengths_of(inputs)
-    return batch
-
-
-class LengthsData(ItemData):
-    def _collate_evaluation(self, items: Any) -> TaskBatch:  # noqa: ANN401
-        return written(super()._collate_evaluation(items))
 
 
 def test_lengths_cost_no_waiting_for_a_device(student_folder: Path) -> None:
@@ -269,7 +255,7 @@ def test_lengths_cost_no_waiting_for_a_device(student_folder: Path) -> None:
     assert fits(list(there.values()))
     for task, inputs in batch.items():
         assert there[task]["labels"].is_meta
-        assert lengths_of(there[task]) == lengths_of(inputs)
+        assert (sources_of(there[task]), targets_of(there[task])) == (sources_of(inputs), targets_of(inputs))
 
 
 def test_a_transfer_of_ones_own_is_not_relied_on(student_folder: Path) -> None:
@@ -281,7 +267,7 @@ def test_a_transfer_of_ones_own_is_not_relied_on(student_folder: Path) -> None:
     module = make(student_folder, Own, fast=True)
     there = module._apply_batch_transfer_handler(batch_of(module), torch.device("meta"), 0)
     with pytest.raises(NotImplementedError, match="meta"):
-        lengths_of(there["label"])
+        sources_of(there["label"])
 
 
 def test_processed_logits_of_a_subclass(student_folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""The fast path: the student's own mathematics on real tokens only. Entered from `lit_distill.modules` alone."""
+"""The fast path of a T5: its own mathematics on real tokens only. `lit_distill.students.seq2seq` alone enters it."""

@@ -6,17 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5Block
 
-from lit_distill.students.fast.few_queries import FewQueries
-from lit_distill.students.fast.looks import projects_plainly
-from lit_distill.students.fast.packed import Encoded
+from lit_distill.students.fast.attention import FewQueries, projects_plainly
 from lit_distill.students.fast.packing import Packing
-from lit_distill.students.fast.t5 import feed_forward, into_head, norm
-
-Shape = Callable[[Tensor, int, Tensor], Tensor]
-"""``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``: changes the scores of the next token."""
+from lit_distill.students.fast.t5 import Encoded, feed_forward, into_head, norm
 
 FIRST_CAPACITY = 16
 """Positions of the first cache; it doubles when it is full."""
@@ -27,30 +20,28 @@ WORTH_LEAVING = 0.75
 
 @torch.no_grad()
 def greedy(
-    student: T5ForConditionalGeneration,
+    model: Any,  # noqa: ANN401 - a T5 or mT5
     encoded: Encoded,
     rows: Sequence[int],
     max_new_tokens: int,
-    shape: Shape | None = None,
+    process_logits: Callable[[Tensor, int, Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """The likeliest next token, again and again, until a row's end-of-sequence token.
 
-    Gives the tokens of ``student.generate`` with one beam and no sampling.
+    Gives the tokens of ``model.generate`` with one beam and no sampling.
 
     Args:
-        student: the student, in evaluation mode.
+        model: the model, in evaluation mode.
         encoded: the sources' states.
         rows: the source rows to decode for.
         max_new_tokens: tokens of a target at most, the end-of-sequence token included.
-        shape: changes the scores before the choice.
+        process_logits: ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``, before the choice.
 
     Returns:
         For each row its tokens, with the end-of-sequence token where it was reached.
     """
-    if not rows:
-        return []
-    settings, device = student.generation_config, student.device
-    start, eos = settings.decoder_start_token_id, settings.eos_token_id
+    settings, device = model.generation_config, model.device
+    eos = settings.eos_token_id
     ends = torch.tensor([] if eos is None else eos, device=device).view(-1)
     if len(set(rows)) < len(encoded.packing.lengths):
         present, packing = encoded.packing.rows(rows).compact()
@@ -58,23 +49,21 @@ def greedy(
     found: list[list[int]] = [[] for _ in rows]
     numbers = torch.arange(len(rows), device=device)
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
-    ids = torch.full((len(rows),), start, device=device)
-    blocks: Any = student.decoder.block
-    sources = _Sources(student, encoded, rows)
-    layers = [_Layer(block, encoded.states, sources) for block in blocks]
+    ids = torch.full((len(rows),), settings.decoder_start_token_id, device=device)
+    sources = _Sources(model, encoded, rows)
+    layers = [_Layer(block, encoded.states, sources) for block in model.decoder.block]
     bias = layers[0].bias()
     for step in range(max_new_tokens):
         if step == bias.shape[-1]:
             for layer in layers:
                 layer.grow()
             bias = layers[0].bias()
-        x = student.decoder.embed_tokens(ids)
+        x = model.decoder.embed_tokens(ids)
         for layer in layers:
             x = layer.step(x, step, bias[:, :, step : step + 1, : step + 1])
-        x = norm(student.decoder.final_layer_norm, x)
-        scores = student.lm_head(into_head(student, x)).float()
-        if shape is not None:
-            scores = shape(scores, step, numbers)
+        scores = model.lm_head(into_head(model, norm(model.decoder.final_layer_norm, x))).float()
+        if process_logits is not None:
+            scores = process_logits(scores, step, numbers)
         ids = scores.argmax(dim=-1)
         for row, token, going in zip(numbers.tolist(), ids.tolist(), alive.tolist(), strict=True):
             if going:
@@ -86,62 +75,49 @@ def greedy(
         if left <= WORTH_LEAVING * len(alive):
             stay = alive.nonzero().squeeze(1)
             ids, numbers, alive = ids[stay], numbers[stay], alive[stay]
-            sources = _Sources(student, encoded, [rows[number] for number in numbers.tolist()])
+            sources = _Sources(model, encoded, [rows[number] for number in numbers.tolist()])
             for layer in layers:
                 layer.take(stay, sources)
     return found
 
 
 class _Sources:
-    """The encoder's states that the rows still decoding look at.
+    """The encoder's states that the rows still decoding attend to."""
 
-    Args:
-        student: the student.
-        encoded: the states of all sources.
-        rows: the source rows.
-    """
-
-    def __init__(self, student: T5ForConditionalGeneration, encoded: Encoded, rows: Sequence[int]) -> None:
+    def __init__(self, model: Any, encoded: Encoded, rows: Sequence[int]) -> None:  # noqa: ANN401
         self.rows = len(rows)
         queries = Packing([1] * self.rows, encoded.states.device)
-        self._look = FewQueries(queries, encoded.packing.rows(rows), range(len(rows)), student.config.num_heads)
-        self._states = self._look.spread(encoded.states)
+        self._few = FewQueries(queries, encoded.packing.rows(rows), range(len(rows)), model.config.num_heads)
+        self._states = self._few.spread(encoded.states)
 
     def spread(self, packed: Tensor) -> Tensor:
         """Keys or values ``(source tokens, heads * d_kv)`` by row, ``(rows, heads, source_len, d_kv)``."""
-        spread = self._look.spread(packed)
-        return spread.view(*spread.shape[:2], self._look.heads, -1).transpose(1, 2)
+        spread = self._few.spread(packed)
+        return spread.view(*spread.shape[:2], self._few.heads, -1).transpose(1, 2)
 
-    def look(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one query a row, ``(rows, heads * d_kv)``; `FewQueries.attend` says what the arguments are."""
-        return self._look.attend(q, self._states, key, value, 0.0)
+    def attend(self, layer: Any, q: Tensor) -> Tensor:  # noqa: ANN401
+        """Attention of one query a row to the states, ``(rows, heads * d_kv)``."""
+        return self._few.attend(q, self._states, layer.k.weight, layer.v.weight, 0.0)
 
-    def look_at(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Likewise, at keys and values that were `spread`."""
-        query, hidden = q.view(len(q), self._look.heads, 1, -1), self._look.hidden[:, None].to(q.dtype)
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=hidden, scale=1.0)
+    def attend_to(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The same to keys and values that were `spread`."""
+        query, mask = q.view(len(q), self._few.heads, 1, -1), self._few.mask[:, None].to(q.dtype)
+        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
         return found.reshape(len(q), -1)
 
 
 class _Layer:
-    """A decoder layer with the keys and values of what was decoded.
+    """A decoder layer with the keys and values of what was decoded."""
 
-    Args:
-        block: the layer.
-        states: the encoder's states.
-        sources: those that the rows look at.
-    """
-
-    def __init__(self, block: T5Block, states: Tensor, sources: _Sources) -> None:
-        layers: Any = block.layer
-        self._own, self._cross, self._feed = layers
-        attend = self._cross.EncDecAttention
+    def __init__(self, block: Any, states: Tensor, sources: _Sources) -> None:  # noqa: ANN401
+        self._own, self._cross, self._feed = block.layer
+        layer = self._cross.EncDecAttention
         # where keys and values of the sources are more than a product with a weight (LoRA, say), they are made once
-        self._projected = None if projects_plainly(block) else (attend.k(states), attend.v(states))
+        self._projected = None if projects_plainly(block) else (layer.k(states), layer.v(states))
         self._turn_to(sources)
-        config = attend.config
-        empty = states.new_zeros(sources.rows, config.num_heads, FIRST_CAPACITY, config.d_kv)
-        self._keys, self._values = empty, torch.zeros_like(empty)
+        config = layer.config
+        self._keys = states.new_zeros(sources.rows, config.num_heads, FIRST_CAPACITY, config.d_kv)
+        self._values = torch.zeros_like(self._keys)
 
     def bias(self) -> Tensor:
         """The position bias of all positions that there is room for, ``(1, heads, capacity, capacity)``."""
@@ -163,27 +139,21 @@ class _Layer:
         self._keys, self._values = (F.pad(x, (0, 0, 0, x.shape[2])) for x in (self._keys, self._values))
 
     def step(self, x: Tensor, step: int, bias: Tensor) -> Tensor:
-        """The layer at one position.
-
-        Args:
-            x: ``(rows, d_model)``.
-            step: the position.
-            bias: its position bias, ``(1, heads, 1, step + 1)``.
-        """
-        attend, normed = self._own.SelfAttention, norm(self._own.layer_norm, x)
+        """The layer at one position: ``x`` is ``(rows, d_model)``, the position's bias ``(1, heads, 1, step + 1)``."""
+        layer, normed = self._own.SelfAttention, norm(self._own.layer_norm, x)
         one = len(x), self._keys.shape[1], 1, -1
-        self._keys[:, :, step] = attend.k(normed).view(one).squeeze(2)
-        self._values[:, :, step] = attend.v(normed).view(one).squeeze(2)
-        query = attend.q(normed).view(one)
+        self._keys[:, :, step] = layer.k(normed).view(one).squeeze(2)
+        self._values[:, :, step] = layer.v(normed).view(one).squeeze(2)
+        query = layer.q(normed).view(one)
         keys, values = self._keys[:, :, : step + 1].to(query.dtype), self._values[:, :, : step + 1].to(query.dtype)
         offsets = bias.to(query.dtype).expand(len(x), -1, -1, -1)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=offsets, scale=1.0)
-        x = x + attend.o(out.reshape(len(x), -1))
-        attend, normed = self._cross.EncDecAttention, norm(self._cross.layer_norm, x)
-        query = attend.q(normed)
+        x = x + layer.o(out.reshape(len(x), -1))
+        layer, normed = self._cross.EncDecAttention, norm(self._cross.layer_norm, x)
+        query = layer.q(normed)
         if self._spread is None:
-            found = self._sources.look(query, attend.k.weight, attend.v.weight)
+            found = self._sources.attend(layer, query)
         else:
-            found = self._sources.look_at(query, *self._spread)
-        x = x + attend.o(found)
+            found = self._sources.attend_to(query, *self._spread)
+        x = x + layer.o(found)
         return x + feed_forward(self._feed.DenseReluDense, norm(self._feed.layer_norm, x))

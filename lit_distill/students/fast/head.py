@@ -19,24 +19,24 @@ KEPT_BYTES = 256 * 2**20
 
 class _TokenLosses(Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401 - autograd's own
         safe = labels.clamp(min=0).unsqueeze(1)
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
-        losses, keep, budget = [], [], KEPT_BYTES
+        losses, saved, budget = [], [], KEPT_BYTES
         for start in range(0, len(states), size):
             logs = torch.log_softmax(states[start : start + size] @ weight.t(), dim=-1, dtype=torch.float32)
             losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
             budget -= 4 * logs.numel()
             if ctx.needs_input_grad[0] and budget >= 0:
-                keep.append(logs.exp_())
+                saved.append(logs.exp_())
         ctx.size = size
-        ctx.save_for_backward(states, weight, labels, *keep)
+        ctx.save_for_backward(states, weight, labels, *saved)
         return torch.cat(losses).masked_fill_(labels == IGNORE_INDEX, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401
-        states, weight, labels, *keep = ctx.saved_tensors
+        states, weight, labels, *saved = ctx.saved_tensors
         safe = labels.clamp(min=0)
         grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(states.dtype).unsqueeze(1)
         # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product,
@@ -46,8 +46,8 @@ class _TokenLosses(Function):
         weight_grad = None
         for number, start in enumerate(range(0, len(states), ctx.size)):
             part = slice(start, start + ctx.size)
-            if number < len(keep):
-                likely = keep[number]
+            if number < len(saved):
+                likely = saved[number]
             else:
                 likely = torch.softmax(states[part] @ weight.t(), dim=-1, dtype=torch.float32)
             likely = likely.to(states.dtype)
@@ -64,17 +64,9 @@ class _TokenLosses(Function):
 
 
 def token_losses(head: nn.Linear, states: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of each target position, in float32; 0 where the label is ``IGNORE_INDEX``.
+    """The cross-entropy of states ``(targets, d_model)`` at each target in nats, ``(targets,)``, in float32.
 
-    Only one chunk of logits exists at a time, and a bounded part is kept for the backward pass.
-
-    Args:
-        head: the output head.
-        states: ``(targets, d_model)``.
-        labels: ``(targets,)``.
-
-    Returns:
-        ``(targets,)``, in nats.
+    It is 0 where the label is ``IGNORE_INDEX``. Only one chunk of logits exists at a time.
     """
     weight = head.weight
     if torch.is_autocast_enabled(states.device.type):

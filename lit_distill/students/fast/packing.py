@@ -1,4 +1,4 @@
-"""Which positions are real: rows laid end to end without padding, and how those of like length attend together.
+"""Which positions are real: rows laid end to end without padding, and how those of similar length attend together.
 
 Everything here is settled on the host from the rows' lengths, so that nothing waits for an accelerator.
 """
@@ -50,10 +50,7 @@ class Packing:
         return torch.cat(taken).to(self.device, non_blocking=True), found
 
     def padded(self, width: int) -> tuple[Tensor, Tensor]:
-        """The packed token at each padded position, and which positions are real, both ``(rows, width)`` on the host.
-
-        The others hold the first token.
-        """
+        """The packed token at each padded position, 0 at padding, and which are real; ``(rows, width)`` on the host."""
         position = torch.arange(width)
         real = position < torch.tensor(self.lengths)[:, None]
         return (torch.tensor(self.starts)[:, None] + position).masked_fill_(~real, 0), real
@@ -69,6 +66,7 @@ class Group:
     """Rows that attend together, padded to the longest of them."""
 
     rows: int
+    heads: int
     queries: int
     """Positions of the longest row of queries."""
     keys: int
@@ -77,8 +75,18 @@ class Group:
     """Where the group's queries begin in the flat buffer of all groups' padded positions."""
     first_key: int
     """Where its keys begin."""
-    allowed: Tensor
-    """0 where a query may look at a key and -inf elsewhere, ``(rows, 1, queries, keys)`` with broadcast dimensions."""
+    mask: Tensor
+    """0 where a query attends to a key and -inf elsewhere, ``(rows, 1, queries, keys)`` with broadcast dimensions."""
+
+    def queries_of(self, flat: Tensor) -> Tensor:
+        """The group's part of a buffer of queries, ``(rows * heads, queries, size)``."""
+        batch = self.rows * self.heads
+        return flat[self.first_query : self.first_query + batch * self.queries].view(batch, self.queries, -1)
+
+    def keys_of(self, flat: Tensor) -> Tensor:
+        """The group's part of a buffer of keys, ``(rows * heads, keys, size)``."""
+        batch = self.rows * self.heads
+        return flat[self.first_key : self.first_key + batch * self.keys].view(batch, self.keys, -1)
 
 
 class Slots:
@@ -105,16 +113,10 @@ class Slots:
             empty.append(slot[~real])
             token_of_slot.append(token.masked_fill(~real, 0).flatten())
             first += token.numel()
-
-        def send(index: Tensor) -> Tensor:
-            return index.to(packing.device, non_blocking=True)
-
-        self.size = first
-        self.token_of_slot = send(torch.cat(token_of_slot))
-        """``(slots,)``; an empty slot holds the first token, which the mask or `clear` takes out again."""
-        self.slot_of_token = send(slot_of_token)
-        """``(tokens * heads,)``."""
-        self.empty = send(torch.cat(empty))
+        # an empty slot holds the first token, which the mask or `clear` takes out again
+        self.token_of_slot = torch.cat(token_of_slot).to(packing.device, non_blocking=True)
+        self.slot_of_token = slot_of_token.to(packing.device, non_blocking=True)
+        self.empty = torch.cat(empty).to(packing.device, non_blocking=True)
         # a token has one slot, but where rows were chosen several times, or not at all
         self._one_to_one = first - len(self.empty) == len(slot_of_token) and bool((slot_of_token >= 0).all())
 
@@ -135,26 +137,25 @@ class Slots:
 
 
 class AttentionPlan:
-    """How packed queries look at packed keys, row by row.
+    """How packed queries attend to packed keys, row by row.
 
     Args:
-        queries: the rows that look.
-        keys: the rows that they look at, as many and in the same order.
+        queries: the rows of queries.
+        keys: the rows of keys, as many and in the same order.
         heads: attention heads.
-        causal: a position looks at itself and at earlier ones only.
+        causal: a position attends to itself and to earlier ones only.
     """
 
     def __init__(self, queries: Packing, keys: Packing, heads: int, *, causal: bool = False) -> None:
         self.queries, self.keys, self.heads = queries, keys, heads
         sets = groups_of(queries.lengths, keys.lengths)
         widths = [(max(queries.lengths[r] for r in rows), max(keys.lengths[r] for r in rows)) for rows in sets]
+        self.longest = max(q for q, _ in widths), max(k for _, k in widths)
+        """Positions of the longest row of queries, and of keys."""
         self.query_slots = Slots(queries, [(rows, q) for rows, (q, _) in zip(sets, widths, strict=True)], heads)
-        same = queries is keys
-        self.key_slots = (
-            self.query_slots
-            if same
-            else Slots(keys, [(rows, k) for rows, (_, k) in zip(sets, widths, strict=True)], heads)
-        )
+        self.key_slots = self.query_slots
+        if queries is not keys:
+            self.key_slots = Slots(keys, [(rows, k) for rows, (_, k) in zip(sets, widths, strict=True)], heads)
         self.groups: list[Group] = []
         first_query = first_key = 0
         for rows, (q, k) in zip(sets, widths, strict=True):
@@ -163,20 +164,14 @@ class AttentionPlan:
             else:
                 lengths = torch.tensor([keys.lengths[row] for row in rows])
                 hidden = (torch.arange(k) >= lengths[:, None]).view(len(rows), 1, 1, k)
-            allowed = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-            allowed = allowed.to(queries.device, non_blocking=True)
-            self.groups.append(Group(len(rows), q, k, first_query, first_key, allowed))
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(queries.device, non_blocking=True)
+            self.groups.append(Group(len(rows), heads, q, k, first_query, first_key, mask))
             first_query += len(rows) * heads * q
             first_key += len(rows) * heads * k
 
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Positions of the longest row of queries, and of keys."""
-        return max(group.queries for group in self.groups), max(group.keys for group in self.groups)
-
 
 def groups_of(queries: Sequence[int], keys: Sequence[int], filled: float = FILLED) -> list[list[int]]:
-    """Row numbers in groups of like lengths: each row once, in each group at least ``filled`` of the rectangle real.
+    """Row numbers in groups of similar lengths: each row once, in each group at least ``filled`` of the rectangle real.
 
     Args:
         queries: queries of each row.

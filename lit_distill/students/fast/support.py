@@ -1,5 +1,7 @@
 """Whether a model and a batch are what the fast path knows; whatever else runs through the model's own forward."""
 
+import ctypes
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -73,3 +75,16 @@ def fits(tasks: Iterable[TaskInputs]) -> bool:
         if not all(sources.ends) or not sources.whole:
             return False
     return True
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory in the process: what one step frees, the next one takes again.
+
+    By default it hands large blocks back to the system, which clears each page again when the next step asks for it:
+    a tenth of a step, and more on a virtual machine.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+        for option in (-1, -3):
+            mallopt(option, 2**30)

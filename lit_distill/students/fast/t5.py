@@ -1,5 +1,10 @@
-"""The student's layers on packed tokens: every module of the Hugging Face T5 keeps its place, its weights and names."""
+"""A T5's layers on packed tokens: several tasks' real tokens go through encoder and decoder once, and no padding does.
 
+Every module of the Hugging Face model keeps its place, its weights and its name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -7,29 +12,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
-from transformers.models.t5.modeling_t5 import (
-    T5Attention,
-    T5Block,
-    T5LayerNorm,
-    T5Stack,
-)
 
-from lit_distill.students.fast.feed_forward import chunks_well, feed_forward_sublayer
+from lit_distill.batch import TaskInputs, sources_of, targets_of
+from lit_distill.students.fast.attention import CrossAttention, SelfAttention
 from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm
-from lit_distill.students.fast.looks import CrossLook, SelfLook
+from lit_distill.students.fast.head import token_losses
 from lit_distill.students.fast.packing import AttentionPlan, Packing
+from lit_distill.students.fast.support import has_hooks
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Packed rows in the encoder."""
+
+    hidden: list[Tensor]
+    """The embeddings and each layer's states, ``(source tokens, d_model)``."""
+    packing: Packing
+
+    @property
+    def states(self) -> Tensor:
+        """What the decoder attends to."""
+        return self.hidden[-1]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Packed targets in the decoder, task after task."""
+
+    hidden: list[Tensor]
+    """The embeddings and each layer's states, ``(target tokens, d_model)``."""
+    labels: Tensor
+    """``(target tokens,)``."""
+    task_tokens: list[int]
+    """Target tokens of each task."""
+
+
+# ------------------------------------------------------------------ layers
 
 
 def _rate(module: nn.Dropout) -> float:
     return float(module.p) if module.training else 0.0
 
 
-def norm(module: T5LayerNorm, x: Tensor) -> Tensor:
+def norm(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - T5's or mT5's, here and below
     """T5's layer norm, ``(tokens, d_model)``."""
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def feed_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - T5's or mT5's
+def feed_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
     rate = _rate(module.dropout)
     if hasattr(module, "wi_1"):
@@ -43,7 +73,7 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - T5's or mT
     return cast(Tensor, module.wo(inner))
 
 
-def into_head(model: Any, states: Tensor) -> Tensor:  # noqa: ANN401 - one of the T5 family, adapted or not
+def into_head(model: Any, states: Tensor) -> Tensor:  # noqa: ANN401
     """What the output head reads of the decoder's states ``(tokens, d_model)``: a tied one reads them scaled."""
     # mT5 never scales
     scales = getattr(model.config, "scale_decoder_outputs", False)
@@ -55,25 +85,21 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh") if isinstance(act, NewGELUActivation) else act(x)
 
 
-def _block(block: T5Block, x: Tensor, own: SelfLook, cross: CrossLook | None) -> Tensor:
-    layers: Any = block.layer
-    layer = layers[0]
+def _block(block: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> Tensor:  # noqa: ANN401
+    layer = block.layer[0]
     x = add_dropped(x, own(layer.SelfAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
     if cross is not None:
-        layer = layers[1]
+        layer = block.layer[1]
         x = add_dropped(x, cross(layer.EncDecAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
-    layer = layers[-1]
-    if chunks_well(layer, x):
-        return feed_forward_sublayer(layer, x)
+    layer = block.layer[-1]
     return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
 
 
-def _run(stack: T5Stack, x: Tensor, own: SelfLook, cross: CrossLook | None) -> list[Tensor]:
+def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> list[Tensor]:  # noqa: ANN401
     """As Hugging Face's ``hidden_states``: what enters each block, and what the stack gives."""
-    blocks: Any = stack.block
     x = dropout(x, _rate(stack.dropout))
     hidden = []
-    for block in blocks:
+    for block in stack.block:
         hidden.append(x)
         if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
             x = checkpoint(_block, block, x, own, cross, use_reentrant=False)
@@ -82,41 +108,116 @@ def _run(stack: T5Stack, x: Tensor, own: SelfLook, cross: CrossLook | None) -> l
     return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
 
 
-def run_encoder(stack: T5Stack, embedded: Tensor, packing: Packing) -> list[Tensor]:
-    """The encoder's hidden states of packed rows, each ``(tokens, d_model)``: embeddings, layers, the last normed.
-
-    Args:
-        stack: ``student.encoder``.
-        embedded: input embeddings ``(tokens, d_model)``.
-        packing: the rows.
-    """
-    plan = AttentionPlan(packing, packing, stack.config.num_heads)
-    return _run(stack, embedded, SelfLook(plan, _holder(stack), _dtype(embedded)), None)
-
-
-def run_decoder(stack: T5Stack, embedded: Tensor, packing: Packing, encoded: Tensor, sources: Packing) -> list[Tensor]:
-    """The decoder's hidden states at all positions of packed targets, each ``(tokens, d_model)``.
-
-    Args:
-        stack: ``student.decoder``.
-        embedded: embeddings of the decoder's inputs ``(tokens, d_model)``.
-        packing: the targets.
-        encoded: the encoder's states ``(source tokens, d_model)``.
-        sources: the source of each target among them.
-    """
-    plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=True)
-    dtype = _dtype(embedded)
-    return _run(
-        stack, embedded, SelfLook(plan, _holder(stack), dtype), CrossLook(stack, packing, sources, encoded, dtype)
-    )
-
-
-def _holder(stack: T5Stack) -> T5Attention:
-    blocks: Any = stack.block
-    holder: T5Attention = blocks[0].layer[0].SelfAttention
-    return holder
+def _self_attention(stack: Any, embedded: Tensor, packing: Packing, *, causal: bool) -> SelfAttention:  # noqa: ANN401
+    plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal)
+    return SelfAttention(plan, stack.block[0].layer[0].SelfAttention, _dtype(embedded))
 
 
 def _dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# ------------------------------------------------------------------ tasks
+
+
+def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:  # noqa: ANN401
+    """All rows of several tasks through the encoder, task after task."""
+    ids, packing = pack_sources(tasks)
+    return _encode(model, model.encoder.embed_tokens(ids), packing)
+
+
+def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:  # noqa: ANN401
+    attend = _self_attention(model.encoder, embedded, packing, causal=False)
+    return Encoded(_run(model.encoder, embedded, attend, None), packing)
+
+
+def _decode(
+    model: Any,  # noqa: ANN401
+    embedded: Tensor,
+    targets: Packing,
+    encoded: Encoded,
+    rows: Sequence[int],
+) -> list[Tensor]:
+    attend = _self_attention(model.decoder, embedded, targets, causal=True)
+    sources = encoded.packing.rows(rows)
+    cross = CrossAttention(model.decoder, targets, sources, encoded.states, _dtype(embedded))
+    return _run(model.decoder, embedded, attend, cross)
+
+
+def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, Decoded]:  # noqa: ANN401
+    """Several tasks' sources and targets, of which there is at least one, under teacher forcing.
+
+    Every row of the tasks is encoded; a row without a target is not decoded.
+    """
+    ids, packing = pack_sources(tasks)
+    inputs, labels, targets, rows, task_tokens = pack_targets(model, tasks)
+    encoder, decoder = model.encoder.embed_tokens, model.decoder.embed_tokens
+    # transformers' activation checkpointing has hooks on the embeddings
+    if encoder.weight is not decoder.weight or has_hooks(encoder) or has_hooks(decoder):
+        source, target = encoder(ids), decoder(inputs)
+    else:
+        # one look-up: its gradient is as large as the vocabulary, and would be made and added twice
+        source, target = F.embedding(torch.cat([ids, inputs]), encoder.weight).split([len(ids), len(inputs)])
+    encoded = _encode(model, source, packing)
+    return encoded, Decoded(_decode(model, target, targets, encoded, rows), labels, task_tokens)
+
+
+def log_likelihoods(
+    model: Any,  # noqa: ANN401
+    encoded: Encoded,
+    rows: Sequence[int],
+    targets: Sequence[Sequence[int]],
+) -> Tensor:
+    """The log-likelihood of each whole target given its source row, ``(targets,)`` in nats.
+
+    Args:
+        model: the T5.
+        encoded: the sources.
+        rows: the source row of each target; a row may have several.
+        targets: token ids, the end-of-sequence token included.
+    """
+    device = encoded.states.device
+    start = model.config.decoder_start_token_id
+    inputs = torch.tensor([token for ids in targets for token in (start, *ids[:-1])], device=device)
+    labels = torch.tensor([token for ids in targets for token in ids], device=device)
+    packing = Packing([len(ids) for ids in targets], device)
+    hidden = _decode(model, model.decoder.embed_tokens(inputs), packing, encoded, rows)
+    losses = token_losses(model.lm_head, into_head(model, hidden[-1]), labels)
+    owner = torch.arange(len(targets), device=device).repeat_interleave(torch.tensor(packing.lengths, device=device))
+    return -losses.new_zeros(len(targets)).index_add_(0, owner, losses)
+
+
+def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:
+    """The source ids of several tasks' rows, ``(source tokens,)``, task after task."""
+    ids, lengths = [], []
+    for task in tasks:
+        own = sources_of(task).ends
+        ids.append(_packed(task["input_ids"], own))
+        lengths += own
+    return torch.cat(ids), Packing(lengths, ids[0].device)
+
+
+def pack_targets(
+    model: Any,  # noqa: ANN401
+    tasks: Sequence[TaskInputs],
+) -> tuple[Tensor, Tensor, Packing, list[int], list[int]]:
+    """The targets of several tasks' rows; a row without one is left out.
+
+    Returns:
+        The decoder's input ids, labels, where the rows are among them, the source row of each, and each task's tokens.
+    """
+    inputs, labels, lengths, rows, tokens, first = [], [], [], [], [], 0
+    for task in tasks:
+        own = targets_of(task).ends
+        labels.append(_packed(task["labels"], own))
+        inputs.append(_packed(model.prepare_decoder_input_ids_from_labels(task["labels"]), own))
+        rows += [first + row for row, length in enumerate(own) if length]
+        lengths += [length for length in own if length]
+        tokens.append(sum(own))
+        first += len(own)
+    return torch.cat(inputs), torch.cat(labels), Packing(lengths, labels[0].device), rows, tokens
+
+
+def _packed(padded: Tensor, lengths: Sequence[int]) -> Tensor:
+    return padded.flatten()[Packing(lengths, padded.device).positions(padded.shape[1])]

@@ -61,7 +61,6 @@ def make_task(
     seed: int = 0,
     holes: float = 0.0,
     extra: int = 0,
-    lengths: bool = False,
 ) -> TaskInputs:
     """Rows of these lengths.
 
@@ -71,7 +70,6 @@ def make_task(
         seed: of the ids.
         holes: share of the targets' tokens, but each last one, that do not count.
         extra: columns of padding beyond the longest row.
-        lengths: write the lengths down, as the collator does.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,8 +89,6 @@ def make_task(
         # where no row has a target there still is a column, as the collator makes it
         "labels": pad(wanted, IGNORE_INDEX, extra or int(not any(targets))),
     }
-    if lengths:
-        inputs["source_lengths"], inputs["target_lengths"] = tuple(sources), tuple(targets)
     return inputs
 
 

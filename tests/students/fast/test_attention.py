@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_distill.students.fast.functions import attention, score_offsets
+from lit_distill.students.fast.attention import attention, score_offsets
 from lit_distill.students.fast.packing import AttentionPlan, Packing
 
 HEADS, SIZE = 2, 3

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lit_distill.students.fast import few_queries as few_queries_module
-from lit_distill.students.fast.few_queries import FewQueries, few_queries
-from lit_distill.students.fast.packed import encode, log_likelihoods
+from lit_distill.students.fast import attention as few_queries_module
+from lit_distill.students.fast.attention import FewQueries, few_queries
 from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.t5 import encode, log_likelihoods
 from tests.students.fast.examples import TASKS, VARIANTS, compare, fast_losses, make_student, make_task, target_losses
 
 HEADS, SIZE, WIDTH = 2, 3, 5

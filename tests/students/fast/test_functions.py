@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lit_distill.students.fast.functions import add_dropped, dropout, gated, kept, rms_norm
+from lit_distill.students.fast.functions import add_dropped, dropout, dropout_mask, gated, rms_norm
 
 LANES = 65536
 
@@ -26,7 +26,7 @@ def mask_of(shape: tuple[int, ...], p: float, seed: int, dtype: torch.dtype = to
 def test_the_share_that_is_dropped(p: float) -> None:
     number = 400_000
     torch.manual_seed(1)
-    mask, factor = kept(torch.empty(number), p)
+    mask, factor = dropout_mask(torch.empty(number), p)
     assert mask.dtype == torch.bool
     # a draw of 16 bits: p to the next 65536th
     rounded = round(p * LANES) / LANES
@@ -40,7 +40,7 @@ def test_the_share_that_is_dropped(p: float) -> None:
 
 @pytest.mark.parametrize("p", [1e-6, 7e-6])
 def test_a_tiny_probability_drops_nothing(p: float) -> None:
-    mask, factor = kept(torch.empty(100_000), p)
+    mask, factor = dropout_mask(torch.empty(100_000), p)
     assert bool(mask.all())
     assert factor == 1.0
 
@@ -48,7 +48,7 @@ def test_a_tiny_probability_drops_nothing(p: float) -> None:
 def test_the_smallest_probability_that_drops() -> None:
     number = 2_000_000
     torch.manual_seed(1)
-    mask, factor = kept(torch.empty(number), 1 / LANES)
+    mask, factor = dropout_mask(torch.empty(number), 1 / LANES)
     assert factor == LANES / (LANES - 1)
     # Poisson of mean 30.5
     assert 8 < int((~mask).sum()) < 62
@@ -59,7 +59,7 @@ def test_the_smallest_probability_that_drops() -> None:
 def test_elements_are_independent(p: float, distance: int) -> None:
     number = 400_000
     torch.manual_seed(2)
-    mask = kept(torch.empty(number + distance), p)[0].double()
+    mask = dropout_mask(torch.empty(number + distance), p)[0].double()
     mask = mask - mask.mean()
     correlation = float((mask[:-distance] * mask[distance:]).mean() / mask.square().mean())
     assert abs(correlation) < 4.5 / number**0.5
@@ -68,25 +68,25 @@ def test_elements_are_independent(p: float, distance: int) -> None:
 @pytest.mark.parametrize("lane", range(4))
 def test_each_lane_of_a_draw_drops_as_much(lane: int) -> None:
     torch.manual_seed(3)
-    own = kept(torch.empty(400_000), 0.1)[0][lane::4]
+    own = dropout_mask(torch.empty(400_000), 0.1)[0][lane::4]
     assert abs(float((~own).double().mean()) - 0.1) < 4.5 * (0.1 * 0.9 / len(own)) ** 0.5
 
 
 def test_the_seed_decides() -> None:
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return kept(torch.empty(33, 7), 0.5)[0]
+        return dropout_mask(torch.empty(33, 7), 0.5)[0]
 
     assert torch.equal(draw(5), draw(5))
     assert not torch.equal(draw(5), draw(6))
     torch.manual_seed(5)
-    first, second = (kept(torch.empty(33, 7), 0.5)[0] for _ in range(2))
+    first, second = (dropout_mask(torch.empty(33, 7), 0.5)[0] for _ in range(2))
     assert not torch.equal(first, second), "the generator has moved on"
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3,), (5,), (3, 7), (2, 3, 5), (0,), (0, 4)])
 def test_any_shape(shape: tuple[int, ...]) -> None:
-    mask, factor = kept(torch.empty(shape), 0.5)
+    mask, factor = dropout_mask(torch.empty(shape), 0.5)
     assert mask.shape == shape
     assert factor == 2.0
     x = torch.randn(shape, requires_grad=True)

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalG
 
 from lit_distill.students.fast import greedy as greedy_module
 from lit_distill.students.fast.greedy import FIRST_CAPACITY, greedy
-from lit_distill.students.fast.packed import encode
+from lit_distill.students.fast.t5 import encode
 from tests.students.fast.examples import VARIANTS, make_student, make_task
 
 TASK = make_task([7, 1, 12, 5, 12, 3, 2, 20, 9], [1] * 9, seed=6)

@@ -7,8 +7,8 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 
 from lit_distill.students.fast.greedy import greedy
-from lit_distill.students.fast.packed import encode
 from lit_distill.students.fast.support import reason_against
+from lit_distill.students.fast.t5 import encode
 from tests.students.fast.examples import TASKS, VARIANTS, check_gradients, checkpointed, compare, fast_losses, gradients
 from tests.students.fast.examples import make_student as make_plain_student
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.losses import sequence_log_likelihood
 from lit_distill.students.fast import head as head_module
-from lit_distill.students.fast import packed as fast_student
-from lit_distill.students.fast.packed import encode, log_likelihoods
+from lit_distill.students.fast import t5 as fast_student
+from lit_distill.students.fast.t5 import encode, log_likelihoods
 from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
@@ -51,20 +49,19 @@ def any_tasks(draw: st.DrawFn) -> list[TaskInputs]:
                 seed=draw(st.integers(0, 99)),
                 holes=draw(st.sampled_from([0.0, 0.3])),
                 extra=draw(st.integers(0, 3)),
-                lengths=draw(st.booleans()),
             )
         )
     return tasks
 
 
 @given(any_tasks())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_shapes(tasks: list[TaskInputs]) -> None:
     compare(BUILT["v1.1"], tasks)
 
 
 @given(any_tasks())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_shapes_of_the_original_t5(tasks: list[TaskInputs]) -> None:
     compare(BUILT["original"], tasks)
 
@@ -100,28 +97,16 @@ def test_chunks_of_the_head_make_no_difference(monkeypatch: pytest.MonkeyPatch) 
     compare(BUILT["v1.1"], TASKS)
 
 
-def test_the_tensors_are_what_counts() -> None:
-    # whatever was written down before somebody changed them
-    task = make_task([4, 6, 3], [5, 3, 2])
-    task["source_lengths"], task["target_lengths"] = (6, 2, 3), (1, 4, 5)
-    compare(BUILT["v1.1"], [task])
-
-
 def test_only_ignored_labels() -> None:
     task = make_task([4, 6], [3, 2])
     task["labels"].fill_(IGNORE_INDEX)
-    task["source_lengths"], task["target_lengths"] = (4, 6), (3, 2)
     found = fast_losses(BUILT["v1.1"], [task])
     assert found[0].item() == 0
     assert all(g is None or not g.any() for g in gradients(BUILT["v1.1"], found).values())
 
 
 def test_padding_makes_no_difference() -> None:
-    losses = [
-        target_losses(BUILT["v1.1"], [make_task([4, 6], [3, 2], extra=extra, lengths=lengths)])[0]
-        for extra in (0, 5)
-        for lengths in (False, True)
-    ]
+    losses = [target_losses(BUILT["v1.1"], [make_task([4, 6], [3, 2], extra=extra)])[0] for extra in (0, 5)]
     for other in losses[1:]:
         assert torch.equal(losses[0], other)
 
@@ -137,38 +122,6 @@ def test_no_token_is_seen_twice() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ dropout
-
-
-def statistics(student: T5ForConditionalGeneration, fast: bool, seeds: int) -> Tensor:
-    """For each seed the loss, the gradient along a fixed direction, and its squared norm, ``(seeds, 3)``."""
-    generator = torch.Generator().manual_seed(0)
-    direction = {name: torch.randn(p.shape, generator=generator) for name, p in student.named_parameters()}
-    found = []
-    for seed in range(seeds):
-        torch.manual_seed(seed + (10**6 if fast else 0))
-        losses = (fast_losses if fast else plain_losses)(student, TASKS)
-        own = {name: g for name, g in gradients(student, losses).items() if g is not None}
-        found.append(
-            torch.stack(
-                [
-                    torch.stack(losses).detach().sum(),
-                    torch.stack([(g * direction[name]).sum() for name, g in own.items()]).sum(),
-                    torch.stack([g.square().sum() for g in own.values()]).sum(),
-                ]
-            )
-        )
-    return torch.stack(found).double()
-
-
-@pytest.mark.parametrize("kind", ["v1.1", "original"])
-def test_dropout_has_the_plain_models_mean(kind: str) -> None:
-    student = make_student(2, **VARIANTS[kind] | {"dropout_rate": 0.3})
-    seeds = 250
-    ours, plain = (statistics(student, fast, seeds) for fast in (True, False))
-    error = ((ours.var(0) + plain.var(0)) / seeds).sqrt()
-    assert bool(((ours.mean(0) - plain.mean(0)).abs() < 4 * error).all())
-    # and the same spread: the standard error of a standard deviation is about s / sqrt(2 n), more with heavy tails
-    torch.testing.assert_close(ours.std(0)[:2], plain.std(0)[:2], rtol=0.3, atol=0)
 
 
 def test_every_dropout_of_the_plain_model_is_there() -> None:
@@ -244,7 +197,8 @@ def test_log_likelihoods(student: T5ForConditionalGeneration) -> None:
     for row, ids in zip(rows, targets, strict=True):
         labels = torch.tensor([ids])
         logits = student(input_ids=sources[row][None], labels=labels).logits
-        expected.append(sequence_log_likelihood(logits, labels)[0])
+        logs = torch.log_softmax(logits[0], -1)
+        expected.append(logs[range(len(ids)), ids].sum())
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -277,17 +231,17 @@ def test_likelihoods_start_as_training_does() -> None:
 
 
 def test_the_parts_are_whole() -> None:
-    # `Targets` by hand: two tasks, a row without target in the first
+    # by hand: two tasks, a row without target in the first
     student = make_student(decoder_start_token_id=7)
     first, second = make_task([2, 3, 1], [2, 0, 1], seed=1), make_task([4], [3], seed=2)
     second["labels"][0, 1] = IGNORE_INDEX
-    found = fast_student.pack_targets(student, [first, second])
+    inputs, labels, packed, source_rows, task_tokens = fast_student.pack_targets(student, [first, second])
     a, b = first["labels"], second["labels"]
-    assert found.labels.tolist() == [*a[0].tolist(), a[2, 0].item(), *b[0].tolist()]
-    assert found.inputs.tolist() == [7, a[0, 0].item(), 7, 7, b[0, 0].item(), 0]
-    assert found.rows == (0, 2, 3)
-    assert found.packing.lengths == (2, 1, 3)
-    assert found.task_tokens == (3, 3)
+    assert labels.tolist() == [*a[0].tolist(), a[2, 0].item(), *b[0].tolist()]
+    assert inputs.tolist() == [7, a[0, 0].item(), 7, 7, b[0, 0].item(), 0]
+    assert source_rows == [0, 2, 3]
+    assert packed.lengths == (2, 1, 3)
+    assert task_tokens == [3, 3]
     ids, packing = fast_student.pack_sources([first, second])
     assert packing.lengths == (2, 3, 1, 4)
     rows = [*first["input_ids"], *second["input_ids"]]

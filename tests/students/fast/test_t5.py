@@ -10,7 +10,7 @@ from torch import nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.students.fast.greedy import greedy
-from lit_distill.students.fast.packed import encode, log_likelihoods
+from lit_distill.students.fast.t5 import encode, log_likelihoods
 from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
@@ -45,7 +45,7 @@ def test_checkpointing_changes_nothing(kind: str, rate: float) -> None:
 
 
 def test_checkpointing_keeps_less() -> None:
-    def kept(student: T5ForConditionalGeneration) -> int:
+    def dropout_mask(student: T5ForConditionalGeneration) -> int:
         elements = 0
 
         def record(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,9 +58,9 @@ def test_checkpointing_keeps_less() -> None:
         return elements
 
     student = make_student(1, num_layers=6, num_decoder_layers=6, vocab_size=60)
-    before = kept(student)
+    before = dropout_mask(student)
     checkpointed(student)
-    assert kept(student) < before / 2
+    assert dropout_mask(student) < before / 2
 
 
 def test_each_layer_runs_twice_with_checkpointing() -> None:
