@@ -242,6 +242,7 @@ def test_generation(kind: str, name: str, num_beams: int) -> None:
         if warm:
             with torch.no_grad():
                 step.loss("label")
+        assert step.generate("label", rows=[], max_new_tokens=7, num_beams=num_beams) == []
         for task, rows in ROWS.items():
             for chosen in (None, [2, 0]):
                 found = step.generate(task, rows=chosen, max_new_tokens=7, num_beams=num_beams)

@@ -76,12 +76,9 @@ class _Attention(Function):
 
 
 def score_offsets(plan: AttentionPlan, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """What is added to the scores of each group, ``(rows * heads, queries, keys)``: position bias and mask.
+    """What is added to the scores of each group, ``(rows * heads, queries, keys)``: mask and position bias.
 
-    Args:
-        plan: which query attends to which key.
-        bias: relative position bias ``(1, heads, queries, keys)`` of the longest rows, if there is one.
-        dtype: of the scores.
+    The bias is that of the longest rows, ``(1, heads, queries, keys)``; cross-attention has none.
     """
     offsets = []
     for group in plan.groups:
@@ -103,12 +100,9 @@ def attention(
 
 
 class SelfAttention:
-    """Tokens attend to those of their own row. One for all layers of a stack.
+    """Tokens attend to those of their own row; one for all layers of a stack.
 
-    Args:
-        plan: which query attends to which key.
-        first: the first layer's attention, which has the stack's relative position bias.
-        dtype: of the scores.
+    ``first`` is the first layer's attention, which has the stack's relative position bias.
     """
 
     def __init__(self, plan: AttentionPlan, first: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - T5's or mT5's
@@ -123,14 +117,9 @@ class SelfAttention:
 
 
 class CrossAttention:
-    """Targets attend to their sources: those of `few_queries` through `FewQueries`. One for all layers of a decoder.
+    """Targets attend to their sources, those of `few_queries` through `FewQueries`; one for all layers of a decoder.
 
-    Args:
-        decoder: the decoder.
-        targets: the targets.
-        sources: the source of each.
-        encoded: the encoder's states ``(source tokens, d_model)``.
-        dtype: of the scores.
+    ``encoded`` are the encoder's states ``(source tokens, d_model)``.
     """
 
     def __init__(
@@ -198,14 +187,7 @@ class FewQueries:
     r"""Attention of some rows' few queries to the encoder's states themselves, without keys or values.
 
     A row of n queries and s source tokens needs :math:`QK^T = Q_h (E W_k)^T = (Q_h W_k^T) E^T` for each head. The keys
-    cost s projections, the right-hand side n of them, and a label has n of about 3 where s is about 50; the values
-    likewise.
-
-    Args:
-        queries: all targets.
-        keys: their sources.
-        rows: the rows.
-        heads: attention heads.
+    cost s projections, the right-hand side n of them, and a label has n of about 3 where s is about 50. So do values.
     """
 
     def __init__(self, queries: Packing, keys: Packing, rows: Sequence[int], heads: int) -> None:

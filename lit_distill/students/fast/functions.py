@@ -37,33 +37,21 @@ def apply(function: type[Function], *arguments: Any) -> Tensor:
     return result
 
 
-class _Dropout(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # noqa: ANN401 - autograd's own
-        mask, ctx.factor = dropout_mask(x, p)
-        ctx.save_for_backward(mask)
-        return mask.to(x.dtype).mul_(ctx.factor).mul_(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        (mask,) = ctx.saved_tensors
-        return mask.to(grad.dtype).mul_(ctx.factor).mul_(grad), None
-
-
 class _AddDropped(Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, p: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, residual: Tensor | None, x: Tensor, p: float) -> Tensor:  # noqa: ANN401 - autograd's own
         mask, ctx.factor = dropout_mask(x, p)
         ctx.save_for_backward(mask)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.adds = x.dtype, residual is not None
+        if residual is None:
+            return mask.to(x.dtype).mul_(ctx.factor).mul_(x)
         return torch.addcmul(residual, mask.to(x.dtype), x, value=ctx.factor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:  # noqa: ANN401
         (mask,) = ctx.saved_tensors
-        return grad, mask.to(ctx.dtype).mul_(ctx.factor).mul_(grad), None
+        return grad if ctx.adds else None, mask.to(ctx.dtype).mul_(ctx.factor).mul_(grad), None
 
 
 class _Gated(Function):
@@ -83,7 +71,7 @@ class _Gated(Function):
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout with probability ``p``; ``x`` itself for 0."""
-    return apply(_Dropout, x, p) if p else x
+    return apply(_AddDropped, None, x, p) if p else x
 
 
 def add_dropped(residual: Tensor, x: Tensor, p: float) -> Tensor:

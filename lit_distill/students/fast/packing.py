@@ -18,9 +18,7 @@ FILLED = 0.75
 class Packing:
     """Rows laid end to end: token ``t`` of row ``r`` is packed token ``starts[r] + t``.
 
-    Args:
-        lengths: real tokens of each row.
-        device: where the index tensors go.
+    Made of the real tokens of each row; index tensors go to ``device``.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -92,12 +90,8 @@ class Group:
 class Slots:
     """The padded positions of all groups behind each other: their tokens, and where each token went.
 
-    Heads are spread as well: a group's part of the flat buffer is ``(rows, heads, positions)``.
-
-    Args:
-        packing: the rows.
-        groups: for each group its rows and the number of positions that they are padded to.
-        heads: attention heads.
+    Heads are spread as well: a group's part of the flat buffer is ``(rows, heads, positions)``. A group is given as its
+    rows and the number of positions that they are padded to.
     """
 
     def __init__(self, packing: Packing, groups: Sequence[tuple[Sequence[int], int]], heads: int) -> None:
@@ -137,14 +131,7 @@ class Slots:
 
 
 class AttentionPlan:
-    """How packed queries attend to packed keys, row by row.
-
-    Args:
-        queries: the rows of queries.
-        keys: the rows of keys, as many and in the same order.
-        heads: attention heads.
-        causal: a position attends to itself and to earlier ones only.
-    """
+    """How packed queries attend to packed keys, row by row; ``causal``: no position attends to later ones."""
 
     def __init__(self, queries: Packing, keys: Packing, heads: int, *, causal: bool = False) -> None:
         self.queries, self.keys, self.heads = queries, keys, heads
@@ -171,13 +158,7 @@ class AttentionPlan:
 
 
 def groups_of(queries: Sequence[int], keys: Sequence[int], filled: float = FILLED) -> list[list[int]]:
-    """Row numbers in groups of similar lengths: each row once, in each group at least ``filled`` of the rectangle real.
-
-    Args:
-        queries: queries of each row.
-        keys: keys of each row.
-        filled: a group of one row is full, so 1 gives groups of equal lengths.
-    """
+    """Row numbers in groups of similar lengths, in each at least the share ``filled`` of the padded rectangle real."""
     order = sorted(range(len(queries)), key=lambda row: (queries[row], keys[row]), reverse=True)
     groups: list[list[int]] = []
     real = longest_query = longest_key = 0

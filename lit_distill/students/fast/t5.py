@@ -169,14 +169,7 @@ def log_likelihoods(
     rows: Sequence[int],
     targets: Sequence[Sequence[int]],
 ) -> Tensor:
-    """The log-likelihood of each whole target given its source row, ``(targets,)`` in nats.
-
-    Args:
-        model: the T5.
-        encoded: the sources.
-        rows: the source row of each target; a row may have several.
-        targets: token ids, the end-of-sequence token included.
-    """
+    """The log-likelihood of each whole target given its source row, of which it may be one of several, in nats."""
     device = encoded.states.device
     start = model.config.decoder_start_token_id
     inputs = torch.tensor([token for ids in targets for token in (start, *ids[:-1])], device=device)

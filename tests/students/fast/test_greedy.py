@@ -138,12 +138,12 @@ def test_rows_that_have_ended_cost_nothing() -> None:
         assert going > 0.75 * number or going == number
 
 
-class Shaped(LogitsProcessor):
+class Shifted(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return shaped(scores, input_ids.shape[1] - 1, torch.arange(len(scores)))
+        return shifted(scores, input_ids.shape[1] - 1, torch.arange(len(scores)))
 
 
-def shaped(scores: Tensor, step: int, rows: Tensor) -> Tensor:
+def shifted(scores: Tensor, step: int, rows: Tensor) -> Tensor:
     """Each row of scores is turned by its row's number and the step, and may not be what it was."""
     turned = torch.stack([own.roll(int(row) * 3 + step) for own, row in zip(scores, rows, strict=True)])
     turned[:, 40:] = float("-inf")
@@ -151,15 +151,15 @@ def shaped(scores: Tensor, step: int, rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", [ROWS, [8, 0, 4, 0]], ids=str)
-def test_shaped_scores(rows: list[int]) -> None:
+def test_processed_logits(rows: list[int]) -> None:
     student = make(2, list(range(1, 7)))
-    found = ours(student, rows, 25, shape=shaped)
-    assert found == generated(student, rows, 25, Shaped())
+    found = ours(student, rows, 25, process_logits=shifted)
+    assert found == generated(student, rows, 25, Shifted())
     assert found != ours(student, rows, 25)
     assert len({len(row) for row in found}) > 1, "rows leave, and the others keep their numbers"
 
 
-def test_shape_sees_rows_that_are_still_going() -> None:
+def test_logits_are_processed_of_rows_that_are_still_going() -> None:
     student = make(2, list(range(1, 9)))
     steps: list[int] = []
 
@@ -170,7 +170,7 @@ def test_shape_sees_rows_that_are_still_going() -> None:
         steps.append(step)
         return scores
 
-    found = ours(student, [4, 0, 8], 20, shape=look)
+    found = ours(student, [4, 0, 8], 20, process_logits=look)
     assert steps == list(range(max(len(row) for row in found)))
 
 
@@ -186,10 +186,6 @@ def test_the_first_token_by_the_plain_forward() -> None:
         ids = TASK["input_ids"][row][TASK["attention_mask"][row].bool()][None]
         logits = student(input_ids=ids, decoder_input_ids=torch.tensor([[0]])).logits
         assert found[row] == [int(logits[0, 0].argmax())]
-
-
-def test_no_rows() -> None:
-    assert ours(make(1), [], 5) == []
 
 
 def test_distances_beyond_the_last_bucket() -> None:

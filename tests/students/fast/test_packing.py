@@ -110,7 +110,7 @@ def test_what_is_spread_is_gathered(lengths: list[int], choice: list[int], heads
     own = packing.rows(chosen)
     groups = [(rows, max(own.lengths[r] for r in rows)) for rows in groups_of(own.lengths, own.lengths)]
     slots = Slots(own, groups, heads)
-    assert slots.size == sum(len(rows) * heads * width for rows, width in groups)
+    assert len(slots.token_of_slot) == sum(len(rows) * heads * width for rows, width in groups)
     packed = torch.randn(packing.tokens, heads * 3)
     times = torch.tensor([float(chosen.count(row)) for row in range(len(lengths))])
     times = times.repeat_interleave(torch.tensor(lengths))[:, None]
@@ -119,7 +119,7 @@ def test_what_is_spread_is_gathered(lengths: list[int], choice: list[int], heads
 
 def allowed(plan: AttentionPlan) -> list[list[list[list[float]]]]:
     """Of each group, row and query, for one head."""
-    return [group.allowed.expand(group.rows, 1, group.queries, group.keys).squeeze(1).tolist() for group in plan.groups]
+    return [group.mask.expand(group.rows, 1, group.queries, group.keys).squeeze(1).tolist() for group in plan.groups]
 
 
 def test_padding_of_sources_is_hidden() -> None:
