@@ -116,10 +116,10 @@ def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
     """
     for task, inputs in moved.items():
         for name in ("attention_mask", "labels"):
-            tensor = inputs[name]  # type: ignore[literal-required]
+            tensor = inputs[name]
             # inference tensors do not count how often they are written to
             if tensor.device.type != "cpu" and not tensor.is_inference():
-                _HOST_COPIES[tensor] = tensor._version, host[task][name]  # type: ignore[literal-required]
+                _HOST_COPIES[tensor] = tensor._version, host[task][name]
 
 
 def _rows(tensor: Tensor, padding: int) -> Rows:

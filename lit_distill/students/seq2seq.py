@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,8 @@ class Seq2SeqStudent(Student):
 
 class Seq2SeqPass(Pass):
     """What both passes have in common."""
+
+    student: Seq2SeqStudent
 
     def __init__(self, student: Seq2SeqStudent, batch: TaskBatch) -> None:
         super().__init__(student, batch)
@@ -204,7 +206,7 @@ class PlainPass(Seq2SeqPass):
         return into_head(self.model, self.hidden(task, -1))
 
     def _make_logits(self, task: str) -> Tensor:
-        return self._targets(task, self._output.logits)
+        return self._targets(task, cast(Tensor, self._output.logits))
 
     def token_losses(self, task: str) -> Tensor:
         """See `Pass.token_losses`."""

@@ -90,7 +90,7 @@ def plain_loss(student: Seq2SeqStudent, rows: Rows) -> Tensor:
 
 def gradients(student: Seq2SeqStudent, loss: Tensor) -> dict[str, Tensor]:
     student.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
 
 
@@ -168,7 +168,8 @@ def test_one_forward_with_one_set_of_dropout_masks(name: str) -> None:
     student, calls = make_student(dropout_rate=0.4).train(), []
     blocks: Any = student.model.encoder.block  # type: ignore[union-attr]
     blocks[0].layer[0].SelfAttention.q.register_forward_hook(lambda *_: calls.append("encoder"))
-    student.model.decoder.block[0].layer[0].SelfAttention.q.register_forward_hook(lambda *_: calls.append("decoder"))  # type: ignore[union-attr]
+    blocks = student.model.decoder.block  # type: ignore[union-attr]
+    blocks[0].layer[0].SelfAttention.q.register_forward_hook(lambda *_: calls.append("decoder"))
     step = PASSES[name](student, BATCH)
     assert calls == []
     first = {task: step.logits(task) for task in ROWS}
@@ -195,7 +196,7 @@ def test_tasks_without_rows_or_targets(name: str, ignored: bool) -> None:
         {"rationale": empty, "label": nothing()},
         {"rationale": empty},
     ):
-        step = PASSES[name](student, batch)  # type: ignore[arg-type]
+        step = PASSES[name](student, batch)
         assert step.labels("rationale").tolist() == step.rows("rationale").tolist() == []
         assert step.logits("rationale").shape == (0, VOCABULARY)
         assert step.states("rationale").shape == step.hidden("rationale", 1).shape == (0, 16)
@@ -257,7 +258,8 @@ def test_generation(kind: str, name: str, num_beams: int) -> None:
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_logits_are_processed_row_by_row(name: str, num_beams: int) -> None:
-    student, seen = make_student().eval(), set()
+    student = make_student().eval()
+    seen: set[tuple[int, int]] = set()
 
     def process(scores: Tensor, step: int, rows: Tensor) -> Tensor:
         assert scores.shape == (len(rows), VOCABULARY)
@@ -276,7 +278,7 @@ def test_logits_are_processed_row_by_row(name: str, num_beams: int) -> None:
 def test_scores_are_sums_of_log_probabilities(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
     student = make_student(kind).eval()
     choices = [("a b", "c"), (), ("yes",), ("no", "the cat is red", "a b")]
-    expected = []
+    expected: list[list[float]] = []
     for (source, _), own in zip(ROWS["label"], choices, strict=True):
         expected.append([])
         for choice in own:
@@ -338,7 +340,8 @@ def test_a_student_by_name(tmp_path: Path) -> None:
     assert student.training
     assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
     assert all(name.startswith("model.") for name in student.state_dict())
-    assert student.model.encoder.block[0].gradient_checkpointing  # type: ignore[union-attr]
+    network: Any = student.model
+    assert network.encoder.block[0].gradient_checkpointing
     student.save(tmp_path / "b")
     again = students.load(tmp_path / "b").eval()
     with torch.no_grad():
@@ -356,6 +359,7 @@ def test_every_model_of_the_family_is_saved_and_kept(tmp_path: Path, kind: str) 
     }
     torch.save(checkpoint, tmp_path / "c.ckpt")
     with torch.no_grad():
+        assert isinstance(student, Seq2SeqStudent)
         expected = PlainPass(student, BATCH).logits("label")
         for name in ("b", "c.ckpt"):
             again = students.load(tmp_path / name).eval()

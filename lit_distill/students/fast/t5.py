@@ -183,7 +183,8 @@ def log_likelihoods(
 
 def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:
     """The source ids of several tasks' rows, ``(source tokens,)``, task after task."""
-    ids, lengths = [], []
+    ids: list[Tensor] = []
+    lengths: list[int] = []
     for task in tasks:
         own = sources_of(task).ends
         ids.append(_packed(task["input_ids"], own))

@@ -37,14 +37,14 @@ Gradients = dict[str, Tensor | None]
 
 def make_student(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
     torch.manual_seed(seed)
-    student = build_model(BASE | changes)
+    student: Any = build_model(BASE | changes)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             # norms are made of ones: each its own, so that one in another's place is seen
             if "layer_norm" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    student.train()
-    return student
+    found: T5ForConditionalGeneration = student.train()
+    return found
 
 
 def checkpointed(student: T5ForConditionalGeneration) -> T5ForConditionalGeneration:

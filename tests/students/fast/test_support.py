@@ -142,8 +142,8 @@ def test_a_wrapped_stack() -> None:
 
 
 def test_a_wrapped_model() -> None:
-    assert reason_against(nn.Sequential(make_student())) is not None
-    assert reason_against(nn.Linear(2, 2)) is not None
+    other: Any = nn.Sequential(make_student())
+    assert reason_against(other) is not None
 
 
 @pytest.mark.parametrize("place", ["", "encoder", "decoder.block.0", "encoder.block.1.layer.0.SelfAttention"])
