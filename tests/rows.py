@@ -1,6 +1,8 @@
-"""Rows with one teacher output, in short."""
+"""Rows with one teacher output, in short, and as JSON lines."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_distill.tasks import Row, TeacherOutput
@@ -20,3 +22,10 @@ def make_row(
     has_output = rationale is not None or teacher_label is not None
     outputs = (TeacherOutput(rationale, teacher_label, teacher, columns=columns or {}),) if has_output else ()
     return Row(id, input, label, choices, outputs)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as `lit_distill.tasks.read_rows` and `JSONLDataModule` read them."""
+    names = ("id", "input", "label", "choices", "rationale", "teacher_label")
+    lines = ({name: value for name in names if (value := getattr(row, name)) is not None} for row in rows)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -116,7 +116,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
 
 
 def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
-    """Demonstrations from a file of rows as `lit_distill.tasks.write_rows` writes it.
+    """Demonstrations from a file of rows that `lit_distill.tasks.read_rows` reads.
 
     Raises:
         UserError: it cannot be read, is empty, or a row lacks its rationale or its label.

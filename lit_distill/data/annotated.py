@@ -99,13 +99,18 @@ def output_of(annotation: Annotation, columns: Mapping[str, Any]) -> TeacherOutp
     return TeacherOutput(annotation.rationale, annotation.label, annotation.teacher, kind, known)
 
 
+def names_columns(rationale_filter: str) -> bool:
+    """Whether a filter is a condition on columns."""
+    return rationale_filter not in ("none", "label_agrees") and is_condition(rationale_filter)
+
+
 def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
     """See that the columns exist that a filter's conditions name.
 
     Raises:
         UserError: one does not; the message lists those that do.
     """
-    if not is_condition(rationale_filter) or rationale_filter in ("none", "label_agrees"):
+    if not names_columns(rationale_filter):
         return
     known = dict.fromkeys(column for column in COLUMNS if column not in _NOT_COLUMNS)
     for row in rows:

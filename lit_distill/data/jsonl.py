@@ -23,7 +23,7 @@ class JSONLDataModule(RationaleDataModule):
     r"""Your own rows: JSON lines, JSON, CSV, Parquet, a ``save_to_disk`` folder or a hub dataset.
 
     Columns that are not named are taken by their usual names (``id``, ``label``, ``rationale``, ``teacher_label``,
-    ``choices``) where the data has them. What `lit_distill.tasks.write_rows` wrote reads without any argument.
+    ``choices``) where the data has them.
 
     Args:
         train: file, or folder of ``save_to_disk``, of the training rows; with ``hub``, the split's name. A relative

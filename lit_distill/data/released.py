@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from lit_distill.annotation.conditions import is_condition
 from lit_distill.annotation.record import Annotation, read_text
-from lit_distill.data.annotated import check_columns, output_of, read_annotations
+from lit_distill.data.annotated import check_columns, names_columns, output_of, read_annotations
 from lit_distill.data.download import RELEASE_URL
 from lit_distill.data.sources import read_json_lines, read_outputs
 from lit_distill.errors import UserError
@@ -142,14 +141,16 @@ class ReleasedRows(pl.LightningDataModule):
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {len(rows)} of them")
         # there may be more outputs, so not strict
         pairs = zip(rows, outputs, strict=False)
-        return [replace(row, outputs=(self._released_output(row, text),)) for row, text in pairs]
+        read = self._with_columns if names_columns(self.rationale_filter) else self._without_columns
+        return [replace(row, outputs=(read(row, text),)) for row, text in pairs]
 
-    def _released_output(self, row: Row, text: str) -> TeacherOutput:
-        if is_condition(self.rationale_filter):
-            # the columns that `annotate` writes
-            sample = Annotation(row.id, teacher=RELEASED, text=text)
-            sample = read_text(sample, row, self.parse_teacher, self.teacher_agrees)
-            return output_of(sample, asdict(sample))
+    def _with_columns(self, row: Row, text: str) -> TeacherOutput:
+        """An output with the columns that `annotate` writes."""
+        sample = Annotation(row.id, teacher=RELEASED, text=text)
+        sample = read_text(sample, row, self.parse_teacher, self.teacher_agrees)
+        return output_of(sample, asdict(sample))
+
+    def _without_columns(self, row: Row, text: str) -> TeacherOutput:
         rationale, label = self.parse_teacher(text) or (None, None)
         return TeacherOutput(rationale, label, RELEASED)
 

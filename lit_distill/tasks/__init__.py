@@ -1,6 +1,6 @@
 """What a student is trained on: rows with what teachers said about them, and the tasks made of them."""
 
-from lit_distill.tasks.rows import Row, RowFilter, TeacherOutput, fingerprint, read_rows, write_rows
+from lit_distill.tasks.rows import Row, RowFilter, TeacherOutput, fingerprint, read_rows
 from lit_distill.tasks.task import (
     LABEL,
     LABEL_RATIONALE,
@@ -28,5 +28,4 @@ __all__ = [
     "fingerprint",
     "read_rows",
     "tasks_from",
-    "write_rows",
 ]

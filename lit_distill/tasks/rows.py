@@ -1,4 +1,4 @@
-"""A row of a dataset with what teachers said about it, and rows as JSON lines."""
+"""A row of a dataset with what teachers said about it, and rows from JSON lines."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_distill.errors import UserError
-from lit_distill.files import atomic_write
 from lit_distill.reading import parse_json
 
 _TEXTS = ("id", "input", "label", "rationale", "teacher_label")
@@ -75,26 +74,8 @@ def fingerprint(rows: Iterable[Row], *, rationales: bool = False) -> str:
     return found.hexdigest()[:16]
 
 
-def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
-    """Write rows with their first output as JSON lines that `JSONLDataModule` reads; the file appears whole or not.
-
-    Returns:
-        How many rows were written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with atomic_write(path) as file:
-        for row in rows:
-            values = {name: getattr(row, name) for name in (*_TEXTS, "choices")}
-            kept = {name: value for name, value in values.items() if value is not None}
-            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
 def read_rows(path: str | Path) -> list[Row]:
-    """Read what `write_rows` wrote.
+    """Read JSON lines of ``id``, ``input`` and perhaps ``label``, ``choices``, ``rationale`` and ``teacher_label``.
 
     Raises:
         UserError: a line is not such an object; the message names the file and the line.

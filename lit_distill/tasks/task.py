@@ -4,6 +4,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from string import Formatter
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,6 +13,18 @@ from lit_distill.errors import UserError
 from lit_distill.tasks.rows import Row, TeacherOutput
 
 Select = Literal["first", "all", "sample", "vote"]
+
+
+@cache
+def _split(template: str) -> tuple[list[str], list[str]]:
+    """A template's fields, and the texts around them, of which there is one more."""
+    names, marks = [], [""]
+    for literal, name, _, _ in Formatter().parse(template):
+        marks[-1] += literal
+        if name is not None:
+            names.append(name)
+            marks.append("")
+    return names, marks
 
 
 class Parsed(NamedTuple):
@@ -65,28 +78,18 @@ class Task:
             )
         if self.parser is not None:
             find_function(f"{place}: parser", self.parser)
-        elif any(not mark.strip() for mark in self._split()[1][1:-1]):
+        elif any(not mark.strip() for mark in _split(self.target)[1][1:-1]):
             raise UserError(f"{place}: nothing stands between two parts of target {self.target!r}: give a parser")
-
-    def _split(self) -> tuple[list[str], list[str]]:
-        """The template's fields, and the texts around them, of which there is one more."""
-        names, marks = [], [""]
-        for literal, name, _, _ in Formatter().parse(self.target):
-            marks[-1] += literal
-            if name is not None:
-                names.append(name)
-                marks.append("")
-        return names, marks
 
     @property
     def uses_output(self) -> bool:
         """Whether a target holds something that only a teacher's output has."""
-        return any(name not in ("label", "input") for name in self._split()[0])
+        return any(name not in ("label", "input") for name in _split(self.target)[0])
 
     @property
     def needs_label(self) -> bool:
         """Whether a target holds the label."""
-        return "label" in self._split()[0]
+        return "label" in _split(self.target)[0]
 
     @property
     def gives_label(self) -> bool:
@@ -96,7 +99,7 @@ class Task:
     @property
     def gives_rationale(self) -> bool:
         """Whether the student writes a teacher's text."""
-        return "rationale" in self._split()[0]
+        return "rationale" in _split(self.target)[0]
 
     def accepts(self, output: TeacherOutput) -> bool:
         """Whether an output is of the task's teacher and kind."""
@@ -110,7 +113,7 @@ class Task:
         values: dict[str, Any] = {"label": row.label, "input": row.input}
         if output is not None:
             values = {**output.columns, **values, "rationale": output.text}
-        if any(values.get(name) is None for name in self._split()[0]):
+        if any(values.get(name) is None for name in _split(self.target)[0]):
             return None
         return self.target.format_map(values)
 
@@ -125,7 +128,7 @@ class Task:
             parsed = found if isinstance(found, Parsed) else Parsed(found)
             whole = text.strip() if self.gives_rationale else None
             return parsed if parsed.rationale is not None else parsed._replace(rationale=whole)
-        names, marks = self._split()
+        names, marks = _split(self.target)
         marks = [mark.strip() for mark in marks]
         rest = text.strip().removeprefix(marks[0]).removesuffix(marks[-1])
         at = names.index("label") if "label" in names else 0
@@ -146,12 +149,12 @@ class Task:
     @property
     def ends_in_label(self) -> bool:
         """Whether the label is the last of several parts of a target."""
-        names, _ = self._split()
+        names, _ = _split(self.target)
         return len(names) > 1 and names[-1] == "label"
 
     def label_part(self, label: str) -> str:
         """What a target that is too long keeps: its label, with the mark that sets it apart from the other parts."""
-        names, marks = self._split()
+        names, marks = _split(self.target)
         at = names.index("label")
         before = marks[at] if at in (0, len(names) - 1) else ""
         return before + label + (marks[-1] if at == len(names) - 1 else marks[at + 1].rstrip())

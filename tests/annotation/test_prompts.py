@@ -20,8 +20,8 @@ from lit_distill.annotation.prompts import (
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message
-from lit_distill.tasks import Row, TeacherOutput, write_rows
-from tests.rows import make_row
+from lit_distill.tasks import Row, TeacherOutput
+from tests.rows import make_row, write_rows
 
 TOY = ToyDataModule()
 

@@ -15,8 +15,7 @@ from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import JSONLDataModule
 from lit_distill.data.sources import read_file
 from lit_distill.errors import UserError
-from lit_distill.tasks import write_rows
-from tests.rows import make_row
+from tests.rows import make_row, write_rows
 
 ROWS = [
     {"id": f"r{i}", "input": f"in {i}", "label": "b" if i % 2 else "a", "rationale": f"so {i}", "teacher_label": "a"}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 
 from lit_distill.data.selection import (
     UsedRows,
+    filter_name,
     hold_out,
+    make_filter,
     shuffle_rationales,
     subset,
+    targets,
     teacher_counts,
     train_rows,
 )
@@ -174,3 +178,96 @@ def test_seeds_pair_differently() -> None:
 def test_one_rationale_cannot_be_exchanged() -> None:
     with pytest.raises(UserError, match="rationales of two rows or more, and 1 has one"):
         shuffle_rationales(UsedRows(rows(1), ["yes"], {}), 0)
+
+
+def only_long(row: Row) -> bool:
+    return len(row.rationale or "") > 3
+
+
+@pytest.mark.parametrize(
+    ("rationale_filter", "kept"),
+    [
+        ("none", ["why", "because"]),
+        ("label_agrees", ["because"]),
+        ("score > 1 and not bad", ["why"]),
+        ("tests.data.test_selection.only_long", ["because"]),
+        (only_long, ["because"]),
+    ],
+)
+def test_filters(rationale_filter: str | RowFilter, kept: list[str]) -> None:
+    first = TeacherOutput("why", "no", columns={"score": 2, "bad": False})
+    row = Row("a", "in", "yes", outputs=(first, TeacherOutput("because", "yes", columns={"score": 0})))
+    keep = make_filter(rationale_filter, str.__eq__)
+    said = [replace(row, outputs=(output,)) for output in row.outputs]
+    assert [one.rationale for one in said if keep is None or keep(one)] == kept
+    assert filter_name(only_long) == "tests.data.test_selection.only_long"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no.such.module", "cannot be imported"),
+        ("lit_distill.tasks.nothing", "has no function 'nothing'"),
+        ("os._exit", "is not a Python function"),
+        ("lit_distill.tasks.Row", "is not a Python function"),
+        ("lit_distill.data.selection.hold_out.x", "cannot be imported"),
+        ("lit_distill.data.selection.evaluation_rows_of", "has no function"),
+        ("lit_distill.data.selection.subset", "does not take one argument"),
+    ],
+)
+def test_a_filter_that_is_none_is_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"rationale_filter: .*{message}.*allowed are none, label_agrees"):
+        make_filter(name, str.__eq__)
+
+
+SEVERAL = Row(
+    "r",
+    "in",
+    "yes",
+    outputs=(
+        TeacherOutput("a", "no", "A"),
+        TeacherOutput("b", "yes", "B"),
+        TeacherOutput("c", "yes", "B"),
+        TeacherOutput("d", "yes", "B", kind="proof"),
+        TeacherOutput(None, "yes", "B"),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts"),
+    [
+        ({}, ["a"]),
+        ({"select": "all"}, ["a", "b", "c"]),
+        ({"select": "sample"}, ["a", "b", "c"]),
+        ({"select": "vote"}, ["b"]),
+        ({"teacher": "B"}, ["b"]),
+        ({"teacher": "B", "kind": "proof"}, ["d"]),
+        ({"kind": "none"}, []),
+    ],
+)
+def test_what_a_task_selects(settings: dict[str, Any], texts: list[str]) -> None:
+    (task,) = tasks_from({"x": {"target": "{rationale}", **settings}}).values()
+    assert [target.text for target in targets(task, SEVERAL)] == texts
+    evaluated = targets(task, SEVERAL, evaluation=True)
+    assert [target.text for target in evaluated] == texts[:1]
+
+
+def test_a_target_holds_the_label_of_its_own_output() -> None:
+    (both,) = tasks_from({"x": {"target": "{rationale} # {label}", "select": "all"}}).values()
+    assert [target.text for target in targets(both, SEVERAL)] == ["a # yes", "b # yes", "c # yes"]
+    found = targets(both, SEVERAL, teacher_labels=True)
+    assert [(target.text, target.label) for target in found] == [
+        ("a # no", "no"),
+        ("b # yes", "yes"),
+        ("c # yes", "yes"),
+    ]
+    (label,) = tasks_from({"x": {"select": "vote"}}).values()
+    assert [target.text for target in targets(label, SEVERAL, teacher_labels=True)] == ["yes"]
+    # the gold label is one target, however many outputs there are
+    (gold,) = tasks_from({"x": {"select": "all"}}).values()
+    assert [target.text for target in targets(gold, SEVERAL)] == ["yes"]
+    # votes without labels elect nobody
+    unlabelled = replace(SEVERAL, outputs=(TeacherOutput("a"), TeacherOutput("b")))
+    (voting,) = tasks_from({"x": {"target": "{rationale}", "select": "vote"}}).values()
+    assert targets(voting, unlabelled) == []
