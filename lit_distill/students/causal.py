@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.errors import UserError
-from lit_distill.students.base import Likelihood, Pass, Student
+from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
@@ -67,7 +67,6 @@ class CausalPass(Pass):
     """One forward over prompts and targets of all tasks.
 
     The output head sees the positions that predict a target token, and no others.
-
     """
 
     student: "CausalStudent"
@@ -143,6 +142,13 @@ class CausalPass(Pass):
         mask[:, -1] = True
         return ids, mask.long(), ids.shape[1]
 
+    def _generate(
+        self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
+    ) -> list[list[int]]:
+        # as far as the model has positions
+        left = self.student.most_positions - self._prompts(task, rows)[2]
+        return super()._generate(task, rows, min(max_new_tokens, max(left, 1)), num_beams, process)
+
     def likelihood(self, task: str) -> Likelihood:
         """Read a task's prompts, each once, to score targets with."""
         student, device = self.student, self.student.device
@@ -206,16 +212,20 @@ class CausalStudent(Student):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def most_positions(self) -> int:
+        """Tokens of a prompt and its target at most."""
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**30
+
     def forward(self, batch: TaskBatch) -> CausalPass:
         """A pass of this batch; nothing runs before something of it is read."""
         return CausalPass(self, batch)
 
     def run(self, **inputs: Any) -> Any:  # noqa: ANN401 - each model's own output class
         """The model without its output head; more positions than it has are refused."""
-        mask, most = inputs["attention_mask"], getattr(self.network.config, "max_position_embeddings", None)
-        if most is not None and mask.shape[1] > most:
+        if (length := inputs["attention_mask"].shape[1]) > self.most_positions:
             raise UserError(
-                f"student: a prompt and its target have {mask.shape[1]} tokens, the model has {most} positions;"
+                f"student: a prompt and its target have {length} tokens, the model has {self.most_positions} positions;"
                 " lower data.max_source_length or data.max_target_length"
             )
         return self.training_forward(self.network.base_model)(**inputs, return_dict=True)

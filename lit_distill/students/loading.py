@@ -84,7 +84,9 @@ def load_tokens(name: str | os.PathLike[str]) -> Tokens:
     """
     kind, tokenizer = family(read_config(name)), load_tokenizer(name)
     if kind == "causal":
-        return CausalTokens(tokenizer)
+        # a chat template is code, and can fail
+        with reading("tokenizer: cannot write a prompt with the one of", os.fspath(name)):
+            return CausalTokens(tokenizer)
     if tokenizer.pad_token_id is None:
         raise UserError(f"tokenizer: the one of {os.fspath(name)!r} has no padding token")
     return Tokens(tokenizer)

@@ -100,7 +100,7 @@ def test_an_adapter_trains_as_pefts_own(kind: str, tmp_path: Path) -> None:
     assert found.keys() == wanted.keys()
     assert all("lora_" in name for name in found)
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=5e-5, msg=name)
+        assert float((gradient - wanted[name]).norm()) <= 1e-4 * float(wanted[name].norm()) + 1e-7, name
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])

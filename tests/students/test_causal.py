@@ -1,6 +1,7 @@
 """Decoder-only students say what plain Hugging Face code says, row by row, without padding."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
 from lit_distill.errors import UserError
-from lit_distill.students import base, causal
+from lit_distill.students import base, causal, load_tokens
 from lit_distill.students.causal import CausalStudent
 from lit_distill.students.tokens import CausalTokens
-from tests.students import CAUSAL_CONFIGS, CAUSAL_WORDS, causal_config, make_causal_tokenizer
+from tests.students import CAUSAL_CONFIGS, CAUSAL_WORDS, causal_config, make_causal_folder, make_causal_tokenizer
 
 KINDS = [
     *((kind, {}) for kind in CAUSAL_CONFIGS),
@@ -258,6 +259,9 @@ def test_more_tokens_than_positions() -> None:
     student = make_student("gpt2", n_positions=8)
     with pytest.raises(UserError, match="a prompt and its target have 16 tokens, the model has 8 positions"):
         student(BATCH).loss("label")
+    # what is generated ends where the positions do
+    found = student.eval()({"label": padded([([4, 5, 6, 7, 8], [])])}).generate("label", max_new_tokens=9)
+    assert len(found[0]) <= 3
 
 
 # ---------------------------------------------------------------------- tokens
@@ -297,6 +301,13 @@ def test_chat_template() -> None:
     ]
     assert [CAUSAL_WORDS[i] for i in tokens.targets(["cat"], 5).ids[0]] == ["cat", "</s>"]
     assert tokens.fingerprint != plain
+
+
+def test_a_chat_template_that_fails(tmp_path: Path) -> None:
+    make_causal_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no user here') }}")
+    with pytest.raises(UserError, match=r"^tokenizer: cannot write a prompt with .*no user here"):
+        load_tokens(tmp_path)
 
 
 def test_a_tokenizer_that_ends_every_text() -> None:
