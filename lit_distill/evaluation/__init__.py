@@ -1,1 +1,1 @@
-"""What a student said, how it is judged, and the figures of a whole split."""
+"""Evaluation of a student: its answers, the metrics and the summary of a split."""

@@ -1,4 +1,4 @@
-"""How answers and rationales are scored: pure functions."""
+"""Metrics of answers and rationales, and their confidence intervals: pure functions."""
 
 import math
 import re
@@ -13,13 +13,15 @@ from lit_distill.equations import evaluate
 from lit_distill.errors import UserError
 
 MetricName = Literal["exact_match", "equation"]
-"""How an answer is judged: by its exact string, or as an equation by its value."""
+"""How answers are compared: as exact strings, or as equations by their values."""
 
 RELATIVE_TOLERANCE: Final = 1e-6
-"""Two values agree within this part of the larger: ``1 / 3`` and ``0.3333333`` do, ``1 / 3`` and ``0.33`` do not."""
+"""Values closer than this, relative to the larger, are equal: ``1 / 3`` and ``0.3333333`` are, ``1 / 3`` and ``0.33``
+are not.
+"""
 
 ABSOLUTE_TOLERANCE: Final = 1e-9
-"""Two values this close agree in any case: beside 0 no relative error is small (``0.1 + 0.2 - 0.3`` is 5.6e-17)."""
+"""Values this close are always equal: near 0 a relative tolerance is too strict (``0.1 + 0.2 - 0.3`` is 5.6e-17)."""
 
 
 # --------------------------------------------------------------------------------------------------- answers
@@ -38,8 +40,8 @@ def equations_agree(prediction: str, label: str) -> bool:
 
     .. math:: |p - y| \le \max(10^{-6} \max(|p|, |y|), 10^{-9})
 
-    with :math:`p` the prediction's and :math:`y` the label's value; the equation metric of Hsieh et al. (2023),
-    https://arxiv.org/abs/2305.02301, where what does not parse is wrong, also on the side of the label.
+    with :math:`p` the value of the prediction and :math:`y` that of the label; the equation metric of Hsieh et al.
+    (2023), https://arxiv.org/abs/2305.02301. An equation that does not parse is wrong, on either side.
     """
     predicted, gold = evaluate(prediction), evaluate(label)
     return predicted is not None and gold is not None and _values_agree(predicted, gold)
@@ -69,13 +71,12 @@ def judge(metric: MetricName) -> Callable[[str, str], bool]:
 def macro_f1(
     predictions: Sequence[str], labels: Sequence[str], label_set: Sequence[str]
 ) -> Callable[[NDArray[np.intp]], float]:
-    r"""The mean of the classes' F1, as a function of the rows that are counted, ``(rows,)`` with repetitions.
+    r"""Macro-averaged F1, as a function of row numbers, ``(rows,)`` with repetitions, for the bootstrap.
 
     .. math:: \frac{1}{|C|} \sum_{c \in C} \frac{2\,TP_c}{2\,TP_c + FP_c + FN_c}
 
-    with :math:`C` the label set and :math:`TP_c, FP_c, FN_c` the true positives, false positives and false negatives of
-    class :math:`c`. A prediction outside the set is a false negative of its gold class and belongs to no class itself.
-    A class without gold labels and predictions scores 0, scikit-learn's ``zero_division=0``.
+    with :math:`C` the label set. A prediction outside the set is a false negative of its gold class and a false
+    positive of none. A class without gold labels and predictions scores 0 (scikit-learn's ``zero_division=0``).
     """
     codes = {label.strip(): code for code, label in enumerate(label_set)}
     classes = len(codes)
@@ -85,12 +86,12 @@ def macro_f1(
     )
 
     def counts(of_rows: NDArray[np.intp]) -> NDArray[np.intp]:
-        # one bin past the classes takes the answers outside the label set
+        # the last bin is for answers outside the label set
         return np.bincount(of_rows, minlength=classes + 1)[:classes]
 
     def of(rows: NDArray[np.intp]) -> float:
         p, y = predicted[rows], gold[rows]
-        # a class that is nowhere has 0 / 0, which is to count as 0
+        # 0 / 0 of an absent class counts as 0
         return float(np.mean(2 * counts(y[y == p]) / np.maximum(counts(p) + counts(y), 1)))
 
     return of
@@ -100,20 +101,20 @@ def macro_f1(
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    r"""ROUGE-L F-measure of a pair: how long a common subsequence of words the two texts have.
+    r"""ROUGE-L F-measure of two texts, from their longest common subsequence (LCS) of words.
 
     .. math:: F = \frac{2PR}{P + R}, \quad P = \frac{LCS(p, r)}{|p|}, \quad R = \frac{LCS(p, r)}{|r|}
 
-    with :math:`p` and :math:`r` the lower-cased words of prediction and reference, and :math:`LCS` the length of their
-    longest common subsequence; Lin (2004), https://aclanthology.org/W04-1013, with :math:`\beta = 1` and words (letters
-    a to z and digits) as in the ``rouge_score`` package. Without stemming; 0 where a text has no words.
+    with :math:`p` and :math:`r` the lower-cased words of prediction and reference; Lin (2004),
+    https://aclanthology.org/W04-1013, with :math:`\beta = 1`, words (letters a to z and digits) as in the
+    ``rouge_score`` package, and no stemming. 0 where a text has no words.
     """
     words, others = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
     return 2 * _common_subsequence(words, others) / max(len(words) + len(others), 1)
 
 
 def _common_subsequence(words: Sequence[str], others: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by operations on whole rows of bits (Hyyrö 2004)."""
+    """Length of the longest common subsequence, with bit-parallel rows (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(words):
         places[word] = places.get(word, 0) | 1 << place
@@ -145,9 +146,9 @@ def _last_number(text: str) -> float | None:
 
 
 def _last_expression(text: str) -> float | None:
-    """The value of a text's last expression with an operator that has one."""
+    """The value of the last arithmetic expression in a text that can be evaluated."""
     for match in reversed(list(_EXPRESSION.finditer(text))):
-        # prose leaves parentheses of its own on the ends: `(so 5 + 3)`
+        # parentheses may belong to the prose: `(so 5 + 3)`
         for stretch in (match.group(), match.group().strip("() ")):
             if (value := evaluate(stretch.strip())) is not None:
                 return value
@@ -155,14 +156,13 @@ def _last_expression(text: str) -> float | None:
 
 
 def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
-    """Whether a rationale arrives at the label that was predicted with it.
+    """Whether a rationale ends in the label that was predicted with it.
 
-    For ``exact_match``: the rationale, without what closes it (whitespace, ``.``, ``!``, ``?``, quotes, brackets), ends
-    with the label as whole words, whatever their case and spacing. An empty label ends no rationale.
+    For ``exact_match``: the rationale, without closing punctuation and quotes, ends with the label as whole words,
+    ignoring case and spacing. An empty label never matches.
 
     For ``equation``: the rationale's last number, or its last arithmetic expression, has the equation's value within
-    the tolerances of `equations_agree`. So ``... 84 / 2 = 42.`` ends in ``(84 / 2)``, and so does
-    ``... 10 * 45 seeds.`` in ``450``. Words may follow.
+    the tolerances of `equations_agree`: ``... 84 / 2 = 42.`` ends in ``(84 / 2)``, ``... 10 * 45 seeds.`` in ``450``.
     """
     if judge(metric) is equations_agree:
         value = evaluate(label)
@@ -179,14 +179,13 @@ def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    r"""Wilson's score interval of a proportion, such as an accuracy, as fractions.
+    r"""Wilson's score interval of a proportion, such as an accuracy.
 
     .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1 - \hat p)}{n} + \frac{z^2}{4n^2}}}
-              {1 + \frac{z^2}{n}}
+        {1 + \frac{z^2}{n}}
 
-    with :math:`\hat p = k / n`, :math:`k` right of :math:`n > 0`, and :math:`z` the :math:`(1 + confidence) / 2`
-    quantile of the standard normal distribution; Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953. Unlike
-    :math:`\hat p \pm z\sqrt{\hat p(1 - \hat p) / n}` it stays within 0 and 1 and is not empty at 0 or ``total`` right.
+    with :math:`\hat p = k / n`, :math:`k` successes of :math:`n > 0`, and :math:`z` the :math:`(1 + confidence) / 2`
+    quantile of the standard normal distribution; Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
     """
     # from the lower tail: near 1 the upper one rounds to 1, which has no quantile
     z = -NormalDist().inv_cdf((1 - confidence) / 2)
@@ -194,7 +193,7 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     centre = p + z**2 / (2 * total)
     half_width = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
     shrink = 1 + z**2 / total
-    # they meet 0 and 1 exactly, which rounding can miss
+    # exactly 0 or 1 there, despite rounding
     low, high = (centre - half_width) / shrink, (centre + half_width) / shrink
     return 0.0 if correct == 0 else low, 1.0 if correct == total else high
 
@@ -207,16 +206,16 @@ def bootstrap_interval(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    r"""Percentile bootstrap interval of what is computed from rows.
+    r"""Percentile bootstrap interval of a statistic over rows.
 
-    Rows are drawn with replacement, as many as there are, ``resamples`` times; the ends are the
-    :math:`(1 \mp confidence) / 2` quantiles of the statistic. Efron (1979), https://doi.org/10.1214/aos/1176344552.
+    Rows are drawn with replacement ``resamples`` times; the ends are the :math:`(1 \mp confidence) / 2` quantiles of
+    the statistic. Efron (1979), https://doi.org/10.1214/aos/1176344552.
 
     Args:
-        statistic: its value on the rows with these numbers, ``(rows,)`` with repetitions.
+        statistic: maps row numbers, ``(rows,)`` with repetitions, to a value.
         rows: number of rows to draw from, at least one.
         seed: of the draws.
-        resamples: how often to draw.
+        resamples: number of bootstrap samples.
         confidence: coverage, between 0 and 1.
     """
     generator = np.random.default_rng(seed)

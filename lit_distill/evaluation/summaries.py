@@ -1,4 +1,4 @@
-"""From the answers of an evaluation to its metrics."""
+"""The metrics of a split, from its answers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from lit_distill.evaluation.metrics import bootstrap_interval, ends_in, judge, m
 def gather_answers(answers: Sequence[Answer], gather: Callable[[Tensor], Tensor], device: torch.device) -> list[Answer]:
     """All ranks' answers, each row once, in the data's order.
 
-    They travel as bytes in a tensor, which every strategy can gather, also those without object collectives.
+    They are sent as bytes in a tensor, since not every strategy has object collectives.
 
     Args:
-        answers: this rank's.
-        gather: a tensor of the same shape from every rank, stacked.
-        device: where tensors that are gathered have to be.
+        answers: of this rank.
+        gather: stacks a tensor of the same shape from every rank.
+        device: for the tensors that are gathered.
     """
     content = json.dumps([asdict(answer) for answer in answers]).encode()
     sizes = gather(torch.tensor([len(content)], device=device)).flatten().tolist()
@@ -36,11 +36,11 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
     """The metrics of an evaluation; accuracies are fractions in 0..1.
 
     Args:
-        answers: one for each row that was evaluated.
-        key: the split's answers.
+        answers: one for each row.
+        key: of the split.
         rationales: also score the generated rationales.
-        intervals: also the ends of 95 % intervals, ``<name>_low`` and ``<name>_high``: Wilson's for accuracies,
-            the percentile bootstrap over rows otherwise.
+        intervals: add the ends of 95 % intervals as ``<name>_low`` and ``<name>_high``: Wilson's for accuracies, the
+            percentile bootstrap over rows otherwise.
     """
     metrics: dict[str, float] = {}
     judged = judge(key.metric)

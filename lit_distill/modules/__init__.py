@@ -1,4 +1,4 @@
-"""Methods: how a student is trained."""
+"""Distillation methods as Lightning modules."""
 
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.single_task import SingleTaskModule

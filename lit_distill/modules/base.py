@@ -1,4 +1,4 @@
-"""DistillModule: a student, the tasks and objectives that it is trained on, and the settings of its training."""
+"""DistillModule: the student, its tasks and objectives, and the training settings."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,55 +24,56 @@ from lit_distill.teachers.models import TeacherModel, Teachers
 
 
 class DistillModule(Evaluating, Checkpointing):
-    """A student and how it is trained; the base of every method.
+    """Base of every method: a student and how it is trained.
 
-    A method is a subclass that names its tasks (`make_tasks`) and overrides ``loss_terms`` (which losses) or
-    ``total_loss`` (how they are combined), never ``training_step``; or a list of ``objectives`` that adds losses.
+    A method is a subclass that defines its tasks (`make_tasks`) and overrides ``loss_terms`` (which losses) or
+    ``total_loss`` (how they are combined), never ``training_step``. Or it is a list of ``objectives``, which add
+    losses.
 
-    A term that is named after a task is a mean over that task's target tokens, and stays one over the whole optimizer
-    step: all micro-batches of ``accumulate_grad_batches`` and all ranks, also where an epoch's last step has fewer
-    micro-batches. So does an objective over what it counts. Every other term is averaged plainly over micro-batches and
-    ranks, unless ``term_counts`` says what it averages over.
+    A term named after a task is the mean over that task's target tokens in the whole optimizer step: over all
+    micro-batches of ``accumulate_grad_batches`` and all ranks, even where an epoch's last step has fewer micro-batches.
+    The same holds for an objective and what it counts. Every other term is averaged over micro-batches and ranks,
+    unless ``term_counts`` says what it is a mean over.
 
     Args:
-        student: a hub name, a folder, a folder with a configuration only, or a checkpoint file of this framework.
-        tasks: tasks beside those of the method, or other settings of these, by name:
-            ``{rationale: {weight: 0.5, max_new_tokens: 200}}``.
-        objectives: losses beside those of the tasks.
-        teachers: frozen models by the names that objectives call them.
-        from_scratch: random weights from the student's configuration.
-        dtype: what the student's weights are kept in. Small updates are lost in ``bfloat16``; it suits a large student
-            of which only an adapter is trained.
-        adapter: train an adapter in the layers of the frozen student: LoRA's ``r``, ``alpha``, ``dropout`` and
-            ``target_modules``, or another of PEFT's configurations as ``class_path`` and ``init_args``; ``export`` says
-            whether it is saved ``merged`` into the student or as an ``adapter`` alone.
-        learning_rate: the highest learning rate, reached after the warm-up.
+        student: a hub name, a folder (with weights, or a configuration only), or a checkpoint file of this framework.
+        tasks: further tasks, or changed settings of the method's own, by name: ``{rationale: {weight: 0.5,
+            max_new_tokens: 200}}``.
+        objectives: losses in addition to those of the tasks.
+        teachers: frozen models, by the names that objectives use.
+        from_scratch: initialise the weights randomly from the student's configuration.
+        dtype: of the student's weights. ``bfloat16`` loses small updates; use it for a large student of which only an
+            adapter is trained.
+        adapter: train an adapter and freeze the student: LoRA's ``r``, ``alpha``, ``dropout`` and ``target_modules``,
+            or another PEFT configuration as ``class_path`` and ``init_args``; ``export`` is ``merged`` to save the
+            adapter merged into the student, or ``adapter`` to save it alone.
+        learning_rate: the peak learning rate, reached after the warm-up.
         optimizer: ``adamw``, or ``adafactor`` with the given learning rate (no relative steps).
-        weight_decay: decoupled weight decay, left out for biases and layer norms.
+        weight_decay: decoupled weight decay, not applied to biases and layer norms.
         lr_schedule: ``linear`` to 0 at the last step, or ``constant``, both after the warm-up.
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         dropout: dropout rate in place of the student's own.
-        activation_checkpointing: recompute activations in the backward pass: less memory, a slower step.
-        fast: run the student's layers on real tokens only, losses and greedy decoding included: the same mathematics,
-            faster. A student, a strategy or a batch that this cannot serve runs through the student's own forward, and
-            the run says why. Gradients of gradients need ``false``.
-        compile: train through the student's own forward compiled by ``torch.compile`` for any shape, in place of the
-            fast path; lengths rounded up by ``data.pad_to_multiple_of`` suit it. Evaluation is not compiled.
-        max_label_length: generated tokens at most for a label; by default half more than the longest label target in
-            train has. The paper's is 64.
-        max_rationale_length: generated tokens at most for a rationale; by default half more than the longest in train.
-        num_beams: beams of the generation; 1 is greedy.
-        evaluate_losses: compute the losses of ``all`` terms in evaluation, or only that of the task that gives the
-            ``answer``, at less than half the time where there are two tasks; there is no ``val/loss`` then, and a
-            method has to name a term after that task.
-        evaluate_rationales: generate the rationale of every row in evaluation and score it.
-        score_choices: with closed choices, also answer by their likelihoods.
-        num_samples: rows of an evaluation whose rationales are generated and shown.
-        effective_batch_size: examples an optimizer step that the settings were written for; a warning tells when the
-            run's differ.
+        activation_checkpointing: recompute activations in the backward pass: less memory, slower steps.
+        fast: compute on real tokens only, without padding, losses and greedy decoding included: the same mathematics,
+            faster. Where it is not supported the student's own forward runs, and the run says why. Second-order
+            gradients need ``false``.
+        compile: train through the student's own forward, compiled by ``torch.compile`` with dynamic shapes, in place of
+            the fast path; best with ``data.pad_to_multiple_of``. Evaluation is not compiled.
+        max_label_length: maximum generated tokens for a label; by default 1.5 times the longest label target in train.
+            The paper uses 64.
+        max_rationale_length: maximum generated tokens for a rationale; by default 1.5 times the longest in train.
+        num_beams: beams in generation; 1 is greedy.
+        evaluate_losses: in evaluation, compute ``all`` loss terms, or only that of the ``answer`` task, which with two
+            tasks takes less than half the time; there is no ``val/loss`` then, and the method must have a term of that
+            name.
+        evaluate_rationales: generate and score the rationale of every row in evaluation.
+        score_choices: with closed choices, also answer by the most likely choice.
+        num_samples: rows of an evaluation whose generated rationales are shown.
+        effective_batch_size: examples per optimizer step that the settings were tuned for; a run with another size
+            warns.
 
     Raises:
-        UserError: an argument is out of its range, or the student cannot be loaded.
+        UserError: an argument is out of range, or the student cannot be loaded.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class DistillModule(Evaluating, Checkpointing):
         check_range("num_samples", num_samples, at_least=0, whole=True)
         check_range("effective_batch_size", effective_batch_size, at_least=1, whole=True)
         check_choice("evaluate_losses", evaluate_losses, ("all", "answer"))
-        # called from here, this still finds the subclass's own arguments
+        # Lightning finds the subclass's arguments from here, too
         self.save_hyperparameters()
         self.tasks = self.all_tasks(self.hparams)
         answer_task(self.tasks)
@@ -149,24 +150,24 @@ class DistillModule(Evaluating, Checkpointing):
             rank_zero_warn(f"evaluate_rationales: {type(self).__name__} writes no rationales, none are scored")
 
     def configure_model(self) -> None:
-        """Give a student that was built without weights those that it is to have under this strategy."""
+        """Initialise or load the weights of a student that was built without them, as the strategy needs."""
         if any(parameter.is_meta for parameter in self.student.parameters()):
             load = partial(students.load_model, self._student_source, **self._model_settings)
             give_weights(self.student, self.trainer.strategy, load)
 
     @classmethod
     def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The method's own tasks for a module with these constructor arguments; `init_settings` adds the defaults."""
+        """The method's own tasks, from constructor arguments (`init_settings` adds the defaults)."""
         return {"label": LABEL}
 
     @classmethod
     def all_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The method's tasks with those that ``tasks`` adds or changes.
+        """The method's tasks, with those that ``tasks`` adds or changes.
 
-        The command line asks the class, so that the data module builds the same tasks without a module.
+        A class method, so that the command line can build the data module before the module.
 
         Raises:
-            UserError: a task is not as it should be, or two have the same prefix.
+            UserError: a task is invalid, or two have the same prefix.
         """
         settings = cls.init_settings(init_args)
         made: dict[str, Any] = dict(cls.make_tasks(settings))
@@ -177,7 +178,7 @@ class DistillModule(Evaluating, Checkpointing):
 
     @classmethod
     def init_settings(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:
-        """These constructor arguments, and the defaults of the others (a subclass's own before its base's)."""
+        """These constructor arguments with the defaults of the others; a subclass's defaults win."""
         defaults = {
             name: parameter.default
             for klass in reversed(cls.__mro__)

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps beside the weights, and a module that is rebuilt from its checkpoint alone."""
+"""What checkpoints hold besides weights, and loading a module from its checkpoint alone."""
 
 import copy
 from typing import Any, Self
@@ -19,10 +19,10 @@ _LIMITS_KEY = "lit_distill_target_limits"
 
 
 class Checkpointing(Training):
-    """What happens around a checkpoint's writing and reading."""
+    """The checkpoint hooks of `DistillModule`."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what loading needs beside the weights, and rewind to the last complete optimizer step.
+        """Add what loading needs, and rewind the progress to the last complete optimizer step.
 
         Raises:
             UserError: a weight is not finite; nothing is written.
@@ -44,11 +44,10 @@ class Checkpointing(Training):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the run's seed and position.
+        """Restore the run's seed and position.
 
         Raises:
-            UserError: the checkpoint was trained on other tasks or prefixes or with another adapter, or has a weight
-                that is not finite.
+            UserError: the checkpoint has other tasks, prefixes or adapter, or a weight that is not finite.
         """
         if not self.sharded:
             check_weights(checkpoint["state_dict"], "ckpt_path")
@@ -84,12 +83,12 @@ class Checkpointing(Training):
         checkpoint_path: Any,  # noqa: ANN401 - as Lightning's
         **kwargs: Any,
     ) -> Self:
-        """As Lightning's, but the student is rebuilt from the checkpoint itself and only plain data is unpickled.
+        """As Lightning's, but rebuilds the student from the checkpoint and unpickles plain data only.
 
         Args:
             checkpoint_path: the checkpoint file.
-            kwargs: Lightning's own arguments, and constructor arguments in place of the saved ones; ``student`` only
-                changes the name that is remembered.
+            kwargs: Lightning's own arguments, and constructor arguments that replace the saved ones (``student``
+                changes the recorded name only).
         """
         saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
         given = {"weights_only": True, "from_scratch": True} | kwargs | {"student": str(checkpoint_path)}
@@ -103,6 +102,6 @@ class Checkpointing(Training):
         return module
 
     def set_logged_hparams(self) -> None:
-        """Make loggers write the settings as they are now, but for the tasks, which the data module's settings have."""
+        """Log the current settings, without the tasks, which the data module logs."""
         self._hparams_initial = copy.deepcopy(self.hparams)
         del self._hparams_initial["tasks"]

@@ -1,4 +1,4 @@
-"""Evaluation: losses and answers batch by batch, and the metrics of a split."""
+"""Evaluation: losses and answers of each batch, and the metrics of a split."""
 
 import math
 from collections.abc import Sequence
@@ -19,48 +19,48 @@ from lit_distill.tasks import Row
 
 
 class Evaluating(Training):
-    """What happens to the batches of val, test and predict."""
+    """The validation, test and predict hooks of `DistillModule`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.evaluation: Evaluation | None = None
-        """What the last complete evaluation found; sanity checks do not count."""
+        """The last complete evaluation, sanity checks excluded."""
         self._said: set[str] = set()
         self._forget_evaluation()
 
     def _forget_evaluation(self) -> None:
-        """Begin an evaluation, whatever one that was interrupted has left."""
+        """Reset the state, also after an interrupted evaluation."""
         self._eval_parts: list[Part] = []
         self._eval_sums: dict[str, Tensor] = {}
         self._eval_answers: list[Answer] = []
         self._eval_samples: list[TaskInputs] = []
 
     def on_validation_epoch_start(self) -> None:
-        """Begin."""
+        """Reset the state."""
         self._forget_evaluation()
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Losses and answers of one batch of val."""
+        """Losses and answers of a batch."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Losses and answers of one batch of test."""
+        """Losses and answers of a batch."""
         self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Metrics of val."""
+        """Log the metrics of val."""
         self._finish_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Metrics of test."""
+        """Log the metrics of test."""
         self._finish_evaluation("test")
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> list[Answer]:
-        """Answers of one batch, with the rationales.
+        """Answers of a batch, with rationales.
 
-        Batches hold rows of similar length, longest first: ``Answer.index`` says which row an answer belongs to.
+        Rows are sorted by length, longest first; ``Answer.index`` is the row's number.
         """
         key = self.answer_key(cast(Split, getattr(self.trainer.datamodule, "predict_split", "predict")))  # type: ignore[attr-defined]
         return self.answers(self.step(batch), key, rationales=True)
@@ -68,12 +68,12 @@ class Evaluating(Training):
     # ------------------------------------------------------------------ one batch
 
     def answers(self, step: Step, key: AnswerKey, *, rationales: bool) -> list[Answer]:
-        """What the student says of each row of an evaluation batch; rows that only pad a sampler are left out.
+        """The student's answer to each row of an evaluation batch, without rows that pad a distributed sampler.
 
         Args:
             step: an evaluation batch.
             key: the answers of its split.
-            rationales: also generate the rationales, where they are a task of their own.
+            rationales: also generate the rationales, where they have a task of their own.
         """
         task = self.tasks[self.answer_task]
         inputs = step.batch[task.name]
@@ -93,7 +93,7 @@ class Evaluating(Training):
         return [answer for answer in found if answer.index != PADDING_ROW]
 
     def generate_texts(self, step: Step, task: str) -> list[str]:
-        """What the student writes for each row of a task, with `generation_settings`."""
+        """The generated text of each row of a task, see `generation_settings`."""
         index = step.batch[task].get("index")
 
         def process_logits(scores: Tensor, number: int, rows: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Evaluating(Training):
         return self.student.tokens.decode(ids)
 
     def _add_rationales(self, answers: Sequence[Answer], step: Step) -> None:
-        """Add what the student writes as the rationales of this batch's rows to their answers."""
+        """Add the generated rationales to this batch's answers."""
         task = cast(str, self.rationale_task)
         by_row = {answer.index: answer for answer in answers}
         texts = self.generate_texts(step, task)
@@ -136,13 +136,13 @@ class Evaluating(Training):
         for name, term in terms.items():
             number = counts.get(name, 1)
             if number == 0:
-                # whatever a term is over nothing, NaN included
+                # a term over nothing may be NaN
                 term = torch.zeros_like(term)
             pair = torch.stack([term.detach().float() * number, torch.tensor(float(number), device=term.device)])
             self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
 
     def _sample_rationales(self, batch: TaskBatch) -> None:
-        """Generate the rationales of the sample rows: all of them together, with the evaluation's last batch."""
+        """Generate the rationales of all sample rows at once, with the evaluation's last batch."""
         task, number = self.rationale_task, self.hparams["num_samples"]
         if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
             return
@@ -150,7 +150,7 @@ class Evaluating(Training):
         rows = [i for i, row in enumerate(inputs["index"].tolist()) if 0 <= row < number]
         last = self.trainer._evaluation_loop.batch_progress.is_last_batch
         if last and self.sharded and number and not rows and not self._eval_samples:
-            # every rank has to generate as often, if only for a row that nobody asked for
+            # every rank must generate equally often, if only for a dummy row
             rows = [0]
         if rows:
             self._eval_samples.append(take(inputs, rows))
@@ -168,7 +168,7 @@ class Evaluating(Training):
             pairs = cast(Tensor, self.trainer.strategy.reduce(pairs, reduce_op="sum"))
             answers = gather_answers(answers, self.gather, self.device)
         else:
-            # read longest first
+            # rows come longest first
             answers = sorted(answers, key=lambda answer: answer.index)
         if self.trainer.sanity_checking:
             return
@@ -176,7 +176,7 @@ class Evaluating(Training):
         measured = [name for name, (_, count) in zip(names, pairs, strict=True) if count > 0]
         metrics = {f"{name}_loss": float(means[name]) for name in measured}
         if self.hparams["evaluate_losses"] == "all" and measured:
-            # it is linear: a term of 0 is one that is left out
+            # linear, so a term of 0 is left out
             metrics["loss"] = float(self.total_loss(means))
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             found = self.first_not_finite(parts, split)
@@ -196,7 +196,7 @@ class Evaluating(Training):
             self.log(f"{split}/{name}", value, sync_dist=True, batch_size=1, prog_bar=shown)
 
     def _say_unmeasured(self, split: Literal["val", "test"], names: Sequence[str]) -> None:
-        """Once each: terms that have nothing to be measured on, and answers that are right and cannot be given."""
+        """Warn once about terms without targets, and about targets longer than what is generated."""
         lines = []
         if names:
             keys = ", ".join(f"{split}/{name}_loss" for name in names)

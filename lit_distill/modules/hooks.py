@@ -1,4 +1,4 @@
-"""What a method is made of, and the hooks by which it is another method."""
+"""The hooks that define a method."""
 
 from typing import Any, cast
 
@@ -17,52 +17,52 @@ from lit_distill.teachers.models import Teachers
 
 
 class Hooks(pl.LightningModule):
-    """The hooks of `DistillModule`, which training, evaluation and checkpoints are built on."""
+    """The hooks of `DistillModule` that a method may override, and what training and evaluation share."""
 
     student: Student
     tasks: dict[str, Task]
-    """What the module trains on, by name; the data module builds exactly these."""
+    """The tasks that the module trains on, by name; the data module must build the same."""
     objectives: nn.ModuleList
     teachers: Teachers
     _target_limits: dict[str, int]
-    """Generated tokens at most for each task, by the length of train's targets."""
+    """Maximum generated tokens of each task, from the target lengths in train."""
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
         """The losses of a micro-batch: named, unweighted scalars.
 
-        Here each task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper), and the objectives.
+        By default each task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper), and the
+        objectives.
         """
         terms = {task: step.student.loss(task) for task in self.tasks}
         return terms | {objective.name: objective(step) for objective in self._objectives}
 
     def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
-        """How the losses are combined into the one that is minimised; it has to be linear in them.
+        """Combine the terms into the loss that is minimised; must be linear in them.
 
-        Here the sum, each times the weight of its task or objective, or 1. It is applied to each micro-batch's share of
-        the terms, whose sum over the optimizer step is then the loss of the whole step.
+        By default their sum, each times the weight of its task or objective, or 1. It is applied to each micro-batch's
+        share of the terms, and the results add up to the loss of the whole optimizer step.
         """
         weights = {task.name: task.weight for task in self.tasks.values()}
         weights |= {objective.name: objective.weight for objective in self._objectives}
         return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
     def term_counts(self, batch: TaskBatch) -> Counts:
-        """What each term averages over; a term that is absent here is averaged plainly.
+        """What each term is a mean over; a term that is absent here is averaged plainly.
 
-        It has to be known from the batch alone (it is asked for before the step begins) and to name the same terms on
-        every rank.
+        Must depend on the batch alone (it is called before the step begins) and name the same terms on every rank.
         """
         counts = {task: target_tokens(batch[task]) if task in batch else 0 for task in self.tasks}
         own = {objective.name: objective.counts(batch) for objective in self._objectives}
         return counts | {name: count for name, count in own.items() if count is not None}
 
     def prepare(self, window: list[TaskBatch]) -> None:
-        """Before an optimizer step's targets are counted: may change its micro-batches in place.
+        """Change an optimizer step's micro-batches in place, before its targets are counted.
 
-        Here each objective may. Runs without gradients and in evaluation mode; what random numbers are drawn is decided
-        by the run's seed, the step and the rank.
+        By default each objective may. Runs in evaluation mode without gradients; random numbers depend on the run's
+        seed, the step and the rank alone.
 
         Args:
-            window: the step's micro-batches on this rank, where the data loader left them.
+            window: the step's micro-batches on this rank, on the data loader's device.
         """
         for batch in window:
             batch.update(self._missing(batch))
@@ -71,36 +71,37 @@ class Hooks(pl.LightningModule):
             objective.prepare(steps)
 
     def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
-        """Change the scores that the next token is chosen by; as they are unless a subclass overrides this.
+        """Change the scores of the next token; the identity by default.
 
         Args:
             task: the task that is generated.
             scores: ``(rows, vocabulary)``, float32.
-            step: tokens that were generated before this one.
+            step: number of tokens generated so far.
             rows: the rows' positions in their split, ``(rows,)``.
         """
         return scores
 
     def step(self, batch: TaskBatch) -> Step:
-        """What this batch is to a loss; every task takes part, one that the batch lacks without rows."""
+        """The `Step` of a batch; tasks that the batch lacks are added without rows."""
         return Step({**batch, **missing} if (missing := self._missing(batch)) else batch, self.student, self.teachers)
 
     @property
     def answer_task(self) -> str:
-        """The task whose generated text holds the label: the first that gives one."""
+        """The first task whose text contains the label."""
         return next(task.name for task in self.tasks.values() if task.gives_label)
 
     @property
     def rationale_task(self) -> str | None:
-        """The task whose generated text holds the rationale: that of the answer, or the first other that gives one."""
+        """The task whose text contains the rationale: the answer task if it does, else the first that does."""
         tasks = [self.tasks[self.answer_task], *self.tasks.values()]
         return next((task.name for task in tasks if task.gives_rationale), None)
 
     def generation_settings(self, task: str) -> dict[str, int]:
-        """``generate``'s arguments for a task: a target is as long as the task says, or its parts may be together.
+        """``generate``'s arguments for a task.
 
-        A part without a length of its own may be as long as train's targets of the task; of a student that was not
-        trained here, as its own configuration says, or else 64 tokens for a label and 256 for a rationale.
+        The maximum length is the task's ``max_new_tokens``, or else the sum over its parts: as configured, as the
+        targets of train need, or without training data as the student's configuration says (else 64 for a label, 256
+        for a rationale).
         """
         own = self.tasks[task]
         parts = {"label": (own.gives_label, 64), "rationale": (own.gives_rationale or not own.gives_label, 256)}
@@ -124,7 +125,7 @@ class Hooks(pl.LightningModule):
 
     @property
     def sharded(self) -> bool:
-        """Whether the parameters are spread over ranks, so that each forward pass is a collective."""
+        """Whether parameters are sharded over ranks, so that each forward pass is a collective."""
         name = type(self._trainer.strategy).__name__ if self._trainer is not None else ""
         return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
@@ -133,15 +134,11 @@ class Hooks(pl.LightningModule):
         return cast(Tensor, self.all_gather(tensor))
 
     def answer_key(self, split: Split) -> AnswerKey:
-        """The data module's answers of a split.
-
-        Raises:
-            UserError: the trainer has bare data loaders.
-        """
+        """The data module's answer key of a split. Raises a ``UserError`` if the trainer has bare data loaders."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "answer_key"):
             raise UserError(
-                "datamodule: evaluation needs the data's answers; pass a RationaleDataModule (an object with"
+                "datamodule: evaluation needs the data's answers: pass a RationaleDataModule (an object with"
                 " `answer_key(split)`) to the trainer, not bare data loaders"
             )
         return cast(AnswerSource, datamodule).answer_key(split)

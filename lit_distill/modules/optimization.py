@@ -17,13 +17,13 @@ OptimizerName = Literal["adamw", "adafactor"]
 ScheduleName = Literal["linear", "constant"]
 
 _DIVISOR = "_lit_distill_divisor"
-"""Attribute of an optimizer: the ``grad_scale`` that `clip_within_step` gave it, none after its step."""
+"""Attribute of an optimizer that holds the ``grad_scale`` set by `clip_within_step` until its next step."""
 
 
 def learning_rate_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_steps: float) -> float:
-    """The share of the highest learning rate at a step: the Hugging Face trainer's linear and constant_with_warmup.
+    """The learning rate at a step as a fraction of the peak, as in the Hugging Face trainer.
 
-    Where nothing bounds a run, so that ``total_steps`` is infinite, nothing decays.
+    With infinite ``total_steps`` there is no decay.
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -33,9 +33,9 @@ def learning_rate_factor(step: int, *, schedule: ScheduleName, warmup_steps: int
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: weights, which decay, and biases and norms, which do not.
+    """Trainable parameters in two groups: with weight decay, and without (biases and norms).
 
-    They are told apart by name: a sharded strategy makes every parameter one-dimensional.
+    Told apart by name, since sharding strategies flatten every parameter.
     """
     decaying: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
@@ -47,13 +47,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> bool:
-    """Leave clipping by the gradient's norm to the coming step of a fused AdamW, which reads each gradient anyway.
+    """Leave gradient clipping to the next step of a fused AdamW, which reads each gradient anyway.
 
-    The kernel divides by ``grad_scale`` as it goes, where ``torch.nn.utils.clip_grad_norm_`` passes over all gradients
-    once more. Afterwards the gradients are the clipped ones, and the next step divides by nothing.
+    Its kernel divides by ``grad_scale``, which saves the extra pass of ``torch.nn.utils.clip_grad_norm_``. Afterwards
+    the gradients are the clipped ones, and the following step divides by nothing.
 
     Returns:
-        Whether the optimizer can; it takes the divisor as float32, and gradients of other types are left alone.
+        Whether the optimizer supports it (fused, float32 gradients).
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if type(inner) is not AdamW or not inner.defaults["fused"]:
@@ -62,7 +62,7 @@ def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> boo
     if any(gradient.dtype != torch.float32 for gradient in gradients):
         return False
     if _DIVISOR not in vars(inner):
-        # never removed: a step iterates over its hooks while it calls them
+        # never removed: hooks cannot be removed while a step calls them
         inner.register_step_post_hook(lambda own, *rest: reset_clipping(own))
     # PyTorch's own coefficient, min(1, max_norm / (norm + 1e-6)), as a divisor
     divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
@@ -72,13 +72,13 @@ def clip_within_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> boo
 
 
 def reset_clipping(optimizer: Optimizer) -> None:
-    """Forget what `clip_within_step` has left to a step that is over, or that never came to its end."""
+    """Undo `clip_within_step` after its step, or where the step was interrupted."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     divisor = getattr(inner, _DIVISOR, None)
     if divisor is None:
         return
     setattr(inner, _DIVISOR, None)
-    # a loss scaler puts its own in place, beside `found_inf`, and removes both by itself
+    # a loss scaler sets its own with `found_inf`, and removes both
     if getattr(inner, "grad_scale", None) is divisor and not hasattr(inner, "found_inf"):
         del inner.grad_scale
 
@@ -93,11 +93,11 @@ def configure(
     warmup_steps: int,
     total_steps: float,
 ) -> OptimizerLRScheduler:
-    """An optimizer over the module's trainable parameters, stepped with its schedule after every optimizer step."""
+    """An optimizer over the trainable parameters, and its schedule, stepped after every optimizer step."""
     groups = parameter_groups(module, weight_decay)
     built: Optimizer
     if optimizer == "adafactor":
-        # a given learning rate excludes Adafactor's own relative steps, as in the Hugging Face trainer
+        # no relative steps with a given learning rate, as in the Hugging Face trainer
         built = Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
     else:
         # fused: one kernel over all parameters, several times the speed on CPU too; with fp16's loss scaling it would
@@ -106,7 +106,7 @@ def configure(
         fused = module.trainer.precision != "16-mixed" and device in ("cpu", "cuda")
         built = AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
         if fused:
-            # what tells Lightning that the optimizer unscales by itself; without a scaler nobody else reads it
+            # Lightning's flag for optimizers that unscale by themselves; unused without a scaler
             built._step_supports_amp_scaling = False
     scheduler = LambdaLR(
         built,
@@ -116,10 +116,10 @@ def configure(
 
 
 def check_optimizer_states(states: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]]) -> None:
-    """See that a checkpoint's optimizers and schedules hold numbers, before torch stumbles in the first step.
+    """Check that the settings of a checkpoint's optimizers and schedules are numbers, before torch fails on them.
 
     Raises:
-        UserError: a setting that is a number, or holds some, does not.
+        UserError: one is not.
     """
     groups = [(group, ("lr", "betas", "eps", "weight_decay")) for state in states for group in state["param_groups"]]
     for group, names in [*groups, *((schedule, ("base_lrs", "last_epoch")) for schedule in schedules)]:

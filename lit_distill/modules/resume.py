@@ -1,8 +1,8 @@
-"""What a checkpoint says of progress: always the last complete optimizer step, whenever it is written.
+"""Rewind a checkpoint to the last complete optimizer step, whenever it is written.
 
-Lightning writes where its loops are, which can be the middle of an accumulation window, and keeps neither random states
-nor the sampler's position. Here a checkpoint is rewound to the boundary before the open window (the weights have not
-moved since), and the random state of a step is a function of the run's seed, the step and the rank.
+Lightning saves the position of its loops, which may be inside an accumulation window, but neither random states nor the
+sampler's position. Here a checkpoint is rewound to the start of the open window (the weights have not moved since), and
+a step's random state is a function of the run's seed, the step and the rank.
 """
 
 import random
@@ -31,14 +31,14 @@ def rewind(fit_loop_state: dict[str, Any], *, boundary: int, step: int, loader_s
     Args:
         fit_loop_state: the checkpoint's ``loops`` -> ``fit_loop``, changed in place.
         boundary: micro-batches of this epoch up to that step.
-        step: complete optimizer steps of the whole run.
+        step: complete optimizer steps of the run.
         loader_states: the training loaders' states at the boundary.
     """
     batches, epochs = fit_loop_state["epoch_loop.batch_progress"], fit_loop_state["epoch_progress"]
-    # between two epochs the loop still counts the last one's batches; it would take the next one's for done
+    # between two epochs the loop still counts the last epoch's batches as the next one's
     between = epochs["current"]["started"] == epochs["current"]["completed"] and batches["is_last_batch"]
     if epochs["current"]["started"] == epochs["current"]["completed"] and batches["current"]["ready"] and not between:
-        # training stopped inside this epoch (at its last step, say), and Lightning counted it all the same
+        # training stopped inside this epoch, but Lightning counted it as complete
         for progress in (epochs["current"], epochs["total"]):
             progress["completed"] -= 1
     open_batches = 0 if between else batches["current"]["ready"] - boundary
@@ -49,7 +49,7 @@ def rewind(fit_loop_state: dict[str, Any], *, boundary: int, step: int, loader_s
         batches["is_last_batch"] = False
     # loggers count steps by this one; Lightning raises it only after the hooks that save
     fit_loop_state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    # a validation that was under way when the checkpoint was written is over when training goes on
+    # a validation that was interrupted by the checkpoint is not resumed
     validation = fit_loop_state["epoch_loop.val_loop.batch_progress"]
     for progress in (validation["current"], validation["total"]):
         progress.update(dict.fromkeys(progress, 0))
@@ -64,7 +64,7 @@ def rewind(fit_loop_state: dict[str, Any], *, boundary: int, step: int, loader_s
 
 
 def seed_step(seed: int, step: int, rank: int, *, preparing: bool = False) -> None:
-    """Set every random generator for one optimizer step (dropout above all), or for what prepares it."""
+    """Seed every random generator for one optimizer step (for dropout above all), or for its `prepare`."""
     words = np.random.SeedSequence((seed, step, rank, 1) if preparing else (seed, step, rank)).generate_state(2)
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))

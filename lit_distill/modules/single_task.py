@@ -15,12 +15,12 @@ _TASK = {"rationale_first": RATIONALE_LABEL, "label_first": LABEL_RATIONALE}
 
 
 class SingleTaskModule(DistillModule):
-    """The paper's single-task variant (Eq. 5): one target of rationale and label, read apart at test time.
+    """The paper's single-task baseline (Eq. 5): one target of rationale and label, parsed at test time.
 
     Args:
         student: as in ``DistillModule``.
-        order: what comes first in the target. With ``rationale_first`` the rationale is generated before each label;
-            with ``label_first`` it only shapes training.
+        order: which part of the target comes first. With ``rationale_first`` the rationale is generated before each
+            label; with ``label_first`` it only shapes training.
         input_prefix: prefix of the inputs; the paper's baselines have none.
         **kwargs: as in ``DistillModule``.
     """
@@ -32,7 +32,7 @@ class SingleTaskModule(DistillModule):
 
     @classmethod
     def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The one task, which depends on the order."""
+        """The one task."""
         settings = cls.init_settings(init_args)
         task = _TASK[check_choice("order", settings["order"], tuple(_TASK))]
         return {task.name: replace(task, prefix=settings["input_prefix"])}

@@ -23,5 +23,5 @@ class StandardModule(DistillModule):
 
     @classmethod
     def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The labels alone."""
+        """The label task."""
         return {"label": replace(LABEL, prefix=cls.init_settings(init_args)["label_prefix"])}

@@ -38,7 +38,7 @@ class StepByStepModule(DistillModule):
 
     @classmethod
     def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The label's task, and the rationale's with its weight."""
+        """The label and rationale tasks."""
         settings = cls.init_settings(init_args)
         check_range("rationale_weight", weight := settings["rationale_weight"], at_least=0)
         return {

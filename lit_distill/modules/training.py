@@ -1,4 +1,4 @@
-"""Training: one optimizer step at a time, exact over its micro-batches and ranks, stopped where it is not finite."""
+"""Training: optimizer steps with losses exact over micro-batches and ranks, and a stop at the first NaN or infinity."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,26 +29,26 @@ _SHOWN_ROWS = 8
 
 
 class Part(NamedTuple):
-    """What is kept of a micro-batch until its optimizer step, or its evaluation, is known to be finite."""
+    """Terms and rows of a micro-batch, kept until its optimizer step or evaluation is known to be finite."""
 
     terms: dict[str, Tensor]
     rows: list[Tensor]
-    """Its rows' positions in their split, for each task that says them."""
+    """The rows' positions in their split, for each task that has them."""
 
     @classmethod
     def of(cls, terms: dict[str, Tensor], batch: TaskBatch) -> "Part":
-        """A micro-batch's detached terms, and its rows."""
+        """A micro-batch's detached terms and its rows."""
         rows = [inputs["index"] for inputs in batch.values() if "index" in inputs]
         return cls({name: term.detach() for name, term in terms.items()}, rows)
 
 
 class Training(Hooks):
-    """What happens between ``fit`` and the end of a run's last optimizer step."""
+    """The training hooks of `DistillModule`."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seed = -1
-        """The run's, which a checkpoint keeps; negative before a run."""
+        """Of the run, saved in checkpoints; negative before a run."""
         self._resumed_batches = 0
         self._resumed_loaders: list[dict[str, Any]] = []
         self._windows: WindowLoader | None = None
@@ -67,20 +67,20 @@ class Training(Hooks):
     # ------------------------------------------------------------------ the beginning
 
     def setup(self, stage: str) -> None:
-        """Check that the data module builds this module's tasks, load the teachers, read an optimizer step ahead."""
+        """Check the data module's tasks, load the teachers, and wrap the training loader."""
         datamodule = getattr(self.trainer, "datamodule", None)
         self._check_tasks(getattr(datamodule, "tasks", None))
         tokens = getattr(datamodule, "tokens", None)
         if isinstance(tokens, Tokens) and tokens.family != self.student.tokens.family:
             raise UserError(
-                f"tokenizer: the data module writes texts for a {tokens.family} student, this one is"
+                f"tokenizer: the data module encodes texts for a {tokens.family} student, this one is"
                 f" {self.student.tokens.family}; give the data module tokenizer=module.student.tokens"
             )
         self.student.sharded = self.sharded
         if stage != "predict":
             self.teachers.load(self.student)
         if stage == "fit":
-            # what an earlier run or `load_from_checkpoint` left; a run that resumes loads its own after this
+            # left by an earlier run or `load_from_checkpoint`; a resumed run loads its own later
             self._seed, self._resumed_batches, self._resumed_loaders = -1, 0, []
             source: Any = self.trainer.fit_loop._data_source
             inner = source.inner if isinstance(source, WindowSource) else source
@@ -89,7 +89,7 @@ class Training(Hooks):
                 self._target_limits = limits()
 
     def _check_tasks(self, built: Any) -> None:  # noqa: ANN401 - a data module may be anyone's
-        """See that inputs and targets are written as this module reads them; data of another make does not say."""
+        """Check that the data module builds the inputs and targets of this module, if it says what it builds."""
         if not isinstance(built, dict):
             return
         found, wanted = self.texts(built), self.texts(self.tasks)
@@ -101,7 +101,7 @@ class Training(Hooks):
 
     @staticmethod
     def texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
-        """Prefixes and targets, in plain types: a student that was trained on others would not understand the data."""
+        """Prefixes and targets in plain types, to compare with those of the data module or a checkpoint."""
         return {name: [task.prefix, task.target] for name, task in tasks.items()}
 
     def _read_ahead(self, loader: Any) -> WindowLoader:  # noqa: ANN401 - whatever Lightning takes
@@ -121,13 +121,13 @@ class Training(Hooks):
         return self._windows
 
     def on_fit_start(self) -> None:
-        """Fix the run's seed, and compare the effective batch with the one that the settings were written for."""
+        """Set the run's seed, and report the effective batch size and generation lengths."""
         if self._seed < 0:
-            # one for all ranks: a checkpoint, which rank 0 writes, holds one
+            # the same on all ranks: rank 0 writes it into the checkpoint
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
         if limits := {task: self.generation_settings(task)["max_new_tokens"] for task in self._target_limits}:
             shown = ", ".join(f"{task} {length}" for task, length in limits.items())
-            rank_zero_info(f"Generated tokens at most: {shown} (max_..._length sets them).")
+            rank_zero_info(f"Maximum generated tokens: {shown} (max_..._length sets them).")
         if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
             return
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -145,7 +145,7 @@ class Training(Hooks):
     # ------------------------------------------------------------------ one optimizer step
 
     def _prepare(self, batches: list[TaskBatch]) -> None:
-        """`prepare`, which leaves no trace but in the batches."""
+        """Call `prepare` and restore the random and training state after it."""
         if type(self).prepare is Hooks.prepare and not len(self.objectives):
             return
         modes = [(module, module.training) for module in self.modules()]
@@ -157,13 +157,13 @@ class Training(Hooks):
             module.training = training
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
-        """At the first micro-batch of a step: its random state, and what its terms are divided by."""
+        """At the start of an optimizer step: seed it, and compute the weights of its terms."""
         if self._windows is None:
             return
         window = self._windows.next_window()
         if batch_idx != window.start:
             return
-        # loggers number their rows by this count, which Lightning raises once too often where it resumes
+        # the step that loggers use, which Lightning increments once too often after resuming
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         self._window = window
@@ -171,18 +171,18 @@ class Training(Hooks):
         self._window_terms, self._window_parts = {}, []
 
     def window_weights(self, window: Window) -> dict[str, Tensor]:
-        """What turns a mean over one micro-batch's N_m counted things into its share of the mean over the whole step.
+        """Factors that turn a mean over one micro-batch into its share of the mean over the whole optimizer step.
 
-        A gradient is later divided by the accumulation factor k (Lightning, whatever the window's size) and averaged
-        over the R ranks, so the share N_m / N of the step's N = sum over micro-batches and ranks is scaled by k R; the
-        factor N_m is applied where the micro-batch is known. Under ``""`` stands the factor k / m of a plainly averaged
-        term in a window of m micro-batches.
+        The share of a micro-batch with N_m counted items is N_m / N, with N the sum over micro-batches and ranks.
+        Lightning later divides gradients by the accumulation factor k, and DDP averages over R ranks, so the factor is
+        k R / N (N_m is applied where the micro-batch is known). Under ``""`` is k / m, for a plainly averaged term in a
+        window of m micro-batches.
         """
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         names = sorted(window.counts)
         totals = torch.tensor([window.counts[name] for name in names], dtype=torch.float64)
         if world > 1:
-            # float32 on the way: some accelerators reduce no float64; exact up to 2**24 counts a rank and step
+            # float32, as some accelerators cannot reduce float64; exact up to 2**24 counts per rank and step
             reduced = self.trainer.strategy.reduce(totals.float().to(self.device), reduce_op="sum")
             totals = cast(Tensor, reduced).double()
         scale = torch.where(totals > 0, accumulate * world / totals.clamp(min=1), 0.0).float()
@@ -194,7 +194,7 @@ class Training(Hooks):
         terms = self.checked_terms(self.step(batch))
         if self._window is None:
             return self.total_loss(terms)
-        # counted while the batch was on the host: the step does not wait for the device
+        # counted on the host: no device synchronisation
         counts = self._window.batch_counts[batch_idx - self._window.start]
         self._window_parts.append(Part.of(terms, batch))
         weights = self._window_weights
@@ -206,7 +206,7 @@ class Training(Hooks):
         return self.total_loss(scaled)
 
     def _log_training(self, scaled: dict[str, Tensor], *, last: bool) -> None:
-        """Log each term as the mean over the whole step, once it is complete."""
+        """Log each term as the mean over the optimizer step, once it is complete."""
         accumulate = self.trainer.accumulate_grad_batches
         for name, term in scaled.items():
             self._window_terms[name] = self._window_terms.get(name, 0.0) + term.detach() / accumulate
@@ -216,7 +216,7 @@ class Training(Hooks):
         distributed, examples = self.trainer.world_size > 1, max(self._window.examples, 1)
         for name, term in self._window_terms.items():
             if self._window.counts.get(name) == 0 and not self._window_weights[name]:
-                # no rank has targets for it in this step; Lightning would log the last step's once more
+                # no targets on any rank: Lightning would repeat the last step's value
                 cast(dict[str, Any], self.trainer._results).pop(f"training_step.train/{name}_loss", None)
                 continue
             self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
@@ -227,14 +227,14 @@ class Training(Hooks):
     # ------------------------------------------------------------------ what is not finite
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient's norm before clipping, and stop a run whose loss or gradient is not finite.
+        """Log the gradient norm before clipping, and stop the run if the loss or gradient is not finite.
 
-        The weights have not moved yet. A device is waited for once a step, for one boolean. Under sharded strategies,
-        where each rank has a part of the gradient, and under loss scaling, which leaves out such steps by itself, the
-        loss alone is checked.
+        The weights have not changed yet. This synchronises with the device once a step. Under sharded strategies, where
+        each rank has a part of the gradient, and under loss scaling, which skips such steps by itself, only the loss is
+        checked.
 
         Raises:
-            UserError: on all ranks; names the step, the term and the rows, and the last good checkpoint.
+            UserError: on all ranks; names the step, the term, the rows and the last good checkpoint.
         """
         values, self._gradient_norm = list(self._window_terms.values()), None
         if not self.sharded:
@@ -265,7 +265,7 @@ class Training(Hooks):
         return f"step {self.trainer.global_step + 1}: {what}; {self.last_good_checkpoint()}"
 
     def first_not_finite(self, parts: list[Part], split: Split) -> tuple[int, str, float, str] | None:
-        """The first micro-batch with a term that is not finite, the term's name and value, and the rows as text."""
+        """The first micro-batch with a term that is not finite: its number, term, value, and rows as text."""
         for number, part in enumerate(parts):
             for name, term in part.terms.items():
                 if not term.isfinite():
@@ -273,7 +273,7 @@ class Training(Hooks):
         return None
 
     def _rows_of(self, indices: list[Tensor], split: Split) -> str:
-        """Rows by their ids for a message; empty where their batches do not say which they are."""
+        """The ids of rows for a message; empty where batches carry no row numbers."""
         rows = sorted({row for one in indices for row in one.tolist() if row >= 0})
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         ids = datamodule.answer_key(split).ids if hasattr(datamodule, "answer_key") else ()
@@ -282,12 +282,12 @@ class Training(Hooks):
         return f" (rows {', '.join(names[:_SHOWN_ROWS])}{more})" if names else ""
 
     def last_good_checkpoint(self) -> str:
-        """Where training can go on from, for a message."""
+        """The checkpoint to resume from, for a message."""
         good = "none yet"
         for one in self.trainer.checkpoint_callbacks:
             if not isinstance(one, ModelCheckpoint):
                 continue
-            # on one process the last complete step is saved as the run ends
+            # with one process, the last complete step is saved on the exception
             saves = one.save_on_exception and self.trainer.world_size == 1
             if saves and one._last_global_step_saved != self.trainer.global_step:
                 good = str(Path(str(one.dirpath)) / f"{one.filename}{one.FILE_EXTENSION}")
@@ -296,19 +296,19 @@ class Training(Hooks):
         return f"the last good checkpoint: {good}"
 
     def checked_terms(self, step: Step) -> dict[str, Tensor]:
-        """The loss terms, if evaluation finds among them the one that it asks for; asked before the first step."""
+        """The loss terms, after checking that the term which evaluation needs exists."""
         terms = self.loss_terms(step)
         if self.hparams["evaluate_losses"] == "answer" and self.answer_task not in terms:
             raise UserError(
-                f"evaluate_losses must be all for a method without a loss term named {self.answer_task!r}, after the"
-                f" task that gives the answer, got 'answer'; the terms of {type(self).__name__} are {', '.join(terms)}"
+                f"evaluate_losses: 'answer' needs a loss term named after the answer task, {self.answer_task!r};"
+                f" the terms of {type(self).__name__} are {', '.join(terms)}; give all"
             )
         return terms
 
     # ------------------------------------------------------------------ the optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW or Adafactor, with the schedule over the run's whole number of steps."""
+        """AdamW or Adafactor, with the schedule over all steps of the run."""
         settings = self.hparams
         return configure(
             self,
@@ -330,30 +330,30 @@ class Training(Hooks):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning's; under FSDP the norm is taken over all ranks' shards, which Lightning refuses to do."""
+        """As Lightning's; also under FSDP (the norm over all shards), which Lightning refuses."""
         wrapped = self.trainer.strategy.model
         if gradient_clip_val and isinstance(wrapped, FullyShardedDataParallel):
             wrapped.clip_grad_norm_(gradient_clip_val)
             return
         norm = self._gradient_norm if gradient_clip_algorithm in (None, "norm") else None
-        # gradients that a loss scaler has scaled have another norm
+        # not with a loss scaler: the norm is of scaled gradients
         within = gradient_clip_val and norm is not None and self.hparams["fast"] and not self._scales_losses
         if not (within and clip_within_step(optimizer, float(gradient_clip_val or 0), cast(Tensor, norm))):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        """With the gradients of a step that was interrupted goes what was to clip them."""
+        """Drop the clipping of an interrupted step with its gradients."""
         reset_clipping(optimizer)
 
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:  # noqa: ANN401 - as Lightning's
-        """As Lightning's; while a batch lies on the host, its rows' lengths cost no waiting for the device.
+        """As Lightning's; remembers rows' lengths before the transfer, to avoid a synchronisation later.
 
-        Not the hook ``transfer_batch_to_device`` itself: Lightning warns where a module has one beside a data module.
+        Lightning would warn about ``transfer_batch_to_device`` in both the module and the data module.
         """
         found = super()._call_batch_hook(hook_name, *args)
         if hook_name == "transfer_batch_to_device" and args[1].type != "cpu" and self.hparams["fast"]:
             owners = self, getattr(self._trainer, "datamodule", None)
-            # a hook of somebody's own may change more than the device
+            # an overridden hook may change more than the device
             if not any(is_overridden(hook_name, owner) for owner in owners):
                 remember_rows(args[0], found)
         return found

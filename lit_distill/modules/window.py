@@ -1,4 +1,4 @@
-"""Looking ahead over one optimizer step: its micro-batches are read, and their targets counted, before it begins."""
+"""Read the micro-batches of one optimizer step ahead, to count its targets before it begins."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lit_distill.batch import TaskBatch, target_tokens
 
 Counts = Mapping[str, int]
-"""Loss term -> how many things (a task's target tokens, say) it averages over."""
+"""Loss term -> number of items (target tokens of a task, say) that it is a mean over."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Window:
     """The micro-batches of one optimizer step on this rank."""
 
     start: int
-    """Micro-batches of the epoch before it."""
+    """Micro-batches of the epoch before this window."""
     size: int
-    """Micro-batches in it: ``accumulate_grad_batches``, or fewer at the end of an epoch."""
+    """Number of micro-batches: ``accumulate_grad_batches``, or fewer at the end of an epoch."""
     counts: dict[str, int]
-    """The terms' counts, summed over it."""
+    """Counts of each term, summed over the window."""
     batch_counts: tuple[Counts, ...]
-    """The terms' counts of each of its micro-batches."""
+    """Counts of each term, for each micro-batch."""
     examples: int
-    """Rows in it (of the task with the most)."""
+    """Number of rows (of the task with the most)."""
     tokens: int
-    """Source and target tokens in it, padding left out."""
+    """Number of source and target tokens, without padding."""
 
 
 def _tokens(batch: TaskBatch) -> int:
@@ -37,19 +37,19 @@ def _tokens(batch: TaskBatch) -> int:
 
 
 class WindowLoader(CombinedLoader):
-    """Lightning's loader of the training data, one optimizer step ahead of it.
+    """The training data loader, which reads one optimizer step ahead.
 
-    It reads a step's micro-batches at once, counts their targets, and then hands them out one by one. What a checkpoint
-    keeps of the underlying loaders is their state before the step that is not complete yet.
+    It reads a step's micro-batches at once, counts their targets, and yields them one by one. Checkpoints save the
+    loaders' states from before the incomplete step.
 
     Args:
         iterables: the training data loader, or a collection as ``CombinedLoader`` takes it.
         mode: how a collection is combined.
-        size: the micro-batches of a step, asked for at each step's beginning.
-        count: the terms' counts of one micro-batch.
+        size: gives the number of micro-batches in the next step.
+        count: counts the items of each term in a micro-batch.
         prepare: may change a step's micro-batches in place, before they are counted.
         position: micro-batches of the first epoch that an earlier run has consumed.
-        states: the underlying loaders' states there, as far as they have any.
+        states: the loaders' states at that position, if they have any.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class WindowLoader(CombinedLoader):
 
     def __iter__(self) -> Self:
         states, self._to_load = self._to_load, []
-        # Lightning loads them as well, but not into loaders that it made early, to count the steps of the run
+        # Lightning does not load them into loaders that it made early, to count the steps
         self._load_state_dicts(states)
         super().__iter__()
         self._ahead.clear()
@@ -81,7 +81,7 @@ class WindowLoader(CombinedLoader):
         self._before = None
         self._position, self._to_skip = self._to_skip, 0
         if not states:
-            # nothing tells such loaders where to begin: what was consumed is read once more, and dropped
+            # stateless loaders: skip what was consumed
             for _ in range(self._position):
                 next(self._iterator)  # type: ignore[arg-type]
         return self
@@ -94,11 +94,11 @@ class WindowLoader(CombinedLoader):
         return item
 
     def next_window(self) -> Window:
-        """The window of the micro-batch that training begins now (Lightning may have fetched further)."""
+        """The window of the next micro-batch to train on (Lightning may have fetched further)."""
         return self._handed_out.popleft()
 
     def states_at(self, boundary: int) -> list[dict[str, Any]]:
-        """The underlying loaders' states after ``boundary`` micro-batches of the epoch, the last complete step."""
+        """The loaders' states after ``boundary`` micro-batches of the epoch, the last complete step."""
         if self._before is not None and boundary <= self._before[0]:
             return self._before[1]
         return super()._state_dicts()
@@ -107,7 +107,7 @@ class WindowLoader(CombinedLoader):
         self._before = (self._position, super()._state_dicts())
         size = self._size()
         if self._iterator is not None and (length := len(self)) != float("inf"):
-            # a resumed epoch's iterator does not know that Lightning stops it at the full epoch's length
+            # a resumed epoch's iterator would run past the full epoch's length
             size = min(size, int(length) - self._position)
         items: list[Any] = list(islice(iter(super().__next__, None), max(size, 1)))
         if not items:
@@ -129,18 +129,18 @@ class WindowLoader(CombinedLoader):
 
 
 class WindowSource:
-    """Stands where a trainer keeps the source of its training data, and wraps the loaders that come from it."""
+    """Replaces a trainer's data source and wraps the loaders that it makes."""
 
     def __init__(self, source: Any, wrap: Callable[[Any], WindowLoader]) -> None:  # noqa: ANN401 - private in Lightning
         self.inner = source
         self._wrap = wrap
 
     def dataloader(self) -> WindowLoader:
-        """The training data, read ahead."""
+        """The wrapped training loader."""
         return self._wrap(self.inner.dataloader())
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name == "inner":
-            # of a copy in the making
+            # while it is being copied
             raise AttributeError(name)
         return getattr(self.inner, name)

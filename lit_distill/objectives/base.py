@@ -1,4 +1,4 @@
-"""`Step`, what one micro-batch is to a loss, and `Objective`, a loss that a method adds to those of its tasks."""
+"""`Step`, the input of a loss, and `Objective`, an additional loss."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from lit_distill.teachers.models import Teachers
 
 
 class Step:
-    """One micro-batch with the student's pass of it and the teachers'.
+    """A micro-batch with the student's forward pass over it and those of the teachers.
 
-    Nothing runs before something of a pass is read, and a model runs once, whoever reads what of it.
+    Passes are lazy: a model runs at the first access, once, however many losses read its results.
     """
 
     def __init__(self, batch: TaskBatch, student: Student, teachers: Teachers) -> None:
@@ -35,7 +35,7 @@ class Step:
         return made
 
     def teacher(self, name: str) -> Pass:
-        """The pass of one of the module's ``teachers``, without gradients; its tensors are on the student's device.
+        """The pass of one of the module's ``teachers``, without gradients and on the student's device.
 
         Raises:
             UserError: there is no teacher of that name.
@@ -46,15 +46,15 @@ class Step:
 
 
 class Objective(HyperparametersMixin, nn.Module):
-    """A loss term of its own. A subclass writes ``forward``, and is named in YAML by its import path.
+    """An additional loss term. A subclass implements ``forward`` and is named in YAML by its import path.
 
-    Its parameters, if it has any, train with the student and are kept in checkpoints, not in the exported student.
+    Its parameters, if any, train with the student and are saved in checkpoints, but not in the exported student.
 
     Args:
-        name: of the term, as in ``train/<name>_loss``; by default the class's, in small letters.
+        name: of the term, as in ``train/<name>_loss``; by default the class's name in lower case.
         weight: factor of the term in the total loss.
-        teacher: which of the module's ``teachers`` it asks.
-        tasks: the tasks that it is about; all of the batch by default.
+        teacher: which of the module's ``teachers`` it uses.
+        tasks: the tasks that it applies to; all by default.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Objective(HyperparametersMixin, nn.Module):
         tasks: list[str] | None = None,
     ) -> None:
         super().__init__()
-        # finds a subclass's own arguments too, by which a checkpoint builds the objective again
+        # includes a subclass's arguments, from which a checkpoint rebuilds the objective
         self.save_hyperparameters()
         check_range("objectives: weight", weight, at_least=0)
         self.name = name or type(self).__name__.lower()
@@ -79,25 +79,25 @@ class Objective(HyperparametersMixin, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward(step)")
 
     def about(self, batch: TaskBatch) -> list[str]:
-        """The tasks of a batch that the objective is about."""
+        """The tasks of a batch that the objective applies to."""
         return [task for task in batch if self.tasks is None or task in self.tasks]
 
     def counts(self, batch: TaskBatch) -> int | None:
-        """What the term is a mean over in this batch: by default the target tokens of its tasks.
+        """Number of items that the term is a mean over in this batch; by default the target tokens of its tasks.
 
-        So it stays one over the whole optimizer step. ``None`` averages it plainly over micro-batches and ranks.
+        It makes the term exact over the whole optimizer step. ``None`` averages plainly over micro-batches and ranks.
         """
         return sum(target_tokens(batch[task]) for task in self.about(batch))
 
     def prepare(self, window: Sequence[Step]) -> None:
-        """Before an optimizer step's targets are counted: may change the steps' batches in place.
+        """Change an optimizer step's batches in place, before their targets are counted.
 
-        To replace targets by what the student writes, say: ``step.student.generate(...)``. The student is in evaluation
-        mode and has no gradients here; random numbers are drawn by the run's seed, the step and the rank.
+        For example to replace targets by ``step.student.generate(...)``. Runs in evaluation mode without gradients;
+        random numbers depend on the run's seed, the step and the rank alone.
         """
 
     def plain(self) -> dict[str, Any]:
-        """Class and arguments in plain types; `build_objective` reads them back."""
+        """Class and arguments in plain types, for `build_objective`."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": dict(self.hparams)}
 
 
@@ -109,7 +109,7 @@ def build_objective(plain: Mapping[str, Any]) -> Objective:
 
 
 def check_objectives(objectives: Sequence[Objective], tasks: Sequence[str], teachers: Teachers) -> None:
-    """See that terms have names of their own, and that objectives ask for tasks and teachers that are there.
+    """Check that terms have unique names, and that the objectives' tasks and teachers exist.
 
     Raises:
         UserError: names the first that does not.

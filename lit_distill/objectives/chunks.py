@@ -1,4 +1,4 @@
-"""Divergences between a student's and a teacher's distributions, without the logits of a whole batch."""
+"""Divergences of student and teacher distributions, without the logits of a whole batch."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,20 +9,20 @@ from torch.utils.checkpoint import checkpoint
 from lit_distill.students import Pass
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk's logits: large enough for efficient matrix products."""
+"""Size of a chunk's logits: large enough for efficient matrix products."""
 
 KEPT_BYTES = 512 * 2**20
-"""Logits that are kept for the backward pass at most; chunks beyond are computed once more there."""
+"""Maximum size of logits saved for the backward pass; further chunks are recomputed there."""
 
 
 def divergence(value: Callable[[Tensor, Tensor], Tensor], student: Pass, teacher: Pass, tasks: Iterable[str]) -> Tensor:
-    """The mean over the target tokens of some tasks of a function of both models' logits; 0 without any token.
+    """The mean of a function of both models' logits over the target tokens of some tasks; 0 without tokens.
 
-    Both heads are applied to a chunk of states at a time. Where one has more rows than the vocabulary has entries, both
-    are cut to the ids that they have in common.
+    Both heads are applied to one chunk of states at a time. If one has padded vocabulary entries, both are cut to the
+    ids that they share.
 
     Args:
-        value: ``(student's logits, teacher's logits) -> values (tokens,)``, of float32 logits ``(tokens, ids)``.
+        value: ``(student_logits, teacher_logits) -> (tokens,)``, of float32 logits ``(tokens, ids)``.
         student: the student's pass.
         teacher: the teacher's pass of the same batch.
         tasks: the tasks whose targets count.
@@ -42,7 +42,7 @@ def divergence(value: Callable[[Tensor, Tensor], Tensor], student: Pass, teacher
     # a chunk without tokens has a gradient of 0 for every parameter
     for start in range(0, max(len(ours), 1), size):
         chunks = ours[start : start + size], theirs[start : start + size]
-        # both sides' logits and their logarithms
+        # logits and log-probabilities of both
         if 4 * (start + size) * row_bytes <= KEPT_BYTES or not torch.is_grad_enabled():
             total = total + of_chunk(*chunks)
         else:

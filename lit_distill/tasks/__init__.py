@@ -1,4 +1,4 @@
-"""What a student is trained on: rows with what teachers said about them, and the tasks made of them."""
+"""Rows with their teacher outputs, and the tasks that a student is trained on."""
 
 from lit_distill.tasks.rows import Row, RowFilter, TeacherOutput, fingerprint, read_rows
 from lit_distill.tasks.task import (

@@ -1,4 +1,4 @@
-"""A row of a dataset with what teachers said about it, and rows from JSON lines."""
+"""Rows with their teacher outputs, and reading them from JSON lines."""
 
 import hashlib
 import json
@@ -15,18 +15,18 @@ _TEXTS = ("id", "input", "label", "rationale", "teacher_label")
 
 @dataclass(frozen=True, slots=True)
 class TeacherOutput:
-    """One thing that a teacher said about a row."""
+    """One of a teacher's outputs for a row."""
 
     text: str | None
-    """The rationale, the program, or whatever else was asked for; ``None`` where the output did not parse."""
+    """The rationale, program, or other text; ``None`` where the output did not parse."""
     label: str | None = None
     """The teacher's answer; ``None`` where it gave none, or the output did not parse."""
     teacher: str | None = None
-    """The teacher's name; ``None`` where it is not known."""
+    """The teacher's name, if known."""
     kind: str = "rationale"
-    """What the text is."""
+    """What the text is, such as ``rationale`` or ``program``."""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else is known of the output; filters and templates can name it."""
+    """Further columns, for filters and templates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,14 @@ class Row:
     """One row of a dataset."""
 
     id: str
-    """Identifier, unique in its split."""
+    """Unique in its split."""
     input: str
     """The student's input, without a prefix."""
     label: str | None
-    """The gold answer, or the one to train on; ``None`` where there is none."""
+    """The gold label, or the one to train on."""
     choices: tuple[str, ...] | None = None
-    """The row's closed choices, where it has its own."""
+    """The row's own closed choices."""
     outputs: tuple[TeacherOutput, ...] = ()
-    """What teachers said about it, in order."""
 
     @property
     def rationale(self) -> str | None:
@@ -61,11 +60,11 @@ class Row:
 
 
 RowFilter = Callable[[Row], bool]
-"""Whether a teacher's output is trained on; it is given the row with this output alone."""
+"""Whether to train on a teacher output, given the row with this output alone."""
 
 
 def fingerprint(rows: Iterable[Row], *, rationales: bool = False) -> str:
-    """A hash of rows in their order: ids, inputs and labels, and with ``rationales`` the teachers' texts."""
+    """A hash of rows in their order: ids, inputs, labels, and with ``rationales`` the teachers' texts."""
     found = hashlib.sha256()
     for row in rows:
         texts = [output.text for output in row.outputs] or [None]
@@ -75,10 +74,10 @@ def fingerprint(rows: Iterable[Row], *, rationales: bool = False) -> str:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read JSON lines of ``id``, ``input`` and perhaps ``label``, ``choices``, ``rationale`` and ``teacher_label``.
+    """Read JSON lines of ``id``, ``input``, and optionally ``label``, ``choices``, ``rationale`` and ``teacher_label``.
 
     Raises:
-        UserError: a line is not such an object; the message names the file and the line.
+        UserError: a line is invalid; names the file and the line.
     """
     with Path(path).open("rb") as file:
         return [_row_of(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]

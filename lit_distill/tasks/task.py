@@ -1,4 +1,4 @@
-"""A task: how its inputs and targets are written, which teacher outputs it takes, and how its answers are read."""
+"""A task: the inputs and targets of a student, the teacher outputs that it uses, and how answers are parsed."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ Select = Literal["first", "all", "sample", "vote"]
 
 @cache
 def _split(template: str) -> tuple[list[str], list[str]]:
-    """A template's fields, and the texts around them, of which there is one more."""
+    """The template's fields, and the literal texts around them (one more)."""
     names, marks = [], [""]
     for literal, name, _, _ in Formatter().parse(template):
         marks[-1] += literal
@@ -28,7 +28,7 @@ def _split(template: str) -> tuple[list[str], list[str]]:
 
 
 class Parsed(NamedTuple):
-    """What a student's text says; ``None`` for what the text of its task does not hold."""
+    """The label and rationale in a student's text; ``None`` for a part that its task does not have."""
 
     label: str | None = None
     rationale: str | None = None
@@ -36,28 +36,30 @@ class Parsed(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that a student learns to write. Its name means nothing but itself."""
+    """One task of a student. Its name has no meaning of its own."""
 
     name: str = ""
-    """The key of its batch and its loss term."""
+    """Key of its batch and its loss term."""
     prefix: str = ""
-    """Stands before each input."""
+    """Put before each input."""
     target: str = "{label}"
-    """Template of the target over ``{label}``, ``{rationale}`` (the text of the chosen teacher output), ``{input}`` and
-    the columns of that output."""
+    """Template over ``{label}``, ``{rationale}`` (the text of the teacher output), ``{input}`` and columns of that
+    output.
+    """
     parser: str | None = None
-    """Import path of ``(text) -> label`` or ``(text) -> Parsed``; by default the template is read backwards."""
+    """Import path of ``(text) -> label`` or ``(text) -> Parsed``; by default the template is inverted."""
     weight: float = 1.0
-    """Factor of the task's cross-entropy in the total loss."""
+    """Weight of its cross-entropy in the total loss."""
     max_new_tokens: int | None = None
-    """Generated tokens at most; by default half more than the longest target in train has."""
+    """Maximum generated tokens; by default 1.5 times the longest target in train."""
     teacher: str | None = None
-    """Take the outputs of this teacher only."""
+    """Use only the outputs of this teacher."""
     kind: str = "rationale"
-    """Take the outputs of this kind only."""
+    """Use only outputs of this kind."""
     select: Select = "first"
-    """Of a row's outputs the ``first``, ``all`` (each a target of its own), a ``sample`` drawn anew each epoch, or by
-    ``vote`` the first one with the most frequent label. Evaluation takes the first where training takes several."""
+    """Of a row's outputs use the ``first``, ``all`` (each as a target), a random ``sample`` in each epoch, or by
+    ``vote`` the first one with the most frequent label. Evaluation uses the first where training uses several.
+    """
 
     def __post_init__(self) -> None:
         place = f"tasks: {self.name}" if self.name else "tasks"
@@ -79,37 +81,34 @@ class Task:
         if self.parser is not None:
             find_function(f"{place}: parser", self.parser)
         elif any(not mark.strip() for mark in _split(self.target)[1][1:-1]):
-            raise UserError(f"{place}: nothing stands between two parts of target {self.target!r}: give a parser")
+            raise UserError(f"{place}: target {self.target!r} has no text between two fields: give a parser")
 
     @property
     def uses_output(self) -> bool:
-        """Whether a target holds something that only a teacher's output has."""
+        """Whether targets need a teacher output."""
         return any(name not in ("label", "input") for name in _split(self.target)[0])
 
     @property
     def needs_label(self) -> bool:
-        """Whether a target holds the label."""
+        """Whether targets contain the label."""
         return "label" in _split(self.target)[0]
 
     @property
     def gives_label(self) -> bool:
-        """Whether a label is read from what the student writes."""
+        """Whether a label is parsed from the student's text."""
         return self.parser is not None or self.needs_label
 
     @property
     def gives_rationale(self) -> bool:
-        """Whether the student writes a teacher's text."""
+        """Whether the student's text contains a rationale."""
         return "rationale" in _split(self.target)[0]
 
     def accepts(self, output: TeacherOutput) -> bool:
-        """Whether an output is of the task's teacher and kind."""
+        """Whether an output has the task's teacher and kind."""
         return output.kind == self.kind and self.teacher in (None, output.teacher)
 
     def render(self, row: Row, output: TeacherOutput | None = None) -> str | None:
-        """The target for a row and one of its teacher outputs; ``None`` where a part of it is absent.
-
-        A column's value is written as text.
-        """
+        """The target for a row and a teacher output; ``None`` where a field is missing."""
         values: dict[str, Any] = {"label": row.label, "input": row.input}
         if output is not None:
             values = {**output.columns, **values, "rationale": output.text}
@@ -118,10 +117,10 @@ class Task:
         return self.target.format_map(values)
 
     def read(self, text: str) -> Parsed:
-        """The label and the rationale in what a student wrote.
+        """Parse a student's text.
 
-        Without a parser the text is cut at the template's marks: at the last one before the label, at the first one
-        after it. Where a mark is missing all of the text is the label's.
+        Without a parser the text is split at the template's literal texts: at the last one before the label, and the
+        first one after it. Where one is missing, the whole text is the label.
         """
         if self.parser is not None:
             found = find_function("parser", self.parser)(text)
@@ -148,19 +147,19 @@ class Task:
 
     @property
     def ends_in_label(self) -> bool:
-        """Whether the label is the last of several parts of a target."""
+        """Whether the label is the last of several fields."""
         names, _ = _split(self.target)
         return len(names) > 1 and names[-1] == "label"
 
     def label_part(self, label: str) -> str:
-        """What a target that is too long keeps: its label, with the mark that sets it apart from the other parts."""
+        """The part of a target that truncation keeps: the label with the literal text that marks it."""
         names, marks = _split(self.target)
         at = names.index("label")
         before = marks[at] if at in (0, len(names) - 1) else ""
         return before + label + (marks[-1] if at == len(names) - 1 else marks[at + 1].rstrip())
 
     def plain(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, in plain values; `tasks_from` reads them back."""
+        """The settings that differ from the defaults in plain types, for `tasks_from`."""
         options = [option for option in fields(self) if option.name != "name"]
         return {option.name: value for option in options if (value := getattr(self, option.name)) != option.default}
 
@@ -171,7 +170,7 @@ RATIONALE_LABEL = Task("rationale_label", target="{rationale} So the answer is {
 LABEL_RATIONALE = Task("label_rationale", target="{label} Rationale: {rationale}")
 
 PRESETS = {task.name: task for task in (LABEL, RATIONALE, RATIONALE_LABEL, LABEL_RATIONALE)}
-"""The tasks of the paper and of the single-task baseline, by name."""
+"""The tasks of the paper and of the single-task baselines, by name."""
 
 _PREFIXES = {"label": "predict: ", "rationale": "explain: "}
 
@@ -179,11 +178,11 @@ _PREFIXES = {"label": "predict: ", "rationale": "explain: "}
 def tasks_from(value: Any) -> dict[str, Task]:  # noqa: ANN401 - whatever YAML holds
     """Tasks by name, from a mapping of names to settings, or a list of names, `Task` objects and settings with a name.
 
-    A name of ``PRESETS`` begins with that task's settings. Where the list is of several names alone, ``label`` and
-    ``rationale`` have the prefixes of the paper's code.
+    A name in ``PRESETS`` starts from that task's settings. In a list of several bare names, ``label`` and ``rationale``
+    have the prefixes of the paper's code.
 
     Raises:
-        UserError: there is no task, two have one name or one prefix, or a setting is not as it should be.
+        UserError: there is no task, two share a name or prefix, or a setting is invalid.
     """
     if isinstance(value, Mapping):
         listed = [(name, settings) for name, settings in value.items()]
@@ -227,10 +226,10 @@ def _task(name: Any, settings: Any) -> Task:  # noqa: ANN401
 
 
 def check_prefixes(tasks: Mapping[str, Task]) -> None:
-    """See that prefixes tell tasks apart, blanks aside, which tokenizers may drop.
+    """Check that prefixes differ, ignoring whitespace, which tokenizers may drop.
 
     Raises:
-        UserError: two tasks have one prefix.
+        UserError: two tasks have the same prefix.
     """
     seen: dict[str, str] = {}
     for name, task in tasks.items():
@@ -240,10 +239,10 @@ def check_prefixes(tasks: Mapping[str, Task]) -> None:
 
 
 def answer_task(tasks: Mapping[str, Task]) -> Task:
-    """The task whose text holds the label: ``label`` where there is one, else the first that gives it.
+    """The task whose text contains the label: ``label`` if it exists, else the first.
 
     Raises:
-        UserError: no task gives a label.
+        UserError: no task does.
     """
     giving = {name: task for name, task in tasks.items() if task.gives_label}
     if not giving:
@@ -252,10 +251,10 @@ def answer_task(tasks: Mapping[str, Task]) -> Task:
 
 
 def find_function(argument: str, path: str) -> Callable[[Any], Any]:
-    """The function of one argument behind the import path ``package.module.function``.
+    """Import ``package.module.function``, a function of one argument.
 
     Raises:
-        UserError: there is none; the message begins with the argument's name.
+        UserError: there is no such function; the message begins with the argument's name.
     """
     module_name, _, attribute = path.rpartition(".")
     if not module_name:

@@ -1,4 +1,4 @@
-"""Teachers that are models: frozen students that objectives read distributions and hidden states of."""
+"""Teacher models: frozen models whose distributions and hidden states objectives use."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ from lit_distill.students.models import Dtype
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A model that a student learns from; it never changes.
+    """A frozen model that a student learns from.
 
     Args:
-        model: a hub name, a folder or a checkpoint file of this framework; its vocabulary is the student's.
-        dtype: of its weights, whatever the student's.
-        device: where it runs, as in ``cuda:1``; by default where the student does.
+        model: a hub name, a folder or a checkpoint file of this framework; it must have the student's vocabulary.
+        dtype: of its weights, independent of the student's.
+        device: such as ``cuda:1``; by default the student's.
     """
 
     model: str
@@ -34,8 +34,8 @@ class TeacherModel:
 class Teachers:
     """A module's teachers by name.
 
-    Not a module: parameters here are in no checkpoint, optimizer or gradient exchange, and stay in evaluation mode.
-    A copy of the module shares them; a pickle of it keeps what they are called, and loads them again.
+    Not an ``nn.Module``: its parameters are in no checkpoint, optimizer or gradient reduction, and stay in evaluation
+    mode. Copies of the module share them; a pickle holds their settings only, and loads them again.
     """
 
     def __init__(self, models: Mapping[str, TeacherModel | Mapping[str, Any]] | None) -> None:
@@ -54,30 +54,26 @@ class Teachers:
         return {"models": self.models, "_loaded": {}}
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """What the teachers are, in plain types."""
+        """The settings of the teachers, in plain types."""
         return {name: asdict(model) for name, model in self.models.items()}
 
     def check(self, who: str, name: str) -> None:
-        """See that there is a teacher of this name.
-
-        Raises:
-            UserError: there is none; the message begins with who asked.
-        """
+        """Check that a teacher exists. Raises a ``UserError`` if it does not; the message begins with ``who``."""
         if name not in self.models:
             there = f"there are {', '.join(self.models)}" if self.models else "there is none"
             raise UserError(f"{who}: unknown teacher {name!r}; {there} (model.teachers names them)")
 
     def load(self, student: Student) -> None:
-        """Load each teacher that is not yet; a training run calls this before its first step.
+        """Load the teachers that are not loaded yet; called before the first training step.
 
         Raises:
-            UserError: one cannot be loaded, or reads other tokens than the student.
+            UserError: one cannot be loaded, or has another vocabulary than the student.
         """
         for name in self.models:
             self._get(name, student)
 
     def forward(self, name: str, batch: TaskBatch, student: Student) -> Pass:
-        """The pass of one teacher, whose results are on the student's device and without gradients."""
+        """The pass of one teacher, without gradients and with results on the student's device."""
         teacher = self._get(name, student)
         device = next(teacher.parameters()).device
         inner = teacher(move_data_to_device(batch, device))
@@ -101,7 +97,7 @@ class Teachers:
 
 
 class _FrozenPass:
-    """A `Pass` that runs without gradients, in its model's own precision and on its device."""
+    """A `Pass` without gradients, in the teacher's precision and on its device."""
 
     def __init__(self, inner: Pass, batch: TaskBatch, device: torch.device, results: torch.device) -> None:
         self.batch = batch

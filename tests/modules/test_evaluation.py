@@ -460,7 +460,7 @@ class OwnTerms(StepByStepModule):
 def test_the_answer_s_loss_where_no_term_is_named_after_it(student_folder: Path, what: str) -> None:
     module = OwnTerms(student_folder, from_scratch=True, evaluate_losses="answer")
     before = copy.deepcopy(module.student.model.state_dict())
-    with pytest.raises(UserError, match=r"^evaluate_losses must be all .* 'label', .* the terms of OwnTerms are main$"):
+    with pytest.raises(UserError, match=r"^evaluate_losses: .* 'label'; the terms of OwnTerms are main; give all$"):
         getattr(make_trainer(limit_val_batches=1.0), what)(module, datamodule=ItemData(module))
     # nothing was trained
     assert identical(before, module.student.model.state_dict())

@@ -155,7 +155,7 @@ def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:  # noqa: A
         ({"a": {"target": "{label"}}, "tasks: a: target"),
         ({"a": {"target": "{label:>9}"}}, "tasks: a: target"),
         ({"a": {"target": "{label.x}"}}, "tasks: a: target must name"),
-        ({"a": {"target": "{rationale}{label}"}}, "nothing stands between two parts"),
+        ({"a": {"target": "{rationale}{label}"}}, "no text between two fields"),
         ({"a": {"parser": "os.getcwd"}}, "tasks: a: parser: 'os.getcwd' is not a Python function"),
         ({"a": {"parser": "no_such.parser"}}, "tasks: a: parser: 'no_such' cannot be imported"),
         ({"a": {"parser": "lit_distill.tasks.nothing"}}, "has no function 'nothing'"),
