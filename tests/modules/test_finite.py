@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_are_not_saved(student_folder: Path, tmp_pat
     trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     with torch.no_grad():
-        module.student.model.get_input_embeddings().weight[3, 1] = float("nan")
+        module.student.get_parameter("model.shared.weight")[3, 1] = float("nan")
     with pytest.raises(UserError, match=r"student\.model\.shared\.weight"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
