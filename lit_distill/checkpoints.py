@@ -185,7 +185,7 @@ class StopAtSignals(Callback):
         if number:
             raise Interrupted(number)
 
-    on_validation_start = on_train_end = on_train_batch_start
+    on_validation_start = on_train_end = on_train_batch_start  # type: ignore[assignment]  # any arguments
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop before a batch, or at once from here on."""

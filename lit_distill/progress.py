@@ -11,8 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 _LINE_SECONDS = 10.0
 """Between two plain lines at least; in a long run a hundredth of its time."""
@@ -20,7 +20,7 @@ _BAR_SECONDS = 0.2
 """Between two updates of a bar at least: each reads the losses, for which the device is waited for."""
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+class _Bar(tqdm):  # type: ignore[misc]  # it has no types
     """A bar on a terminal, else lines: of the steps of a fit, or of the rows of an evaluation.
 
     Args:
@@ -159,7 +159,7 @@ class Progress(ProgressBar):
             rows = max((len(inputs["labels"]) for inputs in args[2].values()), default=0)
             self._rows.advance(rows * trainer.world_size)
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]  # any arguments
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what was found, also beside bars, which show the last one alone."""
@@ -183,7 +183,7 @@ class Progress(ProgressBar):
                 bar.close()
         self._rows = self._fit = None
 
-    on_exception = on_train_end
+    on_exception = on_train_end  # type: ignore[assignment]  # any arguments
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the terminal and Lightning's messages as they were."""

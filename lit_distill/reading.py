@@ -104,6 +104,7 @@ def check_yaml(text: str) -> None:
     mappings: list[tuple[set[str], bool] | None] = [None]
     # of the document and of each collection that is open: its anchor, and the number of values in it so far
     stack: list[tuple[str | None, int]] = [(None, 0)]
+    event: Any
     for event in yaml.parse(text, Loader=_EventLoader):
         anchor, size = getattr(event, "anchor", None), 1
         if isinstance(event, yaml.CollectionStartEvent):

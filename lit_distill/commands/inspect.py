@@ -128,7 +128,7 @@ def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, A
     for position, row in enumerate(rows):
         tasks = {}
         for task in datamodule.tasks:
-            found = [decode(ids) for ids in columns[f"{task}.labels"][position]]
+            found = [str(decode(ids)) for ids in columns[f"{task}.labels"][position]]
             tasks[task] = {
                 "input": decode(columns[f"{task}.input_ids"][position]),
                 "target": "\n".join(found) if found else None,

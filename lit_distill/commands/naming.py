@@ -57,8 +57,8 @@ def name_loggers(config: Namespace, job_type: str) -> None:
     """
     trainer = config["trainer"]
     if trainer.get("logger") is True or trainer.get("logger") is None:
-        arguments = {"save_dir": str(Path(trainer["default_root_dir"] or "") / "runs"), "name": None, "version": None}
-        arguments |= {"prefix": "", "flush_logs_every_n_steps": 100}
+        arguments: dict[str, Any] = {"name": None, "version": None, "prefix": "", "flush_logs_every_n_steps": 100}
+        arguments["save_dir"] = str(Path(trainer["default_root_dir"] or "") / "runs")
         own = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(arguments))
         trainer["logger"] = [own]
     for logger in loggers_of(config):

@@ -218,7 +218,7 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
     own = [name for name in trained if name in given and name not in base and not name.endswith("_prefix")]
     rows, read = config["data"]["init_args"].as_dict(), progress.get("datamodule_hyper_parameters", {})
     dataset, seed = str(config["data"]["class_path"]).rpartition(".")[2], config["seed_everything"]
-    pairs = [
+    pairs: list[tuple[str, Any, Any]] = [
         ("data", RunHistory.of(progress).get("dataset") or dataset, dataset),
         *((f"model.{name}", trained[name], given.get(name, {})) for name in (*_TRAINED_WITH, *own) if name in trained),
         *((f"data.{name}", read[name], rows.get(name, {})) for name in _TRAINED_ON if name in read),
@@ -226,7 +226,7 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
     if (drawn := progress.get("lit_distill_seed")) is not None and not isinstance(seed, bool):
         pairs.append(("seed_everything", drawn, seed))
     if "objectives" in trained:
-        pairs.append(("model.objectives", *(_objectives(one["objectives"]) for one in (trained, given))))
+        pairs.append(("model.objectives", _objectives(trained["objectives"]), _objectives(given["objectives"])))
     for key, before, now in pairs:
         if key == "model.student":
             before, now = Path(str(before)).name, Path(str(now)).name

@@ -13,7 +13,7 @@ from lit_distill.commands.parser import import_class
 from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule
 
-_BOUNDS: dict[str, dict[str, float]] = {
+_BOUNDS: dict[str, dict[str, Any]] = {
     "accumulate_grad_batches": {"at_least": 1},
     "num_nodes": {"at_least": 1, "below": 2**16},
     "val_check_interval": {"above": 0},
@@ -84,7 +84,7 @@ def refuse_overruled(parser: LightningArgumentParser, args: ArgsType, config: Na
     """
     if (model := config.get("model")) is None:
         return
-    parse = parser.parse_object if isinstance(args, dict | Namespace) else parser.parse_args
+    parse: Any = parser.parse_object if isinstance(args, dict | Namespace) else parser.parse_args
     with skip_apply_links():
         given = parse(args, defaults=False)
     given = given if "subcommand" not in given else given[given["subcommand"]]
