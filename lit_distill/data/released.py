@@ -123,26 +123,25 @@ class ReleasedRows(pl.LightningDataModule):
             rows.append(row if row.id else replace(row, id=f"{self.name}-{split}-{len(rows)}"))
         return rows
 
-    def load_outputs(self, split: Split, rows: list[Row]) -> list[Row]:
-        """The rows with the released outputs of their teacher, the files ``llm/<split>_CoT_<k>.json``.
+    def load_outputs(self, split: Split, rows: list[Row]) -> list[tuple[TeacherOutput, ...]]:
+        """Each row's released output, from the files ``llm/<split>_CoT_<k>.json``.
 
         Raises:
             UserError: a file is not as it should be.
         """
         folder, word = self.folder / "llm", self.splits[split]
-        outputs = read_outputs(folder, word)
-        if not outputs:
-            return rows
+        texts = read_outputs(folder, word)
+        if not texts:
+            return [()] * len(rows)
         counted = f"{split}: {self.split_file(split)} has {len(rows)} rows, {folder}/{word}_CoT_*.json have"
-        counted += f" {len(outputs)} outputs"
-        if len(outputs) < len(rows):
+        counted += f" {len(texts)} outputs"
+        if len(texts) < len(rows):
             raise UserError(f"{counted}; they are joined by position and have to be as many")
-        if len(outputs) > len(rows) and not self.allow_extra_outputs:
+        if len(texts) > len(rows) and not self.allow_extra_outputs:
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {len(rows)} of them")
-        # there may be more outputs, so not strict
-        pairs = zip(rows, outputs, strict=False)
         read = self._with_columns if names_columns(self.rationale_filter) else self._without_columns
-        return [replace(row, outputs=(read(row, text),)) for row, text in pairs]
+        # there may be more texts, so not strict
+        return [(read(row, text),) for row, text in zip(rows, texts, strict=False)]
 
     def _with_columns(self, row: Row, text: str) -> TeacherOutput:
         """An output with the columns that `annotate` writes."""
@@ -200,7 +199,7 @@ class ReleasedRows(pl.LightningDataModule):
 
     def _join(self, rows: list[Row], split: Split) -> list[Row]:
         """The rows with the outputs that ``rationales`` names, those of the data itself if it names none."""
-        outputs: list[list[TeacherOutput]] = [[] for _ in rows]
+        parts = []
         for path in self.rationales or [Path(RELEASED)]:
             if str(path) != RELEASED:
                 found, notices = read_annotations(rows, path, split, self.teacher_agrees, self.parse_teacher)
@@ -208,10 +207,10 @@ class ReleasedRows(pl.LightningDataModule):
                     self.warn(f"{split}: {notice}")
             else:
                 own = type(self).load_rows is not ReleasedRows.load_rows
-                found = [row.outputs for row in (rows if own else self.load_outputs(split, rows))]
-            for of_row, more in zip(outputs, found, strict=True):
-                of_row.extend(more)
-        rows = [replace(row, outputs=tuple(of_row)) for row, of_row in zip(rows, outputs, strict=True)]
+                found = [row.outputs for row in rows] if own else self.load_outputs(split, rows)
+            parts.append(found)
+        outputs = [sum(of_row, ()) for of_row in zip(*parts, strict=True)]
+        rows = [replace(row, outputs=of_row) for row, of_row in zip(rows, outputs, strict=True)]
         names = dict.fromkeys(output.teacher for of_row in outputs for output in of_row)
         if len(names) > 1 and not any(task.teacher for task in self.tasks.values()):
             self.warn(

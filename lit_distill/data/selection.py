@@ -208,7 +208,7 @@ def targets(
     found = []
     for output in chosen:
         label = output.label if teacher_labels and output is not None and output.label is not None else row.label
-        text = task.render(replace(row, label=label), output)
+        text = task.render(row if label == row.label else replace(row, label=label), output)
         if text is not None:
             found.append(Target(text, label))
     return found

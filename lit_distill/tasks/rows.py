@@ -13,6 +13,10 @@ from lit_distill.reading import parse_json
 _TEXTS = ("id", "input", "label", "rationale", "teacher_label")
 
 
+# one for all outputs: there may be millions
+_NO_COLUMNS: Mapping[str, Any] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherOutput:
     """One of a teacher's outputs for a row."""
@@ -25,7 +29,7 @@ class TeacherOutput:
     """The teacher's name, if known."""
     kind: str = "rationale"
     """What the text is, such as ``rationale`` or ``program``."""
-    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    columns: Mapping[str, Any] = field(default_factory=lambda: _NO_COLUMNS, hash=False)
     """Further columns, for filters and templates."""
 
 
