@@ -1,12 +1,9 @@
-"""The contract between data and modules: what one batch is.
+"""The contract between data and modules: what a batch is.
 
-A batch maps a task's name to that task's tensors. A task is named after what its target holds, in order: ``label``,
-``rationale``, ``rationale_label`` (one target: the rationale, then the label) and ``label_rationale``.
-
-In training a task holds only the rows that have a target for it, so a batch can hold fewer rationales than labels, or
-none: that task's tensors then have no rows. In evaluation every task holds every row of the batch, in the same order;
-a row without a target has only ``IGNORE_INDEX`` labels, and ``index`` says which row of the split it is (``-1`` marks
-a row that only pads a distributed sampler: its labels are ignored and its predictions belong to nobody).
+A batch maps task names to that task's tensors. In training a task holds only rows that have a target for it, so a batch
+may have fewer rationales than labels, or none. In evaluation every task holds every row of the batch, in the same
+order; a row without a target has only ``IGNORE_INDEX`` labels. ``index`` is the row's position in its split, or ``-1``
+for a row that pads a distributed sampler and is to be ignored.
 """
 
 from collections.abc import Sequence
@@ -19,14 +16,14 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 IGNORE_INDEX = -100
-"""Target positions with this id do not count: padding, and rows without a target (PyTorch's own default)."""
+"""Label of padding and of rows without a target; ignored in losses (PyTorch's default)."""
 
 PADDING_ROW = -1
-"""The ``index`` of a row that is there only so that all ranks have as many rows."""
+"""The ``index`` of a row that pads a distributed sampler."""
 
 
 class TaskInputs(TypedDict):
-    """One task's rows, padded to the longest of them."""
+    """One task's rows, padded to the longest."""
 
     input_ids: Tensor
     """Source token ids, ``(batch, source_len)``."""
@@ -43,13 +40,13 @@ TaskBatch = dict[str, TaskInputs]
 
 
 def target_tokens(inputs: TaskInputs) -> int:
-    """Number of target positions that count, on whichever device they lie."""
+    """Number of target positions that are not ``IGNORE_INDEX``."""
     from_labels: Tensor = (inputs["labels"] != IGNORE_INDEX).sum()
     return int(from_labels.item())
 
 
 def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
-    """These rows of a task, in this order, padded as they were."""
+    """Select rows of a task, in this order; the padding stays."""
     chosen = torch.tensor(list(rows), device=inputs["input_ids"].device)
     taken: TaskInputs = {
         "input_ids": inputs["input_ids"][chosen],
@@ -62,7 +59,7 @@ def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
 
 
 def join(parts: Sequence[TaskInputs]) -> TaskInputs:
-    """Rows of several batches as one, padded to the longest."""
+    """Concatenate the rows of several batches, padded to the longest."""
 
     def joined(name: Literal["input_ids", "attention_mask", "labels"], value: int) -> Tensor:
         width = max(part[name].shape[1] for part in parts)
@@ -80,19 +77,19 @@ def join(parts: Sequence[TaskInputs]) -> TaskInputs:
 
 
 def filler(token: int, device: torch.device) -> TaskInputs:
-    """One row of one source and one target token, for a forward that every rank has to make, though it has no rows."""
+    """A dummy row of one source and one target token, for ranks that must run a forward without rows."""
     ids = torch.full((1, 1), token, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the real positions of each row are."""
+    """The real positions of each row."""
 
     ends: tuple[int, ...]
-    """Columns up to the last real one; 0 in a row of none."""
+    """End of the last real position of each row; 0 if there is none."""
     whole: bool
-    """Whether all before a row's end are real, so that padding is on the right alone."""
+    """Whether all padding is on the right."""
 
 
 _HOST_COPIES = WeakTensorKeyDictionary()
@@ -100,19 +97,23 @@ _HOST_COPIES = WeakTensorKeyDictionary()
 
 
 def sources_of(inputs: TaskInputs) -> Rows:
-    """Where each source ends: with the last 1 of its mask."""
+    """The real positions of each source: up to the last 1 of its mask.
+
+    Read from the tensor itself. Synchronises with an accelerator, unless `remember_rows` knows this very tensor,
+    unchanged.
+    """
     return _rows(inputs["attention_mask"], 0)
 
 
 def targets_of(inputs: TaskInputs) -> Rows:
-    """Where each target ends: with its last label that is not ``IGNORE_INDEX``."""
+    """The real positions of each target: up to its last label that is not ``IGNORE_INDEX``."""
     return _rows(inputs["labels"], IGNORE_INDEX)
 
 
 def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
-    """Let `sources_of` and `targets_of` read a batch on the host instead of waiting for an accelerator.
+    """Store what `sources_of` and `targets_of` read from a batch on the host for its copy on an accelerator.
 
-    It is remembered for those very tensors, as long as they are not written to.
+    Valid for these very tensors until they are written to.
     """
     for task, inputs in moved.items():
         for name in ("attention_mask", "labels"):
@@ -128,7 +129,7 @@ def _rows(tensor: Tensor, padding: int) -> Rows:
         tensor = host
     real = tensor != padding
     columns = torch.arange(1, real.shape[1] + 1, device=real.device)
-    # a column of zeros in front: the greatest of no columns is not defined
+    # a leading column of zeros, as the maximum of no columns is undefined
     ends = functional.pad(real * columns, (1, 0)).amax(dim=1)
     last, number = torch.stack([ends, real.sum(dim=1)]).tolist()
     return Rows(tuple(last), last == number)

@@ -1,4 +1,4 @@
-"""What happens beside training: when to validate, how fast it goes, what is shown."""
+"""Callbacks of a run: validation schedule, throughput, sample tables."""
 
 import sys
 import time
@@ -16,9 +16,9 @@ _NEVER = sys.maxsize
 
 
 class ValidateEverySteps(Callback):
-    """Validate every so many optimizer steps, whatever the epoch's length and the accumulation, and at the end.
+    """Validate every ``every_n_steps`` optimizer steps, and at the end.
 
-    Lightning counts micro-batches, against which an epoch's shorter last window shifts the steps.
+    Lightning counts micro-batches, so an epoch's shorter last window would shift the steps.
 
     Args:
         every_n_steps: optimizer steps between validations; ``null``, or a ``trainer.val_check_interval``, leaves
@@ -33,7 +33,7 @@ class ValidateEverySteps(Callback):
         self._is_due = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the validation due after the last step has not ended."""
+        """Whether the validation after the last step is still due."""
         return {"is_due": self._is_due}
 
     def on_load_checkpoint(
@@ -45,13 +45,13 @@ class ValidateEverySteps(Callback):
             self.on_fit_start(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Let a trainer with no steps left start if the validation after the last step is due."""
+        """Start a finished run once more if its last validation is due."""
         if self._is_due and trainer.max_steps != -1:
-            # the schedule of the learning rate has been made by now
+            # the learning-rate schedule exists by now
             trainer.fit_loop.epoch_loop.max_steps += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the validation before or in which the run was interrupted, if there is one."""
+        """Run the validation that was due or interrupted when the run stopped."""
         self._last_step = trainer.global_step
         loop = trainer.fit_loop.epoch_loop
         if self._is_due:
@@ -62,7 +62,7 @@ class ValidateEverySteps(Callback):
             loop._batches_that_stepped = trainer.global_step - 1
             loop.val_loop.restarting = False
             loop.val_loop.run()
-            # or the loop takes a resumed epoch without batches left for one that it has ended, over and over
+            # or the loop would end a resumed epoch without batches over and over
             loop.val_loop._has_run = False
             loop._batches_that_stepped = trainer.global_step
             trainer.training = True
@@ -70,22 +70,22 @@ class ValidateEverySteps(Callback):
             trainer.val_check_batch = _NEVER
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mark the validation as ended, before checkpoints are written."""
+        """Mark the validation as done, before checkpoints are written."""
         self._is_due = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """A resumed run looks at this once before its first batch has counted."""
+        """After resuming, apply the schedule before the first batch."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Make Lightning's count come out even exactly where validation is due."""
+        """Adjust Lightning's interval so that it validates exactly when due."""
         loop, stepped = trainer.fit_loop.epoch_loop, trainer.global_step != self._last_step
         if self.every_n_steps is not None:
             due = stepped and (trainer.global_step % self.every_n_steps == 0 or self._is_last(trainer))
             across_epochs = trainer.check_val_every_n_epoch is None
             done = (loop.total_batch_idx if across_epochs else loop.batch_idx) + 1
             trainer.val_check_batch = done if due else _NEVER
-        # one in the midst of a step comes again by itself, as a resumed run begins with that step
+        # one inside a step is repeated anyway, as a resumed run begins with that step
         fetcher = trainer.fit_loop._data_fetcher
         self._is_due = stepped and fetcher is not None and loop._should_check_val_fx(fetcher)
 
@@ -98,7 +98,7 @@ class ValidateEverySteps(Callback):
 
 
 class Throughput(Callback):
-    """Log examples, tokens (without padding) and optimizer steps a second of training, over all ranks."""
+    """Log examples, tokens (without padding) and optimizer steps per second of training, over all ranks."""
 
     def __init__(self) -> None:
         self._started = self._seconds = 0.0
@@ -110,13 +110,13 @@ class Throughput(Callback):
             self._started = time.perf_counter()
 
     def on_validation_start(self, *args: Any) -> None:
-        """Stop the clock while it evaluates."""
+        """Stop the clock during validation."""
         if self._started:
             self._seconds += time.perf_counter() - self._started
             self._started = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Count a complete step; log where it is logged."""
+        """Count a complete step, and log."""
         window: Window | None = getattr(pl_module, "window", None)
         if window is None or trainer.fit_loop.epoch_loop.batch_idx + 1 != window.start + window.size:
             return
@@ -140,14 +140,14 @@ class Throughput(Callback):
 
 
 class SampleTable(Callback):
-    """Log each evaluation's sample predictions, with their rationales, to loggers that show tables or text."""
+    """Log sample predictions with rationales to loggers that support tables or text."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Samples of val."""
+        """Log the samples of val."""
         self._log(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Samples of test."""
+        """Log the samples of test."""
         self._log(trainer, pl_module)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Checkpoints that are never half written, signals that stop a run so that it is saved, and a run's history."""
+"""Atomic checkpoints, stopping on signals, and the history of resumed runs."""
 
 import errno
 import os
@@ -23,15 +23,15 @@ from lit_distill.interrupts import Interrupted, on_signals
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own, but written beside the target: Lightning writes to the system's temporary folder and moves."""
+    """Lightning's checkpoint IO with atomic writes: to a file beside the target, then renamed."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint; at every instant the file is the earlier one or the new one."""
+        """Save a checkpoint atomically."""
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.ckpt.*.tmp"):
-            # a run that was killed left it; the next may save under another name
+            # left by a killed run; the next may save under another name
             stale.unlink(missing_ok=True)
         try:
             with atomic_write(path, "wb") as file:
@@ -44,16 +44,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_atomically(trainer: pl.Trainer) -> None:
-    """Have a trainer write its checkpoints with `AtomicCheckpointIO`, unless its strategy has its own way."""
+    """Make a trainer use `AtomicCheckpointIO`, unless its strategy has its own checkpoint IO."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """The best checkpoints by a metric; a run that is resumed in a folder of its own still knows the earlier best.
+    """The best checkpoints by a metric; a resumed run in a new folder still knows the earlier best.
 
-    One that a better one has replaced is removed once ``last.ckpt`` knows of the better one: a run that is killed in
-    between resumes with either.
+    A replaced checkpoint is deleted only after ``last.ckpt`` knows its successor, so that a run killed in between can
+    resume with either.
     """
 
     _replaced: tuple[str, ...] = ()
@@ -67,20 +67,20 @@ class BestCheckpoint(ModelCheckpoint):
         self._replaced = ()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """The checkpoints of a validation before are all written."""
+        """Delete replaced checkpoints: all of the last validation are written."""
         self._remove_replaced(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As before a batch."""
+        """Delete replaced checkpoints."""
         super().on_train_end(trainer, pl_module)
         self._remove_replaced(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """As Lightning's, with the files that are still to be removed."""
+        """As Lightning's, with the files still to delete."""
         return super().state_dict() | {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lightning's, which forgets the earlier best where the folder is another one; it may have been moved."""
+        """As Lightning's, but keeps the earlier best if the folder has moved."""
 
         def found(path: str) -> str:
             moved = Path(str(self.dirpath)) / Path(path).name
@@ -96,9 +96,9 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``: written after every validation, at the end of training, and when a run is interrupted.
+    """Writes ``last.ckpt`` after every validation, at the end of training, and when a run is interrupted.
 
-    A run on several processes is not saved when an exception stops one of them: saving waits for all.
+    With several processes nothing is saved after an exception, since saving would wait for all of them.
 
     Args:
         dirpath: folder; by default ``checkpoints`` in the run's.
@@ -121,7 +121,7 @@ class LastCheckpoint(ModelCheckpoint):
         return Path(self.format_checkpoint_name({}))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing of an earlier run's is needed, whose folder may be another one."""
+        """Ignore an earlier run's state, whose folder may differ."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save nothing: the state to resume from is saved already."""
@@ -130,16 +130,16 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Remember the step: until the trainer has counted it, the weights may have moved in part."""
+        """Remember the step: until the trainer has counted it, weights may be partly updated."""
         self._open_step = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what no validation has followed."""
+        """Save if no validation followed the last step."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, str(self.path))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what was trained so far, under the same name."""
+        """Save what was trained so far as ``last.ckpt``."""
         if not self._training or trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
             return
         together = trainer.world_size == 1 or isinstance(exception, Interrupted)
@@ -150,10 +150,10 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StopAtSignals(Callback):
-    """SIGINT (Ctrl-C) and SIGTERM stop ``fit`` between two batches, all ranks at the same one, so that it can be saved.
+    """SIGINT (Ctrl-C) and SIGTERM stop ``fit`` between two batches, on all ranks at the same one, so that it can save.
 
-    An exception in the midst of an optimizer step or of a checkpoint would leave either in part. A batch of
-    validation, which changes nothing, is broken off where one process trains. It stands before all other callbacks.
+    An exception inside an optimizer step or a checkpoint would leave it incomplete. A validation batch is interrupted
+    at once with one process. Must be the first callback.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class StopAtSignals(Callback):
         self._in_validation_batch = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over, Lightning's SIGTERM too; when the run ends, Lightning sets back what it found."""
+        """Install the handlers, replacing Lightning's own for SIGTERM, which it restores at the end."""
         self._number = 0
         on_signals(lambda number: self._note(number, trainer))
 
@@ -169,7 +169,7 @@ class StopAtSignals(Callback):
         if self._number:
             return
         self._number = number
-        # not `print`, which a signal may have interrupted
+        # not `print`, which the signal may have interrupted
         os.write(2, b"\nStopping at the end of this batch.\n" if trainer.is_global_zero else b"")
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)
@@ -177,7 +177,7 @@ class StopAtSignals(Callback):
             raise Interrupted(number)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop before a batch, before a validation, and before what follows training."""
+        """Stop before a batch, a validation, or the end of training."""
         number = self._number
         if trainer.world_size > 1:
             asked = torch.tensor(float(number), device=trainer.strategy.root_device)
@@ -188,23 +188,23 @@ class StopAtSignals(Callback):
     on_validation_start = on_train_end = on_train_batch_start  # type: ignore[assignment]  # any arguments
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop before a batch, or at once from here on."""
+        """Stop before a batch, or at any time within it."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._in_validation_batch = True
             self.on_train_batch_start(trainer)
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        """A checkpoint may be written next."""
+        """Stop only between batches again: a checkpoint may follow."""
         self._in_validation_batch = False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop at once from here on: what training made is saved."""
+        """Stop at once from now on: training is saved."""
         if self._number:
             raise Interrupted(self._number)
 
 
 class RunHistory(Callback):
-    """What a resumed run has to know of its earlier parts, stored in checkpoints, and the lock on its folder.
+    """The earlier parts of a resumed run, saved in checkpoints, and the lock on the run's folder.
 
     Args:
         folder: finds the run's folder.
@@ -212,9 +212,9 @@ class RunHistory(Callback):
 
     def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        """When its first part began, in UTC."""
+        """Start of the first part, in UTC."""
         self.validation_seconds = 0.0
-        """How long it validated, of `seconds`."""
+        """Part of `seconds` spent in validation."""
         self._folder = folder
         self._before = 0.0
         self._began = time.monotonic()
@@ -225,22 +225,22 @@ class RunHistory(Callback):
 
     @property
     def seconds(self) -> float:
-        """How long it took: this part, and the earlier ones up to the checkpoints they were resumed from."""
+        """Run time: this part, and the earlier ones up to the checkpoints that were resumed."""
         return self._before + time.monotonic() - self._began
 
     @staticmethod
     def of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """The part stored in a checkpoint; empty if there is none."""
+        """The history saved in a checkpoint; empty if there is none."""
         states = checkpoint.get("callbacks", {})
         return next((dict(state) for name, state in states.items() if name.startswith(RunHistory.__name__)), {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The history in plain types."""
         times = {"started": self.started, "seconds": self.seconds, "validation_seconds": self.validation_seconds}
         return times | self._known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the count; Lightning also loads it for the test that ends a run."""
+        """Continue the count; Lightning also calls this for the test that ends a run."""
         if not self._fitted:
             self.started, self._before = state_dict["started"], state_dict["seconds"]
             self.validation_seconds = state_dict["validation_seconds"]
@@ -255,11 +255,7 @@ class RunHistory(Callback):
 
     @rank_zero_only
     def lock(self, folder: Path) -> None:
-        """Keep other processes from running in a folder, until `release`.
-
-        Raises:
-            UserError: one does.
-        """
+        """Lock a folder until `release`. Raises a ``UserError`` if another process has it."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._lock or FileLock(folder / ".lock")
         try:
@@ -268,14 +264,14 @@ class RunHistory(Callback):
             raise UserError(f"{folder}: another process is running it") from error
 
     def release(self) -> None:
-        """Let others run in the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.release(force=True)
 
     def on_validation_start(self, *args: Any) -> None:
-        """Start the clock of validation."""
+        """Start the validation clock."""
         self._validation_began = time.monotonic()
 
     def on_validation_end(self, *args: Any) -> None:
-        """Stop the clock."""
+        """Stop the validation clock."""
         self.validation_seconds += time.monotonic() - self._validation_began

@@ -1,4 +1,4 @@
-"""Checks of constructor arguments: one line that names the argument, what is allowed and what came."""
+"""Checks of constructor arguments; errors name the argument, what is allowed and what was given."""
 
 import math
 from collections.abc import Collection
@@ -64,9 +64,9 @@ def check_bool(name: str, value: Any) -> bool:  # noqa: ANN401
 
 
 def check_format(name: str, template: str) -> list[str]:
-    """The fields of a format string, in order; those with a format, a conversion or an access are refused.
+    """The fields of a format string, in order; format specs, conversions and attribute access are refused.
 
-    ``{input:>2000000000}`` fills the memory, and ``{input.x}`` reads what is no column.
+    ``{input:>2000000000}`` would fill the memory, and ``{input.x}`` is no column.
     """
     try:
         fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]

@@ -1,4 +1,4 @@
-"""The command line: answers at once what needs no library, runs the commands, and tells faults in one line."""
+"""The command line: answers ``--help`` without heavy imports, runs commands, and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
 _LONGEST = 2000
-"""Characters of an error's line."""
+"""Maximum length of an error line."""
 
 
 def run() -> None:
@@ -32,13 +32,13 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
     """Run one command.
 
     Args:
-        args: the arguments as a list; by default the process's.
-        own_process: the process is there for this command alone, so that what is imported for it may stay for good.
+        args: the arguments; by default those of the process.
+        own_process: the process runs this command only, so garbage collection can skip imported objects.
 
     Raises:
-        SystemExit: with one line on stderr: code 2 for what the user can mend, 130 or 143 after SIGINT or SIGTERM.
+        SystemExit: after one line on stderr: code 2 for a user error, 130 or 143 after SIGINT or SIGTERM.
     """
-    # a user's own classes lie in the folder that the command is given in
+    # for the user's own classes in the working directory
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     given = sys.argv[1:] if args is None else args
@@ -50,13 +50,13 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
             given = ["--help" if word == "--help_all" else word for word in find_configs(given)]
             refuse_secrets(given)
         if own_process:
-            # what is imported is no garbage, and to look for some in it again and again takes a third of the start
+            # garbage collection of imported objects would take a third of the start-up time
             gc.disable()
         # torch, lightning and transformers come with this one
         from lit_distill.commands.dispatch import dispatch
 
         if own_process:
-            # nor is it looked through while the command runs, or taken apart at the end
+            # nor is there any need to collect or free them later
             gc.freeze()
             gc.enable()
         dispatch(given)
@@ -66,7 +66,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
             raise
         line = " ".join(line.split())
         if len(line) > _LONGEST:
-            # what was given may be a file's whole content
+            # a value may be a whole file's content
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
         print(f"lit_distill: error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -77,7 +77,7 @@ def main(args: ArgsType = None, *, own_process: bool = False) -> None:
 
 
 def of_a_file(error: OSError) -> str | None:
-    """The message that a file or folder cannot be read or written, and why; ``None`` for other errors."""
+    """The message for a file or folder that cannot be read or written; ``None`` for other errors."""
     if isinstance(error, ConnectionError | TimeoutError | ChildProcessError | ProcessLookupError) or not error.strerror:
         return None
     if error.filename is None:
@@ -87,11 +87,11 @@ def of_a_file(error: OSError) -> str | None:
 
 
 def answer_at_once(given: list[str]) -> None:
-    """End the program where no command is to be run; return where one may be.
+    """Print help or version and exit; return if a command is to run.
 
     Raises:
-        SystemExit: with code 0, once the help or the version is printed.
-        UserError: there is no command, or none of that name.
+        SystemExit: with code 0, after help or version.
+        UserError: there is no command, or it is unknown.
     """
     option = given[0].partition("=")[0] if given else ""
     if option == "--version":
@@ -107,7 +107,7 @@ def answer_at_once(given: list[str]) -> None:
             f"{name}: no such argument{likely(name, BEFORE)}; allowed before a command are {', '.join(BEFORE)}"
         )
     if option in SHORT_HELP and {"-h", "--help"} & set(given):
-        # the whole help has hundreds of lines, most of them the trainer's
+        # the full help has hundreds of lines, mostly of the trainer
         _, text, parts = help_texts()
         shown = [part for part in parts.split("\n\n") if part.partition(":")[0].split("\n")[0] in SHORT_HELP[option]]
         end(text.format(command=option, description=COMMANDS[option], shown="\n\n".join(shown)))
@@ -119,7 +119,7 @@ def help_texts() -> list[str]:
 
 
 def end(text: str) -> NoReturn:
-    """Print a text and end the program."""
+    """Print a text and exit."""
     print(text)
     raise SystemExit(0)
 
@@ -131,4 +131,4 @@ _TRAINING = ("config", "method", "of StepByStepModule", "data", "run")
 SHORT_HELP = dict.fromkeys(("fit", "validate", "test", "predict"), _TRAINING) | {
     "inspect": ("config", "data", "report")
 }
-"""Command -> the parts of its help that ``--help`` shows."""
+"""Command -> the parts of ``help.txt`` that its ``--help`` shows."""

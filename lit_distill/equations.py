@@ -1,7 +1,7 @@
-"""Arithmetic in text, valued without ever running the text.
+"""Evaluate arithmetic in text, safely.
 
-What a student writes is untrusted: the value of an equation or a program is computed here from a syntax tree in which
-only numbers, ``+ - * / // % **``, signs, parentheses and, in programs, assigned names exist.
+A student's text is untrusted: values are computed from a syntax tree in which only numbers, ``+ - * / // % **``, signs,
+parentheses and, in programs, assigned names are allowed.
 """
 
 import ast
@@ -12,25 +12,27 @@ from itertools import accumulate
 from typing import Final
 
 MAX_LENGTH: Final = 512
-"""Longest equation or line of a program, in characters after stripping. SVAMP's longest equation has 31; the bound also
-caps the number of nodes, so that a generation that never stopped costs no more than a good one."""
+"""Maximum characters of an equation or a line of a program. SVAMP's longest equation has 31; the limit bounds the cost
+of a generation that does not stop.
+"""
 
 MAX_LINES: Final = 64
-"""Most lines of a program."""
+"""Maximum lines of a program."""
 
 MAX_DEPTH: Final = 64
-"""Deepest nesting, of parentheses and of operations alike, where every term of ``1 + 1 + 1 ...`` nests one deeper. Far
-below the parser's and the interpreter's own limits, so that the answer depends neither on the Python version nor on how
-deep the caller's stack is."""
+"""Maximum nesting of parentheses and operations (each term of ``1 + 1 + 1 ...`` is one level). Far below the limits of
+parser and interpreter, so that the result does not depend on Python's version or the caller's stack.
+"""
 
 MAX_EXPONENT: Final = 64.0
-"""Largest exponent by size. No word problem raises to more, and a student that stutters ``**`` writes no answer."""
+"""Maximum absolute exponent, far more than word problems need."""
 
 MAX_MAGNITUDE: Final = 1e15
-"""Largest number by size, for literals, intermediate results and the value. Below it (and up to 2**53, about 9e15)
-doubles hold every integer, so that whole numbers are computed exactly."""
+"""Maximum absolute value of literals, intermediate results and the result. Doubles represent all integers below it
+exactly.
+"""
 
-# Letters other than the exponent's are refused before the parser sees them: it would warn about some (`1or 2`) and
+# Letters other than the exponent's are refused before parsing: the parser would warn about some (`1or 2`) and
 # read others that are no plain decimal numbers (`0x1f`, `1_000`, `2j`).
 _CHARACTERS: Final = frozenset("0123456789.eE+-*/%() \t\n")
 
@@ -54,16 +56,16 @@ _BINARY: Final[dict[type[ast.operator], Callable[[float, float], float]]] = {
 }
 _UNARY: Final[dict[type[ast.unaryop], Callable[[float], float]]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
-# the parser gives up on deep nesting with RecursionError or MemoryError, on overlong integers with ValueError
+# RecursionError or MemoryError: deep nesting; ValueError: integers of too many digits
 _FAULTS: Final = (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError)
 
 
 def _value(node: ast.expr, names: Mapping[str, float], depth: int = 1) -> float:
-    """The value of a tree; raises ``ValueError`` or ``ArithmeticError`` where it has none."""
+    """The value of a tree. Raises ``ValueError`` or ``ArithmeticError`` if it has none."""
     if depth > MAX_DEPTH:
         raise ValueError("nested beyond MAX_DEPTH")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        # in floats from the leaves on: no integer can grow without bound
+        # floats from the leaves up, so that no integer grows without bound
         value = float(node.value)  # type: ignore[arg-type]
     elif isinstance(node, ast.Name) and node.id in names:
         value = names[node.id]
@@ -87,14 +89,14 @@ def _is_short(text: str) -> bool:
 
 
 def evaluate(text: str) -> float | None:
-    """The value of an arithmetic expression, by Python's own precedence and meaning of each operator.
+    """The value of an arithmetic expression, with Python's precedence and operators.
 
-    Decimal integers and floats, ``+ - * / // % **``, signs and parentheses are read, within this module's limits.
-    Commas are not thousands separators: ``1,000`` is no number here.
+    Thousands separators (``1,000``) are not supported.
 
     Returns:
-        The value, always finite; ``None`` for anything else: other syntax, division by zero, a complex power, numbers
-        beyond the limits. It never raises.
+        A finite value, or ``None`` for other syntax, division by zero, a complex power, or numbers beyond the limits.
+            It
+        never raises.
 
     >>> evaluate("( 10.0 * 45.0 )")
     450.0

@@ -1,9 +1,9 @@
-"""The one exception for what a user can mend: a value, a file, a name."""
+"""The exception for errors that a user can fix."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong.
+    """An invalid value, file or name that the user gave.
 
-    The message is one line that names the argument (or the file) and says what is allowed. The command line prints
-    it without a traceback and exits with code 2; in Python it is a plain ``ValueError``.
+    Its message is one line that names the argument or file and says what is allowed. The command line prints it without
+    a traceback and exits with code 2; in Python it is a ``ValueError``.
     """

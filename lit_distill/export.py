@@ -1,4 +1,4 @@
-"""Save a trained student for use elsewhere: Hugging Face format, prefix, generation settings, model card."""
+"""Export a trained student in the Hugging Face format, with prefixes, generation settings and model card."""
 
 import json
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from lit_distill.students import CHECKPOINT_KEY, load, read_checkpoint
 from lit_distill.students.tokens import Family
 
 _HUB_ERRORS = (OSError, ValueError, httpx2.HTTPError)
-"""What a call to the hub raises: no network, no such name, no permission."""
+"""Exceptions of hub calls: no network, unknown name, no permission."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says."""
+    """The facts of a model card."""
 
     method: str
     dataset: str
@@ -29,15 +29,15 @@ class CardFacts:
     settings: Mapping[str, Any]
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of test; an interval's bounds end in ``_low`` and ``_high``."""
+    """Of test; the bounds of intervals end in ``_low`` and ``_high``."""
     rows: int = 0
-    """Of test, that the metrics are of."""
+    """Number of test rows."""
     baseline: Mapping[str, float] = field(default_factory=dict)
-    """The label-only baseline's metrics, under their logged names."""
+    """The label-only baseline's metrics, by their logged names."""
     base_model: str | None = None
-    """The hub name of what the weights began with."""
+    """Hub name of the model that was finetuned."""
     license: str | None = None
-    """The base model's."""
+    """The base model's licence."""
     hub_dataset: str | None = None
     """The dataset's name on the hub."""
     family: Family = "seq2seq"
@@ -45,7 +45,7 @@ class CardFacts:
     chat: bool = False
     """Whether its tokenizer has a chat template."""
     adapter_alone: bool = False
-    """Whether the folder holds an adapter without the student under it."""
+    """Whether the folder holds only an adapter."""
 
 
 def export_checkpoint(
@@ -56,24 +56,24 @@ def export_checkpoint(
     generation: Mapping[str, Mapping[str, Any]],
     facts: CardFacts,
 ) -> Path:
-    """Turn a checkpoint with a full state dict into a student's folder, which replaces an earlier one whole.
+    """Export a checkpoint's student to a folder, and return the folder.
 
     Args:
-        checkpoint_path: the checkpoint.
-        folder: where the student goes; it is returned.
+        checkpoint_path: a checkpoint of this framework, with a full state dict.
+        folder: the target; an existing one is replaced.
         prefixes: task -> input prefix.
-        generation: task -> ``generate``'s arguments; those of the first task become the folder's defaults.
-        facts: the model card's content.
+        generation: task -> ``generate``'s arguments; those of the first task become the defaults.
+        facts: the content of the model card.
     """
     record = read_checkpoint(str(checkpoint_path))[CHECKPOINT_KEY]
-    # without its adapter named, a student is loaded with the adapter merged into it
+    # without `adapter`, the adapter is merged into the student
     adapter = record.get("adapter") if facts.adapter_alone else None
     student = load(checkpoint_path, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
     network = student.network
     first = next(iter(prefixes))
     for name, value in generation[first].items():
         setattr(network.generation_config, name, value)
-    # greedy search: sampling settings of a pretrained student's own would contradict it
+    # greedy: the pretrained model's sampling settings would contradict it
     network.generation_config.do_sample = False
     for config in getattr(student.model, "peft_config", {}).values():
         config.base_model_name_or_path = str(facts.settings["student"])
@@ -81,7 +81,7 @@ def export_checkpoint(
         student.save(tmp_path)
         path = tmp_path / "config.json"
         if path.exists():
-            # Hugging Face's place for what a task puts before its inputs
+            # Hugging Face's field for input prefixes
             config = json.loads(path.read_text())
             config["prefix"] = prefixes[first]
             config["task_specific_params"] = {
@@ -93,7 +93,7 @@ def export_checkpoint(
 
 
 def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mapping[str, Mapping[str, Any]]) -> str:
-    """The card as Markdown with the hub's metadata block."""
+    """The model card in Markdown, with the metadata block of the hub."""
     first = next(iter(prefixes))
     results = _eval_results(facts)
     settings = {task: ", ".join(f"{key} {value}" for key, value in own.items()) for task, own in generation.items()}
@@ -132,7 +132,7 @@ def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mappin
 
 
 def _snippet(facts: CardFacts, prefix: str, length: int) -> list[str]:
-    """Code that generates for one input."""
+    """Example code for one input."""
     kind = "Seq2SeqLM" if facts.family == "seq2seq" else "CausalLM"
     if facts.adapter_alone:
         name, imports = f"AutoPeftModelFor{kind}", [f"from peft import AutoPeftModelFor{kind}"]
@@ -159,18 +159,18 @@ def _snippet(facts: CardFacts, prefix: str, length: int) -> list[str]:
 
 
 def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]:
-    """The hub name and the licence of what a student's weights began with, as far as they are known.
+    """Hub name and licence of the model that a student started from, where known.
 
     Args:
-        student: a hub name or a folder, whose card is read; for a hub name only where the hub is reachable.
-        from_scratch: the weights began as random ones.
+        student: a hub name (whose card is read if the hub is reachable) or a folder.
+        from_scratch: the weights were initialised randomly.
     """
     if from_scratch:
         return None, None
     local = Path(student).exists()
     try:
         if not local:
-            # one request that is not repeated: many machines that train reach no hub
+            # one try: many training machines cannot reach the hub
             found = HfApi().model_info(student, timeout=5).card_data
             return student, None if found is None else found.license
         found = ModelCard.load(Path(student) / "README.md", ignore_metadata_errors=True).data
@@ -180,10 +180,10 @@ def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]
 
 
 def check_hub(repository: str, kind: str = "model") -> None:
-    """Make a repository on the hub, if it is not there, so that a ``model`` or ``dataset`` can be pushed to it.
+    """Create a ``model`` or ``dataset`` repository on the hub, if absent, to push to later.
 
     Raises:
-        UserError: the name is none, or this user cannot write to it from here.
+        UserError: the name is invalid, or the user cannot write to it.
     """
     try:
         HfApi().create_repo(repository, repo_type=kind, exist_ok=True)
@@ -195,11 +195,7 @@ def check_hub(repository: str, kind: str = "model") -> None:
 
 
 def push_folder(folder: Path, repository: str, kind: str = "model") -> None:
-    """Upload a folder, without its hidden files.
-
-    Raises:
-        UserError: it cannot be uploaded; the folder is as it was.
-    """
+    """Upload a folder, without its hidden files. Raises a ``UserError`` if it cannot be uploaded; the folder stays."""
     try:
         HfApi().upload_folder(
             repo_id=repository,
@@ -220,12 +216,12 @@ def _reason(error: Exception) -> str:
 
 
 def _measured(facts: CardFacts) -> list[str]:
-    """The metrics' names, without the bounds of their intervals."""
+    """The names of the metrics, without interval bounds."""
     return [name for name in facts.metrics if not name.endswith(("_low", "_high"))]
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Accuracies, F1 and ROUGE of the test split; losses of other methods are other sums."""
+    """Accuracies, F1 and ROUGE on test; no losses, which differ between methods."""
     return [
         EvalResult(
             task_type="text2text-generation",
@@ -246,7 +242,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _metric_rows(facts: CardFacts) -> list[str]:
-    """A table: the student's figures with their intervals, and the baseline's accuracy beside."""
+    """The student's metrics with their intervals, and the baseline's accuracies."""
     rows = [(name, name, facts.metrics) for name in _measured(facts)]
     if facts.baseline:
         rows.append(("accuracy of the label-only baseline", "test/accuracy", facts.baseline))
@@ -261,7 +257,7 @@ def _metric_rows(facts: CardFacts) -> list[str]:
 def _rows(content: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, value in flatten(content).items():
-        # a folder of this machine is of no use to whoever reads the card
+        # a local folder means nothing to readers of the card
         shown = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         text = f"{shown:.4f}" if isinstance(shown, float) and 1e-3 <= abs(shown) < 1 else f"{shown}"
         rows.append(f"| {name} | {text} |")

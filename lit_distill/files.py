@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all; nested keys as dotted ones."""
+"""Atomic files and folders, and flattening of nested configs."""
 
 import glob
 import os
@@ -14,17 +14,17 @@ _HOST = socket.gethostname().partition(".")[0]
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write that takes its place, whole and on the disk, when the block ends well; else nothing changes.
+    """Open a temporary file that replaces ``path`` when the block ends without an exception.
 
-    It is written beside its target: to move it in from another file system would be to copy it. What a killed process
-    has left of an earlier attempt is removed.
+    It is created in the target's folder, as a rename across file systems would copy. Leftovers of killed processes are
+    removed.
 
     Args:
-        path: the file; of a link, what it leads to is replaced. Its folder exists.
+        path: the file; a link's target is replaced. Its folder must exist.
         mode: ``w`` for UTF-8 text, ``wb`` for bytes.
     """
     if Path(path).exists() and not Path(path).is_file():
-        # a pipe or a terminal has nothing to keep, and is not for a file to replace
+        # a pipe or a terminal is written to, not replaced
         with Path(path).open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         return
@@ -37,7 +37,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """As `atomic_write`, of a folder: one to fill, which takes the place of the earlier one."""
+    """As `atomic_write`, but a folder to fill."""
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(folder) as tmp_path:
@@ -62,7 +62,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def flatten(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """A config with its keys joined by dots. Lists stay as they are, empty mappings are left out."""
+    """A config with dotted keys. Lists stay as they are, empty mappings are dropped."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -77,7 +77,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         host, process = stale.name.split(".")[-3:-1]
-        # of another machine that shares the folder nothing is known
+        # the processes of another machine are unknown
         if host == _HOST and not _is_running(process):
             _remove(stale)
     tmp_path = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
@@ -85,7 +85,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield tmp_path
         _sync(path.parent)
     except OSError as error:
-        # of a write to a full disk the system names no file
+        # the error of a full disk names no file
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -93,7 +93,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _is_running(process: str) -> bool:
-    """Whether another process of this number is there, which may be writing."""
+    """Whether another process with this id, which may be writing, exists."""
     if not process.isdecimal() or int(process) == os.getpid():
         return False
     try:
@@ -113,7 +113,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file's content, or a folder's names, to the disk."""
+    """Flush a file or folder to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

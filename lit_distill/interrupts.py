@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as an exception that ends a command with the exit code of a shell."""
+"""Ctrl-C and SIGTERM as an exception that ends a command with the usual exit code."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Interrupted(SystemExit):
-    """A signal asked a command to end: exit code 130 after SIGINT (Ctrl-C), 143 after SIGTERM."""
+    """A signal asked the command to end: exit code 130 after SIGINT (Ctrl-C), 143 after SIGTERM."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -18,7 +18,7 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM raise `Interrupted` in it."""
+    """Within the block, SIGINT and SIGTERM raise `Interrupted`."""
 
     def stop(number: int) -> None:
         raise Interrupted(number)
@@ -32,18 +32,14 @@ def interruptible() -> Iterator[None]:
 
 
 def on_signals(handle: Callable[[int], None]) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
-    """Have SIGINT and SIGTERM handled, unless they are ignored or this is not the main thread.
-
-    Returns:
-        The earlier handlers.
-    """
+    """Handle SIGINT and SIGTERM, unless ignored or not in the main thread; return the earlier handlers."""
     process = os.getpid()
 
     def in_this_process(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
             handle(number)
         else:
-            # a worker process of a data loader; SIGTERM is how its parent ends it
+            # in a data loader worker, which its parent ends by SIGTERM
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -1,4 +1,4 @@
-"""Turns a parser's error of many lines into one: the key, what was given, and what is allowed."""
+"""Rewrite the parser's multi-line errors as one line: the key, what was given, and what is allowed."""
 
 import difflib
 import importlib
@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 DESCRIPTION = "Distilling step-by-step: train and compare small students."
-"""What the program is for."""
 
 COMMANDS = {
     "fit": "Train a student, test its best checkpoint and save it.",
@@ -19,18 +18,18 @@ COMMANDS = {
     "inspect": "Report on a dataset as a config uses it: rows, labels, lengths.",
     "configs": "List the configs that come with this, or copy them.",
 }
-"""The commands, with one sentence of help each."""
+"""The commands with their help."""
 
 _MANY = 30
-"""Keys that are too many for a line."""
+"""Maximum keys to list in a message."""
 
 
 def one_line(message: str, options: Sequence[str] = ()) -> str:
-    """An error of jsonargparse as one line.
+    """A jsonargparse error as one line.
 
     Args:
-        message: its text, of one or many lines.
-        options: the options that the parser knows, for a likely spelling.
+        message: the error's text.
+        options: the options that the parser knows, to suggest a spelling.
     """
     found = re.match(r'Parser key "([^"]+)":', message)
     key = found.group(1) if found else ""
@@ -53,7 +52,7 @@ def _nested(found: re.Match[str], key: str, message: str, options: Sequence[str]
 
 def _unknown_class(found: re.Match[str], key: str, message: str, options: Sequence[str]) -> str | None:
     name, subtypes = found.group(1), re.search(r"(?m)^\s*Subtypes: (.+)$", message)
-    # neither `str` nor `NoneType`: a class in a module
+    # a class in a module, not `str` or `NoneType`
     bases = re.findall(r"[\w.]+\.[A-Z]\w*", subtypes.group(1)) if subtypes else []
     if not bases:
         return None
@@ -96,7 +95,7 @@ def _given(message: str) -> str:
 
 
 def no_command(given: str | None = None) -> str:
-    """The message that no command, or an unknown one, was given."""
+    """The message for a missing or unknown command."""
     start = f"{given}: no such command{likely(given, tuple(COMMANDS))}" if given else "a command must be given"
     return f"{start}; allowed are {', '.join(COMMANDS)}"
 
@@ -105,7 +104,7 @@ _OWN = "or the import path of a class of your own"
 _CLASS = "a class's name or import path, or a mapping of class_path and init_args"
 
 _RULES: Sequence[tuple[str, str | Callable[[re.Match[str], str, str, Sequence[str]], str | None]]] = (
-    # a class's arguments are parsed by a parser of their own, whose error is in one line already
+    # the parser of a class's arguments has already made one line
     (r"(?m)(?:^|- )(\w[\w.]*: (?:no such argument|got |unknown class |cannot use |must be given).*)$", _nested),
     (
         r"^--([\w.]+)\.help: Expected a dot import path string: (\S+)",
@@ -137,11 +136,11 @@ _RULES: Sequence[tuple[str, str | Callable[[re.Match[str], str, str, Sequence[st
     (r"invalid choice: '(\w+)'", lambda found, *others: no_command(found.group(1))),
     (r"expected \"subcommand\" to be one of", lambda *others: no_command()),
 )
-"""What jsonargparse says -> what is said instead; the first that fits is taken."""
+"""Pattern of a jsonargparse error -> the line to show; the first match wins."""
 
 
 def plain_type(text: str) -> str:
-    """A type as Python writes it, in plain words."""
+    """A Python type in plain words."""
     if literal := re.search(r"typing\.Literal\[(.+)\]", text):
         return f"one of {literal.group(1)}"
     text = re.sub(r"<class '([\w.]+)'>", lambda match: match.group(1).rpartition(".")[2], text)
@@ -149,17 +148,13 @@ def plain_type(text: str) -> str:
 
 
 def likely(name: str, allowed: Sequence[str]) -> str:
-    """`` (did you mean ...?)`` where an allowed name is close."""
+    """`` (did you mean ...?)`` if an allowed name is close."""
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.7)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def import_given(message: str) -> None:
-    """Import the class that an error is about once more, so that a fault in a user's own file keeps its traceback.
-
-    Raises:
-        Exception: whatever the file raises when it is imported, except that it is not there.
-    """
+    """Import the class that an error is about, so that an exception in the user's file keeps its traceback."""
     found = re.search(r"Given value: (?:.*'class_path': ')?([A-Za-z_][\w.]*)\.\w+(?:$|')", message)
     if not found:
         return
@@ -172,7 +167,7 @@ def import_given(message: str) -> None:
 
 
 def known_subclasses(base: str) -> dict[str, type]:
-    """The imported classes below the one at an import path, by their bare names."""
+    """The imported public subclasses of the class at an import path, by name."""
 
     def below(root: type[object]) -> Iterator[type[object]]:
         klass: type[object]

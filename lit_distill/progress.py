@@ -1,4 +1,4 @@
-"""How far a run is: tqdm's bars on a terminal, plain lines in a file."""
+"""Progress: tqdm bars on a terminal, plain lines otherwise."""
 
 import logging
 import math
@@ -15,22 +15,22 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 _LINE_SECONDS = 10.0
-"""Between two plain lines at least; in a long run a hundredth of its time."""
+"""Minimum seconds between plain lines; in a long run a hundredth of its time."""
 _BAR_SECONDS = 0.2
-"""Between two updates of a bar at least: each reads the losses, for which the device is waited for."""
+"""Minimum seconds between updates of a bar, which read losses from the device."""
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # it has no types
-    """A bar on a terminal, else lines: of the steps of a fit, or of the rows of an evaluation.
+    """A bar on a terminal, else lines, over the steps of a fit or the rows of an evaluation.
 
     Args:
         desc: what is counted.
-        total: steps or rows; ``None`` where nobody knows.
-        numbers: called whenever it is shown, for the metrics beside it; given for a fit only.
-        initial: steps that an earlier run has taken.
+        total: steps or rows; ``None`` if unknown.
+        numbers: gives the metrics to show; only for a fit.
+        initial: steps of earlier runs.
     """
 
-    # without tqdm's thread, which the workers of a data loader would inherit
+    # no tqdm thread, which data loader workers would inherit
     monitor_interval = 0
 
     def __init__(
@@ -39,7 +39,7 @@ class _Bar(tqdm):  # type: ignore[misc]  # it has no types
         self.numbers = numbers
         self.on_terminal = sys.stdout.isatty()
         self.paused = 0.0
-        """Seconds that evaluation took within it."""
+        """Seconds spent in evaluation."""
         shape = "{desc} {bar} {n_fmt}/{total_fmt} {pace:.3g}/s {left} {numbers}"
         super().__init__(
             desc=desc,
@@ -50,19 +50,19 @@ class _Bar(tqdm):  # type: ignore[misc]  # it has no types
             dynamic_ncols=self.on_terminal,
             bar_format=shape,
             miniters=1,
-            # a line is not shown before anything is done
+            # no line before there is progress
             delay=0.0 if self.on_terminal else 1e-9,
         )
         self.desc = desc
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start."""
         return float(super().format_dict["elapsed"])
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm shows: the pace without evaluation, the time left with it."""
+        """For tqdm: the rate without evaluation, the remaining time with it."""
         known: dict[str, Any] = super().format_dict
         done, seconds = self.n - self.initial, known["elapsed"]
         left = _clock(seconds / done * (self.total - self.n)) if done and self.total is not None else ""
@@ -84,11 +84,11 @@ class _Bar(tqdm):  # type: ignore[misc]  # it has no types
 
     @property
     def step(self) -> str:
-        """The step that a fit has reached."""
+        """The current step of a fit."""
         return f"step {self.n}" if self.total is None else f"step {self.n} of {self.total}"
 
     def advance(self, n: int) -> None:
-        """Count, and show it if it is time to: of a fit also the first step and the last one."""
+        """Count, and show if it is time; always for the first and last step of a fit."""
         must = self.numbers is not None and (self.n == self.initial or self.n + n == self.total)
         every = _BAR_SECONDS if self.on_terminal else max(_LINE_SECONDS, self.seconds / 100)
         self.mininterval = 0 if must else every
@@ -96,7 +96,7 @@ class _Bar(tqdm):  # type: ignore[misc]  # it has no types
 
 
 class Progress(ProgressBar):
-    """Shows how far a run is, on rank 0: of a fit the optimizer steps of the whole run, of an evaluation its rows."""
+    """Shows progress on rank 0: optimizer steps of a fit, rows of an evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Progress(ProgressBar):
         self._logs = ExitStack()
 
     def disable(self) -> None:
-        """Show nothing: Lightning asks for it on all ranks but the first."""
+        """Show nothing; Lightning calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -114,14 +114,14 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have Lightning's messages written above the bars."""
+        """Print Lightning's messages above the bars."""
         super().setup(trainer, pl_module, stage)
         log = logging.getLogger("lightning.pytorch")
         if self._enabled and sys.stdout.isatty():
             self._logs.enter_context(logging_redirect_tqdm([log]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the run's steps."""
+        """Start the bar of steps."""
         steps, done = trainer.estimated_stepping_batches, trainer.global_step
         total = None if math.isinf(steps) else int(steps)
         self._line(f"fit: {'' if total is None else f'{total} '}steps{f', {done} of them done' if done else ''}")
@@ -134,13 +134,13 @@ class Progress(ProgressBar):
             self._fit.advance(trainer.global_step - self._fit.n)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the rows of an evaluation."""
+        """Start the bar of rows."""
         name = {"val": "validation"}.get(prefix := str(trainer.state.stage.dataloader_prefix), prefix)  # type: ignore[union-attr]
         batches = getattr(trainer, f"num_{prefix}_batches")
         if trainer.sanity_checking:
             name, batches = "sanity check", trainer.num_sanity_val_batches
         rows, loader = None, getattr(trainer, f"{prefix}_dataloaders")
-        # Lightning wraps the sampler of predict, and then the loader itself has no size
+        # Lightning wraps the sampler of predict, and the loader has no length then
         batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         if isinstance(loader, DataLoader) and batch_size is not None and not math.isinf(sum(batches)):
             read = int(sum(batches)) * batch_size * trainer.world_size
@@ -154,7 +154,7 @@ class Progress(ProgressBar):
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Count its rows."""
+        """Count the rows of a batch."""
         if self._rows is not None:
             rows = max((len(inputs["labels"]) for inputs in args[2].values()), default=0)
             self._rows.advance(rows * trainer.world_size)
@@ -162,7 +162,7 @@ class Progress(ProgressBar):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]  # any arguments
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what was found, also beside bars, which show the last one alone."""
+        """Print the metrics on a line of their own."""
         if (rows := self._rows) is None:
             return
         if self._fit is not None:
@@ -177,7 +177,7 @@ class Progress(ProgressBar):
     on_test_end = on_predict_end = on_validation_end
 
     def on_train_end(self, *args: Any) -> None:
-        """Leave the terminal as it was."""
+        """Close the bar."""
         for bar in (self._rows, self._fit):
             if bar is not None:
                 bar.close()
@@ -186,7 +186,7 @@ class Progress(ProgressBar):
     on_exception = on_train_end  # type: ignore[assignment]  # any arguments
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal and Lightning's messages as they were."""
+        """Close all bars and restore Lightning's messages."""
         self.on_train_end()
         self._logs.close()
 
@@ -198,7 +198,7 @@ class Progress(ProgressBar):
 
     def _line(self, text: str) -> None:
         if self._enabled and not sys.stdout.isatty():
-            # at once, for whoever follows the file
+            # flush, for readers that follow the file
             print(text, flush=True)
 
 

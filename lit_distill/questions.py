@@ -1,11 +1,11 @@
-"""The contract between prompts and teachers: what a teacher is asked, and what it answers."""
+"""The contract between prompts and teachers: questions and replies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Layout = Literal["chat", "completion"]
-"""A prompt is the turns of a chat, or one text to be continued."""
+"""A chat of turns, or one text to continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,23 +17,23 @@ class Message:
 
 
 Prompt = str | tuple[Message, ...]
-"""A text to continue, or a chat that ends with the user's turn."""
+"""A text to continue, or a chat that ends with a user turn."""
 
 
 def turns(prompt: Prompt) -> list[dict[str, str]]:
-    """The turns of a chat as OpenAI's API writes them; none for a text."""
+    """The turns of a chat in OpenAI's format; empty for a text."""
     return [{"role": one.role, "content": one.content} for one in prompt if isinstance(one, Message)]
 
 
 def count_tokens(prompt: Prompt) -> int:
-    """Estimated tokens of a prompt: one for four bytes of UTF-8, and four for each turn."""
+    """Estimated tokens of a prompt: one per four bytes of UTF-8, and four per turn."""
     texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
     return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // 4 + 4 * len(texts)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a teacher draws its tokens; temperature 0 is greedy."""
+    """Sampling settings of a teacher; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -43,24 +43,24 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request for one sample."""
+    """A request for one sample."""
 
     prompt: Prompt
     sampling: Sampling
-    """With the seed of this sample."""
+    """With this sample's seed."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
     schema: Mapping[str, Any] | None = None
-    """JSON schema that the answer has to follow."""
+    """JSON schema of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A teacher's answer; what the teacher does not report is ``None``."""
+    """A teacher's answer; ``None`` for what it does not report."""
 
     text: str
     finish: str | None = None
-    """``stop``, or ``length`` where the answer was cut at the limit."""
+    """``stop``, or ``length`` if the answer was cut."""
     input_tokens: int | None = None
     output_tokens: int | None = None
     logprob: float | None = None

@@ -1,4 +1,4 @@
-"""Read JSON and YAML with bounds on depth and size; any fault is a ``ValueError`` of one line."""
+"""Read JSON and YAML with bounds on depth and size; errors are a one-line ``ValueError``."""
 
 import json
 from pathlib import Path
@@ -9,23 +9,23 @@ import yaml
 from lit_distill.errors import UserError
 
 _DEPTH = 100
-"""Levels of YAML at most; a config has ten."""
+"""Maximum nesting of YAML; a config has ten levels."""
 
 _VALUES = 1_000_000
-"""Values that YAML may stand for, each alias counted as what it stands for."""
+"""Maximum number of YAML values, with aliases expanded."""
 
 _BYTES = 2**26
-"""The largest file that is taken for one written by hand."""
+"""Maximum size of a hand-written file."""
 
 _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: ANN401 - whatever it holds
-    """What JSON holds; ``surrogates`` accepts half a surrogate pair, which is no character.
+    """Parse JSON; ``surrogates`` allows lone surrogates.
 
     Raises:
-        ValueError: it is not UTF-8 or not JSON, is nested too deep, or holds a number of thousands of digits, half a
-            surrogate pair or a key twice in one object.
+        ValueError: it is not UTF-8 or JSON, is nested too deep, repeats a key, or has a lone surrogate or a number of
+            thousands of digits.
     """
     try:
         found = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_object)
@@ -42,16 +42,12 @@ def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: 
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+            raise ValueError("a lone surrogate (\\ud800 to \\udfff), which is no character") from error
     return found
 
 
 def read_small(path: str | Path) -> bytes:
-    """The content of a file that is written by hand.
-
-    Raises:
-        ValueError: it is larger than any such file, or has no end.
-    """
+    """The content of a hand-written file. Raises a ``ValueError`` if it is too large or endless."""
     with Path(path).open("rb") as file:
         content = file.read(_BYTES + 1)
     if len(content) > _BYTES:
@@ -60,14 +56,10 @@ def read_small(path: str | Path) -> bytes:
 
 
 def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:  # noqa: ANN401
-    """What YAML holds.
-
-    Args:
-        text: the YAML.
-        loader: PyYAML's safe one, or one that is as safe.
+    """Parse YAML with PyYAML's safe loader, or an equally safe ``loader``.
 
     Raises:
-        ValueError: it is not UTF-8 or not YAML, is nested too deep, or stands for too many values.
+        ValueError: it is not UTF-8 or YAML, is nested too deep, or expands to too many values.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -94,10 +86,10 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """See that YAML is small, before anything is made of it: ten lines of aliases may stand for 10^10 values.
+    """Check the size of YAML before it is built: ten lines of aliases can expand to 10^10 values.
 
     Raises:
-        YAMLError: it is not YAML, is nested too deep, stands for too many values, or holds a key twice in one mapping.
+        YAMLError: it is not YAML, is nested too deep, expands to too many values, or repeats a key.
     """
     sizes: dict[str, int] = {}
     # of each of them that is a mapping: its keys, and whether the value of the last one comes next

@@ -1,4 +1,4 @@
-"""THE contract between a run and whoever compares runs: what a finished ``fit`` leaves in its folder."""
+"""The contract between a finished run and the comparison of runs: the files that ``fit`` leaves."""
 
 import json
 import math
@@ -16,16 +16,16 @@ from lit_distill.files import atomic_write, flatten, write_text
 from lit_distill.reading import parse_json
 
 RECORD = "run.json"
-"""The record; it is written last, so that a folder with one is of a run that ended."""
+"""The record; written last, so its presence marks a finished run."""
 
 PREDICTIONS = "test_predictions.jsonl"
-"""One object a test row, in the data's order: id, input, label, prediction, correct, rationale."""
+"""One object per test row, in the data's order: id, input, label, prediction, correct, rationale."""
 
 _SHARES = re.compile(r"(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$")
 
 
 def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Refuse numbers that are too large for a float, and shares that are not from 0 to 1."""
+    """Refuse numbers too large for a float, and fractions outside 0 to 1."""
     for name, value in flatten(values).items():
         if not isinstance(value, int | float):
             continue
@@ -49,7 +49,7 @@ _Metrics = Annotated[dict[str, float], AfterValidator(_check_numbers)]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run was, what it found, and what is needed to repeat it."""
+    """Settings and results of a run, and what is needed to repeat it."""
 
     __pydantic_config__ = ConfigDict(strict=True, revalidate_instances="always")
 
@@ -65,30 +65,31 @@ class RunRecord:
     steps: _Count  # optimizer steps that were taken
     metrics: _Metrics  # test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1
     validation: _Metrics = field(default_factory=dict)
-    """The metric by which the tested checkpoint was chosen, and its step."""
+    """The metric that selected the tested checkpoint, and its step."""
     rationales: str | None = None
-    """Which rationales were trained on: ``own``, ``shuffled``; ``None`` where no task has them."""
+    """``own`` or ``shuffled``; ``None`` if no task uses rationales."""
     parameters: _Count = 0  # the student's parameters
     teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
     chance: _Share | None = None
-    """The accuracy on test without reading an input: of a uniform guess, or of always the commonest training label."""
+    """Test accuracy of the better of a uniform guess and the majority class of train."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Split -> hash of its rows in order: of train, those that were trained on, with labels and rationales; of val and
-    test ids, inputs and gold labels, of test only the rows that were tested."""
+    """Split -> hash of its rows in order: of train, the rows trained on, with labels and rationales; of val and test,
+    ids, inputs and gold labels (of test only the rows that were tested).
+    """
     config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)
-    """The whole config, as ``fit`` took it."""
+    """The whole config."""
     data: dict[str, Any] = field(default_factory=dict)  # the data's own description, with what became of its rows
     command: list[str] = field(default_factory=list)  # the command line
     versions: dict[str, str] = field(default_factory=dict)  # of this package, of Python and of the libraries
     git: dict[str, str | bool] = field(default_factory=dict)
-    """Commit and whether files differed from it, where the working directory is a repository."""
+    """Commit, and whether files differed from it, if the working directory is a repository."""
     machine: dict[str, Any] = field(default_factory=dict)  # what it ran on
     started: str = ""  # when, in UTC
     wall_seconds: _Amount = math.nan
-    """How long it took, test and saving included; of a run that was resumed all parts, without what was lost."""
+    """Run time with test and saving; of a resumed run all parts, without lost work."""
     validation_seconds: _Amount = math.nan  # how long of that validation took
     peak_memory_mib: _Amount = math.nan
-    """Peak memory of the accelerator where there is one, else of the process."""
+    """Peak memory of the accelerator, else of the process."""
     format: Literal[1] = 1  # the version of this layout
 
 
@@ -98,7 +99,7 @@ def _adapter() -> TypeAdapter[RunRecord]:
 
 
 def write_record(folder: str | Path, record: RunRecord) -> None:
-    """Write a run's record; it is there whole or not at all."""
+    """Write a run's record atomically."""
     write_text(Path(folder) / RECORD, json.dumps(asdict(record), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -106,7 +107,7 @@ def read_record(folder: str | Path) -> RunRecord:
     """Read a run's record.
 
     Raises:
-        UserError: there is none, it is damaged, or a value is not of its type; the message names file and key.
+        UserError: it is absent, damaged, or a value has the wrong type; names file and key.
     """
     path = Path(folder) / RECORD
     try:
@@ -120,11 +121,7 @@ def read_record(folder: str | Path) -> RunRecord:
 
 
 def check_values(record: RunRecord) -> None:
-    """See that each value is of its type, and within its range.
-
-    Raises:
-        UserError: one is not; the message names the key.
-    """
+    """Check types and ranges of all values. Raises a ``UserError`` that names the key."""
     try:
         _adapter().validate_python(record)
     except ValidationError as error:
@@ -144,17 +141,13 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write what a student said of each test row; the file is there whole or not at all."""
+    """Write the predictions on test atomically."""
     with atomic_write(Path(folder) / PREDICTIONS) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_predictions_file(folder: str | Path) -> list[dict[str, Any]]:
-    """Read what a student said of each test row.
-
-    Raises:
-        UserError: the file is absent or damaged.
-    """
+    """Read the predictions on test. Raises a ``UserError`` if the file is absent or damaged."""
     path = Path(folder) / PREDICTIONS
     try:
         rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]

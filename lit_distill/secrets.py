@@ -1,4 +1,4 @@
-"""Keys and passwords come from the environment or a file of their own: configs and command lines are kept in logs."""
+"""Keep keys and passwords out of configs and command lines, which are logged."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ INSTEAD = (
 
 
 def refuse_secrets(args: Sequence[str]) -> None:
-    """Raise a ``UserError``, without the value, if an argument or a config that one names holds a key."""
+    """Raise a ``UserError``, without the value, if an argument or a named config contains a key."""
     for before, arg, following in zip(["", *args], args, [*args[1:], ""], strict=False):
         option, given, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
         name = option.lstrip("-").rstrip("+")
@@ -33,16 +33,16 @@ def refuse_secrets(args: Sequence[str]) -> None:
 
 
 def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML holds
-    """The keys of secrets in plain values, a text of YAML or a YAML file, and in the files that these name."""
+    """The names of secrets in plain values, YAML text or a YAML file, and in files that these name."""
     pending: list[tuple[str, str, Any]] = [("", "", value)]
-    # by identity, as YAML's aliases may lead to one value very often; kept, so that no identity is given twice
+    # by identity, as YAML aliases repeat values; stored, so that no id is reused
     seen: dict[int, Any] = {}
     while pending:
         name, where, found = pending.pop()
         if isinstance(found, str) and found.endswith((".yaml", ".yml")) and len(found) < 1024:
             found = Path(found)
         if isinstance(found, Path):
-            # neither a pipe nor a file that leads back to itself
+            # no pipe, and no file twice
             if not found.is_file() or (inside := f"(in {found})") in where:
                 continue
             found, where = found.read_text("utf-8", errors="replace"), f"{where} {inside}"
@@ -50,7 +50,7 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
             continue
         if isinstance(found, str) and re.search("[:=]", found):
             text = found
-            with suppress(ValueError):  # its message would show the text
+            with suppress(ValueError):  # its message would contain the text
                 found = parse_yaml(text)
             if isinstance(found, str):
                 yield from (word + where for word, inner in _WORD.findall(text) if _is_secret(word, inner))

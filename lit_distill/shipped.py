@@ -1,4 +1,4 @@
-"""The configs that come with the package, found by name from any working folder; imports nothing heavy."""
+"""The configs that come with the package, found by name from any directory; imports nothing heavy."""
 
 import argparse
 import os
@@ -11,11 +11,11 @@ from lit_distill.messages import COMMANDS, likely, one_line
 
 _PACKAGE = Path(__file__).parent
 CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
-"""Their folder: in the installed package, or beside it in the repository."""
+"""Their folder, in the installed package or the repository."""
 
 
 def shipped(path: str) -> str:
-    """A path as it is where something lies there, else the ``configs/...`` of that name that comes with the package."""
+    """An existing path as it is, else the shipped ``configs/...`` of that name."""
     found = CONFIGS / path.removeprefix("configs/")
     return str(found) if path.startswith("configs/") and not os.path.exists(path) and found.exists() else path
 
@@ -26,10 +26,10 @@ def config_names() -> list[str]:
 
 
 def find_config(given: str, key: str = "config") -> str:
-    """What ``--config`` stands for: a file's path first, else a shipped config's name with or without ``.yaml``.
+    """The file that ``--config`` names: a path, else a shipped config with or without ``.yaml``.
 
     Raises:
-        UserError: neither exists; the line names ``key``.
+        UserError: neither exists; names ``key``.
     """
     if os.path.isfile(given):
         return given
@@ -37,7 +37,7 @@ def find_config(given: str, key: str = "config") -> str:
     names = config_names()
     if name in names:
         return str(CONFIGS / f"{name}.yaml")
-    # a folder or a pipe is for the parser to judge, and so is YAML in place of a file's name
+    # folders, pipes and inline YAML are left to the parser
     if os.path.exists(given) or any(mark in given for mark in "{[:\n"):
         return given
     below = ", ".join(each for each in names if each.startswith(f"{name}/"))
@@ -48,7 +48,7 @@ def find_config(given: str, key: str = "config") -> str:
 
 
 def find_configs(arguments: list[str]) -> list[str]:
-    """A command line with each ``--config`` replaced by the file that it stands for."""
+    """A command line with each ``--config`` replaced by its file."""
     found = []
     for before, word in zip(["", *arguments], arguments, strict=False):
         if word.startswith("--config="):
@@ -58,17 +58,17 @@ def find_configs(arguments: list[str]) -> list[str]:
 
 
 def list_or_copy(arguments: list[str]) -> None:
-    """The command ``configs``: a line for each, or copies of all of them with the files that they name.
+    """The command ``configs``: list the shipped configs, or copy them with the files that they name.
 
     Raises:
-        UserError: an argument is unknown, a file is there already, or the folder cannot be written.
+        UserError: an argument is unknown, a file exists already, or the folder cannot be written.
         SystemExit: with code 0, after ``--help``.
     """
     parser = _Parser(prog="lit-distill configs", description=COMMANDS["configs"])
     parser.add_argument("--copy", metavar="FOLDER", help="Copy all of them into this folder, to be edited.")
     target = parser.parse_args(arguments).copy
     if target is None:
-        # in one write: a reader like `head` may not wait for the end
+        # one write: a reader such as `head` may close the pipe early
         print("\n".join(f"{name:<34} {_first_sentences(CONFIGS / f'{name}.yaml')}" for name in config_names()))
         return
     sources = [path for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
@@ -90,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _first_sentences(path: Path) -> str:
-    """The first comment after the launch command, up to the end of its last whole sentence."""
+    """The full sentences of the first comment after the launch command."""
     lines = path.read_text(encoding="utf-8").splitlines()
     line = next((line[1:].strip() for line in lines[1:] if line.startswith("#")), "")
     return line if line.endswith(".") else line[: line.rfind(". ") + 1]

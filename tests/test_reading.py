@@ -17,7 +17,7 @@ from tests.runs import CONFIGS
         (b'[1,\n"\xff"]', "not UTF-8 (invalid start byte at byte 5, in line 2)"),
         (b"[" * 100_000, "JSON too deep"),
         (b"9" * 6000, "too large a number"),
-        (b'"\\ud800"', "half of a surrogate pair"),
+        (b'"\\ud800"', "a lone surrogate"),
     ],
 )
 def test_json_that_is_none(text: bytes, reason: str) -> None:

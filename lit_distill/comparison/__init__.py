@@ -1,1 +1,1 @@
-"""Comparing runs: what was found, what may be said of it, and the report that says it."""
+"""Comparison of runs: reading them, statistics, figures and the report."""

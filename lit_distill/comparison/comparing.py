@@ -1,4 +1,4 @@
-"""From runs to a comparison: grouped by setting, each beside its baseline and what was published."""
+"""Group runs by setting, and compare each setting with its baseline and with published results."""
 
 import re
 from collections import defaultdict
@@ -19,7 +19,7 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 ACCURACY = "test/accuracy"
-"""The metric that predictions tell row by row, and that was published."""
+"""The metric that predictions give per row, and that was published."""
 
 _DATA_DIR = "data.init_args.data_dir"
 
@@ -28,7 +28,7 @@ Groups = dict[Setting, list[Run]]
 
 @dataclass(frozen=True)
 class Result:
-    """A setting and what its runs gave."""
+    """A setting and the results of its runs."""
 
     setting: Setting
     name: str
@@ -37,43 +37,43 @@ class Result:
     metric: Mean
     baseline: Setting | None
     by_row: Difference | None
-    """From the baseline, over test rows."""
+    """Difference to the baseline, over test rows."""
     by_seed: Mean | None
-    """Differences from the baseline's runs with the same seeds."""
+    """Differences to the baseline's runs with the same seeds."""
     left_out: bool
-    """The differences leave out runs, as the baseline has none with their seeds or the other way round."""
+    """The differences leave out runs whose seeds only one side has."""
     remark: str
     """Why a difference is missing."""
     published: Published | None
     is_baseline: bool
-    """Others are compared with it."""
+    """Whether others are compared with it."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A dataset."""
+    """The results of one dataset."""
 
     dataset: str
     results: tuple[Result, ...]
     keys: tuple[str, ...]
-    """Keys of the config in which its runs differ."""
+    """Config keys in which its runs differ."""
     teachers: tuple[float, ...]
-    """Accuracies of the teachers' labels on test."""
+    """Accuracies of the teacher labels on test."""
     remarks: tuple[str, ...]
     chance: float | None
-    """Accuracy without reading the input, if the metric is an accuracy and a run knows it."""
+    """Accuracy without reading the input, if known."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a report says."""
+    """The content of a report."""
 
     metric: str
     sections: tuple[Section, ...]
     runs: tuple[Run, ...]
-    """All runs that have the metric, repeated ones included."""
+    """All runs that have the metric, with duplicates."""
     repeated: Mapping[str, str]
-    """Source of a run that was repeated -> source of the one that is compared instead."""
+    """Source of a duplicate run -> source of the one that is compared instead."""
     skipped: Mapping[str, str]
     """Source -> why it is not compared."""
     resamples: int
@@ -81,7 +81,7 @@ class Comparison:
 
     @property
     def compared(self) -> list[Run]:
-        """The runs that are compared."""
+        """The runs without duplicates."""
         return [run for run in self.runs if run.source not in self.repeated]
 
 
@@ -95,7 +95,7 @@ def compare_runs(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """Compare runs; ``skipped`` is what was found and is no finished run, all else is as in the command.
+    """Compare runs; ``skipped`` are folders without a finished run, the other arguments as in the command.
 
     Raises:
         UserError: there are no runs, their test rows differ, or an argument is wrong.
@@ -147,7 +147,7 @@ def compare_runs(
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Items by a key, in their order."""
+    """Group items by a key, in their order."""
     groups: dict[K, list[T]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -155,7 +155,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
-    """Refuse runs whose test rows differ in hash, number or ids; what is unknown contradicts nothing."""
+    """Refuse runs whose test rows differ in hash, number or ids, where these are known."""
     tests = {run.test for run in runs} - {""}
     counts = {run.record.test_rows for run in runs} - {0}
     ids = {run.ids for run in runs} - {""}
@@ -175,9 +175,9 @@ def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
 
 
 def _split_by_training_rows(setting: Setting, runs: Sequence[Run]) -> Groups:
-    """A setting's runs, split by the folder or else the hash of their data if they were not trained on the same data.
+    """Split a setting's runs by data folder, or else by the hash of their data, if their training data differ.
 
-    They were not if one data seed has several hashes, or if rows without a label cannot explain the numbers of rows.
+    They differ if one data seed has several hashes, or if unlabelled rows cannot explain the numbers of rows.
     """
     records = [run.record for run in runs]
     hashes = {(one.data_seed, one.fingerprints["train"]) for one in records if "train" in one.fingerprints}
@@ -185,7 +185,7 @@ def _split_by_training_rows(setting: Setting, runs: Sequence[Run]) -> Groups:
     if len(hashes) == len({seed for seed, _ in hashes}) and max(counts) <= 1.1 * min(counts) + 5:
         return {setting: list(runs)}
     key, parts = _DATA_DIR, grouped(runs, lambda run: as_text(flatten(run.record.config).get(_DATA_DIR)))
-    # a folder of its own for each run tells nothing
+    # a separate folder for each run says nothing
     if not 1 < len(parts) < len(runs):
         key = "training_rows"
         parts = grouped(runs, lambda run: f"{run.record.train_rows:,} {run.record.fingerprints.get('train', '')}")
@@ -193,7 +193,7 @@ def _split_by_training_rows(setting: Setting, runs: Sequence[Run]) -> Groups:
 
 
 def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run]:
-    """One run per seeds, best with predictions, and the one started last; adds the others to ``repeated``."""
+    """One run per seed, preferably with predictions, and the latest; adds the others to ``repeated``."""
     kept = []
     for _, same in sorted(grouped(runs, lambda run: run.seeds).items()):
         *others, best = sorted(same, key=lambda run: (run.correct is not None, run.record.started, run.source))
@@ -206,10 +206,10 @@ def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run
 
 
 def read_baseline(text: str | None, settings: Sequence[Setting]) -> dict[str, str]:
-    """The keys and values of ``key=value,key=value``; standard finetuning by default.
+    """Parse ``key=value,key=value``; standard finetuning by default.
 
     Raises:
-        UserError: it is not of that form, a key is unknown, or no setting has these values.
+        UserError: it has another form, a key is unknown, or no setting has these values.
     """
     if text is None:
         return {"method": "Standard"}
@@ -238,7 +238,7 @@ def _matches(setting: Setting, wanted: Mapping[str, str]) -> bool:
 def find_baseline(
     setting: Setting, settings: Iterable[Setting], wanted: Mapping[str, str]
 ) -> tuple[Setting | None, str]:
-    """The setting with the wanted values that is otherwise most like ``setting``; else ``None`` and why."""
+    """The setting with the wanted values that is most similar to ``setting``; else ``None`` and why."""
     if _matches(setting, wanted):
         return None, ""
     same = {"dataset", "student", "label_source", "train_fraction"} - set(wanted)
@@ -267,7 +267,7 @@ def _results(groups: Groups, wanted: Mapping[str, str], metric: str, resamples: 
         baseline, remark = baselines[setting]
         others = groups[baseline] if baseline else []
         both = {run.seeds for run in runs} & {run.seeds for run in others}
-        # both differences are of the same runs; without a shared seed, that over rows is of all
+        # both differences use the same runs; without a shared seed, that over rows uses all
         own, other = ([run for run in some if not both or run.seeds in both] for some in (runs, others))
         by_row = by_seed = None
         if both and len({run.test for run in (*own, *other)} - {""}) < 2:
@@ -304,12 +304,12 @@ def _why_unpaired(runs: Sequence[Run], metric: str) -> str:
 
 
 def _answers(runs: Sequence[Run]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """``(runs, labelled test rows)``, 1 where right."""
+    """``(runs, labelled test rows)``: 1 where right."""
     return np.stack([run.correct[~np.isnan(run.correct)] for run in runs if run.correct is not None])
 
 
 def _order(result: Result) -> tuple[object, ...]:
-    """By labels, size of the student and fraction, then standard finetuning first."""
+    """Sort key: labels, student size, fraction, then standard finetuning first."""
     one = result.setting
     method = (one.method != "Standard", one.method, one.rationale_weight or 0.0, result.name)
     return one.label_source, one.parameters, one.student, one.train_fraction, *method

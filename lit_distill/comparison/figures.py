@@ -1,4 +1,4 @@
-"""The figures of a comparison: only those that its runs have material for."""
+"""The figures of a comparison, as far as its runs allow."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _STROKES: Final = ("-", "--", "-.", ":")
 _BARS: Final[Any] = {"mec": "white", "mew": 0.6, "ms": 7, "elinewidth": 1.2, "capsize": 3}
-# these look the same in every report
+# the same in every report
 _FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale and label", "standard distillation")
 
 _RC: Final[Any] = {
-    # comes with matplotlib, so that figures are the same everywhere
+    # shipped with matplotlib, so that figures are the same everywhere
     "font.family": "DejaVu Sans",
     "axes.grid": True,
     "axes.spines.right": False,
@@ -56,12 +56,12 @@ _RC: Final[Any] = {
     # a $ in a name is a $
     "text.parse_math": False,
 }
-"""On top of matplotlib's defaults, not the user's, so that the same runs give the same files."""
+"""Applied to matplotlib's defaults, not the user's, for reproducible files."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, not yet written; its name is that of its files, without a suffix."""
+    """A figure and its file name without suffix."""
 
     name: str
     dataset: str
@@ -86,18 +86,18 @@ def _settings() -> Iterator[None]:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is in 0..1 and shown in %."""
+    """Whether a metric is a fraction, shown in %."""
     return not metric.endswith("loss")
 
 
 def draw(comparison: Comparison) -> list[Plot]:
-    """Draw the metric by training rows, by the student's size, and of all variants, per dataset and labels."""
+    """Plot the metric against training rows and student size, and for all variants, per dataset and labels."""
     plots: dict[str, Plot] = {}
     names = list(_FIRST)
     with _settings():
         for section in comparison.sections:
             for plot in _plots(section, comparison.metric, names):
-                # some file systems do not tell upper from lower case
+                # some file systems ignore case
                 numbered = (plot.name if i == 1 else f"{plot.name}-{i}" for i in count(1))
                 name = next(name for name in numbered if name.lower() not in plots)
                 plots[name.lower()] = replace(plot, name=name)
@@ -119,12 +119,12 @@ def _plots(section: Section, metric: str, names: list[str]) -> Iterator[Plot]:
 
 
 def _by(field: str, results: Iterable[Result]) -> dict[Any, list[Result]]:
-    """Results by a field of their settings, in rising order."""
+    """Results sorted by a field of their settings."""
     return dict(sorted(grouped(results, attrgetter(f"setting.{field}")).items()))
 
 
 def _look(name: str, names: list[str]) -> dict[str, Any]:
-    """How ``errorbar`` draws what has this name, the same in all figures; ``names`` grows."""
+    """The ``errorbar`` style of a name, the same in all figures; ``names`` grows."""
     if name not in names:
         names.append(name)
     colour, marker, stroke = (looks[names.index(name) % len(looks)] for looks in (_COLOURS, _MARKERS, _STROKES))
@@ -132,10 +132,10 @@ def _look(name: str, names: list[str]) -> dict[str, Any]:
 
 
 def _lines(results: Sequence[Result], field: str, section: Section, metric: str, names: list[str]) -> Iterator[Plot]:
-    """The metric by a field of the settings, one line per method and variant; nothing if no line has two points."""
+    """The metric against a field of the settings, a line per method and variant; none of single points."""
     settings = [result.setting for result in results]
     keys = {key for setting in settings for key, _ in setting.extra}
-    # a key that follows from method and field breaks no line
+    # keys that depend on method and field do not split a line
     splitting = {key for key in keys if _splits(key, settings, field)}
     labels = variant_names(settings, splitting)
     if len({family_name(setting.student) for setting in settings}) > 1:
@@ -147,7 +147,7 @@ def _lines(results: Sequence[Result], field: str, section: Section, metric: str,
     figure, (axes,) = _sheet(4.5)
     handles: dict[Any, float] = {}
     for i, (label, own) in enumerate(lines.items()):
-        # moved a little, so that error bars at one place do not hide each other
+        # shifted, so that error bars do not overlap
         moved = (max(by_x) / min(by_x)) ** (0.005 * (i - (len(lines) - 1) / 2))
         xs, look = [getattr(result.setting, field) * moved for result in own], _look(label, names)
         means, errors = [result.metric.mean for result in own], [result.metric.standard_error or 0 for result in own]
@@ -177,7 +177,7 @@ def _lines(results: Sequence[Result], field: str, section: Section, metric: str,
 
 
 def _splits(key: str, settings: Iterable[Setting], field: str) -> bool:
-    """Whether settings that are otherwise equal differ in a key."""
+    """Whether otherwise equal settings differ in a key."""
     values: dict[tuple[object, ...], set[str | None]] = defaultdict(set)
     for one in settings:
         same = (one.method, one.rationales, one.rationale_weight, family_name(one.student), getattr(one, field))
@@ -194,7 +194,7 @@ def _tick(results: Sequence[Result], field: str) -> str:
 
 
 def _variants(results: Sequence[Result], section: Section, metric: str, names: list[str]) -> Plot:
-    """Methods and variants of one student and fraction below each other, with their differences to a baseline."""
+    """Methods and variants of one student and fraction as rows, with their differences to a baseline."""
     results = sorted(results, key=lambda result: (-result.metric.mean, result.name))
     labels = [fill(result.name, 34) for result in results]
     baselines = {result.baseline for result in results if result.by_row}
@@ -232,7 +232,7 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
 
 
 def _mark_published(axes: Axes, result: Result, look: dict[str, Any], x: float | None = None, y: float = 0) -> None:
-    """A hollow marker at the published accuracy, which is on the axis that has no place given."""
+    """A hollow marker at the published accuracy, on the axis whose coordinate is not given."""
     if result.published:
         place = (result.published.accuracy, y) if x is None else (x, result.published.accuracy)
         axes.plot(*place, look["marker"], ms=10, mfc="none", mec=look["color"], mew=1.5)
@@ -261,7 +261,7 @@ def _sheet(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _show_metric(axes: Axes, name: str, metric: str, difference: str = "") -> None:
-    """Label an axis and let it span at least 2 %, so that a difference of nothing does not fill it."""
+    """Label an axis, and let it span at least 2 %, so that tiny differences look tiny."""
     axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
     more = max(0.0, (0.02 - (high - low)) / 2)
     getattr(axes, f"set_{name}lim")(low - more, high + more)
@@ -272,7 +272,7 @@ def _show_metric(axes: Axes, name: str, metric: str, difference: str = "") -> No
 
 
 def _finish(figure: Figure, setting: Setting, what: list[str], file: str, notes: list[str]) -> Plot:
-    """Add title and notes, and leave out tick labels that would overlap."""
+    """Add title and notes, and hide tick labels that overlap."""
     title = " · ".join([dataset_name(setting.dataset), *what, labels_name(setting.label_source)])
     figure.suptitle(fill(title, 70), x=0.01, ha="left", size=11.5, weight="bold")
     figure.supxlabel(fill("; ".join(notes), 120), x=0.01, ha="left", size=8.5, color=_GREY)

@@ -1,4 +1,4 @@
-"""What Hsieh et al. (2023) published, to stand beside runs of the same kind."""
+"""Results of Hsieh et al. (2023), to compare runs with."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +10,7 @@ SOURCE: Final = "Hsieh et al. (2023)"
 """https://arxiv.org/abs/2305.02301, T5-v1.1-base trained on all of the data with human labels, means of 4 seeds."""
 
 STUDENT: Final = "t5-v1_1-base"
-"""The only student whose numbers were printed, not only drawn."""
+"""The only student whose numbers were printed, not just plotted."""
 
 _PARAMETERS: Final = 247_577_856
 
@@ -19,12 +19,12 @@ TRAIN_ROWS: Final = {"esnli": 549_367, "anli1": 16_946, "cqa": 8_766, "svamp": 7
 TEST_ROWS: Final = {"esnli": 9824, "anli1": 1000, "cqa": 1221, "svamp": 200}
 
 TEACHER: Final = {"esnli": 0.7299, "anli1": 0.656, "cqa": 0.7723, "svamp": 0.74}
-"""Accuracy of PaLM's labels on test, computed from the released outputs."""
+"""Test accuracy of PaLM's labels, computed from the released outputs."""
 
 ROWS: Final[dict[str, dict[str, float]]] = {
     "standard finetuning": {"esnli": 0.8838, "anli1": 0.4358, "cqa": 0.6219, "svamp": 0.6263},
     "single task: rationale and label": {"esnli": 0.8888, "anli1": 0.4350, "cqa": 0.6137, "svamp": 0.6300},
-    # no run stands beside this one: those rationales were not released
+    # cannot be compared: these rationales were not released
     "step-by-step, GPT-NeoX 20B rationales": {"esnli": 0.8912, "anli1": 0.4815, "cqa": 0.6325, "svamp": 0.6300},
     "step-by-step, PaLM 540B rationales": {"esnli": 0.8951, "anli1": 0.4958, "cqa": 0.6329, "svamp": 0.6550},
 }
@@ -43,10 +43,10 @@ _AS_PUBLISHED: Final = {
     "model.init_args.order": (None, "rationale_first"),
     "model.init_args.from_scratch": (None, False),
 }
-"""Key of a config -> its values under which a run is of the published kind."""
+"""Config key -> the values that match the published experiment."""
 
 _ADDED: Final = tuple(f"model.init_args.{name}" for name in ("tasks", "objectives", "adapter"))
-"""Arguments, which may be nested, with which a method is no longer the published one."""
+"""Arguments that make a method differ from the published one."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Published:
 
 
 def published(run: Run) -> Published | None:
-    """The published accuracy of a run's setting; ``None`` if there is none, or the run's record does not say enough."""
+    """The published accuracy for a run's setting; ``None`` if there is none, or the record says too little."""
     record, config = run.record, flatten(run.record.config)
     row, dataset = _ROW_OF_METHOD.get(record.method), record.dataset
     as_published = (

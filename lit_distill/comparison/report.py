@@ -1,4 +1,4 @@
-"""The report of a comparison: Markdown, the same text as one HTML page, figures, and the table of all runs."""
+"""The report of a comparison: Markdown, HTML, figures and a table of all runs."""
 
 import base64
 import re
@@ -26,14 +26,14 @@ from lit_distill.comparison.statistics import FEW, Mean
 from lit_distill.files import flatten, write_text
 
 DAGGER = "\u2020"
-"""Marks a p-value that rests on few rows."""
+"""Marks a p-value based on few rows."""
 
 DOUBLE_DAGGER = "\u2021"
-"""Marks a difference that leaves seeds out."""
+"""Marks a difference without some seeds."""
 
 
 class Markdown(str):
-    """A text that is Markdown already; any other text is escaped in the template."""
+    """Text that is Markdown already; the template escapes any other."""
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     from pyarrow import csv, parquet
 
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    # pandas would make numbers of rows with a gap into floats
+    # pandas would turn integers with gaps into floats
     runs = pa.Table.from_pylist(run_rows(comparison))
     parquet.write_table(runs, folder / "runs.parquet")
     csv.write_csv(runs, folder / "runs.csv")
@@ -57,7 +57,7 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """What is known of each run, repeated ones included; all rows have the same keys."""
+    """A table row for each run, with duplicates; all have the same keys."""
     keys = sorted({key for section in comparison.sections for key in section.keys})
     metrics = sorted({name for run in comparison.runs for name in run.record.metrics})
     rows = []
@@ -66,7 +66,7 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
         weight = config.get(WEIGHT)
         selected = next((name for name in record.validation if name != "step"), None)
         rows.append(
-            # what is not known is NaN or 0 in a record
+            # unknown values are NaN or 0 in a record
             {
                 name: None if value != value else value
                 for name, value in vars(record).items()
@@ -90,25 +90,25 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def number(value: float | None, metric: str) -> str:
-    """A metric in %, or as it is if it is no share."""
+    """A metric as text: in %, unless it is no fraction."""
     if value is None:
         return ""
     return f"{100 * value:.2f}" if is_share(metric) else f"{value:.4f}"
 
 
 def change(value: float, metric: str) -> str:
-    """A difference with its sign, in points or as it is."""
+    """A signed difference as text, in points for fractions."""
     text = f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.4f}"
     return text.replace("-", "\u2212") if text.strip("+-0.") else text[1:]
 
 
 def mean_and_error(mean: Mean, metric: str) -> str:
-    """As in 62.31 ± 0.45; no standard error for a single seed."""
+    """Text such as 62.31 ± 0.45; no standard error for one seed."""
     return " ± ".join(filter(None, (number(mean.mean, metric), number(mean.standard_error, metric))))
 
 
 def cells(results: Sequence[Result], section: Section, metric: str) -> list[dict[str, str]]:
-    """The rows of a table as texts by column, the last one of chance if it is known; without empty columns."""
+    """The table as texts by column, without empty columns; a last row of chance if known."""
     rows = [_cells(result, metric) for result in results]
     if section.chance is not None:
         rows.append(dict.fromkeys(rows[0], "") | {"setting": "chance", "mean ± se": number(section.chance, metric)})
@@ -143,7 +143,7 @@ def _cells(result: Result, metric: str) -> dict[str, str]:
 
 
 def _notes(results: Sequence[Result], section: Section) -> list[str]:
-    """Which baseline, which differences are missing, and what their marks mean."""
+    """The baseline, missing differences, and the meaning of marks."""
     names = {result.setting: result.name for result in section.results}
     baselines = sorted({names[result.baseline] for result in results if result.baseline})
     notes = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
@@ -162,11 +162,11 @@ def _notes(results: Sequence[Result], section: Section) -> list[str]:
 
 
 def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
-    """The report in Markdown, with the figures in ``figures/`` beside it."""
+    """The report in Markdown, with figures in ``figures/``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     metric = comparison.metric
-    # it writes Markdown, and escapes that
+    # the template escapes Markdown itself
     environment = Environment(  # noqa: S701
         loader=PackageLoader("lit_distill.comparison"),
         finalize=lambda value: value if isinstance(value, Markdown) else _escape(str(value)),
@@ -199,7 +199,7 @@ def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
 
 
 def _software(runs: Iterable[Run]) -> dict[str, Counter[str]]:
-    """Versions of packages and the commit, each with the number of runs."""
+    """Package versions and commits, each with the number of runs."""
     found: dict[str, Counter[str]] = {}
     for record in (run.record for run in runs):
         commit = str(record.git["commit"])[:12] if record.git.get("commit") else "none"
@@ -210,31 +210,26 @@ def _software(runs: Iterable[Run]) -> dict[str, Counter[str]]:
 
 
 def _escape(text: str) -> str:
-    """A text without meaning in Markdown, on one line; an underscore within a word has none."""
+    """Escape Markdown and join lines; underscores within words need no escape."""
     return re.sub(r"[\\`*<>\[&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.splitlines()))
 
 
 def _table(rows: Sequence[dict[str, str]]) -> Markdown:
-    """A table whose first two columns are names, aligned to the left, and the others numbers."""
+    """A table whose first two columns are left-aligned names, the others numbers."""
     rule = ["---", "---"] + ["---:"] * (len(rows[0]) - 2)
     lines = [map(_escape, rows[0]), rule, *(map(_escape, row.values()) for row in rows)]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def _commands(runs: Iterable[Run]) -> Markdown:
-    """The commands of the runs as code: whatever is in it, an indented line is code."""
+    """The commands of the runs as an indented code block, safe for any content."""
     ordered = sorted((run for run in runs if run.record.command), key=lambda run: run.source)
     text = "\n".join(f"# {run.source}\n{shlex.join(run.record.command)}" for run in ordered)
     return Markdown("\n".join(f"    {line}" for line in text.splitlines()))
 
 
 def to_html(markdown: str, folder: Path) -> str:
-    """The report as one page that needs no other file.
-
-    Args:
-        markdown: the report.
-        folder: where its figures are.
-    """
+    """The report as one self-contained page; ``folder`` has its figures."""
     from jinja2 import Environment, PackageLoader
     from markdown_it import MarkdownIt
     from markupsafe import Markup
@@ -248,7 +243,7 @@ def to_html(markdown: str, folder: Path) -> str:
         elif token.type == "th_open" and following:
             columns.append(following.content)
         elif token.type == "td_open":
-            # a narrow screen shows a row as a list, in which each value has its column's name
+            # narrow screens show a row as a list of column: value
             token.attrSet("data-name", columns[0])
             columns.append(columns.pop(0))
         for image in token.children or ():

@@ -1,4 +1,4 @@
-"""Finding finished runs in folders and in projects of Weights & Biases, and reading their records."""
+"""Find finished runs in folders and W&B projects, and read their records."""
 
 import ast
 import hashlib
@@ -19,10 +19,10 @@ from lit_distill.files import flatten
 from lit_distill.records import PREDICTIONS, RECORD, RunRecord, check_values, read_predictions_file, read_record
 
 WANDB = "wandb://"
-"""How the address of a W&B project begins."""
+"""Prefix of a W&B project address."""
 
 _PARTS = ("wandb", "student", "checkpoints")
-"""Folders that are part of a run when they lie inside one; elsewhere they may hold runs."""
+"""Folders that belong to a run when inside one; elsewhere they may contain runs."""
 
 _UNFINISHED = {
     "failed.txt": "failed",
@@ -30,10 +30,10 @@ _UNFINISHED = {
     "checkpoints": "the run has not ended",
     "fit.yaml": "not started, or ended early",
 }
-"""What a run leaves behind before its record -> what that means; the first one found counts."""
+"""File or folder of an unfinished run -> what it means; the first match counts."""
 
 _LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
-"""What ``fit`` logs beside its config."""
+"""What ``fit`` logs in addition to its config."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Run:
     """Its folder or address."""
     record: RunRecord
     correct: NDArray[np.float64] | None = None
-    """``(test rows,)`` sorted by id: 1 right, 0 wrong, NaN without a label; ``None`` if only metrics are known."""
+    """``(test rows,)`` sorted by id: 1 right, 0 wrong, NaN unlabelled; ``None`` without predictions."""
     remark: str = ""
     """Why ``correct`` is missing."""
     ids: str = ""
@@ -52,18 +52,18 @@ class Run:
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """Seed and data seed, by which runs of two settings are paired."""
+        """Seed and data seed, to pair runs of two settings."""
         return self.record.seed, self.record.data_seed
 
     @property
     def test(self) -> str:
-        """Name of its test rows, by their hash; empty if that is unknown."""
+        """Name of its test rows by their hash; empty if unknown."""
         known = self.record.fingerprints.get("test")
         return f"{known}, {self.record.test_rows:,} rows" if known else ""
 
     @property
     def student_path(self) -> str:
-        """The student as the config names it, else its own name."""
+        """The student as in the config, else its own name."""
         path = flatten(self.record.config).get("model.init_args.student")
         return os.path.normpath(path) if isinstance(path, str) and path else self.record.student
 
@@ -72,7 +72,7 @@ def find_runs(sources: Sequence[str | Path]) -> tuple[list[Run], dict[str, str]]
     """Read all runs below some folders or in ``wandb://entity/project``.
 
     Returns:
-        The runs, and source -> reason for what looks like a run but cannot be compared.
+        The runs, and source -> reason for candidates that cannot be compared.
 
     Raises:
         UserError: a folder does not exist, or a project cannot be read.
@@ -95,9 +95,9 @@ def find_runs(sources: Sequence[str | Path]) -> tuple[list[Run], dict[str, str]]
 
 
 def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:
-    """Folders with a record, with the leftovers of an unfinished run, or empty ones; `seen` keeps links from looping.
+    """Folders with a record, with files of an unfinished run, or empty; ``seen`` breaks loops of links.
 
-    Leftovers inside another run's folder are parts of that run, as a baseline's checkpoints are; a record never is.
+    Files of an unfinished run inside another run's folder (such as a baseline's checkpoints) belong to that run.
     """
     inside_run: set[Path] = set()
     for name, below, files in os.walk(top, followlinks=True):
@@ -151,7 +151,7 @@ def _read_run(folder: Path) -> Run:
 
 def _read_project(address: str, runs: list[Run], skipped: dict[str, str]) -> None:
     """Add the finished runs of a W&B project, which have metrics but no predictions."""
-    # importing it takes seconds, and most comparisons are of folders
+    # slow to import, and most comparisons are of folders
     import wandb
 
     path = address.removeprefix(WANDB).strip("/")

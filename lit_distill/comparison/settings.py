@@ -1,4 +1,4 @@
-"""Settings: what runs that differ only in their seeds have in common, and how it is called."""
+"""Settings: what runs share that differ only in their seeds, and their names."""
 
 import json
 import re
@@ -33,12 +33,12 @@ _IGNORED = re.compile(
     r"|(seed_everything|data\.init_args\.seed)$"
     r"|(trainer\.default_root_dir|data\.init_args\.(data_dir|cache_dir)|run_dir|out)$"
 )
-"""Keys of a config that make no difference to results, or only through data whose hashes tell."""
+"""Config keys without influence on results, or only through data whose hashes are compared."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs that differ only in their seeds have in common."""
+    """What runs that differ only in their seeds share."""
 
     dataset: str
     method: str
@@ -49,24 +49,24 @@ class Setting:
     rationales: str | None
     rationale_weight: float | None
     extra: tuple[tuple[str, str], ...] = ()
-    """Other keys of the config in which settings of the dataset differ, with their values as text."""
+    """Other config keys in which the dataset's settings differ, with their values as text."""
 
     def having(self, key: str, value: str) -> "Setting":
-        """The same setting with one more key."""
+        """A copy with one more key."""
         return replace(self, extra=tuple(sorted((*self.extra, (key, value)))))
 
     def value(self, key: str) -> str | None:
-        """The value of a field, or of a key of the config, as text; ``None`` if it has none."""
+        """The value of a field or config key as text; ``None`` without one."""
         found = getattr(self, key) if key in FIELDS else dict(self.extra).get(key)
         return None if found is None else as_text(found)
 
 
 FIELDS = ("dataset", "method", "student", "label_source", "train_fraction", "rationales", "rationale_weight")
-"""Fields of a setting by which a baseline can be named."""
+"""Fields that may name a baseline."""
 
 
 def as_text(value: object) -> str:
-    """A value of a config, as it is compared and shown."""
+    """A config value as text, for comparing and showing."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
@@ -76,13 +76,13 @@ def as_text(value: object) -> str:
 
 
 def identifying(config: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of a config that tell its run from runs of other settings, with their values as text."""
+    """The config keys that distinguish settings, with their values as text."""
     flat = sorted(_config_text(config).items())
     return {key: value for key, value in flat if not _IGNORED.match(key) and value not in ("null", "false")}
 
 
 def _config_text(config: Mapping[str, Any]) -> dict[str, str]:
-    """A config with its keys joined by dots and values as text; devices count only where they make the batch."""
+    """A config with dotted keys and values as text; devices count only through the batch size."""
     flat = flatten(config)
     of_batch = flat.get("model.init_args.effective_batch_size") is None
     hidden = () if of_batch else ("trainer.devices", "trainer.num_nodes")
@@ -90,10 +90,10 @@ def _config_text(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def config_table(runs: Sequence[Run]) -> "pd.DataFrame":
-    """The configs of runs as text, indexed by source and method, with a column for each key.
+    """The configs of runs as text, indexed by source and method, with a column per key.
 
-    A key that some configs lack came with a later version: there it is unset or switched off. An argument of the model
-    that no run of a method has is not an argument of that method, and stays missing.
+    A key missing from some configs was added in a later version and is treated as unset. A model argument that no run
+    of a method has stays missing for that method.
     """
     import pandas as pd
 
@@ -108,11 +108,11 @@ def config_table(runs: Sequence[Run]) -> "pd.DataFrame":
 
 
 def settings_of(runs: Sequence[Run], sizes: Mapping[str, int]) -> tuple[dict[str, Setting], list[str], list[str]]:
-    """Source -> setting of one dataset's runs, the keys in which their configs differ, and remarks on these.
+    """Source -> setting of one dataset's runs, the keys in which configs differ, and remarks on these.
 
     Args:
-        runs: the runs.
-        sizes: path of a student -> parameters, for records that lack them.
+        runs: of one dataset.
+        sizes: path of a student -> parameters, for records without them.
     """
     table = config_table(runs)
     keys = [key for key in table if not (key in _FIELDS_OF_SETTING or _IGNORED.match(key)) and table[key].nunique() > 1]
@@ -120,7 +120,7 @@ def settings_of(runs: Sequence[Run], sizes: Mapping[str, int]) -> tuple[dict[str
     for key in sorted(keys):
         values = {method: set(of_method.dropna()) for method, of_method in table[key].groupby(level="method")}
         if all(len(of_method) <= 1 for of_method in values.values()):
-            # it tells no settings apart, but methods differ in more than the method; a prefix is part of one
+            # methods differ in more than the class; a prefix is part of a method
             followers.append(key)
             said = [f"{method_name(str(method))} {value_name(*of_one)}" for method, of_one in values.items() if of_one]
             words = short_names(keys)[key].replace("_", " ")
@@ -166,24 +166,24 @@ def dataset_name(dataset: str) -> str:
 
 
 def labels_name(label_source: str) -> str:
-    """Labels that students were trained on, in words."""
+    """The label source in words."""
     return _LABELS.get(label_source, f"{label_source} labels")
 
 
 def method_name(method: str, label_source: str = "gold") -> str:
-    """A method in words; standard finetuning on a teacher's labels is standard distillation."""
+    """A method in words; standard finetuning on teacher labels is standard distillation."""
     if method == "Standard" and label_source == "teacher":
         return "standard distillation"
     return _METHODS.get(method, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", method))
 
 
 def metric_name(metric: str) -> str:
-    """A metric's logged name in words."""
+    """A logged metric in words."""
     return metric.replace("/", " ").replace("_", " ")
 
 
 def short_names(names: Iterable[str], separator: str = ".") -> dict[str, str]:
-    """Each name by the shortest end that no other name has; of keys without ``init_args``."""
+    """Each key by its shortest unique ending, without ``init_args``."""
     whole = {name: name.replace(".init_args.", ".") for name in names}
     short = {}
     for name, text in whole.items():
@@ -195,11 +195,11 @@ def short_names(names: Iterable[str], separator: str = ".") -> dict[str, str]:
 
 
 def variant_names(settings: Iterable[Setting], keys: Collection[str] | None = None) -> dict[Setting, str]:
-    """Each setting in words, without dataset, student, labels and fraction; variants of equal names are numbered.
+    """Each setting in words, without dataset, student, labels and fraction; equal names are numbered.
 
     Args:
-        settings: all that have to be told from each other.
-        keys: the keys of the config that tell them apart; all by default.
+        settings: all that must be distinguished.
+        keys: config keys that distinguish them; all by default.
     """
     settings = sorted(settings, key=lambda setting: setting.extra)
     short = short_names({key for setting in settings for key, _ in setting.extra})
@@ -229,7 +229,7 @@ def variant_names(settings: Iterable[Setting], keys: Collection[str] | None = No
 
 
 def value_name(value: str) -> str:
-    """A value of a config in short: classes by name and arguments, paths by their last part."""
+    """A short config value: classes as name and arguments, paths as their last part."""
     try:
         parsed = json.loads(value)
     except ValueError:
@@ -248,14 +248,14 @@ def _class_name(spec: Mapping[str, Any]) -> str:
 
 
 def size_name(parameters: int) -> str:
-    """A number of parameters, as in 248M or 2.85B."""
+    """A number of parameters, such as 248M or 2.85B."""
     unit, sign = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= pair[0]), (1, ""))
     number = parameters / unit
     return f"{round(number, 2 if number < 10 else 0):g}{sign}"
 
 
 def fraction_name(fraction: float) -> str:
-    """A fraction of the training rows, as in 12.5 %."""
+    """A fraction of the training rows, such as 12.5 %."""
     return f"{100 * fraction:.4g} %"
 
 

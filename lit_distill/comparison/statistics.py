@@ -1,8 +1,8 @@
-"""What can be said about a metric measured with a few seeds on one set of test rows.
+"""Statistics of a metric measured with a few seeds on one test set.
 
-Two things vary: the seed (initialisation, order, subset), and which rows happen to be in the test set. A standard error
-over seeds measures the first with the test rows fixed; the paired bootstrap measures the second with the trained
-students fixed. Neither contains the other.
+Two things vary: the seed (initialisation, order, subset) and the sample of test rows. A standard error over seeds
+measures the first with fixed test rows; the paired bootstrap measures the second with fixed students. Neither includes
+the other.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEW: Final = 10
-"""A bootstrap that rests on fewer differing rows than this is overconfident."""
+"""A bootstrap over fewer differing rows is overconfident."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Mean:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of the mean, with divisor n - 1; ``None`` for a single seed."""
+        """With divisor n - 1; ``None`` for a single seed."""
         return float(np.std(self.values, ddof=1) / self.n**0.5) if self.n > 1 else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two accuracies on the same test rows, by a paired bootstrap."""
+    """Difference of two accuracies on the same test rows, by a paired bootstrap."""
 
     difference: float
     low: float
@@ -50,35 +50,35 @@ class Difference:
     p_value: float
     """Two-sided."""
     differing: int
-    """Test rows that the two settings did not get right equally often."""
+    """Number of test rows on which the two settings differ."""
 
 
 def paired_bootstrap(
     own: NDArray[np.float64], baseline: NDArray[np.float64], *, resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    r"""Paired bootstrap over test rows of the difference of two accuracies, for these very students.
+    r"""Paired bootstrap over test rows of the difference of two accuracies, for fixed students.
 
-    Row :math:`i` has the difference :math:`d_i = \bar a_i - \bar b_i` of the shares of seeds that got it right. Rows
-    are drawn with replacement, as many as there are; the interval is between percentiles of the mean of :math:`d`, and
+    Row :math:`i` has the difference :math:`d_i = \bar a_i - \bar b_i` of the fractions of seeds that got it right. Rows
+    are drawn with replacement; the interval is between percentiles of the mean of :math:`d`, and
 
     .. math:: p = \min\left(1, 2\,\frac{1 + \min(\#\{\bar d^* \le 0\}, \#\{\bar d^* \ge 0\})}{1 + B}\right)
 
     with :math:`B` resamples; Efron and Tibshirani (1993), chapter 13; Koehn (2004), https://aclanthology.org/W04-3250.
-    A resample's mean depends only on how often each distinct :math:`d` was drawn, which is multinomial. Drawing these
-    counts is the same as ``scipy.stats.bootstrap(paired=True)`` draws row by row, but 100 times as fast.
+    How often each distinct :math:`d` is drawn is multinomial; drawing these counts is equivalent to
+    ``scipy.stats.bootstrap(paired=True)``, but 100 times as fast.
 
     Args:
-        own: ``(seeds, test rows)``, 1 where a row was right and 0 where it was wrong.
-        baseline: ``(seeds of its own, test rows)``, the same rows in the same order.
+        own: ``(seeds, test rows)``, 1 where a row was right, else 0.
+        baseline: ``(other seeds, test rows)``, the same rows in the same order.
         resamples: number of resamples.
         seed: of the draws.
 
     Raises:
-        ValueError: the numbers of rows differ, or there are none.
+        ValueError: the numbers of rows differ, or are 0.
     """
     if own.shape[1] != baseline.shape[1] or not own.size or not baseline.size:
         raise ValueError(f"cannot pair {own.shape} with {baseline.shape}")
-    # in whole numbers, so that equal shares differ by exactly 0
+    # integers, so that equal fractions differ by exactly 0
     scaled = np.rint(own.sum(axis=0) * len(baseline) - baseline.sum(axis=0) * len(own))
     scale = len(own) * len(baseline) * len(scaled)
     distinct, counts = np.unique(scaled, return_counts=True)

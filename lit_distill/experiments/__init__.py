@@ -1,1 +1,1 @@
-"""Grids of runs: what varies, a folder a cell, and who starts the cells."""
+"""Grids of runs: cells, their folders, and launchers."""

@@ -1,4 +1,4 @@
-"""A cell: one run of ``fit``, its folder, and what the folder says about it."""
+"""A cell of a grid: one run of ``fit``, its folder and its state."""
 
 import os
 import shlex
@@ -23,33 +23,33 @@ from lit_distill.reading import parse_yaml
 from lit_distill.records import RECORD
 
 CONFIG = "fit.yaml"
-"""The cell's config, with which it runs alone."""
+"""The cell's own config."""
 
 FAILED = "failed.txt"
-"""Why a cell's last try failed, in one line, then the end of its log."""
+"""Why the last try failed: one line, then the end of the log."""
 
 LOG = "log.txt"
-"""What its runs wrote."""
+"""Output of the runs."""
 
 FIT = (sys.executable, "-m", "lit_distill", "fit")
-"""How a cell is run."""
+"""The command that runs a cell."""
 
 _PACKAGE = Path(__file__).parents[2]
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
-"""Exit codes of a run that was asked to stop; it has saved."""
+"""Exit codes of a run that was interrupted and has saved."""
 
 
 class State(StrEnum):
-    """Where a cell stands."""
+    """The state of a cell."""
 
     PENDING = "pending"
     RUNNING = "running"
     RUNNING_ELSEWHERE = "running elsewhere"
-    """By another process."""
+    """In another process."""
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"
-    """Interrupted; it resumes from its last checkpoint."""
+    """Interrupted; resumes from its last checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,11 @@ class Cell:
     name: str
     folder: Path
     point: Mapping[str, Any]
-    """What varies: canonical key -> value."""
+    """Canonical key -> value of what varies."""
     config: Mapping[str, Any]
-    """Its whole config, nested."""
+    """The whole nested config."""
     command: tuple[str, ...] = FIT
-    """What is started, before ``--config``."""
+    """The command before ``--config``."""
 
     @property
     def arguments(self) -> list[str]:
@@ -72,12 +72,12 @@ class Cell:
 
     @property
     def line(self) -> str:
-        """The command line to copy."""
+        """The command line as text."""
         return shlex.join(["python", *self.arguments[1:]])
 
     @property
     def state(self) -> State:
-        """What its folder says: done, failed, running elsewhere, or pending."""
+        """The state of the folder: done, failed, running elsewhere, or pending."""
         if (self.folder / RECORD).exists():
             return State.DONE
         if (self.folder / FAILED).exists():
@@ -94,7 +94,7 @@ class Cell:
         return (self.folder / FAILED).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
 
     def fail(self, reason: str) -> None:
-        """Keep why it failed, with the end of its log."""
+        """Record why it failed, with the end of its log."""
         log = self.folder / LOG
         text = log.read_bytes()[-20_000:].decode(errors="replace") if log.exists() else ""
         lines = [line.rstrip() for line in text.splitlines() if line.strip()][-20:]
@@ -102,10 +102,10 @@ class Cell:
 
 
 def config_difference(cell: Cell) -> str | None:
-    """The first key in which the config in a cell's folder is another one; ``None`` where there is no difference.
+    """The first key in which the config in the cell's folder differs; ``None`` if none does.
 
     Raises:
-        UserError: the file there is not a config.
+        UserError: the file is not a config.
     """
     path = cell.folder / CONFIG
     try:
@@ -124,12 +124,9 @@ def config_difference(cell: Cell) -> str | None:
 
 
 def lay_out(cell: Cell, *, retry_failed: bool = False) -> Path | None:
-    """Write a cell's config into its folder; where another process runs the cell, nothing is to be done.
+    """Write a cell's config into its folder, unless another process runs the cell.
 
-    A try with another config is moved aside whole, so that no run resumes from its checkpoints.
-
-    Returns:
-        Where such a try lies now; ``None`` where there was none.
+    A try with another config is moved aside, so that no run resumes from its checkpoints; returns where to, if so.
 
     Raises:
         UserError: another process runs the cell with another config.
@@ -159,9 +156,9 @@ def _lock_path(cell: Cell) -> Path:
 
 
 def claim(cell: Cell) -> IO[bytes] | None:
-    """The right to run a cell, held until the file is closed; ``None`` where another process has it.
+    """Lock a cell until the file is closed; ``None`` if another process has it.
 
-    A process that inherits the file holds it too, and outlives its parent with it; a ``FileLock`` cannot be inherited.
+    Unlike a ``FileLock``, a child process inherits the lock and keeps it if its parent dies.
     """
     import fcntl
 
@@ -177,11 +174,11 @@ def claim(cell: Cell) -> IO[bytes] | None:
 
 
 class Run:
-    """A try of a cell: a process that holds the claim for as long as it lives, whatever becomes of this one."""
+    """A try of a cell: a process that holds the lock as long as it lives, even without this one."""
 
     def __init__(self, cell: Cell, claimed: IO[bytes], environment: Mapping[str, str]) -> None:
         self._cell, self._claimed, self._killed = cell, claimed, False
-        # this package is found, also where it is not installed
+        # find this package even if it is not installed
         path = os.pathsep.join([str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
         with (cell.folder / LOG).open("ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {cell.line}\n".encode())
@@ -193,17 +190,17 @@ class Run:
                 stderr=log,
                 pass_fds=[claimed.fileno()],
                 env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
-                # Ctrl-C in the terminal is for this process, which passes it on
+                # this process forwards Ctrl-C
                 start_new_session=True,
             )
 
     @classmethod
     def start(cls, cell: Cell, environment: Mapping[str, str] | None = None) -> "Run | None":
-        """Run a cell that is laid out; ``None`` where another process runs it, or was faster and has run it.
+        """Start a cell; ``None`` if another process runs it or has just finished it.
 
         Args:
-            cell: the cell.
-            environment: variables beside those of this process.
+            cell: with its config written.
+            environment: additional variables.
         """
         claimed = claim(cell)
         if claimed is None:
@@ -214,7 +211,7 @@ class Run:
         return cls(cell, claimed, environment or {})
 
     def done(self) -> bool:
-        """Whether it has ended; why it failed, if so, is written by then."""
+        """Whether it has ended; records the failure, if any."""
         code = self._process.poll()
         if code is not None and not self._claimed.closed:
             with self._claimed:
@@ -228,18 +225,18 @@ class Run:
         self.done()
 
     def stop(self) -> None:
-        """Ask it to stop; it saves first."""
+        """Ask it to save and stop."""
         self._process.terminate()
 
     def stop_and_wait(self) -> None:
-        """Ask it to stop, and wait until it has saved; for signal handlers, which may interrupt `wait`."""
+        """Stop and wait until it has saved; for signal handlers, which may interrupt `wait`."""
         self.stop()
         with suppress(ChildProcessError):
-            # `Popen.wait` would wait for the lock that the interrupted one holds
+            # `Popen.wait` would deadlock with the interrupted one
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
     def kill(self) -> None:
-        """End it, and what it has started, at once."""
+        """Kill it and its children."""
         self._killed = True
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

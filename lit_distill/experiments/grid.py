@@ -50,33 +50,33 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "rationale_weight": ("model.init_args.rationale_weight",),
     "seed": ("seed_everything", "data.init_args.seed"),
 }
-"""Short name -> the keys of ``fit`` that it sets. A cell's name has them in this order."""
+"""Short name -> the keys of ``fit`` that it sets; also their order in cell names."""
 
 LOCATION = ("checkpoint.dirpath", "ckpt_path", "trainer.logger", "resume")
-"""Keys that decide where a run writes: the experiment sets them."""
+"""Keys of where a run writes, which the experiment sets."""
 
 MAX_CELLS = 2000
-"""Cells of a grid: each is checked before any is run."""
+"""Maximum cells of a grid: each is checked before any runs."""
 
 Accepts = Callable[[str], Collection[str] | None]
-"""``class path -> names of its arguments``; ``None`` for a class that is not known."""
+"""``class path -> names of its arguments``; ``None`` for an unknown class."""
 
 _GROUPS = ("model", "data")
 _TAGS = {"train_fraction": "fraction", "rationale_weight": "weight", "seed": "seed"}
 _BARE = {"method", "student", "dataset", "label_source", "rationales"}
-"""Keys whose values say by themselves what they are."""
+"""Keys whose values need no name in front."""
 
 
 # ---------------------------------------------------------------------- keys, names, configs
 
 
 def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
-    """What short or dotted keys set, by the dotted keys of ``fit``.
+    """The dotted keys of ``fit`` that short or dotted keys set.
 
-    ``method: step_by_step`` is ``model.class_path: StepByStepModule``, and ``data.seed`` is ``data.init_args.seed``.
+    ``method: step_by_step`` is ``model.class_path: StepByStepModule``, ``data.seed`` is ``data.init_args.seed``.
 
     Raises:
-        UserError: a key of ``fit`` is set twice, or is the experiment's to set.
+        UserError: a key of ``fit`` is set twice, or belongs to the experiment.
     """
     found: dict[str, Any] = {}
     for key, value in point.items():
@@ -93,7 +93,7 @@ def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _methods(value: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
-    """The classes of methods in snake case; a class's name or import path stays as it is."""
+    """The method classes in snake case; class names and import paths stay."""
     if isinstance(value, list):
         return [_methods(one) for one in value]
     if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", str(value)):
@@ -102,17 +102,17 @@ def _methods(value: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
 
 
 def matches(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a cell has all wanted values, or one of them where a list is wanted."""
+    """Whether a cell has all wanted values; a list allows any of its values."""
     return all(key in settings and settings[key] in as_list(value) for key, value in wanted.items())
 
 
 def as_list(value: Any) -> list[Any]:  # noqa: ANN401
-    """A list as it is, anything else in one."""
+    """A list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 def cell_name(point: Mapping[str, Any]) -> str:
-    """The name of a cell's folder: readable, and the same whatever else is in the grid."""
+    """A readable folder name that does not depend on the rest of the grid."""
     order = [*(key for key in ALIASES if key != "seed"), *sorted(key for key in point if key not in ALIASES), "seed"]
     parts = []
     for key in (key for key in order if key in point):
@@ -122,25 +122,21 @@ def cell_name(point: Mapping[str, Any]) -> str:
         tag = _TAGS.get(key) or ("" if key in _BARE else re.sub(r"^(model|data)\.(init_args\.)?", "", key) + "_")
         parts.append(quote(tag + text.replace("/", "+"), safe="+"))
     name = "-".join(parts)
-    # a folder is neither hidden nor read as an option
+    # neither a hidden folder nor an option
     name = f"_{name}" if name[0] in ".-" else name
-    # a file system takes 255 bytes, and a command line is read
+    # file systems allow 255 bytes, and people read it
     return name if len(name) <= 120 else f"{name[:109]}~{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
 def value_text(value: Any) -> str:  # noqa: ANN401
-    """A value as it is named; ``1`` and ``1.0`` are the same."""
+    """A value as part of a name; ``1`` and ``1.0`` are the same."""
     if isinstance(value, str):
         return value
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as a nested config.
-
-    Raises:
-        UserError: one key is within another one.
-    """
+    """A nested config from dotted keys. Raises a ``UserError`` if one key is within another."""
     config: dict[str, Any] = {}
     # an outer key comes before those within it
     for key in sorted(settings):
@@ -155,9 +151,9 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], accepts: Accepts) -> dict[str, Any]:
-    """A nested config with another one laid over it, as ``fit`` composes them.
+    """Merge a config into another one, as ``fit`` composes them.
 
-    Where a class takes another one's place, only those arguments stay that the new one accepts.
+    If a class changes, only the arguments that the new one accepts stay.
     """
     merged = dict(base)
     for key, value in over.items():
@@ -177,7 +173,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], accepts: Accepts) ->
 
 
 def without_location(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config by dotted keys, without those that decide where its run writes."""
+    """A config with dotted keys, without those of where its run writes."""
     own = tuple(f"{key}." for key in LOCATION)
     return {key: value for key, value in flatten(config).items() if not f"{key}.".startswith(own)}
 
@@ -186,7 +182,7 @@ def without_location(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_cell(point: dict[str, Any]) -> dict[str, Any]:
-    """A cell is named by its values, and a seed is one number for two keys."""
+    """Check that values can name a cell, and that a seed is a number."""
     for key, value in point.items():
         if key == "seed":
             check_int("seed", value, 0, 2**32 - 1)
@@ -216,25 +212,25 @@ class _Part(BaseModel):
 
 
 class Condition(_Part):
-    """Settings of some cells."""
+    """Settings for some of the cells."""
 
     wanted: Annotated[Settings, Field(alias="if", min_length=1)]
     settings: Annotated[Settings, Field(alias="set", min_length=1)]
 
 
 class Published(_Part, extra="allow"):
-    """A figure to compare with, beside the values of the cells that it is about."""
+    """A published result, and the values of its cells."""
 
     accuracy: Percent
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """Those values, by the keys of ``fit``."""
+        """The values by the keys of ``fit``."""
         return fit_keys(self.model_extra or {})
 
 
 class Grid(_Part):
-    """What a grid file says."""
+    """The content of a grid file."""
 
     base: Annotated[Texts, Field(min_length=1)]
     out: Annotated[str, Field(min_length=1)] | None = None
@@ -248,12 +244,12 @@ class Grid(_Part):
     deviations: Texts = []
 
     def points(self) -> list[dict[str, Any]]:
-        """What varies, of each cell: every explicit cell with every combination of the axes, in the file's order."""
+        """Each cell's varying values: every explicit cell with every combination of the axes, in order."""
         product = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
         return [{**cell, **combination} for cell in self.cells for combination in product]
 
     def settings(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """What is laid over the base for a cell, by the keys of ``fit``; later conditions win over earlier ones."""
+        """A cell's changes to the base by the keys of ``fit``; later conditions win."""
         settings, varied = dict(self.fixed), fit_keys(point)
         for condition in self.when:
             if matches(condition.wanted, self.fixed | varied):
@@ -290,7 +286,7 @@ class Grid(_Part):
 
 
 def _check_met(name: str, wanted: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> None:
-    """Each wanted value is some cell's, and one cell has all of them."""
+    """Check that some cell has all wanted values."""
     for key, values in wanted.items():
         there = list(dict.fromkeys(str(cell[key]) for cell in cells if key in cell))
         for value in as_list(values):
@@ -302,15 +298,11 @@ def _check_met(name: str, wanted: Mapping[str, Any], cells: Sequence[Mapping[str
 
 
 def read_grid(path: str | Path) -> Grid:
-    """Read a grid file.
-
-    Raises:
-        UserError: it is absent, or something in it is wrong; the message names the file and the key.
-    """
+    """Read a grid file. Raises a ``UserError`` if it is absent or invalid; names the file and the key."""
     try:
         content = read_small(path)
         parse_yaml(content)
-        # now that it is known to be small: numbers are read as `fit` reads them
+        # its size is checked: parse numbers as `fit` does
         return Grid.model_validate(get_loader("yaml")(content.decode("utf-8-sig")))
     except FileNotFoundError as error:
         raise UserError(f"config: no file {str(path)!r}") from error

@@ -1,4 +1,4 @@
-"""Runs cells: as many at a time as the launcher takes, each once, whatever becomes of the others."""
+"""Run cells, each once and several at a time, even if some fail."""
 
 import os
 import signal
@@ -13,24 +13,24 @@ from lit_distill.experiments.cells import Cell, Run, State
 from lit_distill.interrupts import on_signals
 
 Board = dict[Cell, State]
-"""Where each cell stands."""
+"""The state of each cell."""
 
 Show = Callable[[Board, Cell], object]
-"""Is called with a cell whose state has changed."""
+"""Called with a cell whose state has changed."""
 
 
 class Local:
     """Starts processes on this machine.
 
-    submitit's local executor is not used: it kills a run one second after Ctrl-C, before it can save.
+    submitit's local executor kills a run one second after Ctrl-C, before it can save.
 
     Args:
-        jobs: how many at a time. Several share the accelerators, each on one of them by turns, and the cores.
-        devices: the accelerators' numbers, as ``CUDA_VISIBLE_DEVICES`` has them.
+        jobs: number of parallel runs, which share the cores and take turns on the accelerators.
+        devices: the accelerators, as in ``CUDA_VISIBLE_DEVICES``.
     """
 
     again = False
-    """Whether a cell that was stopped by others than this process is started again."""
+    """Whether to restart a cell that another process stopped."""
 
     def __init__(self, jobs: int = 1, devices: Sequence[str] = ()) -> None:
         self.jobs: int | None = check_int("jobs", jobs, 1)
@@ -38,13 +38,13 @@ class Local:
         self._runs: list[Run | None] = [None] * jobs
 
     def start(self, cell: Cell) -> Run | None:
-        """Start a cell; ``None`` where its state is no longer pending."""
+        """Start a cell; ``None`` if it is no longer pending."""
         slot = next(i for i, run in enumerate(self._runs) if run is None or run.done())
         self._runs[slot] = Run.start(cell, self.environment(slot))
         return self._runs[slot]
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Variables by which the processes of a slot take their share of cores and devices."""
+        """Variables for a slot's share of cores and devices."""
         if self.jobs == 1:
             return {}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -54,13 +54,13 @@ class Local:
 
 
 class Slurm:
-    """Submits jobs to a Slurm cluster, through submitit.
+    """Submits jobs to a Slurm cluster through submitit.
 
     Args:
-        folder: where submitit keeps its files.
-        jobs: how many are queued or running at a time; by default all.
+        folder: for submitit's files.
+        jobs: maximum queued or running jobs; by default all.
         parameters: of submitit's ``executor.update_parameters``, such as ``slurm_partition``, ``timeout_min``,
-            ``gpus_per_node``; and ``cluster``, by which submitit can be told to run on this machine (``local``).
+            ``gpus_per_node``; and ``cluster: local`` to run on this machine.
     """
 
     # a job that was preempted has saved
@@ -76,25 +76,25 @@ class Slurm:
         self.jobs = None if jobs is None else check_int("jobs", jobs, 1)
         given = {"name": "lit_distill", "timeout_min": 24 * 60, **(parameters or {})}
         try:
-            # a run may take more than submitit's three jobs
+            # a run may need more jobs than submitit's limit of three
             self._executor = submitit.AutoExecutor(folder, given.pop("cluster", "slurm"), slurm_max_num_timeout=1000)
             self._executor.update_parameters(**given)
         except (RuntimeError, TypeError, ValueError, NameError, AssertionError) as error:
             raise UserError(f"slurm: {error}") from error
 
     def start(self, cell: Cell) -> "_Submitted | None":
-        """Submit a cell; ``None`` where its state is no longer pending."""
+        """Submit a cell; ``None`` if it is no longer pending."""
         return _Submitted(cell, self._executor.submit(CellTask(), cell)) if cell.state is State.PENDING else None
 
 
 class CellTask:
-    """What a job runs: a cell. A job that Slurm ends early is queued again by submitit, and the cell resumes."""
+    """A job that runs a cell. submitit requeues a preempted job, and the cell resumes."""
 
     _run: Run | None = None
 
     def __call__(self, cell: Cell) -> None:
-        """Run it to its end."""
-        # a cluster signals all processes of a job: the run inherits that these wait, and is told by `checkpoint`
+        """Run the cell."""
+        # a cluster signals all processes of a job: the run inherits the blocked signals, and `checkpoint` stops it
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
         self._run = Run.start(cell)
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
@@ -102,7 +102,7 @@ class CellTask:
             self._run.wait()
 
     def checkpoint(self, cell: Cell) -> Any:  # noqa: ANN401 - submitit's
-        """What submitit queues when the job is preempted or out of time; the run has saved by then."""
+        """The job to requeue after preemption or timeout; stops the run, which saves."""
         import submitit
 
         if self._run is not None:
@@ -111,7 +111,7 @@ class CellTask:
 
 
 class _Submitted:
-    """A job, with the methods of a `Run`."""
+    """A submitted job with the methods of a `Run`."""
 
     def __init__(self, cell: Cell, job: Any) -> None:  # noqa: ANN401 - submitit's
         self._cell, self._job, self._cancelled = cell, job, False
@@ -130,19 +130,19 @@ class _Submitted:
 
 
 def run_cells(board: Board, launcher: Local | Slurm, show: Show, *, pause: float = 0.2, grace: float = 120.0) -> bool:
-    """Run the cells that are pending, and wait for those that another process runs.
+    """Run the pending cells, and wait for those that other processes run.
 
-    Ctrl-C or a ``SIGTERM`` stops what runs; what has not saved in time, or at a second signal, is killed.
+    Ctrl-C or ``SIGTERM`` stops the running cells; what has not saved in time, or at a second signal, is killed.
 
     Args:
-        board: kept up to date.
+        board: updated as cells change.
         launcher: starts the cells.
-        show: is shown what happens.
-        pause: seconds between two looks at what runs.
-        grace: seconds in which stopped runs may save.
+        show: called with changes.
+        pause: seconds between polls.
+        grace: seconds for stopped runs to save.
 
     Returns:
-        Whether it came to its end; ``False`` after a signal, once all that was running has stopped.
+        Whether it finished; ``False`` after a signal, once all runs have stopped.
     """
     schedule = _Schedule(board, launcher, show)
     signals: list[int] = []
@@ -173,7 +173,7 @@ class _Schedule:
         self.steps = 0
 
     def step(self) -> bool:
-        """One look at all; whether there is anything left to wait for."""
+        """Poll once; whether anything is left to wait for."""
         self.collect()
         self.steps += 1
         for cell, state in self.board.items():
@@ -187,7 +187,7 @@ class _Schedule:
         return not {State.PENDING, State.RUNNING, State.RUNNING_ELSEWHERE}.isdisjoint(self.board.values())
 
     def collect(self, *, stopping: bool = False) -> bool:
-        """Look at what has ended; whether anything still runs."""
+        """Collect ended runs; whether any still runs."""
         for cell in [cell for cell, run in self.running.items() if run.done()]:
             del self.running[cell]
             state = cell.state

@@ -1,4 +1,4 @@
-"""What is shown of an experiment: its progress, its end, published figures beside its own, and a W&B sweep of it."""
+"""Progress and results of an experiment, comparison with published results, and a W&B sweep file."""
 
 import math
 import sys
@@ -23,14 +23,14 @@ _COLOURS = {State.DONE: "green", State.FAILED: "red", State.STOPPED: "yellow"}
 
 
 def counts(board: Board) -> str:
-    """How many cells are in each state."""
+    """Number of cells in each state."""
     found = list(board.values())
     others = [f"{found.count(state)} {state}" for state in State if state is not State.DONE and state in found]
     return ", ".join([f"{found.count(State.DONE)} of {len(board)} done", *others])
 
 
 def show_event(board: Board, cell: Cell) -> None:
-    """A line on stderr: a cell has another state."""
+    """Print a cell's new state on stderr."""
     line = f"{time.strftime('%H:%M:%S')} {board[cell]:<9} {cell.name}  ({counts(board)})"
     if (accuracy := _test_accuracy(cell)) is not None:
         line += f"  test accuracy {accuracy:.3f}"
@@ -40,12 +40,12 @@ def show_event(board: Board, cell: Cell) -> None:
 
 
 def _test_accuracy(cell: Cell) -> float | None:
-    """A finished cell's, in 0..1."""
+    """A finished cell's test accuracy, in 0..1."""
     return read_record(cell.folder).metrics.get("test/accuracy") if cell.state is State.DONE else None
 
 
 def summary_table(board: Board) -> Table:
-    """Each cell with its state, its accuracy on test and its minutes."""
+    """Each cell with its state, test accuracy and minutes."""
     table = _table(counts(board), ["cell", "state"], ["test accuracy", "minutes"])
     for cell, state in board.items():
         accuracy = _test_accuracy(cell)
@@ -66,34 +66,34 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A published figure and what was measured; all in percent."""
+    """A published and a measured result, in percent."""
 
     what: str
     published: float
     measured: tuple[float, ...]
-    """One a finished cell."""
+    """One per finished cell."""
     cells: int
-    """How many the grid has, whether or not they were looked at."""
+    """Number of matching cells, finished or not."""
     tolerance: float
 
     @property
     def difference(self) -> float:
-        """Of the mean to what was published; not a number where nothing was measured."""
+        """Mean minus the published value; NaN without measurements."""
         return fmean(self.measured) - self.published if self.measured else math.nan
 
     @property
     def verdict(self) -> str:
-        """Whether the mean is within the tolerance of what was published."""
+        """Whether the mean is within the tolerance."""
         if not self.measured:
             return "not measured"
-        # 63.29 and 3.1 are no binary fractions
+        # 63.29 and 3.1 are not exact in binary
         if abs(self.difference) <= self.tolerance + 1e-9:
             return "within tolerance"
         return "above" if self.difference > 0 else "below"
 
 
 def judge(grid: Grid, cells: Sequence[Cell]) -> list[Verdict]:
-    """Each published figure beside those finished cells of the grid that it is about."""
+    """Compare each published result with the finished cells that match it."""
     verdicts = []
     for one in grid.published:
         found = [_test_accuracy(cell) for cell in cells if matches(one.wanted, grid.settings(cell.point))]
@@ -105,7 +105,7 @@ def judge(grid: Grid, cells: Sequence[Cell]) -> list[Verdict]:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """The verdicts as a table, each mean with its standard error over the cells."""
+    """The verdicts, each mean with its standard error over the cells."""
     numbers = ["published", "measured", "cells", "difference", "tolerance", "verdict"]
     table = _table("Test accuracy in percent, beside what was published", [""], numbers)
     for one in verdicts:
@@ -119,7 +119,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def sweep_text(cells: Sequence[Cell], out: Path) -> str:
-    """A W&B sweep whose one parameter is the cell's own config, for agents on many machines."""
+    """A W&B sweep over the cells' configs, for agents on many machines."""
     logger = ["+=WandbLogger", ".project=lit_distill", f".save_dir={out}"]
     fit = ["${env}", "${interpreter}", "-m", "${program}", "fit", "${args}"]
     sweep = {
