@@ -96,9 +96,9 @@ def check_yaml(text: str) -> None:
     mappings: list[tuple[set[str], bool] | None] = [None]
     # of the document and of each collection that is open: its anchor, and the number of values in it so far
     stack: list[tuple[str | None, int]] = [(None, 0)]
-    event: Any
     for event in yaml.parse(text, Loader=_EventLoader):
         anchor, size = getattr(event, "anchor", None), 1
+        mark: Any = event.start_mark
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append((anchor, 1))
             mappings.append((set(), False) if isinstance(event, yaml.MappingStartEvent) else None)
@@ -115,12 +115,12 @@ def check_yaml(text: str) -> None:
         elif not isinstance(event, yaml.ScalarEvent):
             continue
         elif "\0" in event.value:
-            raise yaml.YAMLError(f"holds a NUL character in line {event.start_mark.line + 1}")
+            raise yaml.YAMLError(f"holds a NUL character in line {mark.line + 1}")
         if (mapping := mappings[-1]) is not None:
             keys, is_value = mapping
             if isinstance(event, yaml.ScalarEvent) and not is_value:
                 if event.value in keys:
-                    raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {event.start_mark.line + 1}")
+                    raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {mark.line + 1}")
                 keys.add(event.value)
             mappings[-1] = keys, not is_value
         if anchor is not None:
