@@ -26,7 +26,7 @@ from lit_distill.students import (
 )
 from tests.students import CONFIG, WORDS, make_student_folder, make_tokenizer
 
-REAL = Path(__file__).parents[2] / "shared/models/t5-v1_1-small"
+REAL = Path(__file__).parents[3] / "shared/models/t5-v1_1-small"
 IDS = torch.tensor([[3, 17, 18, 1], [4, 20, 1, 0]])
 TARGETS = torch.tensor([[21, 1], [22, 1]])
 
