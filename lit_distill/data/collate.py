@@ -1,7 +1,7 @@
 """From tokenised rows to a batch: the contract of `lit_distill.batch`."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
 from lit_distill.data.tokenize import TokenSettings
-from lit_distill.tasks import Task
 
 TokenRow = dict[str, Any]
 """``index``, and for each task ``<task>.input_ids`` and ``<task>.labels``, a list of targets, perhaps empty."""
@@ -103,13 +102,7 @@ class RationaleCollator:
         pad_to_multiple_of: the widths of sources and targets are rounded up to a multiple of this.
     """
 
-    def __init__(
-        self,
-        pad_token_id: int,
-        tasks: Mapping[str, Task] | Sequence[str],
-        evaluation: bool,
-        pad_to_multiple_of: int | None = None,
-    ) -> None:
+    def __init__(self, pad_token_id: int, tasks: Sequence[str], evaluation: bool, pad_to_multiple_of: int = 1) -> None:
         self.pad_token_id = pad_token_id
         self.tasks = tuple(tasks)
         self.evaluation = evaluation
@@ -140,7 +133,7 @@ class RationaleCollator:
     def _pad(self, sequences: Sequence[Sequence[int]], value: int) -> Tensor:
         """``(batch, length)``; at least one column wide, so that a batch of nothing has a valid shape."""
         width = max(1, *map(len, sequences)) if sequences else 1
-        if self.pad_to_multiple_of and sequences:
+        if sequences:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         padded = torch.full((len(sequences), width), value, dtype=torch.long)
         for row, sequence in zip(padded, sequences, strict=True):
