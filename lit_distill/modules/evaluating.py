@@ -76,17 +76,20 @@ class Evaluating(Training):
             rationales: also generate the rationales, where they have a task of their own.
         """
         task = self.tasks[self.answer_task]
-        inputs = step.batch[task.name]
-        index = inputs["index"].tolist()
+        index = step.batch[task.name]["index"].tolist()
         found = []
         for row, text in zip(index, self.generate_texts(step, task.name), strict=True):
             parsed = task.read(text)
             found.append(Answer(row, parsed.label or "", text, parsed.rationale))
         if rationales and self.rationale_task not in (None, task.name):
             self._add_rationales(found, step)
-        if self.hparams["score_choices"] and key.choices is not None and not task.gives_rationale:
+        if self.hparams["score_choices"] and key.choices is not None and task.needs_label and not task.uses_output:
             choices = [key.choices[max(row, 0)] for row in index]
-            targets = [tuple(task.render(Row("", "", choice)) or "" for choice in own) for own in choices]
+            inputs = [key.inputs[max(row, 0)] for row in index]
+            targets = [
+                tuple(task.render(Row("", text, choice)) or "" for choice in own)
+                for text, own in zip(inputs, choices, strict=True)
+            ]
             scores = step.student.score(task.name, targets)
             for answer, own, likelihoods in zip(found, choices, scores, strict=True):
                 answer.scored = own[likelihoods.index(max(likelihoods))] if own else None

@@ -292,7 +292,7 @@ class WithChoices(ItemData):
         return item_key(self.labels, choices=list(self.choices))
 
 
-@pytest.mark.parametrize("target", ["{label}", "answer is {label}"])
+@pytest.mark.parametrize("target", ["{label}", "answer is {label}", "{input} because {label}"])
 def test_choices_are_scored_as_by_a_plain_loss_a_choice(student_folder: Path, target: str) -> None:
     torch.manual_seed(3)
     module = StandardModule(student_folder, from_scratch=True, tasks={"label": {"target": target}}).eval()
@@ -310,7 +310,7 @@ def test_choices_are_scored_as_by_a_plain_loss_a_choice(student_folder: Path, ta
             source = torch.tensor([data.rows[row]["label"][0]])
             scores = []
             for choice in own:
-                labels = torch.tensor([ids(target.format(label=choice))])
+                labels = torch.tensor([ids(target.format(label=choice, input=ITEMS[row][0]))])
                 scores.append(-float(module.student.model(input_ids=source, labels=labels).loss) * labels.shape[1])
             expected.append(own[scores.index(max(scores))] if own else None)
     assert found == expected
