@@ -1,4 +1,4 @@
-"""The card of a folder of samples, as the Hugging Face hub shows it and `datasets` reads it."""
+"""The dataset card of a folder of samples."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ def write_card(jobs: Sequence[Mapping[str, Any]], samples: Iterable[Annotation],
     Args:
         jobs: from the folder's metadata.
         samples: all of them.
-        parquet: name of the file that `datasets` reads.
+        parquet: name of the Parquet file.
         out: name of the folder.
     """
     counts: dict[tuple[str, str], Counter[str]] = {}
@@ -48,15 +48,15 @@ def write_card(jobs: Sequence[Mapping[str, Any]], samples: Iterable[Annotation],
 
 # Rationales of {teachers} for {datasets}
 
-What language models said when they were asked for a rationale and a label of each row, sample by sample, for
+Rationales and labels that language models gave for each row, sample by sample, for
 distilling step-by-step ([2305.02301](https://arxiv.org/abs/2305.02301)). Made by lit_distill {__version__}. The rows'
-inputs and gold labels are not here: a sample belongs to the row with its `id`.
+inputs and gold labels are not included: a sample belongs to the row with its `id`.
 
 ```bash
 lit-distill fit --config CONFIG --data.rationales {out}
 ```
 
-## What was asked of whom
+## Teachers and settings
 
 {_table(_JOB, [[job.get(name) for name in _JOB] for job in jobs])}
 
@@ -72,8 +72,8 @@ The prompts are in `prompts/`, by the hash above; teachers' settings and samplin
 
 ## Licence
 
-The licence of the source data and the terms of the teacher and of whoever serves it apply to these texts; this card
-grants no other. Language models err: a rationale may be wrong where its label is right.
+The licence of the source data and the terms of the teacher and its provider apply to these texts; this card grants
+no other. Language models err: a rationale may be wrong where its label is right.
 """
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n{body}"))
 

@@ -1,6 +1,6 @@
-"""Conditions on columns as text, as in ``agrees and vote_share >= 0.6 and not contains_label``.
+"""Conditions on columns, such as ``agrees and vote_share >= 0.6 and not contains_label``.
 
-Python parses them and only comparisons are evaluated: ``pandas.eval`` would also call methods.
+Parsed by Python, but only comparisons are evaluated: ``pandas.eval`` would also call methods.
 """
 
 import ast
@@ -11,10 +11,10 @@ from typing import Any
 from lit_distill.errors import UserError
 
 MAX_LENGTH = 2000
-"""Characters of a text of conditions."""
+"""Maximum characters of conditions."""
 
 Condition = Callable[[Mapping[str, Any]], bool | None]
-"""Whether a row of columns fulfils a condition; ``None`` where a column is not known."""
+"""Whether a row of columns meets a condition; ``None`` if a column is unknown."""
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.GtE: operator.ge},
@@ -24,7 +24,7 @@ _BROKEN = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 def is_condition(text: str) -> bool:
-    """Whether a text has the form of conditions; an import path has not."""
+    """Whether a text looks like conditions, not an import path."""
     try:
         condition(text)
     except UserError:
@@ -35,17 +35,17 @@ def is_condition(text: str) -> bool:
 
 
 def columns_of(text: str) -> list[str]:
-    """The columns that a text of conditions names."""
+    """The columns that conditions name."""
     columns: list[str] = []
     _parse(text, columns)
     return columns
 
 
 def condition(text: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Compile a text of conditions; a row that it is not known of is not kept, ``not`` included.
+    """Compile conditions; a row with unknown result is not selected, even under ``not``.
 
     Raises:
-        UserError: the text is no condition; or, from the function, a value cannot be compared.
+        UserError: the text is no condition, or, from the function, a value cannot be compared.
     """
     holds = _parse(text, [])
     return lambda row: holds(row) is True
@@ -65,7 +65,7 @@ def _parse(text: str, columns: list[str]) -> Condition:
 
 
 def _compile(node: ast.expr, source: str, columns: list[str]) -> Condition:
-    """What a node says of a row; "not known" follows Kleene's logic."""
+    """The value of a node for a row; unknown follows Kleene's logic."""
     if isinstance(node, ast.BoolOp):
         parts = [_compile(value, source, columns) for value in node.values]
         decisive = isinstance(node.op, ast.Or)
@@ -94,14 +94,14 @@ def _comparison(name: str, compare: Callable[[Any, Any], bool] | None, node: ast
     try:
         value = ast.literal_eval(node)
     except _BROKEN:
-        # a word stands for itself
+        # a bare word is a string
         value = {"true": True, "false": False}.get(written, written)
 
     def test(row: Mapping[str, Any]) -> bool | None:
         found = row.get(name)
         if found is None or value is None:
             return None
-        # a label such as 1 is a text in its column
+        # labels such as 1 are text
         other = written if isinstance(found, str) and not isinstance(value, str) else value
         if not isinstance(found, str | int | float) or isinstance(found, str) is not isinstance(other, str):
             raise UserError(f"rationale_filter: {name} is {found!r}, which cannot be compared with {other!r}")

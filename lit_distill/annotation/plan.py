@@ -1,4 +1,4 @@
-"""What is to be asked about each row, and the key of each question, by which it is asked only once."""
+"""The questions about each row, and their keys, by which each is asked only once."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +11,12 @@ from lit_distill.questions import Layout, Prompt, Question, Sampling
 from lit_distill.tasks import Row
 
 Asked = tuple[Annotation, Question]
-"""A question, and the annotation that its answer goes into."""
+"""A question and the annotation for its answer."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How every row is asked about."""
+    """The settings of all questions of a job."""
 
     template: PromptTemplate
     choose: Choose
@@ -25,23 +25,23 @@ class Plan:
     teacher: str
     """The teacher's name."""
     teacher_settings: dict[str, Any]
-    """What its answers depend on."""
+    """Settings that influence its answers."""
     sampling: Sampling
     num_samples: int
     until_agrees: int | None = None
-    """Samples at most of a row on which the teacher has not agreed with the gold label yet."""
+    """Maximum samples of a row until the teacher agrees with the gold label."""
     kind: str = "rationale"
-    """What the prompt asks for beside the label."""
+    """What the prompt asks for besides the label."""
     structured: bool = False
     """Whether answers follow a JSON schema."""
     closed: Callable[[Row], Sequence[str]] = lambda row: row.choices or ()
     """The closed choices of a row."""
     selection: Any = None
-    """How demonstrations are chosen, in plain values; ``None`` for the first ones."""
+    """How demonstrations are selected, in plain values; ``None`` for the first ones."""
 
     @cached_property
     def prompt_hash(self) -> str:
-        """Tells the template, its demonstrations and their choice from others."""
+        """Hash of the template, its demonstrations and their selection."""
         return digest(self.template.hash, self.selection) if self.selection is not None else self.template.hash
 
     @cached_property
@@ -51,31 +51,31 @@ class Plan:
 
     @cached_property
     def settings_hash(self) -> str:
-        """Tells them from others."""
+        """Hash of `settings`."""
         return digest(self.settings)
 
     def prompt(self, row: Row) -> Prompt:
-        """What the teacher is asked about a row."""
+        """The prompt for a row."""
         return write_prompt(self.template, self.layout, self.fields, self.choose(row), row, structured=self.structured)
 
     def questions(
         self, row: Row, split: str, answered: Collection[bytes], agreeing: Collection[bytes]
     ) -> Iterator[list[Asked]]:
-        """The questions about a row that are not answered yet, round by round.
+        """The unanswered questions about a row, in rounds.
 
         Args:
             row: the row.
             split: its split.
-            answered: keys of what is not to be asked again; may grow between the rounds.
-            agreeing: keys of the answers that agree with the gold label; may grow, too.
+            answered: keys not to ask again; may grow between rounds.
+            agreeing: keys of answers that agree with the gold label; may grow, too.
         """
         prompt = self.prompt(row)
         stop = self.template.stop if self.layout == "completion" else ()
         schema = answer_schema(self.closed(row)) if self.structured else None
         written = prompt if isinstance(prompt, str) else [[turn.role, turn.content] for turn in prompt]
-        # choices are part of a row even where its prompt shows none; a kind was not always there
+        # choices are part of a row even if its prompt shows none; older keys have no kind
         more = [*([list(row.choices)] if row.choices else []), *([self.kind] if self.kind != "rationale" else [])]
-        # one hash of what all samples share, then a short one a sample
+        # one hash for what all samples share, then a short one for each sample
         shared = digest(split, row.id, row.input, written, self.teacher, self.settings, stop, schema, *more, length=32)
         hashed = input_hash(row)
         keys: list[str] = []
@@ -111,7 +111,7 @@ class Plan:
 
 
 def shown(prompt: Prompt) -> str:
-    """A prompt as a dry run shows it."""
+    """A prompt as text, for a dry run."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"[{message.role}]\n{message.content}" for message in prompt)

@@ -1,4 +1,4 @@
-"""Few-shot chain-of-thought prompts: their YAML files, which demonstrations they show, and how they are written."""
+"""Few-shot chain-of-thought prompts: YAML files, selection of demonstrations, rendering."""
 
 import hashlib
 import json
@@ -17,46 +17,46 @@ from lit_distill.reading import parse_yaml, read_small
 from lit_distill.tasks import Row, TeacherOutput, read_rows
 
 AS_JSON = "Give the answer as one JSON object with the keys rationale and label."
-"""The end of the instruction where answers are structured."""
+"""Added to the instruction for structured answers."""
 
 Fields = Callable[[Row], Mapping[str, str]]
-"""What a dataset offers to the templates of a prompt, for one row."""
+"""The template fields of a row."""
 
 Parse = Callable[[str], tuple[str, str] | None]
-"""A dataset's reading of a teacher's text: ``(rationale, label)``, or ``None``."""
+"""Parses a teacher's text: ``(rationale, label)``, or ``None``."""
 
 Choose = Callable[[Row], Sequence[Row]]
-"""The demonstrations to show with a row, in order."""
+"""Selects the demonstrations for a row, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """What is asked, but for the row that it is asked about."""
+    """A prompt without the row."""
 
     instruction: str
-    """Stands before everything: the system's turn of a chat, the first paragraph of a text."""
+    """First: the system turn of a chat, or the first paragraph of a text."""
     question: str
-    """Template of how an input is asked, over the dataset's fields (``{input}`` is always one)."""
+    """Template of a question over the dataset's fields (always including ``{input}``)."""
     answer: str
-    """Template of how a demonstration is answered, over ``{rationale}``, ``{label}`` and the dataset's fields."""
+    """Template of a demonstration's answer over ``{rationale}``, ``{label}`` and the dataset's fields."""
     question_cue: str = ""
-    """Stands before each question in a text for completion (a chat has its turns)."""
+    """Put before each question in a text for completion (not in a chat)."""
     answer_cue: str = ""
-    """Stands before each answer in a text for completion, and at its end."""
+    """Put before each answer in a text for completion, and at its end."""
     stop: tuple[str, ...] = ()
-    """Texts at which an answer to a text for completion has run on into another, invented question."""
+    """Stop texts for completion: the start of an invented next question."""
     demonstrations: tuple[Row, ...] = ()
-    """Rows with rationale and label, in order."""
+    """Rows with rationale and label."""
 
     @property
     def hash(self) -> str:
-        """Tells this prompt from any other: 12 hexadecimal digits."""
+        """12 hexadecimal digits."""
         shown = [(one.input, one.choices, one.rationale, one.label) for one in self.demonstrations]
         text = json.dumps(asdict(replace(self, demonstrations=())) | {"demonstrations": shown}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def plain(self) -> dict[str, Any]:
-        """The content of a file that `load_prompt` reads as this template."""
+        """The content of its file, for `load_prompt`."""
         shown = [
             {"input": one.input, "rationale": one.rationale, "label": one.label}
             | ({} if one.choices is None else {"choices": list(one.choices)})
@@ -91,11 +91,7 @@ class _PromptFile(BaseModel, extra="forbid"):
 
 
 def load_prompt(path: str | Path) -> PromptTemplate:
-    """Read a prompt file.
-
-    Raises:
-        UserError: the file cannot be read, or is no prompt; the message names the file and the key.
-    """
+    """Read a prompt file. Raises a ``UserError`` if it cannot be read or is invalid; names the file and the key."""
     try:
         found = parse_yaml(read_small(path))
         if not isinstance(found, dict):
@@ -116,10 +112,10 @@ def load_prompt(path: str | Path) -> PromptTemplate:
 
 
 def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
-    """Demonstrations from a file of rows that `lit_distill.tasks.read_rows` reads.
+    """Read demonstrations from JSON lines of rows.
 
     Raises:
-        UserError: it cannot be read, is empty, or a row lacks its rationale or its label.
+        UserError: the file cannot be read or is empty, or a row lacks rationale or label.
     """
     try:
         found = read_rows(path)
@@ -134,14 +130,14 @@ def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
 
 
 def fixed(demonstrations: Sequence[Row], count: int | None) -> Choose:
-    """Show the first ``count`` of them (by default all), whatever the row; a row is never shown itself."""
+    """Select the first ``count`` (by default all), never the row itself."""
     return lambda row: [one for one in demonstrations if one.input != row.input][:count]
 
 
 def nearest(demonstrations: Sequence[Row], count: int) -> Choose:
-    """Show those with the most similar inputs, the most similar last (Liu et al. 2022, 2101.06804).
+    """Select those with the most similar inputs, the most similar last (Liu et al. 2022, 2101.06804).
 
-    Similarity is the cosine of TF-IDF vectors over words and pairs of words.
+    Similarity is the cosine of TF-IDF vectors over words and bigrams.
 
     Raises:
         UserError: scikit-learn is not installed, or the inputs have no words.
@@ -153,7 +149,7 @@ def nearest(demonstrations: Sequence[Row], count: int) -> Choose:
     # also words of one letter
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
     try:
-        # rows have length 1, so that a product is a cosine
+        # rows are normalised, so that a product is a cosine
         known = vectorizer.fit_transform([one.input for one in demonstrations])
     except ValueError as error:
         raise UserError(f"nearest_demonstrations: the demonstrations' inputs have no words ({error})") from error
@@ -167,18 +163,18 @@ def nearest(demonstrations: Sequence[Row], count: int) -> Choose:
 
 
 def check_template(template: PromptTemplate, fields: Fields, parse: Parse, where: str) -> None:
-    """Check that the templates ask for what the dataset offers, and that it can read its own demonstrations.
+    """Check that the templates use existing fields, and that the dataset parses its own demonstrations.
 
     Args:
         template: the prompt.
-        fields: the dataset's.
-        parse: the dataset's.
+        fields: of the dataset.
+        parse: of the dataset.
         where: the prompt's file, for messages.
 
     Raises:
-        UserError: they do not, or it cannot.
+        UserError: otherwise.
     """
-    # without demonstrations, too
+    # also without demonstrations
     some = Row("", "input", "label", outputs=(TeacherOutput("rationale"),))
     _filled("question", template.question, fields(some), where)
     written_answer(template, fields, some, where)
@@ -200,22 +196,22 @@ def write_prompt(
     *,
     structured: bool = False,
 ) -> Prompt:
-    """What a teacher is asked about one row.
+    """The prompt for one row.
 
     Args:
         template: the prompt.
         layout: a chat, whose turns replace the cues, or one text.
-        fields: the dataset's.
-        demonstrations: those to show with this row.
+        fields: of the dataset.
+        demonstrations: for this row.
         row: the row.
-        structured: answers are JSON objects, those of the demonstrations too.
+        structured: answers, and those of demonstrations, are JSON objects.
 
     Raises:
-        UserError: a template asks for a field that the dataset does not offer.
+        UserError: a template names a field that the dataset does not have.
     """
     instruction = " ".join(filter(None, (template.instruction.strip(), AS_JSON if structured else "")))
     answered = _as_json if structured else partial(written_answer, template, fields)
-    # a gold label is not given away, whatever the template names
+    # never reveal the gold label
     asked = _filled("question", template.question, fields(replace(row, label=None)))
     shown = [(_filled("question", template.question, fields(one)), answered(one)) for one in demonstrations]
     if layout == "chat":
@@ -230,7 +226,7 @@ def write_prompt(
 
 
 def written_answer(template: PromptTemplate, fields: Fields, row: Row, where: str = "") -> str:
-    """How a demonstration is answered, as the dataset reads it."""
+    """The answer of a demonstration, as the dataset parses it."""
     own = {"rationale": (row.rationale or "").strip(), "label": (row.label or "").strip()}
     return _filled("answer", template.answer, {**fields(row), **own}, where)
 

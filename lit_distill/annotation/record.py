@@ -1,4 +1,4 @@
-"""One sample of a teacher: what it was asked, what it said, and what is known of that, each in a column."""
+"""One sample of a teacher as columns."""
 
 import hashlib
 import json
@@ -18,44 +18,44 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One sample, as it stands in a line of ``rationales.jsonl``."""
+    """One sample: a line of ``rationales.jsonl``."""
 
     id: str
-    """The row's."""
+    """Id of the row."""
     split: str | None = None
-    """The row's; without one, any split fits."""
+    """Split of the row; without one, it matches any."""
     sample: _Count = 0
-    """Which of the row's samples by this teacher, prompt and settings."""
+    """Number among the row's samples by this teacher, prompt and settings."""
     teacher: str | None = None
     """The teacher's name."""
     kind: str = "rationale"
-    """What it was asked for beside the label; tasks select by it."""
+    """What was asked for besides the label; tasks select by it."""
     text: str | None = None
-    """What it said; absent if it gave no answer."""
+    """The teacher's answer; absent after an error."""
     rationale: str | None = None
-    """Its rationale; absent if the text does not parse."""
+    """Parsed rationale; absent if the text does not parse."""
     label: str | None = None
-    """Its label; absent if the text does not parse."""
+    """Parsed label; absent if the text does not parse."""
     error: str | None = None
     """Why there is no answer."""
     parsed: bool | None = None
     """Whether the text parses."""
     agrees: bool | None = None
-    """Whether the label is the gold one (unparsed is wrong); absent without a gold label or an answer."""
+    """Whether the label is the gold one (false if unparsed); absent without a gold label or an answer."""
     contains_label: bool | None = None
-    """Whether the rationale contains the label, as whole words in any case."""
+    """Whether the rationale contains the label as whole words, ignoring case."""
     length: _Count | None = None
     """Words of the rationale."""
     logprob: FiniteFloat | None = None
-    """Mean log-probability of the text's tokens, if the teacher gives it."""
+    """Mean log-probability of the text's tokens, if available."""
     votes: _Count | None = None
-    """Answers to this row by this teacher, prompt and settings, parsed or not."""
+    """Number of answers to this row by this teacher, prompt and settings, parsed or not."""
     majority_label: str | None = None
-    """The label of most of them (self-consistency); the earliest of equals."""
+    """Their most frequent label (self-consistency); the first of equals."""
     vote_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The part of them with that label."""
+    """Fraction of them with that label."""
     in_majority: bool | None = None
-    """Whether this sample's label is that label."""
+    """Whether this sample has that label."""
     finish: str | None = None
     """``stop``, or ``length`` if the text was cut."""
     input_tokens: _Count | None = None
@@ -71,33 +71,33 @@ class Annotation:
     settings: str | None = None
     """Hash of the teacher's and the sampling's settings."""
     input: str | None = None
-    """`input_hash` of the row: an answer belongs to no other."""
+    """`input_hash` of the row."""
     key: Annotated[str, StringConstraints(pattern="^(?:[0-9a-f]{2})+$")] | None = None
-    """Hash of all that was asked; the same question is never asked twice."""
+    """Hash of the whole question; the same question is never asked twice."""
 
 
 KINDS: dict[str, type] = {name: (get_args(kind) or (kind,))[0] for name, kind in get_type_hints(Annotation).items()}
-"""Column -> the type of its values."""
+"""Column -> type."""
 
 COLUMNS = tuple(KINDS)
 
 Agree = Callable[[str, str], bool]
-"""``(label, other label) -> the same answer``."""
+"""``(label, other label) -> whether they are the same answer``."""
 
 
 def digest(*parts: Any, length: int = 12) -> str:
-    """The first hexadecimal digits of a SHA-256 over plain values."""
+    """First digits of a SHA-256 over plain values."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
 def input_hash(row: Row) -> str:
-    """Hash of a row's input and choices: under one id there may be another input later."""
+    """Hash of a row's input and choices, since the input of an id may change."""
     return digest(row.input, *([list(row.choices)] if row.choices else []))
 
 
 def to_line(annotation: Annotation, others: Mapping[str, Any] | None = None) -> bytes:
-    """A line of JSON with its end, with a user's own columns if there are ``others``."""
+    """A JSON line; ``others`` are a user's own columns."""
     row = {**asdict(annotation), **(others or {})}
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
@@ -108,14 +108,10 @@ def _adapter() -> TypeAdapter[Annotation]:
 
 
 def from_row(row: Mapping[str, Any]) -> Annotation:
-    """The annotation in a row; other keys are ignored, absent ones are not known.
-
-    Raises:
-        ValueError: there is no id, or a value is of another type.
-    """
-    # other tools keep a gap as NaN, which is unlike itself
+    """An annotation from a row; ignores other keys. Raises a ``ValueError`` without an id, or for a wrong type."""
+    # other tools write NaN for missing values
     known = {name: value for name in COLUMNS if (value := row.get(name)) is not None and value == value}
-    # half a surrogate pair is no character, as a cut answer may end with one
+    # a cut answer may end in a lone surrogate
     known |= {name: _HALF.sub("\ufffd", value) for name, value in known.items() if isinstance(value, str)}
     try:
         return _adapter().validate_python(known)
@@ -130,9 +126,9 @@ def read_text(
     """Fill in the columns that follow from a sample's text alone.
 
     Args:
-        annotation: a sample, with its text or its error.
-        row: its row, with the gold label if there is one.
-        parse: the dataset's reading of a text.
+        annotation: a sample with text or error.
+        row: its row, with the gold label if any.
+        parse: of the dataset.
         agree: ``(teacher's label, gold label) -> right``.
     """
     if annotation.text is None:
@@ -163,7 +159,7 @@ class _Answer(BaseModel, str_strip_whitespace=True):
 
 
 def parse_structured(text: str) -> tuple[str, str] | None:
-    """``(rationale, label)`` of an answer that follows `answer_schema`; ``None`` if it does not."""
+    """``(rationale, label)`` of an answer in `answer_schema`; ``None`` otherwise."""
     try:
         found = _Answer.model_validate_json(text)
     except ValueError:
@@ -172,7 +168,7 @@ def parse_structured(text: str) -> tuple[str, str] | None:
 
 
 def answer_schema(choices: Sequence[str]) -> dict[str, Any]:
-    """The JSON schema of an answer: first the rationale, then the label, one of the choices if there are any."""
+    """JSON schema of an answer: the rationale, then the label, restricted to the choices if any."""
     label: dict[str, Any] = {"type": "string"}
     if choices:
         label["enum"] = list(choices)
@@ -185,27 +181,27 @@ def answer_schema(choices: Sequence[str]) -> dict[str, Any]:
 
 
 def contains_label(rationale: str, label: str) -> bool:
-    """Whether a rationale contains a label, as whole words, in any case."""
-    # in linear time, unlike a pattern: a label may be as long as an answer
+    """Whether a rationale contains a label as whole words, ignoring case."""
+    # linear time, unlike a regular expression, as labels may be long
     words = (["", *re.findall(r"\w+|\W", text.lower()), ""] for text in (label.strip(), rationale))
     sought, whole = map("\0".join, words)
     return sought in whole
 
 
 def same_answer(label: str, other: str, agree: Agree) -> bool:
-    """Whether two labels are one answer, whichever of them is taken for the gold one."""
+    """Whether two labels are the same answer, with either as the gold one."""
     return label == other or agree(label, other) or agree(other, label)
 
 
 def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]:
-    """The majority label of a row's samples and its share of all of them (Wang et al. 2022, 2203.11171).
+    """The majority label of a row's samples and its share (Wang et al. 2022, 2203.11171).
 
     Args:
-        labels: of the samples in order; ``None`` for a text that did not parse, which counts against every label.
-        agree: which labels are one answer, as ``(84 / 2)`` and ``(42)`` are.
+        labels: of the samples in order; ``None`` if unparsed, which counts for no label.
+        agree: whether labels are the same answer, such as ``(84 / 2)`` and ``(42)``.
 
     Returns:
-        The majority label as it was first written, ``None`` if nothing parsed; and its share, in 0..1.
+        The majority label as first written, ``None`` if nothing parsed; and its share in 0..1.
     """
     counts: dict[str, int] = {}
     for label in labels:

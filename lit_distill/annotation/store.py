@@ -1,4 +1,4 @@
-"""The file of a teacher's samples: written as they come, never lost, read back as what need not be asked again."""
+"""The file of samples: appended to durably, and read to skip answered questions."""
 
 import json
 import os
@@ -22,17 +22,17 @@ from lit_distill.files import atomic_write
 from lit_distill.reading import parse_json
 
 FILE = "rationales.jsonl"
-"""One object a sample."""
+"""One JSON object per sample."""
 
 CARD = "README.md"
 PARQUET = "rationales.parquet"
 """The same samples, written at the end of a job."""
 
 METADATA = "metadata.json"
-"""Which teachers were asked what, and how."""
+"""Teachers, prompts and settings of the jobs."""
 
 _SYNC_SECONDS = 5.0
-_CHUNK = 10_000  # rows of a piece of the Parquet file
+_CHUNK = 10_000  # rows of a Parquet row group
 _UNMATCHED = 1 << 62  # places from here on are of rows that a job does not know
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -40,20 +40,20 @@ _SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in KINDS.items()])
 
 
 class AnnotationStore:
-    r"""A folder of samples, open for one process.
+    r"""A folder of samples, locked by one process.
 
-    A line is one write to a file that is only appended to: a process that is killed loses only what it had not written,
-    and leaves at most one torn line at the end, which the next one removes. When a job ends, the file is replaced by
-    the same samples in the data's order, with the columns that need all samples of a row. No texts are kept in memory.
+    Each sample is one appended write: a killed process leaves at most one incomplete line at the end, which the next
+    one removes. At the end of a job the file is replaced, sorted in the data's order and with the columns that need all
+    samples of a row. No texts are held in memory.
 
     Args:
-        folder: made if it is absent.
-        on_sample: is given each sample, those in the file first, then each that is appended.
-        ask_failed: questions without an answer are to be asked again.
-        read: fills in the columns that follow from a sample's text again: a gold label may have changed since.
+        folder: created if absent.
+        on_sample: called with each sample, first those in the file.
+        ask_failed: ask failed questions again.
+        read: recomputes the columns that follow from a sample's text, as gold labels may have changed.
 
     Raises:
-        UserError: another process has it open, or its file is damaged elsewhere than at its end.
+        UserError: another process uses the folder, or its file is damaged before its end.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class AnnotationStore:
         self.path = self.folder / FILE
         self._on_sample, self._ask_failed = on_sample, ask_failed
         self.torn = 0
-        """Bytes of a torn line that was removed."""
+        """Bytes of an incomplete line that was removed."""
         self.settled: set[bytes] = set()
-        """Keys of the questions that are not asked again."""
+        """Keys of questions not to ask again."""
         self.agreeing: set[bytes] = set()
-        """Keys of the answers that agree with the gold label."""
+        """Keys of answers that agree with the gold label."""
         self._file = -1
         self._synced = time.monotonic()
         with self._writing(self.folder):
@@ -106,13 +106,13 @@ class AnnotationStore:
                 yield annotation
 
     def append(self, annotation: Annotation) -> None:
-        """Keep a sample; it is in the file when this returns."""
+        """Append a sample durably."""
         line = to_line(annotation)
         with self._writing(self.path):
             size = os.fstat(self._file).st_size
             written = os.write(self._file, line)
             if written != len(line):
-                # a full disk: the next line must not be glued to this one
+                # disk full: keep the next line separate
                 os.ftruncate(self._file, size)
                 raise OSError(None, f"{written} of {len(line)} bytes were written")
             if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -123,13 +123,12 @@ class AnnotationStore:
     def finish(
         self, read: Callable[[Annotation], Annotation], place: Callable[[Annotation], int | None], agree: Agree
     ) -> None:
-        """Rewrite the file: in order, each question once, with the columns that need all samples of a row.
+        """Rewrite the file: sorted, each question once, with the columns that need all samples of a row.
 
         Args:
-            read: as the constructor's.
-            place: the position of a sample's row; ``None`` for samples of no row, or of another input than their row
-                has now, which come last, in the order in which they came.
-            agree: which labels are one answer.
+            read: as in the constructor.
+            place: position of a sample's row; ``None`` for an unknown row or another input, which come last.
+            agree: whether labels are the same answer.
         """
         unmatched: dict[Any, int] = {}
         groups: dict[Any, int] = {}
@@ -146,7 +145,7 @@ class AnnotationStore:
                     entries.append((at, group, found.sample, offset))
                 offset += len(line)
             for _, of_row in groupby(sorted(entries), key=itemgetter(0, 1)):
-                # of a question that failed and was asked again, the last answer counts
+                # if a question was asked again, the last answer counts
                 kept: dict[str | int, tuple[Annotation, dict[str, Any]]] = {}
                 for *_, start in of_row:
                     file.seek(start)
@@ -160,7 +159,7 @@ class AnnotationStore:
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
 
     def read_metadata(self) -> dict[str, Any]:
-        """What is known of the jobs that wrote here."""
+        """The metadata of earlier jobs."""
         return read_metadata(self.folder)
 
     def write_metadata(self, metadata: Mapping[str, Any]) -> None:
@@ -169,7 +168,7 @@ class AnnotationStore:
             out.write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
 
     def write_parquet(self) -> None:
-        """Write all samples as Parquet too, known columns alone, with the metadata in the file's own."""
+        """Write the known columns of all samples as Parquet, with the metadata inside."""
         schema = _SCHEMA.with_metadata({"lit_distill": json.dumps(self.read_metadata(), ensure_ascii=False)})
         with self._replacing(PARQUET) as out, pq.ParquetWriter(out, schema) as writer:
             rows = iter(self)
@@ -177,7 +176,7 @@ class AnnotationStore:
                 writer.write_table(pa.Table.from_pylist([asdict(row) for row in chunk], schema=_SCHEMA))
 
     def write_card(self) -> bool:
-        """Write the hub's card of the folder, unless somebody's own words stand there; whether it was written."""
+        """Write the dataset card, unless a user has edited it; whether it was written."""
         path = self.folder / CARD
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return False
@@ -187,7 +186,7 @@ class AnnotationStore:
         return True
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Release the lock."""
         file, self._file = self._file, -1
         try:
             if file >= 0:
@@ -211,7 +210,7 @@ class AnnotationStore:
             yield out
 
     def _mend(self) -> None:
-        """Remove a torn line at the end; a whole line that lacks only its end is given one."""
+        """Remove an incomplete last line, or add its missing newline."""
         offset, last = 0, b"\n"
         with self.path.open("rb") as file:
             for last in file:
@@ -237,11 +236,7 @@ class AnnotationStore:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What is known of the jobs that wrote to a folder; empty if nothing is.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The metadata of a folder; empty if absent. Raises a ``UserError`` if the file is damaged."""
     try:
         found: Any = parse_json((folder / METADATA).read_bytes(), surrogates=True)
         jobs = found.get("jobs", []) if isinstance(found, dict) else None
@@ -257,11 +252,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def read_rows(
     path: Path, on_torn: Callable[[str], None] = lambda where: None
 ) -> Iterator[tuple[Annotation, dict[str, Any]]]:
-    """The samples of a JSON lines or Parquet file, each with its row as it stands, which may hold more.
+    """The samples of a JSON lines or Parquet file, each with its raw row, which may have more columns.
 
     Args:
         path: the file.
-        on_torn: called with the place of a torn last line, as a running or a killed job leaves one.
+        on_torn: called with the place of an incomplete last line, which a running or killed job leaves.
 
     Raises:
         UserError: a row is not a sample.
@@ -307,7 +302,7 @@ def _sample(row: Any, where: str) -> tuple[Annotation, dict[str, Any]]:  # noqa:
 
 
 def _voted(samples: list[Annotation], agree: Agree) -> Iterable[Annotation]:
-    """The samples of a row by one teacher, with the columns that need all of them."""
+    """Samples of a row by one teacher, with the columns that need all of them."""
     answers = [one.label for one in samples if one.text is not None or one.label is not None]
     if not answers:
         return samples

@@ -1,4 +1,4 @@
-"""How far a job of asking is: its samples counted one by one, shown as a bar and summed up at the end."""
+"""Progress of an annotation job: counts, a bar, and a summary."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from lit_distill.annotation.record import Annotation
 
 LINE_SECONDS = 30.0
-"""Between two lines where no bar can be drawn."""
+"""Seconds between lines where no bar can be drawn."""
 
 
 class Tally:
-    """Counts of a job's samples, those of its earlier runs included."""
+    """Counts of a job's samples, with those of earlier runs."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -49,11 +49,11 @@ class Tally:
         )
 
     def share(self, part: str, whole: str) -> float | None:
-        """One count as a part of another; ``None`` of nothing."""
+        """A count as a fraction of another; ``None`` of 0."""
         return self.counts[part] / self.counts[whole] if self.counts[whole] else None
 
     def line(self) -> str:
-        """The counts in words."""
+        """The counts as text."""
         tokens = self.counts["input_tokens"] + self.counts["output_tokens"]
         parts = [f"{tqdm.format_sizeof(tokens)} tokens"]
         if self.cost is not None:
@@ -66,7 +66,7 @@ class Tally:
         return ", ".join(parts)
 
     def summary(self) -> dict[str, Any]:
-        """The counts by the names that the command shows."""
+        """The counts by name, for the command."""
         counts, known = self.counts, self.counts.keys()
         return {
             "rows answered": len(self.rows),
@@ -86,7 +86,7 @@ class Tally:
 
 @contextmanager
 def progress(tally: Tally, name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, or where that is no terminal a line from time to time; yields what moves it by one sample."""
+    """A bar on stderr, or lines without a terminal; yields the function that advances it."""
     shown = time.monotonic()
     done = min(tally.counts["samples"], total)
     with tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:

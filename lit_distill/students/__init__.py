@@ -1,4 +1,4 @@
-"""Students: models that learn to write targets, and one forward pass of a batch as losses and answers read it."""
+"""Students: the models that are trained, and their forward pass over a batch."""
 
 from lit_distill.students.base import Pass, ProcessLogits, Student
 from lit_distill.students.files import (

@@ -1,4 +1,4 @@
-"""Adapters: a few trained weights in the layers of a frozen student, through PEFT."""
+"""Adapters such as LoRA, through PEFT."""
 
 import copy
 import warnings
@@ -18,31 +18,26 @@ from lit_distill.errors import UserError
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA (Hu et al., 2022), or another of PEFT's adapters that live in a model's layers."""
+    """LoRA (Hu et al., 2022), or another adapter of PEFT inside the layers of a model."""
 
     r: int = 16
-    """Rank of an update."""
+    """Rank."""
     alpha: float = 32
-    """An update is multiplied by ``alpha / r``."""
+    """Updates are scaled by ``alpha / r``."""
     dropout: float = 0.0
-    """Dropout rate of what an update reads."""
+    """Dropout rate of the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers, or how they end; ``all-linear`` is every linear layer but the output head."""
+    """Names of layers or their endings; ``all-linear`` is every linear layer but the output head."""
     class_path: str | None = None
-    """Import path of a configuration of PEFT's in place of ``peft.LoraConfig``, as ``peft.IA3Config``; it gets
-    ``init_args`` alone."""
+    """Import path of another PEFT configuration, such as ``peft.IA3Config``, which gets ``init_args`` alone."""
     init_args: Mapping[str, Any] | None = None
-    """More arguments of the configuration, as ``{use_dora: true}``."""
+    """Further arguments of the configuration, such as ``{use_dora: true}``."""
     export: Literal["merged", "adapter"] = "merged"
-    """What is saved for use elsewhere: the student with the adapter merged into it, or the adapter alone."""
+    """Whether the exported student has the adapter ``merged``, or is the ``adapter`` alone."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Adapter":
-        """An adapter from plain settings.
-
-        Raises:
-            UserError: a setting does not exist or is not allowed.
-        """
+        """An adapter from plain settings. Raises a ``UserError`` if a setting does not exist or is not allowed."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in known]:
             raise UserError(f"adapter: unexpected {', '.join(unknown)}; allowed are {', '.join(known)}")
@@ -52,7 +47,7 @@ class Adapter:
         return adapter
 
     def same(self, other: "Adapter | None") -> bool:
-        """Whether both have the same weights, however they are exported."""
+        """Whether both have the same weights; ``export`` does not matter."""
         return other is not None and replace(self, export=other.export) == other
 
     def plain(self) -> dict[str, Any]:
@@ -60,7 +55,7 @@ class Adapter:
         return asdict(self)
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
-        """PEFT's own configuration for a model.
+        """PEFT's configuration for a model.
 
         Raises:
             UserError: PEFT has no such configuration, or refuses its arguments.
@@ -71,7 +66,7 @@ class Adapter:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": self.target_modules,
-            # how GPT-2 keeps its matrices
+            # GPT-2's transposed matrices
             "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
         }
         if self.class_path is not None:
@@ -97,11 +92,11 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, own_dtype: bool = T
 
     Args:
         model: the model.
-        adapter: what is added.
-        own_dtype: keep the adapter in float32 whatever the model is kept in.
+        adapter: the adapter's settings.
+        own_dtype: keep the adapter in float32 whatever the model's dtype.
 
     Raises:
-        UserError: a layer is not there, or PEFT cannot adapt it.
+        UserError: a layer does not exist, or PEFT does not support it.
     """
     config = adapter.config(model)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
@@ -119,14 +114,14 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, own_dtype: bool = T
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """A copy of the model without an adapter: its layers are those that the adapter makes of them."""
+    """A copy of the model with the adapter merged into its layers."""
     with _quiet():
         return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload()).requires_grad_()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT asks transformers by names that are deprecated."""
+    """Silence deprecation warnings of transformers names that PEFT uses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

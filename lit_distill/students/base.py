@@ -1,4 +1,4 @@
-"""What a student is to the rest of the package, whatever its family: a `Student`, and a `Pass` of one batch."""
+"""The interface of every student: `Student`, and `Pass`, its forward pass over a batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,31 +17,30 @@ from lit_distill.students.models import record_model, save_model
 from lit_distill.students.tokens import Tokens
 
 ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
-"""``(scores (rows, vocabulary), step, rows (rows,)) -> scores``: changes the scores that the next token is chosen by.
+"""``(scores (rows, vocabulary), step, rows (rows,)) -> scores``: changes the scores of the next token.
 
-``step`` counts the tokens generated before this one, ``rows`` are positions in the task's batch; with beams a row
-appears once for each beam.
+``step`` is the number of tokens generated so far, ``rows`` are positions in the task's batch, repeated for each beam.
 """
 
 
 Likelihood = Callable[[list[int], list[list[int]]], Tensor]
-"""``(rows, their targets) -> log-likelihoods (targets,)``; of no rows it makes a forward all the same."""
+"""``(rows, their targets) -> log-likelihoods (targets,)``; runs a forward even without rows."""
 
 CHOICES_AT_ONCE = 256
-"""Targets of one scoring forward: bounds the memory, whatever the batch size and the number of choices."""
+"""Maximum targets of one scoring forward, to bound the memory."""
 
 
 class Pass(ABC):
-    """One batch through one model under teacher forcing.
+    """The forward pass of a model over a batch, with teacher forcing.
 
-    Making one costs nothing. The model runs once, over all tasks of the batch together, when something of it is first
-    read; everything that is read comes from that one forward, with the same dropout masks.
+    Lazy: the model runs at the first access, once, over all tasks of the batch together, so that every result has the
+    same dropout masks.
 
-    Only real tokens appear: a target's tokens are the positions whose label is not ``IGNORE_INDEX``, row after row,
-    so that ``labels(task)[i]``, ``rows(task)[i]``, ``states(task)[i]`` and ``logits(task)[i]`` belong together.
-    A task without rows takes part in the forward all the same (every rank runs it, every parameter has a gradient).
+    Results contain real tokens only: the positions whose label is not ``IGNORE_INDEX``, row by row, so that
+    ``labels(task)[i]``, ``rows(task)[i]``, ``states(task)[i]`` and ``logits(task)[i]`` belong together. A task without
+    rows takes part in the forward too, so that every rank runs it and every parameter has a gradient.
 
-    A task that the batch does not hold at all raises a ``KeyError`` that names those it holds.
+    A task that the batch does not have raises a ``KeyError``.
     """
 
     def __init__(self, student: "Student", batch: TaskBatch) -> None:
@@ -50,11 +49,7 @@ class Pass(ABC):
         self._logits: dict[str, Tensor] = {}
 
     def inputs(self, task: str) -> TaskInputs:
-        """The task's rows.
-
-        Raises:
-            KeyError: the batch does not hold the task.
-        """
+        """The task's rows. Raises a ``KeyError`` if the batch does not have the task."""
         if task not in self.batch:
             raise KeyError(f"no task {task!r} in this batch, which holds {', '.join(self.batch)}")
         return self.batch[task]
@@ -65,19 +60,19 @@ class Pass(ABC):
         return labels[labels != IGNORE_INDEX]
 
     def rows(self, task: str) -> Tensor:
-        """The row of the task's batch that each target token belongs to, ``(tokens,)``."""
+        """The row of each target token in the task's batch, ``(tokens,)``."""
         return (self.inputs(task)["labels"] != IGNORE_INDEX).nonzero()[:, 0]
 
     @abstractmethod
     def states(self, task: str) -> Tensor:
-        """What the output head reads at each target token, ``(tokens, d_model)``."""
+        """The input of the output head at each target token, ``(tokens, d_model)``."""
 
     @abstractmethod
     def project(self, states: Tensor) -> Tensor:
-        """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``, so that a loss may go in chunks."""
+        """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``, for losses in chunks."""
 
     def logits(self, task: str) -> Tensor:
-        """The logits that each target token is predicted with, ``(tokens, vocabulary)``; made at the first call."""
+        """The logits at each target token, ``(tokens, vocabulary)``; computed at the first call."""
         if task not in self._logits:
             self._logits[task] = self._make_logits(task)
         return self._logits[task]
@@ -87,10 +82,10 @@ class Pass(ABC):
 
     @abstractmethod
     def token_losses(self, task: str) -> Tensor:
-        """The cross-entropy of each target token in nats, ``(tokens,)``, float32; keeps no logits."""
+        """Cross-entropy of each target token in nats, ``(tokens,)``, float32; does not store logits."""
 
     def loss(self, task: str) -> Tensor:
-        """The mean of `token_losses` (the paper's CE of Eq. 3 and 4); 0, with a gradient of 0, without a target."""
+        """Mean of `token_losses` (CE in Eq. 3 and 4 of the paper); without targets 0, with a gradient of 0."""
         losses = self.token_losses(task)
         return losses.sum() / max(len(losses), 1)
 
@@ -105,7 +100,7 @@ class Pass(ABC):
 
     @abstractmethod
     def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """The hidden states of each source token (of the prompt, where there is no encoder), ``(tokens, d_model)``."""
+        """Hidden states of each source token (of the prompt, without an encoder), ``(tokens, d_model)``."""
 
     @torch.no_grad()
     def generate(
@@ -117,17 +112,17 @@ class Pass(ABC):
         num_beams: int = 1,
         process_logits: ProcessLogits | None = None,
     ) -> list[list[int]]:
-        """Write a target for each row, greedily or with beams; without gradient, in evaluation mode.
+        """Generate a target for each row, greedily or with beams, without gradients and in evaluation mode.
 
         Args:
-            task: whose sources are read; those that this pass has encoded are not encoded again.
-            rows: rows of the task's batch; all of them by default.
-            max_new_tokens: tokens of a target at most, the end-of-sequence token included.
+            task: whose sources to use; already encoded ones are not encoded again.
+            rows: rows of the task's batch; all by default.
+            max_new_tokens: maximum tokens of a target, including end-of-sequence.
             num_beams: 1 is greedy.
             process_logits: changes the scores of the next token.
 
         Returns:
-            For each row its token ids, which may end in padding; `Tokens.decode` makes text of them.
+            The token ids of each row, possibly with padding, for `Tokens.decode`.
         """
         chosen = list(range(len(self.inputs(task)["labels"])) if rows is None else rows)
         if not chosen:
@@ -143,11 +138,11 @@ class Pass(ABC):
     def _generate(
         self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
     ) -> list[list[int]]:
-        """By Hugging Face's ``generate``; ``process`` numbers the rows from 0."""
+        """Hugging Face's ``generate``; ``process`` numbers the rows from 0."""
         ids, mask, first = self._prompts(task, rows)
 
         def processor(seen: Tensor, scores: Tensor) -> Tensor:
-            # the beams of a row follow each other
+            # beams of a row are consecutive
             own = torch.arange(len(scores), device=scores.device) // num_beams
             return scores if process is None else process(scores, seen.shape[1] - first, own)
 
@@ -158,28 +153,28 @@ class Pass(ABC):
             num_beams=num_beams,
             do_sample=False,
             logits_processor=[processor],
-            # ranks generate different lengths; where a forward is a collective, all have to go on to the longest
+            # where a forward is a collective, all ranks must generate to the longest length
             synced_gpus=self.student.sharded,
         )
         return cast(list[list[int]], found[:, first:].tolist())
 
     @abstractmethod
     def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-        """What ``generate`` reads: ids and mask ``(rows, length)``, and where the target begins in its answer."""
+        """The input of ``generate``: ids and mask ``(rows, length)``, and where the target begins in its output."""
 
     @torch.no_grad()
     def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:
-        """The log-likelihood of each row's choices as whole targets, end-of-sequence token included, in nats.
+        """Log-likelihood of each row's choices as whole targets, including end-of-sequence, in nats.
 
         Args:
-            task: whose sources are read; they are encoded once.
-            choices: one tuple for each row of the task's batch, which may be empty.
+            task: whose sources to use; they are encoded once.
+            choices: a tuple for each row of the task's batch, which may be empty.
         """
         flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
         targets = self.student.tokens.targets([choice for _, choice in flat], max_length=10**9).ids
         passes = -(-len(flat) // CHOICES_AT_ONCE)
         if self.student.sharded and torch.distributed.is_initialized():
-            # where a forward is a collective, every rank makes as many as the one with the most choices
+            # where a forward is a collective, all ranks must run equally many
             most = torch.tensor(passes, device=self.inputs(task)["labels"].device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             passes = int(most)
@@ -194,21 +189,21 @@ class Pass(ABC):
 
     @abstractmethod
     def likelihood(self, task: str) -> Likelihood:
-        """Encode a task's sources, to be scored with."""
+        """Encode a task's sources, to score targets."""
 
 
 class Student(nn.Module, ABC):
-    """A Hugging Face model with its tokens. `lit_distill.students.load` makes one by name."""
+    """A Hugging Face model with its tokenizer; `lit_distill.students.load` makes one."""
 
     model: PreTrainedModel
-    """The model itself, or PEFT's wrapper around it; the only thing with parameters."""
+    """The model, or PEFT's wrapper around it."""
     tokens: Tokens
     sharded: bool = False
-    """Whether the parameters are spread over ranks, so that each forward is a collective; its module sets it."""
+    """Whether parameters are sharded over ranks, so that each forward is a collective; set by the module."""
     adapter: Adapter | None = None
-    """The adapter that is trained in place of the weights, if there is one."""
+    """The adapter that is trained, if any."""
     compiles: bool = False
-    """Whether the forward that trains is compiled."""
+    """Whether the training forward is compiled."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -217,15 +212,15 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: TaskBatch) -> Pass:
-        """A pass of this batch; nothing runs before something of it is read."""
+        """The lazy pass over a batch."""
 
     @property
     def network(self) -> PreTrainedModel:
-        """The Hugging Face model, also where an adapter is around it."""
+        """The Hugging Face model without PEFT's wrapper."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
     def save(self, folder: Path) -> None:
-        """Save model and tokenizer in the Hugging Face format; an adapter alone or merged into the model."""
+        """Save model (with the adapter merged, or the adapter alone) and tokenizer in the Hugging Face format."""
         if self.adapter is None:
             save_model(self.model, self.tokenizer, folder)
         elif self.adapter.export == "merged":
@@ -235,16 +230,16 @@ class Student(nn.Module, ABC):
             save_tokenizer(self.tokenizer, folder)
 
     def record(self) -> StudentRecord:
-        """What a checkpoint keeps beside the weights: configuration, tokenizer and adapter, in plain types."""
+        """Configuration, tokenizer and adapter in plain types, for checkpoints."""
         record = record_model(self.network, self.tokenizer)
         return record if self.adapter is None else {**record, "adapter": self.adapter.plain()}
 
     def training_forward(self, module: nn.Module) -> Callable[..., Any]:
-        """A part's forward, compiled once for all shapes where that was asked for and gradients are."""
+        """A module's forward; compiled once, with dynamic shapes, if asked for and gradients are needed."""
         if not (self.compiles and torch.is_grad_enabled()):
             return module
         if "_compiled" not in self.__dict__:
-            # not as an attribute of a module: what is compiled would be registered as a second model
+            # no attribute of a module, which would register it as a second model
             self.__dict__["_compiled"] = torch.compile(module, dynamic=True)
         return cast(Callable[..., Any], self.__dict__["_compiled"])
 

@@ -1,4 +1,4 @@
-"""Decoder-only students (Llama, Qwen2, GPT-2, ...): prompt and target are one sequence, and targets are learned."""
+"""Decoder-only students (Llama, Qwen2, GPT-2, ...): one sequence of prompt and target, with the loss on the target."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
-"""Logits of one chunk of the cross-entropy at most, in float32."""
+"""Maximum size of float32 logits in one chunk of the cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class _Joined:
     prompts: dict[str, tuple[Tensor, Tensor]]
     """Task -> row and column of each prompt token."""
     targets: dict[str, tuple[Tensor, Tensor]]
-    """Task -> row and column of the position that predicts each target token: the one before it."""
+    """Task -> row and column of the position before each target token, which predicts it."""
 
 
 def _join(batch: TaskBatch, pad: int, device: torch.device) -> _Joined:
-    # a batch without any row is one row of padding that nobody reads
+    # a batch without rows becomes one unused row of padding
     lengths = [] if any(len(inputs["labels"]) for inputs in batch.values()) else [torch.ones(1, device=device).long()]
     pieces, prompts, targets, rows = [], {}, {}, 0
     for task, inputs in batch.items():
         source, target = inputs["attention_mask"].bool(), inputs["labels"] != IGNORE_INDEX
-        # a row without a source has one padding token for its first target token to be predicted at
+        # an empty source becomes one padding token, which predicts the first target token
         starts = source.sum(dim=1).clamp(min=1)
         source_row, target_row = source.nonzero()[:, 0] + rows, target.nonzero()[:, 0] + rows
         source_column = (source.cumsum(dim=1) - 1)[source]
@@ -66,7 +66,7 @@ def _join(batch: TaskBatch, pad: int, device: torch.device) -> _Joined:
 class CausalPass(Pass):
     """One forward over prompts and targets of all tasks.
 
-    The output head sees the positions that predict a target token, and no others.
+    The output head is applied only at positions that predict a target token.
     """
 
     student: "CausalStudent"
@@ -77,7 +77,7 @@ class CausalPass(Pass):
 
     @cached_property
     def _hidden(self) -> tuple[Tensor, ...]:
-        """The model's hidden states ``(rows, length, d_model)``, the embeddings first."""
+        """Hidden states ``(rows, length, d_model)``, embeddings first."""
         output = self.student.run(
             input_ids=self._joined.input_ids,
             attention_mask=self._joined.attention_mask,
@@ -87,24 +87,21 @@ class CausalPass(Pass):
         return (*output.hidden_states[:-1], output.last_hidden_state)
 
     def states(self, task: str) -> Tensor:
-        """What the output head reads at each target token, ``(tokens, d_model)``."""
+        """See `Pass.states`."""
         return self.hidden(task, -1)
 
     def project(self, states: Tensor) -> Tensor:
-        """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``."""
+        """See `Pass.project`."""
         return self.student.project(states)
 
     def token_losses(self, task: str) -> Tensor:
-        """The cross-entropy of each target token in nats, ``(tokens,)``, float32.
-
-        Logits that take much memory are made chunk by chunk, and once more in the backward pass.
-        """
+        """See `Pass.token_losses`; large logits are computed in chunks, and again in the backward pass."""
         states, labels = self.states(task), self.labels(task)
         if task in self._logits:
             return F.cross_entropy(self._logits[task].float(), labels, reduction="none")
         size = max(1, _CHUNK_BYTES // (4 * self.student.network.config.get_text_config().vocab_size))
         if len(states) <= size or self.student.sharded:
-            # ranks differ in their number of chunks, and the head may be a collective
+            # ranks may have different numbers of chunks, and the head may be a collective
             return self._cross_entropy(states, labels)
         chunks = zip(states.split(size), labels.split(size), strict=True)
         return torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
@@ -113,17 +110,12 @@ class CausalPass(Pass):
         return F.cross_entropy(self.project(states).float(), labels, reduction="none")
 
     def hidden(self, task: str, layer: int) -> Tensor:
-        """The hidden states that each target token is predicted from, ``(tokens, d_model)``.
-
-        Args:
-            task: the task.
-            layer: as in Hugging Face's ``hidden_states``: 0 is the embeddings, -1 the last.
-        """
+        """See `Pass.hidden`; at the positions that predict the target tokens."""
         self.inputs(task)
         return self._hidden[layer][self._joined.targets[task]]
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """The hidden states of each prompt token, ``(tokens, d_model)``."""
+        """See `Pass.encoder`."""
         self.inputs(task)
         return self._hidden[layer][self._joined.prompts[task]]
 
@@ -138,7 +130,7 @@ class CausalPass(Pass):
         mask = columns >= len(columns) - lengths[:, None]
         ids = torch.full_like(mask, self.student.pad, dtype=torch.long)
         ids[mask] = inputs["input_ids"][chosen][source]
-        # a row without a source has one padding token
+        # an empty source becomes one padding token
         mask[:, -1] = True
         return ids, mask.long(), ids.shape[1]
 
@@ -150,13 +142,13 @@ class CausalPass(Pass):
         return super()._generate(task, rows, min(max_new_tokens, max(left, 1)), num_beams, process)
 
     def likelihood(self, task: str) -> Likelihood:
-        """Read a task's prompts, each once, to score targets with."""
+        """Run a task's prompts once, to score targets."""
         student, device = self.student, self.student.device
         ids, mask, _ = self._prompts(task, range(len(self.inputs(task)["labels"])))
         read = student.run(input_ids=ids, attention_mask=mask, use_cache=True, **student.positions(mask))
 
         def score(rows: list[int], targets: list[list[int]]) -> Tensor:
-            # a forward for which this rank has no choices left takes part with a row that nobody reads
+            # without choices left, this rank runs a dummy row
             chosen = torch.tensor(rows or [0], device=device)
             labels = pad_sequence(
                 [torch.tensor(own) for own in targets or [[student.pad]]], batch_first=True, padding_value=IGNORE_INDEX
@@ -203,7 +195,7 @@ class CausalStudent(Student):
         self.compiles = compile
         self.pad = cast(int, tokens.tokenizer.pad_token_id)
         generation = self.network.generation_config
-        # in place of a pretrained student's own, so that the arguments alone say how it generates
+        # replaces the pretrained model's own settings: generation depends on our arguments alone
         generation = type(generation)(pad_token_id=self.pad, eos_token_id=tokens.tokenizer.eos_token_id)
         self.network.generation_config = generation
 
@@ -214,15 +206,15 @@ class CausalStudent(Student):
 
     @property
     def most_positions(self) -> int:
-        """Tokens of a prompt and its target at most."""
+        """Maximum tokens of a prompt with its target."""
         return getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**30
 
     def forward(self, batch: TaskBatch) -> CausalPass:
-        """A pass of this batch; nothing runs before something of it is read."""
+        """The lazy pass over a batch."""
         return CausalPass(self, batch)
 
     def run(self, **inputs: Any) -> Any:  # noqa: ANN401 - each model's own output class
-        """The model without its output head; more positions than it has are refused."""
+        """The model without its output head; refuses more positions than it has."""
         if (length := inputs["attention_mask"].shape[1]) > self.most_positions:
             raise UserError(
                 f"student: a prompt and its target have {length} tokens, the model has {self.most_positions} positions;"
@@ -231,16 +223,16 @@ class CausalStudent(Student):
         return self.training_forward(self.network.base_model)(**inputs, return_dict=True)
 
     def positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """Position ids of sequences padded on the left, for a model that takes them."""
+        """Position ids of left-padded sequences, for models that take them."""
         if "position_ids" not in inspect.signature(self.network.base_model.forward).parameters:
             return {}
         return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
 
     def project(self, states: Tensor) -> Tensor:
-        """Logits ``(n, vocabulary)`` of states ``(n, d_model)``, scaled and capped as the configuration says."""
+        """Logits ``(n, vocabulary)`` of states ``(n, d_model)``, scaled and capped as configured."""
         logits: Tensor = self.network.get_output_embeddings()(states)
         config = self.network.config.get_text_config()
-        # the first is Cohere's, the second Granite's, the third Gemma 2's
+        # of Cohere, Granite and Gemma 2
         scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
         if scale != 1:
             logits = logits * scale

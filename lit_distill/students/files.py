@@ -1,4 +1,4 @@
-"""What is read and written of a student's files: configuration, tokenizer, and a checkpoint's record of both."""
+"""A student's files: configuration, tokenizer, and their record in checkpoints."""
 
 import json
 import os
@@ -22,35 +22,31 @@ from lit_distill.shipped import shipped
 from lit_distill.students.tokens import Family
 
 CHECKPOINT_KEY = "lit_distill_student"
-"""Where a Lightning checkpoint keeps the student's record."""
+"""Key of the student's record in a Lightning checkpoint."""
 
 SEQ2SEQ = ("t5", "mt5")
-"""``model_type`` of the encoder-decoder models; ByT5's, Flan's and T5 v1.1's is ``t5``."""
+"""``model_type`` of the encoder-decoder models; ``t5`` includes ByT5, Flan-T5 and T5 v1.1."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 
 class StudentRecord(TypedDict):
-    """What rebuilds a student beside its weights; plain types and tensors, so that ``weights_only=True`` reads it."""
+    """What rebuilds a student, besides weights; plain types and tensors, for ``weights_only=True``."""
 
     config: dict[str, Any]
     """The content of ``config.json``."""
     tokenizer: dict[str, Tensor]
     """The tokenizer's files: name -> content as bytes, ``(size,)``, uint8."""
     adapter: NotRequired[dict[str, Any]]
-    """The settings of the adapter whose weights are among the student's."""
+    """The settings of the adapter that the weights include."""
 
 
 def family(config: Mapping[str, Any]) -> Family:
-    """Which family the content of a ``config.json`` is of.
-
-    Raises:
-        UserError: of none that can be a student.
-    """
+    """The family of a ``config.json``. Raises a ``UserError`` if the model cannot be a student."""
     kind = config.get("model_type")
     if kind in SEQ2SEQ:
         return "seq2seq"
-    # transformers also lists BERT and its like there, and the decoders of other encoder-decoders
+    # transformers also lists BERT-like models there, and decoders of encoder-decoders
     others = {**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in others:
         return "causal"
@@ -61,10 +57,10 @@ def family(config: Mapping[str, Any]) -> Family:
 
 
 def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a student's ``config.json`` (a hub name or a folder), or the one kept in a checkpoint file.
+    """A student's ``config.json``, from the hub, a folder or a checkpoint file.
 
     Raises:
-        UserError: there is none, or it is of no family that can be a student.
+        UserError: there is none, or the model cannot be a student.
     """
     name = shipped(os.fspath(student))
     if is_checkpoint(name):
@@ -79,16 +75,12 @@ def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a student's name is that of a checkpoint file."""
+    """Whether a name is that of a checkpoint file."""
     return name.endswith(".ckpt")
 
 
 def read_checkpoint(name: str) -> dict[str, Any]:
-    """A checkpoint file of this framework, memory-mapped: asking for its tokenizer reads no weights.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A memory-mapped checkpoint file of this framework. Raises a ``UserError`` for other files."""
     path = Path(name)
     if not path.is_file():
         raise UserError(f"student: no checkpoint file {name!r}")
@@ -117,17 +109,9 @@ def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
-    """Refuse weights that are not finite.
-
-    Args:
-        weights: tensors by name; those of integers are left out.
-        name: whose they are, for the message.
-
-    Raises:
-        UserError: names the first of them.
-    """
+    """Check that floating-point tensors are finite. Raises a ``UserError`` that names the first that is not."""
     floating = {key: weight for key, weight in weights.items() if weight.is_floating_point() and weight.numel()}
-    # the largest magnitude overflows nowhere, and all tensors are checked at once
+    # the maximum cannot overflow, and needs one synchronisation for all tensors
     if torch.nn.utils.get_total_norm(list(floating.values()), norm_type=float("inf")).isfinite():
         return
     bad = [key for key, weight in floating.items() if not weight.isfinite().all()]
@@ -135,20 +119,20 @@ def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
 
 
 def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a student: from the hub, a folder or a checkpoint file.
+    """A student's tokenizer, from the hub, a folder or a checkpoint file.
 
     Raises:
-        UserError: there is none, or none that can be used.
+        UserError: there is none, or it is unusable.
     """
     name = shipped(os.fspath(student))
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        # transformers would make an empty one from the configuration's `model_type`
+        # transformers would create an empty one from `model_type`
         raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
     kept = read_checkpoint(name)[CHECKPOINT_KEY]["tokenizer"] if is_checkpoint(name) else None
     with reading("tokenizer: cannot load one from", name):
         tokenizer: Any = AutoTokenizer.from_pretrained(name) if kept is None else restore_tokenizer(kept)
-        # of a damaged one the first row would tell
+        # a damaged one would fail at the first row
         tokenizer(["a"], verbose=True)
         if tokenizer.eos_token_id is None:
             raise UserError("it has no end-of-sequence token")
@@ -156,10 +140,10 @@ def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer so that transformers 4 reads it as well as 5.
+    """Save a tokenizer for transformers 4 and 5.
 
-    Version 5 writes names that 4 does not know, reads those of 4, and leaves out the SentencePiece model that the
-    tokenizer came from, which slow tokenizers of 4 and other programs need.
+    Version 5 writes names that 4 does not know, but reads those of 4; it also drops the SentencePiece model, which slow
+    tokenizers of 4 and other programs need.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -168,7 +152,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         content.pop(name, None)
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # a tokenizer of no family gives `token_type_ids` as well in version 4, which models here refuse
+    # in version 4 a generic tokenizer would also give `token_type_ids`, which these models refuse
     content["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(content.get("extra_special_tokens"), list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
@@ -179,7 +163,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """The tokenizer's files, as a checkpoint keeps them."""
+    """The tokenizer's files, for a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
         return {
@@ -190,10 +174,10 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
 
 
 def restore_tokenizer(files: Mapping[str, Tensor]) -> PreTrainedTokenizerBase:
-    """The tokenizer of these files."""
+    """The tokenizer from its files."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
-            # a checkpoint is a file from elsewhere: a name in it must not lead out of the folder
+            # checkpoints are untrusted: a name must not leave the folder
             (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         _keep_sentencepiece(tokenizer)
@@ -201,7 +185,7 @@ def restore_tokenizer(files: Mapping[str, Tensor]) -> PreTrainedTokenizerBase:
 
 
 def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read a tokenizer's SentencePiece model into it, as the folder that it was loaded from may go."""
+    """Load a tokenizer's SentencePiece model into memory, as its folder may disappear."""
     path = Path(getattr(tokenizer, "vocab_file", None) or "")
     if path.name == "spiece.model" and path.is_file():
         tokenizer._sentencepiece = path.read_bytes()
@@ -209,15 +193,15 @@ def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextmanager
 def reading(what: str, name: str) -> Iterator[None]:
-    """Turn whatever transformers or torch raise of a file that is damaged, or is none, into one line."""
+    """Turn errors of transformers and torch about damaged files into one line."""
     try:
         yield
     except BaseException as error:
-        # an error of the tokenizers library is no `Exception`, and is of no type that can be imported
+        # errors of the tokenizers library are no `Exception`, and their type cannot be imported
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         lines = str(error).strip().split("\n")
-        # torch puts what is wrong below a heading
+        # torch's first line is a heading
         reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         raise UserError(f"{what} {name!r} ({reason or type(error).__name__}){_hint(name)}") from error
 

@@ -1,4 +1,4 @@
-"""A student by name, whichever family it is of."""
+"""Load a student by name, of any family."""
 
 import os
 from collections.abc import Mapping
@@ -38,23 +38,23 @@ def load(
     activation_checkpointing: bool = False,
     meta: bool = False,
 ) -> Student:
-    """A student by name, in training mode.
+    """Load a student, in training mode.
 
     Args:
-        name: a hub name, a folder in the Hugging Face format, a folder with a configuration only (then
-            ``from_scratch`` has to be set), or a checkpoint file of this framework.
+        name: a hub name, a folder in the Hugging Face format (with a configuration only, if ``from_scratch``), or a
+            checkpoint file of this framework.
         from_scratch: random weights from the configuration.
-        dropout: dropout rate in place of the configuration's.
-        dtype: what the weights are kept in.
-        adapter: settings of an `Adapter` that is trained in place of the weights. A checkpoint that was trained with
-            the same one brings its weights; any other adapter of a checkpoint is merged into the student first.
-        fast: run a T5's layers on real tokens only, where that is possible.
-        compile: compile the forward that trains, in place of the fast path.
-        activation_checkpointing: recompute activations in the backward pass: less memory, a slower step.
-        meta: a student without memory for its weights; `lit_distill.students.sharding` gives them.
+        dropout: dropout rate in place of the configured one.
+        dtype: of the weights.
+        adapter: settings of an `Adapter` to train. A checkpoint with the same adapter restores its weights; any other
+            adapter of a checkpoint is first merged into the student.
+        fast: run a T5 on real tokens only, where supported.
+        compile: compile the training forward, in place of the fast path.
+        activation_checkpointing: recompute activations in the backward pass: less memory, slower steps.
+        meta: allocate no weights; `lit_distill.students.sharding` provides them.
 
     Raises:
-        UserError: the student cannot be read, is of no family that is known, or its weights or tokenizer do not fit.
+        UserError: the student cannot be read, is of no known family, or its weights or tokenizer do not fit.
     """
     wanted = None if adapter is None else Adapter.of(adapter)
     tokens = load_tokens(name)
@@ -65,7 +65,7 @@ def load(
             f" vocab_size is {model.config.vocab_size}"
         )
     if activation_checkpointing:
-        # older releases of transformers know only the second name, which newer ones deprecate
+        # the second name is for older releases of transformers, deprecated in newer ones
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if tokens.family == "causal":
@@ -77,10 +77,10 @@ def load(
 
 
 def load_tokens(name: str | os.PathLike[str]) -> Tokens:
-    """The tokens of a student: those of a hub name, a folder or a checkpoint file.
+    """A student's `Tokens`, from the hub, a folder or a checkpoint file.
 
     Raises:
-        UserError: there is no tokenizer, or none that can be used.
+        UserError: there is no usable tokenizer.
     """
     kind, tokenizer = family(read_config(name)), load_tokenizer(name)
     if kind == "causal":
@@ -101,7 +101,7 @@ def load_model(
     adapter: Mapping[str, Any] | None = None,
     meta: bool = False,
 ) -> Any:  # noqa: ANN401
-    """A student's Hugging Face model, inside PEFT's with an adapter; arguments and errors as of `load`."""
+    """A student's Hugging Face model, wrapped by PEFT with an adapter; arguments and errors as in `load`."""
     check_choice("dtype", dtype, get_args(Dtype))
     name = shipped(os.fspath(name))
     config = read_config(name)
@@ -110,7 +110,7 @@ def load_model(
         model: Any = build_model(config, dropout=dropout, dtype=dtype, meta=True)
         check_memory(model)
     if wanted is not None:
-        # before gigabytes of weights are read; what is sharded has to be of one type
+        # before gigabytes of weights are read; sharding needs a single dtype
         model = add_adapter(model, wanted, own_dtype=False)
     if meta:
         return model

@@ -1,10 +1,9 @@
-"""Hugging Face models: from a configuration, from a checkpoint's weights, from a folder or the hub, and saved again.
+"""Build, load and save Hugging Face models.
 
-Since version 5 transformers writes ``tie_word_embeddings: true`` into every ``T5Config``, also that of checkpoints
-whose ``lm_head`` is a tensor of its own (T5 v1.1, Flan-T5). Loading such a checkpoint keeps both tensors, but any later
-``tie_weights()`` or ``resize_token_embeddings()`` replaces the head by the embedding, and a student built from its
-configuration starts tied and unscaled. Whatever makes a T5 here therefore settles the tying first, from the
-configuration *file*, and leaves a model that stays as it is.
+Since version 5 transformers writes ``tie_word_embeddings: true`` into every ``T5Config``, even for checkpoints with a
+separate ``lm_head`` (T5 v1.1, Flan-T5). Loading such a checkpoint keeps both tensors, but a later ``tie_weights()`` or
+``resize_token_embeddings()`` replaces the head by the embedding, and a model built from the configuration starts tied
+and unscaled. So every T5 here is first tied or untied as its configuration *file* says, and stays so.
 """
 
 import json
@@ -34,7 +33,7 @@ from lit_distill.students.adapters import Adapter, add_adapter
 from lit_distill.students.files import StudentRecord, check_weights, family, reading, save_tokenizer, tokenizer_files
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""What weights are kept in."""
+"""Dtypes of weights."""
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -52,19 +51,19 @@ _SIZES = {
     "relative_attention_num_buckets": 2**16,
     "relative_attention_max_distance": 2**30,
 }
-"""Of a configuration: the greatest that is not taken for a mistake; what else it says is bounded by the memory."""
+"""Maximum plausible sizes in a configuration; the memory bounds the others."""
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head is the input embedding itself."""
+    """Whether the output head is the input embedding."""
     head: Any = model.get_output_embeddings()
     return head.weight is model.get_input_embeddings().weight
 
 
 def untie(model: Any) -> None:  # noqa: ANN401 - one of the T5 family
-    """Give a T5's output head a tensor of its own, and keep transformers from tying it again.
+    """Give a T5's output head its own tensor, and keep transformers from tying it again.
 
-    A head that was tied is copied, so the logits stay as they are.
+    A tied head is copied, so the logits do not change.
     """
     if is_tied(model):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
@@ -85,17 +84,16 @@ def build_model(
     adapter: Adapter | None = None,
     meta: bool = False,
 ) -> PreTrainedModel:
-    """A model in training mode, from the content of a ``config.json``.
+    """A model from the content of a ``config.json``, in training mode.
 
     Args:
-        config: the file's content; its ``tie_word_embeddings`` is honoured.
-        weights: the model's state dict, every tensor of it; random weights if not given. An untied T5's head is then
-            drawn from N(0, 1/d_model), so that logits of normalised hidden states start with unit variance and the
-            first loss is near ln(vocabulary).
-        dropout: dropout rate in place of the configuration's.
+        config: its ``tie_word_embeddings`` is respected.
+        weights: the complete state dict; random weights by default, with an untied T5's head drawn from N(0,
+            1/d_model), so that initial logits have unit variance and the first loss is near ln(vocabulary).
+        dropout: dropout rate in place of the configured one.
         dtype: of the weights.
-        adapter: is added before ``weights`` are loaded.
-        meta: no memory for weights, which are given later.
+        adapter: added before ``weights`` are loaded.
+        meta: allocate no weights.
     """
     made = configuration(config, dropout)
     # random weights take seconds to draw
@@ -121,13 +119,13 @@ def pretrained(
     """A model with the weights of a folder or of the hub, in training mode.
 
     Args:
-        name: the folder, or the name on the hub.
-        config: the content of its ``config.json``.
-        dropout: dropout rate in place of the configuration's.
+        name: the folder or hub name.
+        config: its ``config.json``.
+        dropout: dropout rate in place of the configured one.
         dtype: of the weights, whatever the files'.
 
     Raises:
-        UserError: it cannot be read, or has no weights, or some that are not finite.
+        UserError: it cannot be read, has no weights, or some are not finite.
     """
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in WEIGHT_FILES):
@@ -138,7 +136,7 @@ def pretrained(
     made = configuration(config, dropout)
     with reading("student: cannot load", name), _quiet_loading():
         model = _auto_class(made).from_pretrained(name, config=made, dtype=getattr(torch, dtype))
-    # how a student generates is said by the arguments alone
+    # generation depends on our arguments alone
     model.generation_config = GenerationConfig.from_model_config(model.config)
     check_weights(dict(model.named_parameters()), f"student: {name!r}")
     if family(config) == "seq2seq" and not (_says_tied(config) and is_tied(model)):
@@ -148,16 +146,12 @@ def pretrained(
         # Copied, as a tensor inside a file's memory is not aligned, and multiplies with other rounding errors than the
         # same one in a run that is resumed from a checkpoint
         parameter.data = parameter.data.to(getattr(torch, dtype), copy=True)
-    # `from_pretrained` returns it in evaluation mode, in which a trainer leaves it: without dropout
+    # `from_pretrained` returns evaluation mode, and a trainer would leave it so
     return cast(PreTrainedModel, model.train())
 
 
 def check_memory(model: nn.Module) -> None:
-    """See that this machine's memory holds a model's weights.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Check that the weights fit into this machine's memory. Raises a ``UserError`` otherwise."""
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -167,35 +161,35 @@ def check_memory(model: nn.Module) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save model and tokenizer in the Hugging Face format; the configuration states the true tying."""
+    """Save model and tokenizer in the Hugging Face format, with the true tying in the configuration."""
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(true_config(model), indent=2, sort_keys=True) + "\n")
 
 
 def record_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
-    """What a checkpoint keeps so that it can be loaded without the hub and without the original folder."""
+    """What a checkpoint needs for loading without the hub and the original folder."""
     return {"config": true_config(model), "tokenizer": tokenizer_files(tokenizer)}
 
 
 def true_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The configuration as a ``config.json`` should say it: with the tying that the model has."""
+    """The ``config.json`` with the model's actual tying."""
     content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     content["tie_word_embeddings"] = is_tied(model)
     return content
 
 
 def configuration(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedConfig:
-    """The configuration of a model that can be built.
+    """A checked configuration.
 
     Args:
         config: the content of a ``config.json``.
         dropout: dropout rate in place of its own.
 
     Raises:
-        UserError: a size, a token or a rate that no model can have.
+        UserError: a size, token or rate is impossible.
     """
-    # what a forward returns is for its call to say
+    # outputs are chosen at each call
     returned = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
     made: Any = AutoConfig.for_model(**dict(config) | returned)
     for size, most in _SIZES.items():
@@ -222,7 +216,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Keep transformers from advising on the tying, which is settled here."""
+    """Silence advice of transformers on tying, which is settled here."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:

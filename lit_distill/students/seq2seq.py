@@ -1,4 +1,4 @@
-"""Encoder-decoder students of the T5 family, and their two passes: on real tokens only, or Hugging Face's forward."""
+"""T5 students and their two passes: the fast path on real tokens only, and Hugging Face's own forward."""
 
 import copy
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class Seq2SeqStudent(Student):
     Args:
         model: ``T5ForConditionalGeneration`` or ``MT5ForConditionalGeneration``.
         tokens: its tokens.
-        fast: run the layers on real tokens only where that is possible; else the run says once why it is not.
-        compile: compile the model's forward for training, in place of the fast path.
+        fast: run on real tokens only where supported; otherwise the run says why, once.
+        compile: compile the training forward, in place of the fast path.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: bool = True, compile: bool = False) -> None:
@@ -42,7 +42,7 @@ class Seq2SeqStudent(Student):
         self.compiles = compile
         self._said: set[str] = set()
         config = self.network.config
-        # in place of a pretrained model's own settings: the arguments alone say how it generates
+        # replaces the pretrained model's own settings: generation depends on our arguments alone
         self.generation = GenerationConfig(
             pad_token_id=config.pad_token_id,
             eos_token_id=config.eos_token_id,
@@ -51,7 +51,7 @@ class Seq2SeqStudent(Student):
         self.network.generation_config = copy.deepcopy(self.generation)
 
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
-        """A pass of this batch, on the fast path where student and batch allow it."""
+        """The lazy pass over a batch; on the fast path if student and batch allow it."""
         return (PackedPass if self._is_fast(batch) else PlainPass)(self, batch)
 
     def _is_fast(self, batch: TaskBatch) -> bool:
@@ -62,14 +62,14 @@ class Seq2SeqStudent(Student):
         if self.compiles and torch.is_grad_enabled():
             why: str | None = "in training, the forward is compiled instead"
         else:
-            # a sharded parameter is whole only while its block's own forward runs
+            # a sharded parameter is complete only during its block's own forward
             why = "the parameters are sharded" if self.sharded else reason_against(self.network)
             if why is None and not fits(inputs for inputs in batch.values() if len(inputs["labels"])):
                 why = "for a batch, it has padding before a source's end, or a row without a source"
         return why is None or self.say_off(why)
 
     def say_off(self, why: str) -> bool:
-        """Say once that the fast path is off, and why."""
+        """Log once why the fast path is off."""
         if why not in self._said:
             rank_zero_info(f"fast: off, {why}")
             self._said.add(why)
@@ -77,7 +77,7 @@ class Seq2SeqStudent(Student):
 
 
 class Seq2SeqPass(Pass):
-    """What both passes have in common."""
+    """Common parts of both passes."""
 
     student: Seq2SeqStudent
 
@@ -94,7 +94,7 @@ class Seq2SeqPass(Pass):
         return logits
 
     def _filler(self) -> TaskInputs:
-        """A row that nobody reads."""
+        """A dummy row."""
         return filler(self.model.config.pad_token_id, self.model.device)
 
     def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
@@ -104,14 +104,14 @@ class Seq2SeqPass(Pass):
 
 
 class PackedPass(Seq2SeqPass):
-    """A pass on real tokens only: the tasks go through each layer together, without padding."""
+    """The fast path: all tasks go through each layer together, without padding."""
 
     @cached_property
     def _forward(self) -> tuple[Encoded, Decoded]:
         self._deterministic = not self.model.training
         tasks = list(self.with_rows.values())
         if not any(any(targets_of(inputs).ends) for inputs in tasks):
-            # one position that nobody reads, so that every parameter has a gradient
+            # one unused position, so that every parameter has a gradient
             tasks.append(self._filler())
         return encode_and_decode(self.model, tasks)
 
@@ -124,7 +124,7 @@ class PackedPass(Seq2SeqPass):
         return token_losses(self.model.lm_head, self._states, self._forward[1].labels)
 
     def _own(self, task: str, packed: Tensor) -> Tensor:
-        """What belongs to the task's target tokens, out of all tasks' positions ``(positions, ...)``."""
+        """The task's part of all target tokens ``(tokens, ...)``."""
         decoded = self._forward[1]
         ends = dict(zip(self.with_rows, accumulate(decoded.task_tokens), strict=False))
         tokens = dict(zip(self.with_rows, decoded.task_tokens, strict=False))
@@ -155,7 +155,7 @@ class PackedPass(Seq2SeqPass):
         return encoded.hidden[layer][start : start + sum(encoded.packing.lengths[first : first + rows])]
 
     def _sources(self, task: str, rows: Sequence[int]) -> tuple[Encoded, list[int]]:
-        """The encoded sources of these rows of a task, and the rows' numbers among them."""
+        """A task's encoded sources, and the numbers of these rows among them."""
         if "_forward" in self.__dict__ and self._deterministic:
             return self._forward[0], [self.first_rows[task] + row for row in rows]
         return encode(self.model, [take(self.inputs(task), rows)]), list(range(len(rows)))
@@ -177,7 +177,7 @@ class PackedPass(Seq2SeqPass):
 
 
 class PlainPass(Seq2SeqPass):
-    """A pass of the model's own forward on padded rows: what the fast path cannot serve."""
+    """Hugging Face's own forward on padded rows, for all that the fast path does not support."""
 
     @cached_property
     def _output(self) -> Seq2SeqLMOutput:
@@ -188,13 +188,13 @@ class PlainPass(Seq2SeqPass):
             attention_mask=rows["attention_mask"],
             decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(rows["labels"]),
             use_cache=False,
-            # which a compiled forward cannot collect
+            # a compiled forward cannot collect them
             output_hidden_states=forward is self.model,
         )
         return output
 
     def _own(self, task: str, padded: Tensor, real: Tensor) -> Tensor:
-        """What belongs to a task's real positions, out of all rows' ``(rows, length, size)``."""
+        """The task's real positions, out of ``(rows, length, size)``."""
         first, real = self.first_rows[task], real[:, : padded.shape[1]]
         return padded[first : first + len(real), : real.shape[1]][real]
 
@@ -230,7 +230,7 @@ class PlainPass(Seq2SeqPass):
         states = self.model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
 
         def score(rows: list[int], targets: list[list[int]]) -> Tensor:
-            # where this rank has no choices left, a row that nobody reads takes part
+            # without choices left, this rank runs a dummy row
             chosen = torch.tensor(rows or [0], device=states.device)
             ids = [torch.tensor(target, device=states.device) for target in targets or [[0]]]
             labels = pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX)

@@ -1,7 +1,7 @@
-"""Students whose parameters are spread over ranks: the first rank alone reads all weights.
+"""Students with parameters sharded over ranks: only the first rank reads the weights.
 
-A module that is built within `deferred` has a student without memory for its weights. They come when the strategy is
-known, from ``configure_model``.
+Within `deferred`, modules are built without allocating weights; ``configure_model`` provides them once the strategy is
+known.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ _DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Build students without memory for their weights."""
+    """Build students without allocating weights."""
     token = _DEFERRED.set(True)
     try:
         yield
@@ -30,20 +30,20 @@ def deferred() -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Whether students are built without memory for their weights now."""
+    """Whether `deferred` is active."""
     return _DEFERRED.get()
 
 
 def give_weights(student: Student, strategy: Strategy, load: Callable[[], PreTrainedModel]) -> None:
-    """Give a student its weights.
+    """Load a student's weights.
 
-    FSDP asks for them a block of layers at a time: the first rank reads the model and sends each block's, and every
-    rank keeps its part. Blocks are what transformers does not split, unless the strategy has a policy of its own. Under
-    any other strategy every rank reads them.
+    FSDP asks for one block of layers at a time: the first rank reads the model and broadcasts each block, of which
+    every rank keeps its shard. Blocks are transformers' unsplittable modules, unless the strategy has its own policy.
+    Under any other strategy every rank reads the weights.
 
     Args:
-        student: one that was built within `deferred`.
-        strategy: of the trainer that is being set up.
+        student: built within `deferred`.
+        strategy: of the trainer.
         load: reads the model.
     """
     if isinstance(strategy, FSDPStrategy):
@@ -56,7 +56,7 @@ def give_weights(student: Student, strategy: Strategy, load: Callable[[], PreTra
 
 
 class _Sender:
-    """FSDP's ``param_init_fn``: the tensors of one module, from the first rank."""
+    """FSDP's ``param_init_fn``: broadcasts a module's tensors from the first rank."""
 
     def __init__(
         self, model: PreTrainedModel, load: Callable[[], PreTrainedModel], device: torch.device, rank: int

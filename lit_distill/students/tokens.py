@@ -1,4 +1,4 @@
-"""A student's tokenizer, and how its family writes sources and targets."""
+"""A student's tokenizer, and its family's format of sources and targets."""
 
 import json
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ class Encoded:
     """Texts as token ids."""
 
     ids: list[list[int]]
-    """Cut to the length that is allowed."""
+    """Truncated to the maximum length."""
     lengths: list[int]
-    """How many tokens there were before the cut."""
+    """Numbers of tokens before truncation."""
 
 
 class Tokens:
-    """A tokenizer, and what its family adds to a text.
+    """A tokenizer with its family's format.
 
     Args:
-        tokenizer: one with an end-of-sequence and a padding token.
-        family: of the model that reads the tokens.
+        tokenizer: with an end-of-sequence and a padding token.
+        family: of the model.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family = "seq2seq") -> None:
@@ -36,23 +36,23 @@ class Tokens:
         self.family = family
 
     def sources(self, texts: Sequence[str], max_length: int) -> Encoded:
-        """Inputs as the tokenizer ends them; one that is too long is cut before its end-of-sequence token."""
+        """Inputs with the special tokens of the tokenizer; truncation keeps end-of-sequence."""
         return self._cut(self._ids(texts), max_length)
 
     def targets(self, texts: Sequence[str], max_length: int) -> Encoded:
-        """Targets, which end in the end-of-sequence token even where the tokenizer adds none."""
+        """Targets, always ending in end-of-sequence."""
         eos = self.tokenizer.eos_token_id
         return self._cut([ids if ids and ids[-1] == eos else [*ids, eos] for ids in self._ids(texts)], max_length)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Token ids to text without special tokens, whatever they are padded with."""
+        """Token ids to text, without special tokens and padding."""
         safe = [[token for token in row if token >= 0] for row in ids]
         texts = self.tokenizer.batch_decode(safe, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what becomes of a text: class, special tokens, vocabulary, rules, family and chat template."""
+        """A hash of all that affects tokenisation: class, special tokens, vocabulary, rules, family, chat template."""
         tokenizer = self.tokenizer
         content: dict[str, Any] = {
             "family": self.family,
@@ -61,12 +61,12 @@ class Tokens:
             "special_ids": tokenizer.all_special_ids,
             "vocabulary": sorted(tokenizer.get_vocab().items()),
             "chat_template": getattr(tokenizer, "chat_template", None),
-            # the library's own rules change between releases
+            # the library's rules may change between releases
             "versions": [transformers.__version__, tokenizers.__version__],
         }
         if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
             rules = json.loads(backend.to_str())
-            # set by whoever called it last, and set again by each call
+            # state of the last call, reset by each call
             content["rules"] = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -91,13 +91,13 @@ class Tokens:
 class CausalTokens(Tokens):
     """The tokens of a decoder-only model.
 
-    A source is a prompt: the tokenizer's chat template around the text as the user's turn; without a template the text
-    and a newline, after the beginning-of-sequence token where the tokenizer adds one. It never ends in the
-    end-of-sequence token, and its ending is kept where a text is cut.
+    A source is a prompt: the text as the user's turn in the chat template; without a template the text and a newline,
+    after the beginning-of-sequence token if the tokenizer adds one. It has no end-of-sequence token, and truncation
+    keeps its end.
 
     Args:
-        tokenizer: one with an end-of-sequence token. Without a padding token it pads with that one: padding is told by
-            length, never by its id, so the end of a target is learned all the same.
+        tokenizer: with an end-of-sequence token, which also pads if there is no padding token. Padding is told by
+            length, not by id, so end-of-sequence is still learned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,7 +109,7 @@ class CausalTokens(Tokens):
         self._ending = empty[same:]
 
     def sources(self, texts: Sequence[str], max_length: int) -> Encoded:
-        """Prompts; of one that is too long the end of the text is cut."""
+        """Prompts; truncation cuts the end of the text, not the template."""
         ending = self._ending[-max_length:]
 
         def cut(row: list[int]) -> list[int]:
@@ -128,7 +128,7 @@ class CausalTokens(Tokens):
         return self._ids(cast(list[str], rendered))
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids alone, without the tokens that the tokenizer puts around a text."""
+        """Token ids without special tokens."""
         if not texts:
             return []
         ids: list[list[int]] = self.tokenizer(

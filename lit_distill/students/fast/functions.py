@@ -15,10 +15,10 @@ _LANES = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """The elements that dropout with probability ``p`` keeps, as booleans, and the factor they are multiplied by.
+    """The dropout mask as booleans, and the scaling factor of what is not dropped.
 
-    On the CPU one 64-bit draw of the global generator decides four elements, each by 16 bits: the probability is
-    ``p`` rounded to 1/65536, and the factor is the inverse of what is really kept.
+    On the CPU one 64-bit draw of the global generator decides four elements by 16 bits each: ``p`` is rounded to
+    1/65536, and the factor uses the rounded rate.
     """
     if like.device.type != "cpu":
         return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p), 1 / (1 - p)

@@ -26,19 +26,17 @@ def greedy(
     max_new_tokens: int,
     process_logits: Callable[[Tensor, int, Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
-    """The likeliest next token, again and again, until a row's end-of-sequence token.
-
-    Gives the tokens of ``model.generate`` with one beam and no sampling.
+    """Greedy decoding until each row's end-of-sequence token: the tokens of ``model.generate``.
 
     Args:
-        model: the model, in evaluation mode.
+        model: in evaluation mode.
         encoded: the sources' states.
         rows: the source rows to decode for.
-        max_new_tokens: tokens of a target at most, the end-of-sequence token included.
-        process_logits: ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``, before the choice.
+        max_new_tokens: maximum tokens of a target, including end-of-sequence.
+        process_logits: ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``.
 
     Returns:
-        For each row its tokens, with the end-of-sequence token where it was reached.
+        The tokens of each row, with end-of-sequence if it was reached.
     """
     settings, device = model.generation_config, model.device
     eos = settings.eos_token_id
@@ -82,7 +80,7 @@ def greedy(
 
 
 class _Sources:
-    """The encoder's states that the rows still decoding attend to."""
+    """The encoder states of the rows that are still decoding."""
 
     def __init__(self, model: Any, encoded: Encoded, rows: Sequence[int]) -> None:  # noqa: ANN401
         self.rows = len(rows)
@@ -107,7 +105,7 @@ class _Sources:
 
 
 class _Layer:
-    """A decoder layer with the keys and values of what was decoded."""
+    """A decoder layer with its cache of keys and values."""
 
     def __init__(self, block: Any, states: Tensor, sources: _Sources) -> None:  # noqa: ANN401
         self._own, self._cross, self._feed = block.layer
@@ -130,12 +128,12 @@ class _Layer:
         self._spread = None if self._projected is None else tuple(map(sources.spread, self._projected))
 
     def take(self, rows: Tensor, sources: _Sources) -> None:
-        """Only these rows stay, and these are their sources."""
+        """Keep only these rows, with their sources."""
         self._turn_to(sources)
         self._keys, self._values = self._keys[rows], self._values[rows]
 
     def grow(self) -> None:
-        """Twice the room."""
+        """Double the capacity."""
         self._keys, self._values = (F.pad(x, (0, 0, 0, x.shape[2])) for x in (self._keys, self._values))
 
     def step(self, x: Tensor, step: int, bias: Tensor) -> Tensor:

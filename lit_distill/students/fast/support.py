@@ -1,4 +1,4 @@
-"""Whether a model and a batch are what the fast path knows; whatever else runs through the model's own forward."""
+"""Whether the fast path supports a model and a batch; all else uses the model's own forward."""
 
 import ctypes
 import sys
@@ -20,16 +20,16 @@ _PARTS = (
 _WALKED = {nn.Dropout, nn.ModuleList} | {
     getattr(module, prefix + part) for module, prefix in ((modeling_t5, "T5"), (modeling_mt5, "MT5")) for part in _PARTS
 }
-"""Modules whose own forward is not called: they must be just these classes."""
+"""Modules whose forward is replaced: they must be of exactly these classes."""
 
 _CALLED = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "act", "relative_attention_bias"}
-"""Modules that are called as they are, and may be of any class: LoRA's and quantised ones are fine."""
+"""Modules that are called, of any class: LoRA and quantised ones work."""
 
 _EMBEDDINGS = {"shared", "embed_tokens"}
 
 
 def reason_against(model: PreTrainedModel) -> str | None:
-    """Why a model cannot take the fast path; ``None`` where it can."""
+    """Why a model cannot use the fast path; ``None`` if it can."""
     if type(model) not in (T5ForConditionalGeneration, MT5ForConditionalGeneration):
         return f"the student is a {type(model).__name__}"
     if torch.nn.modules.module._has_any_global_hook():
@@ -58,7 +58,7 @@ def _is_plain(name: str, module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something happens around a module's forward, or in its place."""
+    """Whether a module's forward has hooks or is replaced."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     # transformers leaves its own where hidden states were asked for once
     modules = [getattr(hook, "__module__", "") for some in hooks for hook in some.values()]
@@ -66,7 +66,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def fits(tasks: Iterable[TaskInputs]) -> bool:
-    """Whether these rows are padded on the right alone, and none of them is without a source."""
+    """Whether all padding is on the right, and no source is empty."""
     for inputs in tasks:
         shape = inputs["input_ids"].shape
         if shape != inputs["attention_mask"].shape or len(inputs["labels"]) != shape[0]:
@@ -78,10 +78,10 @@ def fits(tasks: Iterable[TaskInputs]) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory in the process: what one step frees, the next one takes again.
+    """Make glibc keep freed memory for the next step.
 
-    By default it hands large blocks back to the system, which clears each page again when the next step asks for it:
-    a tenth of a step, and more on a virtual machine.
+    By default it returns large blocks to the system, which must clear their pages at the next step: a tenth of a step,
+    and more on a virtual machine.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:
