@@ -1,4 +1,4 @@
-"""Data modules: a dataset each, with the teacher's rationales."""
+"""Data modules."""
 
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.cqa import CQADataModule

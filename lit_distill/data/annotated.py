@@ -1,4 +1,4 @@
-"""What teachers said in `annotate`'s folders, joined to rows by id."""
+"""Join the samples in `annotate`'s folders to rows by id."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,14 @@ from lit_distill.errors import UserError
 from lit_distill.tasks import Row, TeacherOutput
 
 Sample = tuple[Annotation, dict[str, Any]]
-"""A sample, and the row of columns that it was read from."""
+"""A sample and its raw row."""
 
 _NOT_COLUMNS = {"text", "rationale", "input", "key"}
-"""What an output holds already, or what says nothing about it."""
+"""Columns that an output has as fields, or that describe the file only."""
 
 
 def annotations_file(path: Path) -> Path:
-    """The file of a teacher's samples: the path itself, or the one in a folder that ``annotate`` wrote to.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The file of samples: the path itself, or the one in the folder. Raises a ``UserError`` if there is none."""
     if path.is_dir():
         for name in (FILE, PARQUET):
             if (path / name).is_file():
@@ -40,13 +36,13 @@ def annotations_file(path: Path) -> Path:
 def read_annotations(
     rows: Sequence[Row], path: Path, split: str, agree: Agree, parse: Parse
 ) -> tuple[list[tuple[TeacherOutput, ...]], list[str]]:
-    """Each row's outputs in one folder or file, and what a user has to know of them.
+    """Each row's outputs in a folder or file, and notices for the user.
 
-    They come in the order of teachers, kinds, prompts and settings, and of samples. Samples of other splits are left
-    out. A sample that holds a text and nothing of what follows from it is parsed here.
+    Sorted by teacher, kind, prompt, settings and sample; samples of other splits are skipped. A sample with only a text
+    is parsed here.
 
     Raises:
-        UserError: a sample is of another input than its row has, or no sample is of any row.
+        UserError: a sample belongs to another input than its row's, or no sample belongs to any row.
     """
     path = annotations_file(path)
     places = {row.id: position for position, row in enumerate(rows)}
@@ -61,7 +57,7 @@ def read_annotations(
             continue
         place = places.get(annotation.id)
         if place is None:
-            # samples without a split are of train; about the others they say nothing
+            # samples without a split belong to train
             counts["unmatched"] += annotation.split is not None or split == "train"
             continue
         counts["joined"] += 1
@@ -93,7 +89,7 @@ def read_annotations(
 
 
 def output_of(annotation: Annotation, columns: Mapping[str, Any]) -> TeacherOutput:
-    """A sample as an output; the column ``kind`` says what its text is."""
+    """A sample as an output."""
     known = {name: value for name, value in columns.items() if value is not None and name not in _NOT_COLUMNS}
     kind = str(columns.get("kind") or "rationale")
     return TeacherOutput(annotation.rationale, annotation.label, annotation.teacher, kind, known)
@@ -105,10 +101,10 @@ def names_columns(rationale_filter: str) -> bool:
 
 
 def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
-    """See that the columns exist that a filter's conditions name.
+    """Check that the columns in a filter's conditions exist.
 
     Raises:
-        UserError: one does not; the message lists those that do.
+        UserError: one does not; lists those that do.
     """
     if not names_columns(rationale_filter):
         return
@@ -121,7 +117,7 @@ def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
 
 
 def _fill_votes(several: list[tuple[int, Sample]], agree: Agree) -> None:
-    """The columns that need all samples of a row, where the job that wrote them had not ended."""
+    """Add the columns that need all samples of a row, if their job did not finish."""
     if all(annotation.votes is not None for _, (annotation, _) in several):
         return
     by_group: dict[int, list[str | None]] = {}

@@ -1,4 +1,4 @@
-"""What every dataset has in common: from rows and what teachers said about them to batches and answers."""
+"""The base of all data modules: from rows and teacher outputs to batches and answers."""
 
 import os
 from collections import Counter
@@ -38,51 +38,51 @@ from lit_distill.students import Tokens, load_tokenizer, load_tokens
 from lit_distill.tasks import Row, RowFilter, Task, tasks_from
 
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
-"""Environment variable that names the folder of tokenised rows; by default it is in Hugging Face datasets' cache."""
+"""Environment variable of the cache folder for tokenised rows; by default inside Hugging Face datasets' cache."""
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-"""The splits that a stage of the trainer needs; ``predict`` needs `RationaleDataModule.predict_split`."""
+"""The splits of each trainer stage; ``predict`` uses `RationaleDataModule.predict_split`."""
 
 Tokenizer = str | Path | PreTrainedTokenizerBase | Tokens
 
 
 class RationaleDataModule(ReleasedRows):
-    """Rows with teachers' rationales, as batches for a student and as answers for its evaluation.
+    """Rows with teacher rationales, as batches for a student and answers for its evaluation.
 
-    A dataset is a subclass that says where it lies (`name`, `splits`), how a row and the teacher's text are read
-    (`read_row`, `parse_teacher`), and how answers are judged (`metric`, `label_set`). Data that does not lie in the
-    released layout overrides `load_rows`, and has no `split_file`.
+    A dataset is a subclass that defines its files (`name`, `splits`), how a row and a teacher's text are parsed
+    (`read_row`, `parse_teacher`), and how answers are compared (`metric`, `label_set`). Data in another layout
+    overrides `load_rows`.
 
     Args:
-        data_dir: folder that holds the datasets' folders (``cqa/``, ``svamp/``, ``esnli/``, ``anli1/``).
-        tokenizer: the student's tokenizer: a hub name, a folder, a tokenizer, or `Tokens`.
-        batch_size: examples in a training batch, on each device.
-        eval_batch_size: examples in an evaluation batch, on each device; as ``batch_size`` if not given.
-        tasks: what a student is trained on: task name -> settings of `lit_distill.tasks.Task`, or a list of
-            ``label``, ``rationale``, ``rationale_label``, ``label_rationale``.
-        label_source: train on the data's own labels (``gold``) or on the teacher's; val and test are always gold.
-        rationale_filter: which teacher outputs to train on: ``none`` filters nothing, ``label_agrees`` keeps those
-            whose label is right, ``package.module.function`` those that the function returns true for, and
-            conditions on columns those that fulfil them, as in ``agrees and not contains_label``.
-        train_fraction: part of the training rows to train on, drawn by ``seed`` from train without val (the reference
-            code draws it before val is taken from it).
-        seed: decides the order of the training rows, which of them a ``train_fraction`` holds, and what tasks sample.
-        max_source_length: tokens of an input at most; longer ones are cut and counted.
-        max_target_length: tokens of a target at most; longer ones are cut, in the rationale where there is one beside
-            the label, and counted.
-        num_workers: processes that load batches, on each device; 0 loads in the main process.
-        allow_extra_outputs: accept more teacher outputs than rows, for a file that is the beginning of the
-            released one.
-        predict_split: the split that ``predict`` reads.
-        batching: what a training batch is made of: any rows (``shuffled``), or rows of similar length (``by_length``),
-            which need less padding; either way the batches of an epoch come in a random order.
-        rationales: what teachers said, in place of the outputs that come with the data: a folder that ``annotate``
-            wrote, its ``rationales.jsonl`` or ``rationales.parquet``, or a list of them, joined to the rows by ``id``;
-            ``released`` in the list stands for the outputs that come with the data.
+        data_dir: folder of the datasets' folders (``cqa/``, ``svamp/``, ``esnli/``, ``anli1/``).
+        tokenizer: the student's: a hub name, a folder, a tokenizer, or `Tokens`.
+        batch_size: training examples per batch and device.
+        eval_batch_size: evaluation examples per batch and device; ``batch_size`` by default.
+        tasks: task name -> settings of `lit_distill.tasks.Task`, or a list of ``label``, ``rationale``,
+            ``rationale_label``, ``label_rationale``.
+        label_source: train on the data's labels (``gold``) or on the teacher's; val and test are always gold.
+        rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
+            label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
+            ``agrees and not contains_label``, those that meet them.
+        train_fraction: fraction of the training rows, drawn by ``seed`` after val is split off (before, in the
+            reference code).
+        seed: of the order of training rows, the ``train_fraction``, and sampled targets.
+        max_source_length: maximum tokens of an input; longer ones are truncated and counted.
+        max_target_length: maximum tokens of a target; longer ones are truncated (the rationale before the label) and
+            counted.
+        num_workers: data loader processes per device; 0 loads in the main process.
+        allow_extra_outputs: accept more teacher outputs than rows, for a file that is the beginning of the released
+            one.
+        predict_split: the split for ``predict``.
+        batching: ``shuffled`` training batches, or ``by_length`` for rows of similar length (length bucketing), with
+            less padding; batches are in random order either way.
+        rationales: teacher outputs in place of the dataset's own: a folder of ``annotate``, its ``rationales.jsonl`` or
+            ``rationales.parquet``, or a list of them, joined by ``id``; ``released`` in the list means the dataset's
+            own.
         rationale_pairing: train on each row's ``own`` rationale, or, as a control, on ``shuffled`` ones: the same
-            rationales, each paired with another row's input by ``seed``.
-        pad_to_multiple_of: round the lengths of batches up to a multiple of this, so that a compiled student sees few
-            shapes; if not given, a batch is as long as its longest row.
+            rationales paired with other rows by ``seed``.
+        pad_to_multiple_of: round lengths of batches up to a multiple, so that a compiled student sees few shapes; by
+            default a batch is as long as its longest row.
     """
 
     def __init__(
@@ -144,29 +144,25 @@ class RationaleDataModule(ReleasedRows):
         self.save_hyperparameters(given | plain)
 
     def split_rows(self, split: Split) -> list[Row] | None:
-        """The rows of a split, where no val is released without those that become val; ``None`` where it is absent."""
+        """The rows of a split, train without val; ``None`` if absent."""
         if "val" in self.splits or split not in ("train", "val"):
             return self.released(split)
         train = self.released("train")
         return None if train is None else hold_out(train)[split == "val"]
 
     def repeated_rows(self, split: Split) -> int:
-        """How many rows of a split have an input that is in train, too: they do not measure generalisation."""
+        """Number of rows of a split whose input also occurs in train (leakage)."""
         inputs = {row.input for row in self.split_rows("train") or ()}
         return sum(row.input in inputs for row in self.split_rows(split) or ())
 
     def kept_rows(self, split: Split) -> int:
-        """How many rows of a released split, the whole of it, have a rationale that ``rationale_filter`` keeps."""
+        """Number of rows in a released split with an output that ``rationale_filter`` keeps."""
         rows = self.released(split) or []
         said = ([replace(row, outputs=(one,)) for one in row.outputs if one.text is not None] for row in rows)
         return sum(any(self._keep is None or self._keep(one) for one in of_row) for of_row in said)
 
     def used_rows(self, split: Split) -> UsedRows:
-        """The rows of a split as this run uses them.
-
-        Raises:
-            UserError: the split is absent.
-        """
+        """The rows of a split that this run uses. Raises a ``UserError`` if the split is absent."""
         if split not in self._used:
             rows = self.split_rows(split)
             if rows is None:
@@ -195,7 +191,7 @@ class RationaleDataModule(ReleasedRows):
         return targets(task, row, self.teacher_agrees, teacher_labels=labels, evaluation=not train)
 
     def answer_key(self, split: Split) -> AnswerKey:
-        """The answers of a split, gold whatever the student is trained on."""
+        """The answer key of a split, always with gold labels."""
         if split not in self._keys:
             used = self.used_rows(split)
             has_choices = self.label_set is not None or any(row.choices for row in used.rows)
@@ -213,18 +209,18 @@ class RationaleDataModule(ReleasedRows):
 
     @property
     def majority_label(self) -> str | None:
-        """The most frequent label that is trained on; ``None`` where train is absent or without labels."""
+        """The most frequent training label; ``None`` without any."""
         labels: Counter[str] = Counter()
         try:
             if self.split_rows("train") is not None:
                 labels.update(row.label for row in self.used_rows("train").rows if row.label is not None)
         except UserError as error:
-            # training on such data is an error, evaluating a student beside it is not
+            # an error for training only, not for evaluation
             self.warn(f"the majority label is not known ({error})")
         return labels.most_common(1)[0][0] if labels else None
 
     def describe(self) -> dict[str, Any]:
-        """The data in plain values: its settings, and what became of the rows of each split that was used."""
+        """Settings and row counts of the used splits, in plain values."""
         return {
             "dataset": self.name,
             "metric": self.metric,
@@ -241,7 +237,7 @@ class RationaleDataModule(ReleasedRows):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Download the released data where none of the dataset's split files is there.
+        """Download the released data if no split file exists.
 
         Raises:
             UserError: there is no file of ``rationales``.
@@ -255,10 +251,10 @@ class RationaleDataModule(ReleasedRows):
             fetch_release(self.release_url, self.data_dir, self.name, expected)
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the splits that a stage needs; a second call does nothing again.
+        """Read and tokenise the splits of a stage, once.
 
         Raises:
-            UserError: a split that the stage needs is absent, or lacks what this run asks of it.
+            UserError: a split is absent, or lacks what this run needs.
         """
         stage = str(getattr(stage, "value", stage))
         needed = (self.predict_split,) if stage == "predict" else STAGE_SPLITS[stage]
@@ -281,15 +277,15 @@ class RationaleDataModule(ReleasedRows):
         return self._loader("train", "train")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """All rows of val, the longest first."""
+        """All rows of val, longest first."""
         return self._loader("val", "val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """All rows of test, the longest first."""
+        """All rows of test, longest first."""
         return self._loader("test", "test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """All rows of ``predict_split``, the longest first."""
+        """All rows of ``predict_split``, longest first."""
         return self._loader(self.predict_split, "predict")
 
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
@@ -317,7 +313,7 @@ class RationaleDataModule(ReleasedRows):
                 with_epoch=rows.samples,
             )
         if self.num_workers:
-            # the workers are forked after the tokenizer ran in threads; without this it complains in each of them
+            # avoids a warning in each worker, which is forked after the tokenizer used threads
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         pad = int(self.tokenizer.pad_token_id)
         return (DataLoader if evaluation else ResumableLoader)(
@@ -334,11 +330,7 @@ class RationaleDataModule(ReleasedRows):
 
     @property
     def tokens(self) -> Tokens:
-        """The student's tokens, loaded when they are first asked for.
-
-        Raises:
-            UserError: no tokenizer was given, it cannot be loaded, or it has no padding or end-of-sequence token.
-        """
+        """The student's tokens, loaded at the first access. Raises a ``UserError`` if there is no usable tokenizer."""
         if self._tokenizer is None:
             raise UserError("tokenizer must be given: a hub name, a folder or a tokenizer object")
         if isinstance(self._tokenizer, str | Path):
@@ -370,7 +362,7 @@ class RationaleDataModule(ReleasedRows):
 
     @property
     def token_settings(self) -> TokenSettings:
-        """What decides a row's tokens beside the tokenizer."""
+        """Settings that affect tokenisation, besides the tokenizer."""
         return TokenSettings(self.tasks, self.max_source_length, self.max_target_length)
 
     def _tokenize(self, split: Split) -> TokenRows:
@@ -395,9 +387,9 @@ class RationaleDataModule(ReleasedRows):
         return found
 
     def target_limits(self) -> dict[str, int]:
-        """Task -> generated tokens that its targets ask for: half more than the longest in train, and 4.
+        """Task -> maximum generated tokens: 1.5 times the longest target in train, plus 4, up to ``max_target_length``.
 
-        Never more than ``max_target_length``. A task without targets is absent.
+        Tasks without targets are absent.
         """
         lengths = {task: self._tokenized["train"].target_lengths(task) for task in self.tasks}
         found = {
@@ -406,16 +398,16 @@ class RationaleDataModule(ReleasedRows):
         return {task: min(n + n // 2 + 4, self.max_target_length) for task, n in found.items() if n}
 
     def longer_targets(self, split: Split, task: str, tokens: int) -> int:
-        """How many targets of a task are longer than so many tokens."""
+        """Number of targets of a task with more tokens than a limit."""
         return sum(length > tokens for several in self._tokenized[split].target_lengths(task) for length in several)
 
     # ---------------------------------------------------------------- checks and notices
 
     def check_split(self, split: Split, stage: str) -> None:
-        """See that a split, which is there, has what a stage needs of it: labels, and in train a target for each task.
+        """Check that a split has the labels, and in train the targets, that a stage needs.
 
         Raises:
-            UserError: it has not.
+            UserError: it does not.
         """
         used, rows = self.used_rows(split), self.split_rows(split) or []
         unlabelled = sum(row.label is None for row in rows)
@@ -444,7 +436,7 @@ class RationaleDataModule(ReleasedRows):
         try:
             repeated = self.repeated_rows(split)
         except UserError as error:
-            # what needs the split will say so; the rest can run without it
+            # only what needs the split fails
             self.warn(f"whether {split} repeats inputs of train is not known ({error})")
             return
         if repeated:

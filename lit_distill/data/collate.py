@@ -1,4 +1,4 @@
-"""From tokenised rows to a batch: the contract of `lit_distill.batch`."""
+"""Collate tokenised rows to the batches of `lit_distill.batch`."""
 
 import random
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
 from lit_distill.data.tokenize import TokenSettings
 
 TokenRow = dict[str, Any]
-"""``index``, and for each task ``<task>.input_ids`` and ``<task>.labels``, a list of targets, perhaps empty."""
+"""``index``, and for each task ``<task>.input_ids`` and ``<task>.labels``, a possibly empty list of targets."""
 
 
 class TokenRows(Dataset[TokenRow]):
     """The rows of a tokenised split by position.
 
-    A position beyond the rows is one of a later epoch, ``epoch * rows + position``, for which tasks that ``sample``
-    draw anew: what is drawn depends on seed, epoch and row alone. ``PADDING_ROW`` is the first row without targets.
+    Position ``epoch * rows + i`` is row ``i`` in a later epoch, for tasks that ``sample`` a target: the sample depends
+    on seed, epoch and row alone. ``PADDING_ROW`` is the first row without targets.
 
     Args:
-        table: what `lit_distill.data.tokenize.tokenize_once` gives.
+        table: from `lit_distill.data.tokenize.tokenize_once`.
         settings: tasks and lengths.
-        seed: of the draws.
+        seed: of the samples.
     """
 
     def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:  # noqa: ANN401
@@ -46,18 +46,18 @@ class TokenRows(Dataset[TokenRow]):
 
     @property
     def samples(self) -> bool:
-        """Whether a task draws anew each epoch."""
+        """Whether a task samples a target in each epoch."""
         return bool(self._sampled)
 
     def target_lengths(self, task: str) -> list[list[int]]:
-        """Tokens of each row's targets, after the cut."""
+        """Tokens of each row's targets, after truncation."""
         lengths = self.column(f"{task}.target_lengths")
         return [[min(length, self.settings.max_target_length) for length in several] for several in lengths]
 
     def lengths(self, *, evaluation: bool) -> list[int]:
-        """What each row costs: the tokens of its sources and targets, summed over the tasks.
+        """Source and target tokens of each row, summed over the tasks.
 
-        In training a source is read once for each target; of a task that samples, the longest target counts.
+        In training a source counts for each of its targets; if one is sampled, the longest counts.
         """
         total = [0] * len(self)
         for name, task in self.settings.tasks.items():
@@ -75,7 +75,7 @@ class TokenRows(Dataset[TokenRow]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[TokenRow]:
-        """The rows of one batch, read from the Arrow data at once (PyTorch's loader asks for this by name)."""
+        """Read the rows of a batch from Arrow at once; called by PyTorch's loader."""
         columns = self._table[[max(position, 0) % len(self) for position in positions]]
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(positions))]
         for row, position in zip(rows, positions, strict=True):
@@ -90,16 +90,16 @@ class TokenRows(Dataset[TokenRow]):
 
 
 class RationaleCollator:
-    """Pads rows to a batch: task name -> that task's tensors.
+    """Pads rows to a batch: task name -> its tensors.
 
-    In training a task holds a row once for each of its targets, perhaps never; in evaluation each task holds every row
-    once, in the same order, and a row without a target has only ``IGNORE_INDEX`` labels.
+    In training a task has a row for each target, possibly none; in evaluation each task has every row once, in the same
+    order, with only ``IGNORE_INDEX`` labels if there is no target.
 
     Args:
-        pad_token_id: fills ``input_ids`` up to the longest row.
+        pad_token_id: pads ``input_ids``.
         tasks: the tasks to build.
-        evaluation: whether the batch is one of evaluation.
-        pad_to_multiple_of: the widths of sources and targets are rounded up to a multiple of this.
+        evaluation: whether this is an evaluation batch.
+        pad_to_multiple_of: round lengths up to a multiple of this.
     """
 
     def __init__(self, pad_token_id: int, tasks: Sequence[str], evaluation: bool, pad_to_multiple_of: int = 1) -> None:
@@ -109,7 +109,7 @@ class RationaleCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[TokenRow]) -> TaskBatch:
-        """One batch of these rows."""
+        """Collate rows."""
         return {task: self._task(task, rows) for task in self.tasks}
 
     def _task(self, task: str, rows: Sequence[TokenRow]) -> TaskInputs:
@@ -121,7 +121,7 @@ class RationaleCollator:
         sources = [row[f"{task}.input_ids"] for row, _ in pairs]
         input_ids = self._pad(sources, self.pad_token_id)
         lengths = torch.tensor([len(source) for source in sources], dtype=torch.long)
-        # by length, not by id: a tokenizer's padding id can be an ordinary token's, too
+        # by length, as the padding id can be that of an ordinary token
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         return {
             "input_ids": input_ids,
@@ -131,7 +131,7 @@ class RationaleCollator:
         }
 
     def _pad(self, sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-        """``(batch, length)``; at least one column wide, so that a batch of nothing has a valid shape."""
+        """``(batch, length)``; at least one column, so that empty batches have a valid shape."""
         width = max(1, *map(len, sequences)) if sequences else 1
         if sequences:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of

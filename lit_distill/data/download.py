@@ -1,4 +1,4 @@
-"""Fetch the released data: the archive is checked member by member, and a dataset's folder appears whole or not."""
+"""Download and check the released data; a dataset's folder appears atomically."""
 
 import http.client
 import os
@@ -22,25 +22,25 @@ from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
 
 RELEASE_URL = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
-"""The archive released with the paper's reference code (all four datasets)."""
+"""The archive of the paper's reference code, with all four datasets."""
 
 MAX_BYTES = 4 * 2**30
-"""Of the archive, and of what is unpacked; the four datasets together are well below 1 GiB."""
+"""Maximum size of the archive and of its content; the datasets have well below 1 GiB."""
 
 MAX_MEMBERS = 10_000
-"""Of the archive."""
+"""Maximum members of the archive."""
 
 TIMEOUT = 30.0
-"""Seconds without a byte after which a download is given up."""
+"""Seconds without data until a download is given up."""
 
 
 def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, int]) -> None:
-    """Download the release archive and unpack one dataset of it, at whatever depth, to ``data_dir / folder``.
+    """Download the release archive and unpack the folder of one dataset, at any depth, to ``data_dir / folder``.
 
-    ``expected`` maps the files that the dataset must have to their number of rows.
+    ``expected`` maps the dataset's files to their numbers of rows.
 
     Raises:
-        UserError: there is no connection, or the archive is not what it should be; nothing is left behind.
+        UserError: there is no connection, or the archive is not as expected; nothing is left behind.
     """
     target = data_dir / folder
     absent = f"data_dir: none of {', '.join(expected)} is in {target}"
@@ -57,7 +57,7 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
     try:
         with FileLock(lock):
             if any((target / name).is_file() for name in expected):
-                return  # another process was here first
+                return  # another process was faster
             with tempfile.TemporaryFile(dir=data_dir) as archive, atomic_folder(target) as tmp_folder:
                 try:
                     _download(url, archive)
@@ -67,7 +67,7 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
                     raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
                 _unpack(archive, tmp_folder, folder, expected, url)
     except UserError:
-        if is_new:  # a misspelt folder does not come into being
+        if is_new:  # do not create a misspelt folder
             lock.unlink(missing_ok=True)
             with suppress(OSError):
                 data_dir.rmdir()
@@ -88,7 +88,7 @@ def _download(url: str, file: IO[bytes]) -> None:
 
 
 def _unpack(archive: IO[bytes], target: Path, folder: str, expected: Mapping[str, int], url: str) -> None:
-    """Unpack what lies below the one folder of that name that holds the expected files."""
+    """Unpack the only folder of that name that has the expected files."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             roots: dict[PurePosixPath, dict[PurePosixPath, zipfile.ZipInfo]] = {}
@@ -105,7 +105,7 @@ def _unpack(archive: IO[bytes], target: Path, folder: str, expected: Mapping[str
             chosen = next((found for found in roots.values() if all(name in found for name in names)), None)
             if chosen is None:
                 raise UserError(f"{url}: no folder {folder!r} with {', '.join(expected)} is in the archive")
-            # a member that holds more than its claimed size is an error of zipfile
+            # zipfile refuses a member larger than its header says
             if sum(member.file_size for member in chosen.values()) > MAX_BYTES:
                 raise UserError(f"{url}: unpacks to more than {MAX_BYTES} bytes, which is not the release")
             for inner, member in chosen.items():

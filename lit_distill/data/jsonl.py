@@ -1,4 +1,4 @@
-"""A user's own data: files, saved folders or a hub dataset, with the columns' names by argument."""
+"""A user's own data: files, saved folders or a hub dataset."""
 
 import math
 import re
@@ -22,30 +22,29 @@ from lit_distill.tasks import Row, TeacherOutput
 class JSONLDataModule(RationaleDataModule):
     r"""Your own rows: JSON lines, JSON, CSV, Parquet, a ``save_to_disk`` folder or a hub dataset.
 
-    Columns that are not named are taken by their usual names (``id``, ``label``, ``rationale``, ``teacher_label``,
-    ``choices``) where the data has them.
+    Columns have their usual names by default (``id``, ``label``, ``rationale``, ``teacher_label``, ``choices``), if
+    present.
 
     Args:
-        train: file, or folder of ``save_to_disk``, of the training rows; with ``hub``, the split's name. A relative
-            path is looked up from the working directory, then from ``data_dir``.
-        val: the same of the validation rows; if not given, a fixed tenth of train's inputs.
-        test: the same of the test rows.
-        predict: the same of rows to predict, which need no label.
-        hub: name of a hub dataset, or a folder that ``load_dataset`` reads.
-        hub_config: the configuration of the hub dataset, where it has several.
-        id_column: column of the rows' ids; if not given, ``id`` where there is one, else the position.
-        input_column: column of the inputs.
-        input_template: the inputs as a format string over columns, as ``"{question}\n{context}"``, in place of
-            ``input_column``.
-        label_column: column of the labels; if not given, ``label``. Numbers are taken as positions in ``label_set``.
-        rationale_column: column of the rationales, a text or a list of them; if not given, ``rationale``.
-        teacher_label_column: column of the teacher's labels; if not given, ``teacher_label``.
-        outputs: further columns of teacher outputs, each a text or a list of them -> their kind.
-        choices_column: column of each row's own choices; if not given, ``choices``.
-        label_set: the closed set of labels, in the order of their numbers where the data holds numbers.
-        metric: how an answer is judged: ``exact_match``, or ``equation`` by its value.
-        predict_split: the split that ``predict`` reads; if not given, ``predict`` where there is one, else ``test``.
-        **kwargs: the arguments of `RationaleDataModule`.
+        train: file or ``save_to_disk`` folder of the training rows; with ``hub``, the split's name. Relative to the
+            working directory, else to ``data_dir``.
+        val: the same for validation rows; by default a fixed tenth of train's inputs.
+        test: the same for test rows.
+        predict: the same for rows to predict, which need no label.
+        hub: name of a hub dataset, or a folder for ``load_dataset``.
+        hub_config: configuration of the hub dataset.
+        id_column: column of ids; by default ``id``, else the position.
+        input_column: column of inputs.
+        input_template: format string over columns in place of ``input_column``, such as ``"{question}\n{context}"``.
+        label_column: column of labels; by default ``label``. Numbers are positions in ``label_set``.
+        rationale_column: column of rationales, each a text or a list; by default ``rationale``.
+        teacher_label_column: column of the teacher's labels; by default ``teacher_label``.
+        outputs: further columns of teacher outputs (each a text or a list) -> their kind.
+        choices_column: column of each row's choices; by default ``choices``.
+        label_set: the closed set of labels, ordered by their numbers in the data.
+        metric: how answers are compared: ``exact_match``, or ``equation`` by value.
+        predict_split: the split for ``predict``; by default ``predict`` if given, else ``test``.
+        **kwargs: as in `RationaleDataModule`.
     """
 
     name = "jsonl"
@@ -108,7 +107,7 @@ class JSONLDataModule(RationaleDataModule):
         self.save_hyperparameters(own)
 
     def prepare_data(self) -> None:
-        """Check that every file is there, before a long run finds out that it is not; fetch what is on the hub."""
+        """Check early that every file exists, and download hub data."""
         super().prepare_data()
         for split, source in self.sources.items():
             if self._hub is not None:
@@ -117,7 +116,7 @@ class JSONLDataModule(RationaleDataModule):
                 raise UserError(f"{split}: there is no {' nor '.join(map(str, self._candidates(split)))}")
 
     def load_rows(self, split: Split) -> list[Row] | None:
-        """The rows of a split; ``None`` where none was given."""
+        """The rows of a split; ``None`` if not given."""
         if split not in self.sources:
             return None
         path = self.split_file(split)
@@ -136,28 +135,28 @@ class JSONLDataModule(RationaleDataModule):
         return self.read_rows(table.rows, partial(self._row, columns=columns), split)
 
     def split_file(self, split: Split) -> Path | None:
-        """The file or folder of a split; ``None`` where none was given, or it is on the hub."""
+        """The file or folder of a split; ``None`` if not given, or on the hub."""
         if self._hub is not None or split not in self.sources:
             return None
         candidates = self._candidates(split)
         return next((path for path in candidates if path.exists()), candidates[0])
 
     def absence(self, split: Split) -> str:
-        """That a split is absent, with the argument that gives it."""
+        """The message for an absent split, naming its argument."""
         needed = "train" if split == "val" else split
         return f"{needed}: not given, so that there is no {split} split"
 
     def describe(self) -> dict[str, Any]:
-        """The data in plain values, with where it comes from."""
+        """As the base class, with the source of the data."""
         return super().describe() | {"sources": dict(self.sources), "hub": self._hub}
 
     def _candidates(self, split: Split) -> list[Path]:
         path = Path(shipped(self.sources[split]))
-        # absolute, so that a message says where it was looked for
+        # absolute, for messages
         return [path] if path.is_absolute() else [path.absolute(), (self.data_dir / path).absolute()]
 
     def _choose_columns(self, table: Table, split: Split) -> dict[str, str | None]:
-        """Part of a row -> its column, where the data has it; what was asked for by name has to be there."""
+        """Part of a row -> its column; explicitly named columns must exist."""
         needed = [*self._input_columns, self._columns["id"]]
         if split == "train":
             needed += [*self._columns.values(), *self._outputs]
@@ -195,21 +194,21 @@ class JSONLDataModule(RationaleDataModule):
         return _text(self._input_column, row[self._input_column])
 
     def _label(self, value: Any) -> str | None:  # noqa: ANN401 - whatever the data holds
-        """A label as text; numbers, and texts of digits, name a label by its position where it is not one itself."""
+        """A label as text; numbers and digits that are no label are positions in ``label_set``."""
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
         if not isinstance(value, str | int | float):
             raise UserError(f"a label must be a text or a number, got {value!r}")
         if isinstance(value, float) and math.isnan(value):
             return None
-        # a column of numbers with a gap in it is often kept as 1.0, 2.0, ...
+        # a column of integers with gaps is often stored as 1.0, 2.0, ...
         whole = self.label_set is not None and isinstance(value, float) and value.is_integer()
         text = str(int(value) if whole else value)
         if self.label_set is None or text in self.label_set:
             return text
         if re.fullmatch(r"-?[0-9]{1,9}", text):
             if int(text) == -1:
-                return None  # how hub datasets mark a row without a label
+                return None  # hub datasets mark missing labels by -1
             if 0 <= int(text) < len(self.label_set):
                 return self.label_set[int(text)]
         return text
@@ -229,7 +228,7 @@ def _text(name: str, value: Any) -> str:  # noqa: ANN401
 
 
 def _output_texts(name: str, value: Any) -> list[str]:  # noqa: ANN401
-    """The texts of a column of teacher outputs, without empty ones."""
+    """The non-empty texts of a teacher output column."""
     listed = value if isinstance(value, list) else [value]
     return [text for one in listed if one is not None and (text := _text(name, one).strip())]
 

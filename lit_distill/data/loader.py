@@ -1,4 +1,4 @@
-"""A training loader that says how far an epoch is, and goes on from there."""
+"""A resumable training loader."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -11,10 +11,10 @@ from lit_distill.data.sampler import EpochSampler
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` with a state: the epoch, and how many of its batches were handed out.
+    """A `DataLoader` with a state: the epoch and the number of its batches that were handed out.
 
-    Takes the arguments of `DataLoader` and nothing else, so that Lightning can build it again. Its state counts what
-    was handed out; a trainer that fetches ahead has to save the number that it consumed instead.
+    Has the arguments of `DataLoader`, so that Lightning can rebuild it. A trainer that prefetches must save the number
+    of consumed batches instead.
     """
 
     _batches = 0
@@ -26,7 +26,7 @@ class ResumableLoader(DataLoader[Any]):
         return self._pass()
 
     def _pass(self) -> Iterator[TaskBatch]:
-        # lazily, with the first batch: Lightning makes the iterator before it tells the sampler the epoch
+        # lazily, at the first batch: Lightning makes the iterator before it sets the epoch
         skip, self._skip = self._skip, 0
         if isinstance(self.sampler, EpochSampler):
             self._pass_epoch, self._batches = self.sampler.epoch, self.sampler.offset // self._rows_a_batch()
@@ -37,7 +37,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of its batches that were handed out."""
+        """The epoch, and the number of batches handed out."""
         if not isinstance(self.sampler, EpochSampler):
             return {"epoch": 0, "batches": self._skip if self._pass_epoch is None else self._batches}
         epoch = self.sampler.epoch
@@ -46,12 +46,12 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "batches": self.sampler.offset // self._rows_a_batch()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass be the rest of that epoch."""
+        """Continue within that epoch at the next pass."""
         self._pass_epoch = None
         if isinstance(self.sampler, EpochSampler):
             self.sampler.start(state["epoch"], state["batches"] * self._rows_a_batch())
         else:
-            # Lightning puts a sequential sampler here for `overfit_batches`: what was seen is read again and dropped
+            # Lightning's sequential sampler for `overfit_batches`: skip what was seen
             self._skip = state["batches"]
 
     def _rows_a_batch(self) -> int:

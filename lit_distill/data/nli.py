@@ -1,4 +1,4 @@
-"""Natural language inference: does a hypothesis follow from a premise (e-SNLI, ANLI)."""
+"""Natural language inference: whether a hypothesis follows from a premise (e-SNLI, ANLI)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -11,7 +11,7 @@ from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row
 
 LABELS = ("entailment", "neutral", "contradiction")
-"""The labels by the number that stands for them in the files."""
+"""Labels by their number in the files."""
 
 _ANLI_ROWS: dict[int, dict[Split, int]] = {
     1: {"train": 16_946, "val": 1000, "test": 1000},
@@ -20,11 +20,11 @@ _ANLI_ROWS: dict[int, dict[Split, int]] = {
 }
 
 SEPARATOR = "</s>"
-"""Stands between premise and hypothesis; T5's tokenizer makes it the end-of-sequence token, inside the input."""
+"""Between premise and hypothesis; T5's end-of-sequence token."""
 
 
 class _NLIDataModule(RationaleDataModule):
-    """What the two have in common."""
+    """Common parts of both datasets."""
 
     label_set: tuple[str, ...] | None = LABELS
 
@@ -43,7 +43,7 @@ class _NLIDataModule(RationaleDataModule):
 
 
 class ESNLIDataModule(_NLIDataModule):
-    """e-SNLI: everyday premises."""
+    """e-SNLI: premises are image captions."""
 
     name = "esnli"
     hub_name = "esnli/esnli"
@@ -51,20 +51,20 @@ class ESNLIDataModule(_NLIDataModule):
     released_rows: Mapping[Split, int] = {"train": 549_367, "val": 9842, "test": 9824}
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
-        """The rationale, a new line, ``Answer: neutral``; what follows the next ``Premise`` is invented.
+        """The rationale, a newline, ``Answer: neutral``; the next ``Premise`` is invented.
 
-        An output that was cut off inside the next ``Premise`` or the label leaves a label that is none of the three,
-        as in the reference.
+        A text cut inside the label or the next ``Premise`` gives a label outside the label set, as in the reference
+        code.
         """
         return _rationale_and_label(text, "Answer: ")
 
 
 class ANLIDataModule(_NLIDataModule):
-    """ANLI: premises from Wikipedia, hypotheses written to mislead.
+    """ANLI: premises from Wikipedia, adversarial hypotheses.
 
     Args:
-        round: the round of its collection; its files lie in ``anli1/``, ``anli2/`` or ``anli3/``.
-        **kwargs: the arguments of `RationaleDataModule`.
+        round: 1, 2 or 3, in ``anli1/``, ``anli2/`` or ``anli3/``.
+        **kwargs: as in `RationaleDataModule`.
     """
 
     hub_name = "facebook/anli"
@@ -78,7 +78,7 @@ class ANLIDataModule(_NLIDataModule):
         self.save_hyperparameters({"round": round})
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
-        """``... So the answer is neutral.``, without the final stop; what follows the next ``Premise`` is invented."""
+        """``... So the answer is neutral.``, without the full stop; the next ``Premise`` is invented."""
         return _rationale_and_label(text, "So the answer is", stop=".")
 
 

@@ -1,4 +1,4 @@
-"""What a dataset says about itself, and its rows with what teachers said about them."""
+"""The definition of a dataset, and its rows with teacher outputs."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -19,29 +19,29 @@ from lit_distill.evaluation.metrics import MetricName, judge
 from lit_distill.tasks import RATIONALE_LABEL, Row, Task, TeacherOutput
 
 RELEASED = "released"
-"""The teacher's name, and the word in ``rationales``, for the outputs that come with the data."""
+"""The teacher name, and the word in ``rationales``, of outputs that come with the dataset."""
 
 # the logger that Lightning shows without set-up; a notice that were a `warnings.warn` would be a fault in strict runs
 log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 
 class ReleasedRows(pl.LightningDataModule):
-    """The rows of a dataset, by default from files in the layout of the paper's release."""
+    """A dataset's rows, by default from files in the layout of the paper's release."""
 
     name: str = ""
-    """Names the dataset in ids, reports and the cache."""
+    """Name in ids, reports and the cache."""
     hub_name: str | None = None
-    """The dataset's name on the Hugging Face hub, for the cards of what is trained on it."""
+    """Name on the Hugging Face hub, for model cards."""
     splits: Mapping[Split, str] = {"train": "train", "val": "valid", "test": "test"}
-    """The splits that are released -> their word in file names; without ``val``, a tenth of train's inputs is."""
+    """Released split -> its word in file names; without ``val``, a tenth of train's inputs is val."""
     released_rows: Mapping[Split, int] = {}
-    """The rows of the released splits, by which a download is checked."""
+    """Number of rows of each released split, to check a download."""
     metric: MetricName = "exact_match"
-    """How an answer is judged."""
+    """How answers are compared."""
     label_set: tuple[str, ...] | None = None
-    """The closed label set that all rows share, if there is one."""
+    """The closed label set that all rows share, if any."""
     prompt: ClassVar[str] = "default"
-    """The file in ``data/prompts/`` that a teacher is asked with."""
+    """Prompt file in ``data/prompts/``."""
     release_url: ClassVar[str] = RELEASE_URL
     """The archive of the released data."""
 
@@ -58,21 +58,20 @@ class ReleasedRows(pl.LightningDataModule):
 
     @property
     def folder(self) -> Path:
-        """Where the dataset's files lie."""
+        """The dataset's folder."""
         return self.data_dir / self.name
 
     def read_row(self, row: dict[str, Any]) -> Row:
-        """One released row; an empty ``id`` is filled in by the row's position.
+        """Parse a released row; an empty ``id`` becomes the position.
 
-        A ``KeyError`` or a ``UserError`` is given the file's name and the line.
+        A ``KeyError`` or ``UserError`` gets the file and line added.
         """
         raise NotImplementedError(f"{type(self).__name__} does not read rows")
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
-        """``(rationale, label)`` in the teacher's text, neither of them empty; ``None`` where it does not parse.
+        """``(rationale, label)`` of the teacher's text, neither empty; ``None`` if it does not parse.
 
-        Here: ``... So the answer is LABEL.``, the label up to the end of its line without a final stop; where the mark
-        stands several times, the last one counts.
+        By default ``... So the answer is LABEL.``, the last one, to the end of its line without the full stop.
         """
         label, rationale = RATIONALE_LABEL.read(text)
         label = ((label or "").splitlines() or [""])[0].strip().removesuffix(".").strip()
@@ -80,25 +79,24 @@ class ReleasedRows(pl.LightningDataModule):
 
     @property
     def prompt_file(self) -> Path:
-        """The YAML file of the prompt that a teacher is asked with."""
+        """The YAML file of the prompt."""
         return Path(__file__).parent / "prompts" / f"{self.prompt}.yaml"
 
     def prompt_fields(self, row: Row) -> dict[str, str]:
-        """What the templates of a prompt can name, of one row.
+        """The fields of a row for prompt templates.
 
-        ``input``; ``choices``, the closed choices joined by commas; ``options``, a line that names them, or nothing
-        where there are none.
+        ``input``; ``choices``, joined by commas; ``options``, a line that lists them, or empty.
         """
         choices = ", ".join(row.choices or self.label_set or ())
         return {"input": row.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
 
     def load_rows(self, split: Split) -> list[Row] | None:
-        """The rows of a split, the whole of it, with the teacher outputs that lie in the same file, if any.
+        """All rows of a split, with the teacher outputs in the same file, if any; ``None`` if the split is absent.
 
-        ``None`` where the split is absent. Data in another layout overrides this.
+        Override this for another layout.
 
         Raises:
-            UserError: a file is not as it should be.
+            UserError: a file is invalid.
         """
         path = self.split_file(split)
         if path is None or not path.is_file():
@@ -111,7 +109,7 @@ class ReleasedRows(pl.LightningDataModule):
     def read_rows(
         self, found: Iterable[tuple[str, dict[str, Any]]], read: Callable[[dict[str, Any]], Row], split: Split
     ) -> list[Row]:
-        """Read rows one by one; errors are given their place, and rows without an id one of their position."""
+        """Parse rows, adding the place to errors, and the position to rows without an id."""
         rows: list[Row] = []
         for place, values in found:
             try:
@@ -124,10 +122,10 @@ class ReleasedRows(pl.LightningDataModule):
         return rows
 
     def load_outputs(self, split: Split, rows: list[Row]) -> list[tuple[TeacherOutput, ...]]:
-        """Each row's released output, from the files ``llm/<split>_CoT_<k>.json``.
+        """The rows with the released teacher outputs, from ``llm/<split>_CoT_<k>.json``.
 
         Raises:
-            UserError: a file is not as it should be.
+            UserError: a file is invalid.
         """
         folder, word = self.folder / "llm", self.splits[split]
         texts = read_outputs(folder, word)
@@ -154,27 +152,27 @@ class ReleasedRows(pl.LightningDataModule):
         return TeacherOutput(rationale, label, RELEASED)
 
     def split_file(self, split: Split) -> Path | None:
-        """The file of a split, present or not; ``None`` where none is released."""
+        """The file of a split, existing or not; ``None`` if none is released."""
         word = self.splits.get(split)
         return None if word is None else self.folder / f"{self.name}_{word}.json"
 
     def absence(self, split: Split) -> str:
-        """That a split is absent, with the argument that says where it is looked for."""
+        """The message for an absent split, naming the argument of its place."""
         return f"data_dir: {self.name} has no {split} split ({self.split_file(split) or 'none is released'})"
 
     def teacher_agrees(self, teacher_label: str, label: str) -> bool:
-        """Whether the teacher's label is right."""
+        """Whether the teacher's label is correct."""
         return judge(self.metric)(teacher_label, label)
 
     def released(self, split: Split) -> list[Row] | None:
-        """The whole of a released split with what teachers said about it; ``None`` where it is absent. Read once."""
+        """A complete released split with teacher outputs, read once; ``None`` if absent."""
         if split not in self._released:
             rows = self.load_checked(split)
             self._released[split] = None if rows is None else self._join(rows, split)
         return self._released[split]
 
     def load_checked(self, split: Split) -> list[Row] | None:
-        """As `load_rows`, where the split is one of the dataset's.
+        """As `load_rows`, for the dataset's own splits, with checks.
 
         Raises:
             UserError: two rows share an id, or a label is none of its row's choices.
@@ -193,12 +191,12 @@ class ReleasedRows(pl.LightningDataModule):
         return rows
 
     def rows_to_ask(self, split: Split) -> list[Row] | None:
-        """The rows that a teacher is asked about: a released split whole, without what teachers said about it."""
+        """The rows to annotate: a complete released split, without teacher outputs."""
         rows = self.load_checked(split)
         return None if rows is None else [replace(row, outputs=()) for row in rows]
 
     def _join(self, rows: list[Row], split: Split) -> list[Row]:
-        """The rows with the outputs that ``rationales`` names, those of the data itself if it names none."""
+        """The rows with the outputs of ``rationales``, by default the dataset's own."""
         parts = []
         for path in self.rationales or [Path(RELEASED)]:
             if str(path) != RELEASED:

@@ -1,4 +1,4 @@
-"""Which rows a rank sees, and in which order: a pure function of the seed, the epoch and perhaps the rows' lengths."""
+"""The order of rows on each rank: a pure function of seed, epoch and lengths."""
 
 from collections.abc import Iterator, Sequence, Sized
 
@@ -9,31 +9,29 @@ from torch.utils.data import DistributedSampler
 from lit_distill.batch import PADDING_ROW
 
 WINDOW = 50
-"""Batches (of all ranks) whose rows are sorted by length together, at most: enough for batches of similar length, few
-enough that rows meet other rows in another epoch."""
+"""Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
+differently in each epoch.
+"""
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Deals the rows of an epoch out to the ranks, and can begin in the middle of one.
+    """Distributes the rows of an epoch over ranks; can start within an epoch.
 
-    Rank ``r`` takes positions ``r, r + world, r + 2 * world, ...`` of the epoch's order. All ranks take as many: when
-    shuffling (training), the order wraps around to fill the last round; without shuffling (evaluation) the last round
-    is filled with ``PADDING_ROW``, so that no row counts twice.
+    Rank ``r`` takes positions ``r, r + world, r + 2 * world, ...``. The last round is filled by wrapping around when
+    shuffling (training), and with ``PADDING_ROW`` otherwise (evaluation), so that no row counts twice.
 
-    It is a `DistributedSampler` so that Lightning leaves it alone and calls `set_epoch`.
+    A `DistributedSampler`, so that Lightning does not replace it and calls `set_epoch`.
 
     Args:
-        dataset: what is sampled; only its length is used.
+        dataset: only its length is used.
         num_replicas: number of ranks.
         rank: this rank.
-        shuffle: another order each epoch (training), or keep the order and pad (evaluation).
-        seed: the run's seed.
-        lengths: the rows' lengths: shuffling then makes batches of similar length (`by_length`), and without shuffling
-            the longest row comes first.
+        shuffle: another order in each epoch (training), or the given order with padding (evaluation).
+        seed: of the run.
+        lengths: of the rows: for batches of similar length when shuffling (`by_length`), else longest first.
         batch_size: rows of a batch on one rank, for batches by length.
-        first: without shuffling, how many rows of the dataset come before all others whatever their length; all rows
-            if not given.
-        with_epoch: when shuffling, give ``epoch * rows + position``, for a dataset that draws anew each epoch.
+        first: without shuffling, this many first rows come before all others; all rows by default.
+        with_epoch: when shuffling, give ``epoch * rows + position``, for datasets that sample in each epoch.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class EpochSampler(DistributedSampler[int]):
         first: int | None = None,
         with_epoch: bool = False,
     ) -> None:
-        # the base class's annotation asks for a `Dataset`, of which it uses the length alone
+        # annotated as `Dataset` in the base class, which only uses the length
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.rows = len(dataset)
         self.offset = 0
@@ -68,16 +66,13 @@ class EpochSampler(DistributedSampler[int]):
         return int(self.num_samples)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass; a pass of another epoch begins at its first row."""
+        """Set the epoch of the next pass; another epoch starts at its first row."""
         if epoch != self.epoch:
             self.offset = 0
         self.epoch = epoch
 
     def start(self, epoch: int, rows: int) -> None:
-        """Let the next pass be the rest of an epoch: what follows the first ``rows`` rows of this rank.
-
-        Only the next pass begins there; `len` stays the length of the whole epoch.
-        """
+        """Start the next pass after the first ``rows`` rows of this rank; `len` stays the full length."""
         self.epoch = epoch
         self.offset = rows
 
@@ -88,7 +83,7 @@ class EpochSampler(DistributedSampler[int]):
             if self.lengths is not None:
                 order[: self.first] = sorted(order[: self.first], key=self.lengths.__getitem__, reverse=True)
             return order + [PADDING_ROW] * (positions - self.rows)
-        # one integer out of two, without the collisions of `seed + epoch` between runs of neighbouring seeds
+        # unlike `seed + epoch`, without collisions between neighbouring seeds
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         shuffled = torch.randperm(self.rows, generator=generator)
         if positions > self.rows:
@@ -101,15 +96,14 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """An epoch's order ``(positions,)``, rearranged so that each batch holds rows of similar length (length bucketing).
+    """Rearrange an epoch's order ``(positions,)`` into batches of rows of similar length (length bucketing).
 
     Windows of the order are sorted by ``lengths`` ``(rows,)`` and cut into batches (``batch_size`` counts all ranks),
-    and the batches of all windows are shuffled. The rows that do not fill a batch are the order's last ones, whatever
-    their length, and stay the last: no length is favoured. Within a batch the rows are sorted, so that ranks that take
-    turns have rows of similar length as well.
+    which are then shuffled. The rows that do not fill a batch are the last of the order whatever their length, and stay
+    last, so no length is favoured. Rows are sorted within a batch, so that ranks have similar lengths, too.
     """
     count = len(order) // batch_size
-    # several windows where there are few batches: a single one would make the same batches in each epoch
+    # several windows even for few batches: one would make the same batches in each epoch
     window_size = batch_size * min(WINDOW, max(1, count // 4))
     whole = count * batch_size
     windows = [*order[:whole].split(window_size), order[whole:]]
@@ -120,9 +114,9 @@ def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.
 
 
 def rows_read(limit: float, rows: int, batch_size: int, world: int) -> int:
-    """How many rows, the first ones of all ranks together, an evaluation reads that Lightning limits.
+    """Number of rows (of all ranks) that a limited evaluation reads.
 
-    ``limit`` is the trainer's ``limit_<stage>_batches``: an integer is a number of batches, a float a part of them.
+    ``limit`` is ``limit_<stage>_batches``: an integer is a number of batches, a float a fraction.
     """
     batches = -(-rows // (batch_size * world))
     read = min(limit, batches) if isinstance(limit, int) else int(batches * limit)

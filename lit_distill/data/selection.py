@@ -1,4 +1,4 @@
-"""Which rows are validation, which are trained on, which teacher outputs are targets, and what became of the others."""
+"""Selection: validation rows, training rows, teacher outputs and targets."""
 
 import math
 import operator
@@ -16,22 +16,22 @@ from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
 VAL_FRACTION = 0.1
-"""The part of train that is validation where a dataset releases none (the paper's)."""
+"""Fraction of train used as val if none is released (as in the paper)."""
 
 Agree = Callable[[str, str], bool]
-"""``(answer, gold answer) -> right``."""
+"""``(answer, gold answer) -> whether it is correct``."""
 
 
 @dataclass(frozen=True)
 class UsedRows:
-    """The rows of a split as this run uses them."""
+    """The rows of a split that a run uses."""
 
     rows: Sequence[Row]
-    """The rows; ``label`` is the one to train on, ``outputs`` are those that the filter kept."""
+    """With the label to train on, and the outputs that passed the filter."""
     gold: Sequence[str | None]
-    """The rows' gold labels."""
+    """Their gold labels."""
     counts: dict[str, int]
-    """What became of the rows of the split."""
+    """Numbers of rows that were used, and left out for each reason."""
 
 
 class Target(NamedTuple):
@@ -39,30 +39,26 @@ class Target(NamedTuple):
 
     text: str
     label: str | None
-    """The label in it, which truncation spares."""
+    """The label in it, which truncation keeps."""
 
 
 # ---------------------------------------------------------------- filters
 
 
 def label_agrees(row: Row, agree: Agree = operator.eq) -> bool:
-    """Keep an output whose label is the gold one; for equations two strings can be one answer."""
+    """Keep outputs with the gold label; for equations, of the same value."""
     return None not in (row.teacher_label, row.label) and agree(str(row.teacher_label), str(row.label))
 
 
 def make_filter(rationale_filter: str | RowFilter, agree: Agree) -> RowFilter | None:
-    """The filter behind the argument ``rationale_filter``; ``None`` keeps all.
-
-    Raises:
-        UserError: it is none of what is allowed.
-    """
+    """The filter for ``rationale_filter``; ``None`` keeps all. Raises a ``UserError`` if the value is invalid."""
     allowed = "allowed are none, label_agrees, conditions on columns, or a function (package.module.function)"
     if rationale_filter == "none":
         return None
     if rationale_filter == "label_agrees":
         return lambda row: label_agrees(row, agree)
     if isinstance(rationale_filter, str):
-        # whatever holds more than names and points is meant as conditions
+        # anything beyond dotted names is meant as conditions
         if re.fullmatch(r"[\w.]+", rationale_filter) and not is_condition(rationale_filter):
             try:
                 return find_function("rationale_filter", rationale_filter)
@@ -76,7 +72,7 @@ def make_filter(rationale_filter: str | RowFilter, agree: Agree) -> RowFilter | 
 
 
 def filter_name(rationale_filter: str | RowFilter) -> str:
-    """The name that `make_filter` finds a filter by, as far as it has one."""
+    """The text from which `make_filter` makes a filter, if it has one."""
     if isinstance(rationale_filter, str):
         return rationale_filter
     named = rationale_filter if hasattr(rationale_filter, "__qualname__") else type(rationale_filter)
@@ -89,8 +85,7 @@ def filter_name(rationale_filter: str | RowFilter) -> str:
 def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Split train into train and val: a tenth of its inputs, rounded up, each with all of its rows.
 
-    The permutation depends on the number of inputs alone, so that runs of any seed and fraction are validated on the
-    same rows. Where no input repeats, val is a tenth of the rows.
+    The permutation depends on the number of inputs alone, so that runs of any seed and fraction share their val.
 
     Raises:
         UserError: there are fewer than two inputs.
@@ -102,7 +97,7 @@ def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         found = f"{len(rows)} row(s) with {len(groups)} different input(s)"
         raise UserError(f"train has {found}: no validation split can be taken from it")
     count = math.ceil(VAL_FRACTION * len(groups))
-    # RandomState's streams never change, those of newer generators may
+    # RandomState's streams are stable, unlike those of newer generators
     order = np.random.RandomState(0).permutation(len(groups)).tolist()
     of_input = list(groups.values())
     positions = [sorted(p for group in part for p in of_input[group]) for part in (order[count:], order[:count])]
@@ -111,7 +106,7 @@ def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def subset(rows: int, fraction: float, seed: int) -> list[int]:
-    """Positions of a fraction of the rows, at least one; a smaller fraction of a seed is part of a larger one."""
+    """Positions of a fraction of the rows, at least one; smaller fractions of a seed are subsets of larger ones."""
     count = max(1, round(fraction * rows)) if rows else 0
     return sorted(np.random.RandomState(seed).permutation(rows)[:count].tolist())
 
@@ -126,11 +121,11 @@ def train_rows(
     seed: int,
     agree: Agree = operator.eq,
 ) -> UsedRows:
-    """The rows to train on: a fraction of the split, with their labels, and the teacher outputs that are kept.
+    """The training rows: a fraction of the split, with labels and filtered teacher outputs.
 
-    The fraction is drawn first, so that gold and teacher labels, filtered or not, are compared on the same rows. With
-    ``teacher_labels`` a row's label is that of its first output that is kept, or of the first with a label where none
-    is. ``keep`` sees a row with its gold label and one output. Rows without a label or any target are left out.
+    The fraction is drawn first, so that label sources and filters are compared on the same rows. With
+    ``teacher_labels`` the label is that of the first output that passes ``keep``, else of the first with a label.
+    ``keep`` gets a row with its gold label and one output. Rows without a label or any target are left out.
     """
     drawn = [rows[position] for position in subset(len(rows), fraction, seed)]
     names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
@@ -158,15 +153,14 @@ def train_rows(
 
 
 def evaluation_rows(rows: Sequence[Row]) -> UsedRows:
-    """Every row of a split, with its gold label."""
+    """All rows of a split, with gold labels."""
     return UsedRows(rows, [row.label for row in rows], {"used": len(rows)})
 
 
 def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
-    """The same teacher outputs, each row's with another row's input: a control that keeps all of their text.
+    """Control: the same teacher outputs, each paired with another row's input.
 
-    The rows with a text form one ring, drawn by ``seed``, along which each passes its outputs to the next, so that
-    none keeps its own. Labels stay where they are.
+    The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels stay.
 
     Raises:
         UserError: fewer than two rows have a text.
@@ -188,9 +182,9 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
 def targets(
     task: Task, row: Row, agree: Agree = operator.eq, *, teacher_labels: bool = False, evaluation: bool = False
 ) -> list[Target]:
-    """A task's targets for a row, one for each teacher output that the task selects.
+    """A task's targets for a row, one for each selected teacher output; at most one in evaluation.
 
-    With ``teacher_labels`` a target holds the label of its own output. In evaluation there is one target at most.
+    With ``teacher_labels`` a target has the label of its own output.
     """
     accepted = [output for output in row.outputs if task.accepts(output)]
     chosen: Sequence[TeacherOutput | None]
@@ -218,7 +212,7 @@ def targets(
 
 
 def teacher_counts(rows: Sequence[Row], agree: Agree, label_set: tuple[str, ...] | None) -> dict[str, int]:
-    """What the teacher said about the rows, by each row's first output: ``rows = parsed + unparsed + no_output``."""
+    """Counts over each row's first output: ``rows = parsed + unparsed + no_output``."""
     names = ("rows", "parsed", "unparsed", "no_output", "teacher_correct", "outside_label_set")
     counts = Counter({"rows": len(rows)})
     for row in rows:
@@ -232,9 +226,9 @@ def teacher_counts(rows: Sequence[Row], agree: Agree, label_set: tuple[str, ...]
 
 
 def teacher_accuracy(rows: Sequence[Row], agree: Agree) -> float | None:
-    """The part of right labels among the rows' first outputs; one that does not parse is wrong. ``None`` without any.
+    """Fraction of correct labels among the rows' first outputs (unparsed is wrong); ``None`` without any.
 
-    Rows without a gold label, and outputs that hold a rationale alone, do not count.
+    Rows without a gold label, and outputs of a rationale alone, do not count.
     """
     judged = [
         row.teacher_label is not None and agree(row.teacher_label, row.label)

@@ -1,8 +1,7 @@
-"""Read rows from files, folders and the hub; whatever is wrong is said with the file's name and line.
+"""Read rows from files, folders and the hub; errors name file and line.
 
-JSON and CSV are read here and not by Hugging Face datasets, whose readers guess types over the whole file, take words
-such as ``None`` for gaps and name no line. It reads Parquet, saved folders and the hub, and is imported where it does:
-it brings pandas, which takes a tenth of the start.
+JSON and CSV are not read by Hugging Face datasets, whose readers infer types over the whole file, take words such as
+``None`` for missing values, and name no line. It reads the rest, and is imported lazily, as it imports pandas.
 """
 
 import codecs
@@ -31,21 +30,21 @@ _SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 
 
 class Table(NamedTuple):
-    """Rows of a user's own."""
+    """A user's rows."""
 
     columns: list[str]
-    """The columns' names, in order."""
+    """Column names, in order."""
     rows: list[tuple[str, dict[str, Any]]]
-    """``(place, row)``: the place is for messages."""
+    """``(place, row)``, the place for messages."""
     class_names: dict[str, list[str]]
-    """Column of numbers that stand for names -> the names."""
+    """Column of class numbers -> names."""
 
 
 def read_file(path: Path, split: Split) -> Table:
-    """The rows of a JSON, JSON lines, CSV or Parquet file, or of a split in a folder that ``save_to_disk`` wrote.
+    """Read a JSON, JSON lines, CSV or Parquet file, or a split in a ``save_to_disk`` folder.
 
     Raises:
-        UserError: the file is none of these, or is damaged.
+        UserError: it is none of these, or damaged.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -59,12 +58,12 @@ def read_file(path: Path, split: Split) -> Table:
     with path.open("rb") as file:
         is_list = file.read(4096).lstrip()[:1] == b"["
     rows = list(_json_list(path) if is_list else read_json_lines(path))
-    # a column is there where any row has it: writers of JSON lines leave empty values out
+    # the union over rows: writers of JSON lines may omit empty values
     return Table(list(dict.fromkeys(key for _, row in rows for key in row)), rows, {})
 
 
 def read_hub(name: str, config: str | None, split_name: str) -> Table:
-    """The rows of one split of a hub dataset.
+    """Read one split of a hub dataset.
 
     Raises:
         UserError: there is no such dataset or split, or no connection.
@@ -81,15 +80,15 @@ def read_hub(name: str, config: str | None, split_name: str) -> Table:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place and the object of each line that is not blank.
+    """Place and object of each non-blank line.
 
     Raises:
-        UserError: a line is not UTF-8, not a JSON object, or has a key twice.
+        UserError: a line is not UTF-8, not a JSON object, or repeats a key.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                # how some programs begin a file in UTF-8
+                # some programs write a byte order mark
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
                 place = f"{path}:{number}"
@@ -176,10 +175,10 @@ def _from_dataset(rows: Any, place: str) -> Table:  # noqa: ANN401 - datasets ha
 
 
 def read_outputs(folder: Path, split: str) -> list[str]:
-    """The teacher's outputs in the files ``<split>_CoT_<k>.json`` of a folder, each a JSON list of strings, by k.
+    """The teacher outputs in ``<split>_CoT_<k>.json``, each a JSON list of strings, by k.
 
     Raises:
-        UserError: a file is something else, or a number is missing, which would shift every output after it.
+        UserError: a file is invalid, or a number is missing, which would shift all later outputs.
     """
     pattern = re.compile(re.escape(split) + r"_CoT_(\d+)\.json")
     numbered = {int(match[1]): path for path in folder.glob("*.json") if (match := pattern.fullmatch(path.name))}
@@ -201,7 +200,7 @@ def text_of(row: dict[str, Any], key: str) -> str:
     """The string under a key.
 
     Raises:
-        KeyError: there is no such key; whoever reads the row knows its file and line.
+        KeyError: the key is missing; the caller adds file and line.
         UserError: it is not a string.
     """
     value = row[key]
@@ -211,7 +210,7 @@ def text_of(row: dict[str, Any], key: str) -> str:
 
 
 def texts_of(row: dict[str, Any], key: str) -> tuple[str, ...]:
-    """The list of strings under a key, as `text_of`."""
+    """The list of strings under a key; errors as in `text_of`."""
     value = row[key]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise UserError(f"{key!r} must be a list of strings, got {value!r}")

@@ -12,7 +12,7 @@ from lit_distill.tasks import Row
 
 
 class SVAMPDataModule(RationaleDataModule):
-    """SVAMP: the equation that solves a word problem, judged by its value; val is a tenth of train."""
+    """SVAMP: the label is an equation, compared by value; val is a tenth of train."""
 
     name = "svamp"
     hub_name = "ChilleD/SVAMP"
@@ -26,9 +26,9 @@ class SVAMPDataModule(RationaleDataModule):
         return Row(id="", input=text_of(row, "input"), label=text_of(row, "label"))
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
-        """``... The answer is (84 / 2).``: from the first parenthesis after the mark to the last, both included.
+        """``... The answer is (84 / 2).``: from the first parenthesis after the mark to the last.
 
-        They are part of the equation: of ``(19 - 6) + (18 - 15)`` no parenthesis can be spared.
+        Both parentheses belong to the equation, as in ``(19 - 6) + (18 - 15)``.
         """
         rationale, _, answer = text.partition("Q:")[0].partition("The answer is")
         equation = answer[answer.find("(") : answer.rfind(")") + 1] if "(" in answer else ""

@@ -1,4 +1,4 @@
-"""Tokenise a split once: an Arrow file in a cache, named after everything that changes it."""
+"""Tokenise a split once, into a cached Arrow file named by a hash of all that affects it."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -18,34 +18,33 @@ from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 
 FORMAT = 3
-"""Version of the files' layout; raised when it changes, so that older files are not read."""
+"""Version of the file layout."""
 
 BATCH = 1000
-"""Rows that are tokenised, and written, at a time."""
+"""Rows to tokenise and write at a time."""
 
 Choose = Callable[[Task, Row], list[Target]]
-"""The targets of a row for a task."""
+"""Selects the targets of a row for a task."""
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What decides a row's tokens, beside the row and the tokenizer."""
+    """Settings that affect tokenisation."""
 
     tasks: dict[str, Task]
     """By name."""
     max_source_length: int
-    """Tokens of an input at most, with its end-of-sequence token."""
+    """Including end-of-sequence."""
     max_target_length: int
-    """Tokens of a target at most, with its end-of-sequence token."""
+    """Including end-of-sequence."""
 
 
 def encode_targets(
     tokens: Tokens, task: Task, found: Sequence[Target], max_length: int
 ) -> tuple[list[list[int]], list[int], list[bool]]:
-    """Token ids of targets, their lengths before the cut, and whether their label was cut.
+    """Token ids of targets, their lengths before truncation, and whether the label was cut.
 
-    Of a target that is too long the rationale is cut, wherever it stands, and the label only where it alone is too
-    long.
+    The rationale is cut first, wherever it is; the label only if it is too long by itself.
     """
     encoded = tokens.targets([target.text for target in found], max_length)
     cut = [False] * len(found)
@@ -64,10 +63,10 @@ def encode_targets(
 
 
 def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose) -> dict[str, list[Any]]:
-    """The columns of some rows.
+    """The tokenised columns of some rows.
 
-    For each task these are ``<task>.input_ids`` and ``<task>.labels`` (a list of targets, perhaps empty), their lengths
-    before the cut, ``<task>.input_length`` and ``<task>.target_lengths``, and how many labels were cut,
+    For each task ``<task>.input_ids`` and ``<task>.labels`` (a possibly empty list of targets), the lengths before
+    truncation ``<task>.input_length`` and ``<task>.target_lengths``, and the number of cut labels
     ``<task>.labels_cut``.
     """
     columns: dict[str, list[Any]] = {}
@@ -86,7 +85,7 @@ def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
 
 
 def cut_counts(column: Callable[[str], list[Any]], settings: TokenSettings) -> dict[str, int]:
-    """How much is too long, over all tasks; a target whose label is cut counts as target and as label."""
+    """Numbers of truncated texts over all tasks; a cut label counts as target and as label."""
     counts = dict.fromkeys(("truncated_inputs", "truncated_targets", "truncated_labels"), 0)
     for name in settings.tasks:
         lengths = [length for several in column(f"{name}.target_lengths") for length in several]
@@ -98,7 +97,7 @@ def cut_counts(column: Callable[[str], list[Any]], settings: TokenSettings) -> d
 
 
 def fingerprint(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose) -> str:
-    """A hash of everything that changes the tokens of a split."""
+    """A hash of all that affects the tokens of a split."""
     tasks = list(settings.tasks.values())
     written = [[task.name, task.prefix, task.target] for task in tasks]
     header = [FORMAT, tokens.fingerprint, written, settings.max_source_length, settings.max_target_length]
@@ -111,7 +110,7 @@ def fingerprint(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
 def tokenize_once(
     name: str, rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose, root: Path
 ) -> Any:  # noqa: ANN401 - datasets has no types
-    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache ``root`` where it has them.
+    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache in ``root`` if possible.
 
     Raises:
         UserError: the cache cannot be written.
@@ -124,12 +123,12 @@ def tokenize_once(
         try:
             found = Dataset.from_file(str(path)) if path.is_file() else None
         except (OSError, ValueError, pa.ArrowException):
-            return None  # damaged: made again
+            return None  # damaged: rebuild
         return found if found is not None and len(found) == len(rows) else None
 
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # a second process waits, and then reads what the first one wrote
+        # a second process waits and reads the file of the first
         with FileLock(path.with_suffix(".lock")):
             if (found := cached()) is None:
                 schema = _schema(settings.tasks)

@@ -1,4 +1,4 @@
-"""A toy with rationales, generated on the spot: which of four words does not belong to the others?"""
+"""A generated toy dataset with rationales: which of four words is the odd one out?"""
 
 import random
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "tree": ("oak", "pine", "birch", "maple", "elm", "willow", "cedar", "beech", "ash", "spruce"),
     "garment": ("shirt", "coat", "scarf", "hat", "glove", "sock", "skirt", "jacket", "belt", "dress"),
 }
-"""Kind -> the words of that kind; a word is of one kind only."""
+"""Kind -> its words; each word has one kind."""
 
 ITEMS = 4
 
@@ -29,15 +29,14 @@ TEXT_WORDS = (
     *("which", "one", "does", "not", "belong", ":", ",", "?", "."),
     *("predict", "explain", "Rationale", "So", "the", "answer", "is"),
 )
-"""What stands in inputs, targets and prefixes beside the words themselves; a word-level tokenizer needs them."""
+"""Other words in inputs, targets and prefixes, for a word-level tokenizer."""
 
 
 def toy_example(seed: int, split: str, position: int) -> Row:
-    """The example at a position of a split: a function of the dataset's seed, split and position alone.
+    """The example at a position: a function of seed, split and position.
 
-    The rationale says of each word what it is, the kind first: the knowledge that the answer follows from, not the
-    answer. (Kind first, because the kind has then to be known from the input, not read off the word just written.) The
-    teacher of the toy is always right.
+    The rationale gives the kind of each word, from which the label follows. The kind comes first, so that it must be
+    known from the input, not copied from the word just written. The toy's teacher is always right.
     """
     draw = random.Random(f"{seed}-{split}-{position}")  # noqa: S311 - a dataset, not a secret
     common, odd = draw.sample(sorted(KINDS), 2)
@@ -55,14 +54,14 @@ def toy_example(seed: int, split: str, position: int) -> Row:
 
 
 class ToyDataModule(RationaleDataModule):
-    """Odd one out: generated questions with rationales, of any size and seed, which need no files.
+    """Odd one out: generated questions with rationales, without files.
 
     Args:
         train_size: rows of train.
         val_size: rows of val.
         test_size: rows of test.
-        toy_seed: seed of the rows themselves; ``seed`` only orders them.
-        **kwargs: the arguments of `RationaleDataModule`; ``data_dir`` is not used.
+        toy_seed: seed of the rows; ``seed`` only orders them.
+        **kwargs: as in `RationaleDataModule`; ``data_dir`` is unused.
     """
 
     name = "toy"
@@ -83,7 +82,7 @@ class ToyDataModule(RationaleDataModule):
         )
 
     def split_file(self, split: Split) -> Path | None:
-        """None: the rows are made, not read."""
+        """None: rows are generated."""
         return None
 
     def load_rows(self, split: Split) -> list[Row] | None:

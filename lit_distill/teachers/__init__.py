@@ -1,4 +1,4 @@
-"""Who is asked for rationales: a server, a model in this process, an engine on many GPUs or machines."""
+"""Teachers: a server, a model in this process, or an engine on many GPUs or machines."""
 
 from lit_distill.teachers.base import BatchTeacher, Teacher
 from lit_distill.teachers.engines import RayTeacher, VLLMTeacher

@@ -1,4 +1,4 @@
-"""What all teachers have in common: each answers a question, or raises why it does not."""
+"""The interface of teachers that answer questions."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -16,32 +16,32 @@ T = TypeVar("T")
 
 
 class TeacherError(Exception):
-    """This question will not be answered however often it is asked; others may be."""
+    """This question cannot be answered, even by trying again; others may be."""
 
 
 class TeacherBusy(Exception):
-    """This question was not answered after all retries; at another time it may be."""
+    """This question failed after all retries, but may succeed later."""
 
 
 class Teacher(ABC):
-    """Answers questions, many at a time.
+    """Answers questions concurrently.
 
-    The constructor neither connects nor loads anything: that is for `open`. What would fail for every question (a wrong
-    key, no server, no such model) is raised as a ``UserError`` by `open` or by an answer, and ends the whole job.
+    The constructor neither connects nor loads anything; `open` does. Errors that affect every question (a wrong key, no
+    server, no such model) are a ``UserError``, from `open` or an answer, and end the job.
 
     Args:
         model: the model's name as the teacher knows it.
-        name: the teacher's name in the rows that it wrote; by default the last part of ``model``.
+        name: the teacher's name in its samples; by default the last part of ``model``.
         layout: prompts are the turns of a ``chat`` or a text for ``completion``.
-        input_price: US dollars for a million tokens of prompts; without a price, cost is not counted.
-        output_price: US dollars for a million tokens of answers.
+        input_price: US dollars per million prompt tokens; without prices, cost is not counted.
+        output_price: US dollars per million tokens of answers.
     """
 
     follows_schema: ClassVar[bool] = False
-    """Whether answers can be made to follow a JSON schema."""
+    """Whether answers can be constrained to a JSON schema."""
 
     has_answered: bool = False
-    """Whether it has answered anything, in this job or an earlier start of it: later refusals concern one question."""
+    """Whether it has ever answered in this job, so that later refusals concern single questions."""
 
     def __init__(
         self,
@@ -58,39 +58,39 @@ class Teacher(ABC):
         checks.check_range("output_price", output_price, at_least=0)
         self.input_price, self.output_price = input_price, output_price
         self.more_to_come: Callable[[], bool] = lambda: False
-        """Whether more questions are about to be asked, without waiting for an answer."""
+        """Whether more questions follow without waiting for an answer."""
 
     @property
     def concurrency(self) -> int:
-        """Questions in flight at a time, unless the user sets it."""
+        """Maximum questions in flight, unless the user sets it."""
         return 16
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on beside the question, in plain values: no key, no address, no price."""
+        """Settings that affect answers, in plain values: no key, address or price."""
         return {"class": type(self).__name__, "model": self.model, "layout": self.layout}
 
     def cost(self, input_tokens: int, output_tokens: int) -> float | None:
-        """US dollars for so many tokens; ``None`` where no price is known."""
+        """Cost in US dollars; ``None`` without prices."""
         if self.input_price is None and self.output_price is None:
             return None
         return (input_tokens * (self.input_price or 0.0) + output_tokens * (self.output_price or 0.0)) / 1e6
 
     def check_schema(self) -> None:
-        """Raise a ``UserError`` if answers cannot be made to follow a JSON schema."""
+        """Raise a ``UserError`` if answers cannot be constrained to a JSON schema."""
         if not self.follows_schema:
             raise UserError(f"structured: {type(self).__name__} cannot follow a JSON schema")
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt; an estimate for a teacher without a tokenizer of its own."""
+        """Tokens of a prompt; estimated without a tokenizer."""
         return count_tokens(prompt)
 
     async def open(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Get ready before the first question; raises a ``UserError`` if the teacher is unavailable."""
+        """Connect or load. Raises a ``UserError`` if the teacher is unavailable."""
 
     @abstractmethod
     async def answer(self, question: Question) -> Reply:
-        """Answer one question; called for many at the same time.
+        """Answer one question; called concurrently.
 
         Raises:
             TeacherError: this question cannot be answered.
@@ -99,7 +99,7 @@ class Teacher(ABC):
         """
 
     async def close(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Release what `open` took."""
+        """Release what `open` acquired."""
 
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
@@ -108,21 +108,20 @@ _Asked = tuple[Question, asyncio.Future[Reply]]
 
 
 class BatchTeacher(Teacher):
-    """A teacher that answers batches, as a model in this process does.
+    """A teacher that answers batches, such as a local model.
 
-    Waiting questions are taken together, sorted by length, and answered batch by batch, the longest first: batches hold
-    little padding, and memory that does not suffice shows at once. Ties are sorted by prompt and seed, so that a window
-    makes the same batches in whatever order it was asked. Loading and batches run in one daemon thread, which never
-    keeps the process alive.
+    Waiting questions are collected, sorted by length and answered in batches, longest first: little padding, and
+    out-of-memory errors come early. Ties are sorted by prompt and seed, so that batches do not depend on the order of
+    questions. Loading and batches run in one daemon thread, which does not keep the process alive.
 
     Args:
         model: the model's name.
-        batch_size: questions in a batch.
-        **kwargs: the arguments of `Teacher`.
+        batch_size: questions per batch.
+        **kwargs: as in `Teacher`.
     """
 
     windows: ClassVar[int] = 16
-    """Batches that are sorted together."""
+    """Number of batches that are sorted together."""
 
     def __init__(self, model: str, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
@@ -133,25 +132,25 @@ class BatchTeacher(Teacher):
 
     @property
     def concurrency(self) -> int:
-        """As many questions as are sorted together."""
+        """The number of questions that are sorted together."""
         return self.windows * self.batch_size
 
     def load(self) -> None:
-        """Get ready, in the thread of the batches; raises a ``UserError`` if the teacher is unavailable."""
+        """Load, in the thread. Raises a ``UserError`` if the teacher is unavailable."""
 
     @abstractmethod
     def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
-        """Answer a batch in its order, in the thread; raises a ``UserError`` if no question can be answered."""
+        """Answer a batch in order, in the thread. Raises a ``UserError`` if no question can be answered."""
 
     def unload(self) -> None:
-        """Release what `load` took, in the thread."""
+        """Release what `load` acquired, in the thread."""
 
     async def open(self) -> None:
-        """Load what answers."""
+        """Start the thread and load."""
         await self._in_thread(self.load)
 
     async def answer(self, question: Question) -> Reply:
-        """Answer one question, together with others that wait."""
+        """Answer one question in a batch with others."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, future))
         if self._pump is None or self._pump.done():
@@ -159,7 +158,7 @@ class BatchTeacher(Teacher):
         return await future
 
     async def close(self) -> None:
-        """Wait for the batch in flight, and release what answered."""
+        """Wait for the running batch, and unload."""
         if self._pump is not None and not self._pump.done():
             await asyncio.wait([self._pump])
         await self._in_thread(self.unload)
@@ -177,13 +176,13 @@ class BatchTeacher(Teacher):
 
     async def _answer_waiting(self) -> None:
         while self._waiting:
-            # a window that is not full wastes the device: wait for questions that are about to come
+            # wait for questions to come: a partial window wastes the device
             await asyncio.sleep(0.01)
             while self.more_to_come() and len(self._waiting) < self.concurrency:
                 await asyncio.sleep(0.01)
             window, self._waiting = sorted(self._waiting, key=_longest_first), []
             for start in range(0, len(window), self.batch_size):
-                # those that were given up are done
+                # cancelled ones are done
                 batch = [asked for asked in window[start : start + self.batch_size] if not asked[1].done()]
                 outcomes = await self._outcomes([question for question, _ in batch]) if batch else []
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
@@ -216,9 +215,9 @@ def _work(calls: "SimpleQueue[_Call | None]") -> None:
             try:
                 future.set_result(function(*arguments))
             except StopIteration as error:
-                # no asyncio future can hold it
+                # asyncio futures cannot hold it
                 future.set_exception(RuntimeError(f"{function.__qualname__} raised {error!r}"))
             except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
                 future.set_exception(error)
-        # a waiting thread must not hold on to tensors
+        # do not keep tensors alive while waiting
         del call, future, function, arguments

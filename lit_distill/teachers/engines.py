@@ -1,4 +1,4 @@
-"""Large teachers: vLLM's engine on the GPUs of one machine, or many of them on a Ray cluster."""
+"""Large teachers: vLLM's engine on one machine, or many of them on a Ray cluster."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,24 +14,24 @@ _ENGINE_SETTINGS = (
     *("chat_template", "dtype", "generation_config", "hf_overrides", "kv_cache_dtype", "load_format", "max_model_len"),
     *("quantization", "revision", "tokenizer", "tokenizer_mode", "tokenizer_revision"),
 )
-"""Arguments of an engine that its answers depend on; the others concern speed, memory or access."""
+"""Engine arguments that affect answers; others concern speed, memory or access."""
 
 
 class VLLMTeacher(BatchTeacher):
     """An offline engine of vLLM (0.11 or later).
 
-    Every question brings its own sampling settings and seed; temperature or penalties of a model's
-    ``generation_config.json`` are not used. JSON schemas are followed by structured outputs.
+    Every question has its own sampling settings and seed; those of ``generation_config.json`` are not used. JSON
+    schemas use structured outputs.
 
     Args:
-        model: a name on the hub, or a folder in the Hugging Face format.
-        batch_size: questions that the engine is given at a time; it runs empty at the end of each batch.
+        model: a hub name, or a folder in the Hugging Face format.
+        batch_size: questions given to the engine at a time; it drains at the end of each batch.
         layout: prompts are the turns of a ``chat`` or a text for ``completion``.
-        engine: arguments of ``vllm.LLM`` beside the model, such as ``tensor_parallel_size``, ``max_model_len`` or
+        engine: further arguments of ``vllm.LLM``, such as ``tensor_parallel_size``, ``max_model_len`` or
             ``quantization``.
-        logprobs: also give the mean log-probability of an answer's tokens, its end included, as the engine reports it
-            (before temperature and ``top_p``, unless ``engine`` sets another ``logprobs_mode``).
-        **kwargs: the arguments of `Teacher`.
+        logprobs: add the mean log-probability of an answer's tokens, including end-of-sequence, as the engine reports
+            it (before temperature and ``top_p``, unless ``engine`` sets ``logprobs_mode``).
+        **kwargs: as in `Teacher`.
     """
 
     follows_schema: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class VLLMTeacher(BatchTeacher):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, batch_size, layout=layout, **kwargs)
-        # a value is not shown: it may be a key
+        # do not show the value: it may be a key
         if found := next(secret_names(engine), None):
             raise UserError(f"engine.{found}: {INSTEAD}")
         if engine is not None and (not isinstance(engine, dict) or "model" in engine):
@@ -58,7 +58,7 @@ class VLLMTeacher(BatchTeacher):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With the engine's arguments that its answers depend on."""
+        """With the engine's arguments that affect answers."""
         return super().settings | {"engine": {k: self.engine[k] for k in _ENGINE_SETTINGS if k in self.engine}}
 
     def load(self) -> None:
@@ -74,11 +74,11 @@ class VLLMTeacher(BatchTeacher):
             raise UserError(f"model: vllm cannot start an engine for {self.model!r} ({reason})") from error
 
     def unload(self) -> None:
-        """Release the engine, which ends its processes."""
+        """Stop the engine and its processes."""
         self._llm = None
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
-        """Answer a batch; if the engine refuses it, halve it until the refused question is found."""
+        """Answer a batch; if the engine refuses it, bisect it to find the refused question."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams  # type: ignore[import-not-found, unused-ignore]
 
@@ -94,7 +94,7 @@ class VLLMTeacher(BatchTeacher):
             else:
                 outputs = self._llm.generate([one.prompt for one in questions], params, use_tqdm=False)
         except ValueError as error:
-            # a prompt beyond the context, or a schema that it cannot follow
+            # a prompt beyond the context, or an unsupported schema
             if len(questions) == 1:
                 return [TeacherError(f"vllm refuses the question: {str(error).strip().splitlines()[0]}")]
             half = len(questions) // 2
@@ -113,7 +113,7 @@ class VLLMTeacher(BatchTeacher):
         if question.stop:
             settings["stop"] = list(question.stop)
         if self.logprobs:
-            # of the tokens taken, beside 0 alternatives
+            # of the sampled tokens, without alternatives
             settings["logprobs"] = 0
         return settings
 
@@ -132,27 +132,25 @@ class VLLMTeacher(BatchTeacher):
 class RayTeacher(VLLMTeacher):
     """Replicas of vLLM's engine on a Ray cluster, by ``ray.data.llm``.
 
-    A window of questions becomes a dataset, runs through the replicas, and is joined back by position. Ray starts the
-    engines again for every dataset, so that a window should hold many thousands of questions. The cluster is the one of
-    ``RAY_ADDRESS``, else one on this machine alone. (Ray's stage that applies the chat template may let the model's
-    tokenizer run code of its own: take models that you trust.)
+    A window of questions becomes a dataset, runs through the replicas, and is joined back by position. Ray restarts the
+    engines for every dataset, so a window should have many thousands of questions. Uses the cluster of ``RAY_ADDRESS``,
+    else a local one. (Ray's chat template stage may run code of the model's tokenizer: use models that you trust.)
 
-    Ray does not report why an answer ended. It is taken as cut if it is as long as ``max_new_tokens``, or fills the
+    Ray does not report why an answer ended. It counts as cut if it is as long as ``max_new_tokens``, or fills the
     ``max_model_len`` of ``engine``.
 
     Args:
-        model: a name on the hub, or a folder that every machine sees.
-        batch_size: questions that a replica is given at a time; several such batches are in flight in each.
+        model: a hub name, or a folder that every machine can read.
+        batch_size: questions given to a replica at a time; several batches are in flight in each.
         window: questions of a dataset.
-        replicas: engines, each with the GPUs that ``engine`` asks for (``tensor_parallel_size`` times
-            ``pipeline_parallel_size``).
-        **kwargs: the other arguments of `VLLMTeacher` and of `Teacher`.
+        replicas: number of engines, each with ``tensor_parallel_size`` times ``pipeline_parallel_size`` GPUs.
+        **kwargs: as in `VLLMTeacher` and `Teacher`.
     """
 
     def __init__(
         self, model: str, batch_size: int = 64, window: int = 10_000, replicas: int = 1, **kwargs: Any
     ) -> None:
-        # a batch of `BatchTeacher` is a window here
+        # a batch of `BatchTeacher` is a window
         super().__init__(model, checks.check_int("window", window, 1), **kwargs)
         self.replica_batch_size = checks.check_int("batch_size", batch_size, 1)
         self.replicas = checks.check_int("replicas", replicas, 1)
@@ -170,7 +168,7 @@ class RayTeacher(VLLMTeacher):
         import ray
 
         self._processor = self._processor or self._build()
-        # a column of structures with different fields would be filled up with nulls: rows alike go together
+        # rows of equal structure go together: others would be filled with nulls
         groups: dict[tuple[bool, bool], list[int]] = {}
         for i, question in enumerate(questions):
             groups.setdefault((bool(question.stop), question.schema is not None), []).append(i)
@@ -194,14 +192,14 @@ class RayTeacher(VLLMTeacher):
             concurrency=self.replicas,
             batch_size=self.replica_batch_size,
             chat_template_stage=self.layout == "chat",
-            # the engine turns tokens into text itself, without the stop texts
+            # the engine decodes, without the stop texts
             detokenize_stage=False,
             should_continue_on_error=True,
         )
         return ray_llm.build_processor(config, preprocess=_read_request(), postprocess=_read_answer())
 
     def _request(self, question: Question) -> dict[str, Any]:
-        """The columns that Ray's stages read."""
+        """The input columns of Ray's stages."""
         settings = self._sampling(question)
         if question.schema is not None:
             # as a text: its fields would become columns
@@ -232,7 +230,7 @@ def _read_request() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 def _read_answer() -> Callable[[dict[str, Any]], dict[str, Any]]:
     def postprocess(row: dict[str, Any]) -> dict[str, Any]:
-        # a step holds the token taken alone, and nulls where columns of several steps were put together
+        # a step has the sampled token, and nulls where Ray merged columns of several steps
         steps = row.get("logprobs")
         taken = [
             entry["logprob"]

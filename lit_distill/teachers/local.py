@@ -1,4 +1,4 @@
-"""A teacher that transformers runs in this process: any causal or encoder-decoder model, on a GPU or without one."""
+"""A teacher run by transformers in this process: any causal or encoder-decoder model, on GPU or CPU."""
 
 import gc
 import hashlib
@@ -18,24 +18,23 @@ if TYPE_CHECKING:
 
 
 class TransformersTeacher(BatchTeacher):
-    """A model of the Hugging Face hub, or of a folder, that answers in this process.
+    """A model from the Hugging Face hub or a folder, in this process.
 
-    The model's ``generation_config.json`` tells which tokens end and pad an answer; its temperature, top-k or penalties
-    are not used. The samples of a batch follow from its prompts and seeds; the process's random generators are not
-    touched.
+    Only the end-of-sequence and padding tokens of ``generation_config.json`` are used, no sampling settings. Samples
+    depend on the prompts and seeds of their batch, not on the global random generators.
 
-    If a chat template refuses the system's turn, as Gemma's does, the instruction stands before the first question.
+    If a chat template refuses a system turn (Gemma's does), the instruction goes before the first question.
 
     Args:
-        model: a name on the hub, or a folder in the Hugging Face format.
-        batch_size: questions in a batch; one that does not fit into memory is halved.
-        layout: prompts are the turns of a ``chat`` or a text for ``completion``; by default a chat if the tokenizer
-            has a template.
-        dtype: type of the weights; ``auto`` takes the one that they are stored in.
-        device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; by default ``cuda`` if there is one, else ``cpu``.
-        logprobs: also give the mean log-probability of an answer's tokens, its end included, before temperature and
+        model: a hub name, or a folder in the Hugging Face format.
+        batch_size: questions per batch; halved when out of memory.
+        layout: prompts are the turns of a ``chat`` or a text for ``completion``; by default a chat if the tokenizer has
+            a template.
+        dtype: of the weights; ``auto`` is the stored one.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; by default ``cuda`` if available.
+        logprobs: add the mean log-probability of an answer's tokens, including end-of-sequence, before temperature and
             ``top_p``.
-        **kwargs: the arguments of `Teacher`.
+        **kwargs: as in `Teacher`.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class TransformersTeacher(BatchTeacher):
 
     @property
     def layout(self) -> Layout:
-        """Chat or completion; reads the tokenizer unless it was given."""
+        """Chat or completion; by default depends on the tokenizer."""
         if self._layout is None:
             self._layout = "chat" if self.tokenizer.chat_template else "completion"
         return self._layout
@@ -67,7 +66,7 @@ class TransformersTeacher(BatchTeacher):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With the type of the weights."""
+        """With the dtype of the weights."""
         return super().settings | {"dtype": self.dtype}
 
     @cached_property
@@ -86,7 +85,7 @@ class TransformersTeacher(BatchTeacher):
         """The model's tokenizer."""
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-        # without its files transformers would make an empty one from the configuration's `model_type`
+        # without files transformers would create an empty one from `model_type`
         files, folder = ("tokenizer*", "*.model", "vocab*", "*.tiktoken"), Path(self.model)
         if folder.is_dir() and not any(path for pattern in files for path in folder.glob(pattern)):
             raise UserError(f"model: no tokenizer in the folder {self.model!r}")
@@ -98,7 +97,7 @@ class TransformersTeacher(BatchTeacher):
         return tokenizer
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt, exactly."""
+        """Exact tokens of a prompt."""
         return len(self._encode(prompt))
 
     def load(self) -> None:
@@ -121,7 +120,7 @@ class TransformersTeacher(BatchTeacher):
                 self.model,
                 dtype=self.dtype,
                 trust_remote_code=False,
-                # of weights drawn at random transformers only warns
+                # transformers only warns about missing weights
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -139,12 +138,12 @@ class TransformersTeacher(BatchTeacher):
         network.generation_config = self._special_tokens(network.generation_config)
 
     def unload(self) -> None:
-        """Free the device."""
+        """Free the memory of the device."""
         self._network = None
         _free_memory()
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
-        """Answer a batch: questions with the same sampling together, halved while memory does not suffice."""
+        """Answer a batch, grouped by sampling settings, halved while out of memory."""
         replies: dict[int, Reply | TeacherError] = {}
         groups: dict[Hashable, list[tuple[int, list[int]]]] = {}
         for i, question in enumerate(questions):
@@ -163,7 +162,7 @@ class TransformersTeacher(BatchTeacher):
         return [replies[i] for i in range(len(questions))]
 
     def _special_tokens(self, own: "GenerationConfig") -> "GenerationConfig":
-        """A generation configuration with the model's special tokens and nothing of how to draw others."""
+        """A generation configuration with the model's special tokens only."""
         from transformers import GenerationConfig
 
         names = ["decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id", "forced_bos_token_id"]
@@ -178,7 +177,7 @@ class TransformersTeacher(BatchTeacher):
         return GenerationConfig(**kept)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt; raises a ``TeacherError`` if the chat template refuses its turns."""
+        """Tokens of a prompt. Raises a ``TeacherError`` if the chat template refuses its turns."""
         from jinja2 import TemplateError
 
         if isinstance(prompt, str):
@@ -194,7 +193,7 @@ class TransformersTeacher(BatchTeacher):
             except (TemplateError, ValueError) as error:
                 refusals.append(error)
             else:
-                # the template has written the special tokens
+                # the template includes special tokens
                 return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
         raise TeacherError(f"the chat template of {self.model} refuses the prompt: {_first_line(refusals[0])}")
 
@@ -202,7 +201,7 @@ class TransformersTeacher(BatchTeacher):
         if not prompt:
             raise TeacherError("the prompt is empty")
         limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        # an encoder and its decoder count on their own; a decoder's first token is no part of the answer
+        # encoder and decoder lengths are separate; the decoder's start token is no part of the answer
         needed = max(prompt, answer + 1) if self.config.is_encoder_decoder else prompt + answer
         if isinstance(limit, int) and needed > limit:
             asked = f"a prompt of {prompt} tokens and {answer} new ones"
@@ -216,7 +215,7 @@ class TransformersTeacher(BatchTeacher):
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-        # beyond the `except`, whose traceback holds the tensors of the attempt
+        # outside of `except`, whose traceback keeps tensors alive
         _free_memory()
         if len(questions) == 1:
             return [TeacherError(f"out of memory with a prompt of {len(prompts[0])} tokens on its own")]
@@ -230,7 +229,7 @@ class TransformersTeacher(BatchTeacher):
         from transformers import GenerationConfig
 
         network, sampling, stop = self._network, questions[0].sampling, questions[0].stop
-        # an encoder is padded behind its text; what is continued has to stand at the end
+        # right padding for an encoder, left padding for continuation
         left = not self.config.is_encoder_decoder
         width, pad = max(map(len, prompts)), network.generation_config.pad_token_id
         rows, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.long)
@@ -275,19 +274,19 @@ class TransformersTeacher(BatchTeacher):
 
 
 class _StopTexts:
-    """A stopping criterion: a row ends once its answer holds a stop text; ``lengths`` notes after how many tokens.
+    """Stopping criterion: a row ends when its answer contains a stop text; ``lengths`` are the tokens until then.
 
-    (The one of transformers also finds a text that begins in the prompt.)
+    (transformers' own also finds stop texts that begin in the prompt.)
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: tuple[str, ...], start: int) -> None:
         self._tokenizer, self._stop, self._start = tokenizer, stop, start
-        # up to four tokens for a character, where a vocabulary falls back on bytes
+        # up to four tokens per character with byte fallback
         self._tail = 4 * max(map(len, stop), default=0) + 8
         self.lengths: dict[int, int] = {}
 
     def __call__(self, input_ids: "Tensor", scores: object, **kwargs: object) -> "Tensor":
-        """Which rows of ``input_ids``, ``(batch, len)``, have ended: ``(batch,)``."""
+        """Which rows of ``input_ids`` ``(batch, len)`` have ended, ``(batch,)``."""
         import torch
 
         length = input_ids.shape[1] - self._start
@@ -309,7 +308,7 @@ def _seed(questions: Sequence[Question]) -> int:
 def _is_out_of_memory(error: RuntimeError) -> bool:
     import torch
 
-    # only CUDA's has a class of its own; the last is what the CPU's allocator says
+    # only CUDA has its own exception; the last text is the CPU allocator's
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
 

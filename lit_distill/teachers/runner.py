@@ -1,4 +1,4 @@
-"""Ask a teacher very many questions: a bounded number at a time, within a budget, until interrupted."""
+"""Ask a teacher many questions concurrently, within a budget, until done or interrupted."""
 
 import asyncio
 import math
@@ -19,28 +19,28 @@ from lit_distill.questions import Question, Reply, count_tokens
 from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
 
 Tag = TypeVar("Tag")
-"""What identifies a question to whoever asks it."""
+"""Identifies a question to the caller."""
 
 Interrupts = queue.SimpleQueue[bool]
 
 Rounds = Iterator[list[tuple[Tag, Question]]]
-"""The questions about one row; the next round is read when the one before is answered."""
+"""The questions about one row; each round is read when the one before is answered."""
 
-GRACE_SECONDS = 10.0  # for questions in flight, once no other can be answered
+GRACE_SECONDS = 10.0  # for questions in flight, after a fatal error
 LEAVE_SECONDS = 1.0  # for a teacher to close after a second interruption
-_POLL_SECONDS = 0.2  # between two looks at whether the job was interrupted
-_PATIENCE = 20  # unanswered questions in a row, beside those in flight, after which a teacher counts as gone
+_POLL_SECONDS = 0.2  # between two checks for interrupts
+_PATIENCE = 20  # consecutive failures, besides those in flight, after which a teacher counts as gone
 
 
 @dataclass
 class Budget:
-    """What a job may use. A question is asked only if its prompt and its longest answer fit.
+    """The budget of a job. A question is asked only if its prompt and longest possible answer fit.
 
     Args:
-        max_tokens: tokens of prompts and answers together.
-        max_cost: US dollars.
-        tokens: tokens used so far.
-        cost: US dollars used so far.
+        max_tokens: of prompts and answers together.
+        max_cost: in US dollars.
+        tokens: used so far.
+        cost: used so far, in US dollars.
     """
 
     max_tokens: int | None = None
@@ -51,15 +51,15 @@ class Budget:
     _reserved_cost: float = 0.0
 
     def use(self, tokens: int, cost: float) -> None:
-        """Count what an answer used."""
+        """Count the use of an answer."""
         self.tokens, self.cost = self.tokens + tokens, self.cost + cost
 
     def reserve(self, tokens: int, cost: float) -> None:
-        """Set apart what a question may use; negative once it is answered."""
+        """Reserve for a question; negative once it is answered."""
         self._reserved_tokens, self._reserved_cost = self._reserved_tokens + tokens, self._reserved_cost + cost
 
     def exhausted(self, tokens: int, cost: float) -> str | None:
-        """The limit that a question of so much would break, with those in flight; ``None`` if there is room."""
+        """The limit that a question would exceed, including those in flight; ``None`` if it fits."""
         if self.max_tokens is not None and self.tokens + self._reserved_tokens + tokens > self.max_tokens:
             return f"max_tokens {self.max_tokens:,} reached: {self.tokens:,} used, the next may take {tokens:,}"
         # adding and subtracting reservations leaves a rounding error
@@ -70,8 +70,8 @@ class Budget:
 
 @contextmanager
 def queued_interrupts() -> Iterator[Interrupts]:
-    """While the block runs, Ctrl-C and SIGTERM are put into the queue and interrupt nothing."""
-    # a SimpleQueue is reentrant: a handler may put into it at any instant
+    """Within the block, Ctrl-C and SIGTERM are put into the queue instead of raised."""
+    # SimpleQueue is reentrant, as a signal handler needs
     noted: Interrupts = queue.SimpleQueue()
     before = on_signals(lambda number: noted.put(True))
     try:
@@ -82,15 +82,15 @@ def queued_interrupts() -> Iterator[Interrupts]:
 
 
 class RequestRunner(Generic[Tag]):
-    """Asks one teacher all questions of a job.
+    """Asks a teacher all questions of a job.
 
     Args:
         teacher: opened and closed here.
-        concurrency: questions in flight at most; rows are read as they are needed.
-        on_result: receives each answer, or why there is none for good, as soon as it is there; never after `run` has
-            returned. Refusals are held back until the teacher has answered anything: if it refuses the first questions
-            alike, the job ends and none of them counts as failed.
-        budget: bounds what is used and ends the job; ``on_result`` counts what each answer used.
+        concurrency: maximum questions in flight; rows are read lazily.
+        on_result: gets each answer or final failure at once; never called after `run` returns. Failures are held back
+            until the teacher has answered anything: if it refuses all of the first questions, the job ends and none
+            counts as failed.
+        budget: ends the job; ``on_result`` counts the use of each answer.
     """
 
     def __init__(
@@ -109,20 +109,20 @@ class RequestRunner(Generic[Tag]):
         self._refused: list[tuple[Tag, TeacherError]] = []
         self._reporting = threading.Lock()
         self.stopped: str | None = None
-        """Why no more is asked; ``None`` if everything was."""
+        """Why it stopped early, else ``None``."""
         self.busy: Counter[str] = Counter()
-        """Questions left for another start, counted by why they were not answered now."""
+        """Counts of questions left for a later start, by reason."""
 
     def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts) -> None:
         """Ask all questions.
 
-        The first interruption waits for the questions in flight, unless the teacher is still opening; a second one does
-        not. The event loop runs in a thread of its own, so that this works inside a notebook's loop; a thread that a
-        teacher blocks is abandoned and reports nothing any more.
+        The first interrupt waits for the questions in flight, unless the teacher is still opening; a second one does
+        not. The event loop has its own thread, so that this works in a notebook; a thread blocked by a teacher is
+        abandoned.
 
         Args:
             rows: each row's questions.
-            interrupts: its block may be longer than the asking.
+            interrupts: from `queued_interrupts`; its block may be longer.
 
         Raises:
             UserError: the teacher cannot answer any question.
@@ -141,7 +141,7 @@ class RequestRunner(Generic[Tag]):
         interrupted, deadline = False, math.inf
         while time.monotonic() < deadline:
             try:
-                # with a timeout: a signal delivered to another thread does not wake this one
+                # timeout, as a signal in another thread does not wake this one
                 if not interrupts.get(timeout=_POLL_SECONDS):
                     break
             except queue.Empty:
@@ -178,7 +178,7 @@ class RequestRunner(Generic[Tag]):
             workers = [asyncio.create_task(self._work(rows)) for _ in range(self._concurrency)]
             done, pending = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
             if pending:
-                # one failed for good; what the others have in flight is paid for
+                # fatal error; wait for the others in flight, which are paid for
                 await asyncio.wait(pending, timeout=GRACE_SECONDS)
             for task in done:
                 task.result()
@@ -201,15 +201,15 @@ class RequestRunner(Generic[Tag]):
             raise
 
     async def _next(self, rows: Iterator[Rounds[Tag]]) -> "tuple[_Round[Tag], Tag, Question, tuple[int, float]] | None":
-        """The next question and what is set apart for it; ``None`` if there is no more to ask."""
+        """The next question and its reservation; ``None`` if there is none."""
         async with self._gate:
             while self.stopped is None and not self._pending:
                 if (row := next(rows, None)) is not None:
                     self._add_round(row)
-                    # rows that have nothing to ask never wait: let others run
+                    # rows without questions never await: yield to others
                     await asyncio.sleep(0)
                 elif self._in_flight:
-                    # an answer may lead to another round
+                    # an answer may start another round
                     await self._wait_for_answer()
                 else:
                     return None
@@ -220,7 +220,7 @@ class RequestRunner(Generic[Tag]):
             most = read + written, self._teacher.cost(read, written) or 0.0
             while self.stopped is None and (limit := self._budget.exhausted(*most)) is not None:
                 if self._in_flight:
-                    # questions in flight seldom use all that was set apart for them
+                    # questions in flight seldom use their whole reservation
                     await self._wait_for_answer()
                 else:
                     self.stopped = limit
@@ -289,7 +289,7 @@ class RequestRunner(Generic[Tag]):
 
 @dataclass
 class _Round(Generic[Tag]):
-    """Questions of one row that are asked together: the row's later rounds, and how many are still unanswered."""
+    """Questions of one row that are asked together."""
 
     rounds: Rounds[Tag]
     open: int

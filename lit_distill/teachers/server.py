@@ -1,4 +1,4 @@
-"""A teacher behind a server that speaks the OpenAI API: vLLM, `transformers serve`, Ollama, llama.cpp, a hosted one."""
+"""A teacher behind an OpenAI-compatible server: vLLM, `transformers serve`, Ollama, llama.cpp, or a hosted one."""
 
 import asyncio
 import json
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import openai
 
 HOSTED = "https://api.openai.com/v1"
-"""The address when none is given."""
+"""Default address."""
 
-_LIST_TIMEOUT = 5.0  # seconds, for a list of models that nothing depends on
+_LIST_TIMEOUT = 5.0  # seconds, for the optional list of models
 _CONNECT_TIMEOUT = 30.0  # seconds; generous, as hundreds of connections may be opened at once
-_MOST_STOPS = 4  # stop texts that OpenAI and TGI take; answers are cut at the others here
+_MOST_STOPS = 4  # stop texts that OpenAI and TGI accept; others are applied here
 _MOST_BYTES = 16 << 20  # of a response; the longest answers with all their log-probabilities have a tenth of it
 _LONGEST_KEY = 4096
 _OWN_FIELDS = ("model", "messages", "prompt", "stream", "n")
@@ -42,27 +42,26 @@ _NO_MODEL = re.compile(
 
 
 class OpenAITeacher(Teacher):
-    """A teacher behind a server that speaks the OpenAI API.
+    """A teacher behind an OpenAI-compatible server.
 
-    The client tries again, with growing waits or after the wait (up to two minutes) that the server asks for, what may
-    pass: a refused connection, a timeout, 408, 409, 429, 5xx, a body that breaks off or is no completion.
+    The client retries transient errors with exponential backoff, or as the server asks (up to two minutes): refused
+    connections, timeouts, 408, 409, 429, 5xx, and bodies that break off or are no completion.
 
     Args:
-        model: the model's name as the server knows it.
-        base_url: the server's address with the version, ``http://localhost:8000/v1``; by default ``OPENAI_BASE_URL``,
-            or else OpenAI itself.
-        api_key_file: file that holds the server's key alone; by default the key is ``OPENAI_API_KEY``. It is sent to
-            the server and appears nowhere else. Servers that want none are given a placeholder.
+        model: the model's name on the server.
+        base_url: address with version, such as ``http://localhost:8000/v1``; by default ``OPENAI_BASE_URL``, else
+            OpenAI.
+        api_key_file: file that contains only the server's key; by default ``OPENAI_API_KEY``. The key is sent to the
+            server and stored nowhere. Servers that need none get a placeholder.
         layout: prompts are the turns of a ``chat`` or a text for ``completion``.
-        timeout: seconds for one try of a question, until its whole answer is there.
-        max_retries: how often a question is tried again.
-        logprobs: ask for the tokens' log-probabilities; some servers have none.
-        extra_body: fields of the request beside or instead of the usual ones, as ``{top_k: 20}``; null leaves a field
-            out, as in ``{temperature: null, top_p: null}`` for a reasoning model that takes neither, or
-            ``{top_p: null}`` for TGI, which takes no 1.
-        token_limit: what the server calls the limit of an answer's length: almost all know ``max_tokens``, OpenAI's
-            reasoning models want ``max_completion_tokens``.
-        **kwargs: the other arguments of `Teacher`.
+        timeout: seconds for one try of a question, including its whole answer.
+        max_retries: retries of a question.
+        logprobs: ask for log-probabilities of tokens, if the server has them.
+        extra_body: fields to add to the request or replace in it, such as ``{top_k: 20}``; null omits a field, as in
+            ``{temperature: null, top_p: null}`` for a reasoning model, or ``{top_p: null}`` for TGI, which refuses 1.
+        token_limit: the field that limits an answer's length: ``max_tokens``, or ``max_completion_tokens`` for OpenAI's
+            reasoning models.
+        **kwargs: as in `Teacher`.
     """
 
     follows_schema: ClassVar[bool] = True
@@ -94,26 +93,26 @@ class OpenAITeacher(Teacher):
 
     @property
     def concurrency(self) -> int:
-        """Enough to keep one GPU busy, little enough for the limits of a hosted API."""
+        """Enough for one GPU, within the limits of hosted APIs."""
         return 32
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With what else is sent, and whether log-probabilities are asked for."""
+        """With ``extra_body``, and whether log-probabilities are asked for."""
         return super().settings | {"logprobs": self.logprobs, "extra_body": deepcopy(self.extra_body)}
 
     def check_schema(self) -> None:
-        """Raise a ``UserError`` unless the layout has a field for a schema."""
+        """Raise a ``UserError`` unless the layout supports a schema."""
         if self.layout == "completion":
             raise UserError("layout must be chat where answers follow a schema, got 'completion'")
 
     async def open(self) -> None:
-        """Make the client, and check that a server listens.
+        """Make the client, and check that the server responds.
 
         Raises:
-            UserError: there is no key for OpenAI, or no server at the address.
+            UserError: there is no key for OpenAI, or no server.
         """
-        # half a second to import, which commands without a teacher do not spend
+        # slow to import
         import httpx2
         import openai
 
@@ -132,7 +131,7 @@ class OpenAITeacher(Teacher):
         self._url = url or HOSTED
         try:
             self._client = openai.AsyncOpenAI(
-                # a placeholder where no key is given: the client wants one, local servers ignore it
+                # the client needs a key, local servers ignore it
                 api_key=key or "none",
                 base_url=self._url,
                 max_retries=self.max_retries,
@@ -177,7 +176,7 @@ class OpenAITeacher(Teacher):
             failure = TeacherError(str(error))
         except UnicodeEncodeError:
             failure = TeacherError("the prompt is not Unicode: it holds half a surrogate pair")
-        # raised outside the handlers: a traceback would show the cause, which may hold the key
+        # outside the handlers: the cause in a traceback may contain the key
         raise failure
 
     async def _ask(self, question: Question) -> bytes:
@@ -187,13 +186,13 @@ class OpenAITeacher(Teacher):
         if self._client is None:
             raise RuntimeError("a teacher has to be opened before it is asked")
         path = "/completions" if isinstance(question.prompt, str) else "/chat/completions"
-        # by the client's plain method: checking messages would take it longer than all else here
+        # the plain method: validating messages would dominate the run time
         return (await self._client.post(path, cast_to=httpx2.Response, body=self._body(question))).content
 
     def _body(self, question: Question) -> dict[str, Any]:
         sampling = question.sampling
         prompt = question.prompt
-        # also what OpenAI has by default: vLLM's defaults are those of the model's generation_config.json
+        # even OpenAI's defaults: vLLM would use those of generation_config.json
         body: dict[str, Any] = {
             "model": self.model,
             **({"prompt": prompt} if isinstance(prompt, str) else {"messages": turns(prompt)}),
@@ -207,7 +206,7 @@ class OpenAITeacher(Teacher):
         if question.stop:
             body["stop"] = list(question.stop[:_MOST_STOPS])
         if self.logprobs:
-            # a number of alternatives for a completion; 0 means none at all to llama.cpp
+            # number of alternatives; llama.cpp takes 0 as none at all
             body["logprobs"] = True if self.layout == "chat" else 1
         if question.schema is not None:
             self.check_schema()
@@ -216,7 +215,7 @@ class OpenAITeacher(Teacher):
         return {field: value for field, value in (body | self.extra_body).items() if value is not None}
 
     async def _list_models(self, client: "openai.AsyncOpenAI") -> str:
-        """The server's first models, as far as it lists them; raises a ``UserError`` if no server is there."""
+        """Some models of the server, if it lists them. Raises a ``UserError`` if there is no server."""
         import httpx2
         import openai
 
@@ -231,15 +230,15 @@ class OpenAITeacher(Teacher):
             refused = f"base_url: no server answers at {self._url} ({error.__cause__}{proxies})"
             raise UserError(self._line(refused)) from None
         except (openai.APIStatusError, _TooLarge, ValueError, LookupError, TypeError, RecursionError):
-            # the list may be slow, forbidden or absent, which does not matter
+            # the list is optional
             return ""
         return ", ".join(names[:10])
 
     async def _explain(self, status: int, code: str | None, said: str) -> Exception:
-        """What a response of 4xx or 5xx means: for this question, for now, or for all questions."""
+        """The exception for a 4xx or 5xx response: for this question, for now, or for all questions."""
         line = self._line(f"{status}: {said}")
         if self.has_answered and status in (403, 404, 405):
-            # the key and the model are good: a filter or a region concerns this question alone
+            # key and model work: a filter or a region concerns this question alone
             return TeacherError(line)
         if (status in (408, 409, 429) and code != "insufficient_quota") or status >= 500:
             return TeacherBusy(line)
@@ -259,7 +258,7 @@ class OpenAITeacher(Teacher):
         return UserError(self._line(problem))
 
     def _line(self, text: str) -> str:
-        """A text as one printable line of at most 500 characters, with the key masked."""
+        """One printable line of at most 500 characters, with the key masked."""
         if self._key:
             text = text.replace(self._key, "<api_key>")
         text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
@@ -267,14 +266,14 @@ class OpenAITeacher(Teacher):
 
 
 class _TooLarge(Exception):
-    """A response that is not read to its end, nor asked for again."""
+    """A response too large to read or retry."""
 
 
 def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
-    """A client whose tries end, though a server may send a byte now and then for ever, or bytes without end.
+    """An HTTP client with a total timeout and a size limit.
 
-    A body that is no completion raises a ``DecodingError``, and an error inside a response of 200, as servers that
-    forward questions give it, becomes the response's status: both are then retried by the client as usual.
+    A body that is no completion raises a ``DecodingError``, and an error inside a 200 response (as proxies send)
+    becomes the response's status, so that the client retries both.
     """
     import httpx2
     import openai
@@ -285,7 +284,7 @@ def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
                 async with asyncio.timeout(timeout):
                     response = await super().send(request, **{**kwargs, "stream": True})
                     content = bytearray()
-                    # unpacked piece by piece: a few bytes may stand for very many
+                    # decompressed in pieces: a few bytes may expand to very many
                     async with aclosing(response):
                         async for part in response.aiter_bytes(1 << 16):
                             content += part
@@ -306,13 +305,13 @@ def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
             headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
             return httpx2.Response(status, headers=headers, content=body, request=request)
 
-    # all connections are kept for the next question
+    # keep all connections alive
     return Client(limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=1000))
 
 
 def _check_url(name: str, value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
     url = value.strip() if isinstance(value, str) else ""
-    # what may hold a secret is not shown
+    # do not show possible secrets
     shown = "" if re.search("[@?#]", url) else f", got {value!r}"
     try:
         parts = urlsplit(url)
@@ -330,14 +329,14 @@ def _read_key(path: str | Path) -> str:
             # a wrong path may lead to a huge file
             key = file.read(_LONGEST_KEY + 1)
     except (OSError, TypeError, ValueError) as error:
-        # a key given in place of its file is not shown
+        # do not show a key given in place of its file
         reason = getattr(error, "strerror", None) or "not a path"
         raise UserError(f"api_key_file: the file cannot be read ({reason})") from None
     return _check_key(f"api_key_file: {path}", key)
 
 
 def _check_key(name: str, value: str) -> str:
-    """A key that can stand in a header; it is not shown otherwise."""
+    """Check that a key fits into a header, without showing it."""
     key = value.strip()
     if not 0 < len(key) <= _LONGEST_KEY or not all("!" <= character <= "~" for character in key):
         raise UserError(f"{name} must hold a key of ASCII letters, digits and signs, and holds something else")
@@ -345,7 +344,7 @@ def _check_key(name: str, value: str) -> str:
 
 
 def _check_extra(value: dict[str, Any] | None) -> dict[str, Any]:
-    # a value is not shown: it may be a key
+    # do not show the value: it may be a key
     if found := next(secret_names(value), None):
         raise UserError(f"extra_body.{found}: {INSTEAD}")
     try:
@@ -371,7 +370,7 @@ def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - w
 
 
 _Lenient = Annotated[T | None, WrapValidator(_or_none)]
-"""What is not of its type is not known, and costs no answer."""
+"""Values of a wrong type are unknown, not errors."""
 
 
 class _Part(BaseModel):
@@ -390,7 +389,7 @@ class _Token(BaseModel):
 
 
 class _Logprobs(BaseModel):
-    """In a chat's form or a completion's: servers do not keep to the form of their endpoint."""
+    """Of a chat or a completion: servers mix the forms."""
 
     content: _Lenient[list[_Token]] = None
     token_logprobs: _Lenient[list[Annotated[float, Field(ge=-1e9, le=1)] | None]] = None
@@ -426,7 +425,7 @@ class _ErrorBody(BaseModel):
 
 
 def _inner_status(content: bytes) -> int:
-    """The status of an error inside a response of 200; 0 if there is none."""
+    """Status of an error inside a 200 response; 0 if there is none."""
     try:
         return _ErrorBody.model_validate_json(content).error.status
     except ValueError:
@@ -434,7 +433,7 @@ def _inner_status(content: bytes) -> int:
 
 
 def _said(body: object) -> str:
-    """The message of an error, where OpenAI, vLLM, llama.cpp, FastAPI or TGI put it; empty if it is elsewhere."""
+    """The message of an error body of OpenAI, vLLM, llama.cpp, FastAPI or TGI; else empty."""
     while isinstance(body, Mapping) and (key := next(filter(body.get, ("message", "detail", "error")), None)):
         body = body[key]
     return body if isinstance(body, str) else ""
@@ -447,13 +446,13 @@ def _reply(found: _Completion, stops: tuple[str, ...]) -> Reply:
         # the parts of Mistral's reasoning models, without the thinking
         text = "".join(part.text for part in text if part is not None and part.type == "text")
     text, finish = text or "", choice.finish_reason
-    # the other stop texts, or those that `transformers serve` leaves in
+    # further stop texts, or those that `transformers serve` leaves in
     if ends := [end for stop in stops if (end := text.find(stop)) >= 0]:
         text, finish = text[: min(ends)], "stop"
     logprobs = choice.logprobs or _Logprobs()
     values = logprobs.token_logprobs or [token.logprob for token in logprobs.content or ()]
     known = [value for value in values if value is not None]
-    # the tokens of thinking are among those that have probabilities
+    # log-probabilities include the tokens of thinking
     thinks = message is not None and bool(message.reasoning_content or message.reasoning)
     return Reply(
         text=text,
