@@ -11,7 +11,7 @@ COMMANDS = {
     "fit": "Train a student, test its best checkpoint and save it.",
     "validate": "Evaluate a student on val.",
     "test": "Evaluate a student on test.",
-    "predict": "Write what a student says of each row, as JSON lines.",
+    "predict": "Write a student's predictions as JSON lines.",
     "annotate": "Ask a teacher for a rationale and a label of every row.",
     "experiment": "Run a grid of fits, each a plain config of its own.",
     "compare": "Compare finished runs: tables, figures and a report.",

@@ -1,1 +1,1 @@
-"""One file a command beside fit, validate, test and predict."""
+"""The commands, one file each."""

@@ -1,4 +1,4 @@
-"""``annotate``: ask a teacher for a rationale and a label of every row, and keep all that it says."""
+"""``annotate``: ask a teacher for a rationale and a label of every row, and store all samples."""
 
 import math
 import platform
@@ -44,7 +44,7 @@ from lit_distill.tasks import Row
 from lit_distill.teachers.base import Teacher, TeacherError
 from lit_distill.teachers.runner import Budget, RequestRunner, Rounds, queued_interrupts
 
-_SHOWN = 2  # prompts that a dry run shows in full
+_SHOWN = 2  # prompts shown in full by a dry run
 _MEASURED = 200  # rows whose prompts are measured for an estimate
 
 Split = Literal["train", "val", "test", "predict"]
@@ -76,48 +76,45 @@ def annotate(
     wandb_project: str | None = None,
     push_to_hub: str | None = None,
 ) -> dict[str, Any]:
-    """Ask a teacher about a split's whole file, before val is split off.
+    """Ask a teacher about all released rows of a split.
 
-    What is in ``out`` already is not asked again, whatever ended the job that wrote it. Answers belong to a row's
-    input: those to an input that it had earlier stay in ``out``, and are neither judged nor counted.
+    Questions with an answer in ``out`` are not asked again, whatever ended the earlier job. Answers to an earlier input
+    of a row stay in ``out``, but are neither judged nor counted.
 
-    The first Ctrl-C (or SIGTERM) waits for the answers in flight, a second one does not; both keep what was answered.
-    The command ends with code 0 if everything is settled or a budget ended it, with 1 if there is no answer at all, or
-    questions are left for another start because the teacher was busy, with 2 after an error that it tells in one line,
-    and with 130 after an interruption.
+    The first Ctrl-C (or SIGTERM) waits for the questions in flight, a second one does not; all answers are stored. The
+    exit code is 0 if everything is answered or a budget is used up, 1 if there is no answer at all or the teacher was
+    too busy for some questions, 2 after an error, and 130 after an interruption.
 
     Args:
         datamodule: the data.
         teacher: who is asked.
-        out: folder of the answers; continues what is there. A dry run needs none.
-        split: the rows that are asked about.
-        num_samples: samples of each row, all of which are kept.
-        temperature: of the teacher's distribution; by default 0 for one sample and 0.7 for several.
-        top_p: draw from the likeliest tokens that make up this share of the probability.
-        max_new_tokens: tokens of an answer at most.
-        seed: seed of the first sample; each further one has the next.
-        until_agrees: ask for further samples of a row, up to this many in all, until the label of one agrees with the
-            gold label (rejection sampling).
-        prompt: YAML file of the prompt in place of the dataset's own.
-        demonstrations: JSON lines file of demonstrations (``input``, ``rationale``, ``label``, ``id``) in place of
-            the prompt's.
-        num_demonstrations: how many are shown; by default all of the prompt's, or 8 of a file's.
-        nearest_demonstrations: show those whose inputs are most like the row's in place of the first ones.
-        kind: what the prompt asks for beside the label; tasks select answers by it.
-        structured: have answers follow a JSON schema, if the teacher can.
-        concurrency: questions in flight at a time; by default what suits the teacher.
-        limit: ask about the first rows only, so many.
-        max_tokens: end the job when the answers in ``out`` have used so many tokens, prompts included. A question is
-            asked only while its prompt (four bytes are taken for a token) and its longest answer fit, beside those of
-            all in flight; if a teacher does not count tokens, the same estimate counts.
+        out: folder of the answers, old and new. A dry run needs none.
+        split: the split to ask about.
+        num_samples: samples per row, all of which are stored.
+        temperature: by default 0 for one sample and 0.7 for several.
+        top_p: nucleus sampling.
+        max_new_tokens: maximum tokens of an answer.
+        seed: of the first sample; each further one has the next.
+        until_agrees: sample a row until the label agrees with the gold label (rejection sampling), at most so often.
+        prompt: YAML file of another prompt.
+        demonstrations: JSON lines file of other demonstrations (``input``, ``rationale``, ``label``, ``id``).
+        num_demonstrations: how many to show; by default all of the prompt's, or 8 of a file's.
+        nearest_demonstrations: show those with inputs most similar to the row's, not the first ones.
+        kind: what the prompt asks for besides the label; tasks select answers by it.
+        structured: constrain answers to a JSON schema, if the teacher can.
+        concurrency: questions in flight; by default what suits the teacher.
+        limit: ask about this many first rows only.
+        max_tokens: stop when the answers in ``out`` have used so many tokens, including prompts. A question is asked
+            only if its prompt (estimated by four bytes per token) and longest answer fit with those in flight;
+            estimated, too, for a teacher that does not count tokens.
         max_cost: the same in US dollars; needs the teacher's prices.
-        retry_errors: ask again what could not be answered.
-        dry_run: show the first prompts in full and estimate tokens and cost; ask nothing, write nothing.
-        wandb_project: also write the summary to this project of Weights & Biases.
+        retry_errors: ask failed questions again.
+        dry_run: show the first prompts in full and estimate tokens and cost; ask and write nothing.
+        wandb_project: also log the summary to this W&B project.
         push_to_hub: upload ``out`` to this dataset (``USER/NAME``) on the Hugging Face hub, unless interrupted.
 
     Returns:
-        The summary that is printed.
+        The printed summary.
 
     Raises:
         UserError: an argument is wrong, or the teacher is unavailable.
@@ -168,7 +165,7 @@ def annotate(
         selection=selection,
     )
     rows = _rows(datamodule, split)[:limit]
-    # a template that asks for an unknown field fails here, too
+    # also fails for unknown template fields
     tokens = count_tokens(plan.prompt(rows[0])), max_new_tokens
     if too_small := Budget(max_tokens, max_cost).exhausted(sum(tokens), teacher.cost(*tokens) or 0.0):
         raise UserError(too_small)
@@ -205,7 +202,7 @@ def _prompt(
     *,
     by_similarity: bool,
 ) -> tuple[PromptTemplate, Choose, dict[str, Any] | None]:
-    """The template, how a row's demonstrations are chosen, and that choice in plain values."""
+    """The template, the function that selects demonstrations, and the selection in plain values."""
     path = Path(prompt) if prompt is not None else datamodule.prompt_file
     template = load_prompt(path)
     if demonstrations is not None:
@@ -243,7 +240,7 @@ class _Job:
     split: Split
     rows: list[Row]
     faults: dict[tuple[str, int], str] = field(default_factory=dict)
-    """What a user's own reading of an answer raised, by the row's id and the sample."""
+    """Exceptions of a user's own parser, by row id and sample."""
     _estimates: bool = False
 
     def run(
@@ -290,7 +287,7 @@ class _Job:
                     with progress(tally, self.teacher.name, total) as show:
                         runner.run(self.questions(store), interrupts)
                 except BaseException:
-                    # put what was paid for in order if possible, but raise why the job ended
+                    # finish the file if possible, but raise why the job ended
                     with suppress(UserError):
                         finish()
                     raise
@@ -318,18 +315,18 @@ class _Job:
         return [input_hash(row) for row in self.rows]
 
     def place(self, sample: Annotation) -> int | None:
-        """The position of a sample's row; ``None`` if it is of no row, or of another input of one."""
+        """The position of a sample's row; ``None`` for an unknown row or another input."""
         found = self.places.get(sample.id) if sample.split == self.split else None
         return found if found is not None and sample.input in (None, self.hashes[found]) else None
 
     def is_asked(self, sample: Annotation) -> bool:
-        """Whether a sample is one of this job's, by whichever run of it."""
+        """Whether a sample belongs to this job's questions."""
         plan = self.plan
         own = (plan.prompt_hash, plan.settings_hash, plan.teacher, plan.kind)
         return (sample.prompt, sample.settings, sample.teacher, sample.kind) == own and self.place(sample) is not None
 
     def read(self, sample: Annotation) -> Annotation:
-        """Fill in the columns that follow from a sample's text; they stay unknown if the user's own reading raises."""
+        """Fill in the columns that follow from a sample's text; left unknown if the user's parser fails."""
         place = self.place(sample)
         if place is None:
             return sample
@@ -342,7 +339,7 @@ class _Job:
             return unread(sample)
 
     def agree(self, label: str, other: str) -> bool:
-        """Whether two labels are one answer, as far as the user's own comparison can tell."""
+        """Whether two labels are the same answer; false if the user's own comparison fails."""
         try:
             return self.datamodule.teacher_agrees(label, other)
         except Exception:  # noqa: BLE001 - a user's own code, too
@@ -354,7 +351,7 @@ class _Job:
             yield ([(asked, asked[1]) for asked in questions] for questions in rounds)
 
     def used(self, sample: Annotation) -> tuple[int, float]:
-        """Tokens and US dollars of an answer, for the budget; estimated if the teacher does not count."""
+        """Tokens and US dollars of an answer; estimated if the teacher does not count."""
         read, written = sample.input_tokens, sample.output_tokens
         if sample.text is None or (read is not None and written is not None):
             return (read or 0) + (written or 0), sample.cost or 0.0
@@ -386,7 +383,7 @@ class _Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is asked of whom, in plain values."""
+        """The settings of the job, in plain values."""
         plan = self.plan
         return {
             "dataset": self.datamodule.name,
@@ -406,7 +403,7 @@ class _Job:
         }
 
     def note(self, store: AnnotationStore, started: str, stopped: str | None) -> None:
-        """Write what this folder's samples were asked with, under the hashes that they have."""
+        """Write prompt, teacher and settings to the metadata, under their hashes."""
         metadata = store.read_metadata() or {"format": 1, "jobs": []}
         versions = {name: version(name) for name in ("transformers", "openai")}
         versions = {"lit_distill": __version__, "python": platform.python_version(), **versions}
@@ -454,7 +451,7 @@ def _estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
 
 
 def _show(title: str, summary: dict[str, Any]) -> None:
-    # as texts, so that no name is taken for markup
+    # as `Text`, so that names are no markup
     table = Table(title=Text(title, style="table.title"), title_justify="left", show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
@@ -481,7 +478,7 @@ def _now() -> str:
 
 
 def _keep_prompt(plan: Plan, folder: Path) -> None:
-    """Write the prompt beside the answers to it."""
+    """Write the prompt file next to the answers."""
     path = folder / "prompts" / f"{plan.prompt_hash}.yaml"
     try:
         if not path.exists():

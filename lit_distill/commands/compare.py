@@ -1,4 +1,4 @@
-"""``compare``: finished runs side by side, with what can be said about their differences."""
+"""``compare``: compare finished runs, with statistics."""
 
 from pathlib import Path
 
@@ -27,15 +27,15 @@ def compare(
     """Compare runs and write a report with tables and figures.
 
     Args:
-        runs: folders of runs, or folders that are searched for runs with all below them; ``wandb://entity/project`` is
-            read from Weights & Biases, metrics only.
+        runs: folders of runs, or folders to search for runs; `wandb://entity/project` reads metrics from Weights &
+            Biases.
         out: folder of the report: ``report.html``, ``report.md``, ``runs.csv``, ``runs.parquet``, ``figures/``.
-        baseline: what the others are compared with, as in ``method=StepByStep,rationales=shuffled``. Student, labels
-            and fraction are those of the compared setting unless named. By default standard finetuning.
-        metric: what is compared, by its logged name. Intervals over test rows are of ``test/accuracy`` alone.
-        allow_different_tests: compare runs of one dataset though they were tested on different rows.
+        baseline: the setting to compare with, as in ``method=StepByStep,rationales=shuffled``; student, labels and
+            fraction are those of the compared setting unless given. By default standard finetuning.
+        metric: the logged name of the metric. Only ``test/accuracy`` has intervals over test rows.
+        allow_different_tests: compare runs of a dataset even if their test rows differ.
         resamples: of the bootstrap; at most 100,000.
-        seed: of its draws.
+        seed: of the bootstrap.
 
     Raises:
         UserError: an argument is wrong, no run was found, or runs cannot be compared.
@@ -76,13 +76,13 @@ def _show(comparison: Comparison, report: Path) -> None:
         lines.append(f"{DOUBLE_DAGGER} only over the seeds that both it and its baseline have")
     lines += [f"skipped {source}: {reason}" for source, reason in comparison.skipped.items()]
     lines += [f"left out {old}: repeated as {new}" for old, new in sorted(comparison.repeated.items())]
-    # unwrapped, so that a path can be copied, and as they are, though names may look like rich's markup
+    # unwrapped, so that a path can be copied; without rich's markup
     for line in [*lines, "Report:", f"  {report}"]:
         console.print(Text(line), soft_wrap=True)
 
 
 def _table(section: Section, label_source: str, results: list[Result], metric: str) -> Table:
-    """A table that fits 80 columns: what belongs together is below each other."""
+    """A table that fits 80 columns, by stacking related values."""
     title = f"{dataset_name(section.dataset)}, {labels_name(label_source)}: {metric_name(metric)}"
     table = Table(title=title, title_justify="left", show_lines=True)
     stacks: list[tuple[str, ...]] = [("setting", "student", "training rows"), ("n",), ("mean ± se", "published")]

@@ -1,4 +1,4 @@
-"""Runs a command; importing this module imports torch, lightning and transformers."""
+"""Run a command; importing this module imports torch, lightning and transformers."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
 
-# these three make data modules, methods and teachers known by their bare names
+# these make data modules, methods and teachers known by their class names
 import lit_distill.data
 import lit_distill.modules
 import lit_distill.teachers  # noqa: F401
@@ -27,17 +27,17 @@ from lit_distill.errors import UserError
 from lit_distill.teachers.base import Teacher
 
 INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended, as shells have it."""
+"""Exit code after Ctrl-C."""
 
 _RUNS = "Folders of runs, or folders that are searched for runs; wandb://entity/project for metrics only."
 
 
 def run_annotate(args: list[str]) -> dict[str, Any]:
-    """Ask a teacher.
+    """Run ``annotate``.
 
     Raises:
-        SystemExit: with code 130 after Ctrl-C, once what was in flight is kept; with 1 where there is no answer at all,
-            or questions are left because the teacher was busy.
+        SystemExit: with code 130 after Ctrl-C, once answers are stored; with 1 if there is no answer, or questions are
+            left because the teacher was busy.
     """
     summary = call("annotate", annotate, args, classes={"data": RationaleDataModule, "teacher": Teacher})
     if summary.get("stopped") == "interrupted":
@@ -52,20 +52,20 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
 
 
 def run_compare(args: list[str]) -> Comparison:
-    """Compare the runs in the folders that are named before the options."""
+    """Run ``compare``."""
     return call("compare", compare, args, positional=("runs", _RUNS))
 
 
 def run_experiment(args: list[str]) -> dict[str, Any]:
-    """Run a grid's cells.
+    """Run ``experiment``.
 
     Raises:
-        SystemExit: with code 1 where a cell is not done, with code 130 after Ctrl-C.
+        SystemExit: with code 1 if a cell is not done, with 130 after Ctrl-C.
     """
     summary = call("experiment", experiment, args)
     if summary.get("interrupted"):
         raise SystemExit(INTERRUPTED)
-    # a dry run and printed commands leave cells to be run; that is what was asked for
+    # after a dry run or printed commands, pending cells are no failure
     if "interrupted" in summary and summary["done"] < len(summary["cells"]):
         raise SystemExit(1)
     return summary
@@ -77,17 +77,17 @@ BESIDE: Mapping[str, Callable[[list[str]], object]] = {
     "experiment": run_experiment,
     "inspect": InspectCLI,
 }
-"""The commands beside the trainer's own."""
+"""The commands besides the trainer's."""
 
 
 def dispatch(args: ArgsType) -> None:
     """Run one command.
 
     Args:
-        args: the arguments as LightningCLI takes them.
+        args: as LightningCLI takes them.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: for errors that the user can fix.
     """
     quieten()
     set_parsing_settings(add_print_completion_argument=True)
@@ -102,12 +102,12 @@ def dispatch(args: ArgsType) -> None:
 
 
 def quieten() -> None:
-    """Leave out messages of dependencies that help nobody; everything else keeps its warning."""
-    # torch says so of Lightning's own code
+    """Hide useless messages of dependencies; other warnings stay."""
+    # torch warns about Lightning's code
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    # tests and notebooks call main in-process, beside arguments of their own
+    # tests and notebooks call main in-process, with other arguments in sys.argv
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended to run from within Python")
-    # rows are logged by optimizer steps, which no epoch's length bounds
+    # logged by optimizer step, whatever the epoch's length
     warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_helpful)
@@ -115,5 +115,5 @@ def quieten() -> None:
 
 
 def _is_helpful(record: logging.LogRecord) -> bool:
-    """Neither an advertisement nor the seed, which the config says."""
+    """Whether a message is neither an advertisement nor the seed."""
     return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "Seed set to"))

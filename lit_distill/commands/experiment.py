@@ -1,4 +1,4 @@
-"""``experiment``: the runs of a grid, each with a config and a folder of its own, each run once."""
+"""``experiment``: run the cells of a grid, each with its own config and folder."""
 
 import copy
 import fnmatch
@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 
-# these two make data modules and methods known by their bare names
+# these make data modules and methods known by their class names
 import lit_distill.data
 import lit_distill.modules  # noqa: F401
 from lit_distill.commands import train
@@ -44,30 +44,29 @@ def experiment(
     dry_run: bool = False,
     slurm: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run every cell of a grid once; what is done already is not run again, whatever ended the job that ran it.
+    """Run every cell of a grid once; finished cells are skipped.
 
-    A cell's folder holds ``fit.yaml``, which ``fit --config`` runs alone, and what the run leaves. Several of these
-    commands may fill one folder, on one machine or on many that share it.
+    A cell's folder has ``fit.yaml``, which ``fit --config`` can run alone, and the files of the run. Several of these
+    commands may share a folder, on one machine or many.
 
     Args:
-        config: the grid: ``base`` (configs of fit), ``set`` (keys that are the same in all cells), ``grid`` (key -> its
-            values), ``cells`` (explicit cells, each of which is combined with the grid), ``when`` (what is set where
-            ``if`` holds).
-        out: folder of the cells; by default as the grid says, else ``runs/<name of the grid>``.
-        launcher: ``local`` runs processes on this machine, ``slurm`` submits jobs, ``print`` writes the configs and
-            prints the commands, one a line.
-        jobs: cells at a time: by default 1 on this machine, where several share the GPUs by turns and the cores, and
-            all on a cluster.
-        only: run the cells whose names match this pattern, as in ``*-seed0``.
-        retry_failed: also run cells that failed before; they resume from their last checkpoint.
-        dry_run: list the cells and where they stand; write nothing.
-        slurm: arguments of submitit's ``executor.update_parameters``, as in ``--slurm.slurm_partition gpu``.
+        config: the grid: ``base`` (configs of fit), ``set`` (keys for all cells), ``grid`` (key -> values), ``cells``
+            (explicit cells, each combined with the grid), ``when`` (``set`` for cells that match ``if``).
+        out: folder of the cells; by default that of the grid file, else ``runs/<name of the grid>``.
+        launcher: ``local`` starts processes on this machine, ``slurm`` submits jobs, ``print`` writes the configs and
+            prints one command per line.
+        jobs: cells at a time: by default 1 on this machine (several share cores and take turns on GPUs), all on a
+            cluster.
+        only: run cells whose names match this pattern, such as ``*-seed0``.
+        retry_failed: also run failed cells; they resume from their last checkpoint.
+        dry_run: list the cells and their states; write nothing.
+        slurm: arguments of submitit's ``executor.update_parameters``, such as ``--slurm.slurm_partition gpu``.
 
     Returns:
-        The number of cells in each state, each cell's state, and the verdicts on published figures.
+        The number of cells in each state, each cell's state, and the verdicts on published results.
 
     Raises:
-        UserError: something in the grid, or in a cell's config, is wrong; no cell has been run, and nothing written.
+        UserError: the grid or a cell's config is invalid; nothing has been run or written.
     """
     grid = read_grid(config)
     folder = Path(out or grid.out or Path("runs") / Path(config).stem)
@@ -76,7 +75,7 @@ def experiment(
         cells = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
         if not cells:
             raise UserError(f"only: no cell's name matches {only!r}; --dry_run lists them")
-    # made before anything is written, as they check their arguments
+    # made first, as they check their arguments
     devices = [str(i) for i in range(torch.cuda.device_count())]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         devices = visible.split(",")[: len(devices)]
@@ -107,33 +106,29 @@ def experiment(
 
 
 class FitCheck(train.DistillCLI):
-    """``fit`` without a run: says of a config what ``fit`` would say of it before it reads weights or data."""
+    """Checks a config as ``fit`` would, before weights or data are read."""
 
     @classmethod
     def make(cls) -> "FitCheck":
-        """Build ``fit``'s own parser, once for all cells."""
+        """Build ``fit``'s parser, once for all cells."""
         made = train.run_trainer(["fit"], cli=cls)
         assert isinstance(made, cls)  # noqa: S101 - for the type
         return made
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Nothing is parsed yet."""
+        """Parse nothing yet."""
         self.config = Namespace(subcommand="fit")
 
     def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is settled, built or run."""
+        """Build and run nothing."""
 
     _parse_ckpt_path = _set_seed = before_instantiate_classes = instantiate_classes = _do_nothing
     _run_subcommand = _do_nothing
 
     def parsed(self, config: Mapping[str, Any]) -> Namespace:
-        """A config as ``fit`` reads it.
-
-        Raises:
-            UserError: ``fit`` would refuse it.
-        """
+        """A config as ``fit`` parses it. Raises a ``UserError`` if ``fit`` would refuse it."""
         with warnings.catch_warnings():
-            # what this process was started with is not what is parsed
+            # hide this process's own arguments
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
             super().parse_arguments(self._parser("fit"), copy.deepcopy(dict(config)))
         found: Namespace = self.config
@@ -148,17 +143,17 @@ class FitCheck(train.DistillCLI):
 
 
 class _NoStudent(str):
-    """Ends a method's constructor where the student would be loaded: its arguments have been checked by then."""
+    """Stops a method's constructor before the student is loaded, after its arguments are checked."""
 
     class Reached(Exception):
-        """All was well so far."""
+        """All arguments passed."""
 
     def __str__(self) -> str:
         raise self.Reached
 
 
 def _try_classes(config: Namespace) -> None:
-    """Have our own classes check their arguments; constructors of others may do anything, and are left to ``fit``."""
+    """Let our own classes check their arguments; those of others run in ``fit`` only, as they may have side effects."""
     for group in ("data", "model"):
         found = import_class(config[group]["class_path"])
         if not found.__module__.startswith("lit_distill."):
@@ -171,7 +166,7 @@ def _try_classes(config: Namespace) -> None:
 
 
 def accepted_arguments(class_path: str) -> Collection[str] | None:
-    """The names of the arguments of a method or dataset, with those of the classes below it; ``None`` if unknown."""
+    """The argument names of a method or dataset, with those of its base classes; ``None`` if unknown."""
     known = {name: found for base in _BASES for name, found in known_subclasses(base).items()}
     try:
         found = known.get(class_path) or import_class(class_path)
@@ -184,7 +179,7 @@ def accepted_arguments(class_path: str) -> Collection[str] | None:
 
 
 def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
-    """The cells, each of which ``fit`` would take."""
+    """The cells, after checking that ``fit`` accepts each."""
     check = FitCheck.make()
     base: dict[str, Any] = {}
     for name in grid.base:
@@ -195,7 +190,7 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
         name = cell_name(point)
         try:
             config = merge(base, nested(grid.settings(point)), accepted_arguments)
-            # of cells that differ in nothing but their seed, one is checked
+            # check one of the cells that differ only in their seed
             like = config if "seed" not in point else merge(config, nested(fit_keys({"seed": 0})), accepted_arguments)
             if repr(like) not in checked:
                 check.parsed(_with_location(like, folder / name))
@@ -218,7 +213,7 @@ def _read(given: str) -> dict[str, Any]:
 
 
 def _with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A config whose run writes into a folder of its own, and resumes there."""
+    """A config that runs in a folder of its own, and resumes there."""
     trainer, checkpoint = config.get("trainer") or {}, config.get("checkpoint") or {}
     if not isinstance(trainer, Mapping) or not isinstance(checkpoint, Mapping):
         # fit says what is wrong
@@ -242,7 +237,7 @@ def _class_name(given: Any) -> str:  # noqa: ANN401 - whatever YAML holds
 
 
 def _state(cell: Cell) -> State:
-    """Where a cell stands; a finished run is the cell's own only if it is of the same config."""
+    """The state of a cell; a finished run counts only if its config is the same."""
     state = cell.state
     if state is State.DONE:
         try:

@@ -1,4 +1,4 @@
-"""How ``fit`` ends: the best student saved, a label-only baseline beside it, and the record of the run."""
+"""The end of ``fit``: export the best student, train a label-only baseline, and write the record."""
 
 import inspect
 import platform
@@ -41,11 +41,7 @@ from lit_distill.tasks import fingerprint
 def save_best_student(
     trainer: pl.Trainer, module: DistillModule, data: RationaleDataModule, best: Path | None, folder: Path
 ) -> Path | None:
-    """Save the best checkpoint's student as ``student`` in the run's folder, on rank 0.
-
-    Returns:
-        The student's folder; ``None`` where no checkpoint was kept.
-    """
+    """Export the best checkpoint to ``student`` in the run's folder, on rank 0; ``None`` without a checkpoint."""
     if best is None:
         return None
     if not best.is_file():
@@ -64,7 +60,7 @@ def save_best_student(
 def add_baseline(
     student: Path, module: DistillModule, data: RationaleDataModule, baseline: Mapping[str, float]
 ) -> None:
-    """Write a saved student's card once more, with the label-only baseline beside its metrics."""
+    """Rewrite an exported student's card with the label-only baseline."""
     facts = replace(_card_facts(module, data), baseline=baseline)
     write_text(student / "README.md", model_card(facts, _prefixes(module), _generation(module)))
 
@@ -78,7 +74,7 @@ def _generation(module: DistillModule) -> dict[str, dict[str, Any]]:
 
 
 def _tested(module: DistillModule) -> Evaluation | None:
-    """The evaluation of test, where that was the last one."""
+    """The last evaluation, if it was of test."""
     return module.evaluation if module.evaluation is not None and module.evaluation.split == "test" else None
 
 
@@ -108,13 +104,13 @@ def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
 def train_baseline(
     config: Namespace, trainer_args: Mapping[str, Any], data_class: type[RationaleDataModule], folder: Path
 ) -> dict[str, float]:
-    """Train, select on val and test a ``StandardModule`` with the same student, data, settings and number of steps.
+    """Train, select and test a ``StandardModule`` with the same student, data, settings and number of steps.
 
     Args:
-        config: the run's; of its method's arguments those that ``StandardModule`` has are taken.
-        trainer_args: the run's, built again: a strategy or a plugin serves one trainer.
-        data_class: the run's.
-        folder: where the checkpoints go.
+        config: of the run; arguments that ``StandardModule`` lacks are dropped.
+        trainer_args: of the run, rebuilt, since strategies and plugins serve one trainer only.
+        data_class: of the run.
+        folder: for the checkpoints.
 
     Returns:
         The test metrics of the best checkpoint.
@@ -151,7 +147,7 @@ def record_run(
     history: RunHistory,
     steps: int,
 ) -> None:
-    """Write the record of a run that has ended after ``steps`` optimizer steps, and its test predictions if any."""
+    """Write the record of a run that ended after ``steps`` optimizer steps, and any test predictions."""
     dataset, method = names(config)
     arguments, settings, tested = data.hparams, dict(module.hparams), _tested(module)
     if tested is not None:
@@ -190,7 +186,7 @@ def record_run(
 
 
 def _command() -> list[str]:
-    """What was typed, without the places of the interpreter and of the installed program."""
+    """The command line, without the paths of interpreter and program."""
     program = Path(sys.argv[0]).name
     words = sys.argv if program == "lit-distill" else sys.orig_argv
     return [Path(words[0]).name, *words[1:]]
@@ -205,7 +201,7 @@ def _validation(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def _teacher_accuracy(data: RationaleDataModule, tested: Evaluation | None) -> float | None:
-    """Of the teacher's labels on the rows that were tested, or on all of test."""
+    """Accuracy of the teacher labels on the tested rows, or on all of test."""
     rows = data.split_rows("test")
     if rows is not None and tested is not None:
         rows = [rows[answer.index] for answer in tested.answers]
@@ -218,10 +214,10 @@ def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[
     for split in splits:
         if data.split_rows(split) is None:
             continue
-        # what was trained on, rationales included; what was evaluated on, with gold labels
+        # training rows with rationales, evaluated rows with gold labels
         rows = list(data.used_rows(split).rows)
         if split == "test" and tested is not None:
-            # a limited run leaves some out
+            # a limited run tests only some
             rows = [rows[answer.index] for answer in tested.answers]
         found[split] = fingerprint(rows, rationales=split == "train")
     return found
@@ -238,10 +234,10 @@ def _versions() -> dict[str, str]:
 
 
 def repository_state() -> dict[str, Any]:
-    """The state of the repository that the command ran in; empty where there is none."""
+    """Commit and state of the working directory's repository; empty if there is none."""
 
     def ask(*arguments: str) -> str:
-        # whichever git the user has
+        # the user's git, from PATH
         command = ["git", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
 
@@ -258,7 +254,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _peak_memory() -> float:
-    """MiB: of the accelerator where there is one, else of this process."""
+    """In MiB: of the accelerator, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     # in KiB on Linux, in bytes on macOS

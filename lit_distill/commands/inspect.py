@@ -1,4 +1,4 @@
-"""``inspect``: what is in a dataset, what the teacher made of it, and what a student will see of it."""
+"""``inspect``: a report on a dataset, its teacher outputs, and what a student will see."""
 
 import json
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ from lit_distill.files import write_text
 from lit_distill.tasks import Row
 
 EXAMPLES = 3
-"""Examples that are shown."""
+"""Number of examples to show."""
 
 
 def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
-    """A report in plain values: each split as it is released, and what of it this run uses.
+    """A report in plain values: each split as released, and the part that this run uses.
 
-    A split's ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (an
-    output that does not parse is wrong), ``outside_label_set`` and ``kept`` (by ``rationale_filter``) count the
-    released file whole; where no val is released (``released`` is false), the rows taken from train. ``taken_as_val``,
-    ``left_out_by_fraction`` and ``dropped_...`` lead from there to ``used``, of which the rest speaks: lengths are in
-    tokens before truncation. An absent split is ``{"present": false}``.
+    ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (unparsed is
+    wrong), ``outside_label_set`` and ``kept`` (by ``rationale_filter``) count the whole released file; if no val is
+    released (``released`` is false), the rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and
+    ``dropped_...`` lead to ``used``, to which the rest refers; lengths are in tokens before truncation. An absent split
+    is ``{"present": false}``.
 
-    No student is built, and nothing is written to the cache.
+    No student is built, and the cache is not written.
 
     Raises:
-        UserError: no split is there, or a file is not as it should be.
+        UserError: there is no split, or a file is invalid.
     """
     datamodule.prepare_data()
     asked: list[Split] = ["train", "val", "test"]
@@ -120,7 +120,7 @@ def _summary(lengths: Sequence[int], limit: int) -> dict[str, int | float | None
 
 
 def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, Any]]:
-    """The first rows that are used, decoded from their ids, so that cuts and unknown tokens show."""
+    """The first used rows, decoded from their ids, so that truncation and unknown tokens show."""
     rows = list(datamodule.used_rows(split).rows[:EXAMPLES])
     choose, decode = partial(datamodule.targets, split), datamodule.tokenizer.decode
     columns = encode_rows(rows, datamodule.tokens, datamodule.token_settings, choose)
@@ -163,7 +163,7 @@ _USED = {
 
 
 def render(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print a report of `inspect_data` as tables, on standard output if no console is given."""
+    """Print a report as tables, by default to standard output."""
     console = console or Console()
     settings, splits = report["settings"], report["splits"]
     chosen = f"rationale_filter: {settings['rationale_filter']}"
@@ -172,7 +172,7 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
     for split, found in splits.items():
         taken = found["present"] and not found["released"]
         rows.add_column(f"{split} (of train)" if taken else split, justify="right")
-    # above the line each file whole, below it what this run takes of it
+    # above the line the whole file, below it the part that this run uses
     for names in (_RELEASED, _USED):
         for key, name in names.items():
             rows.add_row(name, *(_cell(found, key) for found in splits.values()))

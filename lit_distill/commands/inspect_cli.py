@@ -1,4 +1,4 @@
-"""``inspect`` on the command line: takes any config of ``fit``, and builds the data alone."""
+"""``inspect`` on the command line: parses any config of ``fit``, and builds the data only."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lit_distill.modules.base import DistillModule
 
 
 class InspectCLI(DistillCLI):
-    """Parses what ``fit`` parses, so that any config will do; of it only the data is built.
+    """Parses what ``fit`` parses, but builds the data only.
 
     Args:
         args: the arguments after ``inspect``.
@@ -42,22 +42,22 @@ class InspectCLI(DistillCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """As for ``fit``, but the model may be left out."""
+        """As for ``fit``, but the model is optional."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(DistillModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(RationaleDataModule, "data", subclass_mode=True)
         parser.add_argument("--json", type=str | None, default=None, help="Also write the report to this JSON file.")
-        # a config may hold what only `fit` takes
+        # a config may have keys for `fit` only
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Ignored.")
 
     def add_links(self, parser: LightningArgumentParser) -> None:
-        """None: without a model the tokenizer is given for itself."""
+        """None: the tokenizer is given directly."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing that is built here has a name."""
+        """Name nothing."""
 
     def instantiate_classes(self) -> None:
-        """Build the data module, with what it has to know of the method, and report on it."""
+        """Build the data module with the method's tasks, and print the report."""
         data = self.config["data"]
         arguments: dict[str, Any] = (data.get("init_args") or Namespace()).as_dict()
         if (model := self.config.get("model")) is not None:

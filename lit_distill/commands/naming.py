@@ -1,4 +1,4 @@
-"""What a run is called, and the folder where it keeps its files."""
+"""Names of runs, and the folders of their files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from lit_distill.files import flatten
 
 
 def names(config: Namespace) -> tuple[str, str]:
-    """The names of dataset and method in a run's name; each round of ANLI is a dataset."""
+    """The dataset and method in a run's name; each round of ANLI is a dataset."""
     data, model = config["data"], config["model"]
     dataset = data["class_path"].rpartition(".")[2].removesuffix("DataModule").lower()
     part = (data.get("init_args") or Namespace()).get("round", "")
@@ -23,17 +23,17 @@ def names(config: Namespace) -> tuple[str, str]:
 
 
 def run_name(config: Namespace) -> str:
-    """A run's name, by which its folder is found."""
+    """A run's name, which is also its folder's."""
     arguments = config["data"].get("init_args") or Namespace()
     source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
     return f"{'-'.join(names(config))}-{source}-{fraction:g}-seed{config['seed_everything']}"
 
 
 def wandb_naming(config: Namespace) -> dict[str, Any]:
-    """The name, the group and the tags of a run in W&B.
+    """Name, group and tags of a run in W&B.
 
-    The runs of a group differ in their seeds alone. Its name has the main settings, and ends in a hash of all settings
-    that a comparison tells runs apart by.
+    Runs of a group differ in their seeds alone. The group's name has the main settings and a hash of all settings that
+    a comparison distinguishes.
     """
     known = identifying({key: value for key, value in config.as_dict().items() if key != "config"})
     dataset, method = names(config)
@@ -49,7 +49,7 @@ def wandb_naming(config: Namespace) -> dict[str, Any]:
 
 
 def name_loggers(config: Namespace, job_type: str) -> None:
-    """Give loggers without a name the run's, in place, and a run without a logger a CSV logger.
+    """Give unnamed loggers the run's name, in place, and add a CSV logger if there is none.
 
     Args:
         config: of a command.
@@ -71,24 +71,24 @@ def name_loggers(config: Namespace, job_type: str) -> None:
 
 
 def plain_config(config: Namespace) -> dict[str, Any]:
-    """A config with its keys joined by dots and plain values, as loggers take it."""
+    """A config with dotted keys and plain values, for loggers."""
     flat = flatten(config.as_dict())
     return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat.items()}
 
 
 def loggers_of(config: Namespace) -> list[Namespace]:
-    """The loggers that a config asks for by their classes."""
+    """The loggers of a config, by their classes."""
     given = config["trainer"].get("logger")
     return [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, Namespace)]
 
 
 def is_logger(logger: Namespace, name: str) -> bool:
-    """Whether a logger's class is of this name."""
+    """Whether a logger's class has this name."""
     return str(logger.class_path).rpartition(".")[2] == name
 
 
 def logger_root(logger: Namespace) -> Path:
-    """The folder in which a logger makes a folder a run."""
+    """The folder in which a logger creates a folder per run."""
     arguments = logger.init_args
     name = arguments.get("name")
     if is_logger(logger, "WandbLogger"):
@@ -97,7 +97,7 @@ def logger_root(logger: Namespace) -> Path:
 
 
 def logger_folder(logger: Namespace) -> Path | None:
-    """A logger's folder for the run where its version is given; ``None`` where it counts its versions."""
+    """A logger's folder for a run of fixed version; ``None`` if it counts versions."""
     version = logger.init_args.get("version")
     if version is None:
         return None
@@ -105,14 +105,14 @@ def logger_folder(logger: Namespace) -> Path | None:
 
 
 def fixed_folder(config: Namespace) -> Path | None:
-    """The run's folder where the config says it; ``None`` where the logger counts its versions."""
+    """The run's folder if the config determines it; ``None`` if the logger counts versions."""
     if config["checkpoint"]["dirpath"]:
         return Path(config["checkpoint"]["dirpath"]).parent
     return logger_folder(loggers[0]) if (loggers := loggers_of(config)) else None
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Where a run keeps its files: the folder above its checkpoints, else the logger's."""
+    """A run's folder: the one above its checkpoints, else the logger's."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             return Path(callback.dirpath).parent

@@ -1,4 +1,4 @@
-"""The parser of all commands: errors in one line, constructors whose exceptions stay as they are."""
+"""The parser of all commands: one-line errors, and unchanged exceptions of constructors."""
 
 import importlib
 import inspect
@@ -26,12 +26,12 @@ _load_yaml = get_loader("yaml")
 
 
 def _load_bounded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
-    """Load YAML as jsonargparse does, after a check that it is not nested too deep and stands for few values."""
+    """Load YAML as jsonargparse does, with bounds on its depth and size."""
     try:
         check_yaml(text)
         return _load_yaml(text)
     except ValueError as error:
-        # of a tag, or a number of thousands of digits
+        # an invalid tag, or a number of thousands of digits
         raise YAMLError(str(error)) from error
 
 
@@ -39,7 +39,7 @@ set_loader("yaml", _load_bounded, exceptions=(YAMLError,))
 
 
 class Raised(BaseException):
-    """Wraps a constructor's exception, as jsonargparse rewrites any ``Exception``."""
+    """Wraps a constructor's exception, since jsonargparse rewrites any ``Exception``."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -47,47 +47,47 @@ class Raised(BaseException):
 
 
 class Parser(LightningArgumentParser):
-    """Raises one line where argparse prints its usage and exits; options are not abbreviated."""
+    """Raises one line in place of printing usage; does not allow abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # an abbreviation is a typo that happens to be a beginning, and means something else once an option is added
+        # an abbreviation is mostly a typo, and changes its meaning when options are added
         super().__init__(*args, **kwargs, allow_abbrev=False)
 
     def _parse_known_args(self, arg_strings: list[str], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """As argparse's; the arguments are kept for messages."""
+        """As argparse's; stores the arguments for messages."""
         self._given = list(arg_strings)
         return super()._parse_known_args(arg_strings, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
-        """Turn any parsing error into a ``UserError``; what a user's own file raises when imported goes through."""
+        """Turn parsing errors into a ``UserError``; exceptions from importing a user's file pass through."""
         if found := re.match(r"argument (--[\w.]+): expected one argument", message):
-            # of a class's argument the class alone is named
+            # names only the class of a class's argument
             pairs = pairwise([*getattr(self, "_given", ()), "--"])
             ends = (word for word, following in pairs if following.startswith("--") and "=" not in word)
             whole = next((word for word in ends if word.startswith(f"{found[1]}.")), found[1])
             message = message.replace(found[1], whole)
         import_given(message)
         if isinstance(ex, ValueError) and isinstance(ex.__context__, UserError):
-            # of a function that links arguments
+            # from a function that links arguments
             raise ex.__context__
         raise UserError(one_line(message, self._known_options())) from ex
 
     def _known_options(self) -> list[str]:
-        """The long options of this parser and of its subcommands, without dashes."""
+        """The long options of this parser and its subcommands, without dashes."""
         parsers = [self, *getattr(self, "_subcommand_parsers", {}).values()]
         if self._subcommands_action is not None:
             parsers += self._subcommands_action._name_parser_map.values()
         return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
-        """Lightning calls this method, for which jsonargparse 4.49 and later have `instantiate`."""
+        """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""
         ours = [
             (_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
         ]
         return self.instantiate(cfg, instantiators=ours, **kwargs)
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
-        """As jsonargparse's; an error names the file."""
+        """As jsonargparse's; errors name the file."""
         try:
             parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
@@ -107,16 +107,16 @@ def call(
     classes: Mapping[str, type] | None = None,
     positional: tuple[str, str] | None = None,
 ) -> T:
-    """Call a function with arguments from the command line and from configuration files.
+    """Call a function with arguments from the command line and configuration files.
 
-    A switch (a bool that is false by default) stands for true where no value follows.
+    A bool option that is false by default may be given without a value.
 
     Args:
         name: the command.
         function: its parameters are the options.
         args: the words after the command.
-        classes: option -> the base of the class that it takes, for the first parameters of the function.
-        positional: the parameter that takes a list of words without an option, and its help.
+        classes: option -> base class of its value, for the first parameters of the function.
+        positional: the parameter that takes words without an option, and its help.
     """
     parser = Parser(prog=f"lit-distill {name}", description=COMMANDS[name])
     parameters, classes = inspect.signature(function).parameters, classes or {}
@@ -128,7 +128,7 @@ def call(
     if positional is not None:
         option, text = positional
         parser.add_argument("words", nargs="*", type=str, metavar=option.upper(), help=text)
-        # jsonargparse takes no positional arguments from a file
+        # jsonargparse reads no positional arguments from files
         parser.add_argument(f"--{option}", type=list[str] | None, help="The same, for a configuration file.")
         skipped.add(option)
     parser.add_function_arguments(function, skip=skipped)
@@ -155,7 +155,7 @@ def import_class(class_path: str) -> type[Any]:
 
 
 def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
-    """Refuse null for arguments whose types do not have it; of a class's arguments jsonargparse lets it through.
+    """Refuse null for arguments that do not allow it; jsonargparse misses those of classes.
 
     Raises:
         UserError: names the argument and its type.

@@ -1,4 +1,4 @@
-"""``predict``: what a student says of each row, as JSON lines."""
+"""``predict``: write predictions as JSON lines."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from lit_distill.modules.base import DistillModule
 
 
 class _Writer(Callback):
-    """Collects every rank's answers, and writes each row once, in the data's order."""
+    """Collects the answers of all ranks, and writes each row once, in the data's order."""
 
     def __init__(self, path: Path, datamodule: RationaleDataModule) -> None:
         self.path, self.datamodule = path, datamodule
@@ -44,13 +44,13 @@ class _Writer(Callback):
 def write_predictions(
     trainer: pl.Trainer, module: DistillModule, datamodule: RationaleDataModule, path: Path, **kwargs: Any
 ) -> None:
-    """Predict the data module's ``predict_split`` and write one JSON object a row; labels may be absent.
+    """Predict the data module's ``predict_split`` and write one JSON object per row; labels may be absent.
 
     Args:
         trainer: runs the prediction.
         module: the student.
         datamodule: the data.
-        path: the file; its keys are id, input, label, prediction, correct, rationale.
+        path: the file; keys are id, input, label, prediction, correct, rationale.
         **kwargs: for ``Trainer.predict``.
     """
     try:
@@ -58,7 +58,7 @@ def write_predictions(
         existed = path.exists()
         path.open("ab").close()
         if not existed:
-            # a logger takes a folder with files for an earlier run's
+            # loggers take a folder with files for an earlier run
             path.unlink()
     except OSError as error:
         raise UserError(f"predictions: {path} cannot be read or written: {error.strerror}") from error

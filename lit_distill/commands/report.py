@@ -1,4 +1,4 @@
-"""What a command prints at its end: the metrics as a table, the saved student, sample predictions."""
+"""The report at the end of a command: metrics, the exported student, sample predictions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,20 +25,20 @@ _NAMES = {
     "rationale_ends_in_prediction": "rationales that end in the prediction",
     "loss": "loss",
 }
-"""How metrics are called in the table, in its order."""
+"""Names of the metrics in the table, in order."""
 
 
 @rank_zero_only
 def report(
     module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None, timing: str = ""
 ) -> None:
-    """Print an evaluation: a table of metrics, the student's folder, sample predictions.
+    """Print an evaluation.
 
     Args:
-        module: it has the last evaluation.
-        student: the folder of the saved student, if there is one.
-        baseline: metrics of a label-only baseline, by their logged names.
-        timing: a line on how long it took.
+        module: with the last evaluation.
+        student: folder of the exported student, if any.
+        baseline: metrics of a label-only baseline, by logged name.
+        timing: a line about the run time.
     """
     evaluation = module.evaluation
     if evaluation is None:
@@ -49,7 +49,7 @@ def report(
     if timing:
         console.print(timing)
     if student is not None:
-        # on a line of its own and unwrapped, so that it can be copied
+        # on its own unwrapped line, so that it can be copied
         console.print("Saved student:", style="bold")
         console.print(Text(f"  {student}"), soft_wrap=True)
     for number, row in enumerate(evaluation.sample_rows()[:_SHOWN_SAMPLES], start=1):
@@ -57,7 +57,7 @@ def report(
 
 
 def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
-    """The metrics with their 95 % intervals, and the accuracies of chance and of the baseline below."""
+    """The metrics with 95 % intervals, and the accuracies of chance and baseline."""
     rows, whole = len(evaluation.answers), len(evaluation.key)
     shown = f"{rows} rows" if rows == whole else f"{rows} of {whole} rows"
     table = Table("metric", title=f"{evaluation.split} ({shown})", title_justify="left")
@@ -83,15 +83,15 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
 
 
 def chance_level(evaluation: Evaluation) -> tuple[str, float] | None:
-    """The better of two ways to answer without reading the input, and its accuracy on the rows that were evaluated.
+    """The best accuracy without reading the input on the evaluated rows, and how it is reached.
 
-    A uniform guess among closed choices, or always the commonest training label; ``None`` where there is neither.
+    A uniform guess among closed choices, or the majority class of train; ``None`` if neither exists.
     """
     key = evaluation.key
     rows = [row for answer in evaluation.answers if key.labels[row := answer.index] is not None]
     levels: list[tuple[str, float]] = []
     if rows and key.choices and all(key.choices[row] for row in rows):
-        # a choice that is there twice is guessed twice as often
+        # a repeated choice is guessed more often
         hits = [key.choices[row].count(str(key.labels[row])) / len(key.choices[row]) for row in rows]
         levels.append(("a uniform guess", sum(hits) / len(rows)))
     if rows and key.majority_label is not None:

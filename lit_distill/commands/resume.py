@@ -1,4 +1,4 @@
-"""``--resume`` and ``--ckpt_path``: the run to go on with, its checkpoints, its loggers as of the last of them."""
+"""``--resume`` and ``--ckpt_path``: find the run and checkpoint to resume, and rewind its loggers."""
 
 import csv
 import zipfile
@@ -30,10 +30,10 @@ _METRICS = "metrics.csv"
 _NOT_THE_RESULT = {
     "resume", "predictions", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary",
 }  # fmt: skip
-"""Keys without effect on a run's result, besides those of its location."""
+"""Keys without effect on results, besides those of the location."""
 
 _TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout", "dtype")
-"""A method's arguments that a checkpoint was trained with, beside those that it has and other methods have not."""
+"""Method arguments that must match the checkpoint."""
 
 _TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_pairing", "seed")
 
@@ -42,9 +42,9 @@ _TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_
 
 
 def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
-    """See that a checkpoint is one: a file, a folder (sharded), or ``last`` in ``folder``.
+    """Check a checkpoint path: a file, a (sharded) folder, or ``last`` in ``folder``.
 
-    Unless it is ``required``, a run that has no ``last`` yet starts from the beginning.
+    Unless ``required``, a run without ``last`` starts from the beginning.
 
     Raises:
         UserError: there is none.
@@ -86,10 +86,10 @@ _ALLOWED = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.
 
 
 def check_whole(path: Path) -> None:
-    """See that a checkpoint file was written to its end, and that its parts fit their checksums.
+    """Check that a checkpoint file is complete and its checksums match.
 
     Raises:
-        UserError: they do not; the newest file in its folder that is whole is named.
+        UserError: otherwise; names the newest complete file in its folder.
     """
     if (damage := _damage(path)) is None:
         return
@@ -106,23 +106,23 @@ def _damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as file:
             part = file.testzip()
     except (zipfile.BadZipFile, RuntimeError, EOFError):
-        # its table of contents stands at its end
+        # its index is at the end
         return f"cut off at {path.stat().st_size} bytes"
     return None if part is None else f"{part} is not what was written"
 
 
 def best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """The best checkpoint of a run; ``None`` where none was kept."""
+    """The best checkpoint of a run; ``None`` if there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            # of a resumed run it may lie elsewhere, or be gone
+            # for a resumed run it may be elsewhere, or gone
             found = Path(callback.best_model_path)
             return found if found.exists() else None
     return None
 
 
 def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
-    """What a checkpoint says of its run, without its weights, which stay on the disk; empty where there is none."""
+    """The progress in a checkpoint, without loading weights; empty if there is none."""
     if checkpoint is not None and Path(checkpoint).is_dir():
         checkpoint = Path(checkpoint) / "meta.pt"
     if checkpoint is None or not Path(checkpoint).is_file():
@@ -134,11 +134,7 @@ def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
 
 
 def check_unused(config: Namespace, command: str) -> None:
-    """Refuse a run that is not resumed and would overwrite an earlier one.
-
-    Raises:
-        UserError: its folder has one; the line names the folder.
-    """
+    """Refuse to overwrite an earlier run. Raises a ``UserError`` that names its folder."""
     csv_folders = [logger_folder(logger) for logger in loggers_of(config) if is_logger(logger, "CSVLogger")]
     places = [(folder, _METRICS) for folder in csv_folders]
     if command == "fit":
@@ -152,9 +148,9 @@ def check_unused(config: Namespace, command: str) -> None:
 
 
 def newest_run(config: Namespace, plain: Mapping[str, Any]) -> tuple[Path, Path | None] | None:
-    """The folder and the newest undamaged checkpoint of the newest run of this very configuration.
+    """Folder and newest intact checkpoint of the newest run with this configuration.
 
-    ``plain`` is the configuration as its ``config.yaml`` will say it.
+    ``plain`` is the configuration as in ``config.yaml``.
     """
     wanted = _settings(plain)
     found: list[tuple[Path, Path | None]] = []
@@ -195,7 +191,7 @@ def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _newest_checkpoint(folder: Path, config: Namespace) -> Path | None:
-    """The one of the latest step; the files of a copied folder have other times."""
+    """The checkpoint of the latest step, as times change when a folder is copied."""
     whole: list[Path] = []
     for path in Path(config["checkpoint"]["dirpath"] or folder / "checkpoints").glob("*.ckpt"):
         try:
@@ -207,11 +203,7 @@ def _newest_checkpoint(folder: Path, config: Namespace) -> Path | None:
 
 
 def check_same_training(config: Namespace, method: type[DistillModule], progress: Mapping[str, Any]) -> None:
-    """Refuse arguments that contradict those which the checkpoint to resume from was trained with.
-
-    Raises:
-        UserError: names an argument that contradicts the checkpoint.
-    """
+    """Refuse arguments that contradict the checkpoint. Raises a ``UserError`` that names the first."""
     trained = progress.get("hyper_parameters", {})
     given = method.init_settings(config["model"]["init_args"].as_dict())
     base = DistillModule.init_settings({})
@@ -230,7 +222,7 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
     for key, before, now in pairs:
         if key == "model.student":
             before, now = Path(str(before)).name, Path(str(now)).name
-        # an object is known to the checkpoint by its name alone
+        # the checkpoint has only the name of an object
         if now != before and not isinstance(now, Mapping) and not (key == "model.student" and now.endswith(".ckpt")):
             raise UserError(
                 f"{key}: the checkpoint was trained with {before}, got {now}; leave it as it was, or begin another run"
@@ -239,7 +231,7 @@ def check_same_training(config: Namespace, method: type[DistillModule], progress
 
 
 def _objectives(listed: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """The classes of objectives by their names, and their plain settings."""
+    """Objectives by class name, with their plain settings."""
     found = []
     for one in listed or ():
         settings = {
@@ -253,11 +245,11 @@ def _objectives(listed: Sequence[Mapping[str, Any]] | None) -> list[dict[str, An
 
 
 def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:
-    """Change a config in place: the loggers write in the run's folder, from the step of its checkpoint on."""
+    """Change a config in place: loggers continue in the run's folder, from its checkpoint's step."""
     loggers = loggers_of(config)
     versions = RunHistory.of(progress).get("versions", [])
     if len(versions) != len(loggers):
-        # killed before its first checkpoint: the first logger's folder is the run's own
+        # no checkpoint yet: use the first logger's folder
         own = folder.name.removeprefix("version_")
         versions = [] if config["checkpoint"]["dirpath"] else [int(own) if own.isdigit() else own]
     for logger, version in zip(loggers, versions, strict=False):
@@ -269,17 +261,17 @@ def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any
 
 
 class Metrics(ExperimentWriter):
-    """``metrics.csv`` of a run that goes on, where Lightning's own writer deletes an earlier one.
+    """``metrics.csv`` of a resumed run; Lightning's own writer would delete it.
 
     Args:
         log_dir: its folder.
-        steps: optimizer steps up to which its rows are kept.
+        steps: keep rows up to this optimizer step.
     """
 
     def __init__(self, log_dir: str, steps: int) -> None:
         super().__init__(log_dir)
         path = Path(self.metrics_file_path)
-        # a killed process may have left half a row
+        # a killed process may leave an incomplete row
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         reader = csv.DictReader(line for line in lines if line.endswith("\n"))
         rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < steps]
@@ -287,7 +279,7 @@ class Metrics(ExperimentWriter):
         path.unlink(missing_ok=True) if not rows else self._write(rows, self.metrics_keys)
 
     def _check_log_dir_exists(self) -> None:
-        """Keep the files of the run's earlier parts."""
+        """Keep the files of earlier parts."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with Path(self.metrics_file_path).open(encoding="utf-8", newline="") as file:
@@ -302,7 +294,7 @@ class Metrics(ExperimentWriter):
 
 @rank_zero_only
 def keep_metrics(loggers: Sequence[Logger], progress: Mapping[str, Any]) -> None:
-    """Have CSV loggers go on after the rows up to a checkpoint's step."""
+    """Make CSV loggers continue after the checkpoint's step."""
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             logger._experiment = Metrics(logger.log_dir, progress.get("global_step", 0))

@@ -1,4 +1,4 @@
-"""Checks of a parsed config: bounds, contradictions, data arguments that the model decides."""
+"""Checks of a parsed config: bounds, contradictions, and data arguments set by the model."""
 
 from typing import Any
 
@@ -21,15 +21,11 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "log_every_n_steps": {"at_least": 0},
     "gradient_clip_val": {"at_least": 0},
 }
-"""Bounds of the trainer's numbers, which their types do not express."""
+"""Bounds of trainer arguments beyond their types."""
 
 
 def check_settings(config: Namespace) -> None:
-    """Check what types do not express.
-
-    Raises:
-        UserError: names the key, its bounds and what was given.
-    """
+    """Check bounds beyond types. Raises a ``UserError`` that names the key, its bounds and the value."""
     for group in ("trainer", "validation", "checkpoint"):
         if not isinstance(config[group], Namespace):
             raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
@@ -40,11 +36,7 @@ def check_settings(config: Namespace) -> None:
 
 
 def settle(config: Namespace, command: str) -> None:
-    """Check what depends on several keys at once, and set what follows from them, in place.
-
-    Raises:
-        UserError: names the key.
-    """
+    """Check combinations of keys, and set derived ones, in place. Raises a ``UserError`` that names the key."""
     trainer, fit = config["trainer"], command == "fit"
     check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
     if config["baseline_after_fit"] and not config["test_after_fit"]:
@@ -64,24 +56,20 @@ def settle(config: Namespace, command: str) -> None:
             )
         rank_zero_info(f"No ckpt_path: {command} takes the student {model.get('student')!r} as it is.")
     if config.get("verbose") is not None:
-        # Lightning's own table of metrics is left out for ours, with intervals beside their metrics
+        # our table of metrics, with intervals, replaces Lightning's
         config["verbose"] = False
     if config.get("weights_only") is None:
-        # what a checkpoint has beside weights is plain data; anything else in one is code to run
+        # our checkpoints have plain data only; anything else would be code to run
         config["weights_only"] = True
     if trainer["val_check_interval"] is not None:
-        # whoever sets Lightning's own interval means it
+        # an explicit interval of Lightning wins
         config["validation"]["every_n_steps"] = None
     if config["cpu_threads"] is not None:
         torch.set_num_threads(config["cpu_threads"])
 
 
 def refuse_overruled(parser: LightningArgumentParser, args: ArgsType, config: Namespace) -> None:
-    """Refuse data arguments that the model decides.
-
-    Raises:
-        UserError: names the argument and its value.
-    """
+    """Refuse data arguments that the model sets. Raises a ``UserError`` that names the argument."""
     if (model := config.get("model")) is None:
         return
     parse: Any = parser.parse_object if isinstance(args, dict | Namespace) else parser.parse_args
@@ -95,13 +83,13 @@ def refuse_overruled(parser: LightningArgumentParser, args: ArgsType, config: Na
 
 
 def linked_tasks(class_path: str, init_args: Namespace | None = None) -> dict[str, Any]:
-    """The tasks of a method that is only named yet, in plain types."""
+    """The tasks of a method given by name, in plain types."""
     method: type[DistillModule] = import_class(class_path)
     settings = init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}
     return {name: task.plain() for name, task in method.all_tasks(settings).items()}
 
 
 def linked(model: Namespace) -> dict[str, Any]:
-    """The data module's arguments that a method, known by name only so far, decides."""
+    """The data arguments that a method given by name sets."""
     settings = model.get("init_args") or Namespace()
     return {"tokenizer": settings.get("student"), "tasks": linked_tasks(model["class_path"], settings)}

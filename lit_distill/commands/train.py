@@ -60,14 +60,14 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("push_to_hub", str | None, None, "Hugging Face repository that fit uploads its student to, as in user/name."),
     ("predictions", str | None, None, "JSON lines file that predict writes; by default in the run's folder."),
 )
-"""What the commands take beside Lightning's arguments: name, type, default, help."""
+"""Options besides Lightning's: name, type, default, help."""
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes the whole config into the run's folder, and gives it to the loggers."""
+    """Saves the whole config in the run's folder and logs it."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check before training that test can be evaluated; the run's folder is not known yet."""
+        """Check early that test can be evaluated."""
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
         # the record reads it in any case
         if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
@@ -84,7 +84,7 @@ class _SaveConfig(SaveConfigCallback):
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
         train = data.used_rows("train").rows
         dataset, method = names(self.config)
-        # beside the keys of the config, the two that runs are compared by
+        # with the two extra keys for comparing runs
         flat = plain_config(self.config) | {"dataset": dataset, "method": method, "train_rows": len(train)}
         if any(task.uses_output for task in data.tasks.values()):
             flat["train_rationales"] = sum(row.rationale is not None for row in train)
@@ -94,24 +94,24 @@ class _SaveConfig(SaveConfigCallback):
             logger.log_hyperparams(flat)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log how many rows were tested."""
+        """Log the number of tested rows."""
         if isinstance(evaluation := pl_module.evaluation, Evaluation):
             for logger in trainer.loggers:
                 logger.log_hyperparams({"test_rows": len(evaluation.answers)})
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI in subclass mode, with the method's tasks and the student linked to the data when parsing."""
+    """LightningCLI in subclass mode; links the method's tasks and the student to the data."""
 
     _last = False
-    """Whether the checkpoint to go on from was asked for as ``last``."""
+    """Whether ``--ckpt_path last`` was given."""
     _earlier_folder: Path | None = None
-    """The folder of an earlier run that this one goes on in."""
+    """The folder of the run that is resumed."""
 
     # ------------------------------------------------------------------ arguments
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks with arguments, what ``fit`` ends with, and the links from the model to the data."""
+        """Callbacks, our own options, and links from the model to the data."""
         parser.add_lightning_class_args(ValidateEverySteps, "validation")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -120,7 +120,7 @@ class DistillCLI(LightningCLI):
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best-step{step}",
                 "checkpoint.auto_insert_metric_name": False,
-                # a resumed run writes the same one in its place
+                # a resumed run rewrites it
                 "checkpoint.enable_version_counter": False,
                 "checkpoint.save_on_train_epoch_end": False,
             }
@@ -135,16 +135,16 @@ class DistillCLI(LightningCLI):
         self.add_links(parser)
 
     def add_links(self, parser: LightningArgumentParser) -> None:
-        """The data module gets the student's tokenizer and the tasks of the method's class."""
+        """Pass the student's tokenizer and the method's tasks to the data module."""
         method = ("model.class_path", "model.init_args")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
         parser.link_arguments(method, "data.init_args.tasks", compute_fn=linked_tasks)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning's, with checks of values and contradictions."""
+        """As Lightning's, with our checks."""
         commands = parser._subcommands_action
         if commands is not None and isinstance(args, list) and args and args[0].startswith("--print_completion"):
-            # the other commands have parsers of their own: of them the names are completed
+            # other commands have their own parsers: complete only their names
             for name in set(COMMANDS) - set(commands.choices):
                 commands.add_subcommand(name, Parser(description=COMMANDS[name]))
         self._command = ["python", "-m", "lit_distill", *(args if isinstance(args, list) else sys.argv[1:])]
@@ -155,9 +155,9 @@ class DistillCLI(LightningCLI):
         check_settings(config)
 
     def _parse_ckpt_path(self) -> None:
-        """See that the checkpoint is one, before anything is built.
+        """Check the checkpoint before anything is built.
 
-        Replaces Lightning's own hook, which would let the checkpoint's arguments overrule the config.
+        Replaces Lightning's hook, with which the checkpoint's arguments would override the config.
         """
         if (command := self.config.get("subcommand")) is None:
             return
@@ -175,7 +175,7 @@ class DistillCLI(LightningCLI):
     # ------------------------------------------------------------------ before anything is built
 
     def before_instantiate_classes(self) -> None:
-        """Settle the config, name the run, and find an earlier part of it."""
+        """Finish the config, name the run, and find the run to resume."""
         self._settle()
         name_loggers(self.config[self.subcommand], str(self.subcommand))
         self._find_earlier()
@@ -184,9 +184,9 @@ class DistillCLI(LightningCLI):
         settle(self.config[self.subcommand], str(self.subcommand))
 
     def _find_earlier(self) -> None:
-        """Find the run to resume, if any, and check that no other one is overwritten.
+        """Find the run to resume, if any, and check that no other is overwritten.
 
-        Each process of a distributed run decides by files that none of them changes before all have joined.
+        All processes of a distributed run decide from files that do not change before all have joined.
         """
         config = self.config[self.subcommand]
         folder, path = fixed_folder(config), config["ckpt_path"]
@@ -195,7 +195,7 @@ class DistillCLI(LightningCLI):
             config["resume"] = False
             earlier = newest_run(config, yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False)))
             if earlier is not None and (earlier[0] / RECORD).exists():
-                # for a job that is started again
+                # for restarted jobs
                 rank_zero_only(print)(f"--resume: this run is finished: {earlier[0]}")
                 raise SystemExit(0)
             if earlier is not None:
@@ -215,13 +215,13 @@ class DistillCLI(LightningCLI):
     # ------------------------------------------------------------------ what is built
 
     def instantiate_classes(self) -> None:
-        """As Lightning's; a package that is not installed is one line."""
+        """As Lightning's; a missing package is a one-line error."""
         self._given = self.config
         self.config = self._from_checkpoint()
         strategy = self.config[str(self.subcommand)]["trainer"]["strategy"]
         name = strategy["class_path"] if isinstance(strategy, Namespace) else str(strategy)
         try:
-            # FSDP gives the student its weights part by part
+            # FSDP loads weights in parts
             with deferred() if "fsdp" in name.lower() else nullcontext():
                 super().instantiate_classes()
         except Raised as raised:
@@ -232,31 +232,31 @@ class DistillCLI(LightningCLI):
                 raise
             raise UserError(f"trainer: {lacking}") from unbuilt
         else:
-            # the very same one, which would be read from its files once more
+            # share it, to read its files only once
             self.datamodule.tokenizer = self.model.student.tokens
-            # what is saved and logged of a resumed run names the student that it began with
+            # a resumed run records its original student
             given = self.config[self.subcommand]["model"]["init_args"]
             for name in ("student", "from_scratch"):
                 self.model.hparams[name] = self.model._hparams_initial[name] = given[name]
             return
-        # out here it keeps its own traceback and cause, without jsonargparse's around it
+        # raised here with its own traceback, without jsonargparse's
         raise error
 
     def _from_checkpoint(self) -> Namespace:
-        """The config to build from: a checkpoint brings its own student, neither hub nor original folder is read."""
+        """The config to build from: the student comes from the checkpoint, not from the hub or its folder."""
         whole: Namespace = self.config.clone()
         config = whole[str(self.subcommand)]
         path = config["ckpt_path"]
         if self._earlier_folder is not None:
             continue_loggers(config, self._earlier_folder, self._progress)
         if path is not None and Path(path).is_file():
-            # its weights are read twice, here and by Lightning; to draw random ones first takes several times as long
+            # reading weights twice (here and in Lightning) is faster than random initialisation
             config["model"]["init_args"].update(Namespace(student=str(path), from_scratch=False))
             config["data"]["init_args"]["tokenizer"] = str(path)
         return whole
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """With our callbacks, and checkpoints only where they are enabled."""
+        """With our callbacks, and checkpoints only if enabled."""
         self.config = self._given
         built = self.config_init[self.subcommand]
         self._history = RunHistory(run_folder)
@@ -271,10 +271,10 @@ class DistillCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
-            # all that a trainer is built from is its arguments and the machine
+            # a trainer depends only on its arguments and the machine
             raise UserError(f"trainer: {error}") from error
         save_atomically(trainer)
-        # before those that Lightning adds by itself, too
+        # before Lightning's own, too
         trainer.callbacks.insert(0, StopAtSignals())  # type: ignore[attr-defined]  # not declared by Lightning
         if self._earlier_folder is not None:
             self._history.lock(self._earlier_folder)
@@ -284,7 +284,7 @@ class DistillCLI(LightningCLI):
     # ------------------------------------------------------------------ the command and what follows it
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """As Lightning's; a W&B run ends with its command, so that the next one in this process is another run."""
+        """As Lightning's; also ends the W&B run, so that the next command starts a new one."""
         failed = True
         try:
             super()._run_subcommand(subcommand)
@@ -292,7 +292,7 @@ class DistillCLI(LightningCLI):
         except UserError:
             raise
         except OSError as error:
-            # of a write to a full disk the system names no file
+            # the error of a full disk names no file
             error.filename = error.filename or str(run_folder(self.trainer))
             raise
         except Exception as error:
@@ -315,7 +315,7 @@ class DistillCLI(LightningCLI):
 
     @rank_zero_only
     def _say_how_to_go_on(self, stopped: Interrupted) -> None:
-        """Print what an interrupted ``fit`` has saved, and the command that goes on from there."""
+        """Print what an interrupted ``fit`` has saved, and the command that resumes it."""
         trainer, command, what = self.trainer, self._command, "nothing was trained that could be kept"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint) and callback.dirpath and callback.path.exists():
@@ -326,12 +326,12 @@ class DistillCLI(LightningCLI):
         print(f"To go on: {shlex.join(command)}", file=sys.stderr)
 
     def before_fit(self) -> None:
-        """See that the student can be pushed where it is to go."""
+        """Check that the hub repository can be written to."""
         if (repository := self.config[self.subcommand]["push_to_hub"]) is not None and self.trainer.is_global_zero:
             check_hub(repository)
 
     def after_fit(self) -> None:
-        """Test the best checkpoint once, save its student, write the record and print the results."""
+        """Test the best checkpoint, export its student, write the record and print the results."""
         config, trainer, model, data = self.config[self.subcommand], self.trainer, self.model, self.datamodule
         folder, steps, history = run_folder(trainer), trainer.global_step, self._history
         fast_dev_run = config["trainer"]["fast_dev_run"]
@@ -350,10 +350,10 @@ class DistillCLI(LightningCLI):
             rank_zero_warn(f"{data.absence('test')}: the student is saved untested")
         try:
             if tested:
-                # Lightning's own table is left out for ours
+                # our table replaces Lightning's
                 trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
         finally:
-            # whatever test stumbled over, what was trained is kept
+            # export the student even if test failed
             student = save_best_student(trainer, model, data, best, folder)
         baseline = None
         if config["baseline_after_fit"] and tested and not fast_dev_run:
@@ -375,12 +375,12 @@ class DistillCLI(LightningCLI):
             trainer = self._parser(self.subcommand).instantiate_classes(Namespace(trainer=config["trainer"]))["trainer"]
             return train_baseline(config, dict(trainer), type(self.datamodule), folder / "baseline")
         except UserError as error:
-            # a resumed run does not need its original student, a baseline from the start does
+            # unlike a resumed run, a baseline needs the original student
             rank_zero_warn(f"No baseline: {error}")
             return None
 
     def after_validate(self) -> None:
-        """The metrics as a table."""
+        """Print the metrics."""
         report(self.model)
 
     after_test = after_validate
@@ -394,7 +394,7 @@ class DistillCLI(LightningCLI):
 
 
 def _without_checkpoint(command: Sequence[str]) -> Iterator[str]:
-    """A command without ``--ckpt_path``: ``--resume`` finds the checkpoint by itself."""
+    """A command without ``--ckpt_path``: ``--resume`` finds the checkpoint."""
     values = iter(command)
     for value in values:
         if value == "--ckpt_path":
@@ -414,12 +414,12 @@ def run_trainer(args: ArgsType, cli: type[DistillCLI] = DistillCLI) -> DistillCL
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
-        args: the arguments as LightningCLI takes them.
-        cli: what runs them.
+        args: as LightningCLI takes them.
+        cli: the class to run.
     """
-    # matrix products in TF32 where the hardware has it: T5 is trained in it, and float32 on it costs several times more
+    # TF32 matrix products where supported: several times faster than float32, and good enough for T5
     torch.set_float32_matmul_precision("high")
-    # LightningCLI hands each command's parser what stands under its name
+    # LightningCLI passes each command's parser its section of the config
     described = {name: {"description": text} for name, text in COMMANDS.items() if name in DistillCLI.subcommands()}
     return cli(
         DistillModule,
