@@ -180,11 +180,7 @@ def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]
 
 
 def check_hub(repository: str, kind: str = "model") -> None:
-    """Create a ``model`` or ``dataset`` repository on the hub, if absent, to push to later.
-
-    Raises:
-        UserError: the name is invalid, or the user cannot write to it.
-    """
+    """Create a repository on the hub if absent. Raises a ``UserError`` if the user cannot write to it."""
     try:
         HfApi().create_repo(repository, repo_type=kind, exist_ok=True)
     except _HUB_ERRORS as error:

@@ -104,11 +104,7 @@ def write_record(folder: str | Path, record: RunRecord) -> None:
 
 
 def read_record(folder: str | Path) -> RunRecord:
-    """Read a run's record.
-
-    Raises:
-        UserError: it is absent, damaged, or a value has the wrong type; names file and key.
-    """
+    """Read a run's record. Raises a ``UserError`` that names file and key if it is absent or damaged."""
     path = Path(folder) / RECORD
     try:
         return _adapter().validate_json(path.read_bytes())

@@ -26,11 +26,7 @@ def config_names() -> list[str]:
 
 
 def find_config(given: str, key: str = "config") -> str:
-    """The file that ``--config`` names: a path, else a shipped config with or without ``.yaml``.
-
-    Raises:
-        UserError: neither exists; names ``key``.
-    """
+    """The file that ``--config`` names: a path, else a shipped config with or without ``.yaml``."""
     if os.path.isfile(given):
         return given
     name = given.removeprefix("configs/").removesuffix(".yaml")

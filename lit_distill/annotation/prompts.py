@@ -112,11 +112,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
 
 
 def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
-    """Read demonstrations from JSON lines of rows.
-
-    Raises:
-        UserError: the file cannot be read or is empty, or a row lacks rationale or label.
-    """
+    """Read demonstrations from JSON lines of rows. Raises a ``UserError`` if one lacks rationale or label."""
     try:
         found = read_rows(path)
     except OSError as error:

@@ -155,11 +155,7 @@ def import_class(class_path: str) -> type[Any]:
 
 
 def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
-    """Refuse null for arguments that do not allow it; jsonargparse misses those of classes.
-
-    Raises:
-        UserError: names the argument and its type.
-    """
+    """Raise a ``UserError`` for null where an argument does not allow it; jsonargparse misses those of classes."""
     makers = [vars(klass).get("__init__") for klass in reversed(class_type.__mro__)]
     hints = {
         name: hint for maker in makers if inspect.isfunction(maker) for name, hint in get_type_hints(maker).items()

@@ -86,11 +86,7 @@ _ALLOWED = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.
 
 
 def check_whole(path: Path) -> None:
-    """Check that a checkpoint file is complete and its checksums match.
-
-    Raises:
-        UserError: otherwise; names the newest complete file in its folder.
-    """
+    """Raise a ``UserError``, with the newest complete file, if a checkpoint is incomplete or its checksums differ."""
     if (damage := _damage(path)) is None:
         return
     others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)

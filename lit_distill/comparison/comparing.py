@@ -206,11 +206,7 @@ def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run
 
 
 def read_baseline(text: str | None, settings: Sequence[Setting]) -> dict[str, str]:
-    """Parse ``key=value,key=value``; standard finetuning by default.
-
-    Raises:
-        UserError: it has another form, a key is unknown, or no setting has these values.
-    """
+    """Parse ``key=value,key=value``; standard finetuning by default. Raises a ``UserError`` for unknown keys."""
     if text is None:
         return {"method": "Standard"}
     keys = {key for setting in settings for key, _ in setting.extra}

@@ -101,11 +101,7 @@ def names_columns(rationale_filter: str) -> bool:
 
 
 def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
-    """Check that the columns in a filter's conditions exist.
-
-    Raises:
-        UserError: one does not; lists those that do.
-    """
+    """Raise a ``UserError`` if a column in a filter's conditions does not exist."""
     if not names_columns(rationale_filter):
         return
     known = dict.fromkeys(column for column in COLUMNS if column not in _NOT_COLUMNS)

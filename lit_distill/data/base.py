@@ -237,11 +237,7 @@ class RationaleDataModule(ReleasedRows):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Download the released data if no split file exists.
-
-        Raises:
-            UserError: there is no file of ``rationales``.
-        """
+        """Download the released data if no split file exists, and check that files of ``rationales`` do."""
         for path in self.rationales or ():
             if str(path) != RELEASED:
                 annotations_file(path)
@@ -251,11 +247,7 @@ class RationaleDataModule(ReleasedRows):
             fetch_release(self.release_url, self.data_dir, self.name, expected)
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the splits of a stage, once.
-
-        Raises:
-            UserError: a split is absent, or lacks what this run needs.
-        """
+        """Read and tokenise the splits of a stage, once. Raises a ``UserError`` if one is absent."""
         stage = str(getattr(stage, "value", stage))
         needed = (self.predict_split,) if stage == "predict" else STAGE_SPLITS[stage]
         for split in needed:
@@ -404,11 +396,7 @@ class RationaleDataModule(ReleasedRows):
     # ---------------------------------------------------------------- checks and notices
 
     def check_split(self, split: Split, stage: str) -> None:
-        """Check that a split has the labels, and in train the targets, that a stage needs.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Raise a ``UserError`` if a split lacks labels, or train lacks targets, that a stage needs."""
         used, rows = self.used_rows(split), self.split_rows(split) or []
         unlabelled = sum(row.label is None for row in rows)
         if split != "train":

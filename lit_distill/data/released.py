@@ -122,11 +122,7 @@ class ReleasedRows(pl.LightningDataModule):
         return rows
 
     def load_outputs(self, split: Split, rows: list[Row]) -> list[tuple[TeacherOutput, ...]]:
-        """The rows with the released teacher outputs, from ``llm/<split>_CoT_<k>.json``.
-
-        Raises:
-            UserError: a file is invalid.
-        """
+        """The rows with the released teacher outputs, from ``llm/<split>_CoT_<k>.json``."""
         folder, word = self.folder / "llm", self.splits[split]
         texts = read_outputs(folder, word)
         if not texts:
@@ -172,11 +168,7 @@ class ReleasedRows(pl.LightningDataModule):
         return self._released[split]
 
     def load_checked(self, split: Split) -> list[Row] | None:
-        """As `load_rows`, for the dataset's own splits, with checks.
-
-        Raises:
-            UserError: two rows share an id, or a label is none of its row's choices.
-        """
+        """As `load_rows`, after checks that ids are unique and labels among the choices."""
         rows = self.load_rows(split) if split in self.splits else None
         seen: dict[str, int] = {}
         outside = []

@@ -63,11 +63,7 @@ def read_file(path: Path, split: Split) -> Table:
 
 
 def read_hub(name: str, config: str | None, split_name: str) -> Table:
-    """Read one split of a hub dataset.
-
-    Raises:
-        UserError: there is no such dataset or split, or no connection.
-    """
+    """Read a split of a hub dataset. Raises a ``UserError`` if it does not exist, or without a connection."""
     import datasets  # type: ignore[import-untyped]
 
     try:
@@ -80,11 +76,7 @@ def read_hub(name: str, config: str | None, split_name: str) -> Table:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and object of each non-blank line.
-
-    Raises:
-        UserError: a line is not UTF-8, not a JSON object, or repeats a key.
-    """
+    """Place and object of each non-blank line. Raises a ``UserError`` if one is no JSON object."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:

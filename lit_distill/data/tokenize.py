@@ -110,11 +110,7 @@ def fingerprint(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
 def tokenize_once(
     name: str, rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose, root: Path
 ) -> Any:  # noqa: ANN401 - datasets has no types
-    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache in ``root`` if possible.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
+    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache in ``root`` if possible."""
     from datasets import Dataset  # type: ignore[import-untyped]  # brings pandas, a tenth of the start
 
     path = root / f"{name}-{fingerprint(rows, tokens, settings, choose)[:32]}.arrow"

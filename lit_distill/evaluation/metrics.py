@@ -58,11 +58,7 @@ _JUDGES: Final[dict[MetricName, Callable[[str, str], bool]]] = {
 
 
 def judge(metric: MetricName) -> Callable[[str, str], bool]:
-    """The function ``(prediction, label) -> right`` of a metric's name.
-
-    Raises:
-        UserError: the name is none of the metrics.
-    """
+    """The function ``(prediction, label) -> right`` of a metric. Raises a ``UserError`` for unknown names."""
     if metric not in _JUDGES:
         raise UserError(f"metric: unknown metric {metric!r}; allowed are {', '.join(_JUDGES)}")
     return _JUDGES[metric]

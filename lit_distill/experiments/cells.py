@@ -102,11 +102,7 @@ class Cell:
 
 
 def config_difference(cell: Cell) -> str | None:
-    """The first key in which the config in the cell's folder differs; ``None`` if none does.
-
-    Raises:
-        UserError: the file is not a config.
-    """
+    """The first key in which the config in the cell's folder differs; ``None`` if none does."""
     path = cell.folder / CONFIG
     try:
         found = parse_yaml(path.read_bytes()) if cell.folder.exists() else cell.config

@@ -44,11 +44,7 @@ class Checkpointing(Training):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the run's seed and position.
-
-        Raises:
-            UserError: the checkpoint has other tasks, prefixes or adapter, or a weight that is not finite.
-        """
+        """Restore seed and position. Raises a ``UserError`` if tasks or adapter differ, or weights are not finite."""
         if not self.sharded:
             check_weights(checkpoint["state_dict"], "ckpt_path")
         if self._trainer is not None and self._trainer.training:

@@ -116,11 +116,7 @@ def configure(
 
 
 def check_optimizer_states(states: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the settings of a checkpoint's optimizers and schedules are numbers, before torch fails on them.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Raise a ``UserError`` if a setting of a checkpoint's optimizers and schedules is no number."""
     groups = [(group, ("lr", "betas", "eps", "weight_decay")) for state in states for group in state["param_groups"]]
     for group, names in [*groups, *((schedule, ("base_lrs", "last_epoch")) for schedule in schedules)]:
         for name in names:

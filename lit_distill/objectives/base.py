@@ -109,11 +109,7 @@ def build_objective(plain: Mapping[str, Any]) -> Objective:
 
 
 def check_objectives(objectives: Sequence[Objective], tasks: Sequence[str], teachers: Teachers) -> None:
-    """Check that terms have unique names, and that the objectives' tasks and teachers exist.
-
-    Raises:
-        UserError: names the first that does not.
-    """
+    """Raise a ``UserError`` if two terms share a name, or an objective's task or teacher does not exist."""
     taken = set(tasks)
     for objective in objectives:
         name = objective.name

@@ -55,11 +55,7 @@ class Adapter:
         return asdict(self)
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
-        """PEFT's configuration for a model.
-
-        Raises:
-            UserError: PEFT has no such configuration, or refuses its arguments.
-        """
+        """PEFT's configuration for a model. Raises a ``UserError`` if PEFT refuses the arguments."""
         kind: Any = LoraConfig
         settings: dict[str, Any] = {
             "r": self.r,

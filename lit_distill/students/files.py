@@ -119,11 +119,7 @@ def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
 
 
 def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """A student's tokenizer, from the hub, a folder or a checkpoint file.
-
-    Raises:
-        UserError: there is none, or it is unusable.
-    """
+    """A student's tokenizer, from the hub, a folder or a checkpoint file. Raises a ``UserError`` without one."""
     name = shipped(os.fspath(student))
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):

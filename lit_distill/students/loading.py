@@ -77,11 +77,7 @@ def load(
 
 
 def load_tokens(name: str | os.PathLike[str]) -> Tokens:
-    """A student's `Tokens`, from the hub, a folder or a checkpoint file.
-
-    Raises:
-        UserError: there is no usable tokenizer.
-    """
+    """A student's `Tokens`, from the hub, a folder or a checkpoint file. Raises a ``UserError`` without a tokenizer."""
     kind, tokenizer = family(read_config(name)), load_tokenizer(name)
     if kind == "causal":
         # a chat template is code, and can fail

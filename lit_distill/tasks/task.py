@@ -226,11 +226,7 @@ def _task(name: Any, settings: Any) -> Task:  # noqa: ANN401
 
 
 def check_prefixes(tasks: Mapping[str, Task]) -> None:
-    """Check that prefixes differ, ignoring whitespace, which tokenizers may drop.
-
-    Raises:
-        UserError: two tasks have the same prefix.
-    """
+    """Raise a ``UserError`` if prefixes are equal up to whitespace, which tokenizers may drop."""
     seen: dict[str, str] = {}
     for name, task in tasks.items():
         other = seen.setdefault(" ".join(task.prefix.split()), name)
@@ -239,11 +235,7 @@ def check_prefixes(tasks: Mapping[str, Task]) -> None:
 
 
 def answer_task(tasks: Mapping[str, Task]) -> Task:
-    """The task whose text contains the label: ``label`` if it exists, else the first.
-
-    Raises:
-        UserError: no task does.
-    """
+    """The task whose text contains the label, preferably ``label``. Raises a ``UserError`` without any."""
     giving = {name: task for name, task in tasks.items() if task.gives_label}
     if not giving:
         raise UserError(f"tasks: none of {', '.join(tasks)} gives a label: name {{label}} in a target or give a parser")
@@ -251,11 +243,7 @@ def answer_task(tasks: Mapping[str, Task]) -> Task:
 
 
 def find_function(argument: str, path: str) -> Callable[[Any], Any]:
-    """Import ``package.module.function``, a function of one argument.
-
-    Raises:
-        UserError: there is no such function; the message begins with the argument's name.
-    """
+    """Import ``package.module.function``, of one argument. Raises a ``UserError`` that names ``argument`` otherwise."""
     module_name, _, attribute = path.rpartition(".")
     if not module_name:
         raise UserError(f"{argument}: not a function's import path (package.module.function): {path!r}")

@@ -64,11 +64,7 @@ class Teachers:
             raise UserError(f"{who}: unknown teacher {name!r}; {there} (model.teachers names them)")
 
     def load(self, student: Student) -> None:
-        """Load the teachers that are not loaded yet; called before the first training step.
-
-        Raises:
-            UserError: one cannot be loaded, or has another vocabulary than the student.
-        """
+        """Load the teachers before the first step. Raises a ``UserError`` for another vocabulary."""
         for name in self.models:
             self._get(name, student)
 

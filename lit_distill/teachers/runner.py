@@ -137,7 +137,7 @@ class RequestRunner(Generic[Tag]):
             finally:
                 interrupts.put(False)
 
-        threading.Thread(target=work, name="asking", daemon=True).start()
+        threading.Thread(target=work, name="requests", daemon=True).start()
         interrupted, deadline = False, math.inf
         while time.monotonic() < deadline:
             try:

@@ -107,11 +107,7 @@ class OpenAITeacher(Teacher):
             raise UserError("layout must be chat where answers follow a schema, got 'completion'")
 
     async def open(self) -> None:
-        """Make the client, and check that the server responds.
-
-        Raises:
-            UserError: there is no key for OpenAI, or no server.
-        """
+        """Make the client. Raises a ``UserError`` without a server, or without a key for OpenAI."""
         # slow to import
         import httpx2
         import openai

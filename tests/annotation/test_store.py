@@ -134,7 +134,7 @@ def test_blank_lines_are_passed_over(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- torn and damaged lines
 
 
-def test_a_torn_line_of_any_length_is_taken_off(tmp_path: Path) -> None:
+def test_a_torn_line_of_any_length_is_removed(tmp_path: Path) -> None:
     path = write(tmp_path, THREE)
     whole = path.read_bytes()
     start = len(b"".join(map(to_line, THREE[:-1])))

@@ -360,7 +360,7 @@ def test_a_thread_that_is_stuck_is_left_and_tells_nothing_any_more(
     assert time.monotonic() - began < 20
     teacher.let_go.set()
     for thread in threading.enumerate():
-        if thread.name == "asking":
+        if thread.name == "requests":
             thread.join(20)
     assert said == []
 
