@@ -257,7 +257,7 @@ class _Job:
 
         with AnnotationStore(folder, count, ask_failed=retry_errors, read=self.read) as store:
             if store.torn:
-                _tell(f"{store.path}: a torn last line ({store.torn} bytes) was removed")
+                _warn(f"{store.path}: an incomplete last line ({store.torn} bytes) was removed")
             self.teacher.has_answered = tally.counts["answers"] > 0 or self.teacher.has_answered
             _keep_prompt(self.plan, folder)
             self.note(store, started, None)
@@ -279,7 +279,7 @@ class _Job:
                 self.note(store, started, runner.stopped)
                 store.write_parquet()
                 if not store.write_card():
-                    _tell(f"{folder / CARD} has words of your own and was left as it is")
+                    _warn(f"{folder / CARD} was edited and is not overwritten")
 
             total = len(self.rows) * self.plan.num_samples
             with queued_interrupts() as interrupts:
@@ -303,7 +303,7 @@ class _Job:
         if self.faults:
             (name, _), fault = next(iter(self.faults.items()))
             unread = f"{type(self.datamodule).__name__} could not read {len(self.faults)} answers"
-            _tell(f"{unread}, the first of row {name!r} ({fault}); they are kept, and read again at the next start")
+            _warn(f"{unread}, the first of row {name!r} ({fault}); they are kept, and read again at the next start")
         return summary
 
     @cached_property
@@ -362,7 +362,7 @@ class _Job:
             written = len(sample.text) // 4 + 1
         if not self._estimates:
             self._estimates = True
-            _tell(f"{self.teacher.name} does not say how many tokens it used: max_tokens and max_cost use an estimate")
+            _warn(f"{self.teacher.name} does not say how many tokens it used: max_tokens and max_cost use an estimate")
         return read + written, self.teacher.cost(read, written) or 0.0
 
     def answered(self, sample: Annotation, reply: Reply) -> Annotation:
@@ -469,7 +469,7 @@ def _cell(name: str, value: Any) -> str:  # noqa: ANN401 - plain values
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def _tell(line: str) -> None:
+def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

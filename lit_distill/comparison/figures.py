@@ -123,11 +123,11 @@ def _by(field: str, results: Iterable[Result]) -> dict[Any, list[Result]]:
     return dict(sorted(grouped(results, attrgetter(f"setting.{field}")).items()))
 
 
-def _look(name: str, names: list[str]) -> dict[str, Any]:
+def _style(name: str, names: list[str]) -> dict[str, Any]:
     """The ``errorbar`` style of a name, the same in all figures; ``names`` grows."""
     if name not in names:
         names.append(name)
-    colour, marker, stroke = (looks[names.index(name) % len(looks)] for looks in (_COLOURS, _MARKERS, _STROKES))
+    colour, marker, stroke = (styles[names.index(name) % len(styles)] for styles in (_COLOURS, _MARKERS, _STROKES))
     return {"color": colour, "marker": marker, "linestyle": stroke, **_BARS}
 
 
@@ -149,11 +149,11 @@ def _lines(results: Sequence[Result], field: str, section: Section, metric: str,
     for i, (label, own) in enumerate(lines.items()):
         # shifted, so that error bars do not overlap
         moved = (max(by_x) / min(by_x)) ** (0.005 * (i - (len(lines) - 1) / 2))
-        xs, look = [getattr(result.setting, field) * moved for result in own], _look(label, names)
+        xs, style = [getattr(result.setting, field) * moved for result in own], _style(label, names)
         means, errors = [result.metric.mean for result in own], [result.metric.standard_error or 0 for result in own]
-        handles[axes.errorbar(xs, means, errors, label=fill(label, 26), **look)] = means[-1]
+        handles[axes.errorbar(xs, means, errors, label=fill(label, 26), **style)] = means[-1]
         for x, result in zip(xs, own, strict=True):
-            _mark_published(axes, result, look, x=x)
+            _mark_published(axes, result, style, x=x)
     levels = {"chance": section.chance}
     if field == "parameters" and metric == ACCURACY:
         levels |= {f"teacher's labels, {100 * level:.1f} %": level for level in section.teachers}
@@ -201,17 +201,17 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
     baseline = baselines.pop() if len(baselines) == 1 else None
     figure, panels = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels), 1 + bool(baseline))
     for y, result in enumerate(results):
-        look = _look(result.name, names)
-        panels[0].errorbar(result.metric.mean, y, xerr=result.metric.standard_error or 0, **look)
+        style = _style(result.name, names)
+        panels[0].errorbar(result.metric.mean, y, xerr=result.metric.standard_error or 0, **style)
         if result.metric.n > 1:
             values = result.metric.values
-            panels[0].plot(values, [y + 0.22] * len(values), "o", ms=3, mfc="none", mec=look["color"])
-        _mark_published(panels[0], result, look, y=y)
+            panels[0].plot(values, [y + 0.22] * len(values), "o", ms=3, mfc="none", mec=style["color"])
+        _mark_published(panels[0], result, style, y=y)
         if baseline and (found := result.by_row):
             ends = [[found.difference - found.low], [found.high - found.difference]]
-            panels[1].errorbar(found.difference, y, xerr=ends, **look)
+            panels[1].errorbar(found.difference, y, xerr=ends, **style)
         elif result.setting == baseline:
-            panels[1].plot(0, y, look["marker"], mfc="white", mec=look["color"])
+            panels[1].plot(0, y, style["marker"], mfc="white", mec=style["color"])
     if section.chance is not None:
         panels[0].axvline(section.chance, color=_GREY, linestyle=":", zorder=1)
     panels[0].set_yticks(range(len(labels)), labels)
@@ -231,11 +231,11 @@ def _variants(results: Sequence[Result], section: Section, metric: str, names: l
     return _finish(figure, setting, [setting.student, _part(setting)], f"{setting.student}-methods", notes)
 
 
-def _mark_published(axes: Axes, result: Result, look: dict[str, Any], x: float | None = None, y: float = 0) -> None:
+def _mark_published(axes: Axes, result: Result, style: dict[str, Any], x: float | None = None, y: float = 0) -> None:
     """A hollow marker at the published accuracy, on the axis whose coordinate is not given."""
     if result.published:
         place = (result.published.accuracy, y) if x is None else (x, result.published.accuracy)
-        axes.plot(*place, look["marker"], ms=10, mfc="none", mec=look["color"], mew=1.5)
+        axes.plot(*place, style["marker"], ms=10, mfc="none", mec=style["color"], mew=1.5)
 
 
 def _part(setting: Setting) -> str:
@@ -261,7 +261,7 @@ def _sheet(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _show_metric(axes: Axes, name: str, metric: str, difference: str = "") -> None:
-    """Label an axis, and let it span at least 2 %, so that tiny differences look tiny."""
+    """Label an axis, and let it span at least 2 %, so that tiny differences stay tiny."""
     axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
     more = max(0.0, (0.02 - (high - low)) / 2)
     getattr(axes, f"set_{name}lim")(low - more, high + more)

@@ -25,7 +25,7 @@ class Evaluating(Training):
         super().__init__()
         self.evaluation: Evaluation | None = None
         """The last complete evaluation, sanity checks excluded."""
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._forget_evaluation()
 
     def _forget_evaluation(self) -> None:
@@ -212,6 +212,6 @@ class Evaluating(Training):
                 " and such answers are cut (max_..._length sets them)"
             )
         for line in lines:
-            if line not in self._said:
-                self._said.add(line)
+            if line not in self._warned:
+                self._warned.add(line)
                 rank_zero_info(line)

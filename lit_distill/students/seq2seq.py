@@ -40,7 +40,7 @@ class Seq2SeqStudent(Student):
         self.tokens = tokens
         self.fast = fast
         self.compiles = compile
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         config = self.network.config
         # replaces the pretrained model's own settings: generation depends on our arguments alone
         self.generation = GenerationConfig(
@@ -57,7 +57,7 @@ class Seq2SeqStudent(Student):
     def _is_fast(self, batch: TaskBatch) -> bool:
         if not self.fast:
             return False
-        if self.model.device.type == "cpu" and not self._said:
+        if self.model.device.type == "cpu" and not self._warned:
             keep_freed_memory()
         if self.compiles and torch.is_grad_enabled():
             why: str | None = "in training, the forward is compiled instead"
@@ -70,9 +70,9 @@ class Seq2SeqStudent(Student):
 
     def say_off(self, why: str) -> bool:
         """Log once why the fast path is off."""
-        if why not in self._said:
+        if why not in self._warned:
             rank_zero_info(f"fast: off, {why}")
-            self._said.add(why)
+            self._warned.add(why)
         return False
 
 

@@ -158,8 +158,8 @@ class OpenAITeacher(Teacher):
         try:
             return _reply(_Completion.model_validate_json(await self._ask(question)), question.stop)
         except openai.APIStatusError as error:
-            said = _said(error.body) or error.response.text or error.response.reason_phrase
-            failure = await self._explain(error.status_code, error.code or error.type, said)
+            message = _error_text(error.body) or error.response.text or error.response.reason_phrase
+            failure = await self._explain(error.status_code, error.code or error.type, message)
         except openai.APITimeoutError:
             failure = TeacherBusy(f"no answer within {self.timeout:g} s, {self.max_retries + 1} times")
         except openai.APIConnectionError as error:
@@ -230,15 +230,15 @@ class OpenAITeacher(Teacher):
             return ""
         return ", ".join(names[:10])
 
-    async def _explain(self, status: int, code: str | None, said: str) -> Exception:
+    async def _explain(self, status: int, code: str | None, message: str) -> Exception:
         """The exception for a 4xx or 5xx response: for this question, for now, or for all questions."""
-        line = self._line(f"{status}: {said}")
+        line = self._line(f"{status}: {message}")
         if self.has_answered and status in (403, 404, 405):
             # key and model work: a filter or a region concerns this question alone
             return TeacherError(line)
         if (status in (408, 409, 429) and code != "insufficient_quota") or status >= 500:
             return TeacherBusy(line)
-        if code == "model_not_found" or (status == 404 and _NO_MODEL.search(said)):
+        if code == "model_not_found" or (status == 404 and _NO_MODEL.search(message)):
             listed = await self._list_models(self._client) if self._client is not None else ""
             problem = f"model: the server has no {self.model!r}{', but ' if listed else ''}{listed} ({line})"
         elif status in (401, 403):
@@ -296,8 +296,8 @@ def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
                     status = _inner_status(body)
                 if status == 0:
                     # more than is shown: a key is masked before the line is cut
-                    said = body[: 1 << 16].decode(errors="replace")
-                    raise httpx2.DecodingError(f"the server's answer is no completion: {said}", request=request)
+                    message = body[: 1 << 16].decode(errors="replace")
+                    raise httpx2.DecodingError(f"the server's answer is no completion: {message}", request=request)
             headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
             return httpx2.Response(status, headers=headers, content=body, request=request)
 
@@ -428,7 +428,7 @@ def _inner_status(content: bytes) -> int:
         return 0
 
 
-def _said(body: object) -> str:
+def _error_text(body: object) -> str:
     """The message of an error body of OpenAI, vLLM, llama.cpp, FastAPI or TGI; else empty."""
     while isinstance(body, Mapping) and (key := next(filter(body.get, ("message", "detail", "error")), None)):
         body = body[key]
