@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, take
 from lit_distill.errors import UserError
 from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
 from lit_distill.students.tokens import Tokens
@@ -142,17 +142,16 @@ class CausalPass(Pass):
         return super()._generate(task, rows, min(max_new_tokens, max(left, 1)), num_beams, process)
 
     def likelihood(self, task: str) -> Likelihood:
-        """Run a task's prompts once, to score targets."""
+        """Run a task's prompts, once each if the model can continue them, to score targets."""
         student, device = self.student, self.student.device
+        if not student.continues:
+            return partial(self._whole_likelihood, task)
         ids, mask, _ = self._prompts(task, range(len(self.inputs(task)["labels"])))
         read = student.run(input_ids=ids, attention_mask=mask, use_cache=True, **student.positions(mask))
 
         def score(rows: list[int], targets: list[list[int]]) -> Tensor:
             # without choices left, this rank runs a dummy row
-            chosen = torch.tensor(rows or [0], device=device)
-            labels = pad_sequence(
-                [torch.tensor(own) for own in targets or [[student.pad]]], batch_first=True, padding_value=IGNORE_INDEX
-            ).to(device)
+            chosen, labels = torch.tensor(rows or [0], device=device), self._labels(targets)
             if student.sharded:
                 # so that each rank makes the second forward
                 labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)
@@ -177,6 +176,19 @@ class CausalPass(Pass):
             return -losses.new_zeros(len(labels)).index_add_(0, owners, losses)[: len(rows)]
 
         return score
+
+    def _whole_likelihood(self, task: str, rows: list[int], targets: list[list[int]]) -> Tensor:
+        """Log-likelihoods by a forward over prompts and targets."""
+        inputs = take(self.inputs(task), rows or [0])
+        inputs["labels"] = self._labels(targets)
+        whole = CausalPass(self.student, {task: inputs})
+        losses = whole.token_losses(task)
+        return -losses.new_zeros(len(inputs["labels"])).index_add_(0, whole.rows(task), losses)[: len(rows)]
+
+    def _labels(self, targets: list[list[int]]) -> Tensor:
+        """Padded targets, ``(targets, target_len)``; without any, those of a dummy row."""
+        ids = [torch.tensor(own, device=self.student.device) for own in targets or [[self.student.pad]]]
+        return pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 class CausalStudent(Student):
@@ -208,6 +220,12 @@ class CausalStudent(Student):
     def most_positions(self) -> int:
         """Maximum tokens of a prompt with its target."""
         return getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**30
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model caches keys and values only, which can be continued row by row (Mamba's state cannot)."""
+        cached = "past_key_values" in inspect.signature(self.network.forward).parameters
+        return cached and not self.network._is_stateful
 
     def forward(self, batch: TaskBatch) -> CausalPass:
         """The lazy pass over a batch."""

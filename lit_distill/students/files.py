@@ -48,6 +48,8 @@ def family(config: Mapping[str, Any]) -> Family:
         return "seq2seq"
     # transformers also lists BERT-like models there, and decoders of encoder-decoders
     others = {**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    # these read padding as if it were text
+    others |= dict.fromkeys(("rwkv", "recurrent_gemma"), "")
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in others:
         return "causal"
     raise UserError(

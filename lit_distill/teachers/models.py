@@ -79,7 +79,13 @@ class Teachers:
         self.check("teachers", name)
         model = self.models[name]
         if name not in self._loaded:
-            teacher = students.load(model.model, dtype=model.dtype)
+            try:
+                torch.empty(0, device=model.device)
+                teacher = students.load(model.model, dtype=model.dtype)
+            except UserError as error:
+                raise UserError(f"teachers: {name}: {str(error).removeprefix('student: ')}") from error
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f"teachers: {name}: no device {model.device!r} here ({error})") from error
             ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
             if ours != theirs:
                 raise UserError(

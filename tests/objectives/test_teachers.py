@@ -147,3 +147,20 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_the_first_step(studen
     ):
         make_trainer().fit(module, datamodule=RowsData(ROWS, 2, TASKS))
     assert module.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "said"),
+    [
+        ("no-weights", None, "no weights in the folder "),
+        ("teacher", "nonsense", "no device 'nonsense' here "),
+    ],
+)
+def test_a_teacher_that_cannot_be_loaded_is_named(
+    student_folder: Path, tmp_path: Path, model: str, device: str | None, said: str
+) -> None:
+    make_student_folder(tmp_path / "no-weights")
+    add_weights(make_student_folder(tmp_path / "teacher"))
+    module = make(student_folder, tmp_path / model, device=device)
+    with pytest.raises(UserError, match=f"^teachers: big: {said}"):
+        make_trainer().fit(module, datamodule=RowsData(ROWS, 2, TASKS))

@@ -23,6 +23,8 @@ KINDS = [
     ("llama", {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.5, "pad_token_id": 1}),
     ("llama", {"model_type": "cohere", "pad_token_id": 1}),
     ("llama", {"model_type": "granite", "logits_scaling": 3.0}),
+    # prompts leave a state, which cannot be continued row by row
+    ("llama", {"model_type": "mamba", "state_size": 4, "pad_token_id": 1}),
 ]
 
 Rows = list[tuple[list[int], list[int]]]

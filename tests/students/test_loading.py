@@ -258,14 +258,15 @@ def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_another_model_than_a_t5(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+@pytest.mark.parametrize("kind", ["bert", "rwkv"])
+def test_a_model_that_cannot_be_a_student(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     for from_scratch in (False, True):
         with pytest.raises(UserError) as error:
             load_model(tmp_path, from_scratch=from_scratch)
         message = fails(error)
         assert message.startswith("student: ")
-        assert "'bert'" in message
+        assert f"{kind!r}" in message
         assert "allowed are t5" in message
 
 
