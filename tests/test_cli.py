@@ -167,6 +167,8 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--model.rationale_wieght=1", ["model.rationale_wieght", "did you mean rationale_weight?", "label_prefix"]),
     ("--data.batchsize=3", ["data.batchsize: no such argument", "did you mean batch_size?", "train_size"]),
     ("--model.tasks=[label]", ["model.tasks: got ['label']; allowed is dict, or null"]),
+    ("--model.tasks={x: 3}", ["tasks: x must map prefix, target", "to values, got 3"]),
+    ("--model.tasks={label: {target: '{rationale}'}}", ["tasks: none of label, rationale gives a label"]),
     ("stray", ["unexpected argument 'stray'"]),
     # a beginning of a key is no key
     ("--trainer.max_step=3", ["trainer.max_step: no such argument", "did you mean trainer.max_steps?"]),
@@ -629,6 +631,18 @@ def test_later_configs_and_arguments_win(student_folder: Path, capsys: pytest.Ca
     assert content["trainer"]["max_steps"] == 33
     assert content["validation"]["every_n_steps"] == 6
     assert content["seed_everything"] == 3
+
+
+def test_tasks_of_several_configs_add_up(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.yaml").write_text("model: {init_args: {tasks: {rationale: {select: sample}, x: {prefix: 'x: '}}}}\n")
+    Path("two.yaml").write_text("model: {init_args: {tasks: {rationale: {weight: 0.5}, y: {prefix: 'y: '}}}}\n")
+    base = [*small_model(student_folder), *toy_data()]
+    text = printed(capsys, "fit", base, "--config=one.yaml", "--config=two.yaml", "--print_config")
+    assert yaml.safe_load(text)["model"]["init_args"]["tasks"] == {
+        "rationale": {"select": "sample", "weight": 0.5},
+        "x": {"prefix": "x: "},
+        "y": {"prefix": "y: "},
+    }
 
 
 # ---------------------------------------------------------------------- links, and a user's own classes

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse._actions import previous_config
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
@@ -87,7 +88,7 @@ class Parser(LightningArgumentParser):
         return self.instantiate(cfg, instantiators=ours, **kwargs)
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
-        """As jsonargparse's; errors name the file."""
+        """As jsonargparse's; errors name the file, and tasks and teachers of earlier files stay."""
         try:
             parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
@@ -96,7 +97,18 @@ class Parser(LightningArgumentParser):
             raise UserError(f"config: {str(cfg_path)!r} is not UTF-8 ({error.reason} at byte {error.start})") from error
         if parsed.get("config") is not None:
             raise UserError(f"config: a file cannot name another, give --config several times (in {cfg_path})")
+        for key in ("model.init_args.tasks", "model.init_args.teachers"):
+            earlier, own = (found.get(key) if found else None for found in (previous_config.get(), parsed))
+            if isinstance(earlier, dict) and isinstance(own, dict):
+                parsed[key] = _join(earlier, own)
         return parsed
+
+
+def _join(earlier: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Two mappings of names to settings; for a name in both, the settings of both."""
+    pairs = ((name, earlier[name], settings) for name, settings in own.items() if name in earlier)
+    both = {name: {**old, **new} for name, old, new in pairs if isinstance(old, dict) and isinstance(new, dict)}
+    return {**earlier, **own, **both}
 
 
 def call(

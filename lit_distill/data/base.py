@@ -35,7 +35,7 @@ from lit_distill.data.tokenize import TokenSettings, cut_counts, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
-from lit_distill.tasks import Row, RowFilter, Task, tasks_from
+from lit_distill.tasks import Row, RowFilter, Task, rationale_task, tasks_from
 
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
 """Environment variable of the cache folder for tokenised rows; by default inside Hugging Face datasets' cache."""
@@ -194,12 +194,15 @@ class RationaleDataModule(ReleasedRows):
         """The answer key of a split, always with gold labels."""
         if split not in self._keys:
             used = self.used_rows(split)
+            task = rationale_task(self.tasks)
+            # of the outputs that the student's rationales are trained on
+            texts = [[one.text for one in row.outputs if task is None or task.accepts(one)] for row in used.rows]
             has_choices = self.label_set is not None or any(row.choices for row in used.rows)
             self._keys[split] = AnswerKey(
                 ids=[row.id for row in used.rows],
                 inputs=[row.input for row in used.rows],
                 labels=used.gold,
-                rationales=[row.rationale for row in used.rows],
+                rationales=[next((text for text in of_row if text is not None), None) for of_row in texts],
                 metric=self.metric,
                 label_set=self.label_set,
                 choices=[row.choices or self.label_set or () for row in used.rows] if has_choices else None,
@@ -414,8 +417,10 @@ class RationaleDataModule(ReleasedRows):
                 continue
             needed = ["labels of the teacher" if teacher_labels else "labels"] if task.needs_label else []
             if task.uses_output:
-                needed.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
-            found = f"there are outputs of kind {known}; {counts}"
+                columns = ", ".join(["label"] * (task.select == "vote") + task.columns)
+                by, having = f" by {task.teacher}" if task.teacher else "", f" with {columns}" if columns else ""
+                needed.append(f"teacher outputs of kind {task.kind}{by}{having}")
+            found = f"there are outputs of kind {known}; rationale_filter: {self.rationale_filter}; {counts}"
             raise UserError(f"tasks: {name} needs {' and '.join(needed)}, and has no target in train; {found}")
         if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
             self.warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")

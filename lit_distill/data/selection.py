@@ -124,7 +124,7 @@ def train_rows(
     """The training rows: a fraction of the split, with labels and filtered teacher outputs.
 
     The fraction is drawn first, so that label sources and filters are compared on the same rows. With
-    ``teacher_labels`` the label is that of the first output that passes ``keep``, else of the first with a label.
+    ``teacher_labels`` the label is that of the first output with one that passes ``keep``, else of the first with one.
     ``keep`` gets a row with its gold label and one output. Rows without a label or any target are left out.
     """
     drawn = [rows[position] for position in subset(len(rows), fraction, seed)]
@@ -135,12 +135,12 @@ def train_rows(
     for original in drawn:
         said = [output for output in original.outputs if output.text is not None]
         kept = [output for output in said if keep is None or keep(replace(original, outputs=(output,)))]
-        if not kept:
-            counts["rationale_filtered"] += bool(said)
+        counts["rationale_filtered"] += bool(said) and not kept
+        if all(output.label is None for output in kept):
             # a label may be left where no rationale is
-            kept = [replace(output, text=None) for output in original.outputs if output.label is not None]
+            kept += [replace(output, text=None) for output in original.outputs if output.label is not None]
         label = original.label
-        if teacher_labels and (label := kept[0].label if kept else None) is None:
+        if teacher_labels and (label := next((one.label for one in kept if one.label is not None), None)) is None:
             counts["dropped_without_teacher_label"] += 1
             continue
         row = replace(original, label=label, outputs=tuple(kept))

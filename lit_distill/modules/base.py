@@ -80,7 +80,7 @@ class DistillModule(Evaluating, Checkpointing):
         self,
         student: str | Path,
         *,
-        tasks: dict[str, dict[str, Any] | Task] | None = None,
+        tasks: dict[str, Any] | None = None,
         objectives: list[Objective] | None = None,
         teachers: dict[str, TeacherModel] | None = None,
         from_scratch: bool = False,
@@ -118,14 +118,13 @@ class DistillModule(Evaluating, Checkpointing):
         # Lightning finds the subclass's arguments from here, too
         self.save_hyperparameters()
         self.tasks = self.all_tasks(self.hparams)
-        answer_task(self.tasks)
         self.teachers = Teachers(teachers)
         self.objectives = nn.ModuleList(objectives or [])
         check_objectives(objectives or [], list(self.tasks), self.teachers)
         # plain types only: a checkpoint is read with `weights_only=True`
         self.hparams["student"] = str(student)
         self.hparams["tasks"] = tasks and {
-            name: given.plain() if isinstance(given, Task) else dict(given) for name, given in tasks.items()
+            name: given.plain() if isinstance(given, Task) else dict(given or {}) for name, given in tasks.items()
         }
         self.hparams["objectives"] = objectives and [objective.plain() for objective in objectives]
         self.hparams["teachers"] = teachers and self.teachers.plain()
@@ -167,14 +166,16 @@ class DistillModule(Evaluating, Checkpointing):
         A class method, so that the command line can build the data module before the module.
 
         Raises:
-            UserError: a task is invalid, or two have the same prefix.
+            UserError: a task is invalid, two have the same prefix, or none gives a label.
         """
         settings = cls.init_settings(init_args)
         made: dict[str, Any] = dict(cls.make_tasks(settings))
         for name, given in (settings.get("tasks") or {}).items():
             plain = isinstance(given, Mapping) and name in made
             made[name] = {**made[name].plain(), **given} if plain else given
-        return tasks_from(made)
+        tasks = tasks_from(made)
+        answer_task(tasks)
+        return tasks
 
     @classmethod
     def init_settings(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:

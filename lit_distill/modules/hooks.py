@@ -12,7 +12,7 @@ from lit_distill.evaluation.answers import AnswerKey, AnswerSource, Split
 from lit_distill.modules.window import Counts
 from lit_distill.objectives import Objective, Step
 from lit_distill.students import Student
-from lit_distill.tasks import Task
+from lit_distill.tasks import Task, answer_task, rationale_task
 from lit_distill.teachers.models import Teachers
 
 
@@ -88,13 +88,12 @@ class Hooks(pl.LightningModule):
     @property
     def answer_task(self) -> str:
         """The first task whose text contains the label."""
-        return next(task.name for task in self.tasks.values() if task.gives_label)
+        return answer_task(self.tasks).name
 
     @property
     def rationale_task(self) -> str | None:
         """The task whose text contains the rationale: the answer task if it does, else the first that does."""
-        tasks = [self.tasks[self.answer_task], *self.tasks.values()]
-        return next((task.name for task in tasks if task.gives_rationale), None)
+        return found.name if (found := rationale_task(self.tasks)) is not None else None
 
     def generation_settings(self, task: str) -> dict[str, int]:
         """``generate``'s arguments for a task.

@@ -10,6 +10,7 @@ from lit_distill.tasks.task import (
     Task,
     answer_task,
     find_function,
+    rationale_task,
     tasks_from,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "answer_task",
     "find_function",
     "fingerprint",
+    "rationale_task",
     "read_rows",
     "tasks_from",
 ]

@@ -94,6 +94,11 @@ class Task:
         return "label" in _split(self.target)[0]
 
     @property
+    def columns(self) -> list[str]:
+        """The columns of a teacher output that targets need."""
+        return [name for name in _split(self.target)[0] if name not in ("label", "rationale", "input")]
+
+    @property
     def gives_label(self) -> bool:
         """Whether a label is parsed from the student's text."""
         return self.parser is not None or self.needs_label
@@ -235,11 +240,18 @@ def check_prefixes(tasks: Mapping[str, Task]) -> None:
 
 
 def answer_task(tasks: Mapping[str, Task]) -> Task:
-    """The task whose text contains the label, preferably ``label``. Raises a ``UserError`` without any."""
-    giving = {name: task for name, task in tasks.items() if task.gives_label}
-    if not giving:
+    """The first task whose text contains the label. Raises a ``UserError`` without any."""
+    found = next((task for task in tasks.values() if task.gives_label), None)
+    if found is None:
         raise UserError(f"tasks: none of {', '.join(tasks)} gives a label: name {{label}} in a target or give a parser")
-    return giving.get("label") or next(iter(giving.values()))
+    return found
+
+
+def rationale_task(tasks: Mapping[str, Task]) -> Task | None:
+    """The task whose text contains the rationale: the answer task if it does, else the first that does."""
+    giving = [task for task in tasks.values() if task.gives_rationale]
+    answer = next((task for task in tasks.values() if task.gives_label), None)
+    return answer if answer in giving else next(iter(giving), None)
 
 
 def find_function(argument: str, path: str) -> Callable[[Any], Any]:

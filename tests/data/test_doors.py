@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.data import JSONLDataModule
 from lit_distill.data.sampler import EpochSampler
+from lit_distill.errors import UserError
 from lit_distill.tasks import tasks_from
 from tests.data.conftest import WriteLines
 from tests.runs import CONFIGS, metric_rows, run, run_folders
@@ -83,6 +84,35 @@ def test_seven_styles(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_
     assert sorted(texts(batch, "question")) == [f"question {i}" for i in range(3)]
     assert list(batch) == ["label", *styles]
     assert len(tasks_from(styles)) == len({task.prefix for task in tasks_from(styles).values()}) == 7
+
+
+def test_answers_hold_the_rationales_that_the_task_is_trained_on(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    lines = [{"input": f"in {i}", "label": "yes", "code": f"c {i}", "why": [f"w {i}", "-"]} for i in range(4)]
+    train = write_lines(tmp_path / "train.jsonl", lines)
+    module = JSONLDataModule(
+        train=train, val=train, outputs={"code": "program", "why": "rationale"}, tokenizer=tokenizer, tasks=PAIR
+    )
+    assert module.answer_key("val").rationales == [f"w {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("task", "needs"),
+    [
+        ({"select": "vote"}, "with label"),
+        ({"target": "{sure}: {rationale}"}, "with sure"),
+    ],
+)
+def test_outputs_that_lack_what_a_task_needs(
+    task: dict[str, Any], needs: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    train = write_lines(tmp_path / "t.jsonl", [{"input": "in", "label": "yes", "rationale": "why"}])
+    tasks = {"label": {}, "q": {"prefix": "q: ", "target": "{rationale}", **task}}
+    with pytest.raises(
+        UserError, match=f"^tasks: q needs teacher outputs of kind rationale {needs}, and has no target in train"
+    ):
+        JSONLDataModule(train=train, val=train, tokenizer=tokenizer, tasks=tasks).setup("fit")
 
 
 def sampled(

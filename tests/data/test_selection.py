@@ -111,6 +111,18 @@ def test_teacher_labels_drop_an_unparsed_row() -> None:
     assert found.counts["dropped_without_teacher_label"] == 1
 
 
+def test_a_teacher_label_counts_whichever_output_has_it() -> None:
+    program = TeacherOutput("x + 2", None, kind="program")
+    row = Row("a", "in", "yes", outputs=(TeacherOutput(None, "no"), program))
+    tasks = tuple(tasks_from({"label": {}, "p": {"prefix": "p", "target": "{rationale}", "kind": "program"}}).values())
+    (found,) = train_rows([row], tasks=tasks, teacher_labels=True, keep=None, fraction=1.0, seed=0).rows
+    assert found.label == "no"
+    assert [[target.text for target in targets(task, found)] for task in tasks] == [["no"], ["x + 2"]]
+    swapped = replace(row, outputs=(program, TeacherOutput("because", "no")))
+    (found,) = train_rows([swapped], tasks=tasks, teacher_labels=True, keep=None, fraction=1.0, seed=0).rows
+    assert found.label == "no"
+
+
 def test_filter_sees_the_gold_label_and_takes_rationales_only() -> None:
     seen: list[str | None] = []
 

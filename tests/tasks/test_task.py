@@ -169,7 +169,7 @@ def test_what_is_refused(value: Any, says: str) -> None:  # noqa: ANN401
 
 
 def test_the_task_that_answers() -> None:
-    assert answer_task(tasks_from({"rationale_label": {"prefix": "a"}, "label": {}})).name == "label"
+    assert answer_task(tasks_from({"rationale_label": {"prefix": "a"}, "label": {}})).name == "rationale_label"
     assert answer_task(tasks_from({"why": {"target": "{rationale}", "prefix": "b"}, "x": {}})).name == "x"
     with pytest.raises(UserError, match=r"tasks: none of why gives a label"):
         answer_task(tasks_from({"why": {"target": "{rationale}"}}))
