@@ -1,6 +1,8 @@
 """What checkpoints hold besides weights, and loading a module from its checkpoint alone."""
 
 import copy
+import io
+import pickle
 from typing import Any, Self
 
 import torch
@@ -20,6 +22,27 @@ _LIMITS_KEY = "lit_distill_target_limits"
 
 class Checkpointing(Training):
     """The checkpoint hooks of `DistillModule`."""
+
+    def setup(self, stage: str) -> None:
+        """Check before training that a checkpoint can hold the settings, which include those of a user's classes.
+
+        Raises:
+            UserError: names the first setting that it cannot.
+        """
+        if stage == "fit" and self.trainer.checkpoint_callbacks:
+            own = {name: value for name, value in self.hparams.items() if name != "objectives"}
+            owners = {"data": getattr(getattr(self.trainer, "datamodule", None), "hparams", {}), "model": own}
+            owners |= {f"objectives: {each.name}": each.hparams for each in self._objectives}
+            for owner, name, value in ((owner, *item) for owner, given in owners.items() for item in given.items()):
+                try:
+                    torch.save(value, file := io.BytesIO())
+                    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+                except (pickle.PickleError, AttributeError, TypeError) as error:
+                    raise UserError(
+                        f"{owner}: {name}: a checkpoint cannot hold a {type(value).__name__}; use numbers, texts,"
+                        " lists and mappings"
+                    ) from error
+        super().setup(stage)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what loading needs, and rewind the progress to the last complete optimizer step.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
-from lit_distill.objectives import Step
+from lit_distill.objectives import Objective, Step
 from lit_distill.students import is_tied, load_model, load_tokenizer, save_model
 from lit_distill.tasks import LABEL, RATIONALE_LABEL, Task
 from tests.modules.batches import RowsData, collate, random_rows
@@ -267,3 +267,36 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
     folder = make_student_folder(tmp_path / "small", vocab_size=10)
     with pytest.raises(UserError, match="vocab_size is 10"):
         StandardModule(folder, from_scratch=True)
+
+
+class Placed(StepByStepModule):
+    """A method with a path among its arguments."""
+
+    def __init__(self, student: str, *, where: object, **kwargs: Any) -> None:
+        super().__init__(student, **kwargs)
+
+
+class PlacedObjective(Objective):
+    """An objective with one."""
+
+    def __init__(self, *, where: object, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def forward(self, step: Step) -> Tensor:
+        return step.student.loss("label")
+
+
+@pytest.mark.parametrize("owner", ["model", "objectives: placedobjective"])
+def test_settings_that_no_checkpoint_can_hold(student_folder: Path, tmp_path: Path, owner: str) -> None:
+    def fit(where: object) -> None:
+        arguments: dict[str, Any] = {"from_scratch": True}
+        if owner == "model":
+            module: DistillModule = Placed(str(student_folder), where=where, **arguments)
+        else:
+            module = StepByStepModule(student_folder, objectives=[PlacedObjective(where=where)], **arguments)
+        trainer = make_trainer(enable_checkpointing=True, default_root_dir=tmp_path)
+        trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+
+    with pytest.raises(UserError, match=f"^{owner}: where: a checkpoint cannot hold a PosixPath; use numbers, texts"):
+        fit(tmp_path)
+    fit({"at": [str(tmp_path), None, (1, 2.5)]})
