@@ -37,9 +37,9 @@ class Features(Dataset[Feature]):
         self.features: list[Feature] = [
             {
                 "input_ids": row["label.input_ids"],
-                "labels": row["label.labels"],
+                "labels": row["label.labels"][0] if row["label.labels"] else None,
                 "rationale_input_ids": row["rationale.input_ids"],
-                "rationale_labels": row["rationale.labels"],
+                "rationale_labels": row["rationale.labels"][0] if row["rationale.labels"] else None,
             }
             for row in rows
         ]

@@ -135,13 +135,17 @@ def content(batch: Mapping[str, Mapping[str, Tensor]]) -> Content:
 
 
 def row_lengths(rows: Sequence[Mapping[str, Any]]) -> list[Lengths]:
-    """The tokens of tokenised rows, as the data module's loaders read them."""
+    """The tokens of tokenised rows, as the data module's loaders read them; of a task's targets the first."""
+
+    def first(row: Mapping[str, Any], task: str) -> int | None:
+        return len(row[f"{task}.labels"][0]) if row[f"{task}.labels"] else None
+
     return [
         (
             len(row["label.input_ids"]),
-            len(row["label.labels"] or ()),
-            None if row["rationale.labels"] is None else len(row["rationale.input_ids"]),
-            None if row["rationale.labels"] is None else len(row["rationale.labels"]),
+            first(row, "label") or 0,
+            None if first(row, "rationale") is None else len(row["rationale.input_ids"]),
+            first(row, "rationale"),
         )
         for row in rows
     ]

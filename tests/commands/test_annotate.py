@@ -775,7 +775,7 @@ def test_the_folder_is_a_dataset_with_a_card(here: Path) -> None:
         # samples, errors, parsed, agreeing, with the label in the rationale
         assert "| train | tiny | 8 | 2 | 6 | 6 | 6 |" in card.text
         assert [line.split("`")[1] for line in card.text.splitlines() if line.startswith("| `")] == list(rows[0])
-        assert "| `vote_share` | float | The part of them with that label. |" in card.text
+        assert "| `vote_share` | float | Fraction of them with that label. |" in card.text
         assert "The licence of the source data and the terms of the teacher" in card.text
         # a user's own words stay, those of an earlier start do not
         run("annotate", own(numbered(here, 5), server, "--num_samples=2"))
