@@ -53,7 +53,7 @@ class Checkpointing(Training):
         if not self.sharded:
             check_weights(checkpoint["state_dict"], f"step {checkpoint['global_step']}")
         checkpoint[CHECKPOINT_KEY] = self.student.record()
-        checkpoint[_TASKS_KEY] = self.texts(self.tasks)
+        checkpoint[_TASKS_KEY] = self.task_texts(self.tasks)
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
         if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
@@ -84,7 +84,7 @@ class Checkpointing(Training):
                 f"ckpt_path: the checkpoint was trained with the adapter {kept}, here it is"
                 f" {adapter and adapter.plain()}; give model.adapter as it was trained with"
             )
-        own = self.texts(self.tasks)
+        own = self.task_texts(self.tasks)
         if (trained := checkpoint.get(_TASKS_KEY, own)) != own:
             raise UserError(
                 f"ckpt_path: the checkpoint was trained on {trained} (task: prefix and target), {type(self).__name__}"

@@ -92,7 +92,7 @@ class Training(Hooks):
         """Check that the data module builds the inputs and targets of this module, if it says what it builds."""
         if not isinstance(built, dict):
             return
-        found, wanted = self.texts(built), self.texts(self.tasks)
+        found, wanted = self.task_texts(built), self.task_texts(self.tasks)
         if found != wanted:
             raise UserError(
                 f"tasks: {type(self).__name__} trains on {wanted} (task: prefix and target), but the data module builds"
@@ -100,7 +100,7 @@ class Training(Hooks):
             )
 
     @staticmethod
-    def texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    def task_texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
         """Prefixes and targets in plain types, to compare with those of the data module or a checkpoint."""
         return {name: [task.prefix, task.target] for name, task in tasks.items()}
 
