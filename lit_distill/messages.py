@@ -57,6 +57,8 @@ def _unknown_class(found: re.Match[str], key: str, message: str, options: Sequen
     if not bases:
         return None
     allowed = sorted(known_subclasses(bases[0]))
+    if not allowed:
+        return f"{key}: got {name!r}; allowed is a mapping, {_OWN}"
     return f"{key}: unknown class {name!r}{likely(name, allowed)}; allowed are {', '.join([*allowed, _OWN])}"
 
 

@@ -182,3 +182,13 @@ def test_an_adapter_saved_alone(
     row = read_lines(here / "a.jsonl")[0]
     said = snippet(saved, row["input"], monkeypatch, capsys)
     assert LABEL.read(said).label == row["prediction"]
+
+
+@pytest.mark.parametrize(("key", "given"), [("teachers", "{big: t5-large}"), ("objectives", "[KL]")])
+def test_a_name_in_place_of_settings_is_refused(
+    key: str, given: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = student_of("t5", here / "student")
+    said = refusal(capsys, "fit", small_toy(student), f"--model.{key}={given}")
+    name = given.strip("[{}]").rpartition(" ")[2]
+    assert said.startswith(f"model.{key}: got {name!r}; allowed is a mapping, or the import path of a class")
