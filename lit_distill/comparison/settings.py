@@ -158,6 +158,7 @@ _METHODS |= {"StepByStep": "step-by-step"}
 _DATASETS = {"esnli": "e-SNLI", "cqa": "CQA", "svamp": "SVAMP"} | {f"anli{i}": f"ANLI R{i}" for i in (1, 2, 3)}
 _LABELS = {"gold": "gold labels", "teacher": "teacher's labels"}
 _MAX_LENGTH = 40
+_TASK = re.compile(r"model\.init_args\.tasks\.(.+)\.(?=\w+$)")
 
 
 def dataset_name(dataset: str) -> str:
@@ -188,7 +189,9 @@ def short_names(names: Iterable[str], separator: str = ".") -> dict[str, str]:
     short = {}
     for name, text in whole.items():
         others = [f"{separator}{other}" for other in whole.values() if other != text]
-        parts = text.split(separator)
+        # what a user named is not left out
+        own = re.match(r"model\.(?:tasks|teachers)\.(.+)|data\.(outputs\..+)", text)
+        parts = [own[1] or own[2]] if own else text.split(separator)
         ends = (separator.join(parts[i:]) for i in reversed(range(len(parts))))
         short[name] = next((end for end in ends if not any(one.endswith(separator + end) for one in others)), text)
     return short
@@ -204,8 +207,11 @@ def variant_names(settings: Iterable[Setting], keys: Collection[str] | None = No
     settings = sorted(settings, key=lambda setting: setting.extra)
     short = short_names({key for setting in settings for key, _ in setting.extra})
     weights: dict[str, set[float | None]] = defaultdict(set)
+    values: dict[str, set[str]] = defaultdict(set)
     for setting in settings:
         weights[setting.method].add(setting.rationale_weight)
+        for key, value in setting.extra:
+            values[key] |= {value} - {"null"}
     names: dict[Setting, str] = {}
     variants: dict[str, dict[tuple[object, ...], int]] = defaultdict(dict)
     numbers: dict[Setting, int] = {}
@@ -219,7 +225,12 @@ def variant_names(settings: Iterable[Setting], keys: Collection[str] | None = No
         for key, value in extra:
             if value not in ("null", "none", "false"):
                 words = short[key].replace("_", " ")
-                parts.append(words if value == "true" else f"{words} {value_name(value)}")
+                part = words if value == "true" else f"{words} {value_name(value)}"
+                task = _TASK.match(key)
+                if task and f"{task[0]}prefix" in dict(extra) and len(values[key]) == 1:
+                    # wherever this task is, it has this value
+                    part = f"task {task[1]}"
+                parts += [part] * (part not in parts)
         names[setting] = name = ", ".join(parts)
         variant = (setting.method, setting.rationales, setting.rationale_weight, extra)
         numbers[setting] = variants[name].setdefault(variant, len(variants[name]) + 1)

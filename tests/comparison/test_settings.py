@@ -117,6 +117,19 @@ def test_a_key_is_named_by_as_much_as_tells_it_apart() -> None:
     }
 
 
+def test_tasks_are_named_once_and_their_differences_in_full(tmp_path: Path) -> None:
+    program: dict[str, Any] = {"prefix": "p: ", "kind": "program"}
+    others = [{"program": {**program, "weight": weight}} for weight in (0.3, 0.5)]
+    given = [None, *others, {"rationale": {"select": "all"}}]
+    runs = runs_of(tmp_path, *[{"method": "StepByStep", "model": {"tasks": tasks}} for tasks in given])
+    assert names_of(runs) == [
+        "step-by-step",
+        "step-by-step, task program, program.weight 0.3",
+        "step-by-step, task program, program.weight 0.5",
+        "step-by-step, rationale.select all",
+    ]
+
+
 def test_values_in_short() -> None:
     assert value_name("x" * 90) == f"{'x' * 37}..."
     assert value_name("annotations/mine/") == "mine"

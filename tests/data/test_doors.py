@@ -30,7 +30,7 @@ def overlay(name: str) -> dict[str, Any]:
 
 def texts(batch: TaskBatch, task: str) -> list[str]:
     """The targets of a task as text: the tokens are character codes."""
-    rows = batch[task]["labels"].tolist()  # type: ignore[literal-required]
+    rows = batch[task]["labels"].tolist()
     return ["".join(chr(token) for token in row if token not in (1, IGNORE_INDEX)) for row in rows]
 
 
