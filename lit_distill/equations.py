@@ -132,7 +132,8 @@ def run_program(text: str) -> str | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the parser, about `1or 2`
-                (statement,) = ast.parse(line).body if _is_short(line) else ()
+                statements = ast.parse(line).body if _is_short(line) else []
+            (statement,) = statements
             if isinstance(statement, ast.Assign) and all(isinstance(name, ast.Name) for name in statement.targets):
                 value = _value(statement.value, names)
                 names |= {name.id: value for name in statement.targets if isinstance(name, ast.Name)}

@@ -302,7 +302,7 @@ def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: py
 
 def own_filter(example: Row) -> bool:
     """Keeps by whatever column it likes."""
-    return example.columns is not None and example.columns["score"] > 2
+    return example.columns is not None and bool(example.columns["score"] > 2)
 
 
 @pytest.mark.parametrize("rationale_filter", [own_filter, f"{__name__}.own_filter", "score > 2"])

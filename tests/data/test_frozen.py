@@ -50,7 +50,7 @@ def tokens(module: RationaleDataModule, split: Split) -> str:
     return digest(found)
 
 
-DATASETS = {
+DATASETS: dict[str, tuple[type[RationaleDataModule], dict[str, Any]]] = {
     "cqa": (CQADataModule, {}),
     "cqa-filtered": (CQADataModule, {"rationale_filter": "label_agrees", "train_fraction": 0.25, "seed": 3}),
     "cqa-teacher": (CQADataModule, {"label_source": "teacher", "rationale_pairing": "shuffled"}),
