@@ -393,7 +393,10 @@ def write_lines_to(folder: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
             "tasks: x needs teacher outputs of kind proof, and has no target in train; .* rationale by",
         ),
         ({"teacher": "B"}, "tasks: x needs teacher outputs of kind rationale by B, and has no target in train"),
-        ({"target": "{column}"}, "tasks: x needs teacher outputs of kind rationale, and has no target in train"),
+        (
+            {"target": "{column}"},
+            "tasks: x needs teacher outputs of kind rationale with column, and has no target in train",
+        ),
     ],
 )
 def test_a_task_without_outputs_is_named(task: dict[str, Any], message: str, write_cqa: WriteCQA) -> None:
