@@ -120,7 +120,7 @@ def run_program(text: str) -> str | None:
     Returns:
         The value; ``None`` for anything that is no such program. It never raises.
 
-    >>> run_program("apples = 3 * 4\\nleft = apples - 5  # eaten")
+    >>> run_program("apples = 3 * 4\nleft = apples - 5  # eaten")
     '7'
     """
     names: dict[str, float] = {}

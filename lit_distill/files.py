@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _HOST = socket.gethostname().partition(".")[0]
+_EARLIER = ".earlier."
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             _sync(path)
         if folder.exists():
             # a folder cannot be renamed onto one that holds files
-            earlier = tmp_path.with_name(f".{folder.name}.{_HOST}.{os.getpid()}-earlier.tmp")
+            earlier = tmp_path.with_name(f".{folder.name}{_EARLIER}{_HOST}.{os.getpid()}.tmp")
             folder.rename(earlier)
             tmp_path.rename(folder)
             shutil.rmtree(earlier)
@@ -78,7 +79,12 @@ def _replacing(path: Path) -> Iterator[Path]:
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         host, process = stale.name.split(".")[-3:-1]
         # the processes of another machine are unknown
-        if host == _HOST and not _is_running(process):
+        if host != _HOST or _is_running(process):
+            continue
+        if _EARLIER in stale.name and not path.exists():
+            # killed between the two renames of a folder
+            stale.rename(path)
+        else:
             _remove(stale)
     tmp_path = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
@@ -98,7 +104,7 @@ def _is_running(process: str) -> bool:
         return False
     try:
         os.kill(int(process), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -124,6 +125,41 @@ def test_a_checkpoint_never_lies_in_the_temporary_folder(tmp_path: Path, monkeyp
     trainer.strategy.checkpoint_io.save_checkpoint({"weights": torch.arange(3)}, path)
     assert names(path.parent) == ["last.ckpt"]
     assert torch.equal(torch.load(path, weights_only=True)["weights"], torch.arange(3))
+
+
+def test_a_folder_whose_writer_was_killed_between_its_renames_is_restored(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    with atomic_folder(folder) as tmp_folder:
+        (tmp_folder / "a").write_text("earlier")
+    original = Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if to == folder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, to)
+
+    def fill() -> None:
+        with mock.patch.object(Path, "rename", rename), atomic_folder(folder) as tmp_folder:
+            (tmp_folder / "a").write_text("new")
+
+    killed(fill)
+    assert not folder.exists()
+
+    def stop() -> None:
+        with atomic_folder(folder):
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        stop()
+    assert (folder / "a").read_text() == "earlier"
+    assert names(tmp_path) == ["student"]
+
+
+def test_a_leftover_of_an_impossible_process_is_removed(tmp_path: Path) -> None:
+    host = socket.gethostname().partition(".")[0]
+    (tmp_path / f".run.json.{host}.{10**30}.tmp").touch()
+    write_text(tmp_path / "run.json", "whole")
+    assert names(tmp_path) == ["run.json"]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
