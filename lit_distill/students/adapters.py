@@ -96,6 +96,8 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, own_dtype: bool = T
     """
     config = adapter.config(model)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
+    # T5 holds its embedding's weights there, and reads them in the `embed_tokens` of encoder and decoder
+    layers -= {"shared"}
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, list | set):
         missing = [one for one in sorted(targets) if not any(f".{name}".endswith(f".{one}") for name in layers)]

@@ -197,3 +197,9 @@ def test_what_is_refused_before_weights_are_read(adapter: dict[str, Any], said: 
     assert str(error.value).startswith("adapter: ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_embedding_that_t5_reads_under_other_names_is_refused(tmp_path: Path) -> None:
+    make_student_folder(tmp_path)
+    with pytest.raises(UserError, match="the student has no layers named shared; it has "):
+        load(tmp_path, adapter={"target_modules": ["shared", "q"]})
