@@ -184,7 +184,7 @@ def test_an_adapter_saved_alone(
     assert LABEL.read(said).label == row["prediction"]
 
 
-@pytest.mark.parametrize(("key", "given"), [("teachers", "{big: t5-large}"), ("objectives", "[KL]")])
+@pytest.mark.parametrize(("key", "given"), [("teachers", "{big: t5-large}"), ("objectives", "[NoSuchLoss]")])
 def test_a_name_in_place_of_settings_is_refused(
     key: str, given: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
