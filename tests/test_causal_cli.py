@@ -191,4 +191,6 @@ def test_a_name_in_place_of_settings_is_refused(
     student = student_of("t5", here / "student")
     said = refusal(capsys, "fit", small_toy(student), f"--model.{key}={given}")
     name = given.strip("[{}]").rpartition(" ")[2]
-    assert said.startswith(f"model.{key}: got {name!r}; allowed is a mapping, or the import path of a class")
+    # where objectives of other tests are imported, they are listed
+    assert said.startswith((f"model.{key}: got {name!r}; allowed is a mapping", f"model.{key}: unknown class {name!r}"))
+    assert "or the import path of a class" in said
