@@ -21,7 +21,7 @@ from lit_distill.modules.hooks import Hooks
 from lit_distill.modules.optimization import clip_within_step, configure, reset_clipping
 from lit_distill.modules.resume import seed_step
 from lit_distill.modules.window import Window, WindowLoader, WindowSource
-from lit_distill.objectives import Step
+from lit_distill.objectives import Objective, Step
 from lit_distill.students import Tokens
 from lit_distill.tasks import Task
 
@@ -146,7 +146,8 @@ class Training(Hooks):
 
     def _prepare(self, batches: list[TaskBatch]) -> None:
         """Call `prepare` and restore the random and training state after it."""
-        if type(self).prepare is Hooks.prepare and not len(self.objectives):
+        own = any(type(objective).prepare is not Objective.prepare for objective in self._objectives)
+        if type(self).prepare is Hooks.prepare and not own:
             return
         modes = [(module, module.training) for module in self.modules()]
         with isolate_rng(), torch.no_grad():

@@ -149,7 +149,7 @@ class Pass(ABC):
         found: Any = self.student.network.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, max(self.student.most_positions - first, 1)),
             num_beams=num_beams,
             do_sample=False,
             logits_processor=[processor],
@@ -204,6 +204,8 @@ class Student(nn.Module, ABC):
     """The adapter that is trained, if any."""
     compiles: bool = False
     """Whether the training forward is compiled."""
+    most_positions: int = 2**30
+    """Maximum tokens of a prompt with its target; T5's relative positions have none."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

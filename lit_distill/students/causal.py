@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, take
 from lit_distill.errors import UserError
-from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
+from lit_distill.students.base import Likelihood, Pass, Student
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
@@ -134,13 +134,6 @@ class CausalPass(Pass):
         mask[:, -1] = True
         return ids, mask.long(), ids.shape[1]
 
-    def _generate(
-        self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
-    ) -> list[list[int]]:
-        # as far as the model has positions
-        left = self.student.most_positions - self._prompts(task, rows)[2]
-        return super()._generate(task, rows, min(max_new_tokens, max(left, 1)), num_beams, process)
-
     def likelihood(self, task: str) -> Likelihood:
         """Run a task's prompts, once each if the model can continue them, to score targets."""
         student, device = self.student, self.student.device
@@ -210,16 +203,13 @@ class CausalStudent(Student):
         # replaces the pretrained model's own settings: generation depends on our arguments alone
         generation = type(generation)(pad_token_id=self.pad, eos_token_id=tokens.tokenizer.eos_token_id)
         self.network.generation_config = generation
+        text = self.network.config.get_text_config()
+        self.most_positions = getattr(text, "max_position_embeddings", None) or self.most_positions
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
-
-    @property
-    def most_positions(self) -> int:
-        """Maximum tokens of a prompt with its target."""
-        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**30
 
     @property
     def continues(self) -> bool:

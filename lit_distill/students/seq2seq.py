@@ -57,7 +57,7 @@ class Seq2SeqStudent(Student):
     def _is_fast(self, batch: TaskBatch) -> bool:
         if not self.fast:
             return False
-        if self.model.device.type == "cpu" and not self._warned:
+        if self.model.device.type == "cpu":
             keep_freed_memory()
         if self.compiles and torch.is_grad_enabled():
             why: str | None = "in training, the forward is compiled instead"

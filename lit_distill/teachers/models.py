@@ -95,7 +95,10 @@ class Teachers:
             self._loaded[name] = teacher.eval().requires_grad_(False)
             size = sum(parameter.numel() for parameter in teacher.parameters())
             rank_zero_info(f"Teacher {name}: {model.model}, {size / 1e6:.0f}M parameters, {model.dtype}")
-        return self._loaded[name].to(model.device or next(student.parameters()).device)
+        teacher = self._loaded[name]
+        device = torch.device(model.device) if model.device else next(student.parameters()).device
+        # `to` walks over all parameters, and this is called in each micro-batch
+        return teacher if next(teacher.parameters()).device == device else teacher.to(device)
 
 
 class _FrozenPass:

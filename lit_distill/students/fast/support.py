@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import nn
@@ -77,8 +78,9 @@ def fits(tasks: Iterable[TaskInputs]) -> bool:
     return True
 
 
+@cache
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step.
+    """Make glibc keep freed memory for the next step; of the whole process, so once.
 
     By default it returns large blocks to the system, which must clear their pages at the next step: a tenth of a step,
     and more on a virtual machine.
