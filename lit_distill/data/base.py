@@ -132,6 +132,7 @@ class RationaleDataModule(ReleasedRows):
             raise UserError(f"tokenizer must be a hub name, a folder or a tokenizer object, got {tokenizer!r}")
         self.counts: dict[str, dict[str, int]] = {}
         self._tokenizer = tokenizer
+        self._held_out: tuple[list[Row], list[Row]] | None = None
         self._used: dict[Split, UsedRows] = {}
         self._keys: dict[Split, AnswerKey] = {}
         self._tokenized: dict[Split, TokenRows] = {}
@@ -147,8 +148,9 @@ class RationaleDataModule(ReleasedRows):
         """The rows of a split, train without val; ``None`` if absent."""
         if "val" in self.splits or split not in ("train", "val"):
             return self.released(split)
-        train = self.released("train")
-        return None if train is None else hold_out(train)[split == "val"]
+        if self._held_out is None and (train := self.released("train")) is not None:
+            self._held_out = hold_out(train)
+        return None if self._held_out is None else self._held_out[split == "val"]
 
     def repeated_rows(self, split: Split) -> int:
         """Number of rows of a split whose input also occurs in train (leakage)."""
