@@ -13,6 +13,7 @@ from typing import Literal, NotRequired, TypedDict
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.weak import WeakTensorKeyDictionary
 
 IGNORE_INDEX = -100
@@ -80,6 +81,17 @@ def filler(token: int, device: torch.device) -> TaskInputs:
     """A dummy row of one source and one target token, for ranks that must run a forward without rows."""
     ids = torch.full((1, 1), token, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def pad_targets(targets: Sequence[Sequence[int]], token: int, device: torch.device) -> Tensor:
+    """Labels ``(targets, target_len)`` of token ids; of a dummy target of one token if there is none."""
+    ids = [torch.tensor(own, device=device) for own in targets or [[token]]]
+    return pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX)
+
+
+def sum_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The sum of each row's values ``(count,)``, from values ``(tokens,)`` and the row of each."""
+    return values.new_zeros(count).index_add_(0, rows, values)
 
 
 @dataclass(frozen=True)

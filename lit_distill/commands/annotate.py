@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import yaml
 from rich.console import Console
@@ -37,6 +37,7 @@ from lit_distill.annotation.store import CARD, FILE, AnnotationStore
 from lit_distill.annotation.tally import Tally, most_common, progress
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.export import check_hub, push_folder
 from lit_distill.files import write_text
 from lit_distill.questions import Reply, Sampling, count_tokens
@@ -46,8 +47,6 @@ from lit_distill.teachers.runner import Budget, RequestRunner, Rounds, queued_in
 
 _SHOWN = 2  # prompts shown in full by a dry run
 _MEASURED = 200  # rows whose prompts are measured for an estimate
-
-Split = Literal["train", "val", "test", "predict"]
 
 
 def annotate(
@@ -119,7 +118,7 @@ def annotate(
     Raises:
         UserError: an argument is wrong, or the teacher is unavailable.
     """
-    checks.check_choice("split", split, ("train", "val", "test", "predict"))
+    checks.check_choice("split", split, get_args(Split))
     for name, number, low, high in (
         ("num_samples", num_samples, 1, 10_000),
         ("max_new_tokens", max_new_tokens, 1, None),

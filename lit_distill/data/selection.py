@@ -4,22 +4,19 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from lit_distill.annotation.conditions import condition, is_condition
-from lit_distill.annotation.record import same_answer, vote
+from lit_distill.annotation.record import Agree, same_answer, vote
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
 VAL_FRACTION = 0.1
 """Fraction of train used as val if none is released (as in the paper)."""
-
-Agree = Callable[[str, str], bool]
-"""``(answer, gold answer) -> whether it is correct``."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, take
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, pad_targets, sum_rows, take
 from lit_distill.errors import UserError
 from lit_distill.students.base import Likelihood, Pass, Student
 from lit_distill.students.tokens import Tokens
@@ -144,7 +143,8 @@ class CausalPass(Pass):
 
         def score(rows: list[int], targets: list[list[int]]) -> Tensor:
             # without choices left, this rank runs a dummy row
-            chosen, labels = torch.tensor(rows or [0], device=device), self._labels(targets)
+            chosen = torch.tensor(rows or [0], device=device)
+            labels = pad_targets(targets, student.pad, device)
             if student.sharded:
                 # so that each rank makes the second forward
                 labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)
@@ -165,23 +165,17 @@ class CausalPass(Pass):
                 )
                 states = torch.cat([states, later.last_hidden_state], dim=1)
             losses = self._cross_entropy(states[real], labels[real])
-            owners = real.nonzero()[:, 0]
-            return -losses.new_zeros(len(labels)).index_add_(0, owners, losses)[: len(rows)]
+            return -sum_rows(losses, real.nonzero()[:, 0], len(labels))[: len(rows)]
 
         return score
 
     def _whole_likelihood(self, task: str, rows: list[int], targets: list[list[int]]) -> Tensor:
         """Log-likelihoods by a forward over prompts and targets."""
         inputs = take(self.inputs(task), rows or [0])
-        inputs["labels"] = self._labels(targets)
+        inputs["labels"] = pad_targets(targets, self.student.pad, self.student.device)
         whole = CausalPass(self.student, {task: inputs})
         losses = whole.token_losses(task)
-        return -losses.new_zeros(len(inputs["labels"])).index_add_(0, whole.rows(task), losses)[: len(rows)]
-
-    def _labels(self, targets: list[list[int]]) -> Tensor:
-        """Padded targets, ``(targets, target_len)``; without any, those of a dummy row."""
-        ids = [torch.tensor(own, device=self.student.device) for own in targets or [[self.student.pad]]]
-        return pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX)
+        return -sum_rows(losses, whole.rows(task), len(inputs["labels"]))[: len(rows)]
 
 
 class CausalStudent(Student):

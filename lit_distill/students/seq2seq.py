@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, pad_targets, take, targets_of
 from lit_distill.errors import UserError
 from lit_distill.students.base import Likelihood, Pass, ProcessLogits, Student
 from lit_distill.students.fast.greedy import greedy
@@ -232,8 +231,7 @@ class PlainPass(Seq2SeqPass):
         def score(rows: list[int], targets: list[list[int]]) -> Tensor:
             # without choices left, this rank runs a dummy row
             chosen = torch.tensor(rows or [0], device=states.device)
-            ids = [torch.tensor(target, device=states.device) for target in targets or [[0]]]
-            labels = pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX)
+            labels = pad_targets(targets, 0, states.device)
             logits = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states[chosen]),
                 attention_mask=inputs["attention_mask"][chosen],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
-from lit_distill.batch import TaskInputs, sources_of, targets_of
+from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, SelfAttention
 from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm
 from lit_distill.students.fast.head import token_losses
@@ -178,7 +178,7 @@ def log_likelihoods(
     hidden = _decode(model, model.decoder.embed_tokens(inputs), packing, encoded, rows)
     losses = token_losses(model.lm_head, into_head(model, hidden[-1]), labels)
     owner = torch.arange(len(targets), device=device).repeat_interleave(torch.tensor(packing.lengths, device=device))
-    return -losses.new_zeros(len(targets)).index_add_(0, owner, losses)
+    return -sum_rows(losses, owner, len(targets))
 
 
 def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:
