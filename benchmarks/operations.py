@@ -51,7 +51,7 @@ class Shape:
     is_gated_act: bool
 
 
-def shape_of(config: Any) -> Shape:  # noqa: ANN401 - a T5Config
+def shape_of(config: Any) -> Shape:
     """A configuration's sizes, which another process understands without transformers."""
     return Shape(**{name: getattr(config, name) for name in Shape.__dataclass_fields__})
 

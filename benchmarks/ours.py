@@ -51,7 +51,7 @@ class Ours:
         **arguments: further arguments of the module.
     """
 
-    def __init__(self, settings: Settings, data: Any, **arguments: Any) -> None:  # noqa: ANN401
+    def __init__(self, settings: Settings, data: Any, **arguments: Any) -> None:
         self.settings = settings
         self.data = data
         self.module = BenchmarkModule(

@@ -102,11 +102,11 @@ class RecipeTrainer(Seq2SeqTrainer):
 
     def compute_loss(
         self,
-        model: Any,  # noqa: ANN401 - as the base
+        model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Eq. 1 of the paper; each loss is the mean over its target tokens."""
         outputs = {task: model(**inputs[task]) for task in inputs}
         loss = outputs["label"].loss
@@ -114,12 +114,12 @@ class RecipeTrainer(Seq2SeqTrainer):
             loss = loss + self.rationale_weight * outputs["rationale"].loss
         return (loss, outputs) if return_outputs else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:  # noqa: ANN401
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return super()._get_train_sampler(train_dataset) if self.order is None else _Order(self.order)
 
     def prediction_step(
         self,
-        model: Any,  # noqa: ANN401 - as the base
+        model: Any,
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
@@ -278,7 +278,7 @@ class Recipe:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _decode(self, ids: Any) -> list[str]:  # noqa: ANN401 - a numpy array
+    def _decode(self, ids: Any) -> list[str]:
         # rows of different lengths are joined with -100, which is no token
         ids[ids < 0] = self.tokenizer.pad_token_id
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -36,7 +36,7 @@ def open_data(
     part: tuple[Split, Sequence[int]] | None = None,
     source: RationaleDataModule | None = None,
     **arguments: Any,
-) -> Any:  # noqa: ANN401 - a class made of the dataset's
+) -> Any:
     """A data module of the dataset, whose training batches can be given, or one of whose splits is a part of itself.
 
     Args:
@@ -100,7 +100,7 @@ class _Replay(RationaleDataModule):
         )
 
 
-def whole_batches(module: Any, size: int) -> Batches:  # noqa: ANN401 - made by `open_data`
+def whole_batches(module: Any, size: int) -> Batches:
     """The training batches of an epoch in the data module's own order, without a smaller last one.
 
     Raises:

@@ -28,7 +28,7 @@ class WorkerError(Exception):
 class Turn(Protocol):
     """What a process sees of the one that started it."""
 
-    def wait(self) -> Any:  # noqa: ANN401 - whatever is told
+    def wait(self) -> Any:
         """Sleep until told to do something, and return what."""
 
     def answer(self, value: object) -> None:
@@ -67,7 +67,7 @@ class Worker:
             self.answer()
             raise WorkerError(self._ending()) from None
 
-    def answer(self) -> Any:  # noqa: ANN401 - whatever it says
+    def answer(self) -> Any:
         """What it says next.
 
         Raises:
@@ -81,7 +81,7 @@ class Worker:
             raise WorkerError(value)
         return value
 
-    def ask(self, command: object = None) -> Any:  # noqa: ANN401 - whatever it says
+    def ask(self, command: object = None) -> Any:
         """Tell it something, and wait for the answer."""
         self.tell(command)
         return self.answer()
@@ -133,7 +133,7 @@ class _Turn:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def wait(self) -> Any:  # noqa: ANN401
+    def wait(self) -> Any:
         try:
             return self._connection.recv()
         except (EOFError, OSError):

@@ -10,7 +10,7 @@ from lit_distill.errors import UserError
 T = TypeVar("T")
 
 
-def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:  # noqa: ANN401 - whatever YAML holds
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer from ``low`` to ``high``, by default the largest of 32 bits; no bool."""
     most = 2**31 - 1 if high is None else high
     beyond = isinstance(value, int) and value > most
@@ -18,7 +18,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int: 
     return int(_check(name, value, isinstance(value, int) and low <= value <= most, f"an integer {allowed}"))
 
 
-def check_fraction(name: str, value: Any) -> float:  # noqa: ANN401
+def check_fraction(name: str, value: Any) -> float:
     """A number above 0 and not above 1."""
     return float(_check(name, value, isinstance(value, int | float) and 0 < value <= 1, "in (0, 1]"))
 
@@ -43,20 +43,20 @@ def check_range(
     _check(name, value, good, f"an integer {allowed}" if whole else allowed)
 
 
-def _check(name: str, value: Any, good: bool, allowed: str) -> Any:  # noqa: ANN401
+def _check(name: str, value: Any, good: bool, allowed: str) -> Any:
     if not good or isinstance(value, bool):
         raise UserError(f"{name} must be {allowed}, got {value!r}")
     return value
 
 
-def check_text(name: str, value: Any) -> str:  # noqa: ANN401
+def check_text(name: str, value: Any) -> str:
     """A text that is not empty."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{name} must be a text, got {value!r}")
     return value
 
 
-def check_bool(name: str, value: Any) -> bool:  # noqa: ANN401
+def check_bool(name: str, value: Any) -> bool:
     """A bool."""
     if not isinstance(value, bool):
         raise UserError(f"{name} must be true or false, got {value!r}")

@@ -20,7 +20,7 @@ _BYTES = 2**26
 _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:  # noqa: ANN401 - whatever it holds
+def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:
     """Parse JSON; ``surrogates`` allows lone surrogates.
 
     Raises:
@@ -55,7 +55,7 @@ def read_small(path: str | Path) -> bytes:
     return content
 
 
-def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:  # noqa: ANN401
+def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
     """Parse YAML with PyYAML's safe loader, or an equally safe ``loader``.
 
     Raises:

@@ -32,7 +32,7 @@ def refuse_secrets(args: Sequence[str]) -> None:
             raise UserError(f"{found if is_config or not name else f'{name}.{found}'}: {INSTEAD}")
 
 
-def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML holds
+def secret_names(value: Any) -> Iterator[str]:
     """The names of secrets in plain values, YAML text or a YAML file, and in files that these name."""
     pending: list[tuple[str, str, Any]] = [("", "", value)]
     # by identity, as YAML aliases repeat values; stored, so that no id is reused
@@ -64,7 +64,7 @@ def secret_names(value: Any) -> Iterator[str]:  # noqa: ANN401 - whatever YAML h
             pending.append((below, where, inner))
 
 
-def _is_secret(name: str, value: Any) -> bool:  # noqa: ANN401
+def _is_secret(name: str, value: Any) -> bool:
     if isinstance(value, bool) or value in (None, "", "null", "None"):
         return False
     # accessToken is access_token

@@ -362,11 +362,11 @@ def test_both_sides_begin_with_the_same_weights_and_train_on_the_same_batches(
     recipe_class, module_class = bench("recipe").RecipeTrainer, bench("ours").BenchmarkModule
     compute_loss, training_step = recipe_class.compute_loss, module_class.training_step
 
-    def recipe_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def recipe_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         seen["recipe"].append(inputs)
         return compute_loss(self, model, inputs, *args, **kwargs)
 
-    def our_step(self: Any, batch: Any, index: int) -> Any:  # noqa: ANN401
+    def our_step(self: Any, batch: Any, index: int) -> Any:
         seen["lit_distill"].append(batch)
         return training_step(self, batch, index)
 
@@ -375,7 +375,7 @@ def test_both_sides_begin_with_the_same_weights_and_train_on_the_same_batches(
     weights: list[dict[str, torch.Tensor]] = []
     for owner, path in ((bench("ours").Ours, "module.student.model"), (bench("recipe").Recipe, "student")):
 
-        def train_seen(self: Any, *args: Any, train: Any = owner.train, path: Any = path) -> None:  # noqa: ANN401
+        def train_seen(self: Any, *args: Any, train: Any = owner.train, path: Any = path) -> None:
             weights.append(copy.deepcopy(operator.attrgetter(path)(self).state_dict()))
             train(self, *args)
 

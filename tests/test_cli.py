@@ -506,7 +506,7 @@ def test_the_overview_is_in_step_with_the_parser(
 ) -> None:
     parsers: list[Any] = []
 
-    def only_look(self: DistillCLI, parser: Any, args: object) -> None:  # noqa: ANN401 - Lightning's
+    def only_look(self: DistillCLI, parser: Any, args: object) -> None:
         parsers.append(parser)
         raise InterruptedError
 
@@ -678,7 +678,7 @@ def test_tasks_prefixes_and_tokenizer_follow_from_the_method(
 ) -> None:  # fmt: skip
     built: list[Any] = []
 
-    def only_look(self: Any, *args: object, **kwargs: object) -> None:  # noqa: ANN401 - a data module
+    def only_look(self: Any, *args: object, **kwargs: object) -> None:
         built.append(self)
         raise InterruptedError
 

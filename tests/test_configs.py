@@ -232,7 +232,7 @@ def test_an_overlay_composes_onto_a_dataset(
     assert list(Path("runs").rglob("student/model.safetensors"))
 
 
-def assert_holds(parsed: Any, wanted: Any, but: tuple[str, ...]) -> None:  # noqa: ANN401 - any YAML
+def assert_holds(parsed: Any, wanted: Any, but: tuple[str, ...]) -> None:
     """All that an overlay says is in what was parsed (class names there are import paths)."""
     if isinstance(wanted, dict):
         for key, value in wanted.items():

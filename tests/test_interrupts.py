@@ -67,7 +67,7 @@ def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name: torch.load(path, weights_only=True) for path in (folder / "checkpoints").glob("*.ckpt")}
 
 
-def assert_same(first: Any, second: Any, name: str = "") -> None:  # noqa: ANN401 - whatever a checkpoint holds
+def assert_same(first: Any, second: Any, name: str = "") -> None:
     """Of every tensor and number, all bits."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), name
@@ -199,7 +199,7 @@ def test_an_exception_inside_the_optimizers_step_is_not_saved(
 ) -> None:
     step, calls = torch.optim.AdamW.step, iter(range(100))
 
-    def broken(self: torch.optim.AdamW, closure: Any = None) -> Any:  # noqa: ANN401
+    def broken(self: torch.optim.AdamW, closure: Any = None) -> Any:
         found = step(self, closure)
         if next(calls) == 3:
             raise MemoryError("the weights have moved, the moments of some have not")

@@ -115,7 +115,7 @@ def records(wandb_folder: Path) -> list[Any]:
     return list(wandb_records(path))
 
 
-def items(updates: Any) -> dict[str, Any]:  # noqa: ANN401 - protobuf's
+def items(updates: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
 
 

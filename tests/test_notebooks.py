@@ -50,7 +50,7 @@ def test_the_columns_that_are_shown_are_the_ones_written() -> None:
     assert found[1].split(", ") == list(KINDS)
 
 
-def plain(output: Any) -> Any:  # noqa: ANN401 - a node of JSON
+def plain(output: Any) -> Any:
     """An output as text alone, without colours: small, and read by every viewer."""
     if "data" in output:
         output["data"] = {"text/plain": re.sub(r"\x1b\[[\d;]*m", "", output["data"]["text/plain"])}

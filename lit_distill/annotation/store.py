@@ -289,7 +289,7 @@ def _parse(line: bytes, where: str) -> tuple[Annotation, dict[str, Any]]:
     return _sample(row, where)
 
 
-def _sample(row: Any, where: str) -> tuple[Annotation, dict[str, Any]]:  # noqa: ANN401 - whatever JSON holds
+def _sample(row: Any, where: str) -> tuple[Annotation, dict[str, Any]]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a sample: not an object but {type(row).__name__}")
     if "leaks" in row and isinstance(row["leaks"], bool | None):

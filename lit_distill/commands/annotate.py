@@ -460,7 +460,7 @@ def _show(title: str, summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _cell(name: str, value: Any) -> str:  # noqa: ANN401 - plain values
+def _cell(name: str, value: Any) -> str:
     if name.startswith("cost"):
         return f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
     if isinstance(value, float) and name != "seconds":

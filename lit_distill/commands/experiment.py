@@ -231,7 +231,7 @@ def _with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _class_name(given: Any) -> str:  # noqa: ANN401 - whatever YAML holds
+def _class_name(given: Any) -> str:
     class_path = given.get("class_path", "") if isinstance(given, Mapping) else given
     return str(class_path).rpartition(".")[2]
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 _load_yaml = get_loader("yaml")
 
 
-def _load_bounded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
+def _load_bounded(text: str) -> Any:
     """Load YAML as jsonargparse does, with bounds on its depth and size."""
     try:
         check_yaml(text)
@@ -54,12 +54,12 @@ class Parser(LightningArgumentParser):
         # an abbreviation is mostly a typo, and changes its meaning when options are added
         super().__init__(*args, **kwargs, allow_abbrev=False)
 
-    def _parse_known_args(self, arg_strings: list[str], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _parse_known_args(self, arg_strings: list[str], *args: Any, **kwargs: Any) -> Any:
         """As argparse's; stores the arguments for messages."""
         self._given = list(arg_strings)
         return super()._parse_known_args(arg_strings, *args, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401 - as jsonargparse's
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         """Turn parsing errors into a ``UserError``; exceptions from importing a user's file pass through."""
         if found := re.match(r"argument (--[\w.]+): expected one argument", message):
             # names only the class of a class's argument
@@ -80,14 +80,14 @@ class Parser(LightningArgumentParser):
             parsers += self._subcommands_action._name_parser_map.values()
         return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
 
-    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as jsonargparse's
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""
         ours = [
             (_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
         ]
         return self.instantiate(cfg, instantiators=ours, **kwargs)
 
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - as jsonargparse's
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """As jsonargparse's; errors name the file, and tasks and teachers of earlier files stay."""
         try:
             parsed: Namespace = super().parse_path(cfg_path, *args, **kwargs)
@@ -178,7 +178,7 @@ def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
             raise UserError(f"{name}: got null; allowed is {allowed}")
 
 
-def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _instantiate(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:
     try:
         check_nulls(class_type, kwargs)
         return class_type(*args, **kwargs)

@@ -169,7 +169,7 @@ def _read_project(address: str, runs: list[Run], skipped: dict[str, str]) -> Non
         raise UserError(f"runs: {address!r} cannot be read ({' '.join(str(error).split())})") from error
 
 
-def _record(run: Any) -> RunRecord:  # noqa: ANN401 - wandb's class, or a test's
+def _record(run: Any) -> RunRecord:
     """The record of a W&B run, from the config and summary that ``fit`` logged."""
     if run.state != "finished":
         raise UserError(f"is {run.state}")
@@ -200,7 +200,7 @@ def _record(run: Any) -> RunRecord:  # noqa: ANN401 - wandb's class, or a test's
     return record
 
 
-def _parse_list(value: Any) -> Any:  # noqa: ANN401 - whatever was logged
+def _parse_list(value: Any) -> Any:
     """A list, which ``fit`` logs as text; anything else unchanged."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) and value.startswith("[") else value

@@ -439,7 +439,7 @@ class RationaleDataModule(ReleasedRows):
             self.warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
 
 
-def _paths(rationales: Any) -> list[Path] | None:  # noqa: ANN401
+def _paths(rationales: Any) -> list[Path] | None:
     listed = [rationales] if isinstance(rationales, str | Path) else rationales
     if listed is None:
         return None

@@ -27,7 +27,7 @@ class TokenRows(Dataset[TokenRow]):
         seed: of the samples.
     """
 
-    def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:  # noqa: ANN401
+    def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:
         self.settings = settings
         self.seed = seed
         self._sampled = [name for name, task in settings.tasks.items() if task.select == "sample"]

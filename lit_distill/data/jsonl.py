@@ -193,7 +193,7 @@ class JSONLDataModule(RationaleDataModule):
             return self._template.format(**row)
         return _text(self._input_column, row[self._input_column])
 
-    def _label(self, value: Any) -> str | None:  # noqa: ANN401 - whatever the data holds
+    def _label(self, value: Any) -> str | None:
         """A label as text; numbers and digits that are no label are positions in ``label_set``."""
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
@@ -221,19 +221,19 @@ def _fields(template: str) -> list[str]:
     return names
 
 
-def _text(name: str, value: Any) -> str:  # noqa: ANN401
+def _text(name: str, value: Any) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise UserError(f"{name!r} must be a text, got {value!r}")
 
 
-def _output_texts(name: str, value: Any) -> list[str]:  # noqa: ANN401
+def _output_texts(name: str, value: Any) -> list[str]:
     """The non-empty texts of a teacher output column."""
     listed = value if isinstance(value, list) else [value]
     return [text for one in listed if one is not None and (text := _text(name, one).strip())]
 
 
-def _choices(value: Any) -> tuple[str, ...] | None:  # noqa: ANN401
+def _choices(value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str):
         try:
             value = parse_json(value)

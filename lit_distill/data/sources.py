@@ -93,14 +93,14 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, _object(found, place)
 
 
-def _parsed(text: bytes, place: str) -> Any:  # noqa: ANN401 - whatever it holds
+def _parsed(text: bytes, place: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
 
 
-def _object(found: Any, place: str) -> dict[str, Any]:  # noqa: ANN401
+def _object(found: Any, place: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{place}: not a JSON object but {type(found).__name__}")
     return found
@@ -155,7 +155,7 @@ def _read_folder(path: Path, split: Split) -> Table:
     return _from_dataset(loaded, str(path))
 
 
-def _from_dataset(rows: Any, place: str) -> Table:  # noqa: ANN401 - datasets has no types
+def _from_dataset(rows: Any, place: str) -> Table:
     from datasets import ClassLabel
 
     names = {key: feature.names for key, feature in rows.features.items() if isinstance(feature, ClassLabel)}

@@ -109,13 +109,13 @@ def fingerprint(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
 
 def tokenize_once(
     name: str, rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose, root: Path
-) -> Any:  # noqa: ANN401 - datasets has no types
+) -> Any:
     """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache in ``root`` if possible."""
     from datasets import Dataset  # type: ignore[import-untyped]  # brings pandas, a tenth of the start
 
     path = root / f"{name}-{fingerprint(rows, tokens, settings, choose)[:32]}.arrow"
 
-    def cached() -> Any:  # noqa: ANN401
+    def cached() -> Any:
         try:
             found = Dataset.from_file(str(path)) if path.is_file() else None
         except (OSError, ValueError, pa.ArrowException):
@@ -140,7 +140,7 @@ def tokenize_once(
     return found
 
 
-def _schema(tasks: Iterable[str]) -> Any:  # noqa: ANN401 - pyarrow has no types
+def _schema(tasks: Iterable[str]) -> Any:
     ids = pa.list_(pa.int32())
     types = {"input_ids": ids, "input_length": pa.int32(), "labels": pa.list_(ids), "target_lengths": ids}
     types["labels_cut"] = pa.int32()

@@ -92,7 +92,7 @@ def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _methods(value: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
+def _methods(value: Any) -> Any:
     """The method classes in snake case; class names and import paths stay."""
     if isinstance(value, list):
         return [_methods(one) for one in value]
@@ -106,7 +106,7 @@ def matches(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return all(key in settings and settings[key] in as_list(value) for key, value in wanted.items())
 
 
-def as_list(value: Any) -> list[Any]:  # noqa: ANN401
+def as_list(value: Any) -> list[Any]:
     """A list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]
 
@@ -128,7 +128,7 @@ def cell_name(point: Mapping[str, Any]) -> str:
     return name if len(name) <= 120 else f"{name[:109]}~{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
-def value_text(value: Any) -> str:  # noqa: ANN401
+def value_text(value: Any) -> str:
     """A value as part of a name; ``1`` and ``1.0`` are the same."""
     if isinstance(value, str):
         return value

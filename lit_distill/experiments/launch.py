@@ -101,7 +101,7 @@ class CellTask:
         if self._run is not None:
             self._run.wait()
 
-    def checkpoint(self, cell: Cell) -> Any:  # noqa: ANN401 - submitit's
+    def checkpoint(self, cell: Cell) -> Any:
         """The job to requeue after preemption or timeout; stops the run, which saves."""
         import submitit
 
@@ -113,7 +113,7 @@ class CellTask:
 class _Submitted:
     """A submitted job with the methods of a `Run`."""
 
-    def __init__(self, cell: Cell, job: Any) -> None:  # noqa: ANN401 - submitit's
+    def __init__(self, cell: Cell, job: Any) -> None:
         self._cell, self._job, self._cancelled = cell, job, False
 
     def done(self) -> bool:

@@ -99,7 +99,7 @@ class Checkpointing(Training):
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a plain classmethod in place of Lightning's descriptor
         cls,
-        checkpoint_path: Any,  # noqa: ANN401 - as Lightning's
+        checkpoint_path: Any,
         **kwargs: Any,
     ) -> Self:
         """As Lightning's, but rebuilds the student from the checkpoint and unpickles plain data only.

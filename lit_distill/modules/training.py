@@ -88,7 +88,7 @@ class Training(Hooks):
             if (limits := getattr(datamodule, "target_limits", None)) is not None:
                 self._target_limits = limits()
 
-    def _check_tasks(self, built: Any) -> None:  # noqa: ANN401 - a data module may be anyone's
+    def _check_tasks(self, built: Any) -> None:
         """Check that the data module builds the inputs and targets of this module, if it says what it builds."""
         if not isinstance(built, dict):
             return
@@ -104,7 +104,7 @@ class Training(Hooks):
         """Prefixes and targets in plain types, to compare with those of the data module or a checkpoint."""
         return {name: [task.prefix, task.target] for name, task in tasks.items()}
 
-    def _read_ahead(self, loader: Any) -> WindowLoader:  # noqa: ANN401 - whatever Lightning takes
+    def _read_ahead(self, loader: Any) -> WindowLoader:
         mode = "max_size_cycle"
         if isinstance(loader, CombinedLoader):
             loader, mode = loader.iterables, loader._mode
@@ -346,7 +346,7 @@ class Training(Hooks):
         """Drop the clipping of an interrupted step with its gradients."""
         reset_clipping(optimizer)
 
-    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:  # noqa: ANN401 - as Lightning's
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
         """As Lightning's; remembers rows' lengths before the transfer, to avoid a synchronisation later.
 
         Lightning would warn about ``transfer_batch_to_device`` in both the module and the data module.

@@ -54,8 +54,8 @@ class WindowLoader(CombinedLoader):
 
     def __init__(
         self,
-        iterables: Any,  # noqa: ANN401 - as Lightning's own
-        mode: Any,  # noqa: ANN401 - a Literal that Lightning keeps to itself
+        iterables: Any,
+        mode: Any,
         *,
         size: Callable[[], int],
         count: Callable[[TaskBatch], Counts],
@@ -86,7 +86,7 @@ class WindowLoader(CombinedLoader):
                 next(self._iterator)  # type: ignore[arg-type]
         return self
 
-    def __next__(self) -> Any:  # noqa: ANN401 - Lightning's triplet
+    def __next__(self) -> Any:
         if not self._ahead:
             self._read_window()
         item, window = self._ahead.popleft()
@@ -131,7 +131,7 @@ class WindowLoader(CombinedLoader):
 class WindowSource:
     """Replaces a trainer's data source and wraps the loaders that it makes."""
 
-    def __init__(self, source: Any, wrap: Callable[[Any], WindowLoader]) -> None:  # noqa: ANN401 - private in Lightning
+    def __init__(self, source: Any, wrap: Callable[[Any], WindowLoader]) -> None:
         self.inner = source
         self._wrap = wrap
 
@@ -139,7 +139,7 @@ class WindowSource:
         """The wrapped training loader."""
         return self._wrap(self.inner.dataloader())
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         if name == "inner":
             # while it is being copied
             raise AttributeError(name)

@@ -215,7 +215,7 @@ class CausalStudent(Student):
         """The lazy pass over a batch."""
         return CausalPass(self, batch)
 
-    def run(self, **inputs: Any) -> Any:  # noqa: ANN401 - each model's own output class
+    def run(self, **inputs: Any) -> Any:
         """The model without its output head; refuses more positions than it has."""
         if (length := inputs["attention_mask"].shape[1]) > self.most_positions:
             raise UserError(

@@ -96,7 +96,7 @@ def load_model(
     dtype: Dtype = "float32",
     adapter: Mapping[str, Any] | None = None,
     meta: bool = False,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """A student's Hugging Face model, wrapped by PEFT with an adapter; arguments and errors as in `load`."""
     check_choice("dtype", dtype, get_args(Dtype))
     name = shipped(os.fspath(name))

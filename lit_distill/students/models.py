@@ -60,7 +60,7 @@ def is_tied(model: PreTrainedModel) -> bool:
     return head.weight is model.get_input_embeddings().weight
 
 
-def untie(model: Any) -> None:  # noqa: ANN401 - one of the T5 family
+def untie(model: Any) -> None:
     """Give a T5's output head its own tensor, and keep transformers from tying it again.
 
     A tied head is copied, so the logits do not change.
@@ -206,7 +206,7 @@ def configuration(config: Mapping[str, Any], dropout: float | None = None) -> Pr
     return cast(PreTrainedConfig, made)
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:  # noqa: ANN401
+def _auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

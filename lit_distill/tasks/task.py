@@ -180,7 +180,7 @@ PRESETS = {task.name: task for task in (LABEL, RATIONALE, RATIONALE_LABEL, LABEL
 _PREFIXES = {"label": "predict: ", "rationale": "explain: "}
 
 
-def tasks_from(value: Any) -> dict[str, Task]:  # noqa: ANN401 - whatever YAML holds
+def tasks_from(value: Any) -> dict[str, Task]:
     """Tasks by name, from a mapping of names to settings, or a list of names, `Task` objects and settings with a name.
 
     A name in ``PRESETS`` starts from that task's settings. In a list of several bare names, ``label`` and ``rationale``
@@ -206,7 +206,7 @@ def tasks_from(value: Any) -> dict[str, Task]:  # noqa: ANN401 - whatever YAML h
     return tasks
 
 
-def _named(item: Any, several: bool) -> tuple[Any, Any]:  # noqa: ANN401
+def _named(item: Any, several: bool) -> tuple[Any, Any]:
     if isinstance(item, str):
         checks.check_choice("tasks", item, tuple(PRESETS))
         return item, {"prefix": _PREFIXES.get(item, "") if several else ""}
@@ -217,7 +217,7 @@ def _named(item: Any, several: bool) -> tuple[Any, Any]:  # noqa: ANN401
     raise UserError(f"tasks must be names, settings with a name, or Task objects, got {item!r}")
 
 
-def _task(name: Any, settings: Any) -> Task:  # noqa: ANN401
+def _task(name: Any, settings: Any) -> Task:
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"tasks: a task's name must be a text, got {name!r}")
     if isinstance(settings, Task):

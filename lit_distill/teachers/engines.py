@@ -117,7 +117,7 @@ class VLLMTeacher(BatchTeacher):
             settings["logprobs"] = 0
         return settings
 
-    def _reply(self, output: Any) -> Reply:  # noqa: ANN401 - a class of an extra
+    def _reply(self, output: Any) -> Reply:
         answer = output.outputs[0]
         tokens, total = len(answer.token_ids), answer.cumulative_logprob
         return Reply(
@@ -182,7 +182,7 @@ class RayTeacher(VLLMTeacher):
         missing = TeacherError("vllm on ray: no answer came back")
         return [replies.get(i, missing) for i in range(len(questions))]
 
-    def _build(self) -> Any:  # noqa: ANN401 - a class of an extra
+    def _build(self) -> Any:
         import ray.data.llm as ray_llm
 
         config = ray_llm.vLLMEngineProcessorConfig(

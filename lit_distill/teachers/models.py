@@ -112,7 +112,7 @@ class _FrozenPass:
         method = getattr(self._inner, name)
 
         @wraps(method)
-        def frozen(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the method's
+        def frozen(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = move_data_to_device((args, kwargs), self._device)
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
                 return move_data_to_device(method(*args, **kwargs), self._results)

@@ -305,7 +305,7 @@ def _make_http_client(timeout: float) -> "httpx2.AsyncClient":
     return Client(limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=1000))
 
 
-def _check_url(name: str, value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
+def _check_url(name: str, value: Any) -> str:
     url = value.strip() if isinstance(value, str) else ""
     # do not show possible secrets
     shown = "" if re.search("[@?#]", url) else f", got {value!r}"
@@ -358,7 +358,7 @@ def _check_extra(value: dict[str, Any] | None) -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - whatever JSON holds
+def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:
     try:
         return read(value)
     except ValueError:
@@ -407,7 +407,7 @@ class _Completion(BaseModel):
     choices: Annotated[list[_Choice], Field(min_length=1)]
     usage: _Lenient[_Usage] = None
 
-    def model_post_init(self, _: Any) -> None:  # noqa: ANN401
+    def model_post_init(self, _: Any) -> None:
         if self.choices[0].message is None and "text" not in self.choices[0].model_fields_set:
             raise ValueError("the first choice has no text")
 

@@ -367,7 +367,7 @@ def test_a_teacher_that_stutters_brackets_is_not_read(text: str) -> None:
         (["So.", "yes"], False, False),
     ],
 )
-def test_the_schema_of_an_answer(answer: Any, open_set: bool, closed_set: bool) -> None:  # noqa: ANN401
+def test_the_schema_of_an_answer(answer: Any, open_set: bool, closed_set: bool) -> None:
     for choices, valid in (((), open_set), (("yes", "no"), closed_set)):
         schema = answer_schema(choices)
         jsonschema.Draft202012Validator.check_schema(schema)

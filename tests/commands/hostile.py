@@ -1,4 +1,3 @@
-# ruff: noqa: ANN401 - a bad input is anything
 """Bad inputs for every command: made from the arguments' own types, and by changing files that are right."""
 
 import csv

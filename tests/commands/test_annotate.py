@@ -48,7 +48,7 @@ def right(request: Request) -> str:
     return f"One more than {number_of(request)}. The answer is ({number_of(request)} + 1)."
 
 
-def saying(text: Any = right, **act: Any) -> Behaviour:  # noqa: ANN401 - a function of the request
+def saying(text: Any = right, **act: Any) -> Behaviour:
     return lists_models(lambda request: Act(body=completion(request, text(request)), **act))
 
 
@@ -68,7 +68,7 @@ def numbered(folder: Path, rows: int, **more: Any) -> Path:
     return write_lines(folder / "rows.jsonl", content)
 
 
-def exit_code(arguments: list[str]) -> Any:  # noqa: ANN401 - what a program ends with
+def exit_code(arguments: list[str]) -> Any:
     with pytest.raises(SystemExit) as ended:
         run("annotate", arguments)
     return ended.value.code
@@ -735,11 +735,11 @@ def test_a_summary_goes_to_wandb(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     seen: dict[str, Any] = {}
     begin, update = wandb.init, SummaryDict.update
 
-    def init(**arguments: Any) -> Any:  # noqa: ANN401 - wandb's own
+    def init(**arguments: Any) -> Any:
         seen.update(arguments)
         return begin(**arguments)
 
-    def see(self: Any, values: dict[str, Any]) -> None:  # noqa: ANN401
+    def see(self: Any, values: dict[str, Any]) -> None:
         seen["summary"] = values
         update(self, values)
 

@@ -461,7 +461,7 @@ def test_a_sweep_is_the_same_cells(student_folder: Path, check: FitCheck) -> Non
     cells = [check.parsed(yaml.safe_load(path.read_text())) for path in sorted(Path("cells").glob("*/fit.yaml"))]
     assert len(cells) == 8
 
-    def told(config: Any) -> str:  # noqa: ANN401 - jsonargparse's
+    def told(config: Any) -> str:
         plain = without_location(config.as_dict())
         # what settles itself when fit begins
         return repr(sorted((key, repr(value)) for key, value in plain.items() if key not in ("weights_only", "config")))

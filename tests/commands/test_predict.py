@@ -34,7 +34,7 @@ def test_predictions_are_all_rows_in_order_with_rationales(here: Path, monkeypat
     shutil.rmtree(student)
     checkpoint = folder / "checkpoints" / "last.ckpt"
 
-    def with_weights(config: Any, weights: Any = None, **settings: Any) -> Any:  # noqa: ANN401
+    def with_weights(config: Any, weights: Any = None, **settings: Any) -> Any:
         assert weights is not None or settings.get("meta"), "random weights for a student that has its own"
         return build_model(config, weights, **settings)
 

@@ -34,7 +34,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: object, savi
     """Break a run off before micro-batch ``after``; without saving, as a kill would."""
     with monkeypatch.context() as patch:
 
-        def stop(self: Throughput, trainer: Any, *args: Any) -> None:  # noqa: ANN401
+        def stop(self: Throughput, trainer: Any, *args: Any) -> None:
             if trainer.fit_loop.epoch_loop.total_batch_idx == after:
                 raise FloatingPointError
 

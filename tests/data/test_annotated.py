@@ -306,7 +306,7 @@ def own_filter(example: Row) -> bool:
 
 
 @pytest.mark.parametrize("rationale_filter", [own_filter, f"{__name__}.own_filter", "score > 2"])
-def test_a_user_s_own_columns_can_be_filtered_by(rationale_filter: Any, jsonl: Make) -> None:  # noqa: ANN401
+def test_a_user_s_own_columns_can_be_filtered_by(rationale_filter: Any, jsonl: Make) -> None:
     lines = [said("a", 0, score=1), said("a", 1, score=3), said("b", score=2.5), said("c", score=0)]
     module = jsonl(lines, rationale_filter=rationale_filter)
     assert rationales(module) == {"a": "R1 of a", "b": "R0 of b", "c": None}

@@ -75,7 +75,7 @@ def test_evaluation_batches_hold_every_row(tokenizer: PreTrainedTokenizerFast, w
     assert [text(row) for row in batches[0]["label"]["labels"]] == ["yes", "yes"]
 
 
-def lengths(inputs: Any) -> list[int]:  # noqa: ANN401
+def lengths(inputs: Any) -> list[int]:
     found: list[int] = inputs["attention_mask"].sum(dim=1).tolist()
     return found
 
@@ -178,7 +178,7 @@ def never(example: Row) -> bool:
 
 
 @pytest.mark.parametrize("rationale_filter", [never, f"{__name__}.never"])
-def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> None:  # noqa: ANN401
+def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> None:
     module = CQADataModule(data_dir=write_cqa(), tasks=BOTH, rationale_filter=rationale_filter)
     assert all(row.rationale is None for row in module.used_rows("train").rows)
     assert module.counts["train"]["rationale_filtered"] == 18
@@ -317,7 +317,7 @@ def test_describe_is_plain(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteC
     assert described["dataset"] == "cqa"
 
 
-def stand_in(rank: int, world: int, limit: float = 1.0) -> Any:  # noqa: ANN401 - in place of a trainer
+def stand_in(rank: int, world: int, limit: float = 1.0) -> Any:
     limits = {f"limit_{stage}_batches": limit for stage in ("val", "test", "predict")}
     return SimpleNamespace(global_rank=rank, world_size=world, **limits)
 
@@ -505,21 +505,21 @@ class Silent(pl.LightningModule):
         self.rows: dict[str, list[int]] = {}
         self.trained: list[list[int]] = []
 
-    def _rows(self, stage: str, batch: Any) -> None:  # noqa: ANN401
+    def _rows(self, stage: str, batch: Any) -> None:
         self.rows.setdefault(stage, []).extend(batch["label"]["index"].tolist())
 
-    def training_step(self, batch: Any) -> torch.Tensor:  # noqa: ANN401
+    def training_step(self, batch: Any) -> torch.Tensor:
         self.loaders.append(self.trainer.train_dataloader)
         self.trained.append([length - 1 for length in lengths(batch["label"])])
         return self.weight * 1
 
-    def validation_step(self, batch: Any) -> None:  # noqa: ANN401
+    def validation_step(self, batch: Any) -> None:
         self._rows("val", batch)
 
-    def test_step(self, batch: Any) -> None:  # noqa: ANN401
+    def test_step(self, batch: Any) -> None:
         self._rows("test", batch)
 
-    def predict_step(self, batch: Any) -> None:  # noqa: ANN401
+    def predict_step(self, batch: Any) -> None:
         self._rows("predict", batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

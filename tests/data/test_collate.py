@@ -24,7 +24,7 @@ def row(index: int, source: list[int], label: list[int] | None, rationale: list[
     }
 
 
-def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenRows:  # noqa: ANN401
+def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenRows:
     """As they are read from the cache."""
     found = []
     for one in rows:

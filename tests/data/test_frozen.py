@@ -25,7 +25,7 @@ PREFIXED = {task: {"prefix": prefix} for task, prefix in PREFIXES.items()}
 TICKETS = Path(__file__).parents[2] / "configs" / "tickets"
 
 
-def digest(values: Any) -> str:  # noqa: ANN401 - whatever is hashed
+def digest(values: Any) -> str:
     return sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -167,7 +167,7 @@ def test_columns_by_argument(tmp_path: Path) -> None:
         (2.5, None, "2.5"),
     ],
 )
-def test_labels(value: Any, label_set: list[str] | None, expected: str | None, tmp_path: Path) -> None:  # noqa: ANN401
+def test_labels(value: Any, label_set: list[str] | None, expected: str | None, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"input": "x", "label": value}))
     rows = JSONLDataModule(train=path, label_set=label_set).released("train")
@@ -213,7 +213,7 @@ def test_a_relative_path_is_looked_up_twice(tmp_path: Path, monkeypatch: pytest.
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None, str]] = []
 
-    def load(name: str, config: str | None = None, *, split: str) -> Any:  # noqa: ANN401
+    def load(name: str, config: str | None = None, *, split: str) -> Any:
         asked.append((name, config, split))
         if split == "gone":
             raise ValueError('Unknown split "gone". Should be one of ["train"].\nMore.')

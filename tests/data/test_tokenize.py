@@ -39,7 +39,7 @@ def choose(task: Task, row: Row) -> list[Target]:
     return targets(task, row)
 
 
-def once(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, settings: TokenSettings, root: Path) -> Any:  # noqa: ANN401
+def once(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, settings: TokenSettings, root: Path) -> Any:
     return tokenize_once("t", rows, Tokens(tokenizer), settings, choose, root)
 
 

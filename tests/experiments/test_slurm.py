@@ -18,7 +18,7 @@ from tests.experiments.cells import Events, look, make_cells, soon, starts, unti
 class FakeJob:
     """Runs when it is looked at for the second time."""
 
-    def __init__(self, function: Any, cell: Cell) -> None:  # noqa: ANN401
+    def __init__(self, function: Any, cell: Cell) -> None:
         self.function, self.cell, self.looks, self.cancelled, self.job_id = function, cell, 0, False, "17"
         self.error: Exception | None = None
 
@@ -53,7 +53,7 @@ class FakeExecutor:
             raise ValueError("Unavailable parameter(s): ['nonsense']")
         self.parameters |= parameters
 
-    def submit(self, function: Any, cell: Cell) -> FakeJob:  # noqa: ANN401
+    def submit(self, function: Any, cell: Cell) -> FakeJob:
         self.jobs.append(FakeJob(function, cell))
         return self.jobs[-1]
 

@@ -40,7 +40,7 @@ class RankData(RowsData):
 
     padded = True
 
-    def _collate_padded(self, items: Any) -> Any:  # noqa: ANN401 - as in the base
+    def _collate_padded(self, items: Any) -> Any:
         batch = self._collate_evaluation([(max(index, 0), row) for index, row in items])
         for inputs in batch.values():
             for i, (index, _) in enumerate(items):
@@ -105,7 +105,7 @@ def make_module(folder: Path, **arguments: Any) -> StepByStepModule:
     return StepByStepModule(folder, **(settings | arguments))
 
 
-def ddp_trainer(**settings: Any) -> Any:  # noqa: ANN401
+def ddp_trainer(**settings: Any) -> Any:
     return make_trainer(**({"strategy": "ddp", "devices": WORLD} | settings))
 
 
@@ -209,7 +209,7 @@ def forward_passes(folder: Path) -> list[int]:
     module = make_module(folder, evaluate_rationales=False)
     counts = [0, 0]
 
-    def count(part: int) -> Any:  # noqa: ANN401 - a hook
+    def count(part: int) -> Any:
         def hook(*_: object) -> None:
             counts[part] += 1
 

@@ -105,7 +105,7 @@ def identical(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
 
 
-def _same(left: Any, right: Any) -> bool:  # noqa: ANN401 - whatever a state holds
+def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return isinstance(right, Tensor) and torch.equal(left, right)
     if isinstance(left, Mapping):

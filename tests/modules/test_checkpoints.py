@@ -40,7 +40,7 @@ def logits(module: DistillModule) -> Tensor:
         return module.step(collate(ROWS, ("label",))).student.logits("label")
 
 
-def trained(folder: Path, path: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401
+def trained(folder: Path, path: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:
     module = kind(folder, **({"from_scratch": True, "learning_rate": 1e-2} | arguments))
     trainer = make_trainer()
     trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))

@@ -16,7 +16,7 @@ from tests.modules.running import difference, gradients_of
 COMPILED: list[Any] = []
 
 
-def backend(graph: Any, _: Any) -> Any:  # noqa: ANN401 - torch's own
+def backend(graph: Any, _: Any) -> Any:
     """Runs a graph as it was captured, without minutes of code generation; transformers keeps it in the student."""
     COMPILED.append(graph)
     return graph

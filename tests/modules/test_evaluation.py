@@ -61,7 +61,7 @@ class ItemData(RowsData):
         self.labels = [item[1] for item in ITEMS] if labels is None else labels
         self.task = module.answer_task
 
-    def _collate_evaluation(self, items: Any) -> Any:  # noqa: ANN401 - as in the base
+    def _collate_evaluation(self, items: Any) -> Any:
         return super()._collate_evaluation([(i, {"label": row[self.task], **row}) for i, row in items])
 
     def predict_dataloader(self) -> DataLoader[Any]:

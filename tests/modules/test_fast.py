@@ -31,7 +31,7 @@ KINDS: list[tuple[type[DistillModule], dict[str, Any]]] = [
 ]
 
 
-def make(folder: Path, kind: type[DistillModule], *, fast: bool, **arguments: Any) -> Any:  # noqa: ANN401
+def make(folder: Path, kind: type[DistillModule], *, fast: bool, **arguments: Any) -> Any:
     torch.manual_seed(7)
     return kind(folder, from_scratch=True, fast=fast, **arguments)
 
@@ -260,7 +260,7 @@ def test_lengths_cost_no_waiting_for_a_device(student_folder: Path) -> None:
 
 def test_a_transfer_of_ones_own_is_not_relied_on(student_folder: Path) -> None:
     class Own(StepByStepModule):
-        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
             moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
             return each(lambda inputs: {"labels": inputs["labels"] + 1})(moved)
 
@@ -337,7 +337,7 @@ def test_a_reason_is_told_once(student_folder: Path, caplog: pytest.LogCaptureFi
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluate(folder: Path, kind: type[DistillModule], *, fast: bool, **arguments: Any) -> Any:  # noqa: ANN401
+def evaluate(folder: Path, kind: type[DistillModule], *, fast: bool, **arguments: Any) -> Any:
     module = make(
         folder, kind, fast=fast, max_label_length=5, max_rationale_length=12, evaluate_rationales=True, **arguments
     )

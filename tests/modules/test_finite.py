@@ -90,7 +90,7 @@ def test_weights_that_are_not_finite_are_not_saved(student_folder: Path, tmp_pat
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: ANN401 - a generator
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     with at_work_in(tmp_path, monkeypatch) as folder:
         yield folder
 

@@ -20,7 +20,7 @@ BATCH = 2
 WEIGHT = 0.7
 
 
-def make_module(folder: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401
+def make_module(folder: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:
     torch.manual_seed(7)
     return kind(folder, from_scratch=True, learning_rate=1e-2, **arguments)
 

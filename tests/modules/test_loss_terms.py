@@ -15,7 +15,7 @@ from tests.modules.running import difference, gradients_of, plain_gradients
 ROWS = random_rows(5, seed=21, without_rationale=(2,))
 
 
-def make(folder: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401
+def make(folder: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:
     torch.manual_seed(7)
     return kind(folder, from_scratch=True, **arguments)
 
@@ -131,6 +131,6 @@ def test_bfloat16_logits(student_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), "much"])
-def test_weight_out_of_range(student_folder: Path, value: Any) -> None:  # noqa: ANN401
+def test_weight_out_of_range(student_folder: Path, value: Any) -> None:
     with pytest.raises(UserError, match=r"^rationale_weight must be at least 0, got "):
         make(student_folder, rationale_weight=value)

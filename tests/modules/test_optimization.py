@@ -135,7 +135,7 @@ def test_adafactor_steps_as_the_hugging_face_trainers(student_folder: Path) -> N
         ("num_beams", True, "an integer at least 1 and below 101"),
     ],
 )
-def test_arguments_out_of_range(student_folder: Path, argument: str, value: Any, allowed: str) -> None:  # noqa: ANN401
+def test_arguments_out_of_range(student_folder: Path, argument: str, value: Any, allowed: str) -> None:
     with pytest.raises(UserError) as error:
         StepByStepModule(student_folder, from_scratch=True, **{argument: value})
     assert str(error.value) == f"{argument} must be {allowed}, got {value!r}"
@@ -262,7 +262,7 @@ class PlainlyClipped(StepByStepModule):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_a_clipped_run_in_other_precisions(student_folder: Path, precision: Any) -> None:  # noqa: ANN401
+def test_a_clipped_run_in_other_precisions(student_folder: Path, precision: Any) -> None:
     weights = []
     for kind in (StepByStepModule, PlainlyClipped):
         torch.manual_seed(7)

@@ -21,7 +21,7 @@ ROWS = random_rows(15, seed=1, without_rationale=(0, 1, 5))
 TASKS = ("label", "rationale")
 
 
-def make(folder: Path, objective: Objective, **arguments: Any) -> Any:  # noqa: ANN401
+def make(folder: Path, objective: Objective, **arguments: Any) -> Any:
     torch.manual_seed(7)
     return StepByStepModule(folder, from_scratch=True, learning_rate=1e-2, objectives=[objective], **arguments)
 
@@ -55,7 +55,7 @@ class Draws(Objective):
         assert not self.training
         assert all(not step._student.training for step in window)
 
-    def counts(self, batch: Any) -> None:  # noqa: ANN401
+    def counts(self, batch: Any) -> None:
         return None
 
     def forward(self, step: Step) -> Tensor:

@@ -21,7 +21,7 @@ ROWS = random_rows(6, seed=51)
 TASKS = ("label", "rationale")
 
 
-def make(student: Path, teacher: Path, **model: Any) -> Any:  # noqa: ANN401
+def make(student: Path, teacher: Path, **model: Any) -> Any:
     torch.manual_seed(7)
     teachers = {"big": TeacherModel(str(teacher), **model)}
     return StepByStepModule(
@@ -35,7 +35,7 @@ class Modes(pl.Callback):
     def __init__(self) -> None:
         self.found: list[bool] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: object) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: object) -> None:
         model = pl_module.teachers._loaded["big"].model
         self.found += [module.training for module in model.modules()]
         self.found += [parameter.requires_grad or parameter.grad is not None for parameter in model.parameters()]

@@ -36,7 +36,7 @@ def weights_of(module: DistillModule) -> dict[str, Tensor]:
     }
 
 
-def trained(trainer: Any, module: DistillModule, batch_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+def trained(trainer: Any, module: DistillModule, batch_size: int) -> dict[str, Tensor]:
     module.configure_optimizers = lambda: torch.optim.SGD(  # type: ignore[method-assign]
         [parameter for parameter in module.parameters() if parameter.requires_grad], lr=0.5
     )
@@ -53,7 +53,7 @@ def one_process(folder: Path, **arguments: Any) -> dict[str, Tensor]:
     return trained(make_trainer(), module_of(folder, **arguments), 2 * WORLD)
 
 
-def on_cpu(self: Any, *args: Any, device_id: object = None, **settings: Any) -> None:  # noqa: ANN401
+def on_cpu(self: Any, *args: Any, device_id: object = None, **settings: Any) -> None:
     right_init(self, *args, device_id=torch.device("cpu"), **settings)
 
 

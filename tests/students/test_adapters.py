@@ -42,11 +42,11 @@ def folder_of(kind: str, folder: Path) -> Path:
     return folder
 
 
-def plain_model(kind: str, folder: Path) -> Any:  # noqa: ANN401
+def plain_model(kind: str, folder: Path) -> Any:
     return (AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM).from_pretrained(folder)
 
 
-def plain_loss(kind: str, model: Any) -> Tensor:  # noqa: ANN401
+def plain_loss(kind: str, model: Any) -> Tensor:
     if kind == "t5":
         found: Tensor = model(input_ids=torch.tensor([SOURCE]), labels=torch.tensor([TARGET])).loss
         return found

@@ -79,7 +79,7 @@ def nothing() -> TaskInputs:
     return {"input_ids": empty, "attention_mask": empty, "labels": empty}
 
 
-def alone(student: CausalStudent, source: list[int], target: list[int]) -> Any:  # noqa: ANN401
+def alone(student: CausalStudent, source: list[int], target: list[int]) -> Any:
     """One row through the Hugging Face model, with the prompt masked in the labels."""
     labels = [IGNORE_INDEX] * len(source) + target
     return student.network(
@@ -165,7 +165,7 @@ def test_one_compiled_graph_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -
     student, original, graphs = make_student(), torch.compile, []
     expected = float(student(BATCH).loss("label").detach())
 
-    def backend(graph: Any, _: object) -> Any:  # noqa: ANN401 - torch's own
+    def backend(graph: Any, _: object) -> Any:
         graphs.append(graph)
         return graph
 

@@ -31,7 +31,7 @@ IDS = torch.tensor([[3, 17, 18, 1], [4, 20, 1, 0]])
 TARGETS = torch.tensor([[21, 1], [22, 1]])
 
 
-def logits(model: Any) -> torch.Tensor:  # noqa: ANN401
+def logits(model: Any) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=IDS, attention_mask=(IDS != 0).long(), decoder_input_ids=TARGETS).logits
@@ -82,7 +82,7 @@ def test_an_untied_head_is_a_tensor_of_its_own_with_unit_logits() -> None:
     assert model.config.scale_decoder_outputs is False
 
 
-def first_loss(model: Any, vocabulary: int) -> float:  # noqa: ANN401
+def first_loss(model: Any, vocabulary: int) -> float:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (4, 16), generator=generator)
     model.eval()

@@ -75,7 +75,7 @@ def nothing() -> TaskInputs:
     return {"input_ids": empty, "attention_mask": empty, "labels": empty}
 
 
-def alone(student: Seq2SeqStudent, source: list[int], target: list[int]) -> Any:  # noqa: ANN401
+def alone(student: Seq2SeqStudent, source: list[int], target: list[int]) -> Any:
     """One row through the Hugging Face model."""
     model: Any = student.model
     return model(
@@ -405,7 +405,7 @@ def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
 def test_compiled_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
-    def compile_(model: Any, **settings: object) -> Any:  # noqa: ANN401
+    def compile_(model: Any, **settings: object) -> Any:
         compiled.append(settings)
         return lambda **inputs: model(**inputs)
 

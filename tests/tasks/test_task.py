@@ -127,7 +127,7 @@ def test_names_are_opaque() -> None:
         ({"x": Task("y", prefix="a")}, ["a"]),
     ],
 )
-def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:  # noqa: ANN401
+def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:
     tasks = tasks_from(value)
     assert [task.prefix for task in tasks.values()] == prefixes
     assert all(task.name == name for name, task in tasks.items())
@@ -161,7 +161,7 @@ def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:  # noqa: A
         ({"a": {"parser": "lit_distill.tasks.nothing"}}, "has no function 'nothing'"),
     ],
 )
-def test_what_is_refused(value: Any, says: str) -> None:  # noqa: ANN401
+def test_what_is_refused(value: Any, says: str) -> None:
     with pytest.raises(UserError) as caught:
         tasks_from(value)
     assert says in str(caught.value)

@@ -131,7 +131,7 @@ def test_a_talker_says_one_thing_whatever_it_is_asked(talker: Path) -> None:
     assert [reply.finish for reply in replies] == ["length"] * 6 + ["stop"]
 
 
-def forced_logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:  # noqa: ANN401
+def forced_logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
     """Of each token of an answer, by one plain forward."""
     with torch.no_grad():
         if model.config.is_encoder_decoder:

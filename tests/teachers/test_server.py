@@ -682,7 +682,7 @@ def test_openai_itself_wants_a_key() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://host:port/v1", "ftp://host/v1", "", 8000])
-def test_an_address_is_one(url: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_an_address_is_one(url: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^base_url must be http://host:port/v1, .*, got "):
         OpenAITeacher("tiny", url)
     if url and isinstance(url, str):

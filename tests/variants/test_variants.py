@@ -22,12 +22,12 @@ ROWS = random_rows(5, seed=21, without_rationale=(2,))
 TASKS = ("label", "rationale")
 
 
-def make(student: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:  # noqa: ANN401
+def make(student: Path, kind: type[DistillModule] = StepByStepModule, **arguments: Any) -> Any:
     torch.manual_seed(7)
     return kind(student, from_scratch=True, dropout=0.0, **arguments)
 
 
-def with_teacher(student: Path, teacher: Path, objective: Any, **arguments: Any) -> Any:  # noqa: ANN401
+def with_teacher(student: Path, teacher: Path, objective: Any, **arguments: Any) -> Any:
     return make(student, objectives=[objective], teachers={"big": {"model": str(teacher)}}, **arguments)
 
 

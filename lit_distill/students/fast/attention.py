@@ -18,7 +18,7 @@ WORTH = 0.5
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - autograd's own
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -48,7 +48,7 @@ class _Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat_q, flat_k, flat_v, flat_out, *saved = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         flat_grad = plan.query_slots.clear(plan.query_slots.spread(grad))
@@ -105,12 +105,12 @@ class SelfAttention:
     ``first`` is the first layer's attention, which has the stack's relative position bias.
     """
 
-    def __init__(self, plan: AttentionPlan, first: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - T5's or mT5's
+    def __init__(self, plan: AttentionPlan, first: Any, dtype: torch.dtype) -> None:
         self._plan = plan
         self._bias: Tensor = first.compute_bias(*plan.longest, device=plan.queries.device)
         self._offsets = score_offsets(plan, self._bias, dtype)
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
         q, k, v = layer.q(x), layer.k(x), layer.v(x)
         return cast(Tensor, layer.o(attention(q, k, v, self._bias, self._offsets, self._plan, attention_rate(layer))))
@@ -124,7 +124,7 @@ class CrossAttention:
 
     def __init__(
         self,
-        decoder: Any,  # noqa: ANN401
+        decoder: Any,
         targets: Packing,
         sources: Packing,
         encoded: Tensor,
@@ -149,7 +149,7 @@ class CrossAttention:
         if self._few is not None and self._rest is not None:
             self._order = torch.cat([self._tokens, self._few.tokens]).argsort()
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(target tokens, d_model)``."""
         q, rate = layer.q(x), attention_rate(layer)
         parts = []
@@ -163,12 +163,12 @@ class CrossAttention:
         return cast(Tensor, layer.o(out))
 
 
-def attention_rate(layer: Any) -> float:  # noqa: ANN401
+def attention_rate(layer: Any) -> float:
     """The dropout rate of a layer's attention weights now."""
     return float(layer.dropout) if layer.training else 0.0
 
 
-def projects_plainly(block: Any) -> bool:  # noqa: ANN401
+def projects_plainly(block: Any) -> bool:
     """Whether keys and values of the encoder's states are nothing but a matrix product with a weight."""
     layer = block.layer[1].EncDecAttention
     return all(type(linear) is nn.Linear and linear.bias is None for linear in (layer.k, layer.v))

@@ -39,7 +39,7 @@ def apply(function: type[Function], *arguments: Any) -> Tensor:
 
 class _AddDropped(Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor | None, x: Tensor, p: float) -> Tensor:  # noqa: ANN401 - autograd's own
+    def forward(ctx: Any, residual: Tensor | None, x: Tensor, p: float) -> Tensor:
         mask, ctx.factor = dropout_mask(x, p)
         ctx.save_for_backward(mask)
         ctx.dtype, ctx.adds = x.dtype, residual is not None
@@ -49,21 +49,21 @@ class _AddDropped(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (mask,) = ctx.saved_tensors
         return grad if ctx.adds else None, mask.to(ctx.dtype).mul_(ctx.factor).mul_(grad), None
 
 
 class _Gated(Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, p: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, a: Tensor, b: Tensor, p: float) -> Tensor:
         mask, ctx.factor = dropout_mask(a, p)
         ctx.save_for_backward(a, b, mask)
         return mask.to(a.dtype).mul_(ctx.factor).mul_(a).mul_(b)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b, mask = ctx.saved_tensors
         grad = mask.to(grad.dtype).mul_(ctx.factor).mul_(grad)
         return grad * b, grad.mul_(a), None
@@ -86,7 +86,7 @@ def gated(a: Tensor, b: Tensor, p: float) -> Tensor:
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # what each row is multiplied by, in float32 or finer
         wide = torch.promote_types(x.dtype, torch.float32)
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
@@ -97,7 +97,7 @@ class _RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         wide, grad, factors = x.to(scale.dtype), grad.to(scale.dtype), weight.to(scale.dtype)
         product = wide * grad

@@ -20,7 +20,7 @@ WORTH_LEAVING = 0.75
 
 @torch.no_grad()
 def greedy(
-    model: Any,  # noqa: ANN401 - a T5 or mT5
+    model: Any,
     encoded: Encoded,
     rows: Sequence[int],
     max_new_tokens: int,
@@ -82,7 +82,7 @@ def greedy(
 class _Sources:
     """The encoder states of the rows that are still decoding."""
 
-    def __init__(self, model: Any, encoded: Encoded, rows: Sequence[int]) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, encoded: Encoded, rows: Sequence[int]) -> None:
         self.rows = len(rows)
         queries = Packing([1] * self.rows, encoded.states.device)
         self._few = FewQueries(queries, encoded.packing.rows(rows), range(len(rows)), model.config.num_heads)
@@ -93,7 +93,7 @@ class _Sources:
         spread = self._few.spread(packed)
         return spread.view(*spread.shape[:2], self._few.heads, -1).transpose(1, 2)
 
-    def attend(self, layer: Any, q: Tensor) -> Tensor:  # noqa: ANN401
+    def attend(self, layer: Any, q: Tensor) -> Tensor:
         """Attention of one query a row to the states, ``(rows, heads * d_kv)``."""
         return self._few.attend(q, self._states, layer.k.weight, layer.v.weight, 0.0)
 
@@ -107,7 +107,7 @@ class _Sources:
 class _Layer:
     """A decoder layer with its cache of keys and values."""
 
-    def __init__(self, block: Any, states: Tensor, sources: _Sources) -> None:  # noqa: ANN401
+    def __init__(self, block: Any, states: Tensor, sources: _Sources) -> None:
         self._own, self._cross, self._feed = block.layer
         layer = self._cross.EncDecAttention
         # where keys and values of the sources are more than a product with a weight (LoRA, say), they are made once

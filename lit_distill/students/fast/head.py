@@ -19,7 +19,7 @@ KEPT_BYTES = 256 * 2**20
 
 class _TokenLosses(Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401 - autograd's own
+    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         safe = labels.clamp(min=0).unsqueeze(1)
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         losses, saved, budget = [], [], KEPT_BYTES
@@ -35,7 +35,7 @@ class _TokenLosses(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         states, weight, labels, *saved = ctx.saved_tensors
         safe = labels.clamp(min=0)
         grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(states.dtype).unsqueeze(1)

@@ -54,12 +54,12 @@ def _rate(module: nn.Dropout) -> float:
     return float(module.p) if module.training else 0.0
 
 
-def norm(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - T5's or mT5's, here and below
+def norm(module: Any, x: Tensor) -> Tensor:
     """T5's layer norm, ``(tokens, d_model)``."""
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def feed_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+def feed_forward(module: Any, x: Tensor) -> Tensor:
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
     rate = _rate(module.dropout)
     if hasattr(module, "wi_1"):
@@ -73,7 +73,7 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     return cast(Tensor, module.wo(inner))
 
 
-def into_head(model: Any, states: Tensor) -> Tensor:  # noqa: ANN401
+def into_head(model: Any, states: Tensor) -> Tensor:
     """What the output head reads of the decoder's states ``(tokens, d_model)``: a tied one reads them scaled."""
     # mT5 never scales
     scales = getattr(model.config, "scale_decoder_outputs", False)
@@ -85,7 +85,7 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh") if isinstance(act, NewGELUActivation) else act(x)
 
 
-def _block(block: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> Tensor:  # noqa: ANN401
+def _block(block: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> Tensor:
     layer = block.layer[0]
     x = add_dropped(x, own(layer.SelfAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
     if cross is not None:
@@ -95,7 +95,7 @@ def _block(block: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | No
     return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
 
 
-def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> list[Tensor]:  # noqa: ANN401
+def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> list[Tensor]:
     """As Hugging Face's ``hidden_states``: what enters each block, and what the stack gives."""
     x = dropout(x, _rate(stack.dropout))
     hidden = []
@@ -108,7 +108,7 @@ def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None
     return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
 
 
-def _self_attention(stack: Any, embedded: Tensor, packing: Packing, *, causal: bool) -> SelfAttention:  # noqa: ANN401
+def _self_attention(stack: Any, embedded: Tensor, packing: Packing, *, causal: bool) -> SelfAttention:
     plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal)
     return SelfAttention(plan, stack.block[0].layer[0].SelfAttention, _dtype(embedded))
 
@@ -121,19 +121,19 @@ def _dtype(x: Tensor) -> torch.dtype:
 # ------------------------------------------------------------------ tasks
 
 
-def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:  # noqa: ANN401
+def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:
     """All rows of several tasks through the encoder, task after task."""
     ids, packing = pack_sources(tasks)
     return _encode(model, model.encoder.embed_tokens(ids), packing)
 
 
-def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:  # noqa: ANN401
+def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:
     attend = _self_attention(model.encoder, embedded, packing, causal=False)
     return Encoded(_run(model.encoder, embedded, attend, None), packing)
 
 
 def _decode(
-    model: Any,  # noqa: ANN401
+    model: Any,
     embedded: Tensor,
     targets: Packing,
     encoded: Encoded,
@@ -145,7 +145,7 @@ def _decode(
     return _run(model.decoder, embedded, attend, cross)
 
 
-def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, Decoded]:  # noqa: ANN401
+def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, Decoded]:
     """Several tasks' sources and targets, of which there is at least one, under teacher forcing.
 
     Every row of the tasks is encoded; a row without a target is not decoded.
@@ -164,7 +164,7 @@ def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded,
 
 
 def log_likelihoods(
-    model: Any,  # noqa: ANN401
+    model: Any,
     encoded: Encoded,
     rows: Sequence[int],
     targets: Sequence[Sequence[int]],
@@ -193,7 +193,7 @@ def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:
 
 
 def pack_targets(
-    model: Any,  # noqa: ANN401
+    model: Any,
     tasks: Sequence[TaskInputs],
 ) -> tuple[Tensor, Tensor, Packing, list[int], list[int]]:
     """The targets of several tasks' rows; a row without one is left out.

@@ -108,26 +108,26 @@ def plain_losses(model: Callable[..., Any], tasks: Sequence[TaskInputs]) -> list
     ]
 
 
-def packed(model: Any, tasks: Sequence[TaskInputs]) -> PackedPass:  # noqa: ANN401 - also PEFT's wrapper
+def packed(model: Any, tasks: Sequence[TaskInputs]) -> PackedPass:
     """A pass on the fast path of tasks named 0, 1, ..., whether or not the student would choose it."""
     return PackedPass(as_student(model), {str(number): task for number, task in enumerate(tasks)})
 
 
-def plain(model: Any, tasks: Sequence[TaskInputs]) -> PlainPass:  # noqa: ANN401
+def plain(model: Any, tasks: Sequence[TaskInputs]) -> PlainPass:
     """The same of the model's own forward."""
     return PlainPass(as_student(model), {str(number): task for number, task in enumerate(tasks)})
 
 
-def as_student(model: Any, **settings: bool) -> Seq2SeqStudent:  # noqa: ANN401
+def as_student(model: Any, **settings: bool) -> Seq2SeqStudent:
     return Seq2SeqStudent(model, Tokens(make_tokenizer()), **settings)
 
 
-def target_losses(model: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:  # noqa: ANN401
+def target_losses(model: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:
     own = packed(model, tasks)
     return [own.token_losses(task) for task in own.batch]
 
 
-def fast_losses(model: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:  # noqa: ANN401
+def fast_losses(model: Any, tasks: Sequence[TaskInputs]) -> list[Tensor]:
     own = packed(model, tasks)
     return [own.loss(task) for task in own.batch]
 
@@ -160,7 +160,7 @@ def check_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str, T
         assert distance <= bound * float(right.double().norm()) + 0.03 * bound * whole, name
 
 
-def compare(student: Any, tasks: Sequence[TaskInputs], bound: float = 1e-5) -> None:  # noqa: ANN401
+def compare(student: Any, tasks: Sequence[TaskInputs], bound: float = 1e-5) -> None:
     """Losses and gradients of the fast path are those of the plain model."""
     ours, plain = fast_losses(student, tasks), plain_losses(student, tasks)
     torch.testing.assert_close([loss.detach() for loss in ours], [loss.detach() for loss in plain], rtol=bound, atol=0)

@@ -26,11 +26,11 @@ TARGETS: dict[str, list[str]] = {
 }
 
 
-def refused(model: Any) -> str | None:  # noqa: ANN401
+def refused(model: Any) -> str | None:
     return reason_against(getattr(model, "get_base_model", lambda: model)())
 
 
-def adapted(targets: list[str], kind: str = "v1.1", **settings: Any) -> Any:  # noqa: ANN401 - PEFT's wrapper
+def adapted(targets: list[str], kind: str = "v1.1", **settings: Any) -> Any:
     student = make_plain_student(1, **VARIANTS[kind])
     config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=8, target_modules=targets, **settings)
     found = get_peft_model(student, config)
