@@ -26,14 +26,10 @@ PADDING_ROW = -1
 class TaskInputs(TypedDict):
     """One task's rows, padded to the longest."""
 
-    input_ids: Tensor
-    """Source token ids, ``(batch, source_len)``."""
-    attention_mask: Tensor
-    """1 on source tokens, 0 on padding, ``(batch, source_len)``."""
-    labels: Tensor
-    """Target token ids with ``IGNORE_INDEX`` on padding, ``(batch, target_len)``."""
-    index: NotRequired[Tensor]
-    """The rows' positions in their split, ``(batch,)``."""
+    input_ids: Tensor  # source token ids, `(batch, source_len)`
+    attention_mask: Tensor  # 1 on source tokens, 0 on padding, `(batch, source_len)`
+    labels: Tensor  # target token ids with `IGNORE_INDEX` on padding, `(batch, target_len)`
+    index: NotRequired[Tensor]  # the rows' positions in their split, `(batch,)`
 
 
 TaskBatch = dict[str, TaskInputs]
@@ -98,10 +94,8 @@ def sum_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
 class Rows:
     """The real positions of each row."""
 
-    ends: tuple[int, ...]
-    """End of the last real position of each row; 0 if there is none."""
-    whole: bool
-    """Whether all padding is on the right."""
+    ends: tuple[int, ...]  # end of the last real position of each row; 0 if there is none
+    whole: bool  # whether all padding is on the right
 
 
 _HOST_COPIES = WeakTensorKeyDictionary()

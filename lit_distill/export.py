@@ -30,22 +30,15 @@ class CardFacts:
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of test; the bounds of intervals end in ``_low`` and ``_high``."""
-    rows: int = 0
-    """Number of test rows."""
+    rows: int = 0  # number of test rows
     baseline: Mapping[str, float] = field(default_factory=dict)
     """The label-only baseline's metrics, by their logged names."""
-    base_model: str | None = None
-    """Hub name of the model that was finetuned."""
-    license: str | None = None
-    """The base model's licence."""
-    hub_dataset: str | None = None
-    """The dataset's name on the hub."""
-    family: Family = "seq2seq"
-    """The student's."""
-    chat: bool = False
-    """Whether its tokenizer has a chat template."""
-    adapter_alone: bool = False
-    """Whether the folder holds only an adapter."""
+    base_model: str | None = None  # hub name of the model that was finetuned
+    license: str | None = None  # the base model's licence
+    hub_dataset: str | None = None  # the dataset's name on the hub
+    family: Family = "seq2seq"  # the student's
+    chat: bool = False  # whether its tokenizer has a chat template
+    adapter_alone: bool = False  # whether the folder holds only an adapter
 
 
 def export_checkpoint(

@@ -46,12 +46,9 @@ class Question:
     """A request for one sample."""
 
     prompt: Prompt
-    sampling: Sampling
-    """With this sample's seed."""
-    stop: tuple[str, ...] = ()
-    """The answer ends before the first of these texts."""
-    schema: Mapping[str, Any] | None = None
-    """JSON schema of the answer."""
+    sampling: Sampling  # with this sample's seed
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these texts
+    schema: Mapping[str, Any] | None = None  # JSON schema of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +56,7 @@ class Reply:
     """A teacher's answer; ``None`` for what it does not report."""
 
     text: str
-    finish: str | None = None
-    """``stop``, or ``length`` if the answer was cut."""
+    finish: str | None = None  # `stop`, or `length` if the answer was cut
     input_tokens: int | None = None
     output_tokens: int | None = None
-    logprob: float | None = None
-    """Mean log-probability (natural logarithm) of the answer's tokens."""
+    logprob: float | None = None  # mean log-probability (natural logarithm) of the answer's tokens

@@ -64,20 +64,16 @@ class RunRecord:
     test_rows: _Count  # rows of test
     steps: _Count  # optimizer steps that were taken
     metrics: _Metrics  # test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1
-    validation: _Metrics = field(default_factory=dict)
-    """The metric that selected the tested checkpoint, and its step."""
-    rationales: str | None = None
-    """``own`` or ``shuffled``; ``None`` if no task uses rationales."""
+    validation: _Metrics = field(default_factory=dict)  # the metric that selected the tested checkpoint, and its step
+    rationales: str | None = None  # `own` or `shuffled`; `None` if no task uses rationales
     parameters: _Count = 0  # the student's parameters
     teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
-    chance: _Share | None = None
-    """Test accuracy of the better of a uniform guess and the majority class of train."""
+    chance: _Share | None = None  # test accuracy of the better of a uniform guess and the majority class of train
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Split -> hash of its rows in order: of train, the rows trained on, with labels and rationales; of val and test,
     ids, inputs and gold labels (of test only the rows that were tested).
     """
-    config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)
-    """The whole config."""
+    config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)  # the whole config
     data: dict[str, Any] = field(default_factory=dict)  # the data's own description, with what became of its rows
     command: list[str] = field(default_factory=list)  # the command line
     versions: dict[str, str] = field(default_factory=dict)  # of this package, of Python and of the libraries
@@ -85,11 +81,9 @@ class RunRecord:
     """Commit, and whether files differed from it, if the working directory is a repository."""
     machine: dict[str, Any] = field(default_factory=dict)  # what it ran on
     started: str = ""  # when, in UTC
-    wall_seconds: _Amount = math.nan
-    """Run time with test and saving; of a resumed run all parts, without lost work."""
+    wall_seconds: _Amount = math.nan  # run time with test and saving; of a resumed run all parts, without lost work
     validation_seconds: _Amount = math.nan  # how long of that validation took
-    peak_memory_mib: _Amount = math.nan
-    """Peak memory of the accelerator, else of the process."""
+    peak_memory_mib: _Amount = math.nan  # peak memory of the accelerator, else of the process
     format: Literal[1] = 1  # the version of this layout
 
 

@@ -22,22 +22,15 @@ class Plan:
     choose: Choose
     fields: Fields
     layout: Layout
-    teacher: str
-    """The teacher's name."""
-    teacher_settings: dict[str, Any]
-    """Settings that influence its answers."""
+    teacher: str  # the teacher's name
+    teacher_settings: dict[str, Any]  # settings that influence its answers
     sampling: Sampling
     num_samples: int
-    until_agrees: int | None = None
-    """Maximum samples of a row until the teacher agrees with the gold label."""
-    kind: str = "rationale"
-    """What the prompt asks for besides the label."""
-    structured: bool = False
-    """Whether answers follow a JSON schema."""
-    closed: Callable[[Row], Sequence[str]] = lambda row: row.choices or ()
-    """The closed choices of a row."""
-    selection: Any = None
-    """How demonstrations are selected, in plain values; ``None`` for the first ones."""
+    until_agrees: int | None = None  # maximum samples of a row until the teacher agrees with the gold label
+    kind: str = "rationale"  # what the prompt asks for besides the label
+    structured: bool = False  # whether answers follow a JSON schema
+    closed: Callable[[Row], Sequence[str]] = lambda row: row.choices or ()  # the closed choices of a row
+    selection: Any = None  # how demonstrations are selected, in plain values; `None` for the first ones
 
     @cached_property
     def prompt_hash(self) -> str:

@@ -33,20 +33,13 @@ Choose = Callable[[Row], Sequence[Row]]
 class PromptTemplate:
     """A prompt without the row."""
 
-    instruction: str
-    """First: the system turn of a chat, or the first paragraph of a text."""
-    question: str
-    """Template of a question over the dataset's fields (always including ``{input}``)."""
-    answer: str
-    """Template of a demonstration's answer over ``{rationale}``, ``{label}`` and the dataset's fields."""
-    question_cue: str = ""
-    """Put before each question in a text for completion (not in a chat)."""
-    answer_cue: str = ""
-    """Put before each answer in a text for completion, and at its end."""
-    stop: tuple[str, ...] = ()
-    """Stop texts for completion: the start of an invented next question."""
-    demonstrations: tuple[Row, ...] = ()
-    """Rows with rationale and label."""
+    instruction: str  # first: the system turn of a chat, or the first paragraph of a text
+    question: str  # template of a question over the dataset's fields (always including `{input}`)
+    answer: str  # template of a demonstration's answer over `{rationale}`, `{label}` and the dataset's fields
+    question_cue: str = ""  # put before each question in a text for completion (not in a chat)
+    answer_cue: str = ""  # put before each answer in a text for completion, and at its end
+    stop: tuple[str, ...] = ()  # stop texts for completion: the start of an invented next question
+    demonstrations: tuple[Row, ...] = ()  # rows with rationale and label
 
     @property
     def hash(self) -> str:

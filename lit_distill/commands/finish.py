@@ -35,8 +35,6 @@ from lit_distill.progress import Progress
 from lit_distill.records import RunRecord, write_predictions_file, write_record
 from lit_distill.tasks import fingerprint
 
-# ---------------------------------------------------------------------- the student
-
 
 def save_best_student(
     trainer: pl.Trainer, module: DistillModule, data: RationaleDataModule, best: Path | None, folder: Path
@@ -98,9 +96,6 @@ def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
     )
 
 
-# ---------------------------------------------------------------------- the baseline
-
-
 def train_baseline(
     config: Namespace, trainer_args: Mapping[str, Any], data_class: type[RationaleDataModule], folder: Path
 ) -> dict[str, float]:
@@ -131,9 +126,6 @@ def train_baseline(
     path = best.best_model_path or None
     [results] = trainer.test(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True)
     return {name: float(value) for name, value in results.items()}
-
-
-# ---------------------------------------------------------------------- the record
 
 
 @rank_zero_only

@@ -137,8 +137,6 @@ def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, A
     return shown
 
 
-# ---------------------------------------------------------------- tables
-
 _RELEASED = {
     "rows": "rows of the file",
     "without_label": "- no gold label",

@@ -38,9 +38,6 @@ _TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "war
 _TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_pairing", "seed")
 
 
-# ---------------------------------------------------------------------- checkpoints
-
-
 def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
     """Check a checkpoint path: a file, a (sharded) folder, or ``last`` in ``folder``.
 
@@ -124,9 +121,6 @@ def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
     if checkpoint is None or not Path(checkpoint).is_file():
         return {}
     return dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
-
-
-# ---------------------------------------------------------------------- runs
 
 
 def check_unused(config: Namespace, command: str) -> None:
@@ -235,9 +229,6 @@ def _objectives(listed: Sequence[Mapping[str, Any]] | None) -> list[dict[str, An
         }
         found.append({"class": one["class_path"].rpartition(".")[2]} | settings)
     return found
-
-
-# ---------------------------------------------------------------------- loggers
 
 
 def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:

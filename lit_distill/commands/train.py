@@ -105,10 +105,7 @@ class DistillCLI(LightningCLI):
 
     _last = False
     """Whether ``--ckpt_path last`` was given."""
-    _earlier_folder: Path | None = None
-    """The folder of the run that is resumed."""
-
-    # ------------------------------------------------------------------ arguments
+    _earlier_folder: Path | None = None  # the folder of the run that is resumed
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks, our own options, and links from the model to the data."""
@@ -172,8 +169,6 @@ class DistillCLI(LightningCLI):
         folder = config["checkpoint"]["dirpath"]
         config["ckpt_path"] = find_checkpoint(config["ckpt_path"], folder, required=command != "fit")
 
-    # ------------------------------------------------------------------ before anything is built
-
     def before_instantiate_classes(self) -> None:
         """Finish the config, name the run, and find the run to resume."""
         self._settle()
@@ -211,8 +206,6 @@ class DistillCLI(LightningCLI):
         self._progress = read_progress(config["ckpt_path"])
         if self.subcommand == "fit":
             check_same_training(config, import_class(config["model"]["class_path"]), self._progress)
-
-    # ------------------------------------------------------------------ what is built
 
     def instantiate_classes(self) -> None:
         """As Lightning's; a missing package is a one-line error."""
@@ -280,8 +273,6 @@ class DistillCLI(LightningCLI):
             self._history.lock(self._earlier_folder)
             keep_metrics(trainer.loggers, self._progress)
         return trainer
-
-    # ------------------------------------------------------------------ the command and what follows it
 
     def _run_subcommand(self, subcommand: str) -> None:
         """As Lightning's; also ends the W&B run, so that the next command starts a new one."""

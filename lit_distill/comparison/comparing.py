@@ -31,22 +31,16 @@ class Result:
     """A setting and the results of its runs."""
 
     setting: Setting
-    name: str
-    """The setting in words, without dataset, student, labels and fraction."""
+    name: str  # the setting in words, without dataset, student, labels and fraction
     runs: tuple[Run, ...]
     metric: Mean
     baseline: Setting | None
-    by_row: Difference | None
-    """Difference to the baseline, over test rows."""
-    by_seed: Mean | None
-    """Differences to the baseline's runs with the same seeds."""
-    left_out: bool
-    """The differences leave out runs whose seeds only one side has."""
-    remark: str
-    """Why a difference is missing."""
+    by_row: Difference | None  # difference to the baseline, over test rows
+    by_seed: Mean | None  # differences to the baseline's runs with the same seeds
+    left_out: bool  # the differences leave out runs whose seeds only one side has
+    remark: str  # why a difference is missing
     published: Published | None
-    is_baseline: bool
-    """Whether others are compared with it."""
+    is_baseline: bool  # whether others are compared with it
 
 
 @dataclass(frozen=True)
@@ -55,13 +49,10 @@ class Section:
 
     dataset: str
     results: tuple[Result, ...]
-    keys: tuple[str, ...]
-    """Config keys in which its runs differ."""
-    teachers: tuple[float, ...]
-    """Accuracies of the teacher labels on test."""
+    keys: tuple[str, ...]  # config keys in which its runs differ
+    teachers: tuple[float, ...]  # accuracies of the teacher labels on test
     remarks: tuple[str, ...]
-    chance: float | None
-    """Accuracy without reading the input, if known."""
+    chance: float | None  # accuracy without reading the input, if known
 
 
 @dataclass(frozen=True)
@@ -70,12 +61,9 @@ class Comparison:
 
     metric: str
     sections: tuple[Section, ...]
-    runs: tuple[Run, ...]
-    """All runs that have the metric, with duplicates."""
-    repeated: Mapping[str, str]
-    """Source of a duplicate run -> source of the one that is compared instead."""
-    skipped: Mapping[str, str]
-    """Source -> why it is not compared."""
+    runs: tuple[Run, ...]  # all runs that have the metric, with duplicates
+    repeated: Mapping[str, str]  # source of a duplicate run -> source of the one that is compared instead
+    skipped: Mapping[str, str]  # source -> why it is not compared
     resamples: int
     seed: int
 
@@ -202,9 +190,6 @@ def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run
     return kept
 
 
-# -------------------------------------------------------------------------------------------------------- baselines
-
-
 def read_baseline(text: str | None, settings: Sequence[Setting]) -> dict[str, str]:
     """Parse ``key=value,key=value``; standard finetuning by default. Raises a ``UserError`` for unknown keys."""
     if text is None:
@@ -250,9 +235,6 @@ def find_baseline(
     if len(best) > 1:
         return None, f"{len(best)} settings could be its baseline; name one with --baseline"
     return best[0], ""
-
-
-# ---------------------------------------------------------------------------------------------------------- results
 
 
 def _results(groups: Groups, wanted: Mapping[str, str], metric: str, resamples: int, seed: int) -> Iterator[Result]:

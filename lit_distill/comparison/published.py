@@ -53,8 +53,7 @@ _ADDED: Final = tuple(f"model.init_args.{name}" for name in ("tasks", "objective
 class Published:
     """A published accuracy."""
 
-    row: str
-    """Row of the paper's table."""
+    row: str  # row of the paper's table
     accuracy: float
 
 

@@ -86,9 +86,6 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: [row[key] for key in order])
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
-
-
 def number(value: float | None, metric: str) -> str:
     """A metric as text: in %, unless it is no fraction."""
     if value is None:
@@ -156,9 +153,6 @@ def _notes(results: Sequence[Result], section: Section) -> list[str]:
     if any(result.by_row and result.by_row.differing < FEW for result in results):
         notes.append(f"{DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then overconfident.")
     return notes
-
-
-# ----------------------------------------------------------------------------------------------------------- report
 
 
 def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:

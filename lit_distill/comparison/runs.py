@@ -40,15 +40,12 @@ _LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "t
 class Run:
     """A finished run."""
 
-    source: str
-    """Its folder or address."""
+    source: str  # its folder or address
     record: RunRecord
     correct: NDArray[np.float64] | None = None
     """``(test rows,)`` sorted by id: 1 right, 0 wrong, NaN unlabelled; ``None`` without predictions."""
-    remark: str = ""
-    """Why ``correct`` is missing."""
-    ids: str = ""
-    """Hash of the sorted ids of its test rows; empty if unknown."""
+    remark: str = ""  # why `correct` is missing
+    ids: str = ""  # hash of the sorted ids of its test rows; empty if unknown
 
     @property
     def seeds(self) -> tuple[int, int]:

@@ -72,9 +72,6 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-# ---------------------------------------------------------------------------------------------------------- configs
-
-
 def identifying(config: Mapping[str, Any]) -> dict[str, str]:
     """The config keys that distinguish settings, with their values as text."""
     flat = sorted(_config_text(config).items())
@@ -150,8 +147,6 @@ def settings_of(runs: Sequence[Run], sizes: Mapping[str, int]) -> tuple[dict[str
         remarks.append("It is unknown on which rows some runs were tested")
     return settings, sorted(keys) + [STUDENT] * any(len(path) > 1 for path in paths.values()), remarks
 
-
-# ------------------------------------------------------------------------------------------------------------ names
 
 _METHODS = {"Standard": "standard finetuning", "SingleTask": "single task: rationale and label"}
 _METHODS |= {"StepByStep": "step-by-step"}

@@ -19,8 +19,7 @@ FEW: Final = 10
 class Mean:
     """A mean over seeds and its standard error."""
 
-    values: tuple[float, ...]
-    """One per seed."""
+    values: tuple[float, ...]  # one per seed
 
     @property
     def n(self) -> int:
@@ -43,14 +42,10 @@ class Difference:
     """Difference of two accuracies on the same test rows, by a paired bootstrap."""
 
     difference: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-    """Upper end."""
-    p_value: float
-    """Two-sided."""
-    differing: int
-    """Number of test rows on which the two settings differ."""
+    low: float  # lower end of the 95 % interval
+    high: float  # upper end
+    p_value: float  # two-sided
+    differing: int  # number of test rows on which the two settings differ
 
 
 def paired_bootstrap(

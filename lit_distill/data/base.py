@@ -239,8 +239,6 @@ class RationaleDataModule(ReleasedRows):
             "splits": {split: dict(counts) for split, counts in self.counts.items()},
         }
 
-    # ---------------------------------------------------------------- Lightning's hooks
-
     def prepare_data(self) -> None:
         """Download the released data if no split file exists, and check that files of ``rationales`` do."""
         for path in self.rationales or ():
@@ -323,8 +321,6 @@ class RationaleDataModule(ReleasedRows):
             pin_memory=torch.cuda.is_available(),
         )
 
-    # ---------------------------------------------------------------- tokens
-
     @property
     def tokens(self) -> Tokens:
         """The student's tokens, loaded at the first access. Raises a ``UserError`` if there is no usable tokenizer."""
@@ -397,8 +393,6 @@ class RationaleDataModule(ReleasedRows):
     def longer_targets(self, split: Split, task: str, tokens: int) -> int:
         """Number of targets of a task with more tokens than a limit."""
         return sum(length > tokens for several in self._tokenized[split].target_lengths(task) for length in several)
-
-    # ---------------------------------------------------------------- checks and notices
 
     def check_split(self, split: Split, stage: str) -> None:
         """Raise a ``UserError`` if a split lacks labels, or train lacks targets, that a stage needs."""

@@ -28,22 +28,15 @@ log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 class ReleasedRows(pl.LightningDataModule):
     """A dataset's rows, by default from files in the layout of the paper's release."""
 
-    name: str = ""
-    """Name in ids, reports and the cache."""
-    hub_name: str | None = None
-    """Name on the Hugging Face hub, for model cards."""
+    name: str = ""  # name in ids, reports and the cache
+    hub_name: str | None = None  # name on the Hugging Face hub, for model cards
     splits: Mapping[Split, str] = {"train": "train", "val": "valid", "test": "test"}
     """Released split -> its word in file names; without ``val``, a tenth of train's inputs is val."""
-    released_rows: Mapping[Split, int] = {}
-    """Number of rows of each released split, to check a download."""
-    metric: MetricName = "exact_match"
-    """How answers are compared."""
-    label_set: tuple[str, ...] | None = None
-    """The closed label set that all rows share, if any."""
-    prompt: ClassVar[str] = "default"
-    """Prompt file in ``data/prompts/``."""
-    release_url: ClassVar[str] = RELEASE_URL
-    """The archive of the released data."""
+    released_rows: Mapping[Split, int] = {}  # number of rows of each released split, to check a download
+    metric: MetricName = "exact_match"  # how answers are compared
+    label_set: tuple[str, ...] | None = None  # the closed label set that all rows share, if any
+    prompt: ClassVar[str] = "default"  # prompt file in `data/prompts/`
+    release_url: ClassVar[str] = RELEASE_URL  # the archive of the released data
 
     data_dir: Path
     tasks: dict[str, Task]

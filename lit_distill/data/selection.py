@@ -23,23 +23,16 @@ VAL_FRACTION = 0.1
 class UsedRows:
     """The rows of a split that a run uses."""
 
-    rows: Sequence[Row]
-    """With the label to train on, and the outputs that passed the filter."""
-    gold: Sequence[str | None]
-    """Their gold labels."""
-    counts: dict[str, int]
-    """Numbers of rows that were used, and left out for each reason."""
+    rows: Sequence[Row]  # with the label to train on, and the outputs that passed the filter
+    gold: Sequence[str | None]  # their gold labels
+    counts: dict[str, int]  # numbers of rows that were used, and left out for each reason
 
 
 class Target(NamedTuple):
     """One target of a task."""
 
     text: str
-    label: str | None
-    """The label in it, which truncation keeps."""
-
-
-# ---------------------------------------------------------------- filters
+    label: str | None  # the label in it, which truncation keeps
 
 
 def label_agrees(row: Row, agree: Agree = operator.eq) -> bool:
@@ -74,9 +67,6 @@ def filter_name(rationale_filter: str | RowFilter) -> str:
         return rationale_filter
     named = rationale_filter if hasattr(rationale_filter, "__qualname__") else type(rationale_filter)
     return f"{named.__module__}.{named.__qualname__}"
-
-
-# ---------------------------------------------------------------- rows
 
 
 def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -173,9 +163,6 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     return UsedRows(rows, used.gold, used.counts | {"rationale_shuffled": len(having)})
 
 
-# ---------------------------------------------------------------- targets
-
-
 def targets(
     task: Task, row: Row, agree: Agree = operator.eq, *, teacher_labels: bool = False, evaluation: bool = False
 ) -> list[Target]:
@@ -203,9 +190,6 @@ def targets(
         if text is not None:
             found.append(Target(text, label))
     return found
-
-
-# ---------------------------------------------------------------- counts
 
 
 def teacher_counts(rows: Sequence[Row], agree: Agree, label_set: tuple[str, ...] | None) -> dict[str, int]:

@@ -32,12 +32,9 @@ _SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 class Table(NamedTuple):
     """A user's rows."""
 
-    columns: list[str]
-    """Column names, in order."""
-    rows: list[tuple[str, dict[str, Any]]]
-    """``(place, row)``, the place for messages."""
-    class_names: dict[str, list[str]]
-    """Column of class numbers -> names."""
+    columns: list[str]  # column names, in order
+    rows: list[tuple[str, dict[str, Any]]]  # `(place, row)`, the place for messages
+    class_names: dict[str, list[str]]  # column of class numbers -> names
 
 
 def read_file(path: Path, split: Split) -> Table:
@@ -161,9 +158,6 @@ def _from_dataset(rows: Any, place: str) -> Table:
     names = {key: feature.names for key, feature in rows.features.items() if isinstance(feature, ClassLabel)}
     placed = [(f"{place}, row {position}", dict(row)) for position, row in enumerate(rows)]
     return Table(list(rows.column_names), placed, names)
-
-
-# ---------------------------------------------------------------- the released layout
 
 
 def read_outputs(folder: Path, split: str) -> list[str]:

@@ -31,12 +31,9 @@ Choose = Callable[[Task, Row], list[Target]]
 class TokenSettings:
     """Settings that affect tokenisation."""
 
-    tasks: dict[str, Task]
-    """By name."""
-    max_source_length: int
-    """Including end-of-sequence."""
-    max_target_length: int
-    """Including end-of-sequence."""
+    tasks: dict[str, Task]  # by name
+    max_source_length: int  # including end-of-sequence
+    max_target_length: int  # including end-of-sequence
 
 
 def encode_targets(

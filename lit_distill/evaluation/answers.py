@@ -19,18 +19,13 @@ class AnswerKey:
 
     ids: Sequence[str]
     inputs: Sequence[str]
-    labels: Sequence[str | None]
-    """Gold labels."""
-    rationales: Sequence[str | None]
-    """The teacher's rationales; ``None`` where it gave none or it did not parse."""
-    metric: MetricName
-    """How an answer is judged."""
-    label_set: tuple[str, ...] | None
-    """The closed label set that all rows share, if there is one."""
+    labels: Sequence[str | None]  # gold labels
+    rationales: Sequence[str | None]  # the teacher's rationales; `None` where it gave none or it did not parse
+    metric: MetricName  # how an answer is judged
+    label_set: tuple[str, ...] | None  # the closed label set that all rows share, if there is one
     choices: Sequence[tuple[str, ...]] | None
     """Each row's closed choices (its own, or the shared label set), if the dataset has them."""
-    majority_label: str | None
-    """The most frequent training label: the majority-class baseline."""
+    majority_label: str | None  # the most frequent training label: the majority-class baseline
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,15 +43,11 @@ class AnswerSource(Protocol):
 class Answer:
     """A student's answer to one row."""
 
-    index: int
-    """The row's position in its split."""
-    prediction: str
-    """The label parsed from the generated text."""
+    index: int  # the row's position in its split
+    prediction: str  # the label parsed from the generated text
     text: str
-    rationale: str | None = None
-    """The generated rationale, if one was generated."""
-    scored: str | None = None
-    """The most likely of the row's closed choices."""
+    rationale: str | None = None  # the generated rationale, if one was generated
+    scored: str | None = None  # the most likely of the row's closed choices
 
 
 @dataclass(frozen=True)
@@ -64,13 +55,10 @@ class Evaluation:
     """The result of one complete evaluation."""
 
     split: str
-    metrics: dict[str, float]
-    """Name without the split -> value."""
-    samples: list[Answer]
-    """Answers of the first rows, with rationales."""
+    metrics: dict[str, float]  # name without the split -> value
+    samples: list[Answer]  # answers of the first rows, with rationales
     key: AnswerKey
-    answers: Sequence[Answer] = ()
-    """All answers, in the data's order."""
+    answers: Sequence[Answer] = ()  # all answers, in the data's order
 
     def sample_rows(self) -> list[dict[str, Any]]:
         """The samples as rows of a table."""

@@ -24,9 +24,6 @@ ABSOLUTE_TOLERANCE: Final = 1e-9
 """Values this close are always equal: near 0 a relative tolerance is too strict (``0.1 + 0.2 - 0.3`` is 5.6e-17)."""
 
 
-# --------------------------------------------------------------------------------------------------- answers
-
-
 def exact_match(prediction: str, label: str) -> bool:
     """Whether two answers are the same string once surrounding whitespace is stripped.
 
@@ -91,9 +88,6 @@ def macro_f1(
         return float(np.mean(2 * counts(y[y == p]) / np.maximum(counts(p) + counts(y), 1)))
 
     return of
-
-
-# --------------------------------------------------------------------------------------------------- rationales
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -169,9 +163,6 @@ def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
     words, ending = (" ".join(text.casefold().rstrip(_TRAILING).split()) for text in (rationale, label))
     # a hyphen joins: `non-neutral` does not end in `neutral`
     return bool(ending) and re.search(rf"(?<!\w)(?<!\w-){re.escape(ending)}\Z", words) is not None
-
-
-# --------------------------------------------------------------------------------------------------- intervals
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

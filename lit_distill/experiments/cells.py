@@ -58,12 +58,9 @@ class Cell:
 
     name: str
     folder: Path
-    point: Mapping[str, Any]
-    """Canonical key -> value of what varies."""
-    config: Mapping[str, Any]
-    """The whole nested config."""
-    command: tuple[str, ...] = FIT
-    """The command before ``--config``."""
+    point: Mapping[str, Any]  # canonical key -> value of what varies
+    config: Mapping[str, Any]  # the whole nested config
+    command: tuple[str, ...] = FIT  # the command before `--config`
 
     @property
     def arguments(self) -> list[str]:

@@ -67,9 +67,6 @@ _BARE = {"method", "student", "dataset", "label_source", "rationales"}
 """Keys whose values need no name in front."""
 
 
-# ---------------------------------------------------------------------- keys, names, configs
-
-
 def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of ``fit`` that short or dotted keys set.
 
@@ -178,9 +175,6 @@ def without_location(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if not f"{key}.".startswith(own)}
 
 
-# ---------------------------------------------------------------------- the file
-
-
 def _check_cell(point: dict[str, Any]) -> dict[str, Any]:
     """Check that values can name a cell, and that a seed is a number."""
     for key, value in point.items():
@@ -239,8 +233,7 @@ class Grid(_Part):
     cells: Annotated[Cells, Field(min_length=1)] = [{}]
     when: list[Condition] = []
     published: list[Published] = []
-    tolerance: Percent | None = None
-    """In percentage points."""
+    tolerance: Percent | None = None  # in percentage points
     deviations: Texts = []
 
     def points(self) -> list[dict[str, Any]]:

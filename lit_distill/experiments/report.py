@@ -70,10 +70,8 @@ class Verdict:
 
     what: str
     published: float
-    measured: tuple[float, ...]
-    """One per finished cell."""
-    cells: int
-    """Number of matching cells, finished or not."""
+    measured: tuple[float, ...]  # one per finished cell
+    cells: int  # number of matching cells, finished or not
     tolerance: float
 
     @property

@@ -65,8 +65,6 @@ class Evaluating(Training):
         key = self.answer_key(cast(Split, getattr(self.trainer.datamodule, "predict_split", "predict")))  # type: ignore[attr-defined]
         return self.answers(self.step(batch), key, rationales=True)
 
-    # ------------------------------------------------------------------ one batch
-
     def answers(self, step: Step, key: AnswerKey, *, rationales: bool) -> list[Answer]:
         """The student's answer to each row of an evaluation batch, without rows that pad a distributed sampler.
 
@@ -159,8 +157,6 @@ class Evaluating(Training):
             self._eval_samples.append(take(inputs, rows))
         if last and self._eval_samples:
             self._add_rationales(self._eval_answers, self.step({task: join(self._eval_samples)}))
-
-    # ------------------------------------------------------------------ the whole split
 
     def _finish_evaluation(self, split: Literal["val", "test"]) -> None:
         sums, answers, parts = self._eval_sums, self._eval_answers, self._eval_parts

@@ -20,12 +20,10 @@ class Hooks(pl.LightningModule):
     """The hooks of `DistillModule` that a method may override, and what training and evaluation share."""
 
     student: Student
-    tasks: dict[str, Task]
-    """The tasks that the module trains on, by name; the data module must build the same."""
+    tasks: dict[str, Task]  # the tasks that the module trains on, by name; the data module must build the same
     objectives: nn.ModuleList
     teachers: Teachers
-    _target_limits: dict[str, int]
-    """Maximum generated tokens of each task, from the target lengths in train."""
+    _target_limits: dict[str, int]  # maximum generated tokens of each task, from the target lengths in train
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
         """The losses of a micro-batch: named, unweighted scalars.

@@ -32,8 +32,7 @@ class Part(NamedTuple):
     """Terms and rows of a micro-batch, kept until its optimizer step or evaluation is known to be finite."""
 
     terms: dict[str, Tensor]
-    rows: list[Tensor]
-    """The rows' positions in their split, for each task that has them."""
+    rows: list[Tensor]  # the rows' positions in their split, for each task that has them
 
     @classmethod
     def of(cls, terms: dict[str, Tensor], batch: TaskBatch) -> "Part":
@@ -63,8 +62,6 @@ class Training(Hooks):
     def window(self) -> Window | None:
         """The optimizer step in progress."""
         return self._window
-
-    # ------------------------------------------------------------------ the beginning
 
     def setup(self, stage: str) -> None:
         """Check the data module's tasks, load the teachers, and wrap the training loader."""
@@ -141,8 +138,6 @@ class Training(Hooks):
                 f"The effective batch is {effective} examples ({parts}), the settings were written for {wanted}:"
                 " change batch_size or accumulate_grad_batches, or the learning rate and effective_batch_size with it."
             )
-
-    # ------------------------------------------------------------------ one optimizer step
 
     def _prepare(self, batches: list[TaskBatch]) -> None:
         """Call `prepare` and restore the random and training state after it."""
@@ -225,8 +220,6 @@ class Training(Hooks):
             total = self.total_loss(self._window_terms)
         self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)
 
-    # ------------------------------------------------------------------ what is not finite
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm before clipping, and stop the run if the loss or gradient is not finite.
 
@@ -305,8 +298,6 @@ class Training(Hooks):
                 f" the terms of {type(self).__name__} are {', '.join(terms)}; give all"
             )
         return terms
-
-    # ------------------------------------------------------------------ the optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW or Adafactor, with the schedule over all steps of the run."""

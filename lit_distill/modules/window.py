@@ -18,18 +18,12 @@ Counts = Mapping[str, int]
 class Window:
     """The micro-batches of one optimizer step on this rank."""
 
-    start: int
-    """Micro-batches of the epoch before this window."""
-    size: int
-    """Number of micro-batches: ``accumulate_grad_batches``, or fewer at the end of an epoch."""
-    counts: dict[str, int]
-    """Counts of each term, summed over the window."""
-    batch_counts: tuple[Counts, ...]
-    """Counts of each term, for each micro-batch."""
-    examples: int
-    """Number of rows (of the task with the most)."""
-    tokens: int
-    """Number of source and target tokens, without padding."""
+    start: int  # micro-batches of the epoch before this window
+    size: int  # number of micro-batches: `accumulate_grad_batches`, or fewer at the end of an epoch
+    counts: dict[str, int]  # counts of each term, summed over the window
+    batch_counts: tuple[Counts, ...]  # counts of each term, for each micro-batch
+    examples: int  # number of rows (of the task with the most)
+    tokens: int  # number of source and target tokens, without padding
 
 
 def _tokens(batch: TaskBatch) -> int:

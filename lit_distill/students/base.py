@@ -195,17 +195,13 @@ class Pass(ABC):
 class Student(nn.Module, ABC):
     """A Hugging Face model with its tokenizer; `lit_distill.students.load` makes one."""
 
-    model: PreTrainedModel
-    """The model, or PEFT's wrapper around it."""
+    model: PreTrainedModel  # the model, or PEFT's wrapper around it
     tokens: Tokens
     sharded: bool = False
     """Whether parameters are sharded over ranks, so that each forward is a collective; set by the module."""
-    adapter: Adapter | None = None
-    """The adapter that is trained, if any."""
-    compiles: bool = False
-    """Whether the training forward is compiled."""
-    most_positions: int = 2**30
-    """Maximum tokens of a prompt with its target; T5's relative positions have none."""
+    adapter: Adapter | None = None  # the adapter that is trained, if any
+    compiles: bool = False  # whether the training forward is compiled
+    most_positions: int = 2**30  # maximum tokens of a prompt with its target; T5's relative positions have none
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -26,12 +26,9 @@ _CHUNK_BYTES = 256 * 2**20
 class _Joined:
     """The rows of all tasks, each prompt followed by its target, padded on the right."""
 
-    input_ids: Tensor
-    """``(rows, length)``."""
-    attention_mask: Tensor
-    """``(rows, length)``."""
-    prompts: dict[str, tuple[Tensor, Tensor]]
-    """Task -> row and column of each prompt token."""
+    input_ids: Tensor  # `(rows, length)`
+    attention_mask: Tensor  # `(rows, length)`
+    prompts: dict[str, tuple[Tensor, Tensor]]  # task -> row and column of each prompt token
     targets: dict[str, tuple[Tensor, Tensor]]
     """Task -> row and column of the position before each target token, which predicts it."""
 
@@ -117,8 +114,6 @@ class CausalPass(Pass):
         """See `Pass.encoder`."""
         self.inputs(task)
         return self._hidden[layer][self._joined.prompts[task]]
-
-    # ------------------------------------------------------------------ evaluation
 
     def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
         """These rows' sources, padded on the left."""

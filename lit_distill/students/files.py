@@ -33,12 +33,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 class StudentRecord(TypedDict):
     """What rebuilds a student, besides weights; plain types and tensors, for ``weights_only=True``."""
 
-    config: dict[str, Any]
-    """The content of ``config.json``."""
-    tokenizer: dict[str, Tensor]
-    """The tokenizer's files: name -> content as bytes, ``(size,)``, uint8."""
-    adapter: NotRequired[dict[str, Any]]
-    """The settings of the adapter that the weights include."""
+    config: dict[str, Any]  # the content of `config.json`
+    tokenizer: dict[str, Tensor]  # the tokenizer's files: name -> content as bytes, `(size,)`, uint8
+    adapter: NotRequired[dict[str, Any]]  # the settings of the adapter that the weights include
 
 
 def family(config: Mapping[str, Any]) -> Family:

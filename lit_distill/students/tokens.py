@@ -17,10 +17,8 @@ Family = Literal["seq2seq", "causal"]
 class Encoded:
     """Texts as token ids."""
 
-    ids: list[list[int]]
-    """Truncated to the maximum length."""
-    lengths: list[int]
-    """Numbers of tokens before truncation."""
+    ids: list[list[int]]  # truncated to the maximum length
+    lengths: list[int]  # numbers of tokens before truncation
 
 
 class Tokens:

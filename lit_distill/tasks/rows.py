@@ -21,14 +21,10 @@ _NO_COLUMNS: Mapping[str, Any] = {}
 class TeacherOutput:
     """One of a teacher's outputs for a row."""
 
-    text: str | None
-    """The rationale, program, or other text; ``None`` where the output did not parse."""
-    label: str | None = None
-    """The teacher's answer; ``None`` where it gave none, or the output did not parse."""
-    teacher: str | None = None
-    """The teacher's name, if known."""
-    kind: str = "rationale"
-    """What the text is, such as ``rationale`` or ``program``."""
+    text: str | None  # the rationale, program, or other text; `None` where the output did not parse
+    label: str | None = None  # the teacher's answer; `None` where it gave none, or the output did not parse
+    teacher: str | None = None  # the teacher's name, if known
+    kind: str = "rationale"  # what the text is, such as `rationale` or `program`
     columns: Mapping[str, Any] = field(default_factory=lambda: _NO_COLUMNS, hash=False)
     """Further columns, for filters and templates."""
 
@@ -37,14 +33,10 @@ class TeacherOutput:
 class Row:
     """One row of a dataset."""
 
-    id: str
-    """Unique in its split."""
-    input: str
-    """The student's input, without a prefix."""
-    label: str | None
-    """The gold label, or the one to train on."""
-    choices: tuple[str, ...] | None = None
-    """The row's own closed choices."""
+    id: str  # unique in its split
+    input: str  # the student's input, without a prefix
+    label: str | None  # the gold label, or the one to train on
+    choices: tuple[str, ...] | None = None  # the row's own closed choices
     outputs: tuple[TeacherOutput, ...] = ()
 
     @property

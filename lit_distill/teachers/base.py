@@ -37,8 +37,7 @@ class Teacher(ABC):
         output_price: US dollars per million tokens of answers.
     """
 
-    follows_schema: ClassVar[bool] = False
-    """Whether answers can be constrained to a JSON schema."""
+    follows_schema: ClassVar[bool] = False  # whether answers can be constrained to a JSON schema
 
     has_answered: bool = False
     """Whether it has ever answered in this job, so that later refusals concern single questions."""
@@ -120,8 +119,7 @@ class BatchTeacher(Teacher):
         **kwargs: as in `Teacher`.
     """
 
-    windows: ClassVar[int] = 16
-    """Number of batches that are sorted together."""
+    windows: ClassVar[int] = 16  # number of batches that are sorted together
 
     def __init__(self, model: str, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)

@@ -353,8 +353,6 @@ def _check_extra(value: dict[str, Any] | None) -> dict[str, Any]:
     return extra
 
 
-# ------------------------------------------------------------------------ what a server answers
-
 T = TypeVar("T")
 
 

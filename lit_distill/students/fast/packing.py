@@ -65,14 +65,10 @@ class Group:
 
     rows: int
     heads: int
-    queries: int
-    """Positions of the longest row of queries."""
-    keys: int
-    """Positions of the longest row of keys."""
-    first_query: int
-    """Where the group's queries begin in the flat buffer of all groups' padded positions."""
-    first_key: int
-    """Where its keys begin."""
+    queries: int  # positions of the longest row of queries
+    keys: int  # positions of the longest row of keys
+    first_query: int  # where the group's queries begin in the flat buffer of all groups' padded positions
+    first_key: int  # where its keys begin
     mask: Tensor
     """0 where a query attends to a key and -inf elsewhere, ``(rows, 1, queries, keys)`` with broadcast dimensions."""
 

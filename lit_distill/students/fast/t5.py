@@ -25,8 +25,7 @@ from lit_distill.students.fast.support import has_hooks
 class Encoded:
     """Packed rows in the encoder."""
 
-    hidden: list[Tensor]
-    """The embeddings and each layer's states, ``(source tokens, d_model)``."""
+    hidden: list[Tensor]  # the embeddings and each layer's states, `(source tokens, d_model)`
     packing: Packing
 
     @property
@@ -39,15 +38,9 @@ class Encoded:
 class Decoded:
     """Packed targets in the decoder, task after task."""
 
-    hidden: list[Tensor]
-    """The embeddings and each layer's states, ``(target tokens, d_model)``."""
-    labels: Tensor
-    """``(target tokens,)``."""
-    task_tokens: list[int]
-    """Target tokens of each task."""
-
-
-# ------------------------------------------------------------------ layers
+    hidden: list[Tensor]  # the embeddings and each layer's states, `(target tokens, d_model)`
+    labels: Tensor  # `(target tokens,)`
+    task_tokens: list[int]  # target tokens of each task
 
 
 def _rate(module: nn.Dropout) -> float:
@@ -116,9 +109,6 @@ def _self_attention(stack: Any, embedded: Tensor, packing: Packing, *, causal: b
 def _dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-# ------------------------------------------------------------------ tasks
 
 
 def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:
