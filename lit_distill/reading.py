@@ -1,6 +1,9 @@
-"""Read JSON and YAML with bounds on depth and size; errors are a one-line ``ValueError``."""
+"""Read JSON and YAML with bounds on depth and size; errors are one line."""
 
+import codecs
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +11,9 @@ import yaml
 
 from lit_distill.errors import UserError
 
-_DEPTH = 100
-"""Maximum nesting of YAML; a config has ten levels."""
-
-_VALUES = 1_000_000
-"""Maximum number of YAML values, with aliases expanded."""
-
-_BYTES = 2**26
-"""Maximum size of a hand-written file."""
+_DEPTH = 100  # of YAML; a config has ten levels
+_VALUES = 1_000_000  # of YAML, with aliases expanded
+_BYTES = 2**26  # of a hand-written file
 
 _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -28,7 +26,8 @@ def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:
             thousands of digits.
     """
     try:
-        found = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_object)
+        text = text.decode() if isinstance(text, bytes) else text
+        found = json.loads(text, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(error)) from error
     except json.JSONDecodeError as error:
@@ -38,12 +37,55 @@ def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:
         raise
     except (RecursionError, ValueError) as error:
         raise ValueError("JSON too deep or with too large a number") from error
-    if not surrogates and (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
+    if not surrogates and "\\ud" in text.lower():
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("a lone surrogate (\\ud800 to \\udfff), which is no character") from error
     return found
+
+
+def json_object(text: str | bytes, place: str, *, surrogates: bool = False) -> dict[str, Any]:
+    """Parse a JSON object. Raises a ``UserError`` that names the ``place`` it is from."""
+    try:
+        found = parse_json(text, surrogates=surrogates)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{place}: not a JSON object but {type(found).__name__}")
+    return found
+
+
+def json_lines(
+    path: Path, *, surrogates: bool = False, on_torn: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place (``path:line``) and object of each line of a file that is not blank.
+
+    Args:
+        path: the file.
+        surrogates: as in `parse_json`.
+        on_torn: called with the place of an incomplete last line, which a process leaves that was killed or still
+            writes; without it, that is an error as in any other line.
+
+    Raises:
+        UserError: a line is no JSON object.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                # some programs write a byte order mark
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.isspace():
+                continue
+            place = f"{path}:{number}"
+            try:
+                found = json_object(line, place, surrogates=surrogates)
+            except UserError:
+                if on_torn is None or line.endswith(b"\n"):
+                    raise
+                on_torn(place)
+            else:
+                yield place, found
 
 
 def read_small(path: str | Path) -> bytes:
@@ -71,12 +113,12 @@ def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise UserError(f"the key {twice!r} is there twice in one object")
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UserError(f"the key {name!r} is there twice in one object")
+        found[name] = value
     return found
 
 
@@ -85,47 +127,50 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 ({error.reason} at byte {error.start}{f', in line {line}' if line > 1 else ''})"
 
 
+@dataclass
+class _Collection:
+    """A YAML mapping or sequence that is being read."""
+
+    anchor: str | None = None
+    keys: set[str] | None = None  # of a mapping
+    nodes: int = 0  # keys and values, or items, read so far
+    size: int = 1  # values in it so far, with aliases expanded
+
+
 def check_yaml(text: str) -> None:
     """Check the size of YAML before it is built: ten lines of aliases can expand to 10^10 values.
 
     Raises:
         YAMLError: it is not YAML, is nested too deep, expands to too many values, or repeats a key.
     """
-    sizes: dict[str, int] = {}
-    # of each of them that is a mapping: its keys, and whether the value of the last one comes next
-    mappings: list[tuple[set[str], bool] | None] = [None]
-    # of the document and of each collection that is open: its anchor, and the number of values in it so far
-    stack: list[tuple[str | None, int]] = [(None, 0)]
+    sizes: dict[str, int] = {}  # of what has an anchor
+    open_ones = [_Collection()]
     for event in yaml.parse(text, Loader=_EventLoader):
         anchor, size = getattr(event, "anchor", None), 1
-        mark: Any = event.start_mark
+        parent, line = open_ones[-1], event.start_mark.line + 1
         if isinstance(event, yaml.CollectionStartEvent):
-            stack.append((anchor, 1))
-            mappings.append((set(), False) if isinstance(event, yaml.MappingStartEvent) else None)
-            if len(stack) > _DEPTH:
+            open_ones.append(_Collection(anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
+            if len(open_ones) > _DEPTH:
                 raise yaml.YAMLError(f"nested more than {_DEPTH} levels deep")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = stack.pop()
-            mappings.pop()
+            anchor, size = open_ones.pop().anchor, parent.size
+            parent = open_ones[-1]
         elif isinstance(event, yaml.AliasEvent):
             if anchor not in sizes:
                 raise yaml.YAMLError(f"the alias *{anchor} stands for nothing, or for what it is in")
-            anchor, size = None, sizes[str(anchor)]
+            anchor, size = None, sizes[anchor]
         elif not isinstance(event, yaml.ScalarEvent):
             continue
         elif "\0" in event.value:
-            raise yaml.YAMLError(f"holds a NUL character in line {mark.line + 1}")
-        if (mapping := mappings[-1]) is not None:
-            keys, is_value = mapping
-            if isinstance(event, yaml.ScalarEvent) and not is_value:
-                if event.value in keys:
-                    raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {mark.line + 1}")
-                keys.add(event.value)
-            mappings[-1] = keys, not is_value
+            raise yaml.YAMLError(f"holds a NUL character in line {line}")
+        elif parent.keys is not None and parent.nodes % 2 == 0:
+            if event.value in parent.keys:
+                raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {line}")
+            parent.keys.add(event.value)
+        parent.nodes += 1
+        parent.size += size
+        if parent.size > _VALUES:
+            raise yaml.YAMLError(f"stands for more than {_VALUES:,} values")
         if anchor is not None:
             sizes[anchor] = size
-        outer, before = stack[-1]
-        stack[-1] = outer, before + size
-        if before + size > _VALUES:
-            raise yaml.YAMLError(f"stands for more than {_VALUES:,} values")

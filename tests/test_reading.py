@@ -1,11 +1,13 @@
 """JSON and YAML of every kind of trouble: one line, at once."""
 
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from lit_distill.reading import parse_json, parse_yaml, read_small
+from lit_distill.errors import UserError
+from lit_distill.reading import json_lines, parse_json, parse_yaml, read_small
 from tests.commands.hostile import DEEP, bombs
 from tests.runs import CONFIGS
 
@@ -73,3 +75,23 @@ def test_an_alias_stands_for_what_it_names() -> None:
 def test_a_file_without_an_end() -> None:
     with pytest.raises(ValueError, match="larger than 64 MiB"):
         read_small("/dev/zero")
+
+
+def test_json_lines_are_objects_at_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n \n{"a": "\\ud800"}\n{"a')
+    torn: list[str] = []
+    rows = list(json_lines(path, surrogates=True, on_torn=torn.append))
+    assert rows == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": "\ud800"})]
+    assert torn == [f"{path}:4"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(b"[1]\n", "not a JSON object but list"), (b'{"a\n{}', "not JSON"), (b'{"a": "\\ud800"}', "a lone surrogate")],
+)
+def test_a_bad_line_is_named(line: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{}\n" + line)
+    with pytest.raises(UserError, match=rf"^{path}:2: {reason}"):
+        list(json_lines(path))

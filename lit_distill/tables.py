@@ -1,0 +1,33 @@
+"""Tables, in Markdown and on the console."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def one_line(value: Any) -> str:
+    """A value as a cell of a Markdown table; ``None`` is an empty cell."""
+    return " ".join(str("" if value is None else value).split()).replace("|", "\\|")
+
+
+def markdown_table(
+    names: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    numbers: Sequence[str] = (),
+    cell: Callable[[Any], str] = one_line,
+) -> str:
+    """A Markdown table with the columns ``names``; those in ``numbers`` are aligned to the right."""
+    rule = ["---:" if name in numbers else "---" for name in names]
+    lines = [map(cell, names), rule, *(map(cell, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def console_table(title: str, texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+    """An empty table for the console: columns of text, which may wrap, then columns of numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in texts:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
