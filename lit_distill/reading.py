@@ -143,11 +143,11 @@ def check_yaml(text: str) -> None:
     Raises:
         YAMLError: it is not YAML, is nested too deep, expands to too many values, or repeats a key.
     """
-    sizes: dict[str, int] = {}  # of what has an anchor
+    sizes: dict[str | None, int] = {}  # of what has an anchor
     open_ones = [_Collection()]
     for event in yaml.parse(text, Loader=_EventLoader):
-        anchor, size = getattr(event, "anchor", None), 1
-        parent, line = open_ones[-1], event.start_mark.line + 1
+        anchor, size, parent = getattr(event, "anchor", None), 1, open_ones[-1]
+        mark: Any = event.start_mark
         if isinstance(event, yaml.CollectionStartEvent):
             open_ones.append(_Collection(anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(open_ones) > _DEPTH:
@@ -163,10 +163,10 @@ def check_yaml(text: str) -> None:
         elif not isinstance(event, yaml.ScalarEvent):
             continue
         elif "\0" in event.value:
-            raise yaml.YAMLError(f"holds a NUL character in line {line}")
+            raise yaml.YAMLError(f"holds a NUL character in line {mark.line + 1}")
         elif parent.keys is not None and parent.nodes % 2 == 0:
             if event.value in parent.keys:
-                raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {line}")
+                raise yaml.YAMLError(f"the key {event.value!r} is given twice, in line {mark.line + 1}")
             parent.keys.add(event.value)
         parent.nodes += 1
         parent.size += size

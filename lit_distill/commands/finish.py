@@ -31,7 +31,7 @@ from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.files import write_text
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.standard import StandardModule
-from lit_distill.progress import Progress
+from lit_distill.progress import progress_bar
 from lit_distill.records import RunRecord, write_predictions_file, write_record
 from lit_distill.tasks import fingerprint
 
@@ -117,7 +117,7 @@ def train_baseline(
     linked = {"tasks": module.tasks}
     data = data_class(**config["data"]["init_args"].as_dict() | linked)
     best = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
-    bar = [] if trainer_args.get("enable_progress_bar") is False else [Progress()]
+    bar = [] if trainer_args.get("enable_progress_bar") is False else [progress_bar()]
     callbacks = [ValidateEverySteps(config["validation"]["every_n_steps"]), best, *bar]
     own = {"logger": False, "callbacks": callbacks, "enable_model_summary": False, "enable_checkpointing": True}
     trainer = pl.Trainer(**dict(trainer_args) | own)

@@ -44,7 +44,7 @@ from lit_distill.files import write_text
 from lit_distill.interrupts import Interrupted, interruptible
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.modules.base import DistillModule
-from lit_distill.progress import Progress
+from lit_distill.progress import progress_bar
 from lit_distill.records import RECORD
 from lit_distill.students.sharding import deferred
 
@@ -255,7 +255,7 @@ class DistillCLI(LightningCLI):
         self._history = RunHistory(run_folder)
         callbacks: list[pl.Callback] = [self._history, Throughput(), SampleTable()]
         if built["trainer"]["enable_progress_bar"] is not False:
-            callbacks.insert(0, Progress())
+            callbacks.insert(0, progress_bar())
         if built["trainer"]["enable_checkpointing"] is False or built["trainer"]["fast_dev_run"]:
             self._parser(self.subcommand).callback_keys = ["validation"]
         else:
