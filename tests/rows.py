@@ -25,7 +25,7 @@ def make_row(
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as `lit_distill.tasks.read_rows` and `JSONLDataModule` read them."""
+    """Write rows as `JSONLDataModule` and ``--demonstrations`` read them."""
     names = ("id", "input", "label", "choices", "rationale", "teacher_label")
     lines = ({name: value for name in names if (value := getattr(row, name)) is not None} for row in rows)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

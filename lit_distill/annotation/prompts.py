@@ -13,8 +13,8 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 from lit_distill.checks import check_format
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message, Prompt
-from lit_distill.reading import parse_yaml, read_small
-from lit_distill.tasks import Row, TeacherOutput, read_rows
+from lit_distill.reading import json_lines, parse_yaml, read_small
+from lit_distill.tasks import Row, TeacherOutput
 
 AS_JSON = "Give the answer as one JSON object with the keys rationale and label."
 """Added to the instruction for structured answers."""
@@ -93,9 +93,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     except OSError as error:
         raise UserError(f"prompt: {str(path)!r} cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"prompt: {path}: {key}: {first['msg']}, got {first['input']!r:.100}") from error
+        raise UserError(f"prompt: {path}: {_first_fault(error)}") from error
     except UserError:
         raise
     except ValueError as error:
@@ -105,17 +103,26 @@ def load_prompt(path: str | Path) -> PromptTemplate:
 
 
 def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
-    """Read demonstrations from JSON lines of rows. Raises a ``UserError`` if one lacks rationale or label."""
+    """Read demonstrations from JSON lines. Raises a ``UserError`` if one lacks input, rationale or label."""
+    shown = []
     try:
-        found = read_rows(path)
+        for place, values in json_lines(Path(path)):
+            # as the rows of a dataset, they may have other columns
+            own = {name: values.get(name) for name in _Demonstration.model_fields}
+            try:
+                shown.append(_Demonstration.model_validate(own).row())
+            except ValidationError as error:
+                raise UserError(f"demonstrations: {place}: {_first_fault(error)}") from error
     except OSError as error:
         raise UserError(f"demonstrations: {str(path)!r} cannot be read ({error.strerror})") from error
-    if not found:
+    if not shown:
         raise UserError(f"demonstrations: {path} is empty")
-    for position, row in enumerate(found, start=1):
-        if not row.rationale or not row.label:
-            raise UserError(f"demonstrations: {path}: row {position} ({row.id}) needs a rationale and a label")
-    return tuple(replace(row, id="", outputs=(TeacherOutput(row.rationale),)) for row in found)
+    return tuple(shown)
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.100}"
 
 
 def fixed(demonstrations: Sequence[Row], count: int | None) -> Choose:

@@ -1,4 +1,4 @@
-"""Tasks: what they write, what they read back, and what is refused."""
+"""Rows, and tasks: what they write, what they read back, and what is refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,12 +18,14 @@ from lit_distill.tasks import (
     Task,
     TeacherOutput,
     answer_task,
+    fingerprint,
     tasks_from,
 )
+from tests.rows import make_row
 
 ROW = Row("r", "Which?", "yes", outputs=(TeacherOutput("Because.", "no", columns={"style": "short", "score": 0.5}),))
 OUTPUT = ROW.outputs[0]
-SHOUTING = "tests.tasks.test_task.shout"
+SHOUTING = "tests.test_tasks.shout"
 
 
 def shout(text: str) -> str:
@@ -72,7 +74,7 @@ def test_a_target_with_an_absent_part_is_none(target: str) -> None:
         (Task(target="{rationale} # {label} | {style}"), "a # b | c", "b", "a"),
         (Task(target="{style} | {rationale} | {label}"), "a | b | c", "c", "b"),
         (Task(target="{rationale}", parser=SHOUTING), " so ", "SO", "so"),
-        (Task(target="{style}", parser="tests.tasks.test_task.both"), "x", "L", "R"),
+        (Task(target="{style}", parser="tests.test_tasks.both"), "x", "L", "R"),
     ],
 )
 def test_answers_by_hand(task: Task, text: str, label: str | None, rationale: str | None) -> None:
@@ -157,8 +159,8 @@ def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:
         ({"a": {"target": "{label.x}"}}, "tasks: a: target must name"),
         ({"a": {"target": "{rationale}{label}"}}, "no text between two fields"),
         ({"a": {"parser": "os.getcwd"}}, "tasks: a: parser: 'os.getcwd' is not a Python function"),
-        ({"a": {"parser": "no_such.parser"}}, "tasks: a: parser: 'no_such' cannot be imported"),
-        ({"a": {"parser": "lit_distill.tasks.nothing"}}, "has no function 'nothing'"),
+        ({"a": {"parser": "no_such.parser"}}, "tasks: a: parser: 'no_such.parser' cannot be imported"),
+        ({"a": {"parser": "lit_distill.tasks.nothing"}}, "parser: 'lit_distill.tasks.nothing' cannot be imported"),
     ],
 )
 def test_what_is_refused(value: Any, says: str) -> None:
@@ -173,3 +175,19 @@ def test_the_task_that_answers() -> None:
     assert answer_task(tasks_from({"why": {"target": "{rationale}", "prefix": "b"}, "x": {}})).name == "x"
     with pytest.raises(UserError, match=r"tasks: none of why gives a label"):
         answer_task(tasks_from({"why": {"target": "{rationale}"}}))
+
+
+def test_a_row_speaks_of_its_first_output() -> None:
+    row = Row("a", "in", "yes", outputs=(TeacherOutput("so", "no", columns={"x": 1}), TeacherOutput("or", "yes")))
+    assert (row.rationale, row.teacher_label, row.columns) == ("so", "no", {"x": 1})
+    bare = Row("a", "in", "yes")
+    assert (bare.rationale, bare.teacher_label, bare.columns) == (None, None, {})
+
+
+def test_a_fingerprint_tells_rows_apart() -> None:
+    rows = [make_row("a", "in", "yes", rationale="so"), make_row("b", "in", "no")]
+    others = [rows[::-1], rows[:1], [rows[0], make_row("b", "in", "yes")], [rows[0], make_row("b", "on", "no")]]
+    assert len({fingerprint(rows), *map(fingerprint, others)}) == 5
+    said = [make_row("a", "in", "yes", rationale="or"), rows[1]]
+    assert fingerprint(said) == fingerprint(rows)
+    assert fingerprint(said, rationales=True) != fingerprint(rows, rationales=True)

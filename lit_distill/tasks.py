@@ -1,30 +1,75 @@
-"""A task: the inputs and targets of a student, the teacher outputs that it uses, and how answers are parsed."""
+"""Rows with their teacher outputs, and the tasks that a student is trained on."""
 
-import importlib
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from string import Formatter
 from typing import Any, Literal, NamedTuple, get_args
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.tasks.rows import Row, TeacherOutput
+
+# one for all outputs: there may be millions
+_NO_COLUMNS: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOutput:
+    """One of a teacher's outputs for a row."""
+
+    text: str | None  # the rationale, program, or other text; `None` where the output did not parse
+    label: str | None = None  # the teacher's answer; `None` where it gave none, or the output did not parse
+    teacher: str | None = None  # the teacher's name, if known
+    kind: str = "rationale"  # what the text is, such as `rationale` or `program`
+    columns: Mapping[str, Any] = field(default_factory=lambda: _NO_COLUMNS, hash=False)  # for filters and templates
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a dataset."""
+
+    id: str  # unique in its split
+    input: str  # the student's input, without a prefix
+    label: str | None  # the gold label, or the one to train on
+    choices: tuple[str, ...] | None = None  # the row's own closed choices
+    outputs: tuple[TeacherOutput, ...] = ()
+
+    @property
+    def rationale(self) -> str | None:
+        """The text of the first output."""
+        return self.outputs[0].text if self.outputs else None
+
+    @property
+    def teacher_label(self) -> str | None:
+        """The label of the first output."""
+        return self.outputs[0].label if self.outputs else None
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The columns of the first output."""
+        return self.outputs[0].columns if self.outputs else {}
+
+
+RowFilter = Callable[[Row], bool]
+"""Whether to train on a teacher output, given the row with this output alone."""
+
+
+def fingerprint(rows: Iterable[Row], *, rationales: bool = False) -> str:
+    """A hash of rows in their order: ids, inputs, labels, and with ``rationales`` the teachers' texts."""
+    found = hashlib.sha256()
+    for row in rows:
+        texts = [output.text for output in row.outputs] or [None]
+        values = [row.id, row.input, row.label, *(texts if rationales else [])]
+        found.update(json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()[:16]
+
 
 Select = Literal["first", "all", "sample", "vote"]
-
-
-@cache
-def _split(template: str) -> tuple[list[str], list[str]]:
-    """The template's fields, and the literal texts around them (one more)."""
-    names, marks = [], [""]
-    for literal, name, _, _ in Formatter().parse(template):
-        marks[-1] += literal
-        if name is not None:
-            names.append(name)
-            marks.append("")
-    return names, marks
 
 
 class Parsed(NamedTuple):
@@ -38,24 +83,18 @@ class Parsed(NamedTuple):
 class Task:
     """One task of a student. Its name has no meaning of its own."""
 
-    name: str = ""
-    """Key of its batch and its loss term."""
-    prefix: str = ""
-    """Put before each input."""
+    name: str = ""  # key of its batch and its loss term
+    prefix: str = ""  # put before each input
     target: str = "{label}"
     """Template over ``{label}``, ``{rationale}`` (the text of the teacher output), ``{input}`` and columns of that
     output.
     """
     parser: str | None = None
     """Import path of ``(text) -> label`` or ``(text) -> Parsed``; by default the template is inverted."""
-    weight: float = 1.0
-    """Weight of its cross-entropy in the total loss."""
-    max_new_tokens: int | None = None
-    """Maximum generated tokens; by default 1.5 times the longest target in train."""
-    teacher: str | None = None
-    """Use only the outputs of this teacher."""
-    kind: str = "rationale"
-    """Use only outputs of this kind."""
+    weight: float = 1.0  # of its cross-entropy in the total loss
+    max_new_tokens: int | None = None  # by default 1.5 times the longest target in train
+    teacher: str | None = None  # use only the outputs of this teacher
+    kind: str = "rationale"  # use only outputs of this kind
     select: Select = "first"
     """Of a row's outputs use the ``first``, ``all`` (each as a target), a random ``sample`` in each epoch, or by
     ``vote`` the first one with the most frequent label. Evaluation uses the first where training uses several.
@@ -63,12 +102,10 @@ class Task:
 
     def __post_init__(self) -> None:
         place = f"tasks: {self.name}" if self.name else "tasks"
-        for name in ("prefix", "target", "kind"):
-            if not isinstance(getattr(self, name), str):
-                raise UserError(f"{place}: {name} must be a text, got {getattr(self, name)!r}")
-        for name in ("name", "parser", "teacher"):
-            if not isinstance(getattr(self, name), str | None):
-                raise UserError(f"{place}: {name} must be a text, got {getattr(self, name)!r}")
+        for name in ("name", "prefix", "target", "kind", "parser", "teacher"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name in ("parser", "teacher")):
+                raise UserError(f"{place}: {name} must be a text, got {value!r}")
         checks.check_choice(f"{place}: select", self.select, get_args(Select))
         checks.check_range(f"{place}: weight", self.weight, at_least=0)
         checks.check_range(f"{place}: max_new_tokens", self.max_new_tokens, at_least=1, below=10_001, whole=True)
@@ -84,19 +121,24 @@ class Task:
             raise UserError(f"{place}: target {self.target!r} has no text between two fields: give a parser")
 
     @property
-    def uses_output(self) -> bool:
-        """Whether targets need a teacher output."""
-        return any(name not in ("label", "input") for name in _split(self.target)[0])
-
-    @property
-    def needs_label(self) -> bool:
-        """Whether targets contain the label."""
-        return "label" in _split(self.target)[0]
+    def template_fields(self) -> list[str]:
+        """The fields of the template, in order."""
+        return _split(self.target)[0]
 
     @property
     def columns(self) -> list[str]:
         """The columns of a teacher output that targets need."""
-        return [name for name in _split(self.target)[0] if name not in ("label", "rationale", "input")]
+        return [name for name in self.template_fields if name not in ("label", "rationale", "input")]
+
+    @property
+    def uses_output(self) -> bool:
+        """Whether targets need a teacher output."""
+        return bool(self.columns) or self.gives_rationale
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether targets contain the label."""
+        return "label" in self.template_fields
 
     @property
     def gives_label(self) -> bool:
@@ -106,7 +148,12 @@ class Task:
     @property
     def gives_rationale(self) -> bool:
         """Whether the student's text contains a rationale."""
-        return "rationale" in _split(self.target)[0]
+        return "rationale" in self.template_fields
+
+    @property
+    def ends_in_label(self) -> bool:
+        """Whether the label is the last of several fields."""
+        return len(self.template_fields) > 1 and self.template_fields[-1] == "label"
 
     def accepts(self, output: TeacherOutput) -> bool:
         """Whether an output has the task's teacher and kind."""
@@ -117,7 +164,7 @@ class Task:
         values: dict[str, Any] = {"label": row.label, "input": row.input}
         if output is not None:
             values = {**output.columns, **values, "rationale": output.text}
-        if any(values.get(name) is None for name in _split(self.target)[0]):
+        if any(values.get(name) is None for name in self.template_fields):
             return None
         return self.target.format_map(values)
 
@@ -133,28 +180,12 @@ class Task:
             whole = text.strip() if self.gives_rationale else None
             return parsed if parsed.rationale is not None else parsed._replace(rationale=whole)
         names, marks = _split(self.target)
-        marks = [mark.strip() for mark in marks]
-        rest = text.strip().removeprefix(marks[0]).removesuffix(marks[-1])
-        at = names.index("label") if "label" in names else 0
-        parts = dict.fromkeys(names, "")
-        head = ""
-        if at:
-            head, _, rest = rest.rpartition(marks[at])
-        for i in range(at, len(names) - 1):
-            parts[names[i]], _, rest = rest.partition(marks[i + 1])
-        parts[names[-1]] = rest
-        for i in range(at - 1, 0, -1):
-            head, _, parts[names[i]] = head.rpartition(marks[i])
-        if at:
-            parts[names[0]] = head
+        text = text.strip().removeprefix(marks[0].strip()).removesuffix(marks[-1].strip())
+        match = _pattern(self.target).fullmatch(text)
+        whole_to = "label" if "label" in names else names[0]
+        parts = match.groupdict() if match else dict.fromkeys(names, "") | {whole_to: text}
         stripped = {name: part.strip() for name, part in parts.items()}
         return Parsed(stripped.get("label"), stripped.get("rationale"))
-
-    @property
-    def ends_in_label(self) -> bool:
-        """Whether the label is the last of several fields."""
-        names, _ = _split(self.target)
-        return len(names) > 1 and names[-1] == "label"
 
     def label_part(self, label: str) -> str:
         """The part of a target that truncation keeps: the label with the literal text that marks it."""
@@ -167,6 +198,33 @@ class Task:
         """The settings that differ from the defaults in plain types, for `tasks_from`."""
         options = [option for option in fields(self) if option.name != "name"]
         return {option.name: value for option in options if (value := getattr(self, option.name)) != option.default}
+
+
+@cache
+def _split(template: str) -> tuple[list[str], list[str]]:
+    """The template's fields, and the literal texts around them (one more)."""
+    names, marks = [], [""]
+    for literal, name, _, _ in Formatter().parse(template):
+        marks[-1] += literal
+        if name is not None:
+            names.append(name)
+            marks.append("")
+    return names, marks
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    """The template's fields, without the literal texts before the first and after the last one."""
+    names, marks = _split(template)
+    at = names.index("label") if "label" in names else 0
+    pattern = ""
+    for i, name in enumerate(names):
+        if i > 0:
+            pattern += re.escape(marks[i].strip())
+        # as much as possible before the label, which follows the last of its marks
+        text = ".*" if i < at or name == names[-1] else ".*?"
+        pattern += f"(?P<{name}>{text})"
+    return re.compile(pattern, re.DOTALL)
 
 
 LABEL = Task("label")
@@ -189,12 +247,11 @@ def tasks_from(value: Any) -> dict[str, Task]:
     Raises:
         UserError: there is no task, two share a name or prefix, or a setting is invalid.
     """
+    listed: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
-        listed = [(name, settings) for name, settings in value.items()]
+        listed = list(value.items())
     elif isinstance(value, Sequence) and not isinstance(value, str):
         listed = [_named(item, len(value) > 1) for item in value]
-    else:
-        listed = []
     if not listed:
         raise UserError(f"tasks must be a list of names ({', '.join(PRESETS)}) or a mapping, got {value!r}")
     tasks: dict[str, Task] = {}
@@ -222,12 +279,12 @@ def _task(name: Any, settings: Any) -> Task:
         raise UserError(f"tasks: a task's name must be a text, got {name!r}")
     if isinstance(settings, Task):
         return replace(settings, name=name)
-    allowed = [option.name for option in fields(Task)]
+    allowed = [option.name for option in fields(Task) if option.name != "name"]
     if settings is not None and not isinstance(settings, Mapping):
-        raise UserError(f"tasks: {name} must map {', '.join(allowed[1:])} to values, got {settings!r}")
+        raise UserError(f"tasks: {name} must map {', '.join(allowed)} to values, got {settings!r}")
     if unknown := [key for key in settings or () if key not in allowed]:
-        raise UserError(f"tasks: {name}: unexpected {unknown[0]!r}; allowed are {', '.join(allowed[1:])}")
-    return replace(PRESETS.get(name, Task()), **{**(settings or {}), "name": name})
+        raise UserError(f"tasks: {name}: unexpected {unknown[0]!r}; allowed are {', '.join(allowed)}")
+    return replace(PRESETS.get(name, Task()), name=name, **settings or {})
 
 
 def check_prefixes(tasks: Mapping[str, Task]) -> None:
@@ -256,19 +313,13 @@ def rationale_task(tasks: Mapping[str, Task]) -> Task | None:
 
 def find_function(argument: str, path: str) -> Callable[[Any], Any]:
     """Import ``package.module.function``, of one argument. Raises a ``UserError`` that names ``argument`` otherwise."""
-    module_name, _, attribute = path.rpartition(".")
-    if not module_name:
-        raise UserError(f"{argument}: not a function's import path (package.module.function): {path!r}")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{argument}: {module_name!r} cannot be imported ({error})") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"{argument}: {module_name!r} has no function {attribute!r}")
-    if inspect.isbuiltin(function) or inspect.isclass(function):
+        function = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{argument}: {path!r} cannot be imported ({error})") from error
+    if not inspect.isroutine(function) or inspect.isbuiltin(function):
         # `os._exit` takes an argument too
-        raise UserError(f"{argument}: {path!r} is not a Python function")
+        raise UserError(f"{argument}: {path!r} is not a Python function (package.module.function)")
     try:
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:
