@@ -1,7 +1,7 @@
 """Export a trained student in the Hugging Face format, with prefixes, generation settings and model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
-from lit_distill.files import atomic_folder, flatten
+from lit_distill.files import atomic_folder, flatten, write_text
 from lit_distill.students import CHECKPOINT_KEY, load, read_checkpoint
 from lit_distill.students.tokens import Family
+from lit_distill.tables import markdown_table
 
 _HUB_ERRORS = (OSError, ValueError, httpx2.HTTPError)
 """Exceptions of hub calls: no network, unknown name, no permission."""
@@ -21,18 +22,17 @@ _HUB_ERRORS = (OSError, ValueError, httpx2.HTTPError)
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The facts of a model card."""
+    """What a model card says."""
 
     method: str
     dataset: str
     student: str
+    tasks: Mapping[str, Mapping[str, Any]]  # task -> its prefix, and the arguments of `generate`
     settings: Mapping[str, Any]
     data: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of test; the bounds of intervals end in ``_low`` and ``_high``."""
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of test; bounds of intervals end in _low and _high
     rows: int = 0  # number of test rows
-    baseline: Mapping[str, float] = field(default_factory=dict)
-    """The label-only baseline's metrics, by their logged names."""
+    baseline: Mapping[str, float] = field(default_factory=dict)  # the label-only baseline's metrics, as logged
     base_model: str | None = None  # hub name of the model that was finetuned
     license: str | None = None  # the base model's licence
     hub_dataset: str | None = None  # the dataset's name on the hub
@@ -41,123 +41,107 @@ class CardFacts:
     adapter_alone: bool = False  # whether the folder holds only an adapter
 
 
-def export_checkpoint(
-    checkpoint_path: Path,
-    folder: Path,
-    *,
-    prefixes: Mapping[str, str],
-    generation: Mapping[str, Mapping[str, Any]],
-    facts: CardFacts,
-) -> Path:
-    """Export a checkpoint's student to a folder, and return the folder.
+def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
+    """Export a checkpoint's student to a folder, which is replaced.
 
-    Args:
-        checkpoint_path: a checkpoint of this framework, with a full state dict.
-        folder: the target; an existing one is replaced.
-        prefixes: task -> input prefix.
-        generation: task -> ``generate``'s arguments; those of the first task become the defaults.
-        facts: the content of the model card.
+    Its defaults in generation are those of the first task; prefixes are where Hugging Face's ``pipeline`` finds them.
     """
-    record = read_checkpoint(str(checkpoint_path))[CHECKPOINT_KEY]
+    record = read_checkpoint(str(checkpoint))[CHECKPOINT_KEY]
     # without `adapter`, the adapter is merged into the student
     adapter = record.get("adapter") if facts.adapter_alone else None
-    student = load(checkpoint_path, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
-    network = student.network
-    first = next(iter(prefixes))
-    for name, value in generation[first].items():
-        setattr(network.generation_config, name, value)
+    student = load(checkpoint, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
+    network: Any = student.network
+    first = dict(next(iter(facts.tasks.values())))
+    network.config.prefix = first.pop("prefix")
+    network.config.task_specific_params = {name: dict(settings) for name, settings in facts.tasks.items()}
     # greedy: the pretrained model's sampling settings would contradict it
-    network.generation_config.do_sample = False
+    network.generation_config.update(**first, do_sample=False)
     for config in getattr(student.model, "peft_config", {}).values():
         config.base_model_name_or_path = str(facts.settings["student"])
     with atomic_folder(folder) as tmp_path:
         student.save(tmp_path)
-        path = tmp_path / "config.json"
-        if path.exists():
-            # Hugging Face's field for input prefixes
-            config = json.loads(path.read_text())
-            config["prefix"] = prefixes[first]
-            config["task_specific_params"] = {
-                task: {"prefix": prefix, **generation[task]} for task, prefix in prefixes.items()
-            }
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (tmp_path / "README.md").write_text(model_card(facts, prefixes, generation), encoding="utf-8")
-    return folder
+        write_text(tmp_path / "README.md", model_card(facts))
 
 
-def model_card(facts: CardFacts, prefixes: Mapping[str, str], generation: Mapping[str, Mapping[str, Any]]) -> str:
+def model_card(facts: CardFacts) -> str:
     """The model card in Markdown, with the metadata block of the hub."""
-    first = next(iter(prefixes))
-    results = _eval_results(facts)
-    settings = {task: ", ".join(f"{key} {value}" for key, value in own.items()) for task, own in generation.items()}
-    name = f"{facts.student} trained on {facts.dataset} with {facts.method}"
-    data = ModelCardData(
+    title = f"{facts.student} trained on {facts.dataset} with {facts.method}"
+    results = [_eval_result(facts, name, value, bounds) for name, value, bounds in _measured(facts.metrics) if bounds]
+    metadata = ModelCardData(
         library_name="peft" if facts.adapter_alone else "transformers",
         pipeline_tag="text2text-generation" if facts.family == "seq2seq" else "text-generation",
         tags=["lit_distill", "distilling-step-by-step"],
         base_model=facts.base_model,
         license=facts.license,
         datasets=None if facts.hub_dataset is None else [facts.hub_dataset],
-        model_name=name if results else None,
+        model_name=title if results else None,
         eval_results=results or None,
     )
-    lines = [
-        f"# {name}",
-        "",
-        f"Trained with lit_distill {__version__} after *Distilling step-by-step* (Hsieh et al., Findings of ACL 2023).",
-        "",
-        "```python",
-        *_snippet(facts, prefixes[first], generation[first]["max_new_tokens"]),
-        "```",
-        "",
-        "## Prefixes",
-        "",
-        "| task | prefix | generation |",
-        "|---|---|---|",
-        *(f"| {task} | `{json.dumps(prefix)}` | {settings[task]} |" for task, prefix in prefixes.items()),
-    ]
-    if facts.metrics:
-        lines += ["", "## Metrics", "", *_metric_rows(facts)]
-    for title, content in (("Method", facts.settings), ("Data", facts.data)):
-        if content:
-            lines += ["", f"## {title}", "", "| | |", "|---|---|", *_rows(content)]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+    first = next(iter(facts.tasks.values()))
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        title=title,
+        version=__version__,
+        facts=facts,
+        kind="Seq2SeqLM" if facts.family == "seq2seq" else "CausalLM",
+        prefix=repr(first["prefix"]),
+        max_new_tokens=first["max_new_tokens"],
+        tasks=markdown_table(("task", "prefix", "generation"), map(_task_row, facts.tasks, facts.tasks.values())),
+        metrics=markdown_table(("metric", "value", "95 % interval"), _metric_rows(facts)) if facts.metrics else "",
+        settings=_settings_table(facts.settings),
+        rows=_settings_table(facts.data),
+    )
+    return f"{card}\n"
 
 
-def _snippet(facts: CardFacts, prefix: str, length: int) -> list[str]:
-    """Example code for one input."""
-    kind = "Seq2SeqLM" if facts.family == "seq2seq" else "CausalLM"
-    if facts.adapter_alone:
-        name, imports = f"AutoPeftModelFor{kind}", [f"from peft import AutoPeftModelFor{kind}"]
-    else:
-        name, imports = f"AutoModelFor{kind}", []
-    imports.append(f"from transformers import {'' if facts.adapter_alone else f'{name}, '}AutoTokenizer")
-    if facts.chat:
-        inputs = [
-            f'turns = [{{"role": "user", "content": {prefix!r} + "your input"}}]',
-            'settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
-            "inputs = tokenizer.apply_chat_template(turns, **settings)",
-        ]
-    else:
-        newline = "" if facts.family == "seq2seq" else "\\n"
-        inputs = [f'inputs = tokenizer({prefix!r} + "your input{newline}", return_tensors="pt")']
-    new = "output[0]" if facts.family == "seq2seq" else 'output[0, inputs["input_ids"].shape[1] :]'
-    return [
-        *imports,
-        f'tokenizer, model = AutoTokenizer.from_pretrained("."), {name}.from_pretrained(".")',
-        *inputs,
-        f"output = model.generate(**inputs, max_new_tokens={length})",
-        f"print(tokenizer.decode({new}, skip_special_tokens=True))",
-    ]
+def _task_row(name: str, settings: Mapping[str, Any]) -> tuple[str, str, str]:
+    generation = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "prefix")
+    return name, f"`{json.dumps(settings['prefix'])}`", generation
+
+
+def _measured(metrics: Mapping[str, float]) -> Iterator[tuple[str, float, tuple[float, float] | None]]:
+    """Name, value and 95 % interval of each metric; losses have no interval."""
+    for name, value in metrics.items():
+        if not name.endswith(("_low", "_high")):
+            bounds = (metrics[f"{name}_low"], metrics[f"{name}_high"]) if f"{name}_low" in metrics else None
+            yield name, value, bounds
+
+
+def _eval_result(facts: CardFacts, name: str, value: float, bounds: tuple[float, float]) -> EvalResult:
+    return EvalResult(
+        task_type="text2text-generation",
+        dataset_type=facts.hub_dataset or facts.dataset,
+        dataset_name=facts.dataset,
+        dataset_split="test",
+        dataset_args={"rows": facts.rows},
+        metric_type=next((kind for kind in ("accuracy", "f1", "rouge") if kind in name), name),
+        metric_name=name,
+        metric_value=round(value, 6),
+        metric_args={"confidence_interval_95": [round(bound, 6) for bound in bounds]},
+    )
+
+
+def _metric_rows(facts: CardFacts) -> Iterator[tuple[str, str, str]]:
+    """The student's metrics, and the baseline's accuracy."""
+    baseline = {name.removeprefix("test/"): value for name, value in facts.baseline.items() if "test/accuracy" in name}
+    for title, metrics in (("{}", facts.metrics), ("{} of the label-only baseline", baseline)):
+        for name, value, bounds in _measured(metrics):
+            interval = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
+            yield title.format(name), f"{value:.4f}", interval
+
+
+def _settings_table(settings: Mapping[str, Any]) -> str:
+    rows = []
+    for name, value in flatten(settings).items():
+        # a local folder means nothing to readers of the card
+        shown = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        rows.append((name, f"{shown:.4f}" if isinstance(shown, float) and 1e-3 <= abs(shown) < 1 else str(shown)))
+    return markdown_table(("", ""), rows)
 
 
 def origin(student: str, *, from_scratch: bool) -> tuple[str | None, str | None]:
-    """Hub name and licence of the model that a student started from, where known.
-
-    Args:
-        student: a hub name (whose card is read if the hub is reachable) or a folder.
-        from_scratch: the weights were initialised randomly.
-    """
+    """Hub name and licence of the model that a student (a hub name or a folder) started from, where known."""
     if from_scratch:
         return None, None
     local = Path(student).exists()
@@ -185,13 +169,10 @@ def check_hub(repository: str, kind: str = "model") -> None:
 
 def push_folder(folder: Path, repository: str, kind: str = "model") -> None:
     """Upload a folder, without its hidden files. Raises a ``UserError`` if it cannot be uploaded; the folder stays."""
+    message, hidden = f"Add the {kind}", [".*"]
     try:
         HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            repo_type=kind,
-            commit_message=f"Add the {kind}",
-            ignore_patterns=[".*"],
+            repo_id=repository, folder_path=folder, repo_type=kind, commit_message=message, ignore_patterns=hidden
         )
     except _HUB_ERRORS as error:
         raise UserError(
@@ -201,53 +182,4 @@ def push_folder(folder: Path, repository: str, kind: str = "model") -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]
-
-
-def _measured(facts: CardFacts) -> list[str]:
-    """The names of the metrics, without interval bounds."""
-    return [name for name in facts.metrics if not name.endswith(("_low", "_high"))]
-
-
-def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Accuracies, F1 and ROUGE on test; no losses, which differ between methods."""
-    return [
-        EvalResult(
-            task_type="text2text-generation",
-            dataset_type=facts.hub_dataset or facts.dataset,
-            dataset_name=facts.dataset,
-            dataset_split="test",
-            dataset_args={"rows": facts.rows},
-            metric_type=next((kind for kind in ("accuracy", "f1", "rouge") if kind in name), name),
-            metric_name=name,
-            metric_value=round(facts.metrics[name], 6),
-            metric_args={
-                "confidence_interval_95": [round(facts.metrics[f"{name}_{end}"], 6) for end in ("low", "high")]
-            },
-        )
-        for name in _measured(facts)
-        if f"{name}_low" in facts.metrics
-    ]
-
-
-def _metric_rows(facts: CardFacts) -> list[str]:
-    """The student's metrics with their intervals, and the baseline's accuracies."""
-    rows = [(name, name, facts.metrics) for name in _measured(facts)]
-    if facts.baseline:
-        rows.append(("accuracy of the label-only baseline", "test/accuracy", facts.baseline))
-    lines = [f"Of {facts.rows} rows of test.", "", "| metric | value | 95 % interval |", "|---|---|---|"]
-    for title, name, metrics in rows:
-        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-        lines.append(f"| {title} | {metrics[name]:.4f} | {interval} |")
-    return lines
-
-
-def _rows(content: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for name, value in flatten(content).items():
-        # a local folder means nothing to readers of the card
-        shown = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        text = f"{shown:.4f}" if isinstance(shown, float) and 1e-3 <= abs(shown) < 1 else f"{shown}"
-        rows.append(f"| {name} | {text} |")
-    return rows
+    return str(error).strip().partition("\n")[0]

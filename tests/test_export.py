@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,15 @@ from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.modules import SingleTaskModule
 from tests.students import WORDS, make_student_folder
 
+TASKS = {
+    "label": {"prefix": "say|it: ", "max_new_tokens": 7, "num_beams": 2},
+    "rationale": {"prefix": "why: ", "max_new_tokens": 9, "num_beams": 2},
+}
 FACTS = CardFacts(
     method="StepByStep",
     dataset="cqa",
     student="t5-small",
+    tasks=TASKS,
     settings={"learning_rate": 5e-5, "rationale_weight": 0.5, "dropout": None},
     data={"splits": {"train": {"used": 10}}, "data_dir": "/home/me/rows"},
     metrics={"accuracy": 0.123456, "accuracy_low": 0.1, "accuracy_high": 0.15, "loss": 2.5},
@@ -33,12 +39,10 @@ FACTS = CardFacts(
     license="apache-2.0",
     hub_dataset="tau/commonsense_qa",
 )
-PREFIXES = {"label": "say|it: ", "rationale": "why: "}
-GENERATION = {"label": {"max_new_tokens": 7, "num_beams": 2}, "rationale": {"max_new_tokens": 9, "num_beams": 2}}
 
 
 def test_the_card_says_what_it_was_given() -> None:
-    lines = model_card(FACTS, PREFIXES, GENERATION).splitlines()
+    lines = model_card(FACTS).splitlines()
     assert "# t5-small trained on cqa with StepByStep" in lines
     for row in (
         "| accuracy | 0.1235 | 0.1000 to 0.1500 |", "| loss | 2.5000 |  |", "| learning_rate | 5e-05 |",
@@ -51,7 +55,7 @@ def test_the_card_says_what_it_was_given() -> None:
 
 
 def test_the_card_leaves_out_what_is_not_known() -> None:
-    card = model_card(CardFacts("Standard", "toy", "t5", settings={}), {"label": ""}, GENERATION)
+    card = model_card(CardFacts("Standard", "toy", "t5", TASKS, settings={}))
     assert "## Metrics" not in card
     assert "## Data" not in card
     assert "## Method" not in card
@@ -60,7 +64,7 @@ def test_the_card_leaves_out_what_is_not_known() -> None:
 
 
 def test_the_hub_reads_the_card() -> None:
-    data: Any = ModelCard(model_card(FACTS, PREFIXES, GENERATION)).data
+    data: Any = ModelCard(model_card(FACTS)).data
     assert data.library_name == "transformers"
     assert (data.base_model, data.license, data.datasets) == ("google/t5-small", "apache-2.0", ["tau/commonsense_qa"])
     assert data.model_name == "t5-small trained on cqa with StepByStep"
@@ -76,7 +80,7 @@ def test_where_the_weights_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert origin("google/t5-small", from_scratch=True) == (None, None)
     assert origin(str(tmp_path), from_scratch=False) == (None, None)
     # a student that was exported here and is trained on
-    (tmp_path / "README.md").write_text(model_card(FACTS, PREFIXES, GENERATION))
+    (tmp_path / "README.md").write_text(model_card(FACTS))
     assert origin(str(tmp_path), from_scratch=False) == ("google/t5-small", "apache-2.0")
     monkeypatch.setattr(
         HfApi, "model_info", lambda self, name, timeout: SimpleNamespace(card_data=ModelCardData(license="mit"))
@@ -94,14 +98,11 @@ def test_a_checkpoint_becomes_a_folder_again_and_again(tied: bool, tmp_path: Pat
     trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "any.ckpt")
-    prefixes = {"rationale_label": "x: "}
+    folder = tmp_path / "a" / "b"
     # a folder that is there is overwritten
     for length in (5, 6):
-        generation = {"rationale_label": {"max_new_tokens": length, "num_beams": 3}}
-        folder = export_checkpoint(
-            tmp_path / "any.ckpt", tmp_path / "a" / "b", prefixes=prefixes, generation=generation, facts=FACTS
-        )
-    assert folder == tmp_path / "a" / "b"
+        tasks = {"rationale_label": {"prefix": "x: ", "max_new_tokens": length, "num_beams": 3}}
+        export_checkpoint(tmp_path / "any.ckpt", folder, replace(FACTS, tasks=tasks))
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"] is tied
     assert config["prefix"] == "x: "
@@ -111,9 +112,6 @@ def test_a_checkpoint_becomes_a_folder_again_and_again(tied: bool, tmp_path: Pat
     for name, weight in module.student.model.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
     assert (loaded.lm_head.weight.data_ptr() == loaded.shared.weight.data_ptr()) == tied
-
-
-# ---------------------------------------------------------------------- transformers 4
 
 
 def sentencepiece_folder(path: Path) -> Path:
@@ -142,7 +140,8 @@ def exported(student: Path, folder: Path) -> Path:
         trainer.strategy.connect(module)
         trainer.save_checkpoint(student / name)
         module = SingleTaskModule(student / name)
-    return export_checkpoint(student / "second.ckpt", folder, prefixes=PREFIXES, generation=GENERATION, facts=FACTS)
+    export_checkpoint(student / "second.ckpt", folder, FACTS)
+    return folder
 
 
 def test_the_tokenizer_is_written_in_the_words_of_transformers_4_too(tmp_path: Path) -> None:

@@ -47,9 +47,7 @@ def save_best_student(
         return None
     target = folder / "student"
     if trainer.is_global_zero:
-        export_checkpoint(
-            best, target, prefixes=_prefixes(module), generation=_generation(module), facts=_card_facts(module, data)
-        )
+        export_checkpoint(best, target, _card_facts(module, data))
     trainer.strategy.barrier("student")
     return target
 
@@ -59,16 +57,7 @@ def add_baseline(
     student: Path, module: DistillModule, data: RationaleDataModule, baseline: Mapping[str, float]
 ) -> None:
     """Rewrite an exported student's card with the label-only baseline."""
-    facts = replace(_card_facts(module, data), baseline=baseline)
-    write_text(student / "README.md", model_card(facts, _prefixes(module), _generation(module)))
-
-
-def _prefixes(module: DistillModule) -> dict[str, str]:
-    return {name: task.prefix for name, task in module.tasks.items()}
-
-
-def _generation(module: DistillModule) -> dict[str, dict[str, Any]]:
-    return {task: module.generation_settings(task) for task in module.tasks}
+    write_text(student / "README.md", model_card(replace(_card_facts(module, data), baseline=baseline)))
 
 
 def _tested(module: DistillModule) -> Evaluation | None:
@@ -83,6 +72,9 @@ def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
         method=type(module).__name__.removesuffix("Module"),
         dataset=data.name,
         student=Path(str(settings["student"])).name,
+        tasks={
+            name: {"prefix": task.prefix, **module.generation_settings(name)} for name, task in module.tasks.items()
+        },
         settings=settings,
         data=data.describe(),
         metrics=tested.metrics if tested else {},
