@@ -27,7 +27,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint atomically."""
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.ckpt.*.tmp"):
@@ -67,21 +66,18 @@ class BestCheckpoint(ModelCheckpoint):
         self._replaced = ()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Delete replaced checkpoints: all of the last validation are written."""
+        # all checkpoints of the last validation are written
         self._remove_replaced(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Delete replaced checkpoints."""
         super().on_train_end(trainer, pl_module)
         self._remove_replaced(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """As Lightning's, with the files still to delete."""
         return super().state_dict() | {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lightning's, but keeps the earlier best if the folder has moved."""
-
+        # Lightning's forgets the earlier best if the folder has moved
         def found(path: str) -> str:
             moved = Path(str(self.dirpath)) / Path(path).name
             return str(moved) if not Path(path).exists() and moved.is_file() else path
@@ -117,29 +113,28 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def path(self) -> Path:
-        """The file."""
         return Path(self.format_checkpoint_name({}))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ignore an earlier run's state, whose folder may differ."""
+        # an earlier run's folder may differ
+        pass
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save nothing: the state to resume from is saved already."""
         super().on_train_start(trainer, pl_module)
         self._training = True
+        # the state to resume from is saved already
         self._last_global_step_saved = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Remember the step: until the trainer has counted it, weights may be partly updated."""
+        # until the trainer has counted the step, weights may be partly updated
         self._open_step = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save if no validation followed the last step."""
+        # if no validation followed the last step
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, str(self.path))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what was trained so far as ``last.ckpt``."""
         if not self._training or trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
             return
         together = trainer.world_size == 1 or isinstance(exception, Interrupted)
@@ -161,8 +156,8 @@ class StopAtSignals(Callback):
         self._in_validation_batch = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers, replacing Lightning's own for SIGTERM, which it restores at the end."""
         self._number = 0
+        # in place of Lightning's own for SIGTERM, which it restores at the end
         on_signals(lambda number: self._note(number, trainer))
 
     def _note(self, number: int, trainer: pl.Trainer) -> None:
@@ -177,7 +172,6 @@ class StopAtSignals(Callback):
             raise Interrupted(number)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop before a batch, a validation, or the end of training."""
         number = self._number
         if trainer.world_size > 1:
             asked = torch.tensor(float(number), device=trainer.strategy.root_device)
@@ -188,17 +182,16 @@ class StopAtSignals(Callback):
     on_validation_start = on_train_end = on_train_batch_start  # type: ignore[assignment]  # any arguments
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop before a batch, or at any time within it."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._in_validation_batch = True
             self.on_train_batch_start(trainer)
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        """Stop only between batches again: a checkpoint may follow."""
+        # a checkpoint may follow
         self._in_validation_batch = False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop at once from now on: training is saved."""
+        # training is saved
         if self._number:
             raise Interrupted(self._number)
 
@@ -213,14 +206,10 @@ class RunHistory(Callback):
     def __init__(self, folder: Callable[[pl.Trainer], Path]) -> None:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         """Start of the first part, in UTC."""
-        self.validation_seconds = 0.0
-        """Part of `seconds` spent in validation."""
         self._folder = folder
         self._before = 0.0
         self._began = time.monotonic()
-        self._validation_began = 0.0
-        self._fitted = False
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, Any] = {}  # of the run, from its start on
         self._lock: FileLock | None = None
 
     @property
@@ -235,19 +224,14 @@ class RunHistory(Callback):
         return next((dict(state) for name, state in states.items() if name.startswith(RunHistory.__name__)), {})
 
     def state_dict(self) -> dict[str, Any]:
-        """The history in plain types."""
-        times = {"started": self.started, "seconds": self.seconds, "validation_seconds": self.validation_seconds}
-        return times | self._known
+        return {"started": self.started, "seconds": self.seconds} | self._known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the count; Lightning also calls this for the test that ends a run."""
-        if not self._fitted:
+        # the test that ends a run loads the best checkpoint, which is earlier
+        if not self._known:
             self.started, self._before = state_dict["started"], state_dict["seconds"]
-            self.validation_seconds = state_dict["validation_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lock the run's folder until `release`."""
-        self._fitted = True
         dataset = type(getattr(trainer, "datamodule", None)).__name__
         self._known = {"versions": [logger.version for logger in trainer.loggers], "dataset": dataset}
         # on every rank, as finding the folder is a collective
@@ -267,11 +251,3 @@ class RunHistory(Callback):
         """Unlock the folder."""
         if self._lock is not None:
             self._lock.release(force=True)
-
-    def on_validation_start(self, *args: Any) -> None:
-        """Start the validation clock."""
-        self._validation_began = time.monotonic()
-
-    def on_validation_end(self, *args: Any) -> None:
-        """Stop the validation clock."""
-        self.validation_seconds += time.monotonic() - self._validation_began

@@ -1,8 +1,6 @@
 """The contract between a finished run and the comparison of runs: the files that ``fit`` leaves."""
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -11,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lit_distill.errors import UserError
+from lit_distill.errors import UserError, first_fault
 from lit_distill.files import atomic_write, flatten, write_text
-from lit_distill.reading import parse_json
+from lit_distill.reading import json_lines
 
 RECORD = "run.json"
 """The record; written last, so its presence marks a finished run."""
@@ -21,30 +19,18 @@ RECORD = "run.json"
 PREDICTIONS = "test_predictions.jsonl"
 """One object per test row, in the data's order: id, input, label, prediction, correct, rationale."""
 
-_SHARES = re.compile(r"(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$")
 
-
-def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Refuse numbers too large for a float, and fractions outside 0 to 1."""
+def _check_finite(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in flatten(values).items():
-        if not isinstance(value, int | float):
-            continue
-        most = 1.0 if _SHARES.search(name) else 1e308
-        if not (0 if most == 1 else -most) <= value <= most:
-            raise ValueError(f"{name} is out of range: {value:.6g}" if isinstance(value, float) else f"{name} is huge")
+        if isinstance(value, int | float) and not abs(value) <= 1e308:
+            raise ValueError(f"{name} is no finite number")
     return values
-
-
-def _check_amount(value: float) -> float:
-    if value < 0 or value > 2**63:
-        raise ValueError("Input should be from 0 to 2^63, or NaN where it is not known")
-    return value
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Share = Annotated[float, Field(ge=0, le=1)]
-_Amount = Annotated[float, AfterValidator(_check_amount)]
-_Metrics = Annotated[dict[str, float], AfterValidator(_check_numbers)]
+_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Metrics = Annotated[dict[str, float], AfterValidator(_check_finite)]
 
 
 @dataclass(frozen=True)
@@ -73,17 +59,15 @@ class RunRecord:
     """Split -> hash of its rows in order: of train, the rows trained on, with labels and rationales; of val and test,
     ids, inputs and gold labels (of test only the rows that were tested).
     """
-    config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)  # the whole config
+    config: Annotated[dict[str, Any], AfterValidator(_check_finite)] = field(default_factory=dict)  # the whole config
     data: dict[str, Any] = field(default_factory=dict)  # the data's own description, with what became of its rows
     command: list[str] = field(default_factory=list)  # the command line
     versions: dict[str, str] = field(default_factory=dict)  # of this package, of Python and of the libraries
     git: dict[str, str | bool] = field(default_factory=dict)
     """Commit, and whether files differed from it, if the working directory is a repository."""
-    machine: dict[str, Any] = field(default_factory=dict)  # what it ran on
     started: str = ""  # when, in UTC
-    wall_seconds: _Amount = math.nan  # run time with test and saving; of a resumed run all parts, without lost work
-    validation_seconds: _Amount = math.nan  # how long of that validation took
-    peak_memory_mib: _Amount = math.nan  # peak memory of the accelerator, else of the process
+    wall_seconds: _Amount = 0  # with test and saving; of a resumed run all parts, without lost work
+    peak_memory_mib: _Amount = 0  # of the accelerator, else of the process
     format: Literal[1] = 1  # the version of this layout
 
 
@@ -102,12 +86,10 @@ def read_record(folder: str | Path) -> RunRecord:
     path = Path(folder) / RECORD
     try:
         return _adapter().validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not there; the run has not ended") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_fault(error)}") from error
+        raise UserError(f"{path}: not the record of a run: {first_fault(error)}") from error
 
 
 def check_values(record: RunRecord) -> None:
@@ -115,19 +97,7 @@ def check_values(record: RunRecord) -> None:
     try:
         _adapter().validate_python(record)
     except ValidationError as error:
-        raise UserError(_first_fault(error)) from error
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = min(error.errors(include_url=False), key=lambda one: one["loc"] not in ((), ("format",)))
-    key, given = ".".join(map(str, fault["loc"])), repr(fault["input"])
-    if fault["type"] == "json_invalid":
-        return f"cannot be read ({fault['msg']})"
-    if key in ("", "format"):
-        return "no record of format 1"
-    if fault["type"] == "missing":
-        return f"not a whole record ({key} is missing)"
-    return f"{key}: got {given if len(given) <= 80 else given[:77] + '...'}; {fault['msg']}"
+        raise UserError(first_fault(error)) from error
 
 
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -140,11 +110,9 @@ def read_predictions_file(folder: str | Path) -> list[dict[str, Any]]:
     """Read the predictions on test. Raises a ``UserError`` if the file is absent or damaged."""
     path = Path(folder) / PREDICTIONS
     try:
-        rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not there") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not all(isinstance(row, dict) and {"id", "correct"} <= row.keys() for row in rows):
+        rows = [row for _, row in json_lines(path)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not all({"id", "correct"} <= row.keys() for row in rows):
         raise UserError(f"{path}: rows need id and correct")
     return rows

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 from lit_distill.checks import check_format
-from lit_distill.errors import UserError
+from lit_distill.errors import UserError, first_fault
 from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.reading import json_lines, parse_yaml, read_small
 from lit_distill.tasks import Row, TeacherOutput
@@ -93,7 +93,7 @@ def load_prompt(path: str | Path) -> PromptTemplate:
     except OSError as error:
         raise UserError(f"prompt: {str(path)!r} cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        raise UserError(f"prompt: {path}: {_first_fault(error)}") from error
+        raise UserError(f"prompt: {path}: {first_fault(error)}") from error
     except UserError:
         raise
     except ValueError as error:
@@ -112,17 +112,12 @@ def load_demonstrations(path: str | Path) -> tuple[Row, ...]:
             try:
                 shown.append(_Demonstration.model_validate(own).row())
             except ValidationError as error:
-                raise UserError(f"demonstrations: {place}: {_first_fault(error)}") from error
+                raise UserError(f"demonstrations: {place}: {first_fault(error)}") from error
     except OSError as error:
         raise UserError(f"demonstrations: {str(path)!r} cannot be read ({error.strerror})") from error
     if not shown:
         raise UserError(f"demonstrations: {path} is empty")
     return tuple(shown)
-
-
-def _first_fault(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.100}"
 
 
 def fixed(demonstrations: Sequence[Row], count: int | None) -> Choose:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
+from lit_distill.errors import first_fault
 from lit_distill.tasks import Row
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -116,8 +117,7 @@ def from_row(row: Mapping[str, Any]) -> Annotation:
     try:
         return _adapter().validate_python(known)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{first['loc'][0]}: {first['msg']}, got {first['input']!r:.100}") from error
+        raise ValueError(first_fault(error)) from error
 
 
 def read_text(

@@ -160,10 +160,8 @@ def record_run(
         command=_command(),
         versions=_versions(),
         git=repository_state(),
-        machine=_machine(),
         started=history.started,
         wall_seconds=round(history.seconds, 2),
-        validation_seconds=round(history.validation_seconds, 2),
         peak_memory_mib=round(_peak_memory(), 1),
     )
     write_record(folder, record)
@@ -229,12 +227,6 @@ def repository_state() -> dict[str, Any]:
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return {}
-
-
-def _machine() -> dict[str, Any]:
-    found = {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads()}
-    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return found | ({"devices": devices} if devices else {})
 
 
 def _peak_memory() -> float:

@@ -29,16 +29,13 @@ _NAMES = {
 
 
 @rank_zero_only
-def report(
-    module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None, timing: str = ""
-) -> None:
+def report(module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None) -> None:
     """Print an evaluation.
 
     Args:
         module: with the last evaluation.
         student: folder of the exported student, if any.
         baseline: metrics of a label-only baseline, by logged name.
-        timing: a line about the run time.
     """
     evaluation = module.evaluation
     if evaluation is None:
@@ -46,8 +43,6 @@ def report(
     console = Console()
     console.print()
     console.print(metrics_table(evaluation, baseline))
-    if timing:
-        console.print(timing)
     if student is not None:
         # on its own unwrapped line, so that it can be copied
         console.print("Saved student:", style="bold")

@@ -353,9 +353,7 @@ class DistillCLI(LightningCLI):
                 add_baseline(student, model, data, baseline)
         if not fast_dev_run:
             record_run(folder, config=config, trainer=trainer, module=model, data=data, history=history, steps=steps)
-        seconds, validation = history.seconds, history.validation_seconds
-        timing = f"Validation took {validation:.0f} s of {seconds:.0f} s ({validation / seconds:.0%})."
-        report(model, student=student, baseline=baseline, timing=timing if validation else "")
+        report(model, student=student, baseline=baseline)
         if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
             push_folder(student, config["push_to_hub"])
 

@@ -56,6 +56,10 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     return [folder / "figures" / f"{plot.name}.png" for plot in plots]
 
 
+_AMOUNTS = ("parameters", "train_rows", "test_rows", "wall_seconds", "peak_memory_mib")
+"""What is 0 in a record where it is not known."""
+
+
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """A table row for each run, with duplicates; all have the same keys."""
     keys = sorted({key for section in comparison.sections for key in section.keys})
@@ -66,13 +70,8 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
         weight = config.get(WEIGHT)
         selected = next((name for name in record.validation if name != "step"), None)
         rows.append(
-            # unknown values are NaN or 0 in a record
-            {
-                name: None if value != value else value
-                for name, value in vars(record).items()
-                if not isinstance(value, dict | list)
-            }
-            | {name: getattr(record, name) or None for name in ("parameters", "train_rows", "test_rows")}
+            {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
+            | {name: getattr(record, name) or None for name in _AMOUNTS}
             | {"rationale_weight": float(weight) if isinstance(weight, int | float) else None}
             | {key: as_text(config[key]) if key in config else None for key in keys}
             | {name: record.metrics.get(name) for name in metrics}

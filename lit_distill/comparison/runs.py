@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -191,7 +190,7 @@ def _record(run: Any) -> RunRecord:
         metrics={name: value for name, value in numbers.items() if name.startswith("test/")},
         rationales=None if method == "Standard" else str(config.get("data.init_args.rationale_pairing", "own")),
         config={name: value for name, value in config.items() if name not in _LOGGED},
-        wall_seconds=numbers.get("_runtime", math.nan),
+        wall_seconds=numbers.get("_runtime", 0.0),
     )
     check_values(record)
     return record

@@ -1,9 +1,7 @@
 """What a finished `fit` leaves for comparisons."""
 
 import json
-import math
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +136,6 @@ def test_a_run_that_is_broken_off_has_no_record(student_folder: Path, monkeypatc
     assert not list(Path("runs").rglob(RECORD))
 
 
-# ------------------------------------------------------------------------------------------------ the files
-
-
 def test_a_record_reads_as_it_was_written(student_folder: Path, here: Path) -> None:
     run("fit", small_toy(student_folder, steps=1))
     found = read_record(run_folders()[0])
@@ -151,19 +146,15 @@ def test_a_record_reads_as_it_was_written(student_folder: Path, here: Path) -> N
     content = json.loads((here / "copy" / RECORD).read_text()) | {"later": 1}
     (here / "copy" / RECORD).write_text(json.dumps(content))
     assert read_record(here / "copy") == found
-    # what is not known is no number
-    write_record(here, replace(found, wall_seconds=math.nan))
-    assert math.isnan(read_record(here).wall_seconds)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "not there; the run has not ended"),
-        ("{", "cannot be read"),
-        ("[]", "no record of format 1"),
-        ('{"format": 2}', "no record of format 1"),
-        ('{"format": 1, "dataset": "toy"}', "not a whole record"),
+        (None, "cannot be read .No such file"),
+        ("{", "Invalid JSON: EOF"),
+        ("[]", "Input should be an object"),
+        ('{"format": 1, "dataset": "toy"}', "method: Field required"),
     ],
 )
 def test_what_is_no_record(content: str | None, message: str, here: Path) -> None:
@@ -176,7 +167,12 @@ def test_what_is_no_record(content: str | None, message: str, here: Path) -> Non
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "not there"), ("{", "cannot be read"), ('{"id": "a"}', "rows need id and correct"), ("3", "rows need id")],
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ('{"id": "a"}', "rows need id and correct"),
+        ("3", "not a JSON object"),
+    ],
 )
 def test_what_are_no_predictions(content: str | None, message: str, here: Path) -> None:
     if content is not None:
