@@ -98,7 +98,7 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("lit_distill.commands.inspect_cli.InspectCLI.instantiate_classes", stop)
     # the grid is checked, nothing is run
     monkeypatch.setattr("lit_distill.commands.experiment._state", stop)
-    monkeypatch.setattr("lit_distill.commands.compare.find_runs", stop)
+    monkeypatch.setattr("lit_distill.comparison.runs.find_runs", stop)
     # `annotate` parses, builds and asks
     monkeypatch.setattr(Parser, "instantiate_classes", stop)
     arguments = shlex.split(command)

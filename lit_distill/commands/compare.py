@@ -1,29 +1,28 @@
 """``compare``: compare finished runs, with statistics."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lit_distill import checks
-from lit_distill.comparison.comparing import ACCURACY, Comparison, Result, Section, compare_runs, grouped
-from lit_distill.comparison.report import DAGGER, DOUBLE_DAGGER, cells, write_report
-from lit_distill.comparison.runs import find_runs
-from lit_distill.comparison.settings import dataset_name, labels_name, metric_name
-from lit_distill.comparison.statistics import FEW
 from lit_distill.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_distill.comparison.comparing import Comparison
 
 
 def compare(
     runs: list[str],
     out: str = "report",
     baseline: str | None = None,
-    metric: str = ACCURACY,
+    metric: str = "test/accuracy",
     allow_different_tests: bool = False,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Comparison:
+) -> "Comparison":
     """Compare runs and write a report with tables and figures.
 
     Args:
@@ -38,15 +37,20 @@ def compare(
         seed: of the bootstrap.
 
     Raises:
-        UserError: an argument is wrong, no run was found, or runs cannot be compared.
+        UserError: an argument is wrong, or the runs cannot be compared.
     """
-    if isinstance(runs, str) or not runs:
+    if not isinstance(runs, list) or not runs:
         raise UserError("runs: must be given: folders of runs, or wandb://entity/project")
     checks.check_text("out", out)
     checks.check_text("metric", metric)
     checks.check_bool("allow_different_tests", allow_different_tests)
     checks.check_int("resamples", resamples, 100, 100_000)
     checks.check_int("seed", seed, 0, 2**32 - 1)
+    # pandas takes a second to import, and no other command needs it
+    from lit_distill.comparison.comparing import compare_runs
+    from lit_distill.comparison.report import write_report
+    from lit_distill.comparison.runs import find_runs
+
     comparison = compare_runs(
         *find_runs(runs),
         metric=metric,
@@ -63,35 +67,33 @@ def compare(
     return comparison
 
 
-def _show(comparison: Comparison, report: Path) -> None:
+def _show(comparison: "Comparison", report: Path) -> None:
+    """Print a table for each dataset and label source, and what was left out."""
+    from lit_distill.comparison.report import cells, notes
+    from lit_distill.comparison.settings import dataset_name, labels_name, metric_name
+
     console = Console()
-    results = [result for section in comparison.sections for result in section.results]
-    for section in comparison.sections:
-        for source, own in grouped(section.results, lambda result: result.setting.label_source).items():
-            console.print(_table(section, source, own, comparison.metric))
-    lines = [remark for section in comparison.sections for remark in section.remarks]
-    if any(result.by_row and result.by_row.differing < FEW for result in results):
-        lines.append(f"{DAGGER} rests on fewer than {FEW} rows that tell the two apart")
-    if any(result.left_out for result in results):
-        lines.append(f"{DOUBLE_DAGGER} only over the seeds that both it and its baseline have")
+    lines = [remark for remarks in comparison.remarks.values() for remark in remarks]
+    for (dataset, labels), settings in comparison.settings.groupby(["dataset", "label_source"]):
+        title = f"{dataset_name(dataset)}, {labels_name(labels)}: {metric_name(comparison.metric)}"
+        console.print(_table(title, cells(settings, comparison.metric)))
+        lines += notes(settings, comparison)
     lines += [f"skipped {source}: {reason}" for source, reason in comparison.skipped.items()]
     lines += [f"left out {old}: repeated as {new}" for old, new in sorted(comparison.repeated.items())]
     # unwrapped, so that a path can be copied; without rich's markup
-    for line in [*lines, "Report:", f"  {report}"]:
+    for line in [*dict.fromkeys(lines), "Report:", f"  {report}"]:
         console.print(Text(line), soft_wrap=True)
 
 
-def _table(section: Section, label_source: str, results: list[Result], metric: str) -> Table:
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
     """A table that fits 80 columns, by stacking related values."""
-    title = f"{dataset_name(section.dataset)}, {labels_name(label_source)}: {metric_name(metric)}"
     table = Table(title=title, title_justify="left", show_lines=True)
-    stacks: list[tuple[str, ...]] = [("setting", "student", "training rows"), ("n",), ("mean ± se", "published")]
-    stacks += [("difference", "95 % interval"), ("p", "by seed ± se (n)")]
-    rows = cells(results, section, metric)
+    stacks = [["setting", "student", "training rows"], ["n"], ["mean ± se", "published"]]
+    stacks += [["difference", "95 % interval"], ["p", "by seed ± se (n)"]]
+    stacks = [found for stack in stacks if (found := [name for name in stack if name in rows[0]])]
     for stack in stacks:
         numeric = stack[0] != "setting"
-        head = "\n".join(name for name in stack if name in rows[0])
-        table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        table.add_column("\n".join(stack), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("\n".join(filter(None, (row.get(name) for name in stack)))) for stack in stacks))
+        table.add_row(*(Text("\n".join(row[name] for name in stack if row[name])) for stack in stacks))
     return table

@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from jsonargparse import set_parsing_settings
@@ -21,10 +21,12 @@ from lit_distill.commands.experiment import experiment
 from lit_distill.commands.inspect_cli import InspectCLI
 from lit_distill.commands.parser import call
 from lit_distill.commands.train import run_trainer
-from lit_distill.comparison.comparing import Comparison
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from lit_distill.comparison.comparing import Comparison
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -51,7 +53,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
     return summary
 
 
-def run_compare(args: list[str]) -> Comparison:
+def run_compare(args: list[str]) -> "Comparison":
     """Run ``compare``."""
     return call("compare", compare, args, positional=("runs", _RUNS))
 

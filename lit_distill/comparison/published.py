@@ -1,6 +1,5 @@
 """Results of Hsieh et al. (2023), to compare runs with."""
 
-from dataclasses import dataclass
 from typing import Final
 
 from lit_distill.comparison.runs import Run
@@ -49,21 +48,12 @@ _ADDED: Final = tuple(f"model.init_args.{name}" for name in ("tasks", "objective
 """Arguments that make a method differ from the published one."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published accuracy."""
-
-    row: str  # row of the paper's table
-    accuracy: float
-
-
-def published(run: Run) -> Published | None:
-    """The published accuracy for a run's setting; ``None`` if there is none, or the record says too little."""
+def published_row(run: Run) -> str | None:
+    """The row of the paper's table with a run's setting; ``None`` if there is none, or the record says too little."""
     record, config = run.record, flatten(run.record.config)
-    row, dataset = _ROW_OF_METHOD.get(record.method), record.dataset
+    dataset = record.dataset
     as_published = (
-        row is not None
-        and dataset in TEST_ROWS
+        dataset in TEST_ROWS
         and run.student_path in (STUDENT, f"google/{STUDENT}")
         and record.label_source == "gold"
         and record.train_fraction == 1
@@ -74,4 +64,4 @@ def published(run: Run) -> Published | None:
         and all(value in _AS_PUBLISHED.get(key, (value,)) for key, value in config.items())
         and not any(value for key, value in config.items() if key.startswith(_ADDED))
     )
-    return Published(row, ROWS[row][dataset]) if as_published and row else None
+    return _ROW_OF_METHOD.get(record.method) if as_published else None

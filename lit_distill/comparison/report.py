@@ -3,26 +3,33 @@
 import base64
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from pyarrow import csv, parquet
+
 from lit_distill.comparison import published
-from lit_distill.comparison.comparing import ACCURACY, Comparison, Result, Section, grouped
-from lit_distill.comparison.figures import Plot, draw, is_share
-from lit_distill.comparison.runs import Run
+from lit_distill.comparison.comparing import ACCURACY, Comparison
+from lit_distill.comparison.figures import Plot, draw
 from lit_distill.comparison.settings import (
+    STUDENT,
     WEIGHT,
     as_text,
     dataset_name,
     fraction_name,
+    is_share,
     labels_name,
     metric_name,
     size_name,
 )
-from lit_distill.comparison.statistics import FEW, Mean
+from lit_distill.comparison.statistics import FEW
 from lit_distill.files import flatten, write_text
 
 DAGGER = "\u2020"
@@ -38,10 +45,6 @@ class Markdown(str):
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``runs.csv``, ``runs.parquet`` and ``figures/``; return the PNG files."""
-    # imported here, as no other command needs it
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import csv, parquet
-
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     # pandas would turn integers with gaps into floats
     runs = pa.Table.from_pylist(run_rows(comparison))
@@ -62,27 +65,31 @@ _AMOUNTS = ("parameters", "train_rows", "test_rows", "wall_seconds", "peak_memor
 
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """A table row for each run, with duplicates; all have the same keys."""
-    keys = sorted({key for section in comparison.sections for key in section.keys})
-    metrics = sorted({name for run in comparison.runs for name in run.record.metrics})
     rows = []
     for run in comparison.runs:
-        record, config = run.record, flatten(run.record.config)
-        weight = config.get(WEIGHT)
-        selected = next((name for name in record.validation if name != "step"), None)
-        rows.append(
-            {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
-            | {name: getattr(record, name) or None for name in _AMOUNTS}
-            | {"rationale_weight": float(weight) if isinstance(weight, int | float) else None}
-            | {key: as_text(config[key]) if key in config else None for key in keys}
-            | {name: record.metrics.get(name) for name in metrics}
-            | {"validation_metric": selected, "validation_value": record.validation.get(selected or "")}
-            | {"validation_step": record.validation.get("step"), "commit": str(record.git.get("commit") or "") or None}
-            | {f"{split}_fingerprint": record.fingerprints.get(split) for split in ("train", "test")}
-            | {"test_ids": run.ids or None, "predictions": run.correct is not None}
-            | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source}
-        )
+        record, config = run.record, flatten(run.record.config) | {"test rows": run.test}
+        selected = next((name for name in record.validation if name != "step"), "")
+        row = {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
+        row |= {name: row[name] or None for name in _AMOUNTS}
+        row |= {key: as_text(config[key]) for key in (STUDENT, WEIGHT, *comparison.keys) if key in config}
+        row |= record.metrics
+        row |= {
+            "validation_metric": selected or None,
+            "validation_value": record.validation.get(selected),
+            "validation_step": record.validation.get("step"),
+            "commit": str(record.git.get("commit") or "") or None,
+            "train_fingerprint": record.fingerprints.get("train"),
+            "test_fingerprint": record.fingerprints.get("test"),
+            "test_ids": run.ids or None,
+            "predictions": run.correct is not None,
+            "duplicate_of": comparison.repeated.get(run.source),
+            "folder": run.source,
+        }
+        rows.append(row)
     order = ("dataset", "label_source", "student", "train_fraction", "method", "seed", "data_seed", "folder")
-    return sorted(rows, key=lambda row: [row[key] for key in order])
+    rows.sort(key=lambda row: [row[key] for key in order])
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def number(value: float | None, metric: str) -> str:
@@ -98,66 +105,61 @@ def change(value: float, metric: str) -> str:
     return text.replace("-", "\u2212") if text.strip("+-0.") else text[1:]
 
 
-def mean_and_error(mean: Mean, metric: str) -> str:
+def with_error(text: str, error: float | None, metric: str) -> str:
     """Text such as 62.31 ± 0.45; no standard error for one seed."""
-    return " ± ".join(filter(None, (number(mean.mean, metric), number(mean.standard_error, metric))))
+    return text if error is None else f"{text} ± {number(error, metric)}"
 
 
-def cells(results: Sequence[Result], section: Section, metric: str) -> list[dict[str, str]]:
-    """The table as texts by column, without empty columns; a last row of chance if known."""
-    rows = [_cells(result, metric) for result in results]
-    if section.chance is not None:
-        rows.append(dict.fromkeys(rows[0], "") | {"setting": "chance", "mean ± se": number(section.chance, metric)})
+def cells(settings: pd.DataFrame, metric: str) -> list[dict[str, str]]:
+    """The table of one dataset's settings as texts by column, without empty columns; a last row of chance if known."""
+    rows = [_cells(row, metric) for row in settings.to_dict("records")]
+    if (chance := settings.chance.iloc[0]) is not None:
+        rows.append(dict.fromkeys(rows[0], "") | {"setting": "chance", "mean ± se": number(chance, metric)})
     return [{name: text for name, text in row.items() if any(other[name] for other in rows)} for row in rows]
 
 
-def _cells(result: Result, metric: str) -> dict[str, str]:
-    setting, by_row, by_seed = result.setting, result.by_row, result.by_seed
-    counts = sorted({run.record.train_rows for run in result.runs} - {0})
+def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
+    counts = sorted({run.record.train_rows for run in row["runs"]} - {0})
     trained = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
-    mark = f" {DOUBLE_DAGGER}" if result.left_out else ""
-    found = {"difference": "baseline" if result.is_baseline else "", "95 % interval": "", "p": ""}
-    if by_row:
-        few = f" {DAGGER}" if by_row.differing < FEW else ""
-        found["difference"] = change(by_row.difference, metric) + mark
-        found["95 % interval"] = f"[{change(by_row.low, metric)}, {change(by_row.high, metric)}]"
-        found["p"] = ("< 0.001" if by_row.p_value < 0.001 else f"{by_row.p_value:.3f}") + few
-    seeds = ""
-    if by_seed:
-        error = f" ± {number(by_seed.standard_error, metric)}" if by_seed.n > 1 else ""
-        seeds = f"{change(by_seed.mean, metric)}{error} ({by_seed.n}){mark}"
+    mark = f" {DOUBLE_DAGGER}" if row["left_out"] else ""
+    found = {"difference": "baseline" if row["is_baseline"] else "", "95 % interval": "", "p": ""}
+    if row["difference"] is not None:
+        few = f" {DAGGER}" if row["differing"] < FEW else ""
+        found["difference"] = change(row["difference"], metric) + mark
+        found["95 % interval"] = f"[{change(row['low'], metric)}, {change(row['high'], metric)}]"
+        found["p"] = ("< 0.001" if row["p_value"] < 0.001 else f"{row['p_value']:.3f}") + few
+    by_seed = ""
+    if row["seed_n"]:
+        by_seed = with_error(change(row["seed_difference"], metric), row["seed_error"], metric)
+        by_seed += f" ({row['seed_n']}){mark}"
     return {
-        "setting": result.name,
-        "student": setting.student + (f" ({size_name(setting.parameters)})" if setting.parameters else ""),
-        "training rows": ", ".join(filter(None, (fraction_name(setting.train_fraction), trained))),
-        "n": str(result.metric.n),
-        "mean ± se": mean_and_error(result.metric, metric),
+        "setting": row["name"],
+        "student": row["student"] + (f" ({size_name(row['parameters'])})" if row["parameters"] else ""),
+        "training rows": ", ".join(filter(None, (fraction_name(row["train_fraction"]), trained))),
+        "n": str(row["n"]),
+        "mean ± se": with_error(number(row["mean"], metric), row["error"], metric),
         **found,
-        "by seed ± se (n)": seeds,
-        "published": number(result.published.accuracy, metric) if result.published else "",
+        "by seed ± se (n)": by_seed,
+        "published": number(row["published"], metric),
     }
 
 
-def _notes(results: Sequence[Result], section: Section) -> list[str]:
-    """The baseline, missing differences, and the meaning of marks."""
-    names = {result.setting: result.name for result in section.results}
-    baselines = sorted({names[result.baseline] for result in results if result.baseline})
-    notes = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
-    for remark, some in sorted(grouped(results, lambda result: result.remark).items()):
-        settings = [(result.name, result.setting) for result in some]
-        own = (f"{name} ({one.student}, {fraction_name(one.train_fraction)})" for name, one in settings)
-        notes += [f"No interval: {remark}: {', '.join(own)}."] if remark else []
-    if any(result.left_out for result in results):
-        notes.append(f"{DOUBLE_DAGGER} Only over the seeds that both it and its baseline have.")
-    if any(result.by_row and result.by_row.differing < FEW for result in results):
-        notes.append(f"{DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then overconfident.")
-    return notes
+def notes(settings: pd.DataFrame, comparison: Comparison) -> list[str]:
+    """What a table's reader has to know: the baseline, missing differences, and the meaning of marks."""
+    baselines = sorted(set(comparison.settings.name[settings.baseline.dropna()]))
+    found = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
+    for remark, some in settings[settings.remark != ""].groupby("remark"):
+        own = (f"{row['name']} ({row.student}, {fraction_name(row.train_fraction)})" for _, row in some.iterrows())
+        found.append(f"No interval: {remark}: {', '.join(own)}.")
+    if settings.left_out.any():
+        found.append(f"{DOUBLE_DAGGER} Only over the seeds that both it and its baseline have.")
+    if (settings.differing.dropna() < FEW).any():
+        found.append(f"{DAGGER} Fewer than {FEW} test rows tell the two apart: the bootstrap is then overconfident.")
+    return found
 
 
 def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
     """The report in Markdown, with figures in ``figures/``."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     metric = comparison.metric
     # the template escapes Markdown itself
     environment = Environment(  # noqa: S701
@@ -167,39 +169,26 @@ def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    filters: dict[str, Callable[..., str]] = {
+    environment.filters |= {
         "number": lambda value: number(value, metric),
         "percent": lambda value: number(value, ACCURACY),
         "change": lambda value: change(value, metric),
-        "mean_and_error": lambda mean: mean_and_error(mean, metric),
+        "with_error": lambda text, error: with_error(text, error, metric),
         "dataset_name": dataset_name,
         "labels_name": labels_name,
     }
-    environment.filters |= filters
     text = environment.get_template("report.md").render(
         comparison=comparison,
-        results=[result for section in comparison.sections for result in section.results],
+        datasets=list(comparison.settings.groupby("dataset")),
         metric_name=metric_name(metric),
         in_points=is_share(metric),
-        table=lambda results, section: _table(cells(results, section, metric)),
-        notes=_notes,
+        table=lambda settings: _table(cells(settings, metric)),
+        notes=notes,
         plots=plots,
-        software=_software(comparison.compared),
-        commands=_commands(comparison.compared),
+        commands=_commands(comparison),
         paper=published,
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-
-
-def _software(runs: Iterable[Run]) -> dict[str, Counter[str]]:
-    """Package versions and commits, each with the number of runs."""
-    found: dict[str, Counter[str]] = {}
-    for record in (run.record for run in runs):
-        commit = str(record.git["commit"])[:12] if record.git.get("commit") else "none"
-        changed = " with changes" if record.git.get("changed") else ""
-        for name, version in (*record.versions.items(), ("commit", commit + changed)):
-            found.setdefault(name, Counter())[version] += 1
-    return found
 
 
 def _escape(text: str) -> str:
@@ -214,34 +203,21 @@ def _table(rows: Sequence[dict[str, str]]) -> Markdown:
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def _commands(runs: Iterable[Run]) -> Markdown:
+def _commands(comparison: Comparison) -> Markdown:
     """The commands of the runs as an indented code block, safe for any content."""
-    ordered = sorted((run for run in runs if run.record.command), key=lambda run: run.source)
-    text = "\n".join(f"# {run.source}\n{shlex.join(run.record.command)}" for run in ordered)
+    runs = sorted((run for run in comparison.compared if run.record.command), key=lambda run: run.source)
+    text = "\n".join(f"# {run.source}\n{shlex.join(run.record.command)}" for run in runs)
     return Markdown("\n".join(f"    {line}" for line in text.splitlines()))
 
 
 def to_html(markdown: str, folder: Path) -> str:
     """The report as one self-contained page; ``folder`` has its figures."""
-    from jinja2 import Environment, PackageLoader
-    from markdown_it import MarkdownIt
-    from markupsafe import Markup
+    content = MarkdownIt("commonmark").enable("table").render(markdown)
 
-    parser = MarkdownIt("commonmark").enable("table")
-    tokens = parser.parse(markdown)
-    columns: list[str] = []
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        if token.type == "table_open":
-            columns = []
-        elif token.type == "th_open" and following:
-            columns.append(following.content)
-        elif token.type == "td_open":
-            # narrow screens show a row as a list of column: value
-            token.attrSet("data-name", columns[0])
-            columns.append(columns.pop(0))
-        for image in token.children or ():
-            if image.type == "image":
-                svg = (folder / unquote(str(image.attrs["src"]))).with_suffix(".svg").read_bytes()
-                image.attrs["src"] = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    def inline(source: re.Match[str]) -> str:
+        svg = (folder / unquote(source[1])).with_suffix(".svg").read_bytes()
+        return f'src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"'
+
+    content = re.sub(r'src="(figures/[^"]+\.png)"', inline, content)
     page = Environment(loader=PackageLoader("lit_distill.comparison"), autoescape=True).get_template("report.html")
-    return page.render(content=Markup(parser.renderer.render(tokens, parser.options, {})))  # noqa: S704 - all escaped
+    return page.render(content=Markup(content))  # noqa: S704 - all escaped

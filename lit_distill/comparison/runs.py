@@ -20,16 +20,12 @@ from lit_distill.records import PREDICTIONS, RECORD, RunRecord, check_values, re
 WANDB = "wandb://"
 """Prefix of a W&B project address."""
 
-_PARTS = ("wandb", "student", "checkpoints")
-"""Folders that belong to a run when inside one; elsewhere they may contain runs."""
-
 _UNFINISHED = {
     "failed.txt": "failed",
     "config.yaml": "the run has not ended",
-    "checkpoints": "the run has not ended",
     "fit.yaml": "not started, or ended early",
 }
-"""File or folder of an unfinished run -> what it means; the first match counts."""
+"""File of an unfinished run -> what it means; the first match counts."""
 
 _LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
 """What ``fit`` logs in addition to its config."""
@@ -91,33 +87,26 @@ def find_runs(sources: Sequence[str | Path]) -> tuple[list[Run], dict[str, str]]
 
 
 def _run_folders(top: Path, seen: set[Path]) -> Iterator[Path]:
-    """Folders with a record, with files of an unfinished run, or empty; ``seen`` breaks loops of links.
-
-    Files of an unfinished run inside another run's folder (such as a baseline's checkpoints) belong to that run.
-    """
-    inside_run: set[Path] = set()
+    """Folders with a record or with files of an unfinished run; ``seen`` breaks loops of links."""
     for name, below, files in os.walk(top, followlinks=True):
         folder = Path(name)
         if folder.resolve() in seen:
             below.clear()
             continue
         seen.add(folder.resolve())
-        inside = folder in inside_run or folder.name in _PARTS
-        leftovers = any(one in _UNFINISHED for one in (*files, *below)) or (not files and not below and folder != top)
-        is_run = RECORD in files or (leftovers and not inside)
+        is_run = RECORD in files or any(file in _UNFINISHED for file in files)
         if is_run:
             yield folder
-        below[:] = sorted(one for one in below if not one.startswith(".") and not (is_run and one in _PARTS))
-        if is_run or inside:
-            inside_run |= {folder / one for one in below}
+        # W&B keeps a copy of each run's config
+        own = {"wandb", "student", "checkpoints"} if is_run else {"wandb"}
+        below[:] = sorted(one for one in below if one not in own and not one.startswith("."))
 
 
 def _read_run(folder: Path) -> Run:
     source = folder.as_posix()
     if not (folder / RECORD).exists():
-        names = os.listdir(folder)
-        state = next((state for name, state in _UNFINISHED.items() if name in names), None)
-        raise UserError(f"no {RECORD}: {state or 'not started: the folder is empty'}")
+        state = next(state for name, state in _UNFINISHED.items() if (folder / name).exists())
+        raise UserError(f"no {RECORD}: {state}")
     record = read_record(folder)
     path = folder / PREDICTIONS
     if not path.exists():

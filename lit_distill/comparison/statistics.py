@@ -5,8 +5,8 @@ measures the first with fixed test rows; the paired bootstrap measures the secon
 the other.
 """
 
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,30 +15,12 @@ FEW: Final = 10
 """A bootstrap over fewer differing rows is overconfident."""
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds and its standard error."""
-
-    values: tuple[float, ...]  # one per seed
-
-    @property
-    def n(self) -> int:
-        """Number of seeds."""
-        return len(self.values)
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return float(np.mean(self.values))
-
-    @property
-    def standard_error(self) -> float | None:
-        """With divisor n - 1; ``None`` for a single seed."""
-        return float(np.std(self.values, ddof=1) / self.n**0.5) if self.n > 1 else None
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean over seeds, with divisor n - 1; ``None`` for a single seed."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Difference of two accuracies on the same test rows, by a paired bootstrap."""
 
     difference: float

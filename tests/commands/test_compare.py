@@ -29,17 +29,16 @@ def runs(here: Path) -> Path:
 
 
 def test_runs_are_compared_from_the_command_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (runs / "begun" / "checkpoints").mkdir(parents=True)
+    (runs / "begun").mkdir()
+    (runs / "begun" / "config.yaml").touch()
     found = run_compare(["runs", "--out", "out", "--resamples=300"])
     assert len(found.compared) == 4
     assert found.skipped == {"runs/begun": "no run.json: the run has not ended"}
-    [section] = found.sections
-    standard, ours = section.results
-    assert (standard.name, standard.metric.n, standard.by_row) == ("standard finetuning", 2, None)
-    assert ours.by_row is not None
-    assert ours.by_row.difference == pytest.approx(ours.metric.mean - standard.metric.mean)
-    assert ours.by_row.low < ours.by_row.difference < ours.by_row.high
-    assert ours.by_row.p_value == pytest.approx(2 / 301)
+    standard, ours = (row for _, row in found.settings.iterrows())
+    assert (standard["name"], standard.n, standard.difference) == ("standard finetuning", 2, None)
+    assert ours.difference == pytest.approx(ours["mean"] - standard["mean"])
+    assert ours.low < ours.difference < ours.high
+    assert ours.p_value == pytest.approx(2 / 301)
     assert {path.name for path in Path("out").iterdir()} == {
         "report.md",
         "report.html",
@@ -68,7 +67,7 @@ def test_several_folders_and_keys_from_a_file(runs: Path) -> None:
     Path("compare.yaml").write_text(yaml.safe_dump(content))
     found = run_compare(["--config", "compare.yaml"])
     assert len(found.compared) == 5
-    assert [one.by_seed and one.by_seed.mean for one in found.sections[0].results] == [0, None, 0]
+    assert list(found.settings.seed_difference) == [0, None, 0]
     assert Path("here/report.html").is_file()
     # what is given beside the file goes before it
     found = run_compare(["--config=compare.yaml", "runs", "--out=there", "--baseline=method=Standard"])
@@ -112,7 +111,7 @@ def test_different_tests_are_allowed_on_demand(runs: Path) -> None:
     with pytest.raises(UserError, match="tested on different rows"):
         run_compare(["runs"])
     found = run_compare(["runs", "--allow_different_tests", "true", "--resamples=200"])
-    assert len(found.sections[0].results) == 3
+    assert len(found.settings) == 3
 
 
 def test_projects_of_wandb_join_in(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 """From runs to rows: groups, baselines, tests, what was published."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lit_distill.comparison.comparing import Comparison, Result, compare_runs
+from lit_distill.comparison.comparing import Comparison, compare_runs
 from lit_distill.comparison.report import run_rows
 from lit_distill.comparison.runs import find_runs
 from lit_distill.errors import UserError
@@ -17,26 +18,26 @@ def compared(root: Path, **how: Any) -> Comparison:
     return compare_runs(*find_runs([root]), **({"resamples": 200} | how))
 
 
-def results_of(comparison: Comparison) -> dict[str, Result]:
-    return {result.name: result for section in comparison.sections for result in section.results}
+def rows_of(comparison: Comparison) -> list[SimpleNamespace]:
+    return [SimpleNamespace(**row) for row in comparison.settings.to_dict("records")]
+
+
+def results_of(comparison: Comparison) -> dict[str, SimpleNamespace]:
+    return {row.name: row for row in rows_of(comparison)}
 
 
 def test_seeds_are_one_setting(tmp_path: Path) -> None:
     write_runs(tmp_path, [0, 1, 2], 0.6, method="Standard")
     write_runs(tmp_path, [0, 1], 0.65, method="StepByStep")
-    found = compared(tmp_path)
-    standard, ours = results_of(found).values()
-    assert (standard.name, standard.metric.n, standard.is_baseline) == ("standard finetuning", 3, True)
-    assert (standard.baseline, standard.by_row, standard.by_seed, standard.remark) == (None, None, None, "")
-    assert (ours.name, ours.metric.n, ours.baseline) == ("step-by-step", 2, standard.setting)
-    assert ours.by_row is not None
-    assert ours.by_seed is not None
-    assert ours.by_seed.n == 2
+    standard, ours = rows_of(compared(tmp_path))
+    assert (standard.name, standard.n, standard.is_baseline) == ("standard finetuning", 3, True)
+    assert (standard.baseline, standard.difference, standard.seed_n, standard.remark) == (None, None, None, "")
+    assert (ours.name, ours.n, ours.baseline, ours.seed_n) == ("step-by-step", 2, 0, 2)
     # both over the seeds that both have
-    assert ours.by_row.difference == pytest.approx(ours.by_seed.mean)
+    assert ours.difference == pytest.approx(ours.seed_difference)
     assert (ours.left_out, standard.left_out) == (True, False)
-    own, base = ours.metric.values, standard.metric.values
-    assert ours.by_seed.mean == pytest.approx((own[0] - base[0] + own[1] - base[1]) / 2)
+    own, base = ours.values, standard.values
+    assert ours.seed_difference == pytest.approx((own[0] - base[0] + own[1] - base[1]) / 2)
 
 
 def test_datasets_and_labels_are_compared_for_themselves(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_datasets_and_labels_are_compared_for_themselves(tmp_path: Path) -> None
     write_run(tmp_path / "2", dataset="cqa", method="StepByStep")
     write_run(tmp_path / "3", dataset="cqa", label_source="teacher")
     found = compared(tmp_path)
-    assert [section.dataset for section in found.sections] == ["cqa", "svamp"]
+    assert list(found.settings.dataset) == ["cqa", "cqa", "svamp"]
     ours = results_of(found)["step-by-step"]
     assert ours.baseline is None
     assert ours.remark == "no baseline with its student, labels and fraction"
@@ -63,20 +64,18 @@ def test_different_test_rows_are_refused_with_their_places(tmp_path: Path) -> No
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
     found = compared(tmp_path, allow_different_tests=True)
-    ours = results_of(found)["step-by-step, test rows cqa-test, 200 rows"]
+    ours = rows_of(found)[2]
     # of two it might be compared with, the one on the same rows
-    assert ours.baseline is not None
-    assert dict(ours.baseline.extra) == {"test rows": "cqa-test, 200 rows"}
-    assert ours.by_row is not None
-    assert [row.metric.n for row in found.sections[0].results] == [1, 1, 1]
+    assert found.settings["test rows"][ours.baseline] == "cqa-test, 200 rows"
+    assert ours.difference is not None
+    assert list(found.settings.n) == [1, 1, 1]
 
 
 def test_no_pairs_across_different_test_rows(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", method="StepByStep", fingerprints={"test": "other"})
-    ours = compared(tmp_path, allow_different_tests=True).sections[0].results[1]
-    assert ours.baseline is not None
-    assert (ours.by_row, ours.by_seed) == (None, None)
+    ours = rows_of(compared(tmp_path, allow_different_tests=True))[1]
+    assert (ours.baseline, ours.difference, ours.seed_n) == (0, None, None)
     assert ours.remark == "tested on different rows"
 
 
@@ -91,17 +90,15 @@ def test_no_pairs_where_ids_differ_or_answers_are_not_known(tmp_path: Path) -> N
     rows = results_of(compared(tmp_path))
     assert rows["step-by-step"].remark == "tested on different rows"
     single = rows["single task: rationale and label"]
-    assert (single.remark, single.by_row) == ("without predictions", None)
-    assert single.by_seed is not None
+    assert (single.remark, single.difference, single.seed_n) == ("without predictions", None, 1)
 
 
 def test_other_metrics_have_no_interval_over_rows(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", method="StepByStep")
     ours = results_of(compared(tmp_path, metric="test/loss"))["step-by-step"]
-    assert (ours.by_row, ours.remark) == (None, "predictions say nothing about test/loss")
-    assert ours.by_seed is not None
-    assert ours.metric.mean == 0.25
+    assert (ours.difference, ours.remark) == (None, "predictions say nothing about test/loss")
+    assert (ours.mean, ours.seed_n) == (0.25, 1)
 
 
 def test_a_run_that_was_done_again_counts_once(tmp_path: Path) -> None:
@@ -112,7 +109,7 @@ def test_a_run_that_was_done_again_counts_once(tmp_path: Path) -> None:
     found = compared(tmp_path)
     new = f"{tmp_path}/new"
     assert found.repeated == {f"{tmp_path}/old": new, f"{tmp_path}/metrics_only": new}
-    assert found.sections[0].results[0].metric.values == pytest.approx((0.7, 0.62))
+    assert found.settings["values"][0] == pytest.approx([0.7, 0.62])
     table = {Path(row["folder"]).name: row["duplicate_of"] for row in run_rows(found)}
     assert table == {"old": new, "metrics_only": new, "new": None, "other_seed": None}
 
@@ -122,20 +119,18 @@ def test_a_baseline_is_named_by_keys(tmp_path: Path) -> None:
         write_run(tmp_path / f"s{fraction}", train_fraction=fraction)
         write_run(tmp_path / f"o{fraction}", method="StepByStep", train_fraction=fraction)
         write_run(tmp_path / f"x{fraction}", method="StepByStep", train_fraction=fraction, rationales="shuffled")
-    rows = compared(tmp_path, baseline="method=StepByStep,rationales=shuffled").sections[0].results
+    rows = rows_of(compared(tmp_path, baseline="method=StepByStep,rationales=shuffled"))
     for row in rows:
-        if row.setting.rationales == "shuffled":
-            assert row.baseline is None
-            assert row.is_baseline
+        if row.rationales == "shuffled":
+            assert (row.baseline, row.is_baseline) == (None, True)
         else:
-            assert row.baseline is not None
-            assert row.baseline.rationales == "shuffled"
-            assert row.baseline.train_fraction == row.setting.train_fraction
+            assert rows[row.baseline].rationales == "shuffled"
+            assert rows[row.baseline].train_fraction == row.train_fraction
     # all of the data is the baseline of each
-    rows = compared(tmp_path, baseline="method=Standard train_fraction=1.00").sections[0].results
-    bases = {(row.baseline.method, row.baseline.train_fraction) for row in rows if row.baseline}
-    assert bases == {("Standard", 1.0)}
-    assert sum(row.baseline is None for row in rows) == 1
+    rows = rows_of(compared(tmp_path, baseline="method=Standard train_fraction=1.00"))
+    bases = [rows[row.baseline] for row in rows if row.baseline is not None]
+    assert {(base.method, base.train_fraction) for base in bases} == {("Standard", 1.0)}
+    assert len(bases) == len(rows) - 1
 
 
 def test_of_several_baselines_the_most_alike_is_taken(tmp_path: Path) -> None:
@@ -143,16 +138,16 @@ def test_of_several_baselines_the_most_alike_is_taken(tmp_path: Path) -> None:
         write_run(tmp_path / f"s{rate}", model={"learning_rate": rate})
         write_run(tmp_path / f"o{rate}", method="StepByStep", model={"learning_rate": rate})
     write_run(tmp_path / "third", method="StepByStep", model={"learning_rate": 0.5})
-    rows = results_of(compared(tmp_path))
+    found = compared(tmp_path)
+    rows = results_of(found)
     for text in ("0.001", "0.0001"):
         base = rows[f"step-by-step, learning rate {text}"].baseline
-        assert base is not None
-        assert dict(base.extra) == {"model.init_args.learning_rate": text}
+        assert found.settings.name[base] == f"standard finetuning, learning rate {text}"
     third = rows["step-by-step, learning rate 0.5"]
     assert third.baseline is None
     assert third.remark == "2 settings could be its baseline; name one with --baseline"
     named = results_of(compared(tmp_path, baseline="method=Standard,learning_rate=0.001"))
-    assert named["step-by-step, learning rate 0.5"].by_row is not None
+    assert named["step-by-step, learning rate 0.5"].difference is not None
 
 
 @pytest.mark.parametrize(
@@ -178,7 +173,8 @@ def test_a_baseline_that_is_not_there(tmp_path: Path, baseline: str, message: st
 
 
 def test_no_runs_at_all(tmp_path: Path) -> None:
-    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").touch()
     with pytest.raises(UserError, match=r"found no finished run \(1 skipped; .*begun: no run.json"):
         compared(tmp_path)
 
@@ -188,8 +184,7 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
     write_run(tmp_path / "1", **cqa)
     write_run(tmp_path / "2", method="StepByStep", **cqa)
     write_run(tmp_path / "3", method="SingleTask", **cqa)
-    found = {row.setting.method: row.published for row in compared(tmp_path).sections[0].results}
-    assert {method: one and one.accuracy for method, one in found.items()} == {
+    assert dict(compared(tmp_path).settings[["method", "published"]].values) == {
         "Standard": 0.6219,
         "StepByStep": 0.6329,
         "SingleTask": 0.6137,
@@ -198,20 +193,17 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
 
 def test_the_teacher_is_taken_from_the_runs_or_from_the_paper(tmp_path: Path) -> None:
     write_run(tmp_path / "1")
-    assert compared(tmp_path).sections[0].teachers == (0.7723,)
+    assert compared(tmp_path).settings.teacher[0] == 0.7723
     write_run(tmp_path / "2", seed=1, teacher_accuracy=0.5)
-    assert compared(tmp_path).sections[0].teachers == (0.5,)
+    assert compared(tmp_path).settings.teacher[0] == 0.5
 
 
 def test_rows_that_changed_under_the_same_config_are_told(tmp_path: Path) -> None:
     for name, hashed in (("1", "x"), ("2", "y")):
         prints = {"train": hashed, "test": "cqa-test"}
         write_run(tmp_path / name, seed=int(name), data_seed=0, fingerprints=prints)
-    section = compared(tmp_path).sections[0]
-    assert [(row.name, row.metric.n) for row in section.results] == [
-        ("standard finetuning, training rows 8,766 x", 1),
-        ("standard finetuning, training rows 8,766 y", 1),
-    ]
+    remark = "standard finetuning: trained on different rows with the same data seed"
+    assert compared(tmp_path).remarks == {"cqa": [remark]}
 
 
 def test_equal_hashes_do_not_make_rows_equal(tmp_path: Path) -> None:
@@ -221,9 +213,8 @@ def test_equal_hashes_do_not_make_rows_equal(tmp_path: Path) -> None:
     write_run(tmp_path / "c", correct=answers(0.9, 100, 1), method="StepByStep")
     with pytest.raises(UserError, match=r"a \(cqa-test, 200 rows, .*b \(cqa-test, 100 rows, .* and 1 more"):
         compared(tmp_path)
-    rows = compared(tmp_path, allow_different_tests=True).sections[0].results
-    assert [row.metric.n for row in rows] == [1, 1, 1]
-    assert [row.by_seed for row in rows] == [None, None, None]
+    rows = rows_of(compared(tmp_path, allow_different_tests=True))
+    assert [(row.n, row.seed_n) for row in rows] == [(1, None)] * 3
 
 
 def test_equal_counts_do_not_make_rows_equal(tmp_path: Path) -> None:
@@ -239,33 +230,10 @@ def test_equal_counts_do_not_make_rows_equal(tmp_path: Path) -> None:
 def test_rows_without_a_hash_that_cannot_be_the_same(tmp_path: Path) -> None:
     write_run(tmp_path / "a", correct=[True, False], predictions=False)
     write_run(tmp_path / "b", correct=[True, False], predictions=False, seed=1, fingerprints={})
-    assert compared(tmp_path).sections[0].results[0].metric.n == 2
+    assert compared(tmp_path).settings.n[0] == 2
     write_run(tmp_path / "c", correct=[True] * 3, predictions=False, seed=2, fingerprints={})
     with pytest.raises(UserError, match=r"a \(cqa-test, 2 rows\), .*c \(3 rows\)"):
         compared(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "prints", [{"train": "x", "test": "cqa-test"}, {"train": "0.5-0-None", "test": "cqa-test"}], ids=["seed", "size"]
-)
-def test_runs_of_other_training_rows_are_no_duplicates(tmp_path: Path, prints: dict[str, str]) -> None:
-    write_run(tmp_path / "a", data={"data_dir": "here/first"})
-    write_run(tmp_path / "b", data={"data_dir": "there/second"}, train_rows=100, fingerprints=prints)
-    write_run(tmp_path / "c", data={"data_dir": "here/first"}, seed=1)
-    write_run(tmp_path / "d", data={"data_dir": "here/first"}, method="StepByStep")
-    found = compared(tmp_path)
-    assert found.repeated == {}
-    assert {name: row.metric.n for name, row in results_of(found).items()} == {
-        "standard finetuning, data dir first": 2,
-        "standard finetuning, data dir second": 1,
-        "step-by-step": 1,
-    }
-
-
-def test_other_numbers_of_training_rows_are_no_seeds(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", data_seed=0, train_rows=100)
-    write_run(tmp_path / "b", data_seed=1, seed=1, train_rows=9000)
-    assert [row.metric.n for row in compared(tmp_path).sections[0].results] == [1, 1]
 
 
 def test_students_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -274,11 +242,11 @@ def test_students_of_one_name_are_told_apart(tmp_path: Path) -> None:
     write_run(tmp_path / "c", model={"student": "/home/me/distilled/t5-v1_1-base/"}, seed=1)
     found = compared(tmp_path)
     assert found.repeated == {}
-    assert {row.setting.student: row.metric.n for row in found.sections[0].results} == {
+    assert {row.student: row.n for row in rows_of(found)} == {
         "google/t5-v1_1-base": 1,
         "distilled/t5-v1_1-base": 2,
     }
-    assert "model.init_args.student" in run_rows(found)[0]
+    assert "google/t5-v1_1-base" in {row["model.init_args.student"] for row in run_rows(found)}
 
 
 def test_of_other_seeds_the_shared_are_compared(tmp_path: Path) -> None:
@@ -287,9 +255,7 @@ def test_of_other_seeds_the_shared_are_compared(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_run(tmp_path / f"o{seed}", seed=seed, method="StepByStep", correct=answers(0.6 + seed / 10, 200, seed))
     ours = results_of(compared(tmp_path))["step-by-step"]
-    assert ours.by_row is not None
-    assert ours.by_seed is not None
-    assert ours.by_row.difference == pytest.approx(ours.by_seed.mean) == pytest.approx(0.1)
+    assert ours.difference == pytest.approx(ours.seed_difference) == pytest.approx(0.1)
     assert ours.left_out
 
 
@@ -297,16 +263,16 @@ def test_without_shared_seeds_all_are_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "s")
     write_run(tmp_path / "o", seed=1, method="StepByStep")
     ours = results_of(compared(tmp_path))["step-by-step"]
-    assert (ours.by_seed, ours.left_out) == (None, False)
-    assert ours.by_row is not None
+    assert (ours.seed_n, ours.left_out) == (None, False)
+    assert ours.difference is not None
 
 
 def test_what_methods_differ_in_beside_is_told(tmp_path: Path) -> None:
     write_run(tmp_path / "1", model={"learning_rate": 1e-4, "label_prefix": ""})
     write_run(tmp_path / "2", method="StepByStep", model={"learning_rate": 5e-5, "label_prefix": "predict: "})
-    section = compared(tmp_path).sections[0]
-    assert [row.name for row in section.results] == ["standard finetuning", "step-by-step"]
-    assert section.remarks == ("learning rate differs between methods: standard finetuning 0.0001, step-by-step 5e-05",)
+    found = compared(tmp_path)
+    assert list(found.settings.name) == ["standard finetuning", "step-by-step"]
+    assert found.remarks == {"cqa": ["learning rate differs with method (Standard: 0.0001, StepByStep: 5e-05)"]}
 
 
 def test_the_table_has_a_row_a_run_with_what_differs(tmp_path: Path) -> None:
@@ -323,7 +289,7 @@ def test_the_table_has_a_row_a_run_with_what_differs(tmp_path: Path) -> None:
         "train_fraction": 1.0,
         "train_rows": 8766,
         "rationales": "own",
-        "rationale_weight": 1.0,
+        "model.init_args.rationale_weight": "1",
         "model.init_args.learning_rate": "0.2",
         "seed": 3,
         "data_seed": 4,
@@ -337,4 +303,4 @@ def test_the_table_has_a_row_a_run_with_what_differs(tmp_path: Path) -> None:
     }
     assert {key: second[key] for key in expected} == expected
     assert second["test/accuracy"] == pytest.approx(0.62)
-    assert first["rationale_weight"] is None
+    assert first["model.init_args.rationale_weight"] is None

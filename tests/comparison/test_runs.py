@@ -51,11 +51,10 @@ def test_answers_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
 
 def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
     write_run(tmp_path / "good")
-    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     (tmp_path / "begun" / "config.yaml").write_text("{}")
-    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "empty").mkdir()
     # none of these is a run
+    (tmp_path / "empty").mkdir()
     (tmp_path / "wandb" / "run-1" / "files").mkdir(parents=True)
     (tmp_path / "wandb" / "run-1" / "files" / "config.yaml").write_text("{}")
     (tmp_path / "good" / "baseline" / "checkpoints").mkdir(parents=True)
@@ -66,8 +65,6 @@ def test_what_was_begun_and_has_not_ended_is_listed(tmp_path: Path) -> None:
     (tmp_path / "failed" / "checkpoints").mkdir()
     assert reasons(tmp_path) == {
         "begun": "no run.json: the run has not ended",
-        "stopped": "no run.json: the run has not ended",
-        "empty": "no run.json: not started: the folder is empty",
         "planned": "no run.json: not started, or ended early",
         "failed": "no run.json: failed",
     }

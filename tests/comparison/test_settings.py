@@ -1,6 +1,5 @@
 """Which runs are one setting, and what settings are called."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +7,15 @@ import pytest
 
 from lit_distill.comparison.runs import Run, find_runs
 from lit_distill.comparison.settings import (
-    Setting,
     dataset_name,
     family_name,
     fraction_name,
     method_name,
-    settings_of,
     short_names,
     size_name,
-    value_name,
-    variant_names,
+    value_names,
 )
+from lit_distill.comparison.table import runs_table
 from tests.comparison.runs import edit, write_run
 
 
@@ -29,14 +26,17 @@ def runs_of(root: Path, *hows: dict[str, Any]) -> list[Run]:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    settings = settings_of(runs, {})[0]
-    names = variant_names(settings.values())
-    return [names[settings[run.source]] for run in runs]
+    return list(runs_table(runs)[0].name)
 
 
 def keys_of(runs: list[Run]) -> list[str]:
     """The keys in which configs differ."""
-    return settings_of(runs, {})[1]
+    return runs_table(runs)[1]
+
+
+def remarks_of(runs: list[Run]) -> list[str]:
+    """What is said of keys that are in no name."""
+    return runs_table(runs)[2]["cqa"]
 
 
 def test_seeds_paths_and_loggers_make_no_difference(tmp_path: Path) -> None:
@@ -54,13 +54,13 @@ def test_what_methods_share_is_compared_and_what_one_has_alone_is_not(tmp_path: 
     )
     assert keys_of(runs) == ["model.init_args.learning_rate"]
     # it tells no settings apart, though it may be what makes the difference
-    remark = "learning rate differs between methods: single task: rationale and label 0.001, standard finetuning 5e-05"
-    assert settings_of(runs, {})[2] == [f"{remark}, step-by-step 5e-05"]
+    remark = "learning rate differs with method (SingleTask: 0.001, Standard: 5e-05, StepByStep: 5e-05)"
+    assert remarks_of(runs) == [remark]
     assert names_of(runs) == ["standard finetuning", "step-by-step", "single task: rationale and label"]
     runs_of(tmp_path, *[{"method": method} for method in ("Standard", "StepByStep", "SingleTask")])
     write_run(tmp_path / "more", model={"learning_rate": 0.1})
     more = find_runs([tmp_path])[0]
-    assert settings_of(more, {})[2] == []
+    assert remarks_of(more) == []
     assert sorted(set(names_of(more))) == [
         "single task: rationale and label, learning rate 5e-05",
         "standard finetuning, learning rate 0.1",
@@ -85,9 +85,20 @@ def test_any_other_key_makes_a_setting_of_its_own(tmp_path: Path) -> None:
         "step-by-step, rationales other-teacher",
         "step-by-step, rationale filter label_agrees",
         "step-by-step, order label_first",
-        "step-by-step, callbacks EarlyStopping(patience=3)",
+        "step-by-step, callbacks EarlyStopping",
         "step-by-step, from scratch",
     ]
+
+
+def test_what_follows_from_the_rest_is_said_once(tmp_path: Path) -> None:
+    sizes = (("t5-v1_1-small", 8), ("t5-v1_1-base", 4))
+    runs = runs_of(
+        tmp_path,
+        *[{"method": method, "student": student, "data": {"batch_size": size}}
+          for student, size in sizes for method in ("Standard", "StepByStep")],
+    )  # fmt: skip
+    assert names_of(runs) == ["standard finetuning", "step-by-step"] * 2
+    assert remarks_of(runs) == ["batch size differs with student (t5-v1_1-base: 4, t5-v1_1-small: 8)"]
 
 
 def test_columns_of_their_own_are_named_for_themselves(tmp_path: Path) -> None:
@@ -120,20 +131,20 @@ def test_a_key_is_named_by_as_much_as_tells_it_apart() -> None:
 def test_tasks_are_named_once_and_their_differences_in_full(tmp_path: Path) -> None:
     program: dict[str, Any] = {"prefix": "p: ", "kind": "program"}
     others = [{"program": {**program, "weight": weight}} for weight in (0.3, 0.5)]
-    given = [None, *others, {"rationale": {"select": "all"}}]
-    runs = runs_of(tmp_path, *[{"method": "StepByStep", "model": {"tasks": tasks}} for tasks in given])
+    runs = runs_of(tmp_path, *[{"method": "StepByStep", "model": {"tasks": tasks}} for tasks in (None, *others)])
     assert names_of(runs) == [
         "step-by-step",
-        "step-by-step, task program, program.weight 0.3",
-        "step-by-step, task program, program.weight 0.5",
-        "step-by-step, rationale.select all",
+        "step-by-step, program.kind program, program.weight 0.3",
+        "step-by-step, program.kind program, program.weight 0.5",
     ]
 
 
-def test_values_in_short() -> None:
-    assert value_name("x" * 90) == f"{'x' * 37}..."
-    assert value_name("annotations/mine/") == "mine"
-    assert value_name("[1, 2]") == "[1, 2]"
+def test_values_are_as_short_as_they_stay_different() -> None:
+    assert value_names(["x" * 90, "annotations/mine/", "[1, 2]", "null"]) == {
+        "x" * 90: f"{'x' * 37}...", "annotations/mine/": "mine", "[1, 2]": "[1, 2]", "null": "",
+    }  # fmt: skip
+    for alike in (["a/mine", "b/mine"], ["null", "none"], ["x" * 90 + "1", "x" * 90 + "2"]):
+        assert value_names(alike) == {value: value for value in alike}
 
 
 @pytest.mark.parametrize(
@@ -201,12 +212,3 @@ def test_a_key_that_came_later_is_as_if_not_set(tmp_path: Path) -> None:
 def test_keys_that_only_look_like_paths_are_differences(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, {"data": {"rationales_file": "a"}}, {"data": {"rationales_file": "b", "noise_seed": 1}})
     assert keys_of(runs) == ["data.init_args.noise_seed", "data.init_args.rationales_file"]
-
-
-def test_names_that_clash_are_numbered() -> None:
-    plain = Setting("cqa", "Standard", "s", 1, "gold", 1.0, None, None)
-    settings = [replace(plain, extra=(("a.b", "x" * 90 + end),)) for end in "12"]
-    first, second = variant_names(settings).values()
-    assert (first[-7:], second[-7:]) == ("xxx... (1)"[-7:], "xxx... (2)"[-7:])
-    other = replace(settings[0], student="t")
-    assert variant_names([settings[0], other])[other].endswith("...")

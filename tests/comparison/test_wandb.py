@@ -10,7 +10,7 @@ import wandb
 
 from lit_distill.comparison.comparing import compare_runs
 from lit_distill.comparison.runs import find_runs
-from lit_distill.comparison.settings import settings_of
+from lit_distill.comparison.table import runs_table
 from lit_distill.errors import UserError
 from lit_distill.files import flatten
 from tests.comparison.runs import config_of, write_run
@@ -64,13 +64,11 @@ def test_they_join_runs_in_folders(tmp_path: Path, project: SimpleNamespace) -> 
     write_run(tmp_path / "o0", method="StepByStep")
     project.runs = [online("x", "StepByStep", 1)]
     comparison = compare_runs(*find_runs([tmp_path, "wandb://me/p"]), resamples=200)
-    standard, ours = comparison.sections[0].results
+    standard, ours = comparison.settings.to_dict("records")
     # one setting, though wandb does not know the student's size
-    assert (standard.metric.n, ours.metric.n) == (2, 2)
-    assert (ours.by_row, ours.remark) == (None, "without predictions")
-    assert ours.by_seed is not None
-    assert ours.by_seed.n == 2
-    assert comparison.sections[0].remarks == ("It is unknown on which rows some runs were tested",)
+    assert (standard["n"], ours["n"]) == (2, 2)
+    assert (ours["difference"], ours["remark"], ours["seed_n"]) == (None, "without predictions", 2)
+    assert comparison.remarks == {"cqa": ["It is unknown on which rows some runs were tested"]}
 
 
 def test_lists_are_read_from_the_text_that_was_logged(tmp_path: Path, project: SimpleNamespace) -> None:
@@ -79,9 +77,9 @@ def test_lists_are_read_from_the_text_that_was_logged(tmp_path: Path, project: S
     project.runs = [online("x", seed=1)]
     config = project.runs[0].config
     config |= {"data.init_args.callbacks": str(stopping), "trainer.odd": None}
-    assert settings_of(find_runs([tmp_path, "wandb://me/p"])[0], {})[1] == []
+    assert runs_table(find_runs([tmp_path, "wandb://me/p"])[0])[1] == []
     config["data.init_args.callbacks"] = "[not a list"
-    assert settings_of(find_runs([tmp_path, "wandb://me/p"])[0], {})[1] == ["data.init_args.callbacks"]
+    assert runs_table(find_runs([tmp_path, "wandb://me/p"])[0])[1] == ["data.init_args.callbacks"]
 
 
 def test_other_runs_are_listed(project: SimpleNamespace) -> None:

@@ -1,0 +1,128 @@
+"""The table of runs: one row a run, with all that tells their settings apart."""
+
+from collections.abc import Sequence
+
+import pandas as pd  # type: ignore[import-untyped]
+
+from lit_distill.comparison.runs import Run
+from lit_distill.comparison.settings import (
+    FRACTION,
+    LABELS,
+    PAIRING,
+    STUDENT,
+    WEIGHT,
+    as_text,
+    config_text,
+    method_name,
+    short_names,
+    value_names,
+)
+from lit_distill.files import flatten
+
+IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction"]
+IDENTITY += ["method", "rationales", "rationale_weight"]
+"""Columns that tell settings apart, besides the config keys in which a dataset's runs differ."""
+
+_UNDER_ANOTHER_NAME = {"model.class_path", "data.class_path", STUDENT, WEIGHT, LABELS, FRACTION, PAIRING}
+"""Config keys that `IDENTITY` has under a shorter name."""
+
+
+def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, list[str]]]:
+    """The runs as a table, one dataset after another.
+
+    Returns:
+        The table: the columns of `IDENTITY`; those of the next item, missing where they do not apply; ``name``, the
+        setting in words without dataset, labels, student and fraction; and ``run``. Then the other config keys in which
+        the runs of a dataset differ; and dataset -> remarks on differences that no name shows.
+    """
+    table = pd.DataFrame([_identity(run) for run in runs], dtype=object)
+    # W&B does not know the size of a student
+    sizes = table.groupby("path").parameters.transform("max")
+    table["parameters"] = table.parameters.where(table.parameters > 0, sizes)
+    for _, same_name in table.groupby("student"):
+        if same_name.path.nunique() > 1:
+            table.loc[same_name.index, "student"] = same_name.path.map(short_names(set(same_name.path), "/"))
+    parts, keys, remarks = [], set(), {}
+    for dataset, own in table.groupby("dataset"):
+        differing = _differing(own)
+        names, remarks[dataset] = _names(own[IDENTITY], differing)
+        if (own.test == "").any():
+            remarks[dataset].append("It is unknown on which rows some runs were tested")
+        parts.append(pd.concat([own.assign(name=names), differing], axis=1))
+        keys |= set(differing)
+    return pd.concat(parts).drop(columns=["path", "test"]), sorted(keys), remarks
+
+
+def _identity(run: Run) -> dict[str, object]:
+    record, weight = run.record, flatten(run.record.config).get(WEIGHT)
+    return {
+        "dataset": record.dataset,
+        "label_source": record.label_source,
+        "student": record.student,
+        "parameters": record.parameters,
+        "train_fraction": float(record.train_fraction),
+        "method": record.method,
+        "rationales": record.rationales,
+        "rationale_weight": float(weight) if isinstance(weight, int | float) else None,
+        "path": run.student_path,
+        "test": run.test,
+        "run": run,
+    }
+
+
+def _differing(table: pd.DataFrame) -> pd.DataFrame:
+    """The config keys in which the runs of one dataset differ, as columns of text.
+
+    A key missing from some configs was added in a later version and is treated as unset. A model argument that no run
+    of a method has stays missing for that method.
+    """
+    configs = pd.DataFrame([config_text(run.record.config) for run in table.run], index=table.index, dtype=object)
+    known = configs.notna()
+    applies = known.groupby(table.method).transform("any")
+    applies.loc[:, [key for key in configs if not key.startswith("model.init_args.")]] = True
+    found = {key: set(configs[key]) for key in configs}
+    unset = {key: "false" if "false" in found[key] and "null" not in found[key] else "null" for key in configs}
+    configs = configs.where(known | ~applies, pd.Series(unset, dtype=object), axis=1)
+    keys = sorted(key for key in configs if key not in _UNDER_ANOTHER_NAME and configs[key].nunique() > 1)
+    tests = table.test.replace("", "unknown")
+    return configs[keys].assign(**{"test rows": tests}) if len(set(table.test) - {""}) > 1 else configs[keys]
+
+
+def _names(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Each run's setting in words; and remarks on the keys that are left out, as they follow from the others."""
+    words = {key: text.replace("_", " ") for key, text in short_names(differing).items()}
+    values = {key: value_names(differing[key].dropna().unique()) for key in differing}
+    known, remarks = identity.copy(), []
+    for key in differing:
+        if not _follows(differing[key], known):
+            known[key] = differing[key]
+        # a prefix is part of a method
+        elif not key.endswith("prefix"):
+            remarks.append(_remark(words[key], differing[key], known))
+    weighted = identity.groupby("method").rationale_weight.transform("nunique") > 1
+    names = []
+    for row, with_weight in zip(known.to_dict("records"), weighted, strict=True):
+        parts = [method_name(row["method"], row["label_source"])]
+        if row["rationales"] not in (None, "own"):
+            parts.append(f"{row['rationales']} rationales")
+        if with_weight and row["rationale_weight"] is not None:
+            parts.append(f"rationale weight {row['rationale_weight']:g}")
+        for key in known.columns.difference(IDENTITY):
+            if text := values[key].get(row[key], ""):
+                parts.append(words[key] if text == "true" else f"{words[key]} {text}")
+        names.append(", ".join(parts))
+    return names, remarks
+
+
+def _follows(values: pd.Series, known: pd.DataFrame) -> bool:
+    """Whether rows that are equal in all known columns have equal values."""
+    return bool(values.groupby([known[column] for column in known], dropna=False).nunique().max() <= 1)
+
+
+def _remark(words: str, values: pd.Series, known: pd.DataFrame) -> str:
+    by = next((column for column in known if _follows(values, known[[column]])), None)
+    if by is None:
+        return f"{words} differs between settings"
+    pairs = pd.DataFrame({"by": known[by].map(as_text), "value": values}).dropna().drop_duplicates()
+    shown = ", ".join(f"{one.by}: {one.value}" for one in pairs.sort_values("by").itertuples())
+    return f"{words} differs with {by.replace('_', ' ')} ({shown})"
