@@ -19,29 +19,31 @@ _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:
-    """Parse JSON; ``surrogates`` allows lone surrogates.
+    """Parse JSON in UTF-8.
 
-    Raises:
-        ValueError: it is not UTF-8 or JSON, is nested too deep, repeats a key, or has a lone surrogate or a number of
-            thousands of digits.
+    Raises a ``ValueError`` if it is none, is nested too deep, repeats a key, has a number of thousands of digits, or,
+    without ``surrogates``, a lone surrogate, which is no character.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
         found = json.loads(text, object_pairs_hook=_without_repeats)
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(error)) from error
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"not JSON ({error.msg} at {line}column {error.colno})") from error
+        if not surrogates and "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()
     except UserError:
         raise
-    except (RecursionError, ValueError) as error:
-        raise ValueError("JSON too deep or with too large a number") from error
-    if not surrogates and "\\ud" in text.lower():
-        try:
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("a lone surrogate (\\ud800 to \\udfff), which is no character") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UserError(f"the key {name!r} is there twice in one object")
+        found[name] = value
     return found
 
 
@@ -97,34 +99,14 @@ def read_small(path: str | Path) -> bytes:
     return content
 
 
-def parse_yaml(text: str | bytes, loader: Any = yaml.SafeLoader) -> Any:
-    """Parse YAML with PyYAML's safe loader, or an equally safe ``loader``.
-
-    Raises:
-        ValueError: it is not UTF-8 or YAML, is nested too deep, or expands to too many values.
-    """
+def parse_yaml(text: str | bytes) -> Any:
+    """Parse YAML by PyYAML's safe loader. Raises a ``ValueError`` if it is none, or if `check_yaml` refuses it."""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         check_yaml(text)
-        return yaml.load(text, loader)  # noqa: S506 - a safe one
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(error)) from error
-    except yaml.YAMLError as error:
+        return yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise UserError(f"the key {name!r} is there twice in one object")
-        found[name] = value
-    return found
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    line = error.object.count(b"\n", 0, error.start) + 1
-    return f"not UTF-8 ({error.reason} at byte {error.start}{f', in line {line}' if line > 1 else ''})"
 
 
 @dataclass

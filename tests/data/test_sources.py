@@ -16,7 +16,7 @@ from tests.data.conftest import WriteCQA, cqa_output, cqa_rows
     [
         (b'{"id": ', r"cqa_train\.json:2: not JSON"),
         (b"[1]", r"cqa_train\.json:2: not a JSON object but list"),
-        (b'{"id": "\xff"}', r"cqa_train\.json:2: not UTF-8"),
+        (b'{"id": "\xff"}', r"cqa_train\.json:2: not JSON: 'utf-8' codec"),
         (
             b'{"id": "x", "choices": ["a"], "answer": "a"}',
             r"cqa_train\.json:2: no key 'question'; there are id, choices",
@@ -117,7 +117,7 @@ def test_as_many_outputs_as_rows(count: int, admitted: bool, write_cqa: WriteCQA
     ("content", "message"),
     [
         (b"[", r"x_CoT_0\.json: not JSON"),
-        (b'\n\n["\xe4"]', r"x_CoT_0\.json: not UTF-8 .* in line 3"),
+        (b'\n\n["\xe4"]', r"x_CoT_0\.json: not JSON: 'utf-8' codec"),
         (b'{"a": 1}', r"x_CoT_0\.json: not a JSON list"),
         (b'["a", null]', r"x_CoT_0\.json: output 1 is not a string but NoneType"),
     ],
