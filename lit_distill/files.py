@@ -15,22 +15,18 @@ _EARLIER = ".earlier."
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file that replaces ``path`` when the block ends without an exception.
+    """Open a temporary file (``w`` in UTF-8, or ``wb``) that replaces ``path`` if the block ends without an exception.
 
-    It is created in the target's folder, as a rename across file systems would copy. Leftovers of killed processes are
-    removed.
-
-    Args:
-        path: the file; a link's target is replaced. Its folder must exist.
-        mode: ``w`` for UTF-8 text, ``wb`` for bytes.
+    It is made in the target's folder, as a rename across file systems would copy. A link's target is replaced, a pipe
+    or a terminal is written to. Leftovers of killed processes are removed.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        # a pipe or a terminal is written to, not replaced
-        with Path(path).open(mode, encoding=None if "b" in mode else "utf-8") as file:
+    path, encoding = Path(path), None if "b" in mode else "utf-8"
+    if path.exists() and not path.is_file():
+        with path.open(mode, encoding=encoding) as file:
             yield file
         return
-    with _replacing(Path(path)) as tmp_path:
-        with tmp_path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+    with _replacing(path) as tmp_path:
+        with tmp_path.open(mode, encoding=encoding) as file:
             yield file
         _sync(tmp_path)
         tmp_path.replace(os.path.realpath(path))

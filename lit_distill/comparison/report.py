@@ -31,6 +31,7 @@ from lit_distill.comparison.settings import (
 )
 from lit_distill.comparison.statistics import FEW
 from lit_distill.files import flatten, write_text
+from lit_distill.tables import markdown_table
 
 DAGGER = "\u2020"
 """Marks a p-value based on few rows."""
@@ -198,9 +199,8 @@ def _escape(text: str) -> str:
 
 def _table(rows: Sequence[dict[str, str]]) -> Markdown:
     """A table whose first two columns are left-aligned names, the others numbers."""
-    rule = ["---", "---"] + ["---:"] * (len(rows[0]) - 2)
-    lines = [map(_escape, rows[0]), rule, *(map(_escape, row.values()) for row in rows)]
-    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    names = list(rows[0])
+    return Markdown(markdown_table(names, [list(row.values()) for row in rows], numbers=names[2:], cell=_escape))
 
 
 def _commands(comparison: Comparison) -> Markdown:
