@@ -208,7 +208,6 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--data.batch_size=null", ["batch_size: got null; allowed is int"]),
     ("--data.batch_size=1000000000000", ["batch_size must be an integer in [1, 2147483647]"]),
     ("--data.train_size=1000000000000", ["train_size must be an integer in [1, 10000000]"]),
-    ("--data.pad_to_multiple_of=1000000000", ["pad_to_multiple_of must be an integer in [1, 4096]"]),
     ("--model.num_beams=100000", ["num_beams must be an integer at least 1 and below 101, got 100000"]),
     ("--model.max_rationale_length=1000000000", ["max_rationale_length must be an integer at least 1 and below 10001"]),
     ("--trainer.val_check_interval=0", ["trainer.val_check_interval must be above 0, got 0"]),

@@ -28,7 +28,7 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     """A report in plain values: each split as released, and the part that this run uses.
 
     ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (unparsed is
-    wrong), ``outside_label_set`` and ``kept`` (by ``rationale_filter``) count the whole released file; if no val is
+    wrong) and ``outside_label_set`` count the whole released file; if no val is
     released (``released`` is false), the rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and
     ``dropped_...`` lead to ``used``, to which the rest refers; lengths are in tokens before truncation. An absent split
     is ``{"present": false}``.
@@ -83,7 +83,6 @@ def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, An
         "closed_choices": datamodule.label_set is not None or any(row.choices for row in rows),
     }
     if split == "train":
-        report["kept"] = datamodule.kept_rows(split)
         report["taken_as_val"] = len(rows) - len(datamodule.split_rows(split) or ())
     else:
         report["in_train"] = datamodule.repeated_rows(split)
@@ -145,7 +144,6 @@ _RELEASED = {
     "no_output": "- no output",
     "teacher_label_accuracy": "teacher accuracy, of all outputs",
     "outside_label_set": "teacher outside the choices",
-    "kept": "rationale kept by the filter",
 }
 _USED = {
     "taken_as_val": "taken for val",

@@ -1,9 +1,11 @@
 """The base of all data modules: from rows and teacher outputs to batches and answers."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,16 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import checks
-from lit_distill.data.annotated import annotations_file
-from lit_distill.data.collate import RationaleCollator, TokenRows
+from lit_distill.data.batches import EpochSampler, ResumableLoader, collate, rows_read
+from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
-from lit_distill.data.loader import ResumableLoader
-from lit_distill.data.released import RELEASED, ReleasedRows, log
-from lit_distill.data.sampler import EpochSampler, rows_read
+from lit_distill.data.outputs import RELEASED, annotations_file, read_annotations
 from lit_distill.data.selection import (
     Target,
     UsedRows,
-    evaluation_rows,
+    check_columns,
     filter_name,
     hold_out,
     make_filter,
@@ -31,7 +31,7 @@ from lit_distill.data.selection import (
     teacher_counts,
     train_rows,
 )
-from lit_distill.data.tokenize import TokenSettings, cut_counts, tokenize_once
+from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
@@ -40,13 +40,13 @@ from lit_distill.tasks import Row, RowFilter, Task, rationale_task, tasks_from
 CACHE_VARIABLE = "LIT_DISTILL_CACHE"
 """Environment variable of the cache folder for tokenised rows; by default inside Hugging Face datasets' cache."""
 
-STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-"""The splits of each trainer stage; ``predict`` uses `RationaleDataModule.predict_split`."""
-
 Tokenizer = str | Path | PreTrainedTokenizerBase | Tokens
 
+# the logger that Lightning shows without set-up; a notice that were a `warnings.warn` would be a fault in strict runs
+_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
-class RationaleDataModule(ReleasedRows):
+
+class RationaleDataModule(Dataset):
     """Rows with teacher rationales, as batches for a student and answers for its evaluation.
 
     A dataset is a subclass that defines its files (`name`, `splits`), how a row and a teacher's text are parsed
@@ -81,8 +81,6 @@ class RationaleDataModule(ReleasedRows):
             own.
         rationale_pairing: train on each row's ``own`` rationale, or, as a control, on ``shuffled`` ones: the same
             rationales paired with other rows by ``seed``.
-        pad_to_multiple_of: round lengths of batches up to a multiple, so that a compiled student sees few shapes; by
-            default a batch is as long as its longest row.
     """
 
     def __init__(
@@ -102,7 +100,6 @@ class RationaleDataModule(ReleasedRows):
         allow_extra_outputs: bool = False,
         predict_split: Split = "test",
         batching: Literal["shuffled", "by_length"] = "shuffled",
-        pad_to_multiple_of: int | None = None,
         rationales: list[str | Path] | str | Path | None = None,
         rationale_pairing: Literal["own", "shuffled"] = "own",
     ) -> None:
@@ -114,7 +111,10 @@ class RationaleDataModule(ReleasedRows):
         self.eval_batch_size = checks.check_int("eval_batch_size", eval_size, 1)
         self.tasks = tasks_from(tasks)
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
-        self.rationales = _paths(rationales)
+        listed = rationales if isinstance(rationales, list) else [RELEASED if rationales is None else rationales]
+        if not listed or not all(isinstance(path, str | Path) for path in listed):
+            raise UserError(f"rationales must be a path or a list of paths, got {rationales!r}")
+        self.rationales = [Path(path) for path in listed]
         self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, ("own", "shuffled"))
         self._keep = make_filter(rationale_filter, self.teacher_agrees)
         self.rationale_filter = filter_name(rationale_filter)
@@ -126,23 +126,50 @@ class RationaleDataModule(ReleasedRows):
         self.allow_extra_outputs = checks.check_bool("allow_extra_outputs", allow_extra_outputs)
         self.predict_split: Split = checks.check_choice("predict_split", predict_split, get_args(Split))
         self.batching = checks.check_choice("batching", batching, ("shuffled", "by_length"))
-        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
-        self.pad_to_multiple_of = checks.check_int("pad_to_multiple_of", multiple, 1, 4096)
         if not isinstance(tokenizer, Tokenizer | None):
             raise UserError(f"tokenizer must be a hub name, a folder or a tokenizer object, got {tokenizer!r}")
-        self.counts: dict[str, dict[str, int]] = {}
         self._tokenizer = tokenizer
+        self.counts: dict[str, dict[str, int]] = {}
+        self._released: dict[Split, list[Row] | None] = {}
         self._held_out: tuple[list[Row], list[Row]] | None = None
         self._used: dict[Split, UsedRows] = {}
         self._keys: dict[Split, AnswerKey] = {}
         self._tokenized: dict[Split, TokenRows] = {}
+        self._notices: set[str] = set()
         # plain types only: a checkpoint has to load with `weights_only=True`
-        plain: dict[str, Any] = {"tokenizer": self._tokenizer_name(), "rationale_filter": self.rationale_filter}
-        given_paths = [str(path) for path in self.rationales or ()]
-        plain |= {"rationales": given_paths[0] if len(given_paths) == 1 else given_paths or None}
-        plain["data_dir"] = str(data_dir)
-        plain |= {"tasks": {name: task.plain() for name, task in self.tasks.items()}}
+        own_tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Tokens) else tokenizer
+        plain = {
+            "data_dir": str(data_dir),
+            "tokenizer": str(getattr(own_tokenizer, "name_or_path", own_tokenizer) or "") or None,
+            "tasks": {name: task.plain() for name, task in self.tasks.items()},
+            "rationale_filter": self.rationale_filter,
+            "rationales": [str(path) for path in listed] if len(listed) > 1 else rationales and str(listed[0]),
+        }
         self.save_hyperparameters(given | plain)
+
+    def released(self, split: Split) -> list[Row] | None:
+        """A complete released split with teacher outputs, read once; ``None`` if absent."""
+        if split not in self._released:
+            rows = self.load_checked(split)
+            self._released[split] = None if rows is None else self._with_outputs(rows, split)
+        return self._released[split]
+
+    def _with_outputs(self, rows: list[Row], split: Split) -> list[Row]:
+        """The rows with the outputs of ``rationales``."""
+        sources = []
+        for path in self.rationales:
+            if str(path) == RELEASED:
+                sources.append(self.load_outputs(split, rows))
+            else:
+                found, notices = read_annotations(rows, path, split, self.teacher_agrees, self.parse_teacher)
+                for notice in notices:
+                    self._warn(f"{split}: {notice}")
+                sources.append(found)
+        outputs = [sum(of_row, ()) for of_row in zip(*sources, strict=True)]
+        rows = [replace(row, outputs=of_row) for row, of_row in zip(rows, outputs, strict=True)]
+        if split == "train":
+            check_columns(self.rationale_filter, rows)
+        return rows
 
     def split_rows(self, split: Split) -> list[Row] | None:
         """The rows of a split, train without val; ``None`` if absent."""
@@ -157,19 +184,13 @@ class RationaleDataModule(ReleasedRows):
         inputs = {row.input for row in self.split_rows("train") or ()}
         return sum(row.input in inputs for row in self.split_rows(split) or ())
 
-    def kept_rows(self, split: Split) -> int:
-        """Number of rows in a released split with an output that ``rationale_filter`` keeps."""
-        rows = self.released(split) or []
-        said = ([replace(row, outputs=(one,)) for one in row.outputs if one.text is not None] for row in rows)
-        return sum(any(self._keep is None or self._keep(one) for one in of_row) for of_row in said)
-
     def used_rows(self, split: Split) -> UsedRows:
         """The rows of a split that this run uses. Raises a ``UserError`` if the split is absent."""
         if split not in self._used:
             rows = self.split_rows(split)
             if rows is None:
                 raise UserError(self.absence(split))
-            used = evaluation_rows(rows)
+            used = UsedRows(rows, [row.label for row in rows], {"used": len(rows)})
             if split == "train":
                 used = train_rows(
                     rows,
@@ -214,34 +235,29 @@ class RationaleDataModule(ReleasedRows):
 
     @property
     def majority_label(self) -> str | None:
-        """The most frequent training label; ``None`` without any."""
-        labels: Counter[str] = Counter()
-        try:
-            if self.split_rows("train") is not None:
-                labels.update(row.label for row in self.used_rows("train").rows if row.label is not None)
-        except UserError as error:
-            # an error for training only, not for evaluation
-            self.warn(f"the majority label is not known ({error})")
+        """The most frequent training label; ``None`` without any, or if the training rows have not been read."""
+        train = self._used["train"].rows if "train" in self._used else ()
+        labels = Counter(row.label for row in train if row.label is not None)
         return labels.most_common(1)[0][0] if labels else None
 
     def describe(self) -> dict[str, Any]:
         """Settings and row counts of the used splits, in plain values."""
-        return {
-            "dataset": self.name,
-            "metric": self.metric,
-            "tasks": {name: task.plain() for name, task in self.tasks.items()},
-            "label_source": self.label_source,
-            "rationale_filter": self.rationale_filter,
-            "rationales": self.hparams["rationales"],
-            "rationale_pairing": self.rationale_pairing,
-            "train_fraction": self.train_fraction,
-            "seed": self.seed,
-            "splits": {split: dict(counts) for split, counts in self.counts.items()},
-        }
+        names = (
+            "tasks",
+            "label_source",
+            "rationale_filter",
+            "rationales",
+            "rationale_pairing",
+            "train_fraction",
+            "seed",
+        )
+        settings = {name: self.hparams[name] for name in names}
+        splits = {split: dict(counts) for split, counts in self.counts.items()}
+        return {"dataset": self.name, "metric": self.metric, **settings, "splits": splits}
 
     def prepare_data(self) -> None:
         """Download the released data if no split file exists, and check that files of ``rationales`` do."""
-        for path in self.rationales or ():
+        for path in self.rationales:
             if str(path) != RELEASED:
                 annotations_file(path)
         files = {self.split_file(split): count for split, count in self.released_rows.items()}
@@ -252,8 +268,8 @@ class RationaleDataModule(ReleasedRows):
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits of a stage, once. Raises a ``UserError`` if one is absent."""
         stage = str(getattr(stage, "value", stage))
-        needed = (self.predict_split,) if stage == "predict" else STAGE_SPLITS[stage]
-        for split in needed:
+        stages: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in stages.get(stage, (self.predict_split,)):
             if self.split_rows(split) is None:
                 raise UserError(f"{self.absence(split)}, and {stage} needs it")
             if stage != "predict":
@@ -262,10 +278,110 @@ class RationaleDataModule(ReleasedRows):
                 self._tokenized[split] = self._tokenize(split)
         for split in self.splits:
             if (file := self.split_file(split)) is not None and not file.exists():
-                self.warn(self.absence(split))
-        evaluated: dict[str, tuple[Split, ...]] = {"fit": ("val", "test"), "predict": ()}
-        for split in evaluated.get(stage, needed):
-            self._report_repeated(split)
+                self._warn(self.absence(split))
+            elif stage == "fit" and split in ("val", "test") and (repeated := self.repeated_rows(split)):
+                total = len(self.split_rows(split) or ())
+                self._warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
+
+    def check_split(self, split: Split, stage: str) -> None:
+        """Raise a ``UserError`` if a split lacks labels, or train lacks targets, that a stage needs."""
+        used, rows = self.used_rows(split), self.split_rows(split) or []
+        unlabelled = sum(row.label is None for row in rows)
+        if split != "train":
+            if unlabelled:
+                raise UserError(f"{split}: {unlabelled} of {len(rows)} rows have no label, which {stage} needs")
+            return
+        counts = {name: count for name, count in self.counts["train"].items() if count}
+        if self._keep is not None and all(row.rationale is None for row in used.rows):
+            raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
+        for name, task in self.tasks.items():
+            if any(self.targets("train", task, row) for row in used.rows):
+                continue
+            needed = []
+            if task.needs_label:
+                needed.append("labels of the teacher" if self.label_source == "teacher" else "labels")
+            if task.uses_output:
+                columns = ["label"] * (task.select == "vote") + task.columns
+                by, having = (
+                    f" by {task.teacher}" if task.teacher else "",
+                    f" with {', '.join(columns)}" if columns else "",
+                )
+                needed.append(f"teacher outputs of kind {task.kind}{by}{having}")
+            outputs = (output for row in rows for output in row.outputs if output.text is not None)
+            known = ", ".join(dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)) or "none"
+            found = f"there are outputs of kind {known}; rationale_filter: {self.rationale_filter}; {counts}"
+            raise UserError(f"tasks: {name} needs {' and '.join(needed)}, and has no target in train; {found}")
+        if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
+            self._warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")
+
+    def _warn(self, text: str) -> None:
+        """Log a warning once."""
+        if text not in self._notices:
+            self._notices.add(text)
+            rank_zero_only(_log.warning)(text if text.startswith("data_dir") else f"{self.name} {text}")
+
+    @property
+    def tokens(self) -> Tokens:
+        """The student's tokens, loaded at the first access. Raises a ``UserError`` if there is no usable tokenizer."""
+        given = self._tokenizer
+        if given is None:
+            raise UserError("tokenizer must be given: a hub name, a folder or a tokenizer object")
+        if isinstance(given, str | Path):
+            name = given
+            try:
+                given = load_tokens(name)
+            except UserError:  # a tokenizer without a model's configuration
+                given = load_tokenizer(name)
+        found = given if isinstance(given, Tokens) else Tokens(given)
+        if found.tokenizer.eos_token_id is None or found.tokenizer.pad_token_id is None:
+            name = found.tokenizer.name_or_path
+            raise UserError(f"tokenizer: {name!r} needs a padding and an end-of-sequence token")
+        self._tokenizer = found
+        return found
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of `tokens`."""
+        return self.tokens.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | Tokens) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def token_settings(self) -> TokenSettings:
+        """Settings that affect tokenisation, besides the tokenizer."""
+        return TokenSettings(self.tasks, self.max_source_length, self.max_target_length)
+
+    def _tokenize(self, split: Split) -> TokenRows:
+        from datasets.config import HF_DATASETS_CACHE  # type: ignore[import-untyped]  # with pandas, for rows alone
+
+        root = Path(os.environ.get(CACHE_VARIABLE) or HF_DATASETS_CACHE / "lit_distill")
+        rows, settings, choose = self.used_rows(split).rows, self.token_settings, partial(self.targets, split)
+        table = tokenize_once(f"{self.name}-{split}", rows, self.tokens, settings, choose, root)
+        found = TokenRows(table, settings, self.seed)
+        cut = cut_counts(found.column, settings)
+        self.counts[split] |= cut
+        told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
+        rank_zero_only(_log.info)(f"{self.name} {split}: {told}")
+        if any(cut.values()):
+            told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
+            limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
+            self._warn(f"{split}: {told} ({limits})")
+        return found
+
+    def target_limits(self) -> dict[str, int]:
+        """Task -> maximum generated tokens: 1.5 times the longest target in train, plus 4, up to ``max_target_length``.
+
+        Tasks without targets are absent.
+        """
+        limits = {}
+        for task in self.tasks:
+            lengths = self._tokenized["train"].target_lengths(task)
+            longest = max((length for several in lengths for length in several), default=0)
+            if longest:
+                limits[task] = min(longest + longest // 2 + 4, self.max_target_length)
+        return limits
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training rows, resumable."""
@@ -286,157 +402,40 @@ class RationaleDataModule(ReleasedRows):
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
         if split not in self._tokenized:
             raise RuntimeError(f"setup has not built the {split} split")
-        rows, evaluation = self._tokenized[split], stage != "train"
-        batch_size = self.eval_batch_size if evaluation else self.batch_size
+        rows = self._tokenized[split]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        if evaluation:
+        make: type[DataLoader[Any]]
+        if stage == "train":
+            make, batch_size = ResumableLoader, self.batch_size
+            sampler = EpochSampler(
+                rows,
+                world,
+                rank,
+                seed=self.seed,
+                lengths=rows.lengths(evaluation=False) if self.batching == "by_length" else None,
+                batch_size=batch_size,
+                with_epoch=rows.samples,
+            )
+        else:
+            make, batch_size = DataLoader, self.eval_batch_size
             # the longest first pads least, and memory that does not suffice shows at once; a trainer that reads a part
             # of the split alone reads the rows that it would read without sorting
             limit = 1.0 if self.trainer is None else getattr(self.trainer, f"limit_{stage}_batches")
             first = rows_read(limit, len(rows), batch_size, world)
             lengths = rows.lengths(evaluation=True)
             sampler = EpochSampler(rows, world, rank, shuffle=False, lengths=lengths, first=first)
-        else:
-            lengths = rows.lengths(evaluation=False) if self.batching == "by_length" else []
-            sampler = EpochSampler(
-                rows,
-                world,
-                rank,
-                seed=self.seed,
-                lengths=lengths or None,
-                batch_size=batch_size,
-                with_epoch=rows.samples,
-            )
         if self.num_workers:
             # avoids a warning in each worker, which is forked after the tokenizer used threads
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        pad = int(self.tokenizer.pad_token_id)
-        return (DataLoader if evaluation else ResumableLoader)(
+        pad_token_id = int(self.tokenizer.pad_token_id)
+        return make(
             rows,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=RationaleCollator(pad, tuple(self.tasks), evaluation, self.pad_to_multiple_of),
+            collate_fn=partial(
+                collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=stage != "train"
+            ),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    @property
-    def tokens(self) -> Tokens:
-        """The student's tokens, loaded at the first access. Raises a ``UserError`` if there is no usable tokenizer."""
-        if self._tokenizer is None:
-            raise UserError("tokenizer must be given: a hub name, a folder or a tokenizer object")
-        if isinstance(self._tokenizer, str | Path):
-            name = self._tokenizer
-            try:
-                self._tokenizer = load_tokens(name)
-            except UserError:  # a tokenizer without a model's configuration
-                self._tokenizer = Tokens(load_tokenizer(name))
-        elif not isinstance(self._tokenizer, Tokens):
-            self._tokenizer = Tokens(self._tokenizer)
-        found = self._tokenizer.tokenizer
-        if found.eos_token_id is None or found.pad_token_id is None:
-            raise UserError(f"tokenizer: {self._tokenizer_name()!r} needs a padding and an end-of-sequence token")
-        return self._tokenizer
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of `tokens`."""
-        return self.tokens.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | Tokens) -> None:
-        self._tokenizer = tokenizer
-
-    def _tokenizer_name(self) -> str | None:
-        found = self._tokenizer.tokenizer if isinstance(self._tokenizer, Tokens) else self._tokenizer
-        name = found.name_or_path if isinstance(found, PreTrainedTokenizerBase) else found
-        return None if name is None else str(name) or None
-
-    @property
-    def token_settings(self) -> TokenSettings:
-        """Settings that affect tokenisation, besides the tokenizer."""
-        return TokenSettings(self.tasks, self.max_source_length, self.max_target_length)
-
-    def _tokenize(self, split: Split) -> TokenRows:
-        from datasets.config import HF_DATASETS_CACHE  # type: ignore[import-untyped]  # with pandas, for rows alone
-
-        root = Path(os.environ.get(CACHE_VARIABLE) or HF_DATASETS_CACHE / "lit_distill")
-        rows, settings = self.used_rows(split).rows, self.token_settings
-
-        def choose(task: Task, row: Row) -> list[Target]:
-            return self.targets(split, task, row)
-
-        table = tokenize_once(f"{self.name}-{split}", rows, self.tokens, settings, choose, root)
-        found = TokenRows(table, settings, self.seed)
-        cut = cut_counts(found.column, settings)
-        self.counts[split] |= cut
-        told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
-        rank_zero_only(log.info)(f"{self.name} {split}: {told}")
-        if any(cut.values()):
-            told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
-            limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
-            self.warn(f"{split}: {told} ({limits})")
-        return found
-
-    def target_limits(self) -> dict[str, int]:
-        """Task -> maximum generated tokens: 1.5 times the longest target in train, plus 4, up to ``max_target_length``.
-
-        Tasks without targets are absent.
-        """
-        lengths = {task: self._tokenized["train"].target_lengths(task) for task in self.tasks}
-        found = {
-            task: max((max(several) for several in of_task if several), default=0) for task, of_task in lengths.items()
-        }
-        return {task: min(n + n // 2 + 4, self.max_target_length) for task, n in found.items() if n}
-
-    def longer_targets(self, split: Split, task: str, tokens: int) -> int:
-        """Number of targets of a task with more tokens than a limit."""
-        return sum(length > tokens for several in self._tokenized[split].target_lengths(task) for length in several)
-
-    def check_split(self, split: Split, stage: str) -> None:
-        """Raise a ``UserError`` if a split lacks labels, or train lacks targets, that a stage needs."""
-        used, rows = self.used_rows(split), self.split_rows(split) or []
-        unlabelled = sum(row.label is None for row in rows)
-        if split != "train":
-            if unlabelled:
-                raise UserError(f"{split}: {unlabelled} of {len(rows)} rows have no label, which {stage} needs")
-            return
-        counts = {name: count for name, count in self.counts["train"].items() if count}
-        if self._keep is not None and all(row.rationale is None for row in used.rows):
-            raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
-        outputs = (output for row in rows for output in row.outputs if output.text is not None)
-        known = ", ".join(dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)) or "none"
-        teacher_labels = self.label_source == "teacher"
-        for name, task in self.tasks.items():
-            if any(self.targets("train", task, row) for row in used.rows):
-                continue
-            needed = ["labels of the teacher" if teacher_labels else "labels"] if task.needs_label else []
-            if task.uses_output:
-                columns = ", ".join(["label"] * (task.select == "vote") + task.columns)
-                by, having = f" by {task.teacher}" if task.teacher else "", f" with {columns}" if columns else ""
-                needed.append(f"teacher outputs of kind {task.kind}{by}{having}")
-            found = f"there are outputs of kind {known}; rationale_filter: {self.rationale_filter}; {counts}"
-            raise UserError(f"tasks: {name} needs {' and '.join(needed)}, and has no target in train; {found}")
-        if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
-            self.warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")
-
-    def _report_repeated(self, split: Split) -> None:
-        try:
-            repeated = self.repeated_rows(split)
-        except UserError as error:
-            # only what needs the split fails
-            self.warn(f"whether {split} repeats inputs of train is not known ({error})")
-            return
-        if repeated:
-            total = len(self.split_rows(split) or ())
-            self.warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
-
-
-def _paths(rationales: Any) -> list[Path] | None:
-    listed = [rationales] if isinstance(rationales, str | Path) else rationales
-    if listed is None:
-        return None
-    if not isinstance(listed, Sequence) or not listed or not all(isinstance(path, str | Path) for path in listed):
-        raise UserError(f"rationales must be a path or a list of paths, got {rationales!r}")
-    return [Path(path) for path in listed]

@@ -17,30 +17,23 @@ from typing import IO
 from filelock import FileLock
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lit_distill.data.sources import read_json_lines
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
+from lit_distill.reading import json_lines
 
 RELEASE_URL = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
 """The archive of the paper's reference code, with all four datasets."""
 
-MAX_BYTES = 4 * 2**30
-"""Maximum size of the archive and of its content; the datasets have well below 1 GiB."""
-
-MAX_MEMBERS = 10_000
-"""Maximum members of the archive."""
-
-TIMEOUT = 30.0
-"""Seconds without data until a download is given up."""
+MAX_BYTES = 4 * 2**30  # of the archive and of its content; the datasets have well below 1 GiB
+MAX_MEMBERS = 10_000  # of the archive
+TIMEOUT = 30.0  # seconds without data until a download is given up
 
 
 def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, int]) -> None:
     """Download the release archive and unpack the folder of one dataset, at any depth, to ``data_dir / folder``.
 
-    ``expected`` maps the dataset's files to their numbers of rows.
-
-    Raises:
-        UserError: there is no connection, or the archive is not as expected; nothing is left behind.
+    ``expected`` maps the dataset's files to their numbers of rows. Raises a ``UserError`` if there is no connection, or
+    the archive is not as expected; nothing is left behind.
     """
     target = data_dir / folder
     absent = f"data_dir: none of {', '.join(expected)} is in {target}"
@@ -65,7 +58,11 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
                     if isinstance(error, urllib.error.HTTPError):
                         error.close()  # it is the response, with an open socket
                     raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
-                _unpack(archive, tmp_folder, folder, expected, url)
+                try:
+                    _unpack(archive, tmp_folder, folder, expected)
+                except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+                    # NotImplementedError and RuntimeError: an unknown compression, a password
+                    raise UserError(f"{url}: cannot be unpacked to {data_dir} ({error})") from error
     except UserError:
         if is_new:  # do not create a misspelt folder
             lock.unlink(missing_ok=True)
@@ -76,7 +73,8 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
 
 def _download(url: str, file: IO[bytes]) -> None:
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310 - the caller has checked it
-        total = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
+        # `None` where the header is missing or no number
+        total = response.length
         with tqdm(total=total, unit="B", unit_scale=True, desc="Downloading the release") as bar:
             while chunk := response.read(2**16):
                 file.write(chunk)
@@ -87,44 +85,34 @@ def _download(url: str, file: IO[bytes]) -> None:
             raise ConnectionError(f"it broke off after {file.tell()} of {total} bytes")
 
 
-def _unpack(archive: IO[bytes], target: Path, folder: str, expected: Mapping[str, int], url: str) -> None:
+def _unpack(archive: IO[bytes], target: Path, folder: str, expected: Mapping[str, int]) -> None:
     """Unpack the only folder of that name that has the expected files."""
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            roots: dict[PurePosixPath, dict[PurePosixPath, zipfile.ZipInfo]] = {}
-            members = zipped.infolist()
-            if len(members) > MAX_MEMBERS:
-                raise UserError(f"{url}: {len(members)} members, which is not the release")
-            for member in members:
-                path = _checked_path(member, url)
-                if not member.is_dir() and folder in path.parts[:-1]:
-                    depth = path.parts.index(folder) + 1
-                    inner = PurePosixPath(*path.parts[depth:])
-                    roots.setdefault(PurePosixPath(*path.parts[:depth]), {})[inner] = member
-            names = [PurePosixPath(name) for name in expected]
-            chosen = next((found for found in roots.values() if all(name in found for name in names)), None)
-            if chosen is None:
-                raise UserError(f"{url}: no folder {folder!r} with {', '.join(expected)} is in the archive")
-            # zipfile refuses a member larger than its header says
-            if sum(member.file_size for member in chosen.values()) > MAX_BYTES:
-                raise UserError(f"{url}: unpacks to more than {MAX_BYTES} bytes, which is not the release")
-            for inner, member in chosen.items():
-                (target / inner).parent.mkdir(parents=True, exist_ok=True)
-                with zipped.open(member) as source, (target / inner).open("wb") as file:
-                    shutil.copyfileobj(source, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-        # NotImplementedError and RuntimeError: an unknown compression, a password
-        raise UserError(f"{url}: cannot be unpacked to {target.parent} ({error})") from error
+    with zipfile.ZipFile(archive) as zipped:
+        members = {_checked_path(member): member for member in zipped.infolist() if not member.is_dir()}
+        first, *others = expected
+        roots = [path.parent for path in members if path.parts[-2:] == (folder, first)]
+        root = next((path for path in roots if all(path / name in members for name in others)), None)
+        if root is None:
+            raise UserError(f"the release has no folder {folder!r} with {', '.join(expected)}")
+        chosen = {path: member for path, member in members.items() if path.is_relative_to(root)}
+        # zipfile refuses a member larger than its header says
+        size = sum(member.file_size for member in chosen.values())
+        if len(members) > MAX_MEMBERS or size > MAX_BYTES:
+            raise UserError(f"not the release: {len(members)} members, which unpack to {size} bytes")
+        for path, member in chosen.items():
+            unpacked = target / path.relative_to(root)
+            unpacked.parent.mkdir(parents=True, exist_ok=True)
+            with zipped.open(member) as source, unpacked.open("wb") as file:
+                shutil.copyfileobj(source, file)
     for name, rows in expected.items():
-        found = sum(1 for _ in read_json_lines(target / name))
+        found = sum(1 for _ in json_lines(target / name))
         if found != rows:
-            raise UserError(f"{url}: {name} has {found} rows, the released one has {rows}; nothing was kept")
+            raise UserError(f"{name} has {found} rows in this archive, and {rows} in the release; nothing was kept")
 
 
-def _checked_path(member: zipfile.ZipInfo, url: str) -> PurePosixPath:
+def _checked_path(member: zipfile.ZipInfo) -> PurePosixPath:
     name, path = member.filename, PurePosixPath(member.filename)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        raise UserError(f"{url}: the member {name!r} points outside its archive; nothing was unpacked")
-    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UserError(f"{url}: the member {name!r} is a link or a device; nothing was unpacked")
+    is_file = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not is_file:
+        raise UserError(f"the archive's member {name!r} is a link or device, or outside of it; nothing was unpacked")
     return path

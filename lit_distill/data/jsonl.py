@@ -1,15 +1,14 @@
 """A user's own data: files, saved folders or a hub dataset."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.released import RELEASED
+from lit_distill.data.outputs import RELEASED
 from lit_distill.data.sources import Table, read_file, read_hub
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
@@ -78,14 +77,12 @@ class JSONLDataModule(RationaleDataModule):
         self.splits = {split: split for split in self.sources}
         self.metric = checks.check_choice("metric", metric, ("exact_match", "equation"))
         if label_set is not None:
-            if isinstance(label_set, str) or not label_set or not all(isinstance(label, str) for label in label_set):
-                raise UserError(f"label_set must be a list of texts, got {label_set!r}")
-            if len({label.strip() for label in label_set} - {""}) < len(label_set):
-                raise UserError(f"label_set must hold different texts, none of them empty, got {label_set!r}")
+            texts = {label.strip() for label in label_set if isinstance(label, str)} - {""}
+            if isinstance(label_set, str) or not texts or len(texts) < len(label_set):
+                raise UserError(f"label_set must be a list of different texts, none of them empty, got {label_set!r}")
             self.label_set = tuple(label_set)
-        if outputs is not None and not (
-            isinstance(outputs, Mapping) and all(isinstance(text, str) for pair in outputs.items() for text in pair)
-        ):
+        self._outputs = dict(outputs or {})
+        if not all(isinstance(text, str) for pair in self._outputs.items() for text in pair):
             raise UserError(f"outputs must map columns to kinds, got {outputs!r}")
         self._columns = {
             "id": id_column,
@@ -94,7 +91,6 @@ class JSONLDataModule(RationaleDataModule):
             "teacher_label": teacher_label_column,
             "choices": choices_column,
         }
-        self._outputs = dict(outputs or {})
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
         if hub is not None and not checks.check_text("hub", hub).strip("/\\. "):
@@ -109,37 +105,20 @@ class JSONLDataModule(RationaleDataModule):
     def prepare_data(self) -> None:
         """Check early that every file exists, and download hub data."""
         super().prepare_data()
-        for split, source in self.sources.items():
+        for split in self.sources:
             if self._hub is not None:
-                read_hub(self._hub, self._hub_config, source)
-            elif (path := self.split_file(split)) is not None and not path.exists():
-                raise UserError(f"{split}: there is no {' nor '.join(map(str, self._candidates(split)))}")
-
-    def load_rows(self, split: Split) -> list[Row] | None:
-        """The rows of a split; ``None`` if not given."""
-        if split not in self.sources:
-            return None
-        path = self.split_file(split)
-        if path is None:
-            table = read_hub(str(self._hub), self._hub_config, self.sources[split])
-        elif path.exists():
-            table = read_file(path, split)
-        else:
-            raise UserError(f"{split}: there is no {' nor '.join(map(str, self._candidates(split)))}")
-        if not table.rows:
-            where = path or f"{self.sources[split]!r} of {self._hub}"
-            raise UserError(f"{split}: {where} is empty; give one with rows, or leave {split} out")
-        columns = self._choose_columns(table, split)
-        if (label := columns["label"]) is not None and self.label_set is None and label in table.class_names:
-            self.label_set = tuple(table.class_names[label])
-        return self.read_rows(table.rows, partial(self._row, columns=columns), split)
+                self._table(split)
+            else:
+                self._existing_file(split)
 
     def split_file(self, split: Split) -> Path | None:
         """The file or folder of a split; ``None`` if not given, or on the hub."""
         if self._hub is not None or split not in self.sources:
             return None
-        candidates = self._candidates(split)
-        return next((path for path in candidates if path.exists()), candidates[0])
+        path = Path(shipped(self.sources[split]))
+        # absolute, for messages
+        here, there = path.absolute(), (self.data_dir / path).absolute()
+        return there if there.exists() and not here.exists() else here
 
     def absence(self, split: Split) -> str:
         """The message for an absent split, naming its argument."""
@@ -150,29 +129,45 @@ class JSONLDataModule(RationaleDataModule):
         """As the base class, with the source of the data."""
         return super().describe() | {"sources": dict(self.sources), "hub": self._hub}
 
-    def _candidates(self, split: Split) -> list[Path]:
-        path = Path(shipped(self.sources[split]))
-        # absolute, for messages
-        return [path] if path.is_absolute() else [path.absolute(), (self.data_dir / path).absolute()]
+    def load_rows(self, split: Split) -> list[Row] | None:
+        """The rows of a split; ``None`` if not given."""
+        if split not in self.sources:
+            return None
+        table = self._table(split)
+        if not table.rows:
+            where = self.split_file(split) or f"{self.sources[split]!r} of {self._hub}"
+            raise UserError(f"{split}: {where} is empty; give one with rows, or leave {split} out")
+        columns = self._present_columns(table, split)
+        if (label := columns.get("label")) in table.class_names and self.label_set is None:
+            self.label_set = tuple(table.class_names[str(label)])
+        return self.read_rows(table.rows, partial(self._row, columns=columns), split)
 
-    def _choose_columns(self, table: Table, split: Split) -> dict[str, str | None]:
-        """Part of a row -> its column; explicitly named columns must exist."""
+    def _table(self, split: Split) -> Table:
+        if self._hub is not None:
+            return read_hub(self._hub, self._hub_config, self.sources[split])
+        return read_file(self._existing_file(split), split)
+
+    def _existing_file(self, split: Split) -> Path:
+        path = self.split_file(split)
+        if path is None or not path.exists():
+            raise UserError(f"{split}: there is no {path}, nor {self.sources[split]!r} in {self.data_dir.absolute()}")
+        return path
+
+    def _present_columns(self, table: Table, split: Split) -> dict[str, str]:
+        """Part of a row -> its column, where there is one. Columns that were named must be there."""
         needed = [*self._input_columns, self._columns["id"]]
         if split == "train":
             needed += [*self._columns.values(), *self._outputs]
         elif split != "predict":
             needed.append(self._columns["label"] or "label")
-        missing = [column for column in dict.fromkeys(needed) if column is not None and column not in table.columns]
-        if missing:
-            raise UserError(
-                f"{split}: no column {', '.join(map(repr, missing))} in {self.sources[split]};"
-                f" there are {', '.join(table.columns) or 'none'}"
-            )
+        if missing := [repr(name) for name in dict.fromkeys(needed) if name not in (None, *table.columns)]:
+            there = ", ".join(table.columns) or "none"
+            raise UserError(f"{split}: no column {', '.join(missing)} in {self.sources[split]}; there are {there}")
         chosen = {part: column or part for part, column in self._columns.items()}
-        return {part: column if column in table.columns else None for part, column in chosen.items()}
+        return {part: column for part, column in chosen.items() if column in table.columns}
 
-    def _row(self, found: dict[str, Any], columns: dict[str, str | None]) -> Row:
-        values = {part: None if column is None else found.get(column) for part, column in columns.items()}
+    def _row(self, found: dict[str, Any], columns: dict[str, str]) -> Row:
+        values = {part: found.get(columns[part]) if part in columns else None for part in self._columns}
         label, teacher_label = self._label(values["label"]), self._label(values["teacher_label"])
         if label is not None and self.label_set is not None and label not in self.label_set:
             raise UserError(f"the label {label!r} is not in label_set ({', '.join(self.label_set)})")
@@ -195,23 +190,20 @@ class JSONLDataModule(RationaleDataModule):
 
     def _label(self, value: Any) -> str | None:
         """A label as text; numbers and digits that are no label are positions in ``label_set``."""
-        if value is None or (isinstance(value, str) and not value.strip()):
+        # NaN is not equal to itself
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
             return None
         if not isinstance(value, str | int | float):
             raise UserError(f"a label must be a text or a number, got {value!r}")
-        if isinstance(value, float) and math.isnan(value):
-            return None
-        # a column of integers with gaps is often stored as 1.0, 2.0, ...
-        whole = self.label_set is not None and isinstance(value, float) and value.is_integer()
-        text = str(int(value) if whole else value)
-        if self.label_set is None or text in self.label_set:
+        if self.label_set is not None and isinstance(value, float) and value.is_integer():
+            # a column of integers with gaps is often stored as 1.0, 2.0, ...
+            value = int(value)
+        text = str(value)
+        if self.label_set is None or text in self.label_set or not re.fullmatch(r"-?[0-9]{1,9}", text):
             return text
-        if re.fullmatch(r"-?[0-9]{1,9}", text):
-            if int(text) == -1:
-                return None  # hub datasets mark missing labels by -1
-            if 0 <= int(text) < len(self.label_set):
-                return self.label_set[int(text)]
-        return text
+        if int(text) == -1:
+            return None  # hub datasets mark missing labels by -1
+        return self.label_set[int(text)] if 0 <= int(text) < len(self.label_set) else text
 
 
 def _fields(template: str) -> list[str]:
@@ -222,9 +214,9 @@ def _fields(template: str) -> list[str]:
 
 
 def _text(name: str, value: Any) -> str:
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise UserError(f"{name!r} must be a text, got {value!r}")
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{name!r} must be a text, got {value!r}")
+    return str(value)
 
 
 def _output_texts(name: str, value: Any) -> list[str]:
@@ -234,13 +226,12 @@ def _output_texts(name: str, value: Any) -> list[str]:
 
 
 def _choices(value: Any) -> tuple[str, ...] | None:
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            raise UserError(f"choices must be a list (in a CSV cell: a JSON list), got {value!r}") from None
-    if value is None:
+    try:
+        choices = parse_json(value) if isinstance(value, str) else value
+    except ValueError:
+        choices = value
+    if choices is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise UserError(f"choices must be a list of texts, got {value!r}")
-    return tuple(value)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"choices must be a list of texts (in a CSV cell: a JSON list), got {value!r}")
+    return tuple(choices)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lit_distill.annotation.conditions import condition, is_condition
-from lit_distill.annotation.record import Agree, same_answer, vote
+from lit_distill.annotation.conditions import columns_of, condition, is_condition
+from lit_distill.annotation.record import COLUMNS, Agree, same_answer, vote
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
@@ -69,13 +69,29 @@ def filter_name(rationale_filter: str | RowFilter) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def names_columns(rationale_filter: str) -> bool:
+    """Whether a filter is a condition on columns."""
+    return rationale_filter not in ("none", "label_agrees") and is_condition(rationale_filter)
+
+
+def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
+    """Raise a ``UserError`` if a column in a filter's conditions does not exist."""
+    if names_columns(rationale_filter):
+        known = dict.fromkeys(name for name in COLUMNS if name not in NOT_COLUMNS)
+        known |= dict.fromkeys(name for row in rows for output in row.outputs for name in output.columns)
+        if missing := [name for name in columns_of(rationale_filter) if name not in known]:
+            raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
+
+
+NOT_COLUMNS = {"text", "rationale", "input", "key"}
+"""Columns of a sample that an output has as fields, or that describe the file only."""
+
+
 def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Split train into train and val: a tenth of its inputs, rounded up, each with all of its rows.
 
-    The permutation depends on the number of inputs alone, so that runs of any seed and fraction share their val.
-
-    Raises:
-        UserError: there are fewer than two inputs.
+    The permutation depends on the number of inputs alone, so that runs of any seed and fraction share their val. Raises
+    a ``UserError`` if there are fewer than two inputs.
     """
     groups: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
@@ -83,13 +99,12 @@ def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     if len(groups) < 2:
         found = f"{len(rows)} row(s) with {len(groups)} different input(s)"
         raise UserError(f"train has {found}: no validation split can be taken from it")
-    count = math.ceil(VAL_FRACTION * len(groups))
     # RandomState's streams are stable, unlike those of newer generators
     order = np.random.RandomState(0).permutation(len(groups)).tolist()
-    of_input = list(groups.values())
-    positions = [sorted(p for group in part for p in of_input[group]) for part in (order[count:], order[:count])]
-    train, val = ([rows[position] for position in part] for part in positions)
-    return train, val
+    of_input, count = list(groups.values()), math.ceil(VAL_FRACTION * len(groups))
+    val = {position for group in order[:count] for position in of_input[group]}
+    train = [row for position, row in enumerate(rows) if position not in val]
+    return train, [rows[position] for position in sorted(val)]
 
 
 def subset(rows: int, fraction: float, seed: int) -> list[int]:
@@ -139,18 +154,11 @@ def train_rows(
     return UsedRows(used, gold, counts | {"used": len(used)})
 
 
-def evaluation_rows(rows: Sequence[Row]) -> UsedRows:
-    """All rows of a split, with gold labels."""
-    return UsedRows(rows, [row.label for row in rows], {"used": len(rows)})
-
-
 def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     """Control: the same teacher outputs, each paired with another row's input.
 
-    The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels stay.
-
-    Raises:
-        UserError: fewer than two rows have a text.
+    The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels stay. Raises a
+    ``UserError`` if fewer than two rows have a text.
     """
     having = [position for position, row in enumerate(used.rows) if row.rationale is not None]
     if len(having) < 2:

@@ -1,30 +1,43 @@
 """Tokenise a split once, into a cached Arrow file named by a hash of all that affects it."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from filelock import FileLock
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lit_distill.batch import PADDING_ROW
 from lit_distill.data.selection import Target
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write
 from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 
-FORMAT = 3
-"""Version of the file layout."""
+FORMAT = 3  # version of the file layout
+BATCH = 1000  # rows to tokenise and write at a time
 
-BATCH = 1000
-"""Rows to tokenise and write at a time."""
+_IDS = pa.list_(pa.int32())
+_COLUMNS = {
+    "input_ids": _IDS,
+    "input_length": pa.int32(),  # before truncation
+    "labels": pa.list_(_IDS),  # a possibly empty list of targets
+    "target_lengths": _IDS,  # before truncation
+    "labels_cut": pa.int32(),  # number of targets whose label was cut
+}
+"""The columns of each task, after its name and a dot."""
 
 Choose = Callable[[Task, Row], list[Target]]
 """Selects the targets of a row for a task."""
+
+TokenRow = dict[str, Any]
+"""``index``, and for each task ``<task>.input_ids`` and ``<task>.labels``."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +73,7 @@ def encode_targets(
 
 
 def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose) -> dict[str, list[Any]]:
-    """The tokenised columns of some rows.
-
-    For each task ``<task>.input_ids`` and ``<task>.labels`` (a possibly empty list of targets), the lengths before
-    truncation ``<task>.input_length`` and ``<task>.target_lengths``, and the number of cut labels
-    ``<task>.labels_cut``.
-    """
+    """The tokenised columns of some rows, see ``_COLUMNS``."""
     columns: dict[str, list[Any]] = {}
     for name, task in settings.tasks.items():
         sources = tokens.sources([task.prefix + row.input for row in rows], settings.max_source_length)
@@ -108,37 +116,108 @@ def tokenize_once(
     name: str, rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose, root: Path
 ) -> Any:
     """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache in ``root`` if possible."""
-    from datasets import Dataset  # type: ignore[import-untyped]  # brings pandas, a tenth of the start
-
     path = root / f"{name}-{fingerprint(rows, tokens, settings, choose)[:32]}.arrow"
-
-    def cached() -> Any:
-        try:
-            found = Dataset.from_file(str(path)) if path.is_file() else None
-        except (OSError, ValueError, pa.ArrowException):
-            return None  # damaged: rebuild
-        return found if found is not None and len(found) == len(rows) else None
-
     try:
         root.mkdir(parents=True, exist_ok=True)
         # a second process waits and reads the file of the first
         with FileLock(path.with_suffix(".lock")):
-            if (found := cached()) is None:
-                schema = _schema(settings.tasks)
-                bar = tqdm(total=len(rows), desc=f"Tokenising {name}", delay=3, disable=None)
-                with bar, atomic_write(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-                    for start in range(0, len(rows), BATCH):
-                        columns = encode_rows(rows[start : start + BATCH], tokens, settings, choose)
-                        writer.write_batch(pa.record_batch(columns, schema=schema))
-                        bar.update(BATCH)
-                found = cached()
+            if (found := _cached(path, len(rows))) is not None:
+                return found
+            types = [(f"{task}.{column}", kind) for task in settings.tasks for column, kind in _COLUMNS.items()]
+            schema = pa.schema(types)
+            bar = tqdm(total=len(rows), desc=f"Tokenising {name}", delay=3, disable=None)
+            with bar, atomic_write(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                for start in range(0, len(rows), BATCH):
+                    columns = encode_rows(rows[start : start + BATCH], tokens, settings, choose)
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                    bar.update(BATCH)
+            return _cached(path, len(rows))
     except OSError as error:
         raise UserError(f"tokenised rows cannot be kept in {str(root)!r} ({error}); set LIT_DISTILL_CACHE") from error
-    return found
 
 
-def _schema(tasks: Iterable[str]) -> Any:
-    ids = pa.list_(pa.int32())
-    types = {"input_ids": ids, "input_length": pa.int32(), "labels": pa.list_(ids), "target_lengths": ids}
-    types["labels_cut"] = pa.int32()
-    return pa.schema([(f"{task}.{part}", kind) for task in tasks for part, kind in types.items()])
+def _cached(path: Path, count: int) -> Any:
+    """The table in a file; ``None`` if it is absent or damaged."""
+    from datasets import Dataset  # type: ignore[import-untyped]  # brings pandas, a tenth of the start
+
+    try:
+        found = Dataset.from_file(str(path))
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return found if len(found) == count else None
+
+
+class TokenRows(Dataset[TokenRow]):
+    """The rows of a tokenised split by position.
+
+    Position ``epoch * rows + i`` is row ``i`` in a later epoch, for tasks that ``sample`` a target: the sample depends
+    on seed, epoch and row alone. ``PADDING_ROW`` is the first row without targets.
+
+    Args:
+        table: from `tokenize_once`.
+        settings: tasks and lengths.
+        seed: of the samples.
+    """
+
+    def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:
+        self.settings = settings
+        self.seed = seed
+        self._sampled = [name for name, task in settings.tasks.items() if task.select == "sample"]
+        self._columns = table.data
+        self._table = table.select_columns(
+            [f"{name}.{part}" for name in settings.tasks for part in ("input_ids", "labels")]
+        )
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @property
+    def samples(self) -> bool:
+        """Whether a task samples a target in each epoch."""
+        return bool(self._sampled)
+
+    def column(self, name: str) -> list[Any]:
+        """A column of `encode_rows`."""
+        return cast(list[Any], self._columns[name].to_pylist())
+
+    def target_lengths(self, task: str) -> list[list[int]]:
+        """Tokens of each row's targets, after truncation."""
+        limit = self.settings.max_target_length
+        return [[min(length, limit) for length in several] for several in self.column(f"{task}.target_lengths")]
+
+    def lengths(self, *, evaluation: bool) -> list[int]:
+        """Source and target tokens of each row, summed over the tasks.
+
+        In training a source counts for each of its targets; if one is sampled, the longest counts.
+        """
+        total = [0] * len(self)
+        for name, task in self.settings.tasks.items():
+            sources = self.column(f"{name}.input_length")
+            for position, (source, found) in enumerate(zip(sources, self.target_lengths(name), strict=True)):
+                source = min(source, self.settings.max_source_length)
+                if evaluation:
+                    total[position] += source + sum(found[:1])
+                else:
+                    read = [max(found)] if found and task.select == "sample" else found
+                    total[position] += source * len(read) + sum(read)
+        return total
+
+    def __getitem__(self, position: int) -> TokenRow:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[TokenRow]:
+        """Read the rows of a batch from Arrow at once; called by PyTorch's loader."""
+        columns = self._table[[max(position, 0) % len(self) for position in positions]]
+        rows: list[TokenRow] = []
+        for i, position in enumerate(positions):
+            row: TokenRow = {name: values[i] for name, values in columns.items()}
+            if position == PADDING_ROW:
+                row |= {"index": PADDING_ROW} | {f"{name}.labels": [] for name in self.settings.tasks}
+            else:
+                epoch, row["index"] = divmod(position, len(self))
+                for name in self._sampled:
+                    targets = row[f"{name}.labels"]
+                    draw = random.Random(f"{self.seed}-{epoch}-{row['index']}").random()  # noqa: S311 - no secret
+                    row[f"{name}.labels"] = targets and [targets[int(draw * len(targets))]]
+            rows.append(row)
+        return rows

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.released import RELEASED
+from lit_distill.data.outputs import RELEASED
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row, TeacherOutput
 
@@ -71,15 +71,12 @@ class ToyDataModule(RationaleDataModule):
         self, train_size: int = 2000, val_size: int = 200, test_size: int = 500, toy_seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.sizes: dict[Split, int] = {
-            "train": checks.check_int("train_size", train_size, 1, 10_000_000),
-            "val": checks.check_int("val_size", val_size, 1, 10_000_000),
-            "test": checks.check_int("test_size", test_size, 1, 10_000_000),
-        }
+        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        for name, size in sizes.items():
+            checks.check_int(name, size, 1, 10_000_000)
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.toy_seed = checks.check_int("toy_seed", toy_seed, 0)
-        self.save_hyperparameters(
-            {"train_size": train_size, "val_size": val_size, "test_size": test_size, "toy_seed": toy_seed}
-        )
+        self.save_hyperparameters(sizes | {"toy_seed": toy_seed})
 
     def split_file(self, split: Split) -> Path | None:
         """None: rows are generated."""

@@ -55,7 +55,6 @@ def test_figures(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         "outside_label_set": 1,
         "teacher_label_accuracy": 0.6,
         "closed_choices": True,
-        "kept": 9,
         "taken_as_val": 1,
         "dropped_without_teacher_label": 1,
         "used": 8,
@@ -91,7 +90,7 @@ def test_filter_and_fraction(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> N
     module = CQADataModule(data_dir=cqa, tokenizer=tokenizer, tasks=BOTH, **settings)  # type: ignore[arg-type]
     report = inspect_data(module)
     train = report["splits"]["train"]
-    assert (train["rows"], train["parsed"], train["kept"], train["taken_as_val"]) == (10, 9, 6, 1)
+    assert (train["rows"], train["parsed"], train["taken_as_val"]) == (10, 9, 1)
     taken = ("taken_as_val", "left_out_by_fraction", "dropped_without_teacher_label", "dropped_without_target")
     assert train["rows"] - sum(train[name] for name in taken) == train["used"]
     assert train["used_rationales"] + train["rationale_filtered"] == train["used"]
@@ -103,7 +102,7 @@ def test_filter_and_fraction(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> N
     render(report, Console(file=shown, width=80))
     rows = [line.split("│") for line in shown.getvalue().splitlines() if line.startswith("│")]
     cells = {row[1].strip(): row[2].strip() for row in rows}
-    assert (cells["rationale kept by the filter"], cells["taken for val"]) == ("6", "1")
+    assert cells["taken for val"] == "1"
     assert cells["rows used"] == str(train["used"])
     assert "rationale_filter: label_agrees" in shown.getvalue()
 

@@ -32,7 +32,6 @@ ARGUMENTS = [
     "allow_extra_outputs",
     "predict_split",
     "batching",
-    "pad_to_multiple_of",
     "rationales",
     "rationale_pairing",
 ]
@@ -59,8 +58,6 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
         ({"allow_extra_outputs": "yes"}, "allow_extra_outputs must be true or false, got 'yes'"),
         ({"label_source": "human"}, "label_source must be one of gold, teacher, got 'human'"),
         ({"batching": "sorted"}, "batching must be one of shuffled, by_length, got 'sorted'"),
-        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be an integer in [1, 4096], got 0"),
-        ({"pad_to_multiple_of": 8.0}, "pad_to_multiple_of must be an integer in [1, 4096], got 8.0"),
         ({"predict_split": "valid"}, "predict_split must be one of train, val, test, predict, got 'valid'"),
         (
             {"tasks": "label"},
@@ -110,8 +107,8 @@ def test_hyperparameters_are_plain(tokenizer: PreTrainedTokenizerFast, tmp_path:
     assert loaded["data_dir"] == str(tmp_path)
     again = ANLIDataModule(**loaded)
     assert dict(again.hparams) == loaded
-    own = JSONLDataModule(train=tmp_path / "x.jsonl", label_set=("a", "b"), batching="by_length", pad_to_multiple_of=8)
-    assert (own.hparams["batching"], own.hparams["pad_to_multiple_of"]) == ("by_length", 8)
+    own = JSONLDataModule(train=tmp_path / "x.jsonl", label_set=("a", "b"), batching="by_length")
+    assert own.hparams["batching"] == "by_length"
     torch.save(dict(own.hparams), tmp_path / "hparams.pt")
     assert dict(JSONLDataModule(**torch.load(tmp_path / "hparams.pt", weights_only=True)).hparams) == dict(own.hparams)
 

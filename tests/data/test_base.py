@@ -16,9 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW
 from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule, SVAMPDataModule, base
-from lit_distill.data.collate import RationaleCollator
-from lit_distill.data.loader import ResumableLoader
-from lit_distill.data.sampler import EpochSampler
+from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row
 from tests.data.conftest import WriteCQA, WriteLines, cqa_output
@@ -84,6 +82,7 @@ def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> Non
     outputs = [cqa_output(i, "no" if i % 2 else "yes") for i in range(20)]
     data = write_cqa(outputs=["?" if i == 2 else output for i, output in enumerate(outputs)])
     module = CQADataModule(data_dir=data, tasks=[*BOTH, "rationale_label"], label_source="teacher")
+    labels = [example.label for example in module.used_rows("train").rows]
     key = module.answer_key("val")
     assert len(key) == len(set(key.ids)) == 2
     assert key.labels == ["yes", "yes"]  # gold, whatever the student is trained on
@@ -92,7 +91,6 @@ def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> Non
     assert (key.metric, key.label_set) == ("exact_match", None)
     train = module.answer_key("train")
     assert set(train.labels) == {"yes"}
-    labels = [example.label for example in module.used_rows("train").rows]
     assert key.majority_label == max(("no", "yes"), key=labels.count)
     assert module.answer_key("val") is key
 
@@ -103,15 +101,11 @@ def test_a_rationale_that_did_not_parse_is_none_in_the_answers(write_cqa: WriteC
     assert module.counts["val"]["unparsed"] == 2
 
 
-def test_majority_without_train(write_cqa: WriteCQA) -> None:
-    module = CQADataModule(data_dir=write_cqa(train=None))
-    assert module.answer_key("test").majority_label is None
-
-
-def test_majority_with_a_train_that_does_not_fit(write_cqa: WriteCQA, caplog: pytest.LogCaptureFixture) -> None:
-    module = CQADataModule(data_dir=write_cqa(train=5, outputs=["x"] * 6))
-    assert module.answer_key("test").majority_label is None
-    assert "majority label is not known" in caplog.text
+def test_the_majority_is_known_once_train_is_read(write_cqa: WriteCQA) -> None:
+    module = CQADataModule(data_dir=write_cqa())
+    assert module.majority_label is None
+    module.used_rows("train")
+    assert module.answer_key("test").majority_label == "yes"
 
 
 def test_val_does_not_move_with_seed_or_fraction(write_cqa: WriteCQA) -> None:
@@ -127,29 +121,17 @@ def test_val_does_not_move_with_seed_or_fraction(write_cqa: WriteCQA) -> None:
     assert len(ids[0]) == 4
 
 
-@pytest.mark.parametrize("stage", ["fit", "test"])
 def test_inputs_that_test_shares_with_train_are_said(
-    stage: str,
-    tokenizer: PreTrainedTokenizerFast,
-    write_cqa: WriteCQA,
-    write_lines: WriteLines,
-    caplog: pytest.LogCaptureFixture,
+    tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = write_cqa(train=40, test=4)
-    apart = [{"id": f"t{i}", "question": f"T{i}?", "choices": ["yes", "no"], "answer": "yes"} for i in range(3)]
-    module = CQADataModule(data_dir=data, tokenizer=tokenizer)
+    module = CQADataModule(data_dir=write_cqa(train=40, test=4), tokenizer=tokenizer)
     held = {text.partition("\n")[0] for text in module.answer_key("val").inputs}
     shared = len({f"Q{i}?" for i in range(4)} - held)
-    assert shared > 0
-    module.setup(stage)
-    said = f"cqa test: {shared} of 4 rows have an input that is also in train"
-    assert caplog.text.count(said) == 1
-    module.setup("test")
-    assert caplog.text.count(said) == 1
-    caplog.clear()
-    write_lines(data / "cqa" / "cqa_test.json", apart)
-    CQADataModule(data_dir=data, tokenizer=tokenizer).setup(stage)
-    assert "also in train" not in caplog.text
+    assert module.repeated_rows("test") == shared > 0
+    for _ in range(2):
+        module.setup("fit")
+    assert caplog.text.count(f"cqa test: {shared} of 4 rows have an input that is also in train") == 1
+    assert caplog.text.count("also in train") == 1
 
 
 def test_fractions_are_of_what_remains_and_nested(write_cqa: WriteCQA) -> None:
@@ -472,15 +454,6 @@ def test_a_pass_by_length_goes_on_where_it_was_left(
         assert sources(resumed) == expected[batches:]
 
 
-def test_widths_are_rounded_up_if_asked(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
-    data = CQADataModule(data_dir=write_cqa(), tokenizer=tokenizer, tasks=BOTH, pad_to_multiple_of=32)
-    data.setup("fit")
-    for batch in (*data.train_dataloader(), *data.val_dataloader()):
-        for inputs in batch.values():
-            assert inputs["input_ids"].shape[1] % 32 == inputs["labels"].shape[1] % 32 == 0
-            assert max(lengths(inputs)) < inputs["input_ids"].shape[1]
-
-
 def test_overfitting_reads_the_same_rows_by_length(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
 ) -> None:
@@ -548,7 +521,6 @@ def test_lightning_runs_it(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteC
     loader = module.loaders[-1]
     assert isinstance(loader, ResumableLoader)
     assert isinstance(loader.sampler, EpochSampler)
-    assert isinstance(loader.collate_fn, RationaleCollator)
     restored = torch.load(tmp_path / "x.ckpt", weights_only=True)["datamodule_hyper_parameters"]
     assert restored["tasks"]["rationale"] == {"prefix": "explain: ", "target": "{rationale}"}
     assert restored["tokenizer"] is None  # an object without a name

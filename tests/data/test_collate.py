@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 
-from lit_distill.batch import IGNORE_INDEX, PADDING_ROW
-from lit_distill.data.collate import RationaleCollator, TokenRow, TokenRows
-from lit_distill.data.tokenize import TokenSettings
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch
+from lit_distill.data.batches import collate
+from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings
 from lit_distill.tasks import tasks_from
 
 TASKS = ("label", "rationale")
@@ -42,8 +41,12 @@ def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenR
 ROWS = [row(0, [5, 1], [6, 1], None), row(1, [7, 0, 1], [8, 8, 1], [4, 1])]
 
 
+def batch_of(rows: list[TokenRow], *, evaluation: bool = False) -> TaskBatch:
+    return collate(rows, tasks=TASKS, pad_token_id=0, evaluation=evaluation)
+
+
 def test_training_holds_only_rows_with_a_target() -> None:
-    batch = RationaleCollator(0, TASKS, evaluation=False)(ROWS)
+    batch = batch_of(ROWS)
     label, rationale = batch["label"], batch["rationale"]
     assert label["input_ids"].tolist() == [[5, 1, 0], [7, 0, 1]]
     # the second row's 0 is a token of its own, not padding
@@ -56,7 +59,7 @@ def test_training_holds_only_rows_with_a_target() -> None:
 
 
 def test_training_without_any_target_has_no_rows() -> None:
-    batch = RationaleCollator(0, TASKS, evaluation=False)(ROWS[:1])
+    batch = batch_of(ROWS[:1])
     rationale = batch["rationale"]
     for tensor in (rationale["input_ids"], rationale["attention_mask"], rationale["labels"]):
         assert tensor.shape == (0, 1)
@@ -64,7 +67,7 @@ def test_training_without_any_target_has_no_rows() -> None:
 
 
 def test_evaluation_holds_every_row() -> None:
-    batch = RationaleCollator(0, TASKS, evaluation=True)(ROWS)
+    batch = batch_of(ROWS, evaluation=True)
     rationale = batch["rationale"]
     assert rationale["input_ids"].tolist() == [[9, 5, 1, 0], [9, 7, 0, 1]]
     assert rationale["labels"].tolist() == [[IGNORE_INDEX] * 2, [4, 1]]
@@ -72,16 +75,8 @@ def test_evaluation_holds_every_row() -> None:
 
 
 def test_evaluation_without_any_target_still_has_a_column() -> None:
-    batch = RationaleCollator(0, TASKS, evaluation=True)(ROWS[:1])
+    batch = batch_of(ROWS[:1], evaluation=True)
     assert batch["rationale"]["labels"].tolist() == [[IGNORE_INDEX]]
-
-
-@pytest.mark.parametrize("evaluation", [True, False])
-def test_lengths_are_rounded_up(evaluation: bool) -> None:
-    batch = RationaleCollator(0, TASKS, evaluation, pad_to_multiple_of=8)(ROWS)
-    assert batch["label"]["input_ids"].shape == (2, 8)
-    assert batch["label"]["labels"].shape == (2, 8)
-    assert batch["label"]["attention_mask"].sum().item() == 5
 
 
 def test_a_row_is_as_long_as_all_that_is_read_of_it() -> None:
@@ -101,7 +96,7 @@ def test_padding_row_is_the_first_without_targets() -> None:
     assert rows[1]["label.labels"] == [[8, 1]]
     assert rows[PADDING_ROW] == row(PADDING_ROW, [5, 1], None, None)
     assert [found["index"] for found in rows.__getitems__([1, PADDING_ROW, 0])] == [1, PADDING_ROW, 0]
-    batch = RationaleCollator(0, TASKS, evaluation=True)([rows[1], rows[PADDING_ROW]])
+    batch = batch_of([rows[1], rows[PADDING_ROW]], evaluation=True)
     assert batch["label"]["index"].tolist() == [1, PADDING_ROW]
     assert batch["label"]["labels"].tolist() == [[8, 1], [IGNORE_INDEX] * 2]
     assert batch["label"]["attention_mask"].tolist() == [[1, 1], [1, 1]]
@@ -112,11 +107,11 @@ SEVERAL = [row(i, [5, 1], [6, 1], None) | {"rationale.labels": [[i, k] for k in 
 
 def test_all_outputs_are_rows_of_their_own() -> None:
     rows = token_rows([*SEVERAL[:2], ROWS[0]], {"label": {"prefix": "p"}, "rationale": {"select": "all"}})
-    batch = RationaleCollator(0, TASKS, evaluation=False)(rows.__getitems__([0, 1, 2]))
+    batch = batch_of(rows.__getitems__([0, 1, 2]))
     assert batch["label"]["index"].tolist() == [0, 1, 2]
     assert batch["rationale"]["index"].tolist() == [0] * 5 + [1] * 5
     assert batch["rationale"]["labels"].tolist() == [[i, k] for i in range(2) for k in range(5)]
-    evaluated = RationaleCollator(0, TASKS, evaluation=True)(rows.__getitems__([0, 1, 2]))
+    evaluated = batch_of(rows.__getitems__([0, 1, 2]), evaluation=True)
     assert evaluated["rationale"]["labels"].tolist() == [[0, 0], [1, 0], [IGNORE_INDEX] * 2]
     # a source is read once for each target
     assert rows.lengths(evaluation=False) == [4 + 5 * 5, 4 + 5 * 5, 4]

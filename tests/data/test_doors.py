@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.data import JSONLDataModule
-from lit_distill.data.sampler import EpochSampler
+from lit_distill.data.batches import EpochSampler
 from lit_distill.errors import UserError
 from lit_distill.tasks import tasks_from
 from tests.data.conftest import WriteLines

@@ -125,11 +125,11 @@ def test_what_is_there_is_not_overwritten(serve: Serve, tmp_path: Path) -> None:
 
 
 HOSTILE = [
-    ({"../evil.txt": "x"}, {}, "points outside"),
-    ({"datasets/cqa/../../../evil.txt": "x"}, {}, "points outside"),
-    ({"/evil.txt": "x"}, {}, "points outside"),
-    ({"C:/evil.txt": "x"}, {}, "points outside"),
-    ({"datasets/cqa/link": "/etc/passwd"}, {"datasets/cqa/link": stat.S_IFLNK | 0o777}, "is a link or a device"),
+    ({"../evil.txt": "x"}, {}, "link or device, or outside"),
+    ({"datasets/cqa/../../../evil.txt": "x"}, {}, "link or device, or outside"),
+    ({"/evil.txt": "x"}, {}, "link or device, or outside"),
+    ({"C:/evil.txt": "x"}, {}, "link or device, or outside"),
+    ({"datasets/cqa/link": "/etc/passwd"}, {"datasets/cqa/link": stat.S_IFLNK | 0o777}, "link or device, or outside"),
 ]
 
 
@@ -146,14 +146,14 @@ def test_hostile_members(
 def test_a_bomb(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "MAX_BYTES", 100_000)
     bomb = RELEASE | {"datasets/cqa/llm/train_CoT_1.json": "0" * 1_000_000}
-    with pytest.raises(UserError, match="unpacks to more than 100000 bytes"):
+    with pytest.raises(UserError, match=r"not the release: .* which unpack to 1\d+ bytes"):
         serve(zipped(bomb))(data_dir=tmp_path).prepare_data()
     assert contents(tmp_path) == []
 
 
 def test_too_many_members(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "MAX_MEMBERS", 5)
-    with pytest.raises(UserError, match="6 members, which is not the release"):
+    with pytest.raises(UserError, match="not the release: 6 members"):
         serve(zipped(RELEASE))(data_dir=tmp_path).prepare_data()
     assert contents(tmp_path) == []
 
@@ -177,7 +177,7 @@ def test_too_long_a_download(serve: Serve, tmp_path: Path, monkeypatch: pytest.M
         (
             zipped(RELEASE | {"datasets/cqa/cqa_test.json": LINES * 2}),
             {},
-            "cqa_test.json has 6 rows, the released one has 3",
+            "cqa_test.json has 6 rows in this archive, and 3 in the release",
         ),
     ],
 )

@@ -206,7 +206,7 @@ def test_a_relative_path_is_looked_up_twice(tmp_path: Path, monkeypatch: pytest.
     assert len(module.answer_key("train")) == 10
     (tmp_path / "here" / "rows.jsonl").write_text('{"input": "1", "label": "a"}\n{"input": "2", "label": "a"}')
     assert len(JSONLDataModule(train="rows.jsonl", data_dir="../data").answer_key("train")) == 1
-    with pytest.raises(UserError, match=r"^test: there is no .*here.absent\.csv nor .*data.absent\.csv$"):
+    with pytest.raises(UserError, match=r"^test: there is no .*here.absent\.csv, nor 'absent\.csv' in .*data$"):
         JSONLDataModule(test="absent.csv", data_dir="../data").prepare_data()
 
 
@@ -261,13 +261,19 @@ def read_all(**arguments: Any) -> None:
     [
         ({}, "^train, val, test or predict must be given"),
         ({"train": "x.jsonl", "metric": "f1"}, "^metric must be one of exact_match, equation, got 'f1'"),
-        ({"train": "x.jsonl", "label_set": "yes"}, "^label_set must be a list of texts, got 'yes'"),
+        (
+            {"train": "x.jsonl", "label_set": "yes"},
+            "^label_set must be a list of different texts, none of them empty, got 'yes'",
+        ),
         (
             {"train": "x.jsonl", "label_set": ["a", "b", "a "]},
-            "^label_set must hold different texts, none of them empty",
+            "^label_set must be a list of different texts, none of them empty",
         ),
-        ({"train": "x.jsonl", "label_set": ["a", ""]}, "^label_set must hold different texts, none of them empty"),
-        ({"train": "x.jsonl", "label_set": [0, 1]}, r"^label_set must be a list of texts, got \[0, 1\]"),
+        ({"train": "x.jsonl", "label_set": ["a", ""]}, "^label_set must be a list of different texts"),
+        (
+            {"train": "x.jsonl", "label_set": [0, 1]},
+            r"^label_set must be a list of different texts, none of them empty, got \[0, 1\]",
+        ),
         ({"train": "x.jsonl", "input_template": "no columns"}, "^input_template must name columns in braces"),
         ({"train": "x.jsonl", "input_template": "{a"}, "^input_template: expected '}' before end of string, in '{a'"),
         ({"train": "x.jsonl", "input_template": "{a.__class__}"}, "^input_template must name columns in braces"),
@@ -410,7 +416,7 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
 def test_csv_columns_and_cells(tmp_path: Path) -> None:
     twice = tmp_path / "twice.csv"
     twice.write_text("input,label,label\na,x,y\n")
-    with pytest.raises(UserError, match="the column 'label' is there twice"):
+    with pytest.raises(UserError, match="a column is there twice: input, label, label"):
         JSONLDataModule(train=twice).released("train")
     long = tmp_path / "long.csv"
     long.write_text(f"input,label\n{'a' * 200_000},x\n")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lit_distill.data.loader import ResumableLoader
-from lit_distill.data.sampler import EpochSampler
+from lit_distill.data.batches import EpochSampler, ResumableLoader
 
 ROWS = list(range(23))
 

@@ -17,7 +17,7 @@ from lit_distill.data import (
     RationaleDataModule,
     SVAMPDataModule,
 )
-from lit_distill.data.nli import LABELS, SEPARATOR
+from lit_distill.data.paper import NLI_LABELS, SEPARATOR
 from lit_distill.data.toy import KINDS, toy_example
 from lit_distill.equations import evaluate
 from lit_distill.questions import Message
@@ -176,7 +176,7 @@ def test_written_prompts(path: Path) -> None:
 @pytest.mark.parametrize("dataset", NLI)
 def test_nli_labels_are_balanced(dataset: type[RationaleDataModule]) -> None:
     counts = Counter(label_of(example) for example in demonstrations(dataset.prompt))
-    assert set(counts) == set(LABELS)
+    assert set(counts) == set(NLI_LABELS)
     assert len(set(counts.values())) == 1
 
 
@@ -184,7 +184,7 @@ def test_nli_labels_are_balanced(dataset: type[RationaleDataModule]) -> None:
 def test_nli_inputs_are_as_rows_are_read(dataset: type[RationaleDataModule]) -> None:
     for example in demonstrations(dataset.prompt):
         premise, hypothesis = example.input.split(SEPARATOR)
-        row = {"premise": premise, "hypothesis": hypothesis, "label": LABELS.index(label_of(example))}
+        row = {"premise": premise, "hypothesis": hypothesis, "label": NLI_LABELS.index(label_of(example))}
         read = dataset().read_row(row)
         assert (read.input, read.label) == (example.input, example.label)
         assert premise == premise.strip() != ""

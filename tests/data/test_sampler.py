@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
 from lit_distill.batch import PADDING_ROW
-from lit_distill.data import sampler as sampling
-from lit_distill.data.sampler import EpochSampler, rows_read
+from lit_distill.data import batches
+from lit_distill.data.batches import EpochSampler, rows_read
 
 
 def passes(rows: int, world: int, **settings: object) -> list[list[int]]:
@@ -129,7 +129,7 @@ def test_by_length_covers_every_row_and_wraps(lengths: list[int], world: int, ba
 )
 def test_windows_of_the_shuffled_order_are_sorted(lengths: list[int], world: int, batch_size: int, most: int) -> None:
     rows, size = len(lengths), batch_size * world
-    with patch.object(sampling, "WINDOW", most):
+    with patch.object(batches, "WINDOW", most):
         ranks = [cut(rank, batch_size) for rank in passes(rows, world, lengths=lengths, batch_size=batch_size)]
     steps = [[row for batch in step for row in batch] for step in zip(*ranks, strict=True)]
     whole, rest = [step for step in steps if len(step) == size], [step for step in steps if len(step) < size]

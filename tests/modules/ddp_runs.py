@@ -12,8 +12,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_distill.data.loader import ResumableLoader
-from lit_distill.data.sampler import EpochSampler
+from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.modules import DistillModule, StepByStepModule

@@ -10,8 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
-from lit_distill.data.loader import ResumableLoader
-from lit_distill.data.sampler import EpochSampler
+from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.modules import StepByStepModule, training
 from tests.modules.batches import Rows, RowsData, random_rows
 from tests.modules.running import identical, make_trainer

@@ -1,12 +1,15 @@
-"""The order of rows on each rank: a pure function of seed, epoch and lengths."""
+"""From tokenised rows to batches: the order of rows on each rank, their padding, and a loader that resumes."""
 
 from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from lit_distill.batch import PADDING_ROW
+from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
+from lit_distill.data.tokenize import TokenRow
 
 WINDOW = 50
 """Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
@@ -15,7 +18,7 @@ differently in each epoch.
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Distributes the rows of an epoch over ranks; can start within an epoch.
+    """The order of rows on one rank: a function of seed, epoch and lengths. It can start within an epoch.
 
     Rank ``r`` takes positions ``r, r + world, r + 2 * world, ...``. The last round is filled by wrapping around when
     shuffling (training), and with ``PADDING_ROW`` otherwise (evaluation), so that no row counts twice.
@@ -91,8 +94,7 @@ class EpochSampler(DistributedSampler[int]):
         if self.lengths is not None:
             batch_size = self.batch_size * self.num_replicas
             shuffled = by_length(shuffled, torch.tensor(self.lengths), batch_size, generator)
-        order = shuffled.tolist()
-        return order
+        return cast(list[int], shuffled.tolist())
 
 
 def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -121,3 +123,81 @@ def rows_read(limit: float, rows: int, batch_size: int, world: int) -> int:
     batches = -(-rows // (batch_size * world))
     read = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
     return min(rows, int(read) * batch_size * world)
+
+
+def collate(rows: Sequence[TokenRow], *, tasks: Sequence[str], pad_token_id: int, evaluation: bool) -> TaskBatch:
+    """Pad rows to a batch: task name -> its tensors.
+
+    In training a task has a row for each target, possibly none; in evaluation each task has every row once, in the same
+    order, with only ``IGNORE_INDEX`` labels if there is no target.
+    """
+    batch: TaskBatch = {}
+    for task in tasks:
+        pairs = [
+            (row, target)
+            for row in rows
+            for target in ((row[f"{task}.labels"] or [[]])[:1] if evaluation else row[f"{task}.labels"])
+        ]
+        sources = [row[f"{task}.input_ids"] for row, _ in pairs]
+        input_ids = _pad(sources, pad_token_id)
+        lengths = torch.tensor([len(source) for source in sources], dtype=torch.long)
+        batch[task] = TaskInputs(
+            input_ids=input_ids,
+            # by length, as the padding id can be that of an ordinary token
+            attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            labels=_pad([target for _, target in pairs], IGNORE_INDEX),
+            index=torch.tensor([row["index"] for row, _ in pairs], dtype=torch.long),
+        )
+    return batch
+
+
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """``(batch, length)``; at least one column, so that empty batches have a valid shape."""
+    width = max([1, *map(len, sequences)])
+    padded = torch.full((len(sequences), width), value, dtype=torch.long)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+    return padded
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A `DataLoader` with a state: the epoch and the number of its batches that were handed out.
+
+    Has the arguments of `DataLoader`, so that Lightning can rebuild it. A trainer that prefetches must save the number
+    of consumed batches instead.
+    """
+
+    _batches = 0
+    _pass_epoch: int | None = None
+    _skip = 0
+
+    def __iter__(self) -> Iterator[TaskBatch]:  # type: ignore[override]
+        self._pass_epoch = None
+        return self._pass()
+
+    def _pass(self) -> Iterator[TaskBatch]:
+        # lazily, at the first batch: Lightning makes the iterator before it sets the epoch
+        start = self.state_dict()
+        self._pass_epoch, self._batches = start["epoch"], start["batches"]
+        skip, self._skip = self._skip, 0
+        for batch in islice(super().__iter__(), skip, None):
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and the number of batches handed out."""
+        if not isinstance(self.sampler, EpochSampler):
+            return {"epoch": 0, "batches": self._skip if self._pass_epoch is None else self._batches}
+        epoch = self.sampler.epoch
+        if self._pass_epoch == epoch:
+            return {"epoch": epoch, "batches": self._batches}
+        return {"epoch": epoch, "batches": self.sampler.offset // cast(int, self.batch_size)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue within that epoch at the next pass."""
+        self._pass_epoch = None
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.start(state["epoch"], state["batches"] * cast(int, self.batch_size))
+        else:
+            # Lightning's sequential sampler for `overfit_batches`: skip what was seen
+            self._skip = state["batches"]

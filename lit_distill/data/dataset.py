@@ -1,32 +1,25 @@
-"""The definition of a dataset, and its rows with teacher outputs."""
+"""What a dataset is: its files, how its rows and its teacher's texts are read, and how answers are compared."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_distill.annotation.record import Annotation, read_text
-from lit_distill.data.annotated import check_columns, names_columns, output_of, read_annotations
 from lit_distill.data.download import RELEASE_URL
-from lit_distill.data.sources import read_json_lines, read_outputs
+from lit_distill.data.outputs import RELEASED, output_of, read_released
+from lit_distill.data.selection import names_columns
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
-from lit_distill.tasks import RATIONALE_LABEL, Row, Task, TeacherOutput
-
-RELEASED = "released"
-"""The teacher name, and the word in ``rationales``, of outputs that come with the dataset."""
-
-# the logger that Lightning shows without set-up; a notice that were a `warnings.warn` would be a fault in strict runs
-log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+from lit_distill.reading import json_lines
+from lit_distill.tasks import RATIONALE_LABEL, Row, TeacherOutput
 
 
-class ReleasedRows(pl.LightningDataModule):
-    """A dataset's rows, by default from files in the layout of the paper's release."""
+class Dataset(pl.LightningDataModule):
+    """What `RationaleDataModule` needs to know of a dataset, by default in the layout of the paper's release."""
 
     name: str = ""  # name in ids, reports and the cache
     hub_name: str | None = None  # name on the Hugging Face hub, for model cards
@@ -39,20 +32,8 @@ class ReleasedRows(pl.LightningDataModule):
     release_url: ClassVar[str] = RELEASE_URL  # the archive of the released data
 
     data_dir: Path
-    tasks: dict[str, Task]
-    rationales: list[Path] | None
     rationale_filter: str
     allow_extra_outputs: bool
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._released: dict[Split, list[Row] | None] = {}
-        self._notices: set[str] = set()
-
-    @property
-    def folder(self) -> Path:
-        """The dataset's folder."""
-        return self.data_dir / self.name
 
     def read_row(self, row: dict[str, Any]) -> Row:
         """Parse a released row; an empty ``id`` becomes the position.
@@ -70,6 +51,10 @@ class ReleasedRows(pl.LightningDataModule):
         label = ((label or "").splitlines() or [""])[0].strip().removesuffix(".").strip()
         return (rationale, label) if rationale and label else None
 
+    def teacher_agrees(self, teacher_label: str, label: str) -> bool:
+        """Whether the teacher's label is correct."""
+        return judge(self.metric)(teacher_label, label)
+
     @property
     def prompt_file(self) -> Path:
         """The YAML file of the prompt."""
@@ -83,18 +68,24 @@ class ReleasedRows(pl.LightningDataModule):
         choices = ", ".join(row.choices or self.label_set or ())
         return {"input": row.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
 
+    def split_file(self, split: Split) -> Path | None:
+        """The file of a split, existing or not; ``None`` if none is released."""
+        word = self.splits.get(split)
+        return None if word is None else self.data_dir / self.name / f"{self.name}_{word}.json"
+
+    def absence(self, split: Split) -> str:
+        """The message for an absent split, naming the argument of its place."""
+        return f"data_dir: {self.name} has no {split} split ({self.split_file(split) or 'none is released'})"
+
     def load_rows(self, split: Split) -> list[Row] | None:
         """All rows of a split, with the teacher outputs in the same file, if any; ``None`` if the split is absent.
 
-        Override this for another layout.
-
-        Raises:
-            UserError: a file is invalid.
+        Override this for another layout. Raises a ``UserError`` if a file is invalid.
         """
         path = self.split_file(split)
         if path is None or not path.is_file():
             return None
-        rows = self.read_rows(read_json_lines(path), self.read_row, split)
+        rows = self.read_rows(json_lines(path), self.read_row, split)
         if not rows:
             raise UserError(f"{split}: {path} is empty; give a file with rows, or remove it")
         return rows
@@ -115,9 +106,12 @@ class ReleasedRows(pl.LightningDataModule):
         return rows
 
     def load_outputs(self, split: Split, rows: list[Row]) -> list[tuple[TeacherOutput, ...]]:
-        """The rows with the released teacher outputs, from ``llm/<split>_CoT_<k>.json``."""
-        folder, word = self.folder / "llm", self.splits[split]
-        texts = read_outputs(folder, word)
+        """The dataset's own outputs of each row: those of `load_rows`, else texts in ``llm/<split>_CoT_<k>.json``."""
+        if type(self).load_rows is not Dataset.load_rows:
+            return [row.outputs for row in rows]
+        word = self.splits[split]
+        folder = self.data_dir / self.name / "llm"
+        texts = read_released(folder, word)
         if not texts:
             return [()] * len(rows)
         counted = f"{split}: {self.split_file(split)} has {len(rows)} rows, {folder}/{word}_CoT_*.json have"
@@ -126,39 +120,17 @@ class ReleasedRows(pl.LightningDataModule):
             raise UserError(f"{counted}; they are joined by position and have to be as many")
         if len(texts) > len(rows) and not self.allow_extra_outputs:
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {len(rows)} of them")
-        read = self._with_columns if names_columns(self.rationale_filter) else self._without_columns
+        with_columns = names_columns(self.rationale_filter)
         # there may be more texts, so not strict
-        return [(read(row, text),) for row, text in zip(rows, texts, strict=False)]
+        return [(self._output(row, text, with_columns),) for row, text in zip(rows, texts, strict=False)]
 
-    def _with_columns(self, row: Row, text: str) -> TeacherOutput:
-        """An output with the columns that `annotate` writes."""
-        sample = Annotation(row.id, teacher=RELEASED, text=text)
-        sample = read_text(sample, row, self.parse_teacher, self.teacher_agrees)
-        return output_of(sample, asdict(sample))
-
-    def _without_columns(self, row: Row, text: str) -> TeacherOutput:
+    def _output(self, row: Row, text: str, with_columns: bool) -> TeacherOutput:
+        """A released output; with the columns that `annotate` writes, which take longer, if a filter names some."""
+        if with_columns:
+            sample = Annotation(row.id, teacher=RELEASED, text=text)
+            return output_of(read_text(sample, row, self.parse_teacher, self.teacher_agrees))
         rationale, label = self.parse_teacher(text) or (None, None)
         return TeacherOutput(rationale, label, RELEASED)
-
-    def split_file(self, split: Split) -> Path | None:
-        """The file of a split, existing or not; ``None`` if none is released."""
-        word = self.splits.get(split)
-        return None if word is None else self.folder / f"{self.name}_{word}.json"
-
-    def absence(self, split: Split) -> str:
-        """The message for an absent split, naming the argument of its place."""
-        return f"data_dir: {self.name} has no {split} split ({self.split_file(split) or 'none is released'})"
-
-    def teacher_agrees(self, teacher_label: str, label: str) -> bool:
-        """Whether the teacher's label is correct."""
-        return judge(self.metric)(teacher_label, label)
-
-    def released(self, split: Split) -> list[Row] | None:
-        """A complete released split with teacher outputs, read once; ``None`` if absent."""
-        if split not in self._released:
-            rows = self.load_checked(split)
-            self._released[split] = None if rows is None else self._join(rows, split)
-        return self._released[split]
 
     def load_checked(self, split: Split) -> list[Row] | None:
         """As `load_rows`, after checks that ids are unique and labels among the choices."""
@@ -179,33 +151,3 @@ class ReleasedRows(pl.LightningDataModule):
         """The rows to annotate: a complete released split, without teacher outputs."""
         rows = self.load_checked(split)
         return None if rows is None else [replace(row, outputs=()) for row in rows]
-
-    def _join(self, rows: list[Row], split: Split) -> list[Row]:
-        """The rows with the outputs of ``rationales``, by default the dataset's own."""
-        parts = []
-        for path in self.rationales or [Path(RELEASED)]:
-            if str(path) != RELEASED:
-                found, notices = read_annotations(rows, path, split, self.teacher_agrees, self.parse_teacher)
-                for notice in notices:
-                    self.warn(f"{split}: {notice}")
-            else:
-                own = type(self).load_rows is not ReleasedRows.load_rows
-                found = [row.outputs for row in rows] if own else self.load_outputs(split, rows)
-            parts.append(found)
-        outputs = [sum(of_row, ()) for of_row in zip(*parts, strict=True)]
-        rows = [replace(row, outputs=of_row) for row, of_row in zip(rows, outputs, strict=True)]
-        names = dict.fromkeys(output.teacher for of_row in outputs for output in of_row)
-        if len(names) > 1 and not any(task.teacher for task in self.tasks.values()):
-            self.warn(
-                f"{split}: samples of several teachers ({', '.join(map(str, names))}), the first of which comes"
-                " first; a task's teacher or rationale_filter: teacher == 'NAME' chooses"
-            )
-        if split == "train":
-            check_columns(self.rationale_filter, rows)
-        return rows
-
-    def warn(self, text: str) -> None:
-        """Log a warning once."""
-        if text not in self._notices:
-            self._notices.add(text)
-            rank_zero_only(log.warning)(text if text.startswith("data_dir") else f"{self.name} {text}")

@@ -1,0 +1,124 @@
+"""Teacher outputs of rows: the released texts, and the samples in `annotate`'s folders, joined by id."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_distill.annotation.prompts import Parse
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text
+from lit_distill.annotation.store import FILE, PARQUET, read_rows
+from lit_distill.annotation.store import _voted as voted
+from lit_distill.data.selection import NOT_COLUMNS
+from lit_distill.data.sources import read_json_list
+from lit_distill.errors import UserError
+from lit_distill.tasks import Row, TeacherOutput
+
+RELEASED = "released"
+"""The teacher name, and the word in ``rationales``, of outputs that come with the dataset."""
+
+
+def read_released(folder: Path, split: str) -> list[str]:
+    """The teacher's texts in ``<split>_CoT_<k>.json``, each a JSON list of strings, by k.
+
+    Raises a ``UserError`` if a file is damaged, or a number is missing, which would shift all later texts.
+    """
+    pattern = re.compile(re.escape(split) + r"_CoT_(\d+)\.json")
+    numbered = {int(match[1]): path for path in folder.glob("*.json") if (match := pattern.fullmatch(path.name))}
+    texts: list[str] = []
+    for expected, (number, path) in enumerate(sorted(numbered.items())):
+        if number != expected:
+            raise UserError(f"{folder}: {split}_CoT_{expected}.json is missing, but {path.name} is there")
+        for position, text in enumerate(read_json_list(path)):
+            if not isinstance(text, str):
+                raise UserError(f"{path}: output {position} is not a string but {type(text).__name__}")
+            texts.append(text)
+    return texts
+
+
+def annotations_file(path: Path) -> Path:
+    """The file of samples: the path itself, or the one in the folder. Raises a ``UserError`` if there is none."""
+    if path.is_dir():
+        found = [path / name for name in (FILE, PARQUET) if (path / name).is_file()]
+        if not found:
+            raise UserError(f"rationales: {str(path)!r} holds neither {FILE} nor {PARQUET}")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"rationales: no file or folder {str(path)!r}")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"rationales: {str(path)!r} ends neither in .jsonl nor in .parquet")
+    return path
+
+
+class _Sample(NamedTuple):
+    group: int  # teacher, kind, prompt and settings, in the order of the file
+    annotation: Annotation
+    columns: Mapping[str, Any]  # its row in the file
+
+
+def read_annotations(
+    rows: Sequence[Row], path: Path, split: str, agree: Agree, parse: Parse
+) -> tuple[list[tuple[TeacherOutput, ...]], list[str]]:
+    """Each row's outputs in a folder or file, and notices for the user.
+
+    Sorted by teacher, kind, prompt, settings and sample; samples of other splits are skipped. A sample with only a text
+    is parsed here. Raises a ``UserError`` if all samples of a row were asked with another input, or no sample belongs
+    to any row.
+    """
+    path = annotations_file(path)
+    places = {row.id: position for position, row in enumerate(rows)}
+    found: dict[int, list[_Sample]] = {}
+    groups: dict[tuple[str | None, ...], int] = {}
+    outdated: dict[int, str] = {}
+    joined = unmatched = 0
+    notices: list[str] = []
+    torn = "{} is torn: its row may have no sample (annotate asks it again)"
+    for one, columns in read_rows(path, lambda where: notices.append(torn.format(where))):
+        if one.split is not None and one.split != split:
+            continue
+        place = places.get(one.id)
+        if place is None:
+            # samples without a split belong to train
+            unmatched += one.split is not None or split == "train"
+            continue
+        joined += 1
+        if one.input is not None and one.input != input_hash(rows[place]):
+            outdated.setdefault(place, one.id)
+        elif (one.text, one.rationale, one.label) != (None, None, None):
+            if (one.parsed, one.rationale, one.label) == (None, None, None):
+                one = read_text(one, rows[place], parse, agree)
+            group = groups.setdefault((one.teacher, one.kind, one.prompt, one.settings), len(groups))
+            found.setdefault(place, []).append(_Sample(group, one, columns))
+    if alone := [name for place, name in outdated.items() if place not in found]:
+        raise UserError(f"rationales: {path}: {alone[0]!r} was asked with another input than the row has now")
+    if unmatched and not joined:
+        raise UserError(f"rationales: none of the {unmatched} ids in {path} is one of {split}'s rows")
+    if unmatched:
+        notices.append(f"{unmatched} samples in {path} are of rows that are not here")
+    if outdated:
+        notices.append(f"samples of earlier inputs of {len(outdated)} rows in {path} are left out")
+    outputs: list[tuple[TeacherOutput, ...]] = [()] * len(rows)
+    for place, samples in found.items():
+        samples.sort(key=lambda sample: (sample.group, sample.annotation.sample))
+        if any(sample.annotation.votes is None for sample in samples):
+            samples = _with_votes(samples, agree)
+        outputs[place] = tuple(output_of(sample.annotation, sample.columns) for sample in samples)
+    return outputs, notices
+
+
+def _with_votes(samples: Sequence[_Sample], agree: Agree) -> list[_Sample]:
+    """Samples of a row with the columns that need all of them, which a job adds when it ends."""
+    filled: list[_Sample] = []
+    for _, group in groupby(samples, key=lambda sample: sample.group):
+        same = list(group)
+        annotations = voted([sample.annotation for sample in same], agree)
+        filled += [sample._replace(annotation=one) for sample, one in zip(same, annotations, strict=True)]
+    return filled
+
+
+def output_of(annotation: Annotation, columns: Mapping[str, Any] | None = None) -> TeacherOutput:
+    """A sample as an output; ``columns`` are others of its row in the file."""
+    values = {**(columns or {}), **{name: getattr(annotation, name) for name in COLUMNS}}
+    known = {name: value for name, value in values.items() if value is not None and name not in NOT_COLUMNS}
+    return TeacherOutput(annotation.rationale, annotation.label, annotation.teacher, annotation.kind, known)
