@@ -6,12 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 
@@ -20,16 +20,18 @@ import lit_distill.data
 import lit_distill.modules  # noqa: F401
 from lit_distill.commands import train
 from lit_distill.commands.parser import import_class
+from lit_distill.commands.settings import settle
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import Cell, State, config_difference, lay_out
-from lit_distill.experiments.grid import Grid, cell_name, fit_keys, merge, nested, read_grid
+from lit_distill.experiments.cells import Cell, State
+from lit_distill.experiments.grid import Grid, as_list, cell_name, fit_keys, merge, nested, read_grid
 from lit_distill.experiments.launch import Board, Local, Slurm, run_cells
-from lit_distill.experiments.report import SWEEP, counts, judge, show_event, summary_table, sweep_text, verdict_table
+from lit_distill.experiments.report import SWEEP, counts, show_event, summary_table, sweep_text
 from lit_distill.files import write_text
 from lit_distill.messages import known_subclasses
 from lit_distill.reading import parse_yaml, read_small
 from lit_distill.records import read_record
 from lit_distill.shipped import find_config
+from lit_distill.tables import console_table
 
 _BASES = ("lit_distill.modules.base.DistillModule", "lit_distill.data.base.RationaleDataModule")
 
@@ -84,11 +86,11 @@ def experiment(
         board = {cell: _state(cell) for cell in cells}
         if dry_run:
             Console().print(summary_table(board))
-            return _summary(board, grid)
+            return _summary(board)
         started = Slurm(folder / ".submitit", jobs, slurm) if launcher == "slurm" else local
         for cell in cells:
-            if board[cell] is not State.DONE and (aside := lay_out(cell, retry_failed=retry_failed)):
-                print(f"{cell.name}: its config was edited; what was tried with the old one lies in {aside}")
+            if board[cell] is not State.DONE:
+                cell.lay_out(retry_failed=retry_failed)
             board[cell] = cell.state
         if only is None:
             write_text(folder / SWEEP, sweep_text(cells, folder))
@@ -99,10 +101,49 @@ def experiment(
             if board[cell] is State.PENDING:
                 print(cell.line)
         print(f"{folder}: {counts(board)}", file=sys.stderr)
-        return _summary(board, grid)
+        return _summary(board)
     ended = run_cells(board, started, show_event)
-    _report(board, grid)
-    return _summary(board, grid) | {"interrupted": not ended}
+    Console().print(summary_table(board))
+    for cell, state in board.items():
+        if state is State.FAILED:
+            print(f"{cell.name}: {cell.failure}")
+    verdicts = {}
+    if grid.tolerance is not None and State.DONE in board.values():
+        verdicts = judge(folder, grid.tolerance)
+    for number, text in enumerate(grid.deviations):
+        print("Deviations from what was published:\n" * (number == 0) + f"- {' '.join(text.split())}")
+    return _summary(board) | {"verdicts": verdicts, "interrupted": not ended}
+
+
+def judge(folder: Path, tolerance: float) -> dict[str, str]:
+    """Print and return whether each setting's mean accuracy is as published, within percentage points."""
+    # pandas takes a second to import
+    from lit_distill.comparison.comparing import compare_runs
+    from lit_distill.comparison.report import change, number, with_error
+    from lit_distill.comparison.runs import find_runs
+
+    numbers = ["published", "measured", "seeds", "difference", "tolerance", "verdict"]
+    table = console_table("Test accuracy in percent, beside what was published", ["setting"], numbers)
+    comparison = compare_runs(*find_runs([folder]), allow_different_tests=True)
+    verdicts = {}
+    for row in comparison.settings.dropna(subset="published").to_dict("records"):
+        difference, metric = row["mean"] - row["published"], comparison.metric
+        verdict = "above" if difference > 0 else "below"
+        # 63.29 and 3.1 are not exact in binary
+        if abs(100 * difference) <= tolerance + 1e-9:
+            verdict = "within tolerance"
+        verdicts[row["name"]] = verdict
+        measured = with_error(number(row["mean"], metric), row["error"], metric)
+        shown = (
+            number(row["published"], metric),
+            measured,
+            str(row["n"]),
+            change(difference, metric),
+            f"{tolerance:g}",
+        )
+        table.add_row(row["name"], *shown, verdict)
+    Console().print(table)
+    return verdicts
 
 
 class FitCheck(train.DistillCLI):
@@ -132,10 +173,9 @@ class FitCheck(train.DistillCLI):
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
             super().parse_arguments(self._parser("fit"), copy.deepcopy(dict(config)))
         found: Namespace = self.config
-        self.config = Namespace(subcommand="fit", fit=found)
         threads = torch.get_num_threads()
         try:
-            self._settle()
+            settle(found, "fit")
         finally:
             torch.set_num_threads(threads)
         _try_classes(found)
@@ -172,10 +212,7 @@ def accepted_arguments(class_path: str) -> Collection[str] | None:
         found = known.get(class_path) or import_class(class_path)
     except (ImportError, AttributeError, ValueError):
         return None
-    makers = [vars(klass)["__init__"] for klass in found.__mro__ if "__init__" in vars(klass) and klass is not object]
-    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    parameters = [one for maker in makers for one in signature(maker).parameters.values() if one.kind in kinds]
-    return {one.name for one in parameters} - {"self"}
+    return {parameter.name for parameter in get_signature_parameters(found)}
 
 
 def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
@@ -197,7 +234,7 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
                 checked.add(repr(like))
         except UserError as error:
             raise UserError(f"{error} (in the cell {name} of {path})") from error
-        cells.append(Cell(name, folder / name, point, _with_location(config, folder / name)))
+        cells.append(Cell(name, folder / name, _with_location(config, folder / name)))
     return cells
 
 
@@ -218,57 +255,35 @@ def _with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(trainer, Mapping) or not isinstance(checkpoint, Mapping):
         # fit says what is wrong
         return dict(config)
-    given = trainer.get("logger")
-    others = [one for one in (given if isinstance(given, list) else [given]) if not isinstance(one, bool | None)]
-    others = [one for one in others if _class_name(one) != "CSVLogger"]
     own = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
-    kept = {key: value for key, value in config.items() if key != "ckpt_path"}
+    loggers = [{"class_path": "CSVLogger", "init_args": own}]
+    for logger in as_list(trainer.get("logger")):
+        kind = logger.get("class_path") if isinstance(logger, Mapping) else logger
+        if not isinstance(logger, bool | None) and not str(kind).endswith("CSVLogger"):
+            loggers.append(logger)
     return {
-        **kept,
-        "trainer": {**trainer, "logger": [{"class_path": "CSVLogger", "init_args": own}, *others]},
+        **{key: value for key, value in config.items() if key != "ckpt_path"},
+        "trainer": {**trainer, "logger": loggers},
         "checkpoint": {**checkpoint, "dirpath": str(folder / "checkpoints")},
         "resume": True,
     }
 
 
-def _class_name(given: Any) -> str:
-    class_path = given.get("class_path", "") if isinstance(given, Mapping) else given
-    return str(class_path).rpartition(".")[2]
-
-
 def _state(cell: Cell) -> State:
-    """The state of a cell; a finished run counts only if its config is the same."""
+    """The state of a cell whose folder holds no run of another config."""
     state = cell.state
     if state is State.DONE:
         try:
             read_record(cell.folder)
         except UserError as error:
             raise UserError(f"{error}; move it away to run the cell again") from error
-        if difference := config_difference(cell):
-            raise UserError(
-                f"{cell.folder}: holds a finished run of another config ({difference}); move it away, or give"
-                " another out"
-            )
+    cell.check_folder()
     return state
 
 
-def _report(board: Board, grid: Grid) -> None:
-    console = Console()
-    console.print(summary_table(board))
-    for cell, state in board.items():
-        if state is State.FAILED:
-            print(f"{cell.name}: {cell.failure}")
-    if grid.published:
-        console.print(verdict_table(judge(grid, list(board))))
-    if grid.deviations:
-        print("Deviations from what was published:")
-        for text in grid.deviations:
-            print(f"- {' '.join(text.split())}")
-
-
-def _summary(board: Board, grid: Grid) -> dict[str, Any]:
+def _summary(board: Board) -> dict[str, Any]:
+    found = list(board.values())
     return {
-        **{str(state): list(board.values()).count(state) for state in State},
+        **{str(state): found.count(state) for state in State},
         "cells": {cell.name: str(state) for cell, state in board.items()},
-        "verdicts": {one.what: one.verdict for one in judge(grid, list(board))},
     }

@@ -1,4 +1,4 @@
-"""A cell of a grid: one run of ``fit``, its folder and its state."""
+"""A cell of a grid: one run of ``fit``, its folder, its state and its process."""
 
 import os
 import shlex
@@ -7,10 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,19 +21,14 @@ from lit_distill.files import write_text
 from lit_distill.reading import parse_yaml
 from lit_distill.records import RECORD
 
-CONFIG = "fit.yaml"
-"""The cell's own config."""
-
-FAILED = "failed.txt"
-"""Why the last try failed: one line, then the end of the log."""
-
-LOG = "log.txt"
-"""Output of the runs."""
+CONFIG = "fit.yaml"  # the cell's own config
+FAILED = "failed.txt"  # why the last try failed, in one line
+LOG = "log.txt"  # output of the runs
+_LOCK = "cell.lock"  # `fit` has a lock of its own
 
 FIT = (sys.executable, "-m", "lit_distill", "fit")
 """The command that runs a cell."""
 
-_PACKAGE = Path(__file__).parents[2]
 _STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 """Exit codes of a run that was interrupted and has saved."""
 
@@ -44,12 +38,10 @@ class State(StrEnum):
 
     PENDING = "pending"
     RUNNING = "running"
-    RUNNING_ELSEWHERE = "running elsewhere"
-    """In another process."""
+    RUNNING_ELSEWHERE = "running elsewhere"  # in another process
     DONE = "done"
     FAILED = "failed"
-    STOPPED = "stopped"
-    """Interrupted; resumes from its last checkpoint."""
+    STOPPED = "stopped"  # interrupted; resumes from its last checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +50,6 @@ class Cell:
 
     name: str
     folder: Path
-    point: Mapping[str, Any]  # canonical key -> value of what varies
     config: Mapping[str, Any]  # the whole nested config
     command: tuple[str, ...] = FIT  # the command before `--config`
 
@@ -79,100 +70,71 @@ class Cell:
             return State.DONE
         if (self.folder / FAILED).exists():
             return State.FAILED
-        claimed = claim(self) if _lock_path(self).exists() else nullcontext()
-        if claimed is None:
-            return State.RUNNING_ELSEWHERE
-        with claimed:
+        if not (self.folder / _LOCK).exists():
             return State.PENDING
+        if (lock := self.lock()) is None:
+            return State.RUNNING_ELSEWHERE
+        lock.close()
+        return State.PENDING
 
     @property
     def failure(self) -> str:
         """Why it failed, in one line."""
-        return (self.folder / FAILED).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        return (self.folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
 
     def fail(self, reason: str) -> None:
-        """Record why it failed, with the end of its log."""
+        """Record why it failed, with the last line of its log."""
         log = self.folder / LOG
-        text = log.read_bytes()[-20_000:].decode(errors="replace") if log.exists() else ""
-        lines = [line.rstrip() for line in text.splitlines() if line.strip()][-20:]
-        write_text(self.folder / FAILED, "\n".join([": ".join([reason, *lines[-1:]]), "", *lines, ""]))
+        text = log.read_bytes()[-10_000:].decode(errors="replace") if log.exists() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        write_text(self.folder / FAILED, ": ".join([reason, *lines[-1:]]) + "\n")
 
+    def check_folder(self) -> None:
+        """Raise a ``UserError`` if the folder holds a run of another config."""
+        path = self.folder / CONFIG
+        if not self.folder.exists() or all(file == path for file in self.folder.iterdir()):
+            return
+        try:
+            found = parse_yaml(path.read_bytes()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); move it away") from error
+        there, wanted = without_location(found if isinstance(found, dict) else {}), without_location(self.config)
+        for key in {**wanted, **there}:
+            if there.get(key) != wanted.get(key):
+                raise UserError(
+                    f"{self.folder}: holds a run of another config ({key}: {there.get(key)!r} there,"
+                    f" {wanted.get(key)!r} wanted); move it away, or give another out"
+                )
 
-def config_difference(cell: Cell) -> str | None:
-    """The first key in which the config in the cell's folder differs; ``None`` if none does."""
-    path = cell.folder / CONFIG
-    try:
-        found = parse_yaml(path.read_bytes()) if cell.folder.exists() else cell.config
-    except FileNotFoundError:
-        found = {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); move it away") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a config; move it away")
-    there, wanted = without_location(found), without_location(cell.config)
-    for key in {**wanted, **there}:
-        if there.get(key) != wanted.get(key):
-            return f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} wanted"
-    return None
-
-
-def lay_out(cell: Cell, *, retry_failed: bool = False) -> Path | None:
-    """Write a cell's config into its folder, unless another process runs the cell.
-
-    A try with another config is moved aside, so that no run resumes from its checkpoints; returns where to, if so.
-
-    Raises:
-        UserError: another process runs the cell with another config.
-    """
-    with claim(cell) or nullcontext() as claimed:
-        difference, aside = config_difference(cell), None
-        if claimed is None and difference:
-            raise UserError(f"{cell.folder}: another process runs it with another config ({difference}); let it end")
-        if claimed is None:
-            return None
-        if difference:
-            place = cell.folder.parent / ".edited"
-            place.mkdir(exist_ok=True)
-            aside = next(path for i in count(1) if not (path := place / f"{cell.name}.{i}").exists())
-            cell.folder.rename(aside)
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        body = yaml.safe_dump(dict(cell.config), sort_keys=False, allow_unicode=True)
-        write_text(cell.folder / CONFIG, f"# {cell.line}\n{body}")
+    def lay_out(self, *, retry_failed: bool = False) -> None:
+        """Write its config into its folder; with ``retry_failed``, forget that it failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        body = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / CONFIG, f"# {self.line}\n{body}")
         if retry_failed:
-            (cell.folder / FAILED).unlink(missing_ok=True)
-    return aside
+            (self.folder / FAILED).unlink(missing_ok=True)
 
+    def lock(self) -> IO[bytes] | None:
+        """Lock it until the file is closed; ``None`` if another process has it.
 
-def _lock_path(cell: Cell) -> Path:
-    """Beside the folder, which may be moved."""
-    return cell.folder.parent / ".locks" / f"{cell.name}.lock"
+        Unlike a ``FileLock``, a child process inherits the lock and keeps it if its parent dies.
+        """
+        import fcntl
 
-
-def claim(cell: Cell) -> IO[bytes] | None:
-    """Lock a cell until the file is closed; ``None`` if another process has it.
-
-    Unlike a ``FileLock``, a child process inherits the lock and keeps it if its parent dies.
-    """
-    import fcntl
-
-    path = _lock_path(cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+        file = (self.folder / _LOCK).open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
 
 
 class Run:
     """A try of a cell: a process that holds the lock as long as it lives, even without this one."""
 
-    def __init__(self, cell: Cell, claimed: IO[bytes], environment: Mapping[str, str]) -> None:
-        self._cell, self._claimed, self._killed = cell, claimed, False
-        # find this package even if it is not installed
-        path = os.pathsep.join([str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    def __init__(self, cell: Cell, lock: IO[bytes], environment: Mapping[str, str]) -> None:
+        self._cell, self._lock, self._killed = cell, lock, False
         with (cell.folder / LOG).open("ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {cell.line}\n".encode())
             log.flush()
@@ -181,52 +143,39 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[claimed.fileno()],
-                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
+                pass_fds=[lock.fileno()],
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
                 # this process forwards Ctrl-C
                 start_new_session=True,
             )
 
     @classmethod
     def start(cls, cell: Cell, environment: Mapping[str, str] | None = None) -> "Run | None":
-        """Start a cell; ``None`` if another process runs it or has just finished it.
-
-        Args:
-            cell: with its config written.
-            environment: additional variables.
-        """
-        claimed = claim(cell)
-        if claimed is None:
+        """Start a cell that is laid out; ``None`` if another process runs it or has just finished it."""
+        if (lock := cell.lock()) is None:
             return None
         if (cell.folder / RECORD).exists() or (cell.folder / FAILED).exists():
-            claimed.close()
+            lock.close()
             return None
-        return cls(cell, claimed, environment or {})
+        return cls(cell, lock, environment or {})
 
     def done(self) -> bool:
         """Whether it has ended; records the failure, if any."""
         code = self._process.poll()
-        if code is not None and not self._claimed.closed:
-            with self._claimed:
+        if code is not None and not self._lock.closed:
+            with self._lock:
                 if not (self._killed or code in _STOPPED or (self._cell.folder / RECORD).exists()):
                     self._cell.fail(_reason(code))
         return code is not None
 
     def wait(self) -> None:
-        """Wait for its end."""
-        self._process.wait()
-        self.done()
+        """Wait for its end; unlike ``Popen.wait``, also in a signal handler that interrupts a ``wait``."""
+        while not self.done():
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """Ask it to save and stop."""
         self._process.terminate()
-
-    def stop_and_wait(self) -> None:
-        """Stop and wait until it has saved; for signal handlers, which may interrupt `wait`."""
-        self.stop()
-        with suppress(ChildProcessError):
-            # `Popen.wait` would deadlock with the interrupted one
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
     def kill(self) -> None:
         """Kill it and its children."""

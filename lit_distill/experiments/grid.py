@@ -1,31 +1,15 @@
 """A grid file: existing configs, what is set in all cells, and what varies.
 
-.. code-block:: yaml
-
-    base: configs/cqa/step_by_step.yaml     # one config of fit, or a list that is composed in its order
-    out: runs/mine                          # the cells' folder
-    set: {trainer.max_steps: 5000}          # in all cells
-    grid:                                   # every combination is a cell
-      train_fraction: [0.25, 1.0]
-      seed: [0, 1, 2, 3]                    # seed_everything and data.seed
-    cells:                                  # if given, each of these with every combination of the grid
-      - {method: standard}
-      - {method: step_by_step, rationale_weight: 0.5}
-    when:                                   # set where all of `if` holds; a list there means one of them
-      - if: {method: step_by_step, train_fraction: [1.0]}
-        set: {model.warmup_steps: 100}
-
 Keys are those of ``fit``, or the short ones of `ALIASES`. Where the method changes, arguments of the base's own method
 that the new one does not take go with it; those that the grid file gives are refused, and belong under ``when`` or into
-``cells``. ``published`` (figures in percent), ``tolerance`` (percentage points) and ``deviations`` (texts) are for a
-verdict at the end.
+``cells``.
 """
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -35,9 +19,8 @@ from jsonargparse import get_loader
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lit_distill.checks import check_int
-from lit_distill.errors import UserError
+from lit_distill.errors import UserError, first_fault
 from lit_distill.files import flatten
-from lit_distill.messages import likely
 from lit_distill.reading import parse_yaml, read_small
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -55,16 +38,14 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 LOCATION = ("checkpoint.dirpath", "ckpt_path", "trainer.logger", "resume")
 """Keys of where a run writes, which the experiment sets."""
 
-MAX_CELLS = 2000
-"""Maximum cells of a grid: each is checked before any runs."""
+MAX_CELLS = 2000  # each is checked before any runs
 
 Accepts = Callable[[str], Collection[str] | None]
 """``class path -> names of its arguments``; ``None`` for an unknown class."""
 
 _GROUPS = ("model", "data")
-_TAGS = {"train_fraction": "fraction", "rationale_weight": "weight", "seed": "seed"}
-_BARE = {"method", "student", "dataset", "label_source", "rationales"}
-"""Keys whose values need no name in front."""
+_TAGS = dict.fromkeys(ALIASES, "") | {"train_fraction": "fraction", "rationale_weight": "weight", "seed": "seed"}
+"""Short name -> what stands before its value in a cell's name."""
 
 
 def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,11 +79,6 @@ def _methods(value: Any) -> Any:
     return "".join(word.capitalize() for word in value.split("_")) + "Module"
 
 
-def matches(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a cell has all wanted values; a list allows any of its values."""
-    return all(key in settings and settings[key] in as_list(value) for key, value in wanted.items())
-
-
 def as_list(value: Any) -> list[Any]:
     """A list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]
@@ -113,23 +89,19 @@ def cell_name(point: Mapping[str, Any]) -> str:
     order = [*(key for key in ALIASES if key != "seed"), *sorted(key for key in point if key not in ALIASES), "seed"]
     parts = []
     for key in (key for key in order if key in point):
-        text = value_text(point[key])
+        value = point[key]
+        # 1 and 1.0 are the same
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        text = value if isinstance(value, str) else json.dumps(number)
         # `-` stands between the parts, but a student is known by its own
         text = text.removeprefix("google/") if key == "student" else text.replace("-", "~")
-        tag = _TAGS.get(key) or ("" if key in _BARE else re.sub(r"^(model|data)\.(init_args\.)?", "", key) + "_")
+        tag = _TAGS.get(key, re.sub(r"^(model|data)\.(init_args\.)?", "", key) + "_")
         parts.append(quote(tag + text.replace("/", "+"), safe="+"))
     name = "-".join(parts)
     # neither a hidden folder nor an option
     name = f"_{name}" if name[0] in ".-" else name
     # file systems allow 255 bytes, and people read it
     return name if len(name) <= 120 else f"{name[:109]}~{hashlib.sha256(name.encode()).hexdigest()[:10]}"
-
-
-def value_text(value: Any) -> str:
-    """A value as part of a name; ``1`` and ``1.0`` are the same."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +170,6 @@ Settings = Annotated[dict[str, Any], AfterValidator(flatten), AfterValidator(fit
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(as_list)]
 Axes = Annotated[dict[str, Any], AfterValidator(flatten), AfterValidator(_check_axes)]
 Cells = list[Annotated[dict[str, Any], Field(min_length=1), AfterValidator(flatten), AfterValidator(_check_cell)]]
-Percent = Annotated[float, Field(gt=0, le=100)]
 
 
 class _Part(BaseModel):
@@ -211,16 +182,9 @@ class Condition(_Part):
     wanted: Annotated[Settings, Field(alias="if", min_length=1)]
     settings: Annotated[Settings, Field(alias="set", min_length=1)]
 
-
-class Published(_Part, extra="allow"):
-    """A published result, and the values of its cells."""
-
-    accuracy: Percent
-
-    @property
-    def wanted(self) -> dict[str, Any]:
-        """The values by the keys of ``fit``."""
-        return fit_keys(self.model_extra or {})
+    def holds(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a cell's settings have all wanted values; a list allows any of its values."""
+        return all(key in settings and settings[key] in as_list(value) for key, value in self.wanted.items())
 
 
 class Grid(_Part):
@@ -232,8 +196,8 @@ class Grid(_Part):
     axes: Annotated[Axes, Field(alias="grid")] = {}
     cells: Annotated[Cells, Field(min_length=1)] = [{}]
     when: list[Condition] = []
-    published: list[Published] = []
-    tolerance: Percent | None = None  # in percentage points
+    # for a verdict at the end: percentage points to the published accuracy, and where the procedure is another
+    tolerance: Annotated[float, Field(gt=0, le=100)] | None = None
     deviations: Texts = []
 
     def points(self) -> list[dict[str, Any]]:
@@ -245,7 +209,7 @@ class Grid(_Part):
         """A cell's changes to the base by the keys of ``fit``; later conditions win."""
         settings, varied = dict(self.fixed), fit_keys(point)
         for condition in self.when:
-            if matches(condition.wanted, self.fixed | varied):
+            if condition.holds(self.fixed | varied):
                 settings |= condition.settings
         return settings | varied
 
@@ -256,38 +220,22 @@ class Grid(_Part):
             raise UserError(f"grid and cells make {count:,} cells; allowed are {MAX_CELLS:,}")
         if not self.axes and self.cells == [{}]:
             raise UserError("grid or cells must be given: nothing varies")
-        if bool(self.published) != (self.tolerance is not None):
-            raise UserError("published and tolerance must be given together")
-        axes, cells = fit_keys(self.axes), [fit_keys(cell) for cell in self.cells]
-        varied = set(axes).union(*cells)
-        places = [(f"cells[{i}]", set(cell) & set(axes)) for i, cell in enumerate(cells)]
-        places += [("set", set(self.fixed) & varied)]
-        places += [(f"when[{i}].set", set(one.settings) & varied) for i, one in enumerate(self.when)]
-        for place, both in places:
-            if both:
+        known = [self.fixed | fit_keys(point) for point in self.points()]
+        varied = {key for cell in (self.axes, *self.cells) for key in fit_keys(cell)}
+        for place, settings in [
+            ("set", self.fixed),
+            *((f"when[{i}].set", one.settings) for i, one in enumerate(self.when)),
+        ]:
+            if both := varied & set(settings):
                 raise UserError(f"{place}: {min(both)} varies in grid or cells as well; set it once")
+        for i, condition in enumerate(self.when):
+            if not any(condition.holds(cell) for cell in known):
+                raise UserError(f"when[{i}].if: no cell has {condition.wanted}")
         names = [cell_name(point) for point in self.points()]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"grid and cells make two cells with the name {twice}")
-        known = [self.fixed | fit_keys(point) for point in self.points()]
-        for i, condition in enumerate(self.when):
-            _check_met(f"when[{i}].if", condition.wanted, known)
-        for i, one in enumerate(self.published):
-            _check_met(f"published[{i}]", one.wanted, known)
         return self
-
-
-def _check_met(name: str, wanted: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> None:
-    """Check that some cell has all wanted values."""
-    for key, values in wanted.items():
-        there = list(dict.fromkeys(str(cell[key]) for cell in cells if key in cell))
-        for value in as_list(values):
-            if str(value) not in there:
-                close = likely(str(value), there)
-                raise UserError(f"{name}: no cell has {value} as {key}{close}; there are {', '.join(there) or 'none'}")
-    if not any(matches(wanted, cell) for cell in cells):
-        raise UserError(f"{name}: no cell has all of these values together")
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -297,23 +245,9 @@ def read_grid(path: str | Path) -> Grid:
         parse_yaml(content)
         # its size is checked: parse numbers as `fit` does
         return Grid.model_validate(get_loader("yaml")(content.decode("utf-8-sig")))
-    except FileNotFoundError as error:
-        raise UserError(f"config: no file {str(path)!r}") from error
     except OSError as error:
-        raise UserError(f"config: {str(path)!r} cannot be read ({error})") from error
+        raise UserError(f"config: {str(path)!r} cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        raise UserError(f"{_first_fault(error)} (in {path})") from error
+        raise UserError(f"{first_fault(error)} (in {path})") from error
     except ValueError as error:
         raise UserError(f"config: {str(path)!r} is {error}") from error
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
-    if fault["type"] == "extra_forbidden":
-        known = [field.alias or name for name, field in Grid.model_fields.items()]
-        return f"{place}: no such key{likely(place, known)}; allowed are {', '.join(known)}"
-    text = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] not in ("value_error", "missing"):
-        text = f"{text[0].lower()}{text[1:]}, got {fault['input']!r:.200}"
-    return f"{place}: {text}" if place else text

@@ -18,6 +18,8 @@ Board = dict[Cell, State]
 Show = Callable[[Board, Cell], object]
 """Called with a cell whose state has changed."""
 
+_OPEN = {State.PENDING, State.RUNNING, State.RUNNING_ELSEWHERE}
+
 
 class Local:
     """Starts processes on this machine.
@@ -29,8 +31,8 @@ class Local:
         devices: the accelerators, as in ``CUDA_VISIBLE_DEVICES``.
     """
 
-    again = False
-    """Whether to restart a cell that another process stopped."""
+    restarts = False
+    """Whether to start a cell again that someone else stopped."""
 
     def __init__(self, jobs: int = 1, devices: Sequence[str] = ()) -> None:
         self.jobs: int | None = check_int("jobs", jobs, 1)
@@ -64,7 +66,7 @@ class Slurm:
     """
 
     # a job that was preempted has saved
-    again = True
+    restarts = True
 
     def __init__(self, folder: Path, jobs: int | None = None, parameters: Mapping[str, Any] | None = None) -> None:
         try:
@@ -82,13 +84,13 @@ class Slurm:
         except (RuntimeError, TypeError, ValueError, NameError, AssertionError) as error:
             raise UserError(f"slurm: {error}") from error
 
-    def start(self, cell: Cell) -> "_Submitted | None":
+    def start(self, cell: Cell) -> "_Job | None":
         """Submit a cell; ``None`` if it is no longer pending."""
-        return _Submitted(cell, self._executor.submit(CellTask(), cell)) if cell.state is State.PENDING else None
+        return _Job(cell, self._executor.submit(CellTask(), cell)) if cell.state is State.PENDING else None
 
 
 class CellTask:
-    """A job that runs a cell. submitit requeues a preempted job, and the cell resumes."""
+    """What a job does: run a cell. submitit requeues a preempted job, and the cell resumes."""
 
     _run: Run | None = None
 
@@ -106,21 +108,23 @@ class CellTask:
         import submitit
 
         if self._run is not None:
-            self._run.stop_and_wait()
+            self._run.stop()
+            self._run.wait()
         return submitit.helpers.DelayedSubmission(CellTask(), cell)
 
 
-class _Submitted:
+class _Job:
     """A submitted job with the methods of a `Run`."""
 
     def __init__(self, cell: Cell, job: Any) -> None:
         self._cell, self._job, self._cancelled = cell, job, False
 
     def done(self) -> bool:
-        done = self._cancelled or self._job.done()
-        if done and not self._cancelled and self._cell.state is State.PENDING and (error := self._job.exception()):
+        if self._cancelled or not self._job.done():
+            return self._cancelled
+        if self._cell.state is State.PENDING and (error := self._job.exception()):
             self._cell.fail(f"the job {self._job.job_id} failed: {str(error).strip().rpartition(chr(10))[2]}")
-        return done
+        return True
 
     def stop(self) -> None:
         self._cancelled = True
@@ -144,59 +148,48 @@ def run_cells(board: Board, launcher: Local | Slurm, show: Show, *, pause: float
     Returns:
         Whether it finished; ``False`` after a signal, once all runs have stopped.
     """
-    schedule = _Schedule(board, launcher, show)
+    running: dict[Cell, Run | _Job] = {}
     signals: list[int] = []
-    earlier = on_signals(signals.append)
+
+    def update(cell: Cell, state: State) -> None:
+        if board[cell] is not state:
+            board[cell] = state
+            show(board, cell)
+
+    def collect_ended() -> None:
+        for cell in [cell for cell, run in running.items() if run.done()]:
+            del running[cell]
+            state = cell.state
+            interrupted = bool(signals) and state not in (State.DONE, State.FAILED)
+            if interrupted or (state is State.PENDING and not launcher.restarts):
+                state = State.STOPPED
+            update(cell, state)
+
+    earlier, polls = on_signals(signals.append), 0
     try:
-        while not signals and schedule.step():
+        while not signals and not _OPEN.isdisjoint(board.values()):
+            collect_ended()
+            polls += 1
+            for cell, state in board.items():
+                if state is State.PENDING and len(running) < (launcher.jobs or len(board)):
+                    if run := launcher.start(cell):
+                        running[cell] = run
+                    update(cell, State.RUNNING if run else cell.state)
+                elif state is State.RUNNING_ELSEWHERE and polls % 10 == 0:
+                    update(cell, cell.state)
             time.sleep(pause)
         ends = time.monotonic() + grace
-        for run in schedule.running.values():
+        for run in running.values():
             run.stop()
-        while schedule.collect(stopping=True):
+        while running:
             if len(signals) > 1 or time.monotonic() > ends:
-                for run in schedule.running.values():
+                for run in running.values():
                     run.kill()
             time.sleep(pause)
+            collect_ended()
     finally:
-        for run in schedule.running.values():
+        for run in running.values():
             run.stop()
         for number, handler in earlier.items():
             signal.signal(number, handler)
     return not signals
-
-
-class _Schedule:
-    def __init__(self, board: Board, launcher: Local | Slurm, show: Show) -> None:
-        self.board, self.launcher, self.show = board, launcher, show
-        self.running: dict[Cell, Run | _Submitted] = {}
-        self.steps = 0
-
-    def step(self) -> bool:
-        """Poll once; whether anything is left to wait for."""
-        self.collect()
-        self.steps += 1
-        for cell, state in self.board.items():
-            if state is State.RUNNING_ELSEWHERE and self.steps % 10 == 0:
-                self.set(cell, cell.state)
-            elif state is State.PENDING and len(self.running) < (self.launcher.jobs or len(self.board)):
-                run = self.launcher.start(cell)
-                if run is not None:
-                    self.running[cell] = run
-                self.set(cell, cell.state if run is None else State.RUNNING)
-        return not {State.PENDING, State.RUNNING, State.RUNNING_ELSEWHERE}.isdisjoint(self.board.values())
-
-    def collect(self, *, stopping: bool = False) -> bool:
-        """Collect ended runs; whether any still runs."""
-        for cell in [cell for cell, run in self.running.items() if run.done()]:
-            del self.running[cell]
-            state = cell.state
-            if stopping and state not in (State.DONE, State.FAILED):
-                state = State.STOPPED
-            self.set(cell, State.STOPPED if state is State.PENDING and not self.launcher.again else state)
-        return bool(self.running)
-
-    def set(self, cell: Cell, state: State) -> None:
-        if self.board[cell] is not state:
-            self.board[cell] = state
-            self.show(self.board, cell)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lit_distill.experiments.cells import CONFIG, Cell, State, lay_out
+from lit_distill.experiments.cells import CONFIG, Cell, State
 from lit_distill.experiments.launch import Board, Local, run_cells
 
 FAKE = Path(__file__).with_name("fake_fit.py")
@@ -27,13 +27,13 @@ def make_cells(out: Path, **configs: dict[str, Any]) -> list[Cell]:
     """Laid-out cells: name -> what its run does."""
     cells = [make_cell(out, name, config) for name, config in configs.items()]
     for cell in cells:
-        lay_out(cell)
+        cell.lay_out()
     return cells
 
 
 def make_cell(out: Path, name: str, config: dict[str, Any]) -> Cell:
     """One that is not laid out yet."""
-    return Cell(name, out / name, {}, config, (sys.executable, str(FAKE)))
+    return Cell(name, out / name, config, (sys.executable, str(FAKE)))
 
 
 def cells_in(out: Path) -> list[Cell]:

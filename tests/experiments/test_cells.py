@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import FAILED, LOG, Cell, Run, State, lay_out
+from lit_distill.experiments.cells import FAILED, LOG, Cell, Run, State
 from lit_distill.experiments.launch import Board, Local, run_cells
 from tests.experiments.cells import Events, go, look, make_cell, make_cells, soon, starts, until
 
@@ -56,9 +56,9 @@ def test_a_failed_cell_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
     assert cells[0].failure == "exit code 3: lit_distill: error: no such student"
     assert "at work" not in (cells[0].folder / FAILED).read_text()
     # it is run again when asked, and then once
-    lay_out(cells[0])
+    cells[0].lay_out()
     assert go(cells) == ([FAILURE, DONE], [])
-    lay_out(cells[0], retry_failed=True)
+    cells[0].lay_out(retry_failed=True)
     assert go(cells)[0] == [DONE, DONE]
     assert len(starts(cells[0])) == 2
 
@@ -94,16 +94,14 @@ def test_jobs_are_a_number(jobs: int) -> None:
 # ---------------------------------------------------------------------- edited configs
 
 
-def test_an_edited_config_starts_anew(tmp_path: Path) -> None:
+def test_a_run_of_another_config_is_not_gone_on_with(tmp_path: Path) -> None:
     [cell] = make_cells(tmp_path, a={"code": 3})
-    go([cell])
-    (cell.folder / "checkpoint").write_text("trained with the old config")
     edited = make_cell(tmp_path, "a", {"code": 0})
-    aside = lay_out(edited)
-    assert aside == tmp_path / ".edited" / "a.1"
-    assert (aside / "checkpoint").exists()
-    assert go([edited])[0] == [DONE]
-    assert starts(edited) == ["new"]
+    # nothing has run yet
+    edited.check_folder()
+    go([cell])
+    with pytest.raises(UserError, match=r"a: holds a run of another config \(code: 3 there, 0 wanted\); move it away"):
+        edited.check_folder()
 
 
 def test_a_config_whose_folder_was_moved_is_not_edited(tmp_path: Path) -> None:
@@ -111,25 +109,25 @@ def test_a_config_whose_folder_was_moved_is_not_edited(tmp_path: Path) -> None:
         own = {"checkpoint": {"dirpath": str(folder / "a")}, "ckpt_path": "last", "trainer": {"logger": [str(folder)]}}
         return make_cell(folder, "a", {"sleep": 0, **own})
 
-    lay_out(placed(tmp_path / "one"))
+    first = placed(tmp_path / "one")
+    first.lay_out()
+    (first.folder / LOG).touch()
     (tmp_path / "one").rename(tmp_path / "two")
     second = placed(tmp_path / "two")
-    assert lay_out(second) is None
+    second.check_folder()
+    second.lay_out()
     assert "two" in (second.folder / "fit.yaml").read_text()
-    (second.folder / "fit.yaml").write_text("- a list")
-    with pytest.raises(UserError, match="not a config; move it away"):
-        lay_out(second)
+    (second.folder / "fit.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"cannot be read \(not YAML.*; move it away"):
+        second.check_folder()
 
 
-def test_a_cell_that_runs_is_neither_edited_nor_run_twice(tmp_path: Path) -> None:
+def test_a_cell_that_runs_is_not_run_twice(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     [cell] = make_cells(tmp_path / "out", a={"until": str(gate)})
     run = Run.start(cell)
     assert run is not None
     until(lambda: bool(starts(cell)))
-    assert lay_out(cell) is None
-    with pytest.raises(UserError, match="another process runs it with another config"):
-        lay_out(make_cell(tmp_path / "out", "a", {"sleep": 1}))
     assert cell.state is State.RUNNING_ELSEWHERE
     assert Run.start(cell) is None
     gate.touch()
