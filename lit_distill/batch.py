@@ -8,7 +8,7 @@ for a row that pads a distributed sampler and is to be ignored.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -38,21 +38,13 @@ TaskBatch = dict[str, TaskInputs]
 
 def target_tokens(inputs: TaskInputs) -> int:
     """Number of target positions that are not ``IGNORE_INDEX``."""
-    from_labels: Tensor = (inputs["labels"] != IGNORE_INDEX).sum()
-    return int(from_labels.item())
+    return int((inputs["labels"] != IGNORE_INDEX).sum())
 
 
 def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
     """Select rows of a task, in this order; the padding stays."""
     chosen = torch.tensor(list(rows), device=inputs["input_ids"].device)
-    taken: TaskInputs = {
-        "input_ids": inputs["input_ids"][chosen],
-        "attention_mask": inputs["attention_mask"][chosen],
-        "labels": inputs["labels"][chosen],
-    }
-    if "index" in inputs:
-        taken["index"] = inputs["index"][chosen]
-    return taken
+    return cast(TaskInputs, {name: tensor[chosen] for name, tensor in cast(dict[str, Tensor], inputs).items()})
 
 
 def join(parts: Sequence[TaskInputs]) -> TaskInputs:
@@ -73,15 +65,15 @@ def join(parts: Sequence[TaskInputs]) -> TaskInputs:
     return whole
 
 
-def filler(token: int, device: torch.device) -> TaskInputs:
+def filler(device: torch.device) -> TaskInputs:
     """A dummy row of one source and one target token, for ranks that must run a forward without rows."""
-    ids = torch.full((1, 1), token, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def pad_targets(targets: Sequence[Sequence[int]], token: int, device: torch.device) -> Tensor:
+def pad_targets(targets: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Labels ``(targets, target_len)`` of token ids; of a dummy target of one token if there is none."""
-    ids = [torch.tensor(own, device=device) for own in targets or [[token]]]
+    ids = [torch.tensor(own, device=device) for own in targets or [[0]]]
     return pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX)
 
 
@@ -102,22 +94,8 @@ _HOST_COPIES = WeakTensorKeyDictionary()
 """Tensors on an accelerator -> their version when they were sent there, and the same on the host."""
 
 
-def sources_of(inputs: TaskInputs) -> Rows:
-    """The real positions of each source: up to the last 1 of its mask.
-
-    Read from the tensor itself. Synchronises with an accelerator, unless `remember_rows` knows this very tensor,
-    unchanged.
-    """
-    return _rows(inputs["attention_mask"], 0)
-
-
-def targets_of(inputs: TaskInputs) -> Rows:
-    """The real positions of each target: up to its last label that is not ``IGNORE_INDEX``."""
-    return _rows(inputs["labels"], IGNORE_INDEX)
-
-
 def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
-    """Store what `sources_of` and `targets_of` read from a batch on the host for its copy on an accelerator.
+    """Keep a batch on the host beside its copy on an accelerator, so that `sources_of` need not wait for the latter.
 
     Valid for these very tensors until they are written to.
     """
@@ -127,6 +105,16 @@ def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
             # inference tensors do not count how often they are written to
             if tensor.device.type != "cpu" and not tensor.is_inference():
                 _HOST_COPIES[tensor] = tensor._version, host[task][name]
+
+
+def sources_of(inputs: TaskInputs) -> Rows:
+    """The real positions of each source: up to the last 1 of its mask."""
+    return _rows(inputs["attention_mask"], 0)
+
+
+def targets_of(inputs: TaskInputs) -> Rows:
+    """The real positions of each target: up to its last label that is not ``IGNORE_INDEX``."""
+    return _rows(inputs["labels"], IGNORE_INDEX)
 
 
 def _rows(tensor: Tensor, padding: int) -> Rows:

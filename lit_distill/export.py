@@ -12,7 +12,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder, flatten, write_text
-from lit_distill.students import CHECKPOINT_KEY, load, read_checkpoint
+from lit_distill.students import load
+from lit_distill.students.files import CHECKPOINT_KEY, read_checkpoint
 from lit_distill.students.tokens import Family
 from lit_distill.tables import markdown_table
 

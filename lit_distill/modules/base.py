@@ -57,8 +57,6 @@ class DistillModule(Evaluating, Checkpointing):
         fast: compute on real tokens only, without padding, losses and greedy decoding included: the same mathematics,
             faster. Where it is not supported the student's own forward runs, and the run says why. Second-order
             gradients need ``false``.
-        compile: train through the student's own forward, compiled by ``torch.compile`` with dynamic shapes, in place of
-            the fast path; best with ``data.pad_to_multiple_of``. Evaluation is not compiled.
         max_label_length: maximum generated tokens for a label; by default 1.5 times the longest label target in train.
             The paper uses 64.
         max_rationale_length: maximum generated tokens for a rationale; by default 1.5 times the longest in train.
@@ -94,7 +92,6 @@ class DistillModule(Evaluating, Checkpointing):
         dropout: float | None = None,
         activation_checkpointing: bool = False,
         fast: bool = True,
-        compile: bool = False,
         max_label_length: int | None = None,
         max_rationale_length: int | None = None,
         num_beams: int = 1,
@@ -141,7 +138,6 @@ class DistillModule(Evaluating, Checkpointing):
             student,
             **self._model_settings,
             fast=fast,
-            compile=compile,
             activation_checkpointing=activation_checkpointing,
             meta=is_deferred(),
         )

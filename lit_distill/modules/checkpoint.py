@@ -12,8 +12,8 @@ from lit_distill.modules.optimization import check_optimizer_states
 from lit_distill.modules.resume import consumed_batches, rewind
 from lit_distill.modules.training import Training
 from lit_distill.objectives.base import build_objective
-from lit_distill.students import CHECKPOINT_KEY, check_weights
 from lit_distill.students.adapters import Adapter
+from lit_distill.students.files import CHECKPOINT_KEY, check_weights
 
 _SEED_KEY = "lit_distill_seed"
 _TASKS_KEY = "lit_distill_tasks"

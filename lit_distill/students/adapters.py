@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_distill.checks import check_choice
 from lit_distill.errors import UserError
 
 
@@ -20,20 +21,13 @@ from lit_distill.errors import UserError
 class Adapter:
     """LoRA (Hu et al., 2022), or another adapter of PEFT inside the layers of a model."""
 
-    r: int = 16
-    """Rank."""
-    alpha: float = 32
-    """Updates are scaled by ``alpha / r``."""
-    dropout: float = 0.0
-    """Dropout rate of the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of layers or their endings; ``all-linear`` is every linear layer but the output head."""
-    class_path: str | None = None
-    """Import path of another PEFT configuration, such as ``peft.IA3Config``, which gets ``init_args`` alone."""
-    init_args: Mapping[str, Any] | None = None
-    """Further arguments of the configuration, such as ``{use_dora: true}``."""
-    export: Literal["merged", "adapter"] = "merged"
-    """Whether the exported student has the adapter ``merged``, or is the ``adapter`` alone."""
+    r: int = 16  # rank
+    alpha: float = 32  # updates are scaled by `alpha / r`
+    dropout: float = 0.0  # dropout rate of the adapter's input
+    target_modules: str | list[str] = "all-linear"  # names of layers or their endings; all but the output head
+    class_path: str | None = None  # another configuration, such as `peft.IA3Config`, which gets `init_args` alone
+    init_args: Mapping[str, Any] | None = None  # further arguments of the configuration, such as `{use_dora: true}`
+    export: Literal["merged", "adapter"] = "merged"  # save the student with the adapter merged, or the adapter alone
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Adapter":
@@ -42,8 +36,7 @@ class Adapter:
         if unknown := [name for name in settings if name not in known]:
             raise UserError(f"adapter: unexpected {', '.join(unknown)}; allowed are {', '.join(known)}")
         adapter = cls(**settings)
-        if adapter.export not in ("merged", "adapter"):
-            raise UserError(f"adapter: export must be one of merged, adapter, got {adapter.export!r}")
+        check_choice("adapter: export", adapter.export, ("merged", "adapter"))
         return adapter
 
     def same(self, other: "Adapter | None") -> bool:
@@ -55,7 +48,7 @@ class Adapter:
         return asdict(self)
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
-        """PEFT's configuration for a model. Raises a ``UserError`` if PEFT refuses the arguments."""
+        """PEFT's configuration for a model."""
         kind: Any = LoraConfig
         settings: dict[str, Any] = {
             "r": self.r,
@@ -70,45 +63,37 @@ class Adapter:
             try:
                 kind, settings = getattr(import_module(module), name), {}
             except (ImportError, AttributeError, ValueError) as error:
-                raise UserError(f"adapter: cannot import {self.class_path!r} ({error})") from error
+                raise ValueError(f"cannot import {self.class_path!r} ({error})") from error
         settings["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-        try:
-            config = kind(**settings, **self.init_args or {})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"adapter: {error}") from error
+        config = kind(**settings, **self.init_args or {})
         if not isinstance(config, PeftConfig) or config.is_prompt_learning:
-            raise UserError(
-                f"adapter: {self.class_path!r} makes no adapter in a model's layers, as peft.LoraConfig does"
-            )
+            raise ValueError(f"{self.class_path!r} makes no adapter in a model's layers, as peft.LoraConfig does")
         return config
 
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter, *, own_dtype: bool = True) -> PeftModel:
-    """Freeze a model and add an adapter to its layers.
+    """Freeze a model and add an adapter to its layers, in float32 whatever the model's dtype if ``own_dtype``.
 
-    Args:
-        model: the model.
-        adapter: the adapter's settings.
-        own_dtype: keep the adapter in float32 whatever the model's dtype.
-
-    Raises:
-        UserError: a layer does not exist, or PEFT does not support it.
+    Raises a ``UserError`` if a layer does not exist, or PEFT refuses the layers or the adapter's arguments.
     """
-    config = adapter.config(model)
-    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
-    # T5 holds its embedding's weights there, and reads them in the `embed_tokens` of encoder and decoder
-    layers -= {"shared"}
-    targets = getattr(config, "target_modules", None)
-    if isinstance(targets, list | set):
-        missing = [one for one in sorted(targets) if not any(f".{name}".endswith(f".{one}") for name in layers)]
-        if missing:
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise UserError(f"adapter: the student has no layers named {', '.join(missing)}; it has {there}")
     try:
+        config = adapter.config(model)
+        _check_layers(model, getattr(config, "target_modules", None))
         with _quiet():
             return cast(PeftModel, get_peft_model(model, config, autocast_adapter_dtype=own_dtype))
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter: {' '.join(str(error).split())}") from error
+
+
+def _check_layers(model: PreTrainedModel, targets: object) -> None:
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
+    # T5 holds its embedding's weights there, and reads them in the `embed_tokens` of encoder and decoder
+    layers -= {"shared"}
+    if isinstance(targets, list | set):
+        missing = [one for one in sorted(targets) if not any(f".{name}".endswith(f".{one}") for name in layers)]
+        if missing:
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ValueError(f"the student has no layers named {', '.join(missing)}; it has {there}")
 
 
 def merged(model: PeftModel) -> PreTrainedModel:

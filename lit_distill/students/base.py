@@ -2,29 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, pad_targets, sum_rows, take
 from lit_distill.students.adapters import Adapter, merged
-from lit_distill.students.files import StudentRecord, save_tokenizer
+from lit_distill.students.files import StudentRecord
 from lit_distill.students.models import record_model, save_model
-from lit_distill.students.tokens import Tokens
+from lit_distill.students.tokens import Tokens, save_tokenizer
 
 ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
 """``(scores (rows, vocabulary), step, rows (rows,)) -> scores``: changes the scores of the next token.
 
 ``step`` is the number of tokens generated so far, ``rows`` are positions in the task's batch, repeated for each beam.
 """
-
-
-Likelihood = Callable[[list[int], list[list[int]]], Tensor]
-"""``(rows, their targets) -> log-likelihoods (targets,)``; runs a forward even without rows."""
 
 CHOICES_AT_ONCE = 256
 """Maximum targets of one scoring forward, to bound the memory."""
@@ -47,9 +45,11 @@ class Pass(ABC):
         self.student = student
         self.batch = batch
         self._logits: dict[str, Tensor] = {}
+        numbers = [len(inputs["labels"]) for inputs in batch.values()]
+        self._first_rows = dict(zip(batch, accumulate(numbers, initial=0), strict=False))
 
     def inputs(self, task: str) -> TaskInputs:
-        """The task's rows. Raises a ``KeyError`` if the batch does not have the task."""
+        """The task's rows."""
         if task not in self.batch:
             raise KeyError(f"no task {task!r} in this batch, which holds {', '.join(self.batch)}")
         return self.batch[task]
@@ -64,12 +64,24 @@ class Pass(ABC):
         return (self.inputs(task)["labels"] != IGNORE_INDEX).nonzero()[:, 0]
 
     @abstractmethod
-    def states(self, task: str) -> Tensor:
-        """The input of the output head at each target token, ``(tokens, d_model)``."""
+    def hidden(self, task: str, layer: int) -> Tensor:
+        """The decoder's hidden states at each target token, ``(tokens, d_model)``.
+
+        ``layer`` is as in Hugging Face's ``decoder_hidden_states``: 0 is the embeddings, -1 the last.
+        """
 
     @abstractmethod
+    def encoder(self, task: str, layer: int = -1) -> Tensor:
+        """Hidden states of each source token (of the prompt, without an encoder), ``(tokens, d_model)``."""
+
+    def states(self, task: str) -> Tensor:
+        """The input of the output head at each target token, ``(tokens, d_model)``."""
+        return self.hidden(task, -1)
+
     def project(self, states: Tensor) -> Tensor:
         """The output head: states ``(n, d_model)`` to logits ``(n, vocabulary)``, for losses in chunks."""
+        logits: Tensor = self.student.network.get_output_embeddings()(states)
+        return logits
 
     def logits(self, task: str) -> Tensor:
         """The logits at each target token, ``(tokens, vocabulary)``; computed at the first call."""
@@ -80,27 +92,23 @@ class Pass(ABC):
     def _make_logits(self, task: str) -> Tensor:
         return self.project(self.states(task))
 
-    @abstractmethod
     def token_losses(self, task: str) -> Tensor:
-        """Cross-entropy of each target token in nats, ``(tokens,)``, float32; does not store logits."""
+        """Cross-entropy of each target token in nats, ``(tokens,)``, float32."""
+        return F.cross_entropy(self.logits(task).float(), self.labels(task), reduction="none")
 
     def loss(self, task: str) -> Tensor:
         """Mean of `token_losses` (CE in Eq. 3 and 4 of the paper); without targets 0, with a gradient of 0."""
         losses = self.token_losses(task)
         return losses.sum() / max(len(losses), 1)
 
-    @abstractmethod
-    def hidden(self, task: str, layer: int) -> Tensor:
-        """The decoder's hidden states at each target token, ``(tokens, d_model)``.
+    def _with_rows(self) -> list[TaskInputs]:
+        """The tasks that have rows; without any a dummy row, which nobody reads."""
+        return [inputs for inputs in self.batch.values() if len(inputs["labels"])] or [filler(self.student.device)]
 
-        Args:
-            task: the task.
-            layer: as in Hugging Face's ``decoder_hidden_states``: 0 is the embeddings, -1 the last.
-        """
-
-    @abstractmethod
-    def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """Hidden states of each source token (of the prompt, without an encoder), ``(tokens, d_model)``."""
+    def _own(self, task: str, padded: Tensor, real: Tensor) -> Tensor:
+        """The task's real positions, out of ``(rows of all tasks, length, size)``."""
+        first, width = self._first_rows[task], min(padded.shape[1], real.shape[1])
+        return padded[first : first + len(real), :width][real[:, :width]]
 
     @torch.no_grad()
     def generate(
@@ -127,7 +135,7 @@ class Pass(ABC):
         chosen = list(range(len(self.inputs(task)["labels"])) if rows is None else rows)
         if not chosen:
             return []
-        numbers, process = torch.tensor(chosen, device=self.inputs(task)["labels"].device), None
+        numbers, process = torch.tensor(chosen, device=self.student.device), None
         if process_logits is not None:
 
             def process(scores: Tensor, step: int, own: Tensor) -> Tensor:
@@ -139,7 +147,7 @@ class Pass(ABC):
         self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
     ) -> list[list[int]]:
         """Hugging Face's ``generate``; ``process`` numbers the rows from 0."""
-        ids, mask, first = self._prompts(task, rows)
+        ids, mask, first = self._prompts(take(self.inputs(task), rows))
 
         def processor(seen: Tensor, scores: Tensor) -> Tensor:
             # beams of a row are consecutive
@@ -159,63 +167,77 @@ class Pass(ABC):
         return cast(list[list[int]], found[:, first:].tolist())
 
     @abstractmethod
-    def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+    def _prompts(self, inputs: TaskInputs) -> tuple[Tensor, Tensor, int]:
         """The input of ``generate``: ids and mask ``(rows, length)``, and where the target begins in its output."""
 
     @torch.no_grad()
     def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:
         """Log-likelihood of each row's choices as whole targets, including end-of-sequence, in nats.
 
-        Args:
-            task: whose sources to use; they are encoded once.
-            choices: a tuple for each row of the task's batch, which may be empty.
+        ``choices`` has a tuple for each row of the task's batch, which may be empty.
         """
-        flat = [(row, choice) for row, own in enumerate(choices) for choice in own]
-        targets = self.student.tokens.targets([choice for _, choice in flat], max_length=10**9).ids
-        passes = -(-len(flat) // CHOICES_AT_ONCE)
+        rows = [row for row, own in enumerate(choices) for _ in own]
+        targets = self.student.tokens.targets([choice for own in choices for choice in own], max_length=10**9).ids
+        passes = -(-len(rows) // CHOICES_AT_ONCE)
         if self.student.sharded and torch.distributed.is_initialized():
             # where a forward is a collective, all ranks must run equally many
-            most = torch.tensor(passes, device=self.inputs(task)["labels"].device)
+            most = torch.tensor(passes, device=self.student.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             passes = int(most)
-        if not passes:
-            return [[] for _ in choices]
-        likelihood, scores = self.likelihood(task), []
+        scores: list[float] = []
         for start in range(0, passes * CHOICES_AT_ONCE, CHOICES_AT_ONCE):
             part = slice(start, start + CHOICES_AT_ONCE)
-            scores += likelihood([row for row, _ in flat[part]], targets[part]).tolist()
+            scores += self._likelihoods(task, rows[part], targets[part]).tolist()
         each = iter(scores)
         return [[next(each) for _ in own] for own in choices]
 
-    @abstractmethod
-    def likelihood(self, task: str) -> Likelihood:
-        """Encode a task's sources, to score targets."""
+    def _likelihoods(self, task: str, rows: list[int], targets: list[list[int]]) -> Tensor:
+        """Log-likelihood of each row's target, ``(rows,)``; without rows a dummy row goes through the model."""
+        inputs = take(self.inputs(task), rows or [0])
+        inputs["labels"] = pad_targets(targets, self.student.device)
+        scored = type(self)(self.student, {task: inputs})
+        return -sum_rows(scored.token_losses(task), scored.rows(task), len(inputs["labels"]))[: len(rows)]
 
 
 class Student(nn.Module, ABC):
-    """A Hugging Face model with its tokenizer; `lit_distill.students.load` makes one."""
+    """A Hugging Face model with its tokenizer; `lit_distill.students.load` makes one.
 
-    model: PreTrainedModel  # the model, or PEFT's wrapper around it
-    tokens: Tokens
+    Args:
+        model: the model, or PEFT's wrapper around it.
+        tokens: its tokens.
+        special: the special tokens that generation needs; replaces the pretrained model's own generation settings, so
+            that generation depends on our arguments alone.
+    """
+
     sharded: bool = False
     """Whether parameters are sharded over ranks, so that each forward is a collective; set by the module."""
     adapter: Adapter | None = None  # the adapter that is trained, if any
-    compiles: bool = False  # whether the training forward is compiled
     most_positions: int = 2**30  # maximum tokens of a prompt with its target; T5's relative positions have none
+
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, special: GenerationConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens = tokens
+        self.network.generation_config = special
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return self.tokens.tokenizer
 
-    @abstractmethod
-    def forward(self, batch: TaskBatch) -> Pass:
-        """The lazy pass over a batch."""
-
     @property
     def network(self) -> PreTrainedModel:
         """The Hugging Face model without PEFT's wrapper."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def forward(self, batch: TaskBatch) -> Pass:
+        """The lazy pass over a batch."""
 
     def save(self, folder: Path) -> None:
         """Save model (with the adapter merged, or the adapter alone) and tokenizer in the Hugging Face format."""
@@ -231,17 +253,3 @@ class Student(nn.Module, ABC):
         """Configuration, tokenizer and adapter in plain types, for checkpoints."""
         record = record_model(self.network, self.tokenizer)
         return record if self.adapter is None else {**record, "adapter": self.adapter.plain()}
-
-    def training_forward(self, module: nn.Module) -> Callable[..., Any]:
-        """A module's forward; compiled once, with dynamic shapes, if asked for and gradients are needed."""
-        if not (self.compiles and torch.is_grad_enabled()):
-            return module
-        if "_compiled" not in self.__dict__:
-            # no attribute of a module, which would register it as a second model
-            self.__dict__["_compiled"] = torch.compile(module, dynamic=True)
-        return cast(Callable[..., Any], self.__dict__["_compiled"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy compiles its own model
-        state = super().__getstate__()  # type: ignore[no-untyped-call]  # of `nn.Module`
-        return {name: value for name, value in state.items() if name != "_compiled"}

@@ -1,62 +1,41 @@
 """Decoder-only students (Llama, Qwen2, GPT-2, ...): one sequence of prompt and target, with the loss on the target."""
 
-import copy
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, pad_targets, sum_rows, take
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, join, pad_targets, sum_rows, take
 from lit_distill.errors import UserError
-from lit_distill.students.base import Likelihood, Pass, Student
+from lit_distill.students.base import Pass, Student
 from lit_distill.students.tokens import Tokens
 
 _CHUNK_BYTES = 256 * 2**20
 """Maximum size of float32 logits in one chunk of the cross-entropy."""
 
 
-@dataclass(frozen=True)
-class _Joined:
-    """The rows of all tasks, each prompt followed by its target, padded on the right."""
+class CausalStudent(Student):
+    """A decoder-only model.
 
-    input_ids: Tensor  # `(rows, length)`
-    attention_mask: Tensor  # `(rows, length)`
-    prompts: dict[str, tuple[Tensor, Tensor]]  # task -> row and column of each prompt token
-    targets: dict[str, tuple[Tensor, Tensor]]
-    """Task -> row and column of the position before each target token, which predicts it."""
+    Args:
+        model: an ``AutoModelForCausalLM``, or PEFT's wrapper around one.
+        tokens: its tokens.
+    """
 
+    def __init__(self, model: PreTrainedModel, tokens: Tokens) -> None:
+        pad, end = tokens.tokenizer.pad_token_id, tokens.tokenizer.eos_token_id
+        super().__init__(model, tokens, GenerationConfig(pad_token_id=pad, eos_token_id=end))
+        self.text_config: Any = self.network.config.get_text_config()
+        self.most_positions = getattr(self.text_config, "max_position_embeddings", None) or self.most_positions
 
-def _join(batch: TaskBatch, pad: int, device: torch.device) -> _Joined:
-    # a batch without rows becomes one unused row of padding
-    lengths = [] if any(len(inputs["labels"]) for inputs in batch.values()) else [torch.ones(1, device=device).long()]
-    pieces, prompts, targets, rows = [], {}, {}, 0
-    for task, inputs in batch.items():
-        source, target = inputs["attention_mask"].bool(), inputs["labels"] != IGNORE_INDEX
-        # an empty source becomes one padding token, which predicts the first target token
-        starts = source.sum(dim=1).clamp(min=1)
-        source_row, target_row = source.nonzero()[:, 0] + rows, target.nonzero()[:, 0] + rows
-        source_column = (source.cumsum(dim=1) - 1)[source]
-        target_column = (starts[:, None] + target.cumsum(dim=1) - 1)[target]
-        pieces += [
-            (source_row, source_column, inputs["input_ids"][source]),
-            (target_row, target_column, inputs["labels"][target]),
-        ]
-        prompts[task], targets[task] = (source_row, source_column), (target_row, target_column - 1)
-        lengths.append(starts + target.sum(dim=1))
-        rows += len(source)
-    length = torch.cat(lengths)
-    columns = torch.arange(int(length.max()), device=device)
-    input_ids = torch.full((len(length), len(columns)), pad, device=device)
-    for row, column, ids in pieces:
-        input_ids[row, column] = ids
-    return _Joined(input_ids, (columns < length[:, None]).long(), prompts, targets)
+    def forward(self, batch: TaskBatch) -> "CausalPass":
+        """The lazy pass over a batch."""
+        return CausalPass(self, batch)
 
 
 class CausalPass(Pass):
@@ -65,37 +44,78 @@ class CausalPass(Pass):
     The output head is applied only at positions that predict a target token.
     """
 
-    student: "CausalStudent"
+    student: CausalStudent
 
     @cached_property
-    def _joined(self) -> _Joined:
-        return _join(self.batch, self.student.pad, self.student.device)
+    def _sequences(self) -> TaskInputs:
+        """The rows of all tasks, each prompt followed by its target; the prompts' labels are ``IGNORE_INDEX``."""
+        return join([self._sequence(inputs) for inputs in self._with_rows()])
+
+    def _sequence(self, inputs: TaskInputs) -> TaskInputs:
+        ids, source = self._sources(inputs)
+        target = inputs["labels"] != IGNORE_INDEX
+        real = torch.cat([source, target], dim=1)
+        # real tokens first, in their order
+        order = real.int().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(dim=1).max())]
+        return {
+            "input_ids": torch.cat([ids, inputs["labels"].clamp(min=0)], dim=1).gather(1, order),
+            "attention_mask": real.gather(1, order).long(),
+            "labels": torch.cat([torch.full_like(ids, IGNORE_INDEX), inputs["labels"]], dim=1).gather(1, order),
+        }
+
+    def _sources(self, inputs: TaskInputs) -> tuple[Tensor, Tensor]:
+        """Source ids and which are real, ``(rows, source_len)``; an empty source becomes one padding token."""
+        real = inputs["attention_mask"].bool()
+        ids = inputs["input_ids"].where(real, self.student.tokenizer.pad_token_id)
+        first = torch.arange(real.shape[1], device=real.device) == 0
+        return ids, real | (first & ~real.any(dim=1, keepdim=True))
 
     @cached_property
     def _hidden(self) -> tuple[Tensor, ...]:
         """Hidden states ``(rows, length, d_model)``, embeddings first."""
-        output = self.student.run(
-            input_ids=self._joined.input_ids,
-            attention_mask=self._joined.attention_mask,
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        ids, mask = self._sequences["input_ids"], self._sequences["attention_mask"]
+        output = self._run(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         return (*output.hidden_states[:-1], output.last_hidden_state)
 
-    def states(self, task: str) -> Tensor:
-        """See `Pass.states`."""
-        return self.hidden(task, -1)
+    def _run(self, **inputs: Any) -> Any:
+        """The model without its output head; refuses more positions than it has."""
+        length, most = inputs["attention_mask"].shape[1], self.student.most_positions
+        if length > most:
+            raise UserError(
+                f"student: a prompt and its target have {length} tokens, the model has {most} positions;"
+                " lower data.max_source_length or data.max_target_length"
+            )
+        return self.student.network.base_model(**inputs, return_dict=True)
+
+    def hidden(self, task: str, layer: int) -> Tensor:
+        """See `Pass.hidden`; at the positions that predict the target tokens."""
+        rows, first = len(self.inputs(task)["labels"]), self._first_rows[task]
+        labels = self._sequences["labels"][first : first + rows]
+        return self._own(task, self._hidden[layer][:, :-1], labels[:, 1:] != IGNORE_INDEX)
+
+    def encoder(self, task: str, layer: int = -1) -> Tensor:
+        """See `Pass.encoder`."""
+        lengths = self.inputs(task)["attention_mask"].sum(dim=1, keepdim=True)
+        states = self._hidden[layer]
+        return self._own(task, states, torch.arange(states.shape[1], device=states.device) < lengths)
 
     def project(self, states: Tensor) -> Tensor:
-        """See `Pass.project`."""
-        return self.student.project(states)
+        """See `Pass.project`; scaled and capped as configured."""
+        logits, config = super().project(states), self.student.text_config
+        # of Cohere, Granite and Gemma 2
+        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        if scale != 1:
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     def token_losses(self, task: str) -> Tensor:
         """See `Pass.token_losses`; large logits are computed in chunks, and again in the backward pass."""
-        states, labels = self.states(task), self.labels(task)
         if task in self._logits:
-            return F.cross_entropy(self._logits[task].float(), labels, reduction="none")
-        size = max(1, _CHUNK_BYTES // (4 * self.student.network.config.get_text_config().vocab_size))
+            return super().token_losses(task)
+        states, labels = self.states(task), self.labels(task)
+        size = max(1, _CHUNK_BYTES // (4 * self.student.text_config.vocab_size))
         if len(states) <= size or self.student.sharded:
             # ranks may have different numbers of chunks, and the head may be a collective
             return self._cross_entropy(states, labels)
@@ -105,134 +125,42 @@ class CausalPass(Pass):
     def _cross_entropy(self, states: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.project(states).float(), labels, reduction="none")
 
-    def hidden(self, task: str, layer: int) -> Tensor:
-        """See `Pass.hidden`; at the positions that predict the target tokens."""
-        self.inputs(task)
-        return self._hidden[layer][self._joined.targets[task]]
+    def _prompts(self, inputs: TaskInputs) -> tuple[Tensor, Tensor, int]:
+        """See `Pass._prompts`; padded on the left."""
+        ids, real = self._sources(inputs)
+        width = int(real.sum(dim=1).max())
+        # real tokens last, in their order
+        order = real.int().argsort(dim=1, stable=True)[:, -width:]
+        return ids.gather(1, order), real.gather(1, order).long(), width
 
-    def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """See `Pass.encoder`."""
-        self.inputs(task)
-        return self._hidden[layer][self._joined.prompts[task]]
+    def _likelihoods(self, task: str, rows: list[int], targets: list[list[int]]) -> Tensor:
+        """See `Pass._likelihoods`; each prompt is read once, if its cache can be continued row by row."""
+        student, distinct = self.student, sorted(set(rows))
+        # Mamba's state cannot
+        caches = "past_key_values" in inspect.signature(student.network.forward).parameters
+        if student.sharded or not caches or student.network._is_stateful:
+            return super()._likelihoods(task, rows, targets)
+        ids, mask, width = self._prompts(take(self.inputs(task), distinct))
+        read = self._run(input_ids=ids, attention_mask=mask, use_cache=True, **self._positions(mask))
+        own = torch.tensor([distinct.index(row) for row in rows], device=ids.device)
+        read.past_key_values.batch_select_indices(own)
+        labels = pad_targets(targets, ids.device)
+        real = labels != IGNORE_INDEX
+        whole = torch.cat([mask[own], real.long()], dim=1)
+        continued = self._run(
+            input_ids=labels.clamp(min=0),
+            attention_mask=whole,
+            past_key_values=read.past_key_values,
+            use_cache=True,
+            **{name: positions[:, width:] for name, positions in self._positions(whole).items()},
+        )
+        # each state predicts the next token
+        states = torch.cat([read.last_hidden_state[own, -1:], continued.last_hidden_state[:, :-1]], dim=1)
+        losses = self._cross_entropy(states[real], labels[real])
+        return -sum_rows(losses, real.nonzero()[:, 0], len(rows))
 
-    def _prompts(self, task: str, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-        """These rows' sources, padded on the left."""
-        inputs, chosen = self.inputs(task), torch.tensor(list(rows), device=self.student.device)
-        source = inputs["attention_mask"][chosen].bool()
-        lengths = source.sum(dim=1)
-        columns = torch.arange(int(lengths.max().clamp(min=1)), device=source.device)
-        mask = columns >= len(columns) - lengths[:, None]
-        ids = torch.full_like(mask, self.student.pad, dtype=torch.long)
-        ids[mask] = inputs["input_ids"][chosen][source]
-        # an empty source becomes one padding token
-        mask[:, -1] = True
-        return ids, mask.long(), ids.shape[1]
-
-    def likelihood(self, task: str) -> Likelihood:
-        """Run a task's prompts, once each if the model can continue them, to score targets."""
-        student, device = self.student, self.student.device
-        if not student.continues:
-            return partial(self._whole_likelihood, task)
-        ids, mask, _ = self._prompts(task, range(len(self.inputs(task)["labels"])))
-        read = student.run(input_ids=ids, attention_mask=mask, use_cache=True, **student.positions(mask))
-
-        def score(rows: list[int], targets: list[list[int]]) -> Tensor:
-            # without choices left, this rank runs a dummy row
-            chosen = torch.tensor(rows or [0], device=device)
-            labels = pad_targets(targets, student.pad, device)
-            if student.sharded:
-                # so that each rank makes the second forward
-                labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)
-            real, states = labels != IGNORE_INDEX, read.last_hidden_state[chosen, -1:]
-            if labels.shape[1] > 1:
-                # the last token predicts nothing
-                known = real[:, :-1]
-                whole = torch.cat([mask[chosen], known.long()], dim=1)
-                cache = copy.copy(read.past_key_values)
-                cache.layers = [copy.copy(layer) for layer in cache.layers]
-                cache.batch_select_indices(chosen)
-                later = student.run(
-                    input_ids=labels[:, :-1].where(known, student.pad),
-                    attention_mask=whole,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **{name: value[:, ids.shape[1] :] for name, value in student.positions(whole).items()},
-                )
-                states = torch.cat([states, later.last_hidden_state], dim=1)
-            losses = self._cross_entropy(states[real], labels[real])
-            return -sum_rows(losses, real.nonzero()[:, 0], len(labels))[: len(rows)]
-
-        return score
-
-    def _whole_likelihood(self, task: str, rows: list[int], targets: list[list[int]]) -> Tensor:
-        """Log-likelihoods by a forward over prompts and targets."""
-        inputs = take(self.inputs(task), rows or [0])
-        inputs["labels"] = pad_targets(targets, self.student.pad, self.student.device)
-        whole = CausalPass(self.student, {task: inputs})
-        losses = whole.token_losses(task)
-        return -sum_rows(losses, whole.rows(task), len(inputs["labels"]))[: len(rows)]
-
-
-class CausalStudent(Student):
-    """A decoder-only model.
-
-    Args:
-        model: an ``AutoModelForCausalLM``, or PEFT's wrapper around one.
-        tokens: its tokens.
-        compile: train through a compiled forward.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokens: Tokens, *, compile: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self.tokens = tokens
-        self.compiles = compile
-        self.pad = cast(int, tokens.tokenizer.pad_token_id)
-        generation = self.network.generation_config
-        # replaces the pretrained model's own settings: generation depends on our arguments alone
-        generation = type(generation)(pad_token_id=self.pad, eos_token_id=tokens.tokenizer.eos_token_id)
-        self.network.generation_config = generation
-        text = self.network.config.get_text_config()
-        self.most_positions = getattr(text, "max_position_embeddings", None) or self.most_positions
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def continues(self) -> bool:
-        """Whether the model caches keys and values only, which can be continued row by row (Mamba's state cannot)."""
-        cached = "past_key_values" in inspect.signature(self.network.forward).parameters
-        return cached and not self.network._is_stateful
-
-    def forward(self, batch: TaskBatch) -> CausalPass:
-        """The lazy pass over a batch."""
-        return CausalPass(self, batch)
-
-    def run(self, **inputs: Any) -> Any:
-        """The model without its output head; refuses more positions than it has."""
-        if (length := inputs["attention_mask"].shape[1]) > self.most_positions:
-            raise UserError(
-                f"student: a prompt and its target have {length} tokens, the model has {self.most_positions} positions;"
-                " lower data.max_source_length or data.max_target_length"
-            )
-        return self.training_forward(self.network.base_model)(**inputs, return_dict=True)
-
-    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
         """Position ids of left-padded sequences, for models that take them."""
-        if "position_ids" not in inspect.signature(self.network.base_model.forward).parameters:
+        if "position_ids" not in inspect.signature(self.student.network.base_model.forward).parameters:
             return {}
         return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
-
-    def project(self, states: Tensor) -> Tensor:
-        """Logits ``(n, vocabulary)`` of states ``(n, d_model)``, scaled and capped as configured."""
-        logits: Tensor = self.network.get_output_embeddings()(states)
-        config = self.network.config.get_text_config()
-        # of Cohere, Granite and Gemma 2
-        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-        if scale != 1:
-            logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits

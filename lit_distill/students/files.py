@@ -1,10 +1,9 @@
-"""A student's files: configuration, tokenizer, and their record in checkpoints."""
+"""What a student is read from: the hub, a folder in the Hugging Face format, or a checkpoint of this framework."""
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -19,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lit_distill.errors import UserError
 from lit_distill.shipped import shipped
-from lit_distill.students.tokens import Family
+from lit_distill.students.tokens import CausalTokens, Family, Tokens, restore_tokenizer
 
 CHECKPOINT_KEY = "lit_distill_student"
 """Key of the student's record in a Lightning checkpoint."""
@@ -38,15 +37,86 @@ class StudentRecord(TypedDict):
     adapter: NotRequired[dict[str, Any]]  # the settings of the adapter that the weights include
 
 
+class StudentFiles:
+    """A student's files by their hub name, folder or checkpoint file; each part is read once, when it is first used.
+
+    What cannot be read raises a ``UserError``.
+    """
+
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        self.name = shipped(os.fspath(name))
+
+    @cached_property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The content of a checkpoint file; ``None`` of others."""
+        return read_checkpoint(self.name) if self.name.endswith(".ckpt") else None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``, of a model that can be a student."""
+        if self.checkpoint is not None:
+            content = dict(self.checkpoint[CHECKPOINT_KEY]["config"])
+        else:
+            with reading("student: cannot read a configuration from", self.name):
+                content, _ = PreTrainedConfig.get_config_dict(self.name)
+        if not content or not isinstance(content, dict):
+            raise UserError(
+                f"student: the config.json of {self.name!r} is absent, empty or no object{_hint(self.name)}"
+            )
+        family(content)
+        return content
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        folder = Path(self.name)
+        if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            # transformers would create an empty one from `model_type`
+            raise UserError(f"tokenizer: none in the folder {self.name!r} (one of {', '.join(_TOKENIZER_FILES)})")
+        kept = None if self.checkpoint is None else self.checkpoint[CHECKPOINT_KEY]["tokenizer"]
+        with reading("tokenizer: cannot load one from", self.name):
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.name) if kept is None else restore_tokenizer(kept)
+            # a damaged one would fail at the first row
+            tokenizer(["a"], verbose=True)
+            if tokenizer.eos_token_id is None:
+                raise UserError("it has no end-of-sequence token")
+        return cast(PreTrainedTokenizerBase, tokenizer)
+
+    def tokens(self) -> Tokens:
+        """The tokenizer with the model's format of sources and targets."""
+        kind, tokenizer = family(self.config), self.tokenizer()
+        if kind == "causal":
+            # a chat template is code, and can fail
+            with reading("tokenizer: cannot write a prompt with the one of", self.name):
+                return CausalTokens(tokenizer)
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"tokenizer: the one of {self.name!r} has no padding token")
+        return Tokens(tokenizer)
+
+
+def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """A student's ``config.json``, from the hub, a folder or a checkpoint file."""
+    return StudentFiles(name).config
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """A student's tokenizer, from the hub, a folder or a checkpoint file."""
+    return StudentFiles(name).tokenizer()
+
+
+def load_tokens(name: str | os.PathLike[str]) -> Tokens:
+    """A student's `Tokens`, from the hub, a folder or a checkpoint file."""
+    return StudentFiles(name).tokens()
+
+
 def family(config: Mapping[str, Any]) -> Family:
     """The family of a ``config.json``. Raises a ``UserError`` if the model cannot be a student."""
     kind = config.get("model_type")
     if kind in SEQ2SEQ:
         return "seq2seq"
     # transformers also lists BERT-like models there, and decoders of encoder-decoders
-    others = {**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    others = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     # these read padding as if it were text
-    others |= dict.fromkeys(("rwkv", "recurrent_gemma"), "")
+    others |= {"rwkv", "recurrent_gemma"}
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in others:
         return "causal"
     raise UserError(
@@ -55,36 +125,12 @@ def family(config: Mapping[str, Any]) -> Family:
     )
 
 
-def read_config(student: str | os.PathLike[str]) -> dict[str, Any]:
-    """A student's ``config.json``, from the hub, a folder or a checkpoint file.
-
-    Raises:
-        UserError: there is none, or the model cannot be a student.
-    """
-    name = shipped(os.fspath(student))
-    if is_checkpoint(name):
-        content = dict(read_checkpoint(name)[CHECKPOINT_KEY]["config"])
-    else:
-        with reading("student: cannot read a configuration from", name):
-            content, _ = PreTrainedConfig.get_config_dict(name)
-    if not content or not isinstance(content, dict):
-        raise UserError(f"student: the config.json of {name!r} is absent, empty or no object{_hint(name)}")
-    family(content)
-    return content
-
-
-def is_checkpoint(name: str) -> bool:
-    """Whether a name is that of a checkpoint file."""
-    return name.endswith(".ckpt")
-
-
 def read_checkpoint(name: str) -> dict[str, Any]:
     """A memory-mapped checkpoint file of this framework. Raises a ``UserError`` for other files."""
-    path = Path(name)
-    if not path.is_file():
+    if not Path(name).is_file():
         raise UserError(f"student: no checkpoint file {name!r}")
     with reading("student: cannot read the checkpoint file", name):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     found: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
     record = found.get(CHECKPOINT_KEY)
     parts = record if isinstance(record, dict) else {}
@@ -101,12 +147,6 @@ def _are_tensors(value: object) -> bool:
     )
 
 
-def student_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The student's part of a module's state dict, under the model's own names."""
-    prefix = "student.model."
-    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-
-
 def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
     """Check that floating-point tensors are finite. Raises a ``UserError`` that names the first that is not."""
     floating = {key: weight for key, weight in weights.items() if weight.is_floating_point() and weight.numel()}
@@ -115,75 +155,6 @@ def check_weights(weights: Mapping[str, Tensor], name: str) -> None:
         return
     bad = [key for key, weight in floating.items() if not weight.isfinite().all()]
     raise UserError(f"{name}: {len(bad)} of {len(floating)} weights are not finite, the first is {bad[0]}")
-
-
-def load_tokenizer(student: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """A student's tokenizer, from the hub, a folder or a checkpoint file. Raises a ``UserError`` without one."""
-    name = shipped(os.fspath(student))
-    folder = Path(name)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        # transformers would create an empty one from `model_type`
-        raise UserError(f"tokenizer: none in the folder {name!r} (one of {', '.join(_TOKENIZER_FILES)})")
-    kept = read_checkpoint(name)[CHECKPOINT_KEY]["tokenizer"] if is_checkpoint(name) else None
-    with reading("tokenizer: cannot load one from", name):
-        tokenizer: Any = AutoTokenizer.from_pretrained(name) if kept is None else restore_tokenizer(kept)
-        # a damaged one would fail at the first row
-        tokenizer(["a"], verbose=True)
-        if tokenizer.eos_token_id is None:
-            raise UserError("it has no end-of-sequence token")
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer for transformers 4 and 5.
-
-    Version 5 writes names that 4 does not know, but reads those of 4; it also drops the SentencePiece model, which slow
-    tokenizers of 4 and other programs need.
-    """
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("backend", "is_local", "local_files_only"):
-        content.pop(name, None)
-    if content.get("tokenizer_class") == "TokenizersBackend":
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # in version 4 a generic tokenizer would also give `token_type_ids`, which these models refuse
-    content["model_input_names"] = ["input_ids", "attention_mask"]
-    if isinstance(content.get("extra_special_tokens"), list):
-        content["additional_special_tokens"] = content.pop("extra_special_tokens")
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    _keep_sentencepiece(tokenizer)
-    if (sentencepiece := getattr(tokenizer, "_sentencepiece", None)) is not None:
-        (folder / "spiece.model").write_bytes(sentencepiece)
-
-
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """The tokenizer's files, for a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(tokenizer, Path(folder))
-        return {
-            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-            for path in sorted(Path(folder).iterdir())
-            if path.is_file() and path.stat().st_size
-        }
-
-
-def restore_tokenizer(files: Mapping[str, Tensor]) -> PreTrainedTokenizerBase:
-    """The tokenizer from its files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            # checkpoints are untrusted: a name must not leave the folder
-            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        _keep_sentencepiece(tokenizer)
-        return tokenizer
-
-
-def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Load a tokenizer's SentencePiece model into memory, as its folder may disappear."""
-    path = Path(getattr(tokenizer, "vocab_file", None) or "")
-    if path.name == "spiece.model" and path.is_file():
-        tokenizer._sentencepiece = path.read_bytes()
 
 
 @contextmanager

@@ -6,24 +6,12 @@ from typing import Any, get_args
 
 from lit_distill.checks import check_choice
 from lit_distill.errors import UserError
-from lit_distill.shipped import shipped
 from lit_distill.students.adapters import Adapter, add_adapter, merged
 from lit_distill.students.base import Student
 from lit_distill.students.causal import CausalStudent
-from lit_distill.students.files import (
-    CHECKPOINT_KEY,
-    check_weights,
-    family,
-    is_checkpoint,
-    load_tokenizer,
-    read_checkpoint,
-    read_config,
-    reading,
-    student_weights,
-)
+from lit_distill.students.files import CHECKPOINT_KEY, StudentFiles, check_weights, reading
 from lit_distill.students.models import Dtype, build_model, check_memory, pretrained
 from lit_distill.students.seq2seq import Seq2SeqStudent
-from lit_distill.students.tokens import CausalTokens, Tokens
 
 
 def load(
@@ -34,7 +22,6 @@ def load(
     dtype: Dtype = "float32",
     adapter: Mapping[str, Any] | None = None,
     fast: bool = True,
-    compile: bool = False,
     activation_checkpointing: bool = False,
     meta: bool = False,
 ) -> Student:
@@ -49,47 +36,31 @@ def load(
         adapter: settings of an `Adapter` to train. A checkpoint with the same adapter restores its weights; any other
             adapter of a checkpoint is first merged into the student.
         fast: run a T5 on real tokens only, where supported.
-        compile: compile the training forward, in place of the fast path.
         activation_checkpointing: recompute activations in the backward pass: less memory, slower steps.
         meta: allocate no weights; `lit_distill.students.sharding` provides them.
 
     Raises:
         UserError: the student cannot be read, is of no known family, or its weights or tokenizer do not fit.
     """
-    wanted = None if adapter is None else Adapter.of(adapter)
-    tokens = load_tokens(name)
-    model = load_model(name, from_scratch=from_scratch, dropout=dropout, dtype=dtype, adapter=adapter, meta=meta)
+    files = StudentFiles(name)
+    tokens = files.tokens()
+    model = load_model(files, from_scratch=from_scratch, dropout=dropout, dtype=dtype, adapter=adapter, meta=meta)
     if len(tokens.tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"student: the tokenizer of {os.fspath(name)!r} has {len(tokens.tokenizer)} tokens, its configuration's"
+            f"student: the tokenizer of {files.name!r} has {len(tokens.tokenizer)} tokens, its configuration's"
             f" vocab_size is {model.config.vocab_size}"
         )
     if activation_checkpointing:
         # the second name is for older releases of transformers, deprecated in newer ones
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if tokens.family == "causal":
-        student: Student = CausalStudent(model, tokens, compile=compile)
-    else:
-        student = Seq2SeqStudent(model, tokens, fast=fast, compile=compile)
-    student.adapter = wanted
+    student = CausalStudent(model, tokens) if tokens.family == "causal" else Seq2SeqStudent(model, tokens, fast=fast)
+    student.adapter = None if adapter is None else Adapter.of(adapter)
     return student
 
 
-def load_tokens(name: str | os.PathLike[str]) -> Tokens:
-    """A student's `Tokens`, from the hub, a folder or a checkpoint file. Raises a ``UserError`` without a tokenizer."""
-    kind, tokenizer = family(read_config(name)), load_tokenizer(name)
-    if kind == "causal":
-        # a chat template is code, and can fail
-        with reading("tokenizer: cannot write a prompt with the one of", os.fspath(name)):
-            return CausalTokens(tokenizer)
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"tokenizer: the one of {os.fspath(name)!r} has no padding token")
-    return Tokens(tokenizer)
-
-
 def load_model(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | StudentFiles,
     *,
     from_scratch: bool = False,
     dropout: float | None = None,
@@ -99,10 +70,10 @@ def load_model(
 ) -> Any:
     """A student's Hugging Face model, wrapped by PEFT with an adapter; arguments and errors as in `load`."""
     check_choice("dtype", dtype, get_args(Dtype))
-    name = shipped(os.fspath(name))
-    config = read_config(name)
-    wanted = None if adapter is None else Adapter.of(adapter)
-    with reading("student: the configuration makes no model in", name):
+    files = name if isinstance(name, StudentFiles) else StudentFiles(name)
+    config, wanted = files.config, None if adapter is None else Adapter.of(adapter)
+    unbuilt = "student: the configuration makes no model in"
+    with reading(unbuilt, files.name):
         model: Any = build_model(config, dropout=dropout, dtype=dtype, meta=True)
         check_memory(model)
     if wanted is not None:
@@ -111,19 +82,28 @@ def load_model(
     if meta:
         return model
     if from_scratch:
-        return build_model(config, dropout=dropout, dtype=dtype, adapter=wanted)
-    if is_checkpoint(name):
-        checkpoint = read_checkpoint(name)
-        kept = checkpoint[CHECKPOINT_KEY].get("adapter")
-        kept = None if kept is None else Adapter.of(kept)
-        weights = student_weights(checkpoint["state_dict"])
-        check_weights(weights, f"student: {name!r}")
-        with reading("student: the weights do not fit the configuration in", name):
-            model = build_model(config, weights, dropout=dropout, dtype=dtype, adapter=kept)
-        if kept is not None:
-            if kept.same(wanted):
-                return model
-            model = merged(model)
+        with reading(unbuilt, files.name):
+            return build_model(config, dropout=dropout, dtype=dtype, adapter=wanted)
+    if files.checkpoint is None:
+        model = pretrained(files.name, config, dropout=dropout, dtype=dtype)
     else:
-        model = pretrained(name, config, dropout=dropout, dtype=dtype)
+        model, kept = _from_checkpoint(files, files.checkpoint, dropout, dtype)
+        if kept is not None and kept.same(wanted):
+            return model
+        model = model if kept is None else merged(model)
     return model if wanted is None else add_adapter(model, wanted)
+
+
+def _from_checkpoint(
+    files: StudentFiles, checkpoint: Mapping[str, Any], dropout: float | None, dtype: Dtype
+) -> tuple[Any, Adapter | None]:
+    """The model of a checkpoint, and the adapter in it."""
+    settings, prefix = checkpoint[CHECKPOINT_KEY].get("adapter"), "student.model."
+    adapter = None if settings is None else Adapter.of(settings)
+    # the student's part of the module's weights, under the model's own names
+    weights = {
+        name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)
+    }
+    check_weights(weights, f"student: {files.name!r}")
+    with reading("student: the weights do not fit the configuration in", files.name):
+        return build_model(files.config, weights, dropout=dropout, dtype=dtype, adapter=adapter), adapter

@@ -8,8 +8,8 @@ and unscaled. So every T5 here is first tied or untied as its configuration *fil
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +29,8 @@ from transformers.utils import logging as hf_logging
 from lit_distill.checks import check_int, check_range
 from lit_distill.errors import UserError
 from lit_distill.students.adapters import Adapter, add_adapter
-from lit_distill.students.files import StudentRecord, check_weights, family, reading, save_tokenizer, tokenizer_files
+from lit_distill.students.files import StudentRecord, check_weights, family, reading
+from lit_distill.students.tokens import save_tokenizer, tokenizer_files
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of weights."""
@@ -42,16 +42,11 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
-_SIZES = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "num_hidden_layers": 1000,
-    "num_decoder_layers": 1000,
-    "num_attention_heads": 2**16,
-    "relative_attention_num_buckets": 2**16,
-    "relative_attention_max_distance": 2**30,
-}
-"""Maximum plausible sizes in a configuration; the memory bounds the others."""
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
+    "relative_attention_num_buckets", "relative_attention_max_distance",
+)  # fmt: skip
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -95,7 +90,7 @@ def build_model(
         adapter: added before ``weights`` are loaded.
         meta: allocate no weights.
     """
-    made = configuration(config, dropout)
+    made = _configuration(config, dropout)
     # random weights take seconds to draw
     empty = meta or weights is not None
     with torch.device("meta") if meta else nullcontext(), no_init_weights() if empty else nullcontext():
@@ -116,28 +111,22 @@ def build_model(
 def pretrained(
     name: str, config: Mapping[str, Any], *, dropout: float | None = None, dtype: Dtype = "float32"
 ) -> PreTrainedModel:
-    """A model with the weights of a folder or of the hub, in training mode.
-
-    Args:
-        name: the folder or hub name.
-        config: its ``config.json``.
-        dropout: dropout rate in place of the configured one.
-        dtype: of the weights, whatever the files'.
-
-    Raises:
-        UserError: it cannot be read, has no weights, or some are not finite.
-    """
+    """A model with the weights of a folder or of the hub, which must be finite, in training mode."""
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in WEIGHT_FILES):
         raise UserError(
             f"student: no weights in the folder {name!r} (one of {', '.join(WEIGHT_FILES)});"
             " set from_scratch to true for random weights from its configuration"
         )
-    made = configuration(config, dropout)
-    with reading("student: cannot load", name), _quiet_loading():
-        model = _auto_class(made).from_pretrained(name, config=made, dtype=getattr(torch, dtype))
-    # generation depends on our arguments alone
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    made = _configuration(config, dropout)
+    level = hf_logging.get_verbosity()
+    # advice of transformers on tying, which is settled here
+    hf_logging.set_verbosity_error()
+    try:
+        with reading("student: cannot load", name):
+            model = _auto_class(made).from_pretrained(name, config=made, dtype=getattr(torch, dtype))
+    finally:
+        hf_logging.set_verbosity(level)
     check_weights(dict(model.named_parameters()), f"student: {name!r}")
     if family(config) == "seq2seq" and not (_says_tied(config) and is_tied(model)):
         untie(model)
@@ -164,7 +153,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Save model and tokenizer in the Hugging Face format, with the true tying in the configuration."""
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    (folder / "config.json").write_text(json.dumps(true_config(model), indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(true_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def record_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
@@ -179,23 +170,15 @@ def true_config(model: PreTrainedModel) -> dict[str, Any]:
     return content
 
 
-def configuration(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedConfig:
-    """A checked configuration.
-
-    Args:
-        config: the content of a ``config.json``.
-        dropout: dropout rate in place of its own.
-
-    Raises:
-        UserError: a size, token or rate is impossible.
-    """
+def _configuration(config: Mapping[str, Any], dropout: float | None) -> PreTrainedConfig:
+    """A configuration of plausible sizes, which the memory bounds further, of special tokens and dropout rates."""
     # outputs are chosen at each call
     returned = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
     made: Any = AutoConfig.for_model(**dict(config) | returned)
-    for size, most in _SIZES.items():
+    for size in _SIZES:
         name = made.attribute_map.get(size, size)
         if getattr(made, name, None) is not None:
-            check_int(name, getattr(made, name), 1, most)
+            check_int(name, getattr(made, name), 1, 1000 if "layers" in size else 2**30)
     for name, value in made.to_dict().items():
         if name.endswith(("dropout", "dropout_rate", "pdrop")) and "classifier" not in name:
             setattr(made, name, value if dropout is None else dropout)
@@ -212,14 +195,3 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", True))
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence advice of transformers on tying, which is settled here."""
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)

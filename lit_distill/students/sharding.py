@@ -35,39 +35,34 @@ def is_deferred() -> bool:
 
 
 def give_weights(student: Student, strategy: Strategy, load: Callable[[], PreTrainedModel]) -> None:
-    """Load a student's weights.
+    """Give a student that was built within `deferred` the weights of the model that ``load`` reads.
 
     FSDP asks for one block of layers at a time: the first rank reads the model and broadcasts each block, of which
     every rank keeps its shard. Blocks are transformers' unsplittable modules, unless the strategy has its own policy.
     Under any other strategy every rank reads the weights.
-
-    Args:
-        student: built within `deferred`.
-        strategy: of the trainer.
-        load: reads the model.
     """
     if isinstance(strategy, FSDPStrategy):
         names = student.network._no_split_modules or ()
         blocks = {type(part) for part in student.modules() if type(part).__name__ in names}
         strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy(blocks))
-        strategy.kwargs["param_init_fn"] = _Sender(student.model, load, strategy.root_device, strategy.global_rank)
+        whole = load() if strategy.global_rank == 0 else None
+        strategy.kwargs["param_init_fn"] = _Sender(student.model, whole, strategy.root_device)
     else:
         student.model = load()
 
 
-class _Sender:
-    """FSDP's ``param_init_fn``: broadcasts a module's tensors from the first rank."""
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
-    def __init__(
-        self, model: PreTrainedModel, load: Callable[[], PreTrainedModel], device: torch.device, rank: int
-    ) -> None:
-        self._names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+class _Sender:
+    """FSDP's ``param_init_fn``: fills a module of an empty model from the first rank, which alone has it whole."""
+
+    def __init__(self, empty: PreTrainedModel, whole: PreTrainedModel | None, device: torch.device) -> None:
+        self._names = {id(tensor): name for name, tensor in _tensors(empty).items()}
+        self._weights = None if whole is None else _tensors(whole)
         self._device = device
         self._sent: dict[int, tuple[Tensor, Tensor]] = {}
-        self._weights: dict[str, Tensor] | None = None
-        if rank == 0:
-            whole = load()
-            self._weights = dict((*whole.named_parameters(), *whole.named_buffers()))
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> None:

@@ -1,14 +1,18 @@
-"""A student's tokenizer, and its family's format of sources and targets."""
+"""A student's tokenizer: its family's format of sources and targets, and its files."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import tokenizers
+import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Family = Literal["seq2seq", "causal"]
 
@@ -35,12 +39,12 @@ class Tokens:
 
     def sources(self, texts: Sequence[str], max_length: int) -> Encoded:
         """Inputs with the special tokens of the tokenizer; truncation keeps end-of-sequence."""
-        return self._cut(self._ids(texts), max_length)
+        return self._cut(self._ids(texts, special=True), max_length)
 
     def targets(self, texts: Sequence[str], max_length: int) -> Encoded:
         """Targets, always ending in end-of-sequence."""
-        eos = self.tokenizer.eos_token_id
-        return self._cut([ids if ids and ids[-1] == eos else [*ids, eos] for ids in self._ids(texts)], max_length)
+        eos, ids = self.tokenizer.eos_token_id, self._ids(texts, special=self.family == "seq2seq")
+        return self._cut([row if row and row[-1] == eos else [*row, eos] for row in ids], max_length)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Token ids to text, without special tokens and padding."""
@@ -68,12 +72,12 @@ class Tokens:
             content["rules"] = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
         # `verbose=False`: a text beyond the tokenizer's own limit needs no warning here, cuts are counted
-        ids: list[list[int]] = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
-        return ids
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return cast(list[list[int]], encoded["input_ids"])
 
     def _cut(self, ids: list[list[int]], max_length: int) -> Encoded:
         eos = self.tokenizer.eos_token_id
@@ -119,17 +123,60 @@ class CausalTokens(Tokens):
     def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
         if self.tokenizer.chat_template is None:
             eos = self.tokenizer.eos_token_id
-            rows = super()._ids([f"{text}\n" for text in texts])
+            rows = self._ids([f"{text}\n" for text in texts], special=True)
             return [row[:-1] if row and row[-1] == eos else row for row in rows]
         turns = [[{"role": "user", "content": text}] for text in texts]
         rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self._ids(cast(list[str], rendered))
+        return self._ids(cast(list[str], rendered), special=False)
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids without special tokens."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return ids
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer for transformers 4 and 5.
+
+    Version 5 writes names that 4 does not know, but reads those of 4; it also drops the SentencePiece model, which slow
+    tokenizers of 4 and other programs need.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        content.pop(name, None)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # in version 4 a generic tokenizer would also give `token_type_ids`, which these models refuse
+    content["model_input_names"] = ["input_ids", "attention_mask"]
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _keep_sentencepiece(tokenizer)
+    if (sentencepiece := getattr(tokenizer, "_sentencepiece", None)) is not None:
+        (folder / "spiece.model").write_bytes(sentencepiece)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """The tokenizer's files, for a checkpoint: name -> content as bytes, ``(size,)``."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, Path(folder))
+        return {
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and path.stat().st_size
+        }
+
+
+def restore_tokenizer(files: Mapping[str, Tensor]) -> PreTrainedTokenizerBase:
+    """The tokenizer from its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            # checkpoints are untrusted: a name must not leave the folder
+            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        _keep_sentencepiece(tokenizer)
+        return tokenizer
+
+
+def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Load a tokenizer's SentencePiece model into memory, as its folder may disappear."""
+    path = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if path.name == "spiece.model" and path.is_file():
+        tokenizer._sentencepiece = path.read_bytes()

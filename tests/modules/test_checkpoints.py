@@ -15,7 +15,8 @@ from torch import Tensor
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.objectives import Objective, Step
-from lit_distill.students import is_tied, load_model, load_tokenizer, save_model
+from lit_distill.students import load_model, load_tokenizer
+from lit_distill.students.models import is_tied, save_model
 from lit_distill.tasks import LABEL, RATIONALE_LABEL, Task
 from tests.modules.batches import RowsData, collate, random_rows
 from tests.modules.running import identical, make_trainer

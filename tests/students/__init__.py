@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lit_distill.students import build_model, save_model
+from lit_distill.students.models import build_model, save_model
 
 WORDS = [
     "<pad>", "</s>", "<unk>", "predict:", "explain:", "Answer", "Choices:", "Rationale:", "So", "the", "answer", "is",

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.errors import UserError
-from lit_distill.students import CHECKPOINT_KEY, Student, load
+from lit_distill.students import Student, load
+from lit_distill.students.files import CHECKPOINT_KEY
 from tests.students import add_weights, make_causal_folder, make_student_folder
 
 pytestmark = pytest.mark.filterwarnings(

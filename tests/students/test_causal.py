@@ -161,21 +161,6 @@ def test_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
-def test_one_compiled_graph_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, original, graphs = make_student(), torch.compile, []
-    expected = float(student(BATCH).loss("label").detach())
-
-    def backend(graph: Any, _: object) -> Any:
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=backend, **options))
-    student.compiles = True
-    assert float(student(BATCH).loss("label").detach()) == pytest.approx(expected, rel=1e-6)
-    student(batch_of({"label": rows_of((2, 9), (3, 4))})).loss("label").backward()
-    assert len(graphs) == 1
-
-
 @pytest.mark.parametrize("others", [True, False])
 def test_a_task_without_rows_takes_part(others: bool) -> None:
     student = make_student()

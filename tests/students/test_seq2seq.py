@@ -15,6 +15,7 @@ from lit_distill import students
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
 from lit_distill.errors import UserError
 from lit_distill.students import base, seq2seq
+from lit_distill.students.models import build_model
 from lit_distill.students.seq2seq import PackedPass, PlainPass, Seq2SeqPass, Seq2SeqStudent
 from lit_distill.students.tokens import Tokens
 from tests.students import CONFIG, make_student_folder, make_tokenizer
@@ -39,7 +40,7 @@ Rows = list[tuple[list[int], list[int]]]
 
 def make_student(kind: str = "v1.1", **changes: Any) -> Seq2SeqStudent:
     torch.manual_seed(3)
-    model = students.build_model(CONFIG | {"vocab_size": VOCABULARY} | KINDS[kind] | changes)
+    model = build_model(CONFIG | {"vocab_size": VOCABULARY} | KINDS[kind] | changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
@@ -400,26 +401,3 @@ def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
     with pytest.raises(UserError, match=r"^tokenizer: .* has no padding token"):
         students.load(folder, from_scratch=True)
-
-
-def test_compiled_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-
-    def compile_(model: Any, **settings: object) -> Any:
-        compiled.append(settings)
-        return lambda **inputs: model(**inputs)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    student = make_student()
-    student.compiles = True
-    step = student(BATCH)
-    assert isinstance(step, PlainPass)
-    close(step.loss("label"), plain_loss(student, ROWS["label"]))
-    student(BATCH).loss("label")
-    assert compiled == [{"dynamic": True}]
-    with torch.no_grad():
-        assert isinstance(student(BATCH), PackedPass)
-    # what is compiled is no second model, and does not travel
-    assert len(list(student.children())) == 1
-    close(copy.deepcopy(student)(BATCH).loss("label"), plain_loss(student, ROWS["label"]))
-    assert len(compiled) == 2

@@ -27,11 +27,12 @@ class _Attention(Function):
         plan: AttentionPlan,
         p: float,
     ) -> Tensor:
-        flat_q, flat_k, flat_v = plan.query_slots.spread(q), plan.key_slots.spread(k), plan.key_slots.spread(v)
+        flat_q, flat_k, flat_v = plan.queries.spread(q), plan.keys.spread(k), plan.keys.spread(v)
         flat_out = torch.empty_like(flat_q)
         saved, factor = [], 1.0
-        for group, added in zip(plan.groups, offsets, strict=True):
-            queries, keys, values = group.queries_of(flat_q), group.keys_of(flat_k), group.keys_of(flat_v)
+        of_queries = zip(plan.queries.groups(flat_q), plan.queries.groups(flat_out), strict=True)
+        of_keys = zip(plan.keys.groups(flat_k), plan.keys.groups(flat_v), strict=True)
+        for (queries, out), (keys, values), added in zip(of_queries, of_keys, offsets, strict=True):
             weights = torch.baddbmm(added, queries, keys.transpose(1, 2))
             weights = torch.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
             saved.append(weights)
@@ -39,54 +40,38 @@ class _Attention(Function):
                 mask, factor = dropout_mask(weights, p)
                 saved.append(mask)
                 weights = mask.to(weights.dtype).mul_(weights)
-            out = group.queries_of(flat_out)
             torch.baddbmm(out, weights, values, beta=0, alpha=factor, out=out)
         ctx.plan, ctx.p, ctx.factor = plan, p, factor
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(flat_q, flat_k, flat_v, flat_out, *saved)
-        return plan.query_slots.gather(flat_out, plan.queries.tokens)
+        return plan.queries.gather(flat_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat_q, flat_k, flat_v, flat_out, *saved = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
-        flat_grad = plan.query_slots.clear(plan.query_slots.spread(grad))
+        flat_grad = plan.queries.clear(plan.queries.spread(grad))
         # sum_j P_ij dP_ij of the softmax's backward pass, without its dropout: dO_i . O_i
-        along = (flat_grad * flat_out).sum(-1, keepdim=True)
+        flat_along = (flat_grad * flat_out).sum(-1, keepdim=True)
         grad_q, grad_k, grad_v = torch.empty_like(flat_q), torch.empty_like(flat_k), torch.empty_like(flat_v)
         bias_grad = None if ctx.bias_shape is None else flat_q.new_zeros(ctx.bias_shape)
+        of_queries = zip(*map(plan.queries.groups, (flat_q, flat_grad, flat_along, grad_q)), strict=True)
+        of_keys = zip(*map(plan.keys.groups, (flat_k, flat_v, grad_k, grad_v)), strict=True)
         parts = iter(saved)
-        for group in plan.groups:
+        for (queries, out_grad, along, into_q), (keys, values, into_k, into_v) in zip(of_queries, of_keys, strict=True):
             weights = next(parts)
             dropped = next(parts).to(weights.dtype).mul_(weights) if ctx.p else weights
-            out_grad, into_v = group.queries_of(flat_grad), group.keys_of(grad_v)
             torch.baddbmm(into_v, dropped.transpose(1, 2), out_grad, beta=0, alpha=ctx.factor, out=into_v)
-            values = group.keys_of(flat_v)
             scores_grad = torch.baddbmm(weights, out_grad, values.transpose(1, 2), beta=0, alpha=ctx.factor)
-            scores_grad.mul_(dropped).addcmul_(weights, group.queries_of(along), value=-1.0)
-            torch.bmm(scores_grad, group.keys_of(flat_k), out=group.queries_of(grad_q))
-            torch.bmm(scores_grad.transpose(1, 2), group.queries_of(flat_q), out=group.keys_of(grad_k))
+            scores_grad.mul_(dropped).addcmul_(weights, along, value=-1.0)
+            torch.bmm(scores_grad, keys, out=into_q)
+            torch.bmm(scores_grad.transpose(1, 2), queries, out=into_k)
             if bias_grad is not None:
-                rows = scores_grad.view(group.rows, plan.heads, group.queries, group.keys)
-                bias_grad[:, :, : group.queries, : group.keys] += rows.sum(0, keepdim=True)
-        q_grad = plan.query_slots.gather(grad_q, plan.queries.tokens)
-        k_grad, v_grad = (plan.key_slots.gather(x, plan.keys.tokens) for x in (grad_k, grad_v))
-        return q_grad, k_grad, v_grad, bias_grad, None, None, None
-
-
-def score_offsets(plan: AttentionPlan, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """What is added to the scores of each group, ``(rows * heads, queries, keys)``: mask and position bias.
-
-    The bias is that of the longest rows, ``(1, heads, queries, keys)``; cross-attention has none.
-    """
-    offsets = []
-    for group in plan.groups:
-        added = group.mask.expand(group.rows, plan.heads, group.queries, group.keys)
-        if bias is not None:
-            added = added + bias.detach()[:, :, : group.queries, : group.keys]
-        offsets.append(added.to(dtype).reshape(-1, group.queries, group.keys))
-    return offsets
+                rows = scores_grad.unflatten(0, (-1, plan.heads))
+                bias_grad[:, :, : rows.shape[2], : rows.shape[3]] += rows.sum(0, keepdim=True)
+        gathered = plan.queries.gather(grad_q), plan.keys.gather(grad_k), plan.keys.gather(grad_v)
+        return *gathered, bias_grad, None, None, None
 
 
 def attention(
@@ -94,7 +79,7 @@ def attention(
 ) -> Tensor:
     """The attention of packed queries ``(query tokens, heads * d_kv)`` to packed keys; ``p`` is the dropout rate.
 
-    ``offsets`` are the `score_offsets` of ``bias``, which gets its gradient here.
+    ``offsets`` are the plan's for ``bias``, which gets its gradient here.
     """
     return apply(_Attention, q, k, v, bias, offsets, plan, p)
 
@@ -102,18 +87,20 @@ def attention(
 class SelfAttention:
     """Tokens attend to those of their own row; one for all layers of a stack.
 
-    ``first`` is the first layer's attention, which has the stack's relative position bias.
+    The first layer's attention has the stack's relative position bias.
     """
 
-    def __init__(self, plan: AttentionPlan, first: Any, dtype: torch.dtype) -> None:
-        self._plan = plan
-        self._bias: Tensor = first.compute_bias(*plan.longest, device=plan.queries.device)
-        self._offsets = score_offsets(plan, self._bias, dtype)
+    def __init__(self, stack: Any, packing: Packing, dtype: torch.dtype, *, causal: bool) -> None:
+        self._plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal)
+        longest = max(packing.lengths)
+        first = stack.block[0].layer[0].SelfAttention
+        self._bias: Tensor = first.compute_bias(longest, longest, device=packing.device)
+        self._offsets = self._plan.offsets(self._bias, dtype)
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
         q, k, v = layer.q(x), layer.k(x), layer.v(x)
-        return cast(Tensor, layer.o(attention(q, k, v, self._bias, self._offsets, self._plan, attention_rate(layer))))
+        return cast(Tensor, layer.o(attention(q, k, v, self._bias, self._offsets, self._plan, _rate(layer))))
 
 
 class CrossAttention:
@@ -122,49 +109,28 @@ class CrossAttention:
     ``encoded`` are the encoder's states ``(source tokens, d_model)``.
     """
 
-    def __init__(
-        self,
-        decoder: Any,
-        targets: Packing,
-        sources: Packing,
-        encoded: Tensor,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, decoder: Any, targets: Packing, sources: Packing, encoded: Tensor, dtype: torch.dtype) -> None:
         config = decoder.config
         few: list[int] = []
         if all(projects_plainly(block) for block in decoder.block):
             few = few_queries(targets, sources, heads=config.num_heads, d_model=config.d_model, d_kv=config.d_kv)
-        rest = sorted(set(range(len(targets.lengths))) - set(few))
-        self._few: FewQueries | None = None
+        many = sorted(set(range(len(targets.lengths))) - set(few))
+        self._parts: list[_ManyQueries | FewQueries] = []
+        if many:
+            self._parts.append(_ManyQueries(targets, sources, many, config.num_heads, encoded, dtype))
         if few:
-            self._few = FewQueries(targets, sources, few, config.num_heads)
-            self._few_sources = self._few.spread(encoded)
-        self._rest: AttentionPlan | None = None
-        if rest:
-            self._tokens, queries = targets.rows(rest).compact()
-            present, keys = sources.rows(rest).compact()
-            self._rest = AttentionPlan(queries, keys, config.num_heads)
-            self._rest_sources = encoded.index_select(0, present)
-            self._offsets = score_offsets(self._rest, None, dtype)
-        if self._few is not None and self._rest is not None:
-            self._order = torch.cat([self._tokens, self._few.tokens]).argsort()
+            self._parts.append(FewQueries(targets, sources, few, config.num_heads, encoded))
+        self._order = torch.cat([part.tokens for part in self._parts]).argsort() if many and few else None
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(target tokens, d_model)``."""
-        q, rate = layer.q(x), attention_rate(layer)
-        parts = []
-        if self._rest is not None:
-            own = q if self._few is None else q.index_select(0, self._tokens)
-            k, v = layer.k(self._rest_sources), layer.v(self._rest_sources)
-            parts.append(attention(own, k, v, None, self._offsets, self._rest, rate))
-        if self._few is not None:
-            parts.append(self._few.attend(q, self._few_sources, layer.k.weight, layer.v.weight, rate))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, self._order)
+        q = layer.q(x)
+        found = [part.attend(layer, q, _rate(layer)) for part in self._parts]
+        out = found[0] if self._order is None else torch.cat(found).index_select(0, self._order)
         return cast(Tensor, layer.o(out))
 
 
-def attention_rate(layer: Any) -> float:
-    """The dropout rate of a layer's attention weights now."""
+def _rate(layer: Any) -> float:
     return float(layer.dropout) if layer.training else 0.0
 
 
@@ -183,6 +149,30 @@ def few_queries(queries: Packing, keys: Packing, *, heads: int, d_model: int, d_
     return [row for row, (n, s) in enumerate(zip(queries.lengths, keys.lengths, strict=True)) if pays(n, s)]
 
 
+class _ManyQueries:
+    """Attention of some rows' queries to keys and values of the encoder's states."""
+
+    def __init__(
+        self,
+        queries: Packing,
+        keys: Packing,
+        rows: Sequence[int],
+        heads: int,
+        encoded: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.tokens, own = queries.rows(rows).compact()
+        present, sources = keys.rows(rows).compact()
+        self._encoded = encoded.index_select(0, present)
+        self._plan = AttentionPlan(own, sources, heads)
+        self._offsets = self._plan.offsets(None, dtype)
+
+    def attend(self, layer: Any, q: Tensor, p: float) -> Tensor:
+        """As `FewQueries.attend`."""
+        own = q if len(q) == len(self.tokens) else q.index_select(0, self.tokens)
+        return attention(own, layer.k(self._encoded), layer.v(self._encoded), None, self._offsets, self._plan, p)
+
+
 class FewQueries:
     r"""Attention of some rows' few queries to the encoder's states themselves, without keys or values.
 
@@ -190,7 +180,7 @@ class FewQueries:
     cost s projections, the right-hand side n of them, and a label has n of about 3 where s is about 50. So do values.
     """
 
-    def __init__(self, queries: Packing, keys: Packing, rows: Sequence[int], heads: int) -> None:
+    def __init__(self, queries: Packing, keys: Packing, rows: Sequence[int], heads: int, encoded: Tensor) -> None:
         self.heads = heads
         own, sources = queries.rows(rows), keys.rows(rows)
         self._shape = len(rows), max(own.lengths), max(sources.lengths)
@@ -205,29 +195,26 @@ class FewQueries:
         mask = torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
         self.mask = mask[:, None].to(device, non_blocking=True)
         """0 at the sources' tokens and -inf at their padding, ``(rows, 1, source_len)``."""
+        self._encoded = self.spread(encoded)
 
-    def spread(self, encoded: Tensor) -> Tensor:
+    def spread(self, packed: Tensor) -> Tensor:
         """What belongs to packed source tokens, such as their states, ``(rows, source_len, size)``; see `mask`."""
-        return encoded.index_select(0, self._source).view(self._shape[0], self._shape[2], -1)
+        return packed.index_select(0, self._source).view(self._shape[0], self._shape[2], -1)
 
-    def attend(self, q: Tensor, sources: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
-        """The attention's output at `tokens`, ``(tokens, heads * d_kv)``.
+    def attend(self, layer: Any, q: Tensor, p: float) -> Tensor:
+        """A layer's attention at `tokens`, ``(tokens, heads * d_kv)``, before its output projection.
 
-        Args:
-            q: queries of all targets' tokens, ``(all tokens, heads * d_kv)``.
-            sources: the encoder's states, `spread`.
-            key: weight of the projection to keys, ``(heads * d_kv, d_model)``.
-            value: weight of the projection to values.
-            p: dropout rate of the attention weights.
+        ``q`` are the queries of all targets' tokens, ``(all tokens, heads * d_kv)``; ``p`` is the dropout rate.
         """
         rows, length, _ = self._shape
-        d_model = sources.shape[-1]
+        d_model = self._encoded.shape[-1]
         own = q.index_select(0, self._query).view(rows * length, self.heads, -1).transpose(0, 1)
-        projected = torch.bmm(own, key.view(self.heads, -1, d_model)).view(self.heads, rows, length, d_model)
+        key, value = layer.k.weight.view(self.heads, -1, d_model), layer.v.weight.view(self.heads, -1, d_model)
+        projected = torch.bmm(own, key).view(self.heads, rows, length, d_model)
         by_row = projected.transpose(0, 1).reshape(rows, self.heads * length, d_model)
-        scores = torch.bmm(by_row, sources.transpose(1, 2))
+        scores = torch.bmm(by_row, self._encoded.transpose(1, 2))
         weights = torch.softmax(scores + self.mask, dim=-1, dtype=torch.float32).to(scores.dtype)
-        found = torch.bmm(dropout(weights, p), sources).view(rows, self.heads, length, d_model)
+        found = torch.bmm(dropout(weights, p), self._encoded).view(rows, self.heads, length, d_model)
         by_head = found.transpose(0, 1).reshape(self.heads, rows * length, d_model)
-        out = torch.bmm(by_head, value.view(self.heads, -1, d_model).transpose(1, 2))
+        out = torch.bmm(by_head, value.transpose(1, 2))
         return out.transpose(0, 1).reshape(rows * length, -1).index_select(0, self._real)

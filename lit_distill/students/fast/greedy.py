@@ -41,25 +41,13 @@ def greedy(
     settings, device = model.generation_config, model.device
     eos = settings.eos_token_id
     ends = torch.tensor([] if eos is None else eos, device=device).view(-1)
-    if len(set(rows)) < len(encoded.packing.lengths):
-        present, packing = encoded.packing.rows(rows).compact()
-        encoded, rows = Encoded([encoded.states.index_select(0, present)], packing), range(len(rows))
     found: list[list[int]] = [[] for _ in rows]
     numbers = torch.arange(len(rows), device=device)
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     ids = torch.full((len(rows),), settings.decoder_start_token_id, device=device)
-    sources = _Sources(model, encoded, rows)
-    layers = [_Layer(block, encoded.states, sources) for block in model.decoder.block]
-    bias = layers[0].bias()
+    decoder = _Decoder(model.decoder, encoded, rows)
     for step in range(max_new_tokens):
-        if step == bias.shape[-1]:
-            for layer in layers:
-                layer.grow()
-            bias = layers[0].bias()
-        x = model.decoder.embed_tokens(ids)
-        for layer in layers:
-            x = layer.step(x, step, bias[:, :, step : step + 1, : step + 1])
-        scores = model.lm_head(into_head(model, norm(model.decoder.final_layer_norm, x))).float()
+        scores = model.lm_head(into_head(model, decoder.step(ids, step))).float()
         if process_logits is not None:
             scores = process_logits(scores, step, numbers)
         ids = scores.argmax(dim=-1)
@@ -73,85 +61,89 @@ def greedy(
         if left <= WORTH_LEAVING * len(alive):
             stay = alive.nonzero().squeeze(1)
             ids, numbers, alive = ids[stay], numbers[stay], alive[stay]
-            sources = _Sources(model, encoded, [rows[number] for number in numbers.tolist()])
-            for layer in layers:
-                layer.take(stay, sources)
+            decoder.keep(stay)
     return found
 
 
-class _Sources:
-    """The encoder states of the rows that are still decoding."""
+class _Decoder:
+    """A decoder with its cache, for the rows that are still decoding."""
 
-    def __init__(self, model: Any, encoded: Encoded, rows: Sequence[int]) -> None:
-        self.rows = len(rows)
-        queries = Packing([1] * self.rows, encoded.states.device)
-        self._few = FewQueries(queries, encoded.packing.rows(rows), range(len(rows)), model.config.num_heads)
-        self._states = self._few.spread(encoded.states)
+    def __init__(self, stack: Any, encoded: Encoded, rows: Sequence[int]) -> None:
+        self._stack = stack
+        states, self._packing = encoded.states, encoded.packing.rows(rows)
+        if len(set(rows)) < len(encoded.packing.lengths):
+            # states that no row needs are not projected
+            present, self._packing = self._packing.compact()
+            states = states.index_select(0, present)
+        self._states = states
+        # where keys and values of the sources are more than a product with a weight (LoRA, say), they are made once
+        layers = [block.layer[1].EncDecAttention for block in stack.block]
+        self._projected = [
+            None if projects_plainly(block) else (layer.k(states), layer.v(states))
+            for block, layer in zip(stack.block, layers, strict=True)
+        ]
+        self._take_sources()
+        # keys and values of each layer, `(2, rows, heads, capacity, d_kv)`
+        shape = 2, len(rows), stack.config.num_heads, FIRST_CAPACITY, stack.config.d_kv
+        self._caches = [states.new_zeros(shape) for _ in layers]
+        self._bias = self._position_bias(FIRST_CAPACITY)
 
-    def spread(self, packed: Tensor) -> Tensor:
-        """Keys or values ``(source tokens, heads * d_kv)`` by row, ``(rows, heads, source_len, d_kv)``."""
+    def _position_bias(self, capacity: int) -> Tensor:
+        """Of all positions that there is room for, ``(1, heads, capacity, capacity)``; the first layer has it."""
+        first = self._stack.block[0].layer[0].SelfAttention
+        bias: Tensor = first.compute_bias(capacity, capacity, device=self._states.device)
+        return bias
+
+    def _take_sources(self) -> None:
+        queries = Packing([1] * len(self._packing.lengths), self._states.device)
+        rows = range(len(self._packing.lengths))
+        self._few = FewQueries(queries, self._packing, rows, self._stack.config.num_heads, self._states)
+        self._sources = [pair and (self._by_head(pair[0]), self._by_head(pair[1])) for pair in self._projected]
+
+    def _by_head(self, packed: Tensor) -> Tensor:
+        """Keys or values ``(source tokens, heads * d_kv)`` as ``(rows, heads, source_len, d_kv)``."""
         spread = self._few.spread(packed)
         return spread.view(*spread.shape[:2], self._few.heads, -1).transpose(1, 2)
 
-    def attend(self, layer: Any, q: Tensor) -> Tensor:
-        """Attention of one query a row to the states, ``(rows, heads * d_kv)``."""
-        return self._few.attend(q, self._states, layer.k.weight, layer.v.weight, 0.0)
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these of the rows."""
+        self._packing = self._packing.rows(rows.tolist())
+        self._take_sources()
+        for number, cache in enumerate(self._caches):
+            self._caches[number] = cache[:, rows]
 
-    def attend_to(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The same to keys and values that were `spread`."""
-        query, mask = q.view(len(q), self._few.heads, 1, -1), self._few.mask[:, None].to(q.dtype)
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
-        return found.reshape(len(q), -1)
+    def step(self, ids: Tensor, position: int) -> Tensor:
+        """The decoder's states ``(rows, d_model)`` at a position, for its token ids ``(rows,)``."""
+        capacity = self._bias.shape[-1]
+        if position == capacity:
+            for number, cache in enumerate(self._caches):
+                self._caches[number] = F.pad(cache, (0, 0, 0, capacity))
+            self._bias = self._position_bias(2 * capacity)
+        x: Tensor = self._stack.embed_tokens(ids)
+        for block, cache, sources in zip(self._stack.block, self._caches, self._sources, strict=True):
+            own, cross, feed = block.layer
+            x = x + self._attend_to_targets(own.SelfAttention, norm(own.layer_norm, x), cache, position)
+            x = x + self._attend_to_sources(cross.EncDecAttention, norm(cross.layer_norm, x), sources)
+            x = x + feed_forward(feed.DenseReluDense, norm(feed.layer_norm, x))
+        return norm(self._stack.final_layer_norm, x)
 
+    def _attend_to_targets(self, layer: Any, x: Tensor, cache: Tensor, position: int) -> Tensor:
+        heads = len(x), self._few.heads, -1
+        cache[0, :, :, position], cache[1, :, :, position] = layer.k(x).view(heads), layer.v(x).view(heads)
+        query = layer.q(x).view(heads).unsqueeze(2)
+        keys, values = cache[:, :, :, : position + 1].to(query.dtype)
+        bias = self._bias[:, :, position : position + 1, : position + 1].to(query.dtype).expand(len(x), -1, -1, -1)
+        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)
+        out: Tensor = layer.o(found.reshape(len(x), -1))
+        return out
 
-class _Layer:
-    """A decoder layer with its cache of keys and values."""
-
-    def __init__(self, block: Any, states: Tensor, sources: _Sources) -> None:
-        self._own, self._cross, self._feed = block.layer
-        layer = self._cross.EncDecAttention
-        # where keys and values of the sources are more than a product with a weight (LoRA, say), they are made once
-        self._projected = None if projects_plainly(block) else (layer.k(states), layer.v(states))
-        self._turn_to(sources)
-        config = layer.config
-        self._keys = states.new_zeros(sources.rows, config.num_heads, FIRST_CAPACITY, config.d_kv)
-        self._values = torch.zeros_like(self._keys)
-
-    def bias(self) -> Tensor:
-        """The position bias of all positions that there is room for, ``(1, heads, capacity, capacity)``."""
-        capacity = self._keys.shape[2]
-        bias: Tensor = self._own.SelfAttention.compute_bias(capacity, capacity, device=self._keys.device)
-        return bias
-
-    def _turn_to(self, sources: _Sources) -> None:
-        self._sources = sources
-        self._spread = None if self._projected is None else tuple(map(sources.spread, self._projected))
-
-    def take(self, rows: Tensor, sources: _Sources) -> None:
-        """Keep only these rows, with their sources."""
-        self._turn_to(sources)
-        self._keys, self._values = self._keys[rows], self._values[rows]
-
-    def grow(self) -> None:
-        """Double the capacity."""
-        self._keys, self._values = (F.pad(x, (0, 0, 0, x.shape[2])) for x in (self._keys, self._values))
-
-    def step(self, x: Tensor, step: int, bias: Tensor) -> Tensor:
-        """The layer at one position: ``x`` is ``(rows, d_model)``, the position's bias ``(1, heads, 1, step + 1)``."""
-        layer, normed = self._own.SelfAttention, norm(self._own.layer_norm, x)
-        one = len(x), self._keys.shape[1], 1, -1
-        self._keys[:, :, step] = layer.k(normed).view(one).squeeze(2)
-        self._values[:, :, step] = layer.v(normed).view(one).squeeze(2)
-        query = layer.q(normed).view(one)
-        keys, values = self._keys[:, :, : step + 1].to(query.dtype), self._values[:, :, : step + 1].to(query.dtype)
-        offsets = bias.to(query.dtype).expand(len(x), -1, -1, -1)
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=offsets, scale=1.0)
-        x = x + layer.o(out.reshape(len(x), -1))
-        layer, normed = self._cross.EncDecAttention, norm(self._cross.layer_norm, x)
-        query = layer.q(normed)
-        if self._spread is None:
-            found = self._sources.attend(layer, query)
+    def _attend_to_sources(self, layer: Any, x: Tensor, sources: tuple[Tensor, Tensor] | None) -> Tensor:
+        query = layer.q(x)
+        if sources is None:
+            found = self._few.attend(layer, query, 0.0)
         else:
-            found = self._sources.attend_to(query, *self._spread)
-        x = x + layer.o(found)
-        return x + feed_forward(self._feed.DenseReluDense, norm(self._feed.layer_norm, x))
+            mask, (keys, values) = self._few.mask[:, None].to(query.dtype), sources
+            by_head = query.view(len(x), self._few.heads, 1, -1)
+            found = F.scaled_dot_product_attention(by_head, keys, values, attn_mask=mask, scale=1.0)
+        out: Tensor = layer.o(found.reshape(len(x), -1))
+        return out

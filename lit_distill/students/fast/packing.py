@@ -5,7 +5,6 @@ Everything here is settled on the host from the rows' lengths, so that nothing w
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -59,42 +58,20 @@ class Packing:
         return real.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows that attend together, padded to the longest of them."""
-
-    rows: int
-    heads: int
-    queries: int  # positions of the longest row of queries
-    keys: int  # positions of the longest row of keys
-    first_query: int  # where the group's queries begin in the flat buffer of all groups' padded positions
-    first_key: int  # where its keys begin
-    mask: Tensor
-    """0 where a query attends to a key and -inf elsewhere, ``(rows, 1, queries, keys)`` with broadcast dimensions."""
-
-    def queries_of(self, flat: Tensor) -> Tensor:
-        """The group's part of a buffer of queries, ``(rows * heads, queries, size)``."""
-        batch = self.rows * self.heads
-        return flat[self.first_query : self.first_query + batch * self.queries].view(batch, self.queries, -1)
-
-    def keys_of(self, flat: Tensor) -> Tensor:
-        """The group's part of a buffer of keys, ``(rows * heads, keys, size)``."""
-        batch = self.rows * self.heads
-        return flat[self.first_key : self.first_key + batch * self.keys].view(batch, self.keys, -1)
-
-
 class Slots:
-    """The padded positions of all groups behind each other: their tokens, and where each token went.
+    """The padded positions of groups of rows behind each other: their tokens, and where each token went.
 
-    Heads are spread as well: a group's part of the flat buffer is ``(rows, heads, positions)``. A group is given as its
-    rows and the number of positions that they are padded to.
+    Heads are spread as well: a group's part of the flat buffer is ``(rows, heads, positions)``, where the positions are
+    those of its longest row.
     """
 
-    def __init__(self, packing: Packing, groups: Sequence[tuple[Sequence[int], int]], heads: int) -> None:
+    def __init__(self, packing: Packing, groups: Sequence[Sequence[int]], heads: int) -> None:
+        self.tokens, self.heads = packing.tokens, heads
+        self.shapes = [(len(rows), max(packing.lengths[row] for row in rows)) for rows in groups]
         token_of_slot, empty, first, head = [], [], 0, torch.arange(heads)[:, None]
         slot_of_token = torch.full((packing.tokens * heads,), -1)
         starts, lengths = torch.tensor(packing.starts), torch.tensor(packing.lengths)
-        for rows, width in groups:
+        for rows, (_, width) in zip(groups, self.shapes, strict=True):
             chosen, position = torch.tensor(rows)[:, None, None], torch.arange(width)
             token = (starts[chosen] + position) * heads + head  # (rows, heads, width)
             real = (position < lengths[chosen]).expand_as(token)
@@ -114,43 +91,57 @@ class Slots:
         """``(tokens, heads * size)`` to ``(slots, size)``; what empty slots hold is of no meaning."""
         return packed.reshape(len(self.slot_of_token), -1).index_select(0, self.token_of_slot)
 
+    def groups(self, flat: Tensor) -> list[Tensor]:
+        """Views of each group's part of ``(slots, size)``, ``(rows * heads, positions, size)``."""
+        parts = flat.split([rows * self.heads * width for rows, width in self.shapes])
+        return [part.view(-1, width, flat.shape[1]) for part, (_, width) in zip(parts, self.shapes, strict=True)]
+
     def clear(self, flat: Tensor) -> Tensor:
         """Zeros in the empty slots, in place."""
         return flat.index_fill_(0, self.empty, 0.0)
 
-    def gather(self, flat: Tensor, tokens: int) -> Tensor:
+    def gather(self, flat: Tensor) -> Tensor:
         """``(slots, size)`` back to ``(tokens, heads * size)``, summed over the slots of a token."""
         if self._one_to_one:
-            return flat.index_select(0, self.slot_of_token).view(tokens, -1)
+            return flat.index_select(0, self.slot_of_token).view(self.tokens, -1)
         summed = flat.new_zeros(len(self.slot_of_token), flat.shape[1])
-        return summed.index_add_(0, self.token_of_slot, self.clear(flat)).view(tokens, -1)
+        return summed.index_add_(0, self.token_of_slot, self.clear(flat)).view(self.tokens, -1)
 
 
 class AttentionPlan:
-    """How packed queries attend to packed keys, row by row; ``causal``: no position attends to later ones."""
+    """How packed queries attend to packed keys, row by row; ``causal``: no position attends to later ones.
+
+    ``masks`` has for each group of rows 0 where a query attends to a key and -inf elsewhere, ``(rows, 1, queries,
+    keys)`` with broadcast dimensions.
+    """
 
     def __init__(self, queries: Packing, keys: Packing, heads: int, *, causal: bool = False) -> None:
-        self.queries, self.keys, self.heads = queries, keys, heads
-        sets = groups_of(queries.lengths, keys.lengths)
-        widths = [(max(queries.lengths[r] for r in rows), max(keys.lengths[r] for r in rows)) for rows in sets]
-        self.longest = max(q for q, _ in widths), max(k for _, k in widths)
-        """Positions of the longest row of queries, and of keys."""
-        self.query_slots = Slots(queries, [(rows, q) for rows, (q, _) in zip(sets, widths, strict=True)], heads)
-        self.key_slots = self.query_slots
-        if queries is not keys:
-            self.key_slots = Slots(keys, [(rows, k) for rows, (_, k) in zip(sets, widths, strict=True)], heads)
-        self.groups: list[Group] = []
-        first_query = first_key = 0
-        for rows, (q, k) in zip(sets, widths, strict=True):
+        self.heads = heads
+        groups = groups_of(queries.lengths, keys.lengths)
+        self.queries = Slots(queries, groups, heads)
+        self.keys = self.queries if queries is keys else Slots(keys, groups, heads)
+        self.masks = []
+        for rows, (_, q), (_, k) in zip(groups, self.queries.shapes, self.keys.shapes, strict=True):
             if causal:
                 hidden = torch.ones(q, k, dtype=torch.bool).triu(1).view(1, 1, q, k)
             else:
                 lengths = torch.tensor([keys.lengths[row] for row in rows])
                 hidden = (torch.arange(k) >= lengths[:, None]).view(len(rows), 1, 1, k)
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(queries.device, non_blocking=True)
-            self.groups.append(Group(len(rows), heads, q, k, first_query, first_key, mask))
-            first_query += len(rows) * heads * q
-            first_key += len(rows) * heads * k
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            self.masks.append(mask.to(queries.device, non_blocking=True))
+
+    def offsets(self, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        """What is added to the scores of each group, ``(rows * heads, queries, keys)``: mask and position bias.
+
+        The bias is that of the longest rows, ``(1, heads, queries, keys)``; cross-attention has none.
+        """
+        offsets = []
+        for mask, (rows, q), (_, k) in zip(self.masks, self.queries.shapes, self.keys.shapes, strict=True):
+            added = mask.expand(rows, self.heads, q, k)
+            if bias is not None:
+                added = added + bias.detach()[:, :, :q, :k]
+            offsets.append(added.to(dtype).reshape(-1, q, k))
+        return offsets
 
 
 def groups_of(queries: Sequence[int], keys: Sequence[int], filled: float = FILLED) -> list[list[int]]:

@@ -17,7 +17,7 @@ from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, SelfAttention
 from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm
 from lit_distill.students.fast.head import token_losses
-from lit_distill.students.fast.packing import AttentionPlan, Packing
+from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.support import has_hooks
 
 
@@ -40,7 +40,6 @@ class Decoded:
 
     hidden: list[Tensor]  # the embeddings and each layer's states, `(target tokens, d_model)`
     labels: Tensor  # `(target tokens,)`
-    task_tokens: list[int]  # target tokens of each task
 
 
 def _rate(module: nn.Dropout) -> float:
@@ -101,11 +100,6 @@ def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None
     return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
 
 
-def _self_attention(stack: Any, embedded: Tensor, packing: Packing, *, causal: bool) -> SelfAttention:
-    plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal)
-    return SelfAttention(plan, stack.block[0].layer[0].SelfAttention, _dtype(embedded))
-
-
 def _dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -118,20 +112,13 @@ def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:
 
 
 def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:
-    attend = _self_attention(model.encoder, embedded, packing, causal=False)
+    attend = SelfAttention(model.encoder, packing, _dtype(embedded), causal=False)
     return Encoded(_run(model.encoder, embedded, attend, None), packing)
 
 
-def _decode(
-    model: Any,
-    embedded: Tensor,
-    targets: Packing,
-    encoded: Encoded,
-    rows: Sequence[int],
-) -> list[Tensor]:
-    attend = _self_attention(model.decoder, embedded, targets, causal=True)
-    sources = encoded.packing.rows(rows)
-    cross = CrossAttention(model.decoder, targets, sources, encoded.states, _dtype(embedded))
+def _decode(model: Any, embedded: Tensor, targets: Packing, encoded: Encoded, rows: Sequence[int]) -> list[Tensor]:
+    attend = SelfAttention(model.decoder, targets, _dtype(embedded), causal=True)
+    cross = CrossAttention(model.decoder, targets, encoded.packing.rows(rows), encoded.states, _dtype(embedded))
     return _run(model.decoder, embedded, attend, cross)
 
 
@@ -141,7 +128,7 @@ def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded,
     Every row of the tasks is encoded; a row without a target is not decoded.
     """
     ids, packing = pack_sources(tasks)
-    inputs, labels, targets, rows, task_tokens = pack_targets(model, tasks)
+    inputs, labels, targets, rows = pack_targets(model, tasks)
     encoder, decoder = model.encoder.embed_tokens, model.decoder.embed_tokens
     # transformers' activation checkpointing has hooks on the embeddings
     if encoder.weight is not decoder.weight or has_hooks(encoder) or has_hooks(decoder):
@@ -150,15 +137,10 @@ def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded,
         # one look-up: its gradient is as large as the vocabulary, and would be made and added twice
         source, target = F.embedding(torch.cat([ids, inputs]), encoder.weight).split([len(ids), len(inputs)])
     encoded = _encode(model, source, packing)
-    return encoded, Decoded(_decode(model, target, targets, encoded, rows), labels, task_tokens)
+    return encoded, Decoded(_decode(model, target, targets, encoded, rows), labels)
 
 
-def log_likelihoods(
-    model: Any,
-    encoded: Encoded,
-    rows: Sequence[int],
-    targets: Sequence[Sequence[int]],
-) -> Tensor:
+def log_likelihoods(model: Any, encoded: Encoded, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:
     """The log-likelihood of each whole target given its source row, of which it may be one of several, in nats."""
     device = encoded.states.device
     start = model.config.decoder_start_token_id
@@ -173,34 +155,27 @@ def log_likelihoods(
 
 def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:
     """The source ids of several tasks' rows, ``(source tokens,)``, task after task."""
-    ids: list[Tensor] = []
-    lengths: list[int] = []
-    for task in tasks:
-        own = sources_of(task).ends
-        ids.append(_packed(task["input_ids"], own))
-        lengths += own
-    return torch.cat(ids), Packing(lengths, ids[0].device)
+    lengths = [sources_of(task).ends for task in tasks]
+    ids = torch.cat([_packed(task["input_ids"], own) for task, own in zip(tasks, lengths, strict=True)])
+    return ids, Packing([length for own in lengths for length in own], ids.device)
 
 
-def pack_targets(
-    model: Any,
-    tasks: Sequence[TaskInputs],
-) -> tuple[Tensor, Tensor, Packing, list[int], list[int]]:
+def pack_targets(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Tensor, Tensor, Packing, list[int]]:
     """The targets of several tasks' rows; a row without one is left out.
 
     Returns:
-        The decoder's input ids, labels, where the rows are among them, the source row of each, and each task's tokens.
+        The decoder's input ids, labels, where the rows are among them, and the source row of each.
     """
-    inputs, labels, lengths, rows, tokens, first = [], [], [], [], [], 0
+    inputs, labels = [], []
+    lengths: list[int] = []
     for task in tasks:
         own = targets_of(task).ends
         labels.append(_packed(task["labels"], own))
         inputs.append(_packed(model.prepare_decoder_input_ids_from_labels(task["labels"]), own))
-        rows += [first + row for row, length in enumerate(own) if length]
-        lengths += [length for length in own if length]
-        tokens.append(sum(own))
-        first += len(own)
-    return torch.cat(inputs), torch.cat(labels), Packing(lengths, labels[0].device), rows, tokens
+        lengths += own
+    rows = [row for row, length in enumerate(lengths) if length]
+    packing = Packing([lengths[row] for row in rows], labels[0].device)
+    return torch.cat(inputs), torch.cat(labels), packing, rows
 
 
 def _packed(padded: Tensor, lengths: Sequence[int]) -> Tensor:

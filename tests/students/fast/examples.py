@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.students import Tokens, build_model
+from lit_distill.students import Tokens
+from lit_distill.students.models import build_model
 from lit_distill.students.seq2seq import PackedPass, PlainPass, Seq2SeqStudent
 from tests.modules.batches import pad
 from tests.students import CONFIG, make_tokenizer

@@ -8,14 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_distill.students.fast.attention import attention, score_offsets
+from lit_distill.students.fast.attention import attention
 from lit_distill.students.fast.packing import AttentionPlan, Packing
 
 HEADS, SIZE = 2, 3
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: AttentionPlan, p: float = 0.0) -> Tensor:
-    return attention(q, k, v, bias, score_offsets(plan, bias, q.dtype), plan, p)
+    return attention(q, k, v, bias, plan.offsets(bias, q.dtype), plan, p)
+
+
+def longest(plan: AttentionPlan) -> tuple[int, int]:
+    """Positions of the longest row of queries, and of keys."""
+    return max(width for _, width in plan.queries.shapes), max(width for _, width in plan.keys.shapes)
 
 
 def plainly(
@@ -50,7 +55,7 @@ def check(queries: Packing, keys: Packing, *, causal: bool, with_bias: bool) -> 
     plan = AttentionPlan(queries, keys, HEADS, causal=causal)
     q = torch.randn(queries.tokens, HEADS * SIZE, requires_grad=True)
     k, v = (torch.randn(keys.tokens, HEADS * SIZE, requires_grad=True) for _ in range(2))
-    bias = torch.randn(1, HEADS, *plan.longest, requires_grad=True) if with_bias else None
+    bias = torch.randn(1, HEADS, *longest(plan), requires_grad=True) if with_bias else None
     wanted = [q, k, v] if bias is None else [q, k, v, bias]
     found = ours(q, k, v, bias, plan)
     expected = plainly(q, k, v, bias, list(zip(slices(queries), slices(keys), strict=True)), causal=causal)
@@ -128,7 +133,7 @@ def test_with_dropout_each_weight_is_kept_or_not(causal: bool) -> None:
     seen = ours(zeros, zeros, named, None, plan, p).unflatten(1, (HEADS, 6)) != 0
     factor = 65536 / (65536 - round(p * 65536))
     q, k, v = (torch.randn(own.tokens, HEADS * SIZE, requires_grad=True) for _ in range(3))
-    bias = torch.randn(1, HEADS, *plan.longest, requires_grad=True)
+    bias = torch.randn(1, HEADS, *longest(plan), requires_grad=True)
     torch.manual_seed(5)
     found = ours(q, k, v, bias, plan, p)
     expected = torch.cat(
@@ -166,7 +171,7 @@ def test_bfloat16_is_near() -> None:
     own = Packing([3, 5, 2])
     plan = AttentionPlan(own, own, HEADS, causal=True)
     inputs = [torch.randn(10, HEADS * SIZE).bfloat16().requires_grad_() for _ in range(3)]
-    bias = torch.randn(1, HEADS, *plan.longest, requires_grad=True)
+    bias = torch.randn(1, HEADS, *longest(plan), requires_grad=True)
     found = ours(inputs[0], inputs[1], inputs[2], bias, plan)
     whole = [x.detach().float().requires_grad_() for x in inputs]
     expected = plainly(whole[0], whole[1], whole[2], bias, [(s, s) for s in slices(own)], causal=True)

@@ -1,5 +1,6 @@
 """Cross-attention of few queries against keys and values made plainly, and both ways in one student."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,9 +32,9 @@ def test_values_and_gradients(rows: list[int], p: float) -> None:
     q = torch.randn(queries.tokens, HEADS * SIZE, requires_grad=True)
     encoded = torch.randn(sources.tokens, WIDTH, requires_grad=True)
     key, value = (nn.Linear(WIDTH, HEADS * SIZE, bias=False) for _ in range(2))
-    few = FewQueries(queries, asked, rows, HEADS)
+    few = FewQueries(queries, asked, rows, HEADS, encoded)
     torch.manual_seed(3)
-    found = few.attend(q, few.spread(encoded), key.weight, value.weight, p)
+    found = few.attend(SimpleNamespace(k=key, v=value), q, p)
     tokens = [queries.starts[row] + i for row in rows for i in range(queries.lengths[row])]
     assert few.tokens.tolist() == tokens
     # by row, and the mask as the same seed gives it to scores that are all equal: from equal states that name
@@ -65,15 +66,12 @@ def test_values_and_gradients(rows: list[int], p: float) -> None:
 def kept_weights(queries: Packing, asked: Packing, rows: list[int], p: float) -> dict[int, torch.Tensor]:
     """What dropout of seed 3 multiplies each row's weights by, ``(heads, queries, keys)``, seen from outside."""
     size = asked.tokens
-    few = FewQueries(queries, asked, rows, HEADS)
+    few = FewQueries(queries, asked, rows, HEADS, torch.eye(size))
+    weights = torch.zeros(HEADS * size, size), torch.eye(size).repeat(HEADS, 1)
+    key, value = (SimpleNamespace(weight=weight) for weight in weights)
     torch.manual_seed(3)
-    out = few.attend(
-        torch.zeros(queries.tokens, HEADS * size),
-        few.spread(torch.eye(size)),
-        torch.zeros(HEADS * size, size),
-        torch.eye(size).repeat(HEADS, 1),
-        p,
-    ).unflatten(1, (HEADS, size))
+    out = few.attend(SimpleNamespace(k=key, v=value), torch.zeros(queries.tokens, HEADS * size), p)
+    out = out.unflatten(1, (HEADS, size))
     found, first = {}, 0
     for row in rows:
         length, start, keys = queries.lengths[row], asked.starts[row], asked.lengths[row]

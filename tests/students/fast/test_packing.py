@@ -80,7 +80,7 @@ def test_padding_by_hand() -> None:
 def test_slots_by_hand() -> None:
     # token t, head h holds 10 t + h; rows of 2 and 1 tokens are padded to 2 positions
     packed = torch.tensor([[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]])
-    slots = Slots(Packing([2, 1]), [((0, 1), 2)], heads=2)
+    slots = Slots(Packing([2, 1]), [(0, 1)], heads=2)
     flat = slots.spread(packed).clone()
     assert flat.shape == (8, 1)
     # row 0: head 0, head 1; row 1: head 0, head 1
@@ -88,14 +88,15 @@ def test_slots_by_hand() -> None:
     assert sorted(slots.empty.tolist()) == empty
     assert flat.flatten()[[0, 1, 2, 3, 4, 6]].tolist() == [0, 10, 1, 11, 20, 21]
     assert slots.clear(flat).flatten().tolist() == [0, 10, 1, 11, 20, 0, 21, 0]
-    assert torch.equal(slots.gather(flat, 3), packed)
+    assert torch.equal(slots.gather(flat), packed)
 
 
 def test_empty_slots_do_not_reach_the_tokens() -> None:
-    slots = Slots(Packing([2, 1]).rows([1, 0, 1]), [((1,), 2), ((0, 2), 3)], heads=1)
+    slots = Slots(Packing([2, 1]).rows([1, 0, 1]), [(1, 0), (2,)], heads=1)
     flat = slots.spread(torch.ones(3, 2))
     flat[slots.empty] = float("nan")
-    assert slots.gather(flat, 3).tolist() == [[1, 1], [1, 1], [2, 2]]
+    assert len(slots.empty) == 1
+    assert slots.gather(flat).tolist() == [[1, 1], [1, 1], [2, 2]]
 
 
 @given(
@@ -108,18 +109,18 @@ def test_what_is_spread_is_gathered(lengths: list[int], choice: list[int], heads
     chosen = [row % len(lengths) for row in choice]
     packing = Packing(lengths)
     own = packing.rows(chosen)
-    groups = [(rows, max(own.lengths[r] for r in rows)) for rows in groups_of(own.lengths, own.lengths)]
-    slots = Slots(own, groups, heads)
-    assert len(slots.token_of_slot) == sum(len(rows) * heads * width for rows, width in groups)
+    slots = Slots(own, groups_of(own.lengths, own.lengths), heads)
+    assert len(slots.token_of_slot) == sum(rows * heads * width for rows, width in slots.shapes)
     packed = torch.randn(packing.tokens, heads * 3)
     times = torch.tensor([float(chosen.count(row)) for row in range(len(lengths))])
     times = times.repeat_interleave(torch.tensor(lengths))[:, None]
-    torch.testing.assert_close(slots.gather(slots.spread(packed), packing.tokens), packed * times)
+    torch.testing.assert_close(slots.gather(slots.spread(packed)), packed * times)
 
 
 def allowed(plan: AttentionPlan) -> list[list[list[list[float]]]]:
     """Of each group, row and query, for one head."""
-    return [group.mask.expand(group.rows, 1, group.queries, group.keys).squeeze(1).tolist() for group in plan.groups]
+    heads = plan.heads
+    return [offsets.unflatten(0, (-1, heads))[:, 0].tolist() for offsets in plan.offsets(None, torch.float32)]
 
 
 def test_padding_of_sources_is_hidden() -> None:
@@ -134,17 +135,13 @@ def test_the_future_is_hidden() -> None:
     plan = AttentionPlan(own, own, 2, causal=True)
     (group,) = allowed(plan)
     assert group == [[[0, -INF, -INF], [0, 0, -INF], [0, 0, 0]]] * 3
-    assert plan.longest == (3, 3)
 
 
 def test_cross_attention_by_hand() -> None:
     # targets of 1, 2 and 1 tokens look at sources of 1, 4 and 4: two groups, for 1 x 4 fills too little beside 2 x 4
     plan = AttentionPlan(Packing([1, 2, 1]), Packing([1, 4, 4]), 2)
-    assert [(group.rows, group.queries, group.keys) for group in plan.groups] == [(2, 2, 4), (1, 1, 1)]
+    assert (plan.queries.shapes, plan.keys.shapes) == ([(2, 2), (1, 1)], [(2, 4), (1, 1)])
     assert allowed(plan) == [[[[0, 0, 0, 0]] * 2] * 2, [[[0]]]]
-    assert plan.longest == (2, 4)
-    # 2 rows x 2 heads x 2 queries and x 4 keys come first
-    assert [(group.first_query, group.first_key) for group in plan.groups] == [(0, 0), (8, 16)]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -152,4 +149,3 @@ def test_one_token(causal: bool) -> None:
     own = Packing([1])
     plan = AttentionPlan(own, own, 3, causal=causal)
     assert allowed(plan) == [[[[0]]]]
-    assert plan.longest == (1, 1)

@@ -233,13 +233,12 @@ def test_the_parts_are_whole() -> None:
     student = make_student(decoder_start_token_id=7)
     first, second = make_task([2, 3, 1], [2, 0, 1], seed=1), make_task([4], [3], seed=2)
     second["labels"][0, 1] = IGNORE_INDEX
-    inputs, labels, packed, source_rows, task_tokens = fast_student.pack_targets(student, [first, second])
+    inputs, labels, packed, source_rows = fast_student.pack_targets(student, [first, second])
     a, b = first["labels"], second["labels"]
     assert labels.tolist() == [*a[0].tolist(), a[2, 0].item(), *b[0].tolist()]
     assert inputs.tolist() == [7, a[0, 0].item(), 7, 7, b[0, 0].item(), 0]
     assert source_rows == [0, 2, 3]
     assert packed.lengths == (2, 1, 3)
-    assert task_tokens == [3, 3]
     ids, packing = fast_student.pack_sources([first, second])
     assert packing.lengths == (2, 3, 1, 4)
     rows = [*first["input_ids"], *second["input_ids"]]
