@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from lit_distill.annotation.record import KINDS
+from lit_distill.annotation.record import COLUMNS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
@@ -47,7 +47,7 @@ def test_the_columns_that_are_shown_are_the_ones_written() -> None:
     shown = (FOLDER / "03_annotate.ipynb").read_text(encoding="utf-8")
     found = re.search(r"with the columns ([\w, ]+)", shown)
     assert found is not None
-    assert found[1].split(", ") == list(KINDS)
+    assert found[1].split(", ") == list(COLUMNS)
 
 
 def plain(output: Any) -> Any:

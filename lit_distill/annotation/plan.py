@@ -1,14 +1,18 @@
-"""The questions about each row, and their keys, by which each is asked only once."""
+"""The prompt and the questions about each row, and their keys, by which each is asked only once."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from lit_distill.annotation.prompts import Choose, Fields, PromptTemplate, write_prompt
+from lit_distill.annotation.prompts import Choose, Demonstration, Fields, PromptTemplate, written_answer
 from lit_distill.annotation.record import Annotation, answer_schema, digest, input_hash
-from lit_distill.questions import Layout, Prompt, Question, Sampling
+from lit_distill.questions import Layout, Message, Prompt, Question, Sampling
 from lit_distill.tasks import Row
+
+AS_JSON = "Give the answer as one JSON object with the keys rationale and label."
+"""Added to the instruction for structured answers."""
 
 Asked = tuple[Annotation, Question]
 """A question and the annotation for its answer."""
@@ -22,14 +26,15 @@ class Plan:
     choose: Choose
     fields: Fields
     layout: Layout
-    teacher: str  # the teacher's name
-    teacher_settings: dict[str, Any]  # settings that influence its answers
-    sampling: Sampling
-    num_samples: int
+    split: str = "train"  # of all rows
+    teacher: str = ""  # the teacher's name
+    teacher_settings: Mapping[str, Any] = field(default_factory=dict)  # settings that influence its answers
+    sampling: Sampling = field(default_factory=Sampling)
+    num_samples: int = 1
     until_agrees: int | None = None  # maximum samples of a row until the teacher agrees with the gold label
     kind: str = "rationale"  # what the prompt asks for besides the label
     structured: bool = False  # whether answers follow a JSON schema
-    closed: Callable[[Row], Sequence[str]] = lambda row: row.choices or ()  # the closed choices of a row
+    label_set: tuple[str, ...] = ()  # the closed choices of rows that have none of their own
     selection: Any = None  # how demonstrations are selected, in plain values; `None` for the first ones
 
     @cached_property
@@ -48,63 +53,67 @@ class Plan:
         return digest(self.settings)
 
     def prompt(self, row: Row) -> Prompt:
-        """The prompt for a row."""
-        return write_prompt(self.template, self.layout, self.fields, self.choose(row), row, structured=self.structured)
+        """The prompt for a row: a chat, whose turns replace the template's cues, or one text."""
+        template = self.template
+        instruction = " ".join(filter(None, (template.instruction.strip(), AS_JSON if self.structured else "")))
+        shown = [(self._question(one.row), self._answer(one)) for one in self.choose(row)]
+        # never reveal the gold label
+        asked = self._question(replace(row, label=None))
+        if self.layout == "chat":
+            turns = [Message("system", instruction)] if instruction else []
+            for question, answer in shown:
+                turns += [Message("user", question), Message("assistant", answer)]
+            return (*turns, Message("user", asked))
+        parts = [instruction] if instruction else []
+        parts += [f"{template.question_cue}{question}\n{template.answer_cue}{answer}" for question, answer in shown]
+        parts.append(f"{template.question_cue}{asked}\n{template.answer_cue}".rstrip(" "))
+        return "\n\n".join(parts)
 
-    def questions(
-        self, row: Row, split: str, answered: Collection[bytes], agreeing: Collection[bytes]
-    ) -> Iterator[list[Asked]]:
-        """The unanswered questions about a row, in rounds.
+    def _question(self, row: Row) -> str:
+        return self.template.question.format_map(self.fields(row)).strip()
 
-        Args:
-            row: the row.
-            split: its split.
-            answered: keys not to ask again; may grow between rounds.
-            agreeing: keys of answers that agree with the gold label; may grow, too.
+    def _answer(self, shown: Demonstration) -> str:
+        if self.structured:
+            return json.dumps({"rationale": shown.rationale, "label": shown.label}, ensure_ascii=False)
+        return written_answer(self.template, self.fields, shown)
+
+    def questions(self, row: Row, answered: Collection[str], agreeing: Collection[str]) -> Iterator[list[Asked]]:
+        """The questions about a row, in rounds.
+
+        ``answered`` are the keys not to ask again, ``agreeing`` those of answers that agree with the gold label; both
+        may grow between rounds.
         """
-        prompt = self.prompt(row)
+        prompt, split = self.prompt(row), self.split
         stop = self.template.stop if self.layout == "completion" else ()
-        schema = answer_schema(self.closed(row)) if self.structured else None
+        schema = answer_schema(row.choices or self.label_set) if self.structured else None
         written = prompt if isinstance(prompt, str) else [[turn.role, turn.content] for turn in prompt]
         # choices are part of a row even if its prompt shows none; older keys have no kind
         more = [*([list(row.choices)] if row.choices else []), *([self.kind] if self.kind != "rationale" else [])]
         # one hash for what all samples share, then a short one for each sample
         shared = digest(split, row.id, row.input, written, self.teacher, self.settings, stop, schema, *more, length=32)
-        hashed = input_hash(row)
+        common = Annotation(
+            row.id,
+            split,
+            teacher=self.teacher,
+            kind=self.kind,
+            structured=self.structured,
+            prompt=self.prompt_hash,
+            settings=self.settings_hash,
+            input=input_hash(row),
+        )
+        rounds = [range(self.num_samples)]
+        if self.until_agrees is not None and row.label is not None:
+            rounds += [range(sample, sample + 1) for sample in range(self.num_samples, self.until_agrees)]
         keys: list[str] = []
-
-        def ask(sample: int) -> list[Asked]:
-            keys.append(digest(shared, sample, length=32))
-            if bytes.fromhex(keys[-1]) in answered:
-                return []
-            annotation = Annotation(
-                id=row.id,
-                split=split,
-                sample=sample,
-                teacher=self.teacher,
-                kind=self.kind,
-                structured=self.structured,
-                prompt=self.prompt_hash,
-                settings=self.settings_hash,
-                input=hashed,
-                key=keys[-1],
-            )
-            sampling = replace(self.sampling, seed=self.sampling.seed + sample)
-            return [(annotation, Question(prompt, sampling, stop, schema))]
-
-        if first := [one for sample in range(self.num_samples) for one in ask(sample)]:
-            yield first
-        if self.until_agrees is None or row.label is None:
-            return
-        for sample in range(self.num_samples, self.until_agrees):
-            if any(bytes.fromhex(key) in agreeing for key in keys):
+        for samples in rounds:
+            if samples.start and any(key in agreeing for key in keys):
                 return
-            if asked := ask(sample):
+            asked = []
+            for sample in samples:
+                key = digest(shared, sample, length=32)
+                keys.append(key)
+                if key not in answered:
+                    sampling = replace(self.sampling, seed=self.sampling.seed + sample)
+                    asked.append((replace(common, sample=sample, key=key), Question(prompt, sampling, stop, schema)))
+            if asked:
                 yield asked
-
-
-def shown(prompt: Prompt) -> str:
-    """A prompt as text, for a dry run."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"[{message.role}]\n{message.content}" for message in prompt)

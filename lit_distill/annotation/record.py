@@ -1,16 +1,15 @@
-"""One sample of a teacher as columns."""
+"""One sample of a teacher: its columns, its line in a file, and what follows from its text."""
 
 import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
-from pydantic import BaseModel, Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from lit_distill.errors import first_fault
+from lit_distill.errors import UserError, first_fault
 from lit_distill.tasks import Row
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -19,68 +18,41 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One sample: a line of ``rationales.jsonl``."""
+    """One sample: a line of ``rationales.jsonl``. The dataset card says what its columns mean."""
 
     id: str
-    """Id of the row."""
-    split: str | None = None
-    """Split of the row; without one, it matches any."""
+    split: str | None = None  # of the row; without one, it matches any
     sample: _Count = 0
-    """Number among the row's samples by this teacher, prompt and settings."""
     teacher: str | None = None
-    """The teacher's name."""
     kind: str = "rationale"
-    """What was asked for besides the label; tasks select by it."""
-    text: str | None = None
-    """The teacher's answer; absent after an error."""
+    text: str | None = None  # absent after an error
     rationale: str | None = None
-    """Parsed rationale; absent if the text does not parse."""
     label: str | None = None
-    """Parsed label; absent if the text does not parse."""
     error: str | None = None
-    """Why there is no answer."""
     parsed: bool | None = None
-    """Whether the text parses."""
-    agrees: bool | None = None
-    """Whether the label is the gold one (false if unparsed); absent without a gold label or an answer."""
+    agrees: bool | None = None  # absent without a gold label or an answer
     contains_label: bool | None = None
-    """Whether the rationale contains the label as whole words, ignoring case."""
-    length: _Count | None = None
-    """Words of the rationale."""
-    logprob: FiniteFloat | None = None
-    """Mean log-probability of the text's tokens, if available."""
-    votes: _Count | None = None
-    """Number of answers to this row by this teacher, prompt and settings, parsed or not."""
-    majority_label: str | None = None
-    """Their most frequent label (self-consistency); the first of equals."""
-    vote_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Fraction of them with that label."""
+    length: _Count | None = None  # words of the rationale
+    logprob: FiniteFloat | None = None  # mean over the text's tokens
+    votes: _Count | None = None  # answers to this row by this teacher, prompt and settings, parsed or not
+    majority_label: str | None = None  # the most frequent one; the first of equals
+    vote_share: Annotated[float, Field(ge=0, le=1)] | None = None  # fraction of the votes with that label
     in_majority: bool | None = None
-    """Whether this sample has that label."""
     finish: str | None = None
-    """``stop``, or ``length`` if the text was cut."""
     input_tokens: _Count | None = None
-    """Tokens of the prompt."""
     output_tokens: _Count | None = None
-    """Tokens of the text."""
-    cost: Annotated[FiniteFloat, Field(ge=0)] | None = None
-    """US dollars, if prices are known."""
-    structured: bool = False
-    """Whether the text is JSON with rationale and label."""
-    prompt: str | None = None
-    """Hash of the prompt's template and demonstrations."""
-    settings: str | None = None
-    """Hash of the teacher's and the sampling's settings."""
-    input: str | None = None
-    """`input_hash` of the row."""
-    key: Annotated[str, StringConstraints(pattern="^(?:[0-9a-f]{2})+$")] | None = None
-    """Hash of the whole question; the same question is never asked twice."""
+    cost: Annotated[FiniteFloat, Field(ge=0)] | None = None  # US dollars
+    structured: bool = False  # the text is JSON with rationale and label
+    prompt: str | None = None  # hash of the prompt's template and demonstrations
+    settings: str | None = None  # hash of the teacher's and the sampling's settings
+    input: str | None = None  # `input_hash` of the row
+    key: str | None = None  # hash of the whole question
 
 
-KINDS: dict[str, type] = {name: (get_args(kind) or (kind,))[0] for name, kind in get_type_hints(Annotation).items()}
+COLUMNS: dict[str, type] = {name: (get_args(kind) or (kind,))[0] for name, kind in get_type_hints(Annotation).items()}
 """Column -> type."""
 
-COLUMNS = tuple(KINDS)
+_ADAPTER = TypeAdapter(Annotation)
 
 Agree = Callable[[str, str], bool]
 """``(label, other label) -> whether they are the same answer``."""
@@ -103,34 +75,22 @@ def to_line(annotation: Annotation, others: Mapping[str, Any] | None = None) -> 
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-@cache
-def _adapter() -> TypeAdapter[Annotation]:
-    return TypeAdapter(Annotation)
-
-
-def from_row(row: Mapping[str, Any]) -> Annotation:
-    """An annotation from a row; ignores other keys. Raises a ``ValueError`` without an id, or for a wrong type."""
+def from_row(row: Mapping[str, Any], place: str) -> Annotation:
+    """An annotation from a row; ignores other keys. Raises a ``UserError`` if a value is missing or of a wrong type."""
     # other tools write NaN for missing values
     known = {name: value for name in COLUMNS if (value := row.get(name)) is not None and value == value}
     # a cut answer may end in a lone surrogate
     known |= {name: _HALF.sub("\ufffd", value) for name, value in known.items() if isinstance(value, str)}
     try:
-        return _adapter().validate_python(known)
+        return _ADAPTER.validate_python(known)
     except ValidationError as error:
-        raise ValueError(first_fault(error)) from error
+        raise UserError(f"{place}: not a sample: {first_fault(error)}") from error
 
 
 def read_text(
     annotation: Annotation, row: Row, parse: Callable[[str], tuple[str, str] | None], agree: Agree
 ) -> Annotation:
-    """Fill in the columns that follow from a sample's text alone.
-
-    Args:
-        annotation: a sample with text or error.
-        row: its row, with the gold label if any.
-        parse: of the dataset.
-        agree: ``(teacher's label, gold label) -> right``.
-    """
+    """Fill in the columns that follow from a sample's text and its row's gold label, if any."""
     if annotation.text is None:
         return annotation
     found = (parse_structured if annotation.structured else parse)(annotation.text)
@@ -194,14 +154,9 @@ def same_answer(label: str, other: str, agree: Agree) -> bool:
 
 
 def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]:
-    """The majority label of a row's samples and its share (Wang et al. 2022, 2203.11171).
+    """The majority label of a row's samples, as first written, and its share in 0..1 (Wang et al. 2022, 2203.11171).
 
-    Args:
-        labels: of the samples in order; ``None`` if unparsed, which counts for no label.
-        agree: whether labels are the same answer, such as ``(84 / 2)`` and ``(42)``.
-
-    Returns:
-        The majority label as first written, ``None`` if nothing parsed; and its share in 0..1.
+    A label is ``None`` if its text does not parse; so is the majority if none does.
     """
     counts: dict[str, int] = {}
     for label in labels:
@@ -213,3 +168,17 @@ def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]
         return None, 0.0
     winner = max(counts, key=lambda label: counts[label])
     return winner, counts[winner] / len(labels)
+
+
+def voted(samples: Sequence[Annotation], agree: Agree) -> list[Annotation]:
+    """Samples of a row by one teacher, with the columns that need all of them."""
+    labels = [one.label for one in samples if (one.text, one.rationale, one.label) != (None, None, None)]
+    if not labels:
+        return list(samples)
+    winner, share = vote(labels, agree)
+
+    def has_it(label: str | None) -> bool | None:
+        return None if label is None or winner is None else same_answer(label, winner, agree)
+
+    columns: dict[str, Any] = {"votes": len(labels), "majority_label": winner, "vote_share": share}
+    return [replace(one, **columns, in_majority=has_it(one.label)) for one in samples]

@@ -1,30 +1,16 @@
 """``annotate``: ask a teacher for a rationale and a label of every row, and store all samples."""
 
-import math
-import platform
-import sys
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lit_distill import __version__, checks
-from lit_distill.annotation.plan import Asked, Plan, shown
+from lit_distill import checks
+from lit_distill.annotation.plan import Plan
 from lit_distill.annotation.prompts import (
-    Choose,
-    PromptTemplate,
     check_template,
     fixed,
     load_demonstrations,
@@ -32,21 +18,15 @@ from lit_distill.annotation.prompts import (
     nearest,
     written_answer,
 )
-from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
-from lit_distill.annotation.store import CARD, FILE, AnnotationStore
-from lit_distill.annotation.tally import Tally, most_common, progress
+from lit_distill.commands.annotate_job import Job
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.export import check_hub, push_folder
-from lit_distill.files import write_text
-from lit_distill.questions import Reply, Sampling, count_tokens
+from lit_distill.questions import Prompt, Sampling, count_tokens
 from lit_distill.tasks import Row
 from lit_distill.teachers.base import Teacher, TeacherError
-from lit_distill.teachers.runner import Budget, RequestRunner, Rounds, queued_interrupts
-
-_SHOWN = 2  # prompts shown in full by a dry run
-_MEASURED = 200  # rows whose prompts are measured for an estimate
+from lit_distill.teachers.runner import Budget
 
 
 def annotate(
@@ -72,7 +52,6 @@ def annotate(
     max_cost: float | None = None,
     retry_errors: bool = False,
     dry_run: bool = False,
-    wandb_project: str | None = None,
     push_to_hub: str | None = None,
 ) -> dict[str, Any]:
     """Ask a teacher about all released rows of a split.
@@ -109,16 +88,13 @@ def annotate(
         max_cost: the same in US dollars; needs the teacher's prices.
         retry_errors: ask failed questions again.
         dry_run: show the first prompts in full and estimate tokens and cost; ask and write nothing.
-        wandb_project: also log the summary to this W&B project.
         push_to_hub: upload ``out`` to this dataset (``USER/NAME``) on the Hugging Face hub, unless interrupted.
-
-    Returns:
-        The printed summary.
-
-    Raises:
-        UserError: an argument is wrong, or the teacher is unavailable.
     """
     checks.check_choice("split", split, get_args(Split))
+    checks.check_text("kind", kind)
+    several = num_samples > 1 or until_agrees is not None
+    if temperature is None:
+        temperature = 0.7 if several else 0.0
     for name, number, low, high in (
         ("num_samples", num_samples, 1, 10_000),
         ("max_new_tokens", max_new_tokens, 1, None),
@@ -131,312 +107,83 @@ def annotate(
     ):
         if number is not None:
             checks.check_int(name, number, low, high)
-    for name, text in (("kind", kind), ("wandb_project", wandb_project), ("push_to_hub", push_to_hub)):
-        if text is not None:
-            checks.check_text(name, text)
+    checks.check_fraction("top_p", top_p)
     checks.check_range("temperature", temperature, at_least=0)
     checks.check_range("max_cost", max_cost, above=0)
-    several = num_samples > 1 or until_agrees is not None
-    if temperature is None:
-        temperature = 0.7 if several else 0.0
     if several and temperature == 0:
         raise UserError("temperature must be above 0 for several samples: at 0 they are all the same")
     if max_cost is not None and teacher.cost(1, 1) is None:
         raise UserError("max_cost needs teacher.input_price and teacher.output_price (US dollars a million tokens)")
     if structured:
         teacher.check_schema()
-    template, choose, selection = _prompt(
-        datamodule, prompt, demonstrations, num_demonstrations, by_similarity=nearest_demonstrations
-    )
+    where = prompt or str(datamodule.prompt_file)
+    template = load_prompt(where)
+    if demonstrations is not None:
+        where, num_demonstrations = demonstrations, 8 if num_demonstrations is None else num_demonstrations
+        template = template.model_copy(update={"demonstrations": load_demonstrations(demonstrations)})
+    known = template.demonstrations
+    if num_demonstrations is not None and num_demonstrations > len(known):
+        raise UserError(f"num_demonstrations must be at most {len(known)}, got {num_demonstrations}")
+    check_template(template, datamodule.prompt_fields, datamodule.parse_teacher, where)
+    if nearest_demonstrations:
+        choose = nearest(known, len(known) if num_demonstrations is None else num_demonstrations)
+    else:
+        template = template.model_copy(update={"demonstrations": known[:num_demonstrations]})
+        choose = fixed(template.demonstrations, num_demonstrations)
     plan = Plan(
         template=template,
         choose=choose,
         fields=datamodule.prompt_fields,
         layout=teacher.layout,
+        split=split,
         teacher=teacher.name,
         teacher_settings=teacher.settings,
-        sampling=Sampling(float(temperature), checks.check_fraction("top_p", top_p), max_new_tokens, seed),
+        sampling=Sampling(float(temperature), float(top_p), max_new_tokens, seed),
         num_samples=num_samples,
         until_agrees=until_agrees,
         kind=kind,
         structured=structured,
-        closed=lambda row: row.choices or datamodule.label_set or (),
-        selection=selection,
+        label_set=datamodule.label_set or (),
+        selection={"nearest": num_demonstrations} if nearest_demonstrations else None,
     )
-    rows = _rows(datamodule, split)[:limit]
-    # also fails for unknown template fields
+    datamodule.prepare_data()
+    released = datamodule.rows_to_ask(split)
+    if not released:
+        raise UserError(f"split: {datamodule.absence(split) if released is None else 'it has no rows'}")
+    rows = released[:limit]
+    budget = Budget(max_tokens, max_cost)
     tokens = count_tokens(plan.prompt(rows[0])), max_new_tokens
-    if too_small := Budget(max_tokens, max_cost).exhausted(sum(tokens), teacher.cost(*tokens) or 0.0):
+    if too_small := budget.exhausted(sum(tokens), teacher.cost(*tokens) or 0.0):
         raise UserError(too_small)
     if dry_run:
-        summary = _estimate(plan, teacher, rows)
-        for row in rows[:_SHOWN]:
+        for row in rows[:2]:
             title = Text(f"{row.id} ({plan.layout})")
             Console().print(Panel(Text(shown(plan.prompt(row))), title=title, title_align="left"))
-        _show("what would be asked", summary)
-        return summary
-    if out is None or not str(out):
+        return show("what would be asked", estimate(plan, teacher, rows))
+    if not out:
         raise UserError("out must be given: the folder that the answers go to")
     if push_to_hub is not None:
-        check_hub(push_to_hub, "dataset")
-    job = _Job(datamodule, teacher, plan, split, rows)
-    summary = job.run(Path(out), concurrency or teacher.concurrency, max_tokens, max_cost, retry_errors)
-    _show(f"{datamodule.name} {split}, asked of {teacher.name}", summary)
-    if wandb_project is not None:
-        import wandb
-
-        name = f"{datamodule.name}-{split}-{teacher.name}"
-        with wandb.init(project=wandb_project, name=name, job_type="annotate", config=job.settings) as run:
-            run.summary.update({key.replace(" ", "_"): value for key, value in summary.items() if value is not None})
+        check_hub(checks.check_text("push_to_hub", push_to_hub), "dataset")
+    job = Job(datamodule, teacher, plan, rows)
+    summary = job.run(Path(out), concurrency or teacher.concurrency, budget, ask_failed=retry_errors)
+    show(f"{datamodule.name} {split}, asked of {teacher.name}", summary)
     if push_to_hub is not None and summary["stopped"] != "interrupted":
         push_folder(Path(out), push_to_hub, "dataset")
     return summary
 
 
-def _prompt(
-    datamodule: RationaleDataModule,
-    prompt: str | None,
-    demonstrations: str | None,
-    count: int | None,
-    *,
-    by_similarity: bool,
-) -> tuple[PromptTemplate, Choose, dict[str, Any] | None]:
-    """The template, the function that selects demonstrations, and the selection in plain values."""
-    path = Path(prompt) if prompt is not None else datamodule.prompt_file
-    template = load_prompt(path)
-    if demonstrations is not None:
-        template = replace(template, demonstrations=load_demonstrations(demonstrations))
-        count = 8 if count is None else count
-    known = template.demonstrations
-    if count is not None and count > len(known):
-        raise UserError(f"num_demonstrations must be at most {len(known)}, got {count}")
-    check_template(template, datamodule.prompt_fields, datamodule.parse_teacher, str(demonstrations or path))
-    if not by_similarity:
-        return replace(template, demonstrations=known[:count]), fixed(known[:count], count), None
-    if not known:
-        raise UserError("nearest_demonstrations: there are no demonstrations to choose from")
-    return template, nearest(known, len(known) if count is None else count), {"nearest": count}
-
-
-def _rows(datamodule: RationaleDataModule, split: Split) -> list[Row]:
-    datamodule.prepare_data()
-    rows = datamodule.rows_to_ask(split)
-    if rows is None:
-        taken = ", and val is split off train, which is asked about whole" if split == "val" else ""
-        raise UserError(f"split: {datamodule.absence(split)}{taken}")
-    if not rows:
-        raise UserError(f"split: {datamodule.name} {split} has no rows")
-    return rows
-
-
-@dataclass
-class _Job:
-    """One run of the command."""
-
-    datamodule: RationaleDataModule
-    teacher: Teacher
-    plan: Plan
-    split: Split
-    rows: list[Row]
-    faults: dict[tuple[str, int], str] = field(default_factory=dict)
-    """Exceptions of a user's own parser, by row id and sample."""
-    _estimates: bool = False
-
-    def run(
-        self, folder: Path, concurrency: int, max_tokens: int | None, max_cost: float | None, retry_errors: bool
-    ) -> dict[str, Any]:
-        started, tally = _now(), Tally()
-        budget = Budget(max_tokens, max_cost) if max_tokens is not None or max_cost is not None else None
-
-        def count(sample: Annotation) -> None:
-            if self.is_asked(sample):
-                tally.add(sample)
-            if budget is not None:
-                budget.use(*self.used(sample))
-
-        with AnnotationStore(folder, count, ask_failed=retry_errors, read=self.read) as store:
-            if store.torn:
-                _warn(f"{store.path}: an incomplete last line ({store.torn} bytes) was removed")
-            self.teacher.has_answered = tally.counts["answers"] > 0 or self.teacher.has_answered
-            _keep_prompt(self.plan, folder)
-            self.note(store, started, None)
-            began = time.monotonic()
-
-            def on_result(asked: Asked, result: Reply | TeacherError) -> None:
-                sample, _ = asked
-                if isinstance(result, TeacherError):
-                    sample = replace(sample, error=" ".join(str(result).split()) or type(result).__name__)
-                else:
-                    sample = self.read(self.answered(sample, result))
-                store.append(sample)
-                show()
-
-            runner = RequestRunner(self.teacher, concurrency, on_result, budget)
-
-            def finish() -> None:
-                store.finish(self.read, self.place, self.agree)
-                self.note(store, started, runner.stopped)
-                store.write_parquet()
-                if not store.write_card():
-                    _warn(f"{folder / CARD} was edited and is not overwritten")
-
-            total = len(self.rows) * self.plan.num_samples
-            with queued_interrupts() as interrupts:
-                try:
-                    with progress(tally, self.teacher.name, total) as show:
-                        runner.run(self.questions(store), interrupts)
-                except BaseException:
-                    # finish the file if possible, but raise why the job ended
-                    with suppress(UserError):
-                        finish()
-                    raise
-                finish()
-            summary = self.summary(store) | {
-                "not answered now": runner.busy.total(),
-                "why not": most_common(runner.busy),
-                "could not be read": len(self.faults) or None,
-                "stopped": runner.stopped,
-                "seconds": round(time.monotonic() - began, 1),
-                "file": str(folder / FILE),
-            }
-        if self.faults:
-            (name, _), fault = next(iter(self.faults.items()))
-            unread = f"{type(self.datamodule).__name__} could not read {len(self.faults)} answers"
-            _warn(f"{unread}, the first of row {name!r} ({fault}); they are kept, and read again at the next start")
-        return summary
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        return {row.id: position for position, row in enumerate(self.rows)}
-
-    @cached_property
-    def hashes(self) -> list[str]:
-        return [input_hash(row) for row in self.rows]
-
-    def place(self, sample: Annotation) -> int | None:
-        """The position of a sample's row; ``None`` for an unknown row or another input."""
-        found = self.places.get(sample.id) if sample.split == self.split else None
-        return found if found is not None and sample.input in (None, self.hashes[found]) else None
-
-    def is_asked(self, sample: Annotation) -> bool:
-        """Whether a sample belongs to this job's questions."""
-        plan = self.plan
-        own = (plan.prompt_hash, plan.settings_hash, plan.teacher, plan.kind)
-        return (sample.prompt, sample.settings, sample.teacher, sample.kind) == own and self.place(sample) is not None
-
-    def read(self, sample: Annotation) -> Annotation:
-        """Fill in the columns that follow from a sample's text; left unknown if the user's parser fails."""
-        place = self.place(sample)
-        if place is None:
-            return sample
-        try:
-            return read_text(sample, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees)
-        except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            fault = " ".join(f"{type(error).__name__}: {error}".split())
-            self.faults.setdefault((sample.id, sample.sample), f"{fault}, in {Path(last.filename).name}:{last.lineno}")
-            return unread(sample)
-
-    def agree(self, label: str, other: str) -> bool:
-        """Whether two labels are the same answer; false if the user's own comparison fails."""
-        try:
-            return self.datamodule.teacher_agrees(label, other)
-        except Exception:  # noqa: BLE001 - a user's own code, too
-            return False
-
-    def questions(self, store: AnnotationStore) -> Iterator[Rounds[Asked]]:
-        for row in self.rows:
-            rounds = self.plan.questions(row, self.split, store.settled, store.agreeing)
-            yield ([(asked, asked[1]) for asked in questions] for questions in rounds)
-
-    def used(self, sample: Annotation) -> tuple[int, float]:
-        """Tokens and US dollars of an answer; estimated if the teacher does not count."""
-        read, written = sample.input_tokens, sample.output_tokens
-        if sample.text is None or (read is not None and written is not None):
-            return (read or 0) + (written or 0), sample.cost or 0.0
-        if read is None:
-            place = self.place(sample)
-            read = 0 if place is None else self.teacher.count_tokens(self.plan.prompt(self.rows[place]))
-        if written is None:
-            written = len(sample.text) // 4 + 1
-        if not self._estimates:
-            self._estimates = True
-            _warn(f"{self.teacher.name} does not say how many tokens it used: max_tokens and max_cost use an estimate")
-        return read + written, self.teacher.cost(read, written) or 0.0
-
-    def answered(self, sample: Annotation, reply: Reply) -> Annotation:
-        read, written = (
-            tokens if tokens is not None and 0 <= tokens < 1 << 63 else None
-            for tokens in (reply.input_tokens, reply.output_tokens)
-        )
-        counted = read is not None or written is not None
-        return replace(
-            sample,
-            text=reply.text,
-            finish=reply.finish,
-            input_tokens=read,
-            output_tokens=written,
-            logprob=reply.logprob if reply.logprob is not None and math.isfinite(reply.logprob) else None,
-            cost=self.teacher.cost(read or 0, written or 0) if counted else None,
-        )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the job, in plain values."""
-        plan = self.plan
-        return {
-            "dataset": self.datamodule.name,
-            "split": self.split,
-            "rows": len(self.rows),
-            "teacher": plan.teacher,
-            "kind": plan.kind,
-            "prompt": plan.prompt_hash,
-            "settings": plan.settings_hash,
-            "teacher_settings": plan.teacher_settings,
-            "sampling": asdict(plan.sampling),
-            "structured": plan.structured,
-            "layout": plan.layout,
-            "demonstrations": plan.selection or "fixed",
-            "num_samples": plan.num_samples,
-            "until_agrees": plan.until_agrees,
-        }
-
-    def note(self, store: AnnotationStore, started: str, stopped: str | None) -> None:
-        """Write prompt, teacher and settings to the metadata, under their hashes."""
-        metadata = store.read_metadata() or {"format": 1, "jobs": []}
-        versions = {name: version(name) for name in ("transformers", "openai")}
-        versions = {"lit_distill": __version__, "python": platform.python_version(), **versions}
-        job = self.settings | {"started": started, "ended": _now(), "stopped": stopped, "versions": versions}
-        jobs = [one for one in metadata.get("jobs", []) if one.get("started") != started]
-        store.write_metadata(metadata | {"jobs": [*jobs, job]})
-
-    def summary(self, store: AnnotationStore) -> dict[str, Any]:
-        tally = Tally()
-        agreeing: list[bool] = []
-        for sample in store:
-            if not self.is_asked(sample):
-                continue
-            gold = self.rows[self.places[sample.id]].label
-            if sample.agrees is not None and sample.id not in tally.rows and gold is not None:
-                majority = sample.majority_label
-                agreeing.append(majority is not None and self.agree(majority, gold))
-            tally.add(sample)
-        several = self.plan.num_samples > 1 or self.plan.until_agrees is not None
-        share = sum(agreeing) / len(agreeing) if several and agreeing else None
-        return {"rows": len(self.rows), **tally.summary(), "majority agrees": share}
-
-
-def _estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
+def estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
+    """How much a job would ask; nothing is asked."""
+    measured = rows[:: max(1, len(rows) // 200)]
     try:
-        measured = [teacher.count_tokens(plan.prompt(row)) for row in rows[:: max(1, len(rows) // _MEASURED)]]
+        prompt = sum(teacher.count_tokens(plan.prompt(row)) for row in measured) / len(measured)
+        texts = [written_answer(plan.template, plan.fields, one) for one in plan.template.demonstrations]
+        longest = plan.sampling.max_new_tokens
+        answer = min(longest, sum(map(teacher.count_tokens, texts)) / len(texts)) if texts else longest
     except TeacherError as error:
         raise UserError(f"teacher: {error}") from error
-    texts = [written_answer(plan.template, plan.fields, one) for one in plan.template.demonstrations]
-    longest = plan.sampling.max_new_tokens
-    answer = min(longest, sum(map(teacher.count_tokens, texts)) / len(texts)) if texts else longest
     questions = len(rows) * plan.num_samples
     at_most = len(rows) * max(plan.num_samples, plan.until_agrees or 0)
-    prompt = sum(measured) / len(measured)
     return {
         "rows": len(rows),
         "questions": questions,
@@ -449,39 +196,25 @@ def _estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _show(title: str, summary: dict[str, Any]) -> None:
+def show(title: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """Print a summary, and return it."""
     # as `Text`, so that names are no markup
     table = Table(title=Text(title, style="table.title"), title_justify="left", show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     for name, value in summary.items():
+        if name.startswith("cost") and value is not None:
+            text = f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
+        elif isinstance(value, float) and name != "seconds":
+            text = f"{100 * value:.1f} %"
+        else:
+            text = f"{value:,}" if isinstance(value, int | float) else str(value)
         if value is not None:
-            table.add_row(name, Text(_cell(name, value)))
+            table.add_row(name, Text(text))
     Console().print(table)
+    return summary
 
 
-def _cell(name: str, value: Any) -> str:
-    if name.startswith("cost"):
-        return f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
-    if isinstance(value, float) and name != "seconds":
-        return f"{100 * value:.1f} %"
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _keep_prompt(plan: Plan, folder: Path) -> None:
-    """Write the prompt file next to the answers."""
-    path = folder / "prompts" / f"{plan.prompt_hash}.yaml"
-    try:
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_text(path, yaml.safe_dump(plan.template.plain(), allow_unicode=True, sort_keys=False, width=110))
-    except OSError as error:
-        raise UserError(f"out: {path} cannot be written ({error.strerror})") from error
+def shown(prompt: Prompt) -> str:
+    """A prompt as text."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"[{one.role}]\n{one.content}" for one in prompt)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_distill.annotation.prompts import Parse
-from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, voted
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
-from lit_distill.annotation.store import _voted as voted
 from lit_distill.data.selection import NOT_COLUMNS
 from lit_distill.data.sources import read_json_list
 from lit_distill.errors import UserError

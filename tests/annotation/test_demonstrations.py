@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lit_distill.annotation.prompts import Choose, fixed, nearest
+from lit_distill.annotation.prompts import Choose, Demonstration, fixed, nearest
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row
-from tests.rows import make_row
 
 
-def example(text: str) -> Row:
-    return make_row(id="", input=text, label="x", rationale="because")
+def example(text: str, rationale: str = "because") -> Demonstration:
+    return Demonstration(input=text, label="x", rationale=rationale)
 
 
 BIRDS = example("owl swan crow")
@@ -25,10 +24,10 @@ ALL = (BIRDS, TREES, MIXED, METAL)
 
 
 def inputs(choose: Choose, text: str) -> list[str]:
-    return [one.input for one in choose(example(text))]
+    return [one.input for one in choose(Row("r", text, None))]
 
 
-def texts(examples: Sequence[Row]) -> list[str]:
+def texts(examples: Sequence[Demonstration]) -> list[str]:
     return [one.input for one in examples]
 
 
@@ -43,8 +42,8 @@ def test_a_row_is_not_shown_itself() -> None:
     assert inputs(fixed(ALL, None), TREES.input) == texts((BIRDS, MIXED, METAL))
     assert inputs(fixed(ALL, 2), BIRDS.input) == texts((TREES, MIXED))
     assert TREES.input not in inputs(nearest(ALL, 4), TREES.input)
-    # under whichever id, and as often as it is there
-    again = [*ALL, make_row("other", TREES.input, "y", rationale="so")]
+    # as often as it is there
+    again = [*ALL, example(TREES.input, "so")]
     assert TREES.input not in inputs(nearest(again, 5), TREES.input) + inputs(fixed(again, None), TREES.input)
 
 
@@ -69,9 +68,9 @@ def test_as_many_as_are_asked_for(count: int) -> None:
 
 
 def test_of_those_that_are_as_like_the_first_are_taken() -> None:
-    same = tuple(make_row(str(i), "owl swan", "x", rationale=f"because {i}") for i in range(6))
-    chosen = nearest(same, 3)(example("a swan"))
-    assert [one.id for one in chosen] == ["2", "1", "0"]
+    same = tuple(example("owl swan", str(i)) for i in range(6))
+    chosen = nearest(same, 3)(Row("r", "a swan", None))
+    assert [one.rationale for one in chosen] == ["2", "1", "0"]
     # of nothing that is known, all are as like
     assert inputs(nearest(ALL, 2), "quite unheard of") == texts((TREES, BIRDS))
     assert inputs(nearest(ALL, 2), "") == texts((TREES, BIRDS))
@@ -85,7 +84,7 @@ def test_choices_do_not_depend_on_what_was_asked_before() -> None:
 
 
 @pytest.mark.parametrize("shown", [(), (example("? !"), example("..."))])
-def test_without_words_there_is_nothing_to_compare(shown: tuple[Row, ...]) -> None:
+def test_without_words_there_is_nothing_to_compare(shown: tuple[Demonstration, ...]) -> None:
     with pytest.raises(UserError, match="nearest_demonstrations: the demonstrations' inputs have no words"):
         nearest(shown, 1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_distill.annotation.store import FILE, PARQUET, read_metadata, read_rows
+from lit_distill.annotation.store import FILE, METADATA, PARQUET, read_rows
 from lit_distill.data import JSONLDataModule
 from tests.runs import at_work_in, run
 from tests.teachers.servers import serving
@@ -23,7 +23,7 @@ def test_its_files_are_read_as_they_stand() -> None:
         assert [(one.id, one.label, one.cost, one.key) for one, _ in found] == [
             (line["id"], line["label"], line["cost"], line["key"]) for line in lines
         ]
-    assert [job["rows"] for job in read_metadata(FROZEN / "out")["jobs"]] == [3, 3, 1]
+    assert [job["rows"] for job in json.loads((FROZEN / "out" / METADATA).read_text())["jobs"]] == [3, 3, 1]
     joined = JSONLDataModule(train=str(FROZEN / "rows.jsonl"), rationales=str(FROZEN / "out")).released("train")
     assert joined is not None
     assert [(row.id, row.rationale, row.teacher_label) for row in joined] == [

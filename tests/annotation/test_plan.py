@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from lit_distill.annotation.plan import Plan, shown
-from lit_distill.annotation.prompts import PromptTemplate, fixed
+from lit_distill.annotation.plan import Plan
+from lit_distill.annotation.prompts import Demonstration, PromptTemplate, fixed
 from lit_distill.annotation.record import Annotation, answer_schema, digest
+from lit_distill.commands.annotate import shown
 from lit_distill.data import CQADataModule, ToyDataModule
 from lit_distill.questions import Layout, Message, Question, Sampling
 from lit_distill.tasks import Row
 from tests.rows import make_row
 
-OAK = make_row(id="", input="owl , oak ?", label="oak", choices=("owl", "oak"), rationale="An oak is a tree.")
-FIG = make_row(id="", input="tin , fig ?", label="fig", rationale="A fig is no metal.")
+OAK = Demonstration(input="owl , oak ?", label="oak", choices=("owl", "oak"), rationale="An oak is a tree.")
+FIG = Demonstration(input="tin , fig ?", label="fig", rationale="A fig is no metal.")
 TEMPLATE = PromptTemplate(
     instruction="Find it.",
     question="{input}{options}",
@@ -25,6 +26,12 @@ TEMPLATE = PromptTemplate(
     stop=("\nQ:",),
     demonstrations=(OAK, FIG),
 )
+
+
+def changed(**values: Any) -> PromptTemplate:
+    return TEMPLATE.model_copy(update=values)
+
+
 ROW = make_row("r1", "carp , saw ?", "saw", ("carp", "saw"))
 PLAN = Plan(
     template=TEMPLATE,
@@ -45,12 +52,12 @@ class Answers:
 
     def __init__(self, *right: int) -> None:
         self.right = right
-        self.answered: set[bytes] = set()
-        self.agreeing: set[bytes] = set()
+        self.answered: set[str] = set()
+        self.agreeing: set[str] = set()
 
-    def rounds(self, plan: Plan, example: Row = ROW, split: str = "train") -> Iterator[list[int]]:
+    def rounds(self, plan: Plan, example: Row = ROW) -> Iterator[list[int]]:
         """The numbers of the samples that are asked for together; each is answered before the next is asked for."""
-        for asked in plan.questions(example, split, self.answered, self.agreeing):
+        for asked in plan.questions(example, self.answered, self.agreeing):
             yield [annotation.sample for annotation, _ in asked]
             for annotation, _ in asked:
                 self.answered.add(hashed(annotation))
@@ -58,21 +65,18 @@ class Answers:
                     self.agreeing.add(hashed(annotation))
 
 
-def hashed(annotation: Annotation) -> bytes:
+def hashed(annotation: Annotation) -> str:
     assert annotation.key is not None
-    return bytes.fromhex(annotation.key)
+    return annotation.key
 
 
-def questions(plan: Plan = PLAN, example: Row = ROW, split: str = "train") -> Round:
+def questions(plan: Plan = PLAN, example: Row = ROW) -> Round:
     """All of the first round."""
-    return next(plan.questions(example, split, (), ()))
+    return next(plan.questions(example, (), ()))
 
 
-def keys(plan: Plan = PLAN, example: Row = ROW, split: str = "train") -> list[str | None]:
-    return [annotation.key for annotation, _ in questions(plan, example, split)]
-
-
-# ---------------------------------------------------------------- the question
+def keys(plan: Plan = PLAN, example: Row = ROW) -> list[str | None]:
+    return [annotation.key for annotation, _ in questions(plan, example)]
 
 
 def test_a_question_and_what_its_answer_goes_into() -> None:
@@ -96,7 +100,7 @@ def test_a_question_and_what_its_answer_goes_into() -> None:
         input=digest("carp , saw ?", ["carp", "saw"]),
         key=annotation.key,
     )
-    assert len(hashed(annotation)) == 16
+    assert len(hashed(annotation)) == 32
 
 
 def test_a_chat_has_no_stops() -> None:
@@ -122,7 +126,7 @@ def test_a_schema_is_given_where_answers_are_structured_alone() -> None:
     assert (annotation.structured, question.schema) == (True, answer_schema(("carp", "saw")))
     ((_, question),) = questions(structured, replace(ROW, choices=None))
     assert question.schema == answer_schema(())
-    ((_, question),) = questions(replace(structured, closed=lambda _: ("yes", "no")))
+    ((_, question),) = questions(replace(structured, label_set=("yes", "no")), replace(ROW, choices=None))
     assert question.schema == answer_schema(("yes", "no"))
 
 
@@ -133,7 +137,7 @@ LETTERED = "Is it ({letter})? {input}"
 @pytest.mark.parametrize("structured", [False, True])
 def test_a_row_s_own_label_is_not_given_away(layout: Layout, structured: bool) -> None:
     row = make_row("r1", "carp , saw ?", "saw", ("carp", "saw"), rationale="GIVEN", teacher_label="GIVEN")
-    template = replace(TEMPLATE, question=LETTERED)
+    template = changed(question=LETTERED)
     cqa = CQADataModule()
     plan = replace(PLAN, template=template, fields=cqa.prompt_fields, layout=layout, structured=structured)
     prompts = [plan.prompt(replace(row, label=label)) for label in ("saw", "carp", "neither", None)]
@@ -154,45 +158,43 @@ def test_a_prompt_as_it_is_looked_at() -> None:
     assert shown(chat) == "[system]\nBe brief.\n\n[user]\nWho?\nWhen?"
 
 
-# ---------------------------------------------------------------- keys
-
-OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "split": ({}, {}, "test"),
-    "id": ({}, {"id": "r2"}, "train"),
-    "input": ({}, {"input": "carp , axe ?"}, "train"),
-    "choices": ({}, {"choices": ("saw", "carp")}, "train"),
-    "instruction": ({"template": replace(TEMPLATE, instruction="Find it !")}, {}, "train"),
-    "stop": ({"template": replace(TEMPLATE, stop=("\nQ",))}, {}, "train"),
-    "demonstrations": ({"choose": fixed(TEMPLATE.demonstrations, 1)}, {}, "train"),
-    "their order": ({"choose": fixed((FIG, OAK), None)}, {}, "train"),
-    "layout": ({"layout": "chat"}, {}, "train"),
-    "teacher": ({"teacher": "U"}, {}, "train"),
-    "teacher_settings": ({"teacher_settings": {"model": "T-7b", "quantization": "fp8"}}, {}, "train"),
-    "temperature": ({"sampling": Sampling(0.8, seed=40)}, {}, "train"),
-    "top_p": ({"sampling": Sampling(0.7, 0.9, seed=40)}, {}, "train"),
-    "max_new_tokens": ({"sampling": Sampling(0.7, max_new_tokens=128, seed=40)}, {}, "train"),
-    "seed": ({"sampling": Sampling(0.7, seed=41)}, {}, "train"),
-    "structured": ({"structured": True}, {}, "train"),
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "split": ({"split": "test"}, {}),
+    "id": ({}, {"id": "r2"}),
+    "input": ({}, {"input": "carp , axe ?"}),
+    "choices": ({}, {"choices": ("saw", "carp")}),
+    "instruction": ({"template": changed(instruction="Find it !")}, {}),
+    "stop": ({"template": changed(stop=("\nQ",))}, {}),
+    "demonstrations": ({"choose": fixed(TEMPLATE.demonstrations, 1)}, {}),
+    "their order": ({"choose": fixed((FIG, OAK), None)}, {}),
+    "layout": ({"layout": "chat"}, {}),
+    "teacher": ({"teacher": "U"}, {}),
+    "teacher_settings": ({"teacher_settings": {"model": "T-7b", "quantization": "fp8"}}, {}),
+    "temperature": ({"sampling": Sampling(0.8, seed=40)}, {}),
+    "top_p": ({"sampling": Sampling(0.7, 0.9, seed=40)}, {}),
+    "max_new_tokens": ({"sampling": Sampling(0.7, max_new_tokens=128, seed=40)}, {}),
+    "seed": ({"sampling": Sampling(0.7, seed=41)}, {}),
+    "structured": ({"structured": True}, {}),
 }
 
 
 def test_a_key_changes_with_anything_that_is_asked() -> None:
     found = [*keys(replace(PLAN, num_samples=2))]
-    for plan, example, split in OTHERS.values():
+    for plan, example in OTHERS.values():
         # the next sample of a seed is not the first one of the next
-        found += keys(replace(PLAN, num_samples=2, **plan), replace(ROW, **example), split)
+        found += keys(replace(PLAN, num_samples=2, **plan), replace(ROW, **example))
     assert len(set(found)) == len(found) == 2 * (len(OTHERS) + 1)
 
 
 @pytest.mark.parametrize("structured", [False, True])
 def test_a_row_with_other_choices_is_another_question_though_its_prompt_shows_none(structured: bool) -> None:
-    plan = replace(PLAN, template=replace(TEMPLATE, question="{input}"), structured=structured)
+    plan = replace(PLAN, template=changed(question="{input}"), structured=structured)
     assert keys(plan) != keys(plan, replace(ROW, choices=("saw", "axe")))
 
 
 def test_a_key_is_the_same_in_another_plan() -> None:
     again = Plan(
-        template=replace(TEMPLATE, demonstrations=(replace(OAK), replace(FIG))),
+        template=changed(demonstrations=(OAK.model_copy(), FIG.model_copy())),
         choose=fixed([OAK, FIG], 2),
         fields=ToyDataModule(train_size=1).prompt_fields,
         layout="completion",
@@ -223,9 +225,6 @@ def test_hashes_tell_prompts_and_settings_apart() -> None:
     hashes = {PLAN.settings_hash, *(replace(PLAN, **change).settings_hash for change in changes)}
     assert len(hashes) == len(changes) + 1
     assert all(replace(PLAN, **change).prompt_hash == PLAN.prompt_hash for change in changes)
-
-
-# ---------------------------------------------------------------- once, and until it agrees
 
 
 def test_what_is_answered_is_not_asked() -> None:
@@ -282,6 +281,6 @@ def test_an_answer_of_another_row_or_teacher_agrees_for_itself_alone() -> None:
 
 def test_further_samples_have_the_keys_that_they_would_have_among_the_first() -> None:
     plan = replace(PLAN, until_agrees=4)
-    asked = [one for asked in plan.questions(ROW, "train", set(), set()) for one in asked]
+    asked = [one for asked in plan.questions(ROW, set(), set()) for one in asked]
     assert [annotation.key for annotation, _ in asked] == keys(replace(PLAN, num_samples=4))
     assert [question.sampling.seed for _, question in asked] == [40, 41, 42, 43]

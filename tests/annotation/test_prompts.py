@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 import yaml
 
+from lit_distill.annotation.plan import Plan
 from lit_distill.annotation.prompts import (
+    Demonstration,
     PromptTemplate,
     check_template,
+    fixed,
     load_demonstrations,
     load_prompt,
-    write_prompt,
     written_answer,
 )
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Message
+from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.tasks import Row, TeacherOutput
-from tests.rows import make_row, write_rows
+from tests.rows import make_row
+from tests.runs import write_lines
 
 TOY = ToyDataModule()
 
@@ -45,14 +48,13 @@ demonstrations:
   - {input: "which of tin , fig ?", rationale: A fig is no metal., label: fig}
 """
 
-OAK = make_row(
-    id="",
+OAK = Demonstration(
     input="which of owl , oak , crow ?",
     label="oak",
     choices=("owl", "oak", "crow"),
     rationale="An oak is a tree. The others are birds.",
 )
-FIG = make_row(id="", input="which of tin , fig ?", label="fig", rationale="A fig is no metal.")
+FIG = Demonstration(input="which of tin , fig ?", label="fig", rationale="A fig is no metal.")
 TEMPLATE = PromptTemplate(
     instruction="Find the word that does not belong.",
     question="{input}{options}",
@@ -86,6 +88,15 @@ Q: which of carp , saw ?
 Options: carp, saw
 A:"""
 
+
+def changed(**values: Any) -> PromptTemplate:
+    return TEMPLATE.model_copy(update=values)
+
+
+def written(layout: Layout, template: PromptTemplate = TEMPLATE, row: Row = ROW) -> Prompt:
+    return Plan(template, fixed(template.demonstrations, None), TOY.prompt_fields, layout).prompt(row)
+
+
 WritePrompt = Callable[..., Path]
 
 
@@ -110,9 +121,6 @@ def one_line(error: pytest.ExceptionInfo[UserError], path: Path, key: str) -> No
     assert key in message
 
 
-# ---------------------------------------------------------------- files
-
-
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(FILE, encoding="utf-8")
@@ -122,9 +130,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 def test_question_and_answer_are_enough(write_file: WritePrompt) -> None:
     path = write_file(instruction=None, question_cue=None, answer_cue=None, stop=None, demonstrations=None)
     template = load_prompt(path)
-    assert template == PromptTemplate("", TEMPLATE.question, TEMPLATE.answer)
-    path.write_text(path.read_text() + "stop:\ndemonstrations:\n", encoding="utf-8")
-    assert load_prompt(path) == template
+    assert template == PromptTemplate(question=TEMPLATE.question, answer=TEMPLATE.answer)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +158,11 @@ def test_a_wrong_key_is_named(changes: dict[str, Any], key: str, says: str, writ
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "must have the keys version, instruction"),
-        (b"- version: 1", "must have the keys"),
-        (b"question: [\nanswer: {", "is not YAML"),
-        (b"question: \xff", "is not YAML"),
-        (b"question: \x07", "is not YAML"),
+        (b"", "Input should be a valid dictionary or instance of PromptTemplate, got None"),
+        (b"- version: 1", "Input should be a valid dictionary"),
+        (b"question: [\nanswer: {", "not YAML"),
+        (b"question: \xff", "not YAML"),
+        (b"question: \x07", "not YAML"),
     ],
 )
 def test_what_is_no_prompt_is_said(content: bytes, says: str, tmp_path: Path) -> None:
@@ -167,23 +173,13 @@ def test_what_is_no_prompt_is_said(content: bytes, says: str, tmp_path: Path) ->
     one_line(error, path, says)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(UserError, match="cannot be read") as error:
-            load_prompt(path)
-        one_line(error, path, "cannot be read")
-
-
-# ---------------------------------------------------------------- checks
-
-
 def check(template: PromptTemplate) -> None:
     check_template(template, TOY.prompt_fields, TOY.parse_teacher, "mine.yaml")
 
 
 def test_a_good_template_passes() -> None:
     check(TEMPLATE)
-    check(replace(TEMPLATE, demonstrations=()))
+    check(changed(demonstrations=()))
 
 
 @pytest.mark.parametrize("shown", [(), (OAK,)])
@@ -205,10 +201,10 @@ def test_a_good_template_passes() -> None:
     ],
 )
 def test_templates_ask_for_what_the_dataset_offers(
-    changes: dict[str, Any], key: str, says: str, shown: tuple[Row, ...]
+    changes: dict[str, Any], key: str, says: str, shown: tuple[Demonstration, ...]
 ) -> None:
     with pytest.raises(UserError, match=re.escape(says)) as error:
-        check(replace(TEMPLATE, demonstrations=shown, **changes))
+        check(changed(demonstrations=shown, **changes))
     one_line(error, Path("mine.yaml"), f"mine.yaml: {key}")
 
 
@@ -218,68 +214,44 @@ def test_templates_ask_for_what_the_dataset_offers(
         ("{rationale}\nThe answer is {label}", OAK),
         ("So the answer is {label}. {rationale}", OAK),
         ("{rationale} So the answer is {label}. Done", OAK),
-        (TEMPLATE.answer, replace(OAK, label="oak.\nOr not")),
+        (TEMPLATE.answer, OAK.model_copy(update={"label": "oak.\nOr not"})),
     ],
 )
-def test_a_demonstration_that_is_not_read_back_is_named(answer: str, shown: Row) -> None:
+def test_a_demonstration_that_is_not_read_back_is_named(answer: str, shown: Demonstration) -> None:
     with pytest.raises(UserError, match="is read by the dataset as") as error:
-        check(replace(TEMPLATE, answer=answer, demonstrations=(shown,)))
+        check(changed(answer=answer, demonstrations=(shown,)))
     one_line(error, Path("mine.yaml"), "the answer of demonstration 1")
 
 
-@pytest.mark.parametrize("lacking", [replace(OAK, label=None), replace(OAK, outputs=())])
-def test_a_demonstration_has_rationale_and_label(lacking: Row) -> None:
-    with pytest.raises(UserError, match="demonstration 2 needs a rationale and a label") as error:
-        check(replace(TEMPLATE, demonstrations=(FIG, lacking)))
-    one_line(error, Path("mine.yaml"), "demonstration 2")
-
-
-# ---------------------------------------------------------------- writing
-
-
 def test_a_chat_ends_with_the_user_s_turn() -> None:
-    assert write_prompt(TEMPLATE, "chat", TOY.prompt_fields, TEMPLATE.demonstrations, ROW) == CHAT
+    assert written("chat") == CHAT
 
 
 def test_a_text_ends_with_the_answer_s_cue() -> None:
-    assert write_prompt(TEMPLATE, "completion", TOY.prompt_fields, TEMPLATE.demonstrations, ROW) == COMPLETION
+    assert written("completion") == COMPLETION
 
 
 def test_a_prompt_of_nothing_but_the_question() -> None:
-    bare = PromptTemplate("  ", "{input}", "{label}")
-    assert write_prompt(bare, "chat", TOY.prompt_fields, (), ROW) == (Message("user", "which of carp , saw ?"),)
-    assert write_prompt(bare, "completion", TOY.prompt_fields, (), ROW) == "which of carp , saw ?\n"
+    bare = PromptTemplate(instruction="  ", question="{input}", answer="{label}")
+    assert written("chat", bare) == (Message("user", "which of carp , saw ?"),)
+    assert written("completion", bare) == "which of carp , saw ?\n"
 
 
-def test_demonstrations_are_shown_in_their_order_and_only_those_given() -> None:
-    written = write_prompt(TEMPLATE, "chat", TOY.prompt_fields, (FIG,), ROW)
-    assert written == (CHAT[0], *CHAT[3:])
-    turned = write_prompt(TEMPLATE, "chat", TOY.prompt_fields, (FIG, OAK), ROW)
-    assert turned == (CHAT[0], *CHAT[3:5], *CHAT[1:3], CHAT[5])
+def test_demonstrations_are_shown_in_their_order() -> None:
+    assert written("chat", changed(demonstrations=(FIG, OAK))) == (CHAT[0], *CHAT[3:5], *CHAT[1:3], CHAT[5])
 
 
 @pytest.mark.parametrize("layout", ["chat", "completion"])
 def test_the_row_s_own_answer_is_not_shown(layout: Layout) -> None:
     hidden = replace(ROW, label="HIDDEN", outputs=(TeacherOutput("HIDDEN", "HIDDEN"),))
-    written = write_prompt(TEMPLATE, layout, TOY.prompt_fields, TEMPLATE.demonstrations, hidden)
-    assert written == write_prompt(TEMPLATE, layout, TOY.prompt_fields, TEMPLATE.demonstrations, ROW)
+    assert written(layout, row=hidden) == written(layout)
 
 
 def test_texts_are_put_in_as_they_are() -> None:
-    odd = replace(ROW, input="{label} {{x}} %s", choices=None, outputs=(TeacherOutput(" {input} "),), label=" {y} ")
-    assert write_prompt(PromptTemplate("", "{{{input}}}", "x"), "completion", TOY.prompt_fields, (), odd) == (
-        "{{label} {{x}} %s}\n"
-    )
-    assert written_answer(TEMPLATE, TOY.prompt_fields, odd) == "{input} So the answer is {y}."
-
-
-def test_a_field_that_is_not_offered_is_said_without_a_file_too() -> None:
-    for question in ("{premise}", "{"):
-        with pytest.raises(UserError, match=r"^prompt: question[: ]"):
-            write_prompt(replace(TEMPLATE, question=question), "chat", TOY.prompt_fields, (), ROW)
-
-
-# ---------------------------------------------------------------- the hash
+    odd = replace(ROW, input="{label} {{x}} %s", choices=None)
+    assert written("completion", PromptTemplate(question="{{{input}}}", answer="x"), odd) == "{{label} {{x}} %s}\n"
+    shown = Demonstration(input="x", rationale=" {input} ", label=" {y} ")
+    assert written_answer(TEMPLATE, TOY.prompt_fields, shown) == "{input} So the answer is {y}."
 
 
 def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
@@ -288,9 +260,8 @@ def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
     other.write_text("# of another spelling\n" + yaml.safe_dump(yaml.safe_load(FILE), width=30), encoding="utf-8")
     assert load_prompt(one).hash == load_prompt(other).hash == TEMPLATE.hash
     assert re.fullmatch("[0-9a-f]{12}", TEMPLATE.hash)
-    # what a demonstration is called, or was said of by a teacher, is not shown
-    named = replace(OAK, id="r1", outputs=(TeacherOutput(OAK.rationale, "crow"),))
-    assert replace(TEMPLATE, demonstrations=(named, FIG)).hash == TEMPLATE.hash
+    # annotations of earlier versions name it
+    assert TEMPLATE.hash == "9b7ccc00b680"
 
 
 def test_a_hash_changes_with_anything() -> None:
@@ -306,41 +277,37 @@ def test_a_hash_changes_with_anything() -> None:
         {"demonstrations": (FIG, OAK)},
         {"demonstrations": (OAK,)},
     ]
-    assert {name for change in changes for name in change} == set(PromptTemplate.__dataclass_fields__)
-    others: list[dict[str, Any]] = [{"input": "oáks"}, {"label": "oáks"}, {"outputs": (TeacherOutput("oáks"),)}]
+    assert {name for change in changes for name in change} == PromptTemplate.model_fields.keys() - {"version"}
+    others: list[dict[str, Any]] = [{"input": "oáks"}, {"label": "oáks"}, {"rationale": "oáks"}]
     others += [{"choices": ("oak", "owl", "crow")}, {"choices": None}]
-    changes += [{"demonstrations": (replace(OAK, **other), FIG)} for other in others]
-    hashes = {replace(TEMPLATE, **change).hash for change in changes} | {TEMPLATE.hash}
+    changes += [{"demonstrations": (OAK.model_copy(update=other), FIG)} for other in others]
+    hashes = {changed(**change).hash for change in changes} | {TEMPLATE.hash}
     assert len(hashes) == len(changes) + 1
 
 
-# ---------------------------------------------------------------- demonstrations of a file of examples
+SHOWN = [
+    {"id": "r1", "teacher_label": "crow", **OAK.model_dump(mode="json")},
+    {"id": "r2", **FIG.model_dump(mode="json", exclude_none=True)},
+]
 
 
-def test_demonstrations_are_read_from_examples(tmp_path: Path) -> None:
-    path = tmp_path / "shown.jsonl"
-    write_rows(path, [replace(OAK, id="r1", outputs=(TeacherOutput(OAK.rationale, "crow"),)), replace(FIG, id="r2")])
+def test_demonstrations_are_read_from_rows(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "shown.jsonl", SHOWN)
     assert load_demonstrations(path) == load_demonstrations(str(path)) == (OAK, FIG)
 
 
-@pytest.mark.parametrize("lacking", [{"outputs": ()}, {"label": None}, {"outputs": (TeacherOutput(""),)}])
-def test_examples_to_show_have_rationale_and_label(lacking: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "shown.jsonl"
-    write_rows(path, [replace(OAK, id="r1"), replace(FIG, id="r2", **lacking)])
-    with pytest.raises(UserError, match=r"shown\.jsonl:2: (rationale|label): .*should") as error:
+@pytest.mark.parametrize("key", ["input", "rationale", "label"])
+@pytest.mark.parametrize("value", [None, "", 3])
+def test_demonstrations_have_rationale_and_label(key: str, value: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "shown.jsonl", [SHOWN[0], SHOWN[1] | {key: value}])
+    with pytest.raises(UserError, match=rf"shown\.jsonl:2: {key}: .*should") as error:
         load_demonstrations(path)
     one_line(error, path, ":2:")
 
 
-def test_a_file_without_examples_is_said(tmp_path: Path) -> None:
+def test_a_file_without_demonstrations_is_said(tmp_path: Path) -> None:
     path = tmp_path / "shown.jsonl"
-    with pytest.raises(UserError, match="cannot be read") as error:
-        load_demonstrations(path)
-    one_line(error, path, "cannot be read")
     path.write_text("\n", encoding="utf-8")
     with pytest.raises(UserError, match="is empty") as error:
         load_demonstrations(path)
     one_line(error, path, "is empty")
-    path.write_text('{"id": "r1"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"shown\.jsonl:1: input: "):
-        load_demonstrations(path)

@@ -26,6 +26,7 @@ from lit_distill.annotation.record import (
     vote,
 )
 from lit_distill.data import SVAMPDataModule, ToyDataModule
+from lit_distill.errors import UserError
 from lit_distill.tasks import Row
 
 FULL = Annotation(
@@ -68,9 +69,6 @@ ODD_TEXTS = (
 
 def exactly(label: str, other: str) -> bool:
     return label == other
-
-
-# ---------------------------------------------------------------- votes
 
 
 @pytest.mark.parametrize(
@@ -116,9 +114,6 @@ def test_votes_as_counted_plainly(labels: list[str | None]) -> None:
     assert (winner, share) == (frequent[0] if frequent else None, most / len(labels))
 
 
-# ---------------------------------------------------------------- contains_label
-
-
 @pytest.mark.parametrize(
     ("rationale", "label", "leaking"),
     [
@@ -150,8 +145,6 @@ def test_a_label_as_long_as_an_answer_is_looked_for_in_linear_time() -> None:
     assert contains_label("a " * 100_000 + "b.", "a " * 50_000 + "b")
     assert time.process_time() - before < 3
 
-
-# ---------------------------------------------------------------- what follows from a text
 
 TOY = ToyDataModule()
 ROW = Row("q7", "do birds fly ?", "yes", ("yes", "no"))
@@ -217,15 +210,12 @@ def test_an_error_is_left_as_it_is() -> None:
     assert read_text(failed, ROW, TOY.parse_teacher, exactly) is failed
 
 
-# ---------------------------------------------------------------- lines
-
-
 def test_every_column_survives_its_line() -> None:
     assert all(value is not None for value in asdict(FULL).values())
-    assert tuple(asdict(FULL)) == COLUMNS
+    assert list(asdict(FULL)) == list(COLUMNS)
     assert all(getattr(FULL, name) != getattr(Annotation("x"), name) for name in COLUMNS)
-    assert from_row(json.loads(to_line(FULL))) == FULL
-    assert from_row(json.loads(to_line(Annotation("q")))) == Annotation("q")
+    assert from_row(json.loads(to_line(FULL)), "f:1") == FULL
+    assert from_row(json.loads(to_line(Annotation("q"))), "f:1") == Annotation("q")
 
 
 @pytest.mark.parametrize("odd", ODD_TEXTS)
@@ -233,7 +223,7 @@ def test_a_sample_is_one_line_whatever_its_texts(odd: str) -> None:
     sample = replace(FULL, id=odd, text=odd, rationale=odd, label=odd, error=odd, teacher=odd)
     line = to_line(sample)
     assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
-    assert from_row(json.loads(line.decode("utf-8"))) == sample
+    assert from_row(json.loads(line.decode("utf-8")), "f:1") == sample
 
 
 @given(st.text(st.characters(exclude_categories=())), st.floats(allow_nan=False, allow_infinity=False))
@@ -243,17 +233,18 @@ def test_any_text_and_number_survive(text: str, number: float) -> None:
     sample = Annotation("q", text=whole, logprob=number)
     line = to_line(sample)
     assert line.count(b"\n") == 1
-    assert from_row(json.loads(line.decode("utf-8"))) == sample
+    assert from_row(json.loads(line.decode("utf-8")), "f:1") == sample
 
 
 def test_other_keys_are_left_aside_and_absent_ones_are_not_known() -> None:
-    assert from_row({"id": "q", "score": [1], "text": None, "sample": None, "structured": None}) == Annotation("q")
+    row = {"id": "q", "score": [1], "text": None, "sample": None, "structured": None}
+    assert from_row(row, "f:1") == Annotation("q")
 
 
 @pytest.mark.parametrize("row", [{}, {"id": None, "text": "x"}])
 def test_a_row_needs_an_id(row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^id: "):
-        from_row(row)
+    with pytest.raises(UserError, match=r"^f:1: not a sample: id: "):
+        from_row(row, "f:1")
 
 
 KINDS = {
@@ -272,15 +263,13 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_value_of_another_type_is_named(name: str) -> None:
     for wrong in WRONG[KINDS.get(name, "str")]:
-        with pytest.raises(ValueError, match=f"^{name}: Input should be a valid "):
-            from_row({"id": "q", name: wrong})
+        with pytest.raises(UserError, match=f"^f:1: not a sample: {name}: Input should be a valid "):
+            from_row({"id": "q", name: wrong}, "f:1")
 
 
 def test_a_whole_number_is_a_number() -> None:
-    assert from_row({"id": "q", "cost": 0, "logprob": -1, "votes": math.nan}) == Annotation("q", cost=0, logprob=-1)
-
-
-# ---------------------------------------------------------------- hashes
+    row = {"id": "q", "cost": 0, "logprob": -1, "votes": math.nan}
+    assert from_row(row, "f:1") == Annotation("q", cost=0, logprob=-1)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +305,6 @@ def test_different_parts_have_different_hashes() -> None:
         ({"a": 2},),
     ]
     assert len({digest(*each) for each in parts}) == len(parts)
-
-
-# ---------------------------------------------------------------- structured answers
 
 
 @pytest.mark.parametrize(
@@ -392,5 +378,5 @@ def test_a_schema_asks_for_the_rationale_first() -> None:
     ],
 )
 def test_a_number_that_no_sample_has_is_refused(name: str, wrong: float, allowed: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: Input should be {allowed}"):
-        from_row({"id": "q", name: wrong})
+    with pytest.raises(UserError, match=f": {name}: Input should be {allowed}"):
+        from_row({"id": "q", name: wrong}, "f:1")

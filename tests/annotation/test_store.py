@@ -6,19 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import pandas as pd  # type: ignore[import-untyped]
-import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from lit_distill.annotation.record import COLUMNS, Annotation, to_line
-from lit_distill.annotation.store import FILE, METADATA, PARQUET, AnnotationStore, read_metadata, read_rows
+from lit_distill.annotation.store import FILE, METADATA, PARQUET, AnnotationStore, read_rows
 from lit_distill.errors import UserError
 
 ORDER = {("train", row): place for place, row in enumerate("abc")}
@@ -29,8 +28,8 @@ def key_of(row: str, sample: int = 0) -> str:
     return row.encode().hex().zfill(30) + f"{sample:02x}"
 
 
-def keys(*of: tuple[str, int]) -> set[bytes]:
-    return {bytes.fromhex(key_of(row, sample)) for row, sample in of}
+def keys(*of: tuple[str, int]) -> set[str]:
+    return {key_of(row, sample) for row, sample in of}
 
 
 def answer(row: str, sample: int = 0, label: str | None = "yes", **columns: Any) -> Annotation:
@@ -60,16 +59,12 @@ def plainly(label: str, other: str) -> bool:
     return label.strip("()") == other.strip("()")
 
 
-def as_it_is(annotation: Annotation) -> Annotation:
-    return annotation
+def finish(store: AnnotationStore) -> None:
+    store.finish(lambda found: ORDER.get((found.split or "", found.id)), plainly)
 
 
-def finish(
-    store: AnnotationStore,
-    read: Callable[[Annotation], Annotation] = as_it_is,
-    order: Mapping[tuple[str, str], int] = ORDER,
-) -> None:
-    store.finish(read, lambda found: order.get((found.split or "", found.id)), plainly)
+def samples_of(folder: Path) -> list[Annotation]:
+    return [sample for sample, _ in read_rows(folder / FILE)]
 
 
 def write(folder: Path, samples: Iterable[Annotation]) -> Path:
@@ -81,8 +76,8 @@ def write(folder: Path, samples: Iterable[Annotation]) -> Path:
 
 
 def kept(folder: Path) -> list[Annotation]:
-    with AnnotationStore(folder) as store:
-        return list(store)
+    with AnnotationStore(folder):
+        return samples_of(folder)
 
 
 def raw(folder: Path) -> list[dict[str, Any]]:
@@ -96,17 +91,14 @@ def without_votes(samples: Iterable[Annotation]) -> list[Annotation]:
 
 THREE = [answer("a"), failure("b"), answer("c", label=None, text="tschüß\n")]
 
-# ---------------------------------------------------------------- written as they come
-
 
 def test_what_is_appended_is_there_at_once_and_when_it_is_opened_again(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "yet" / "there"
     with AnnotationStore(folder) as store:
-        assert list(store) == []
         for number, sample in enumerate(THREE, start=1):
             store.append(sample)
             assert (folder / FILE).read_bytes() == b"".join(map(to_line, THREE[:number]))
-            assert list(store) == THREE[:number]
+            assert samples_of(folder) == THREE[:number]
     more = [answer("a", 1), answer("b", 1)]
     write(folder, more)
     assert kept(folder) == THREE + more
@@ -127,11 +119,8 @@ def test_blank_lines_are_passed_over(tmp_path: Path) -> None:
     assert kept(tmp_path) == THREE
     with AnnotationStore(tmp_path) as store:
         finish(store)
-        assert without_votes(store) == THREE
+    assert without_votes(samples_of(tmp_path)) == THREE
     assert path.read_bytes().count(b"\n") == 3
-
-
-# ---------------------------------------------------------------- torn and damaged lines
 
 
 def test_a_torn_line_of_any_length_is_removed(tmp_path: Path) -> None:
@@ -139,11 +128,13 @@ def test_a_torn_line_of_any_length_is_removed(tmp_path: Path) -> None:
     whole = path.read_bytes()
     start = len(b"".join(map(to_line, THREE[:-1])))
     # its last byte is its end, the one before that closes the object
-    for length in range(len(whole) - start - 1):
+    for length in [*range(0, len(whole) - start - 1, 7), len(whole) - start - 2]:
         path.write_bytes(whole[: start + length])
-        assert [annotation for annotation, _ in read_rows(path)] == THREE[:-1]
+        torn: list[str] = []
+        assert [annotation for annotation, _ in read_rows(path, torn.append)] == THREE[:-1]
+        assert torn == [f"{path}:3"] * (length > 0)
         with AnnotationStore(tmp_path) as store:
-            assert (store.torn, list(store)) == (length, THREE[:-1])
+            assert path.read_bytes() == whole[:start]
             store.append(THREE[-1])
         assert path.read_bytes() == whole
 
@@ -151,29 +142,25 @@ def test_a_torn_line_of_any_length_is_removed(tmp_path: Path) -> None:
 def test_nothing_but_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(to_line(THREE[0])[:20])
     with AnnotationStore(tmp_path) as store:
-        assert (store.torn, list(store), store.settled) == (20, [], set())
+        assert (samples_of(tmp_path), store.settled) == ([], set())
         store.append(THREE[0])
     assert kept(tmp_path) == THREE[:1]
 
 
-@pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16, 2**17 + 1, 300_000])
 @pytest.mark.parametrize("before", [[], THREE])
-def test_a_whole_line_that_lacks_its_end_is_given_one(size: int, before: list[Annotation], tmp_path: Path) -> None:
-    samples = [*before, answer("z", text="x" * size)]
+def test_a_whole_line_that_lacks_its_end_is_given_one(before: list[Annotation], tmp_path: Path) -> None:
+    samples = [*before, answer("z", text="x" * 300_000)]
     whole = b"".join(map(to_line, samples))
     (tmp_path / FILE).write_bytes(whole[:-1])
-    with AnnotationStore(tmp_path) as store:
-        assert store.torn == 0
-    assert (tmp_path / FILE).read_bytes() == whole
     assert kept(tmp_path) == samples
+    assert (tmp_path / FILE).read_bytes() == whole
 
 
 def test_a_long_torn_line_is_taken_off(tmp_path: Path) -> None:
     path = write(tmp_path, THREE)
     whole = path.read_bytes()
     path.write_bytes(whole + to_line(answer("z", text="x" * 200_000))[:150_000])
-    with AnnotationStore(tmp_path) as store:
-        assert (store.torn, list(store)) == (150_000, THREE)
+    assert kept(tmp_path) == THREE
     assert path.read_bytes() == whole
 
 
@@ -186,15 +173,9 @@ def test_a_damaged_line_elsewhere_is_named(line: bytes, tmp_path: Path) -> None:
     content = to_line(THREE[0]) + line + b"\n" + to_line(THREE[1])
     path.write_bytes(content)
     for _ in range(2):  # the folder is free again after an error
-        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2: not a sample"):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2: not "):
             AnnotationStore(tmp_path)
     assert path.read_bytes() == content
-
-
-def test_a_key_that_is_no_hash_is_named(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text('{"id": "x", "text": "y", "key": "mine"}\n')
-    with pytest.raises(UserError, match=r"rationales\.jsonl:1: not a sample: .*key"):
-        AnnotationStore(tmp_path)
 
 
 def test_a_last_line_that_is_whole_is_not_taken_off_though_it_is_no_sample(tmp_path: Path) -> None:
@@ -207,8 +188,6 @@ def test_a_last_line_that_is_whole_is_not_taken_off_though_it_is_no_sample(tmp_p
         AnnotationStore(tmp_path)
     assert path.read_bytes().rstrip(b"\n").endswith(b'{"id": 3, "label": "yes"}')
 
-
-# ---------------------------------------------------------------- one process
 
 OTHER = """
 import sys, time
@@ -252,16 +231,6 @@ def test_a_killed_process_leaves_the_folder_free(tmp_path: Path) -> None:
     assert kept(tmp_path) == THREE
 
 
-def test_closing_twice_is_closing(tmp_path: Path) -> None:
-    store = AnnotationStore(tmp_path)
-    store.close()
-    store.close()
-    AnnotationStore(tmp_path).close()
-
-
-# ---------------------------------------------------------------- what is not asked again
-
-
 def test_questions_are_settled_by_an_answer_or_a_failure(tmp_path: Path) -> None:
     samples = [
         answer("a", 0, agrees=True),
@@ -289,12 +258,10 @@ def test_of_a_question_that_was_asked_again_the_last_answer_counts(tmp_path: Pat
         store.append(answer("a"))
         assert keys(("a", 0)) <= store.settled
         finish(store)
-        assert without_votes(store) == [answer("a"), answer("b")]
+    assert without_votes(samples_of(tmp_path)) == [answer("a"), answer("b")]
     with AnnotationStore(tmp_path, ask_failed=True) as store:
         assert store.settled == keys(("a", 0), ("b", 0))
 
-
-# ---------------------------------------------------------------- the end of a job
 
 VOTED = ("id", "sample", "votes", "majority_label", "vote_share", "in_majority")
 MIXED = [
@@ -348,7 +315,7 @@ def test_the_same_id_in_another_split_is_another_row(tmp_path: Path) -> None:
     write(tmp_path, samples)
     with AnnotationStore(tmp_path) as store:
         finish(store)
-        assert without_votes(store) == samples[::-1]
+    assert without_votes(samples_of(tmp_path)) == samples[::-1]
     assert [(row["split"], row["votes"], row["majority_label"]) for row in raw(tmp_path)] == [
         ("train", 1, "yes"),
         ("test", 1, "no"),
@@ -357,8 +324,8 @@ def test_the_same_id_in_another_split_is_another_row(tmp_path: Path) -> None:
 
 def test_what_follows_from_a_text_is_read_again(tmp_path: Path) -> None:
     write(tmp_path, [answer("a", 0, "old"), answer("a", 1, "older"), failure("b")])
-    with AnnotationStore(tmp_path) as store:
-        finish(store, lambda found: replace(found, label="new") if found.text else found)
+    with AnnotationStore(tmp_path, read=lambda found: replace(found, label="new") if found.text else found) as store:
+        finish(store)
     assert [(row["label"], row["majority_label"], row["vote_share"]) for row in raw(tmp_path)] == [
         ("new", "new", 1.0),
         ("new", "new", 1.0),
@@ -375,15 +342,15 @@ def test_finishing_again_changes_nothing(tmp_path: Path) -> None:
             finish(store)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1] == contents[2]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE, PARQUET]
 
 
 def test_lines_without_a_key_are_all_kept(tmp_path: Path) -> None:
     lines = ['{"id": "b", "rationale": "R", "label": "x"}', '{"id": "a", "rationale": "S"}'] * 2
     (tmp_path / FILE).write_text("\n".join(lines))
     with AnnotationStore(tmp_path) as store:
-        finish(store, order={})
-        assert [found.id for found in store] == ["b", "b", "a", "a"]
+        store.finish(lambda found: None, plainly)
+    assert [found.id for found in samples_of(tmp_path)] == ["b", "b", "a", "a"]
 
 
 def test_lines_without_a_key_or_a_sample_s_number_all_vote(tmp_path: Path) -> None:
@@ -417,7 +384,7 @@ def test_a_job_goes_on_after_it_was_finished(tmp_path: Path) -> None:
         finish(store)
         store.append(answer("a", 0, "no"))
         store.append(answer("a", 1, "no"))
-        assert [found.votes for found in store] == [1, None, None]
+        assert [found.votes for found in samples_of(tmp_path)] == [1, None, None]
         finish(store)
     assert [(row["id"], row["votes"]) for row in raw(tmp_path)] == [("a", 2), ("a", 2), ("b", 1)]
     assert store.settled == keys(("a", 0), ("a", 1), ("b", 0))
@@ -426,7 +393,7 @@ def test_a_job_goes_on_after_it_was_finished(tmp_path: Path) -> None:
 def test_a_store_without_a_sample_is_finished_too(tmp_path: Path) -> None:
     with AnnotationStore(tmp_path) as store:
         finish(store)
-        store.write_parquet()
+        store.write_card()
     assert (tmp_path / FILE).read_bytes() == b""
     assert pq.read_table(tmp_path / PARQUET).num_rows == 0
 
@@ -445,21 +412,14 @@ def test_a_crash_while_a_job_is_finished_leaves_the_old_file(
 ) -> None:
     path = write(tmp_path, MIXED)
     before = path.read_bytes()
-    read = iter([as_it_is, as_it_is, crash])  # in the middle of the file
     with AnnotationStore(tmp_path) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "replace", crash)
+            patched.setattr(*((store, "_read", crash) if while_reading else (Path, "replace", crash)))
             with pytest.raises(Crash):
-                finish(store, (lambda found: next(read)(found)) if while_reading else as_it_is)
+                finish(store)
         assert path.read_bytes() == before
         store.append(answer("b", 5))
     assert kept(tmp_path) == [*MIXED, answer("b", 5)]
-    with AnnotationStore(tmp_path) as store:
-        finish(store)
-        assert len(list(store)) == len(MIXED) + 1
-
-
-# ---------------------------------------------------------------- disks
 
 
 @pytest.mark.parametrize("taken", ["a file", "under a file", "the samples' name", "the lock's name"])
@@ -470,7 +430,7 @@ def test_a_folder_that_cannot_be_written_is_named(taken: str, tmp_path: Path) ->
         folder = folder / "deeper" if taken == "under a file" else folder
     else:
         (folder / (FILE if taken == "the samples' name" else ".lock")).mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"^out: .*{re.escape(str(folder))}.* cannot be written"):
+    with pytest.raises(OSError, match=re.escape(str(folder))):
         AnnotationStore(folder)
 
 
@@ -481,61 +441,35 @@ def short(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
 
 
 def test_a_full_disk_is_said_and_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = AnnotationStore(tmp_path)
-    store.append(THREE[0])
-    with monkeypatch.context() as patched:
-        short(patched, 9)
-        with pytest.raises(UserError, match=rf"^out: '{re.escape(str(store.path))}' cannot be written"):
-            store.append(THREE[1])
-    assert store.settled == keys(("a", 0))
-    store.close()
-    assert kept(tmp_path) == THREE[:1]
-    assert (tmp_path / FILE).read_bytes() == to_line(THREE[0])
-
-
-def test_an_error_of_the_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: int, line: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    with AnnotationStore(tmp_path) as store, monkeypatch.context() as patched:
-        patched.setattr(os, "write", full)
-        with pytest.raises(UserError, match=r"^out: .* cannot be written \(No space left on device\)$"):
-            store.append(THREE[0])
-
-
-def test_answers_that_come_after_a_full_disk_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # questions under way are answered all the same, and the job is finished whatever ended it
     with AnnotationStore(tmp_path) as store:
         store.append(THREE[0])
         with monkeypatch.context() as patched:
             short(patched, 9)
-            with pytest.raises(UserError, match="cannot be written"):
+            with pytest.raises(OSError, match=re.escape(str(store.path))):
                 store.append(THREE[1])
+        assert store.settled == keys(("a", 0))
+        assert store.path.read_bytes() == to_line(THREE[0])
         store.append(THREE[2])
         finish(store)
-        assert without_votes(store) == [THREE[0], THREE[2]]
     assert without_votes(kept(tmp_path)) == [THREE[0], THREE[2]]
 
 
-# ---------------------------------------------------------------- metadata and Parquet
-
-
 def test_metadata_is_kept_beside_the_samples(tmp_path: Path) -> None:
-    assert read_metadata(tmp_path) == {}
     with AnnotationStore(tmp_path) as store:
-        assert store.read_metadata() == {}
+        assert store.read_metadata() == {"format": 1, "jobs": []}
         told: dict[str, Any]
         for told in ({"jobs": [{}]}, {"jobs": [{}, {"teacher": "Ünal's"}]}):
             store.write_metadata(told)
-            assert store.read_metadata() == read_metadata(tmp_path) == told
+            assert store.read_metadata() == told
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", METADATA, FILE]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"jobs": [', b"\xff", b"[1]", b'{"jobs": 5}', b'{"jobs": [1]}'])
 def test_damaged_metadata_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / METADATA))):
-        read_metadata(tmp_path)
+    with AnnotationStore(tmp_path) as store, pytest.raises(UserError, match=re.escape(str(tmp_path / METADATA))):
+        store.read_metadata()
 
 
 @pytest.fixture
@@ -549,7 +483,6 @@ def exported(tmp_path: Path) -> Path:
     with AnnotationStore(tmp_path) as store:
         store.write_metadata({"format": 1, "jobs": [{"teacher": "Ünal's", "rows": 3}]})
         finish(store)
-        store.write_parquet()
     return tmp_path
 
 
@@ -577,7 +510,7 @@ def test_parquet_s_columns_have_their_types(exported: Path) -> None:
 
 def test_parquet_says_which_jobs_wrote_it(exported: Path) -> None:
     told = json.loads(pq.read_schema(exported / PARQUET).metadata[b"lit_distill"])
-    assert told == read_metadata(exported) == {"format": 1, "jobs": [{"teacher": "Ünal's", "rows": 3}]}
+    assert told == {"format": 1, "jobs": [{"teacher": "Ünal's", "rows": 3}]}
 
 
 def test_parquet_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,17 +518,8 @@ def test_parquet_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     samples = [answer("a", number) for number in range(5)]
     write(tmp_path, samples)
     with AnnotationStore(tmp_path) as store:
-        store.write_parquet()
-        assert [annotation for annotation, _ in read_rows(tmp_path / PARQUET)] == samples
-
-
-def test_half_a_character_ends_no_job(tmp_path: Path) -> None:
-    # as an answer that was cut can end with one
-    write(tmp_path, THREE)
-    with AnnotationStore(tmp_path) as store:
         finish(store)
-        store.write_parquet()
-    assert pq.read_table(tmp_path / PARQUET)["id"].to_pylist() == ["a", "b", "c"]
+    assert without_votes(annotation for annotation, _ in read_rows(tmp_path / PARQUET)) == samples
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b'{"id": "a"}\n'])
@@ -615,14 +539,11 @@ def test_a_row_of_parquet_that_is_no_sample_is_named(tmp_path: Path) -> None:
         next(rows)
 
 
-# ---------------------------------------------------------------- rows and their inputs
-
-
 def test_samples_of_another_input_are_another_row(tmp_path: Path) -> None:
     old = replace(answer("a", 0, "no"), input="old", key="ab")
     write(tmp_path, [old, answer("a", 0, "yes")])
     with AnnotationStore(tmp_path) as store:
-        store.finish(as_it_is, lambda found: 0 if found.input == "i" else None, plainly)
+        store.finish(lambda found: 0 if found.input == "i" else None, plainly)
     assert [(row["input"], row["votes"], row["majority_label"]) for row in raw(tmp_path)] == [
         ("i", 1, "yes"),
         ("old", 1, "no"),
@@ -657,26 +578,13 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_old_file(tmp_path: Path, monk
     with AnnotationStore(tmp_path) as store:
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", full)
-            with pytest.raises(UserError, match=r"^out: .* cannot be written \(No space left on device\)"):
+            with pytest.raises(OSError, match="No space left on device"):
                 finish(store)
         assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE]
 
 
-def test_a_column_s_earlier_name_is_read(tmp_path: Path) -> None:
-    line = json.dumps({"id": "a", "text": "t", "leaks": True}).encode() + b"\n"
-    (tmp_path / FILE).write_bytes(line)
-    pq.write_table(pa.table({"id": ["a"], "leaks": [True]}), tmp_path / "old.parquet")
-    for path in (tmp_path / FILE, tmp_path / "old.parquet"):
-        ((annotation, row),) = read_rows(path)
-        assert (annotation.contains_label, row["contains_label"], "leaks" in row) == (True, True, False)
-    with AnnotationStore(tmp_path) as store:
-        store.finish(lambda one: one, lambda one: 0, str.__eq__)
-    (kept,) = map(json.loads, (tmp_path / FILE).read_bytes().splitlines())
-    assert (kept["contains_label"], "leaks" in kept) == (True, False)
-
-
 def test_a_key_twice_in_one_row_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"id": "a", "text": "t"}\n{"id": "a", "text": "t", "text": "u"}\n')
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / FILE}:2: not a sample: the key 'text' is there twice")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / FILE}:2: the key 'text' is there twice")):
         AnnotationStore(tmp_path)

@@ -414,8 +414,7 @@ def write_store(folder: Path, samples: Iterable[Annotation], *, ended: bool) -> 
         for sample in samples:
             store.append(sample)
         if ended:
-            store.finish(lambda found: found, lambda found: None, str.__eq__)
-            store.write_parquet()
+            store.finish(lambda found: None, str.__eq__)
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -440,7 +439,7 @@ def test_votes_are_there_whether_the_job_has_ended_or_not(ended: bool, tmp_path:
         with AnnotationStore(tmp_path / "out") as store:
             for sample in samples:
                 store.append(sample)
-            store.finish(lambda found: found, lambda found: None, module.teacher_agrees)
+            store.finish(lambda found: None, module.teacher_agrees)
     else:
         write_store(tmp_path / "out", samples, ended=False)
     rows = rows_of(SVAMPDataModule(data_dir=data, rationales=tmp_path / "out"))
@@ -720,5 +719,5 @@ def test_a_torn_line_is_named(jsonl: Make, say: Say, caplog: pytest.LogCaptureFi
     assert [row.rationale for row in rows] == ["R0 of a", "R0 of b", None]
     # elsewhere than at its end it is damage
     path.write_bytes(content.replace(b'"id"', b'"i', 1))
-    with pytest.raises(UserError, match=re.escape(f"{path}:1: not a sample: ")):
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: not JSON")):
         jsonl(folder).released("train")

@@ -3,12 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from lit_distill.annotation.prompts import check_template, load_prompt, write_prompt, written_answer
+from lit_distill.annotation.plan import Plan
+from lit_distill.annotation.prompts import Demonstration, check_template, fixed, load_prompt, written_answer
 from lit_distill.data import (
     ANLIDataModule,
     CQADataModule,
@@ -53,20 +55,10 @@ def module_of(path: Path) -> RationaleDataModule:
 
 
 @cache
-def demonstrations(name: str) -> tuple[Row, ...]:
+def demonstrations(name: str) -> tuple[Demonstration, ...]:
     found = load_prompt(PROMPTS / f"{name}.yaml").demonstrations
     assert found
     return found
-
-
-def label_of(example: Row) -> str:
-    assert example.label is not None
-    return example.label
-
-
-def rationale_of(example: Row) -> str:
-    assert example.rationale is not None
-    return example.rationale
 
 
 def plain(text: str) -> str:
@@ -103,7 +95,7 @@ def test_a_file_says_what_it_is_in_lines_of_bearable_length(path: Path) -> None:
 def test_demonstrations_differ(path: Path) -> None:
     shown = demonstrations(path.stem)
     assert 9 <= len(shown) <= 12
-    for texts in ([example.input for example in shown], [rationale_of(example) for example in shown]):
+    for texts in ([example.input for example in shown], [example.rationale for example in shown]):
         assert len({plain(text) for text in texts}) == len(shown)
 
 
@@ -137,10 +129,10 @@ def test_answers_have_the_form_of_the_released_teacher_s(path: Path) -> None:
 @pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
 def test_an_answer_that_runs_on_into_a_next_question_is_cut(path: Path) -> None:
     module, template = module_of(path), load_prompt(path)
-    own, invented, row = template.demonstrations[:3]
-    written = write_prompt(template, "completion", module.prompt_fields, [own, invented], row)
+    own, invented, other = template.demonstrations[:3]
+    written = Plan(template, fixed([own, invented], None), module.prompt_fields, "completion").prompt(other.row)
     assert isinstance(written, str)
-    text = written[written.index(rationale_of(own)) :]
+    text = written[written.index(own.rationale) :]
     stopped = text[: min(text.index(stop) for stop in template.stop)].strip()
     assert stopped == written_answer(template, module.prompt_fields, own)
     # where nothing stopped it, the released datasets' parsers cut it; the toy's teacher is always stopped
@@ -153,8 +145,8 @@ def test_written_prompts(path: Path) -> None:
     module, template = module_of(path), load_prompt(path)
     row = Row("row", "One thing</s>another thing", None, ("this", "that"))
     shown = template.demonstrations
-    chat = write_prompt(template, "chat", module.prompt_fields, shown, row)
-    text = write_prompt(template, "completion", module.prompt_fields, shown, row)
+    plan = Plan(template, fixed(shown, None), module.prompt_fields, "chat")
+    chat, text = plan.prompt(row), replace(plan, layout="completion").prompt(row)
     count = len(shown)
     assert isinstance(chat, tuple)
     assert [turn.role for turn in chat] == ["system", *["user", "assistant"] * count, "user"]
@@ -175,7 +167,7 @@ def test_written_prompts(path: Path) -> None:
 
 @pytest.mark.parametrize("dataset", NLI)
 def test_nli_labels_are_balanced(dataset: type[RationaleDataModule]) -> None:
-    counts = Counter(label_of(example) for example in demonstrations(dataset.prompt))
+    counts = Counter(example.label for example in demonstrations(dataset.prompt))
     assert set(counts) == set(NLI_LABELS)
     assert len(set(counts.values())) == 1
 
@@ -184,7 +176,7 @@ def test_nli_labels_are_balanced(dataset: type[RationaleDataModule]) -> None:
 def test_nli_inputs_are_as_rows_are_read(dataset: type[RationaleDataModule]) -> None:
     for example in demonstrations(dataset.prompt):
         premise, hypothesis = example.input.split(SEPARATOR)
-        row = {"premise": premise, "hypothesis": hypothesis, "label": NLI_LABELS.index(label_of(example))}
+        row = {"premise": premise, "hypothesis": hypothesis, "label": NLI_LABELS.index(example.label)}
         read = dataset().read_row(row)
         assert (read.input, read.label) == (example.input, example.label)
         assert premise == premise.strip() != ""
@@ -208,14 +200,14 @@ def test_cqa_letters_are_balanced() -> None:
 
 def test_svamp_equations_have_values_that_their_rationales_come_to() -> None:
     for example in demonstrations("svamp"):
-        label = label_of(example)
+        label = example.label
         assert re.fullmatch(r"\( .* \)", label)
         assert re.fullmatch(r"[0-9.() +*/-]+", label)
         value = evaluate(label)
         assert value is not None
-        assert f"= {value:g}" in rationale_of(example)
+        assert f"= {value:g}" in example.rationale
         # every step that is written is right
-        for left, right in re.findall(r"([0-9]+ [+*/-] [0-9]+) = ([0-9]+)", rationale_of(example)):
+        for left, right in re.findall(r"([0-9]+ [+*/-] [0-9]+) = ([0-9]+)", example.rationale):
             assert evaluate(left) == float(right)
         # numbers of the problem alone, each as the data writes it
         assert {float(number) for number in re.findall(r"[0-9.]+", label)} <= {
@@ -227,7 +219,7 @@ def test_svamp_equations_have_values_that_their_rationales_come_to() -> None:
 
 
 def test_svamp_shows_each_operation_and_two_steps() -> None:
-    operations = [re.findall(r" ([+*/-]) ", label_of(example)) for example in demonstrations("svamp")]
+    operations = [re.findall(r" ([+*/-]) ", example.label) for example in demonstrations("svamp")]
     assert {own[0] for own in operations if len(own) == 1} == set("+-*/")
     assert sum(len(own) == 2 for own in operations) >= 2
 
@@ -239,10 +231,10 @@ def test_toy_demonstrations_are_as_the_toy_writes() -> None:
         assert example.choices is not None
         kinds = Counter(kind_of[word] for word in example.choices)
         assert sorted(kinds.values()) == [1, 3]
-        assert kinds[kind_of[label_of(example)]] == 1
+        assert kinds[kind_of[example.label]] == 1
         assert example.input == f"which one does not belong : {' , '.join(example.choices)} ?"
         assert example.rationale == " ".join(f"{kind_of[word]} : {word} ." for word in example.choices)
-        odd_kinds.add(kind_of[label_of(example)])
+        odd_kinds.add(kind_of[example.label])
     assert odd_kinds == set(KINDS)
     assert all(kind in load_prompt(PROMPTS / "toy.yaml").instruction for kind in KINDS)
 
