@@ -239,39 +239,28 @@ _PREFIXES = {"label": "predict: ", "rationale": "explain: "}
 
 
 def tasks_from(value: Any) -> dict[str, Task]:
-    """Tasks by name, from a mapping of names to settings, or a list of names, `Task` objects and settings with a name.
+    """Tasks by name, from a mapping of names to settings or `Task` objects, or a list of names in ``PRESETS``.
 
-    A name in ``PRESETS`` starts from that task's settings. In a list of several bare names, ``label`` and ``rationale``
-    have the prefixes of the paper's code.
-
-    Raises:
-        UserError: there is no task, two share a name or prefix, or a setting is invalid.
+    A name in ``PRESETS`` starts from that task's settings; in a list of several, ``label`` and ``rationale`` have the
+    prefixes of the paper's code. Raises a ``UserError`` if there is no task, two share a prefix, or a setting is
+    invalid.
     """
-    listed: list[tuple[Any, Any]] = []
-    if isinstance(value, Mapping):
-        listed = list(value.items())
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        listed = [_named(item, len(value) > 1) for item in value]
-    if not listed:
+    if isinstance(value, str) or not isinstance(value, Mapping | Sequence) or not value:
         raise UserError(f"tasks must be a list of names ({', '.join(PRESETS)}) or a mapping, got {value!r}")
-    tasks: dict[str, Task] = {}
-    for name, settings in listed:
-        if name in tasks:
-            raise UserError(f"tasks: two tasks have the name {name!r}")
-        tasks[name] = _task(name, settings)
-    check_prefixes(tasks)
+    if not isinstance(value, Mapping):
+        for name in value:
+            checks.check_choice("tasks", name, tuple(PRESETS))
+        if len(set(value)) < len(value):
+            raise UserError(f"tasks must have different names, got {value!r}")
+        value = {name: {"prefix": _PREFIXES.get(name, "")} if len(value) > 1 else {} for name in value}
+    tasks = {name: _task(name, settings) for name, settings in value.items()}
+    seen: dict[str, str] = {}
+    for name, task in tasks.items():
+        # tokenizers may drop whitespace
+        other = seen.setdefault(" ".join(task.prefix.split()), name)
+        if other != name:
+            raise UserError(f"tasks: {other} and {name} both have the prefix {task.prefix!r}; give each its own")
     return tasks
-
-
-def _named(item: Any, several: bool) -> tuple[Any, Any]:
-    if isinstance(item, str):
-        checks.check_choice("tasks", item, tuple(PRESETS))
-        return item, {"prefix": _PREFIXES.get(item, "") if several else ""}
-    if isinstance(item, Task):
-        return item.name, item
-    if isinstance(item, Mapping):
-        return item.get("name"), {key: setting for key, setting in item.items() if key != "name"}
-    raise UserError(f"tasks must be names, settings with a name, or Task objects, got {item!r}")
 
 
 def _task(name: Any, settings: Any) -> Task:
@@ -285,15 +274,6 @@ def _task(name: Any, settings: Any) -> Task:
     if unknown := [key for key in settings or () if key not in allowed]:
         raise UserError(f"tasks: {name}: unexpected {unknown[0]!r}; allowed are {', '.join(allowed)}")
     return replace(PRESETS.get(name, Task()), name=name, **settings or {})
-
-
-def check_prefixes(tasks: Mapping[str, Task]) -> None:
-    """Raise a ``UserError`` if prefixes are equal up to whitespace, which tokenizers may drop."""
-    seen: dict[str, str] = {}
-    for name, task in tasks.items():
-        other = seen.setdefault(" ".join(task.prefix.split()), name)
-        if other != name:
-            raise UserError(f"tasks: {other} and {name} both have the prefix {task.prefix!r}; give each its own")
 
 
 def answer_task(tasks: Mapping[str, Task]) -> Task:

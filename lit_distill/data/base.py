@@ -297,20 +297,16 @@ class RationaleDataModule(Dataset):
         for name, task in self.tasks.items():
             if any(self.targets("train", task, row) for row in used.rows):
                 continue
-            needed = []
-            if task.needs_label:
-                needed.append("labels of the teacher" if self.label_source == "teacher" else "labels")
+            needs = [{"gold": "labels", "teacher": "labels of the teacher"}[self.label_source]] * task.needs_label
             if task.uses_output:
-                columns = ["label"] * (task.select == "vote") + task.columns
-                by, having = (
-                    f" by {task.teacher}" if task.teacher else "",
-                    f" with {', '.join(columns)}" if columns else "",
-                )
-                needed.append(f"teacher outputs of kind {task.kind}{by}{having}")
+                needs.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
             outputs = (output for row in rows for output in row.outputs if output.text is not None)
             known = ", ".join(dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)) or "none"
-            found = f"there are outputs of kind {known}; rationale_filter: {self.rationale_filter}; {counts}"
-            raise UserError(f"tasks: {name} needs {' and '.join(needed)}, and has no target in train; {found}")
+            raise UserError(
+                f"tasks: {name} has no target in train: {task.target!r} (select: {task.select}) needs"
+                f" {' and '.join(needs)}; there are outputs of kind {known}; rationale_filter: {self.rationale_filter};"
+                f" {counts}"
+            )
         if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
             self._warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")
 
@@ -362,8 +358,6 @@ class RationaleDataModule(Dataset):
         found = TokenRows(table, settings, self.seed)
         cut = cut_counts(found.column, settings)
         self.counts[split] |= cut
-        told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
-        rank_zero_only(_log.info)(f"{self.name} {split}: {told}")
         if any(cut.values()):
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
             limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
@@ -384,57 +378,48 @@ class RationaleDataModule(Dataset):
         return limits
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training rows, resumable."""
         return self._loader("train", "train")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """All rows of val, longest first."""
         return self._loader("val", "val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """All rows of test, longest first."""
         return self._loader("test", "test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """All rows of ``predict_split``, longest first."""
         return self._loader(self.predict_split, "predict")
 
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
+        """Shuffled, resumable batches for training; else all rows of the split, longest first."""
         if split not in self._tokenized:
             raise RuntimeError(f"setup has not built the {split} split")
-        rows = self._tokenized[split]
+        rows, evaluation = self._tokenized[split], stage != "train"
+        batch_size = self.eval_batch_size if evaluation else self.batch_size
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        make: type[DataLoader[Any]]
-        if stage == "train":
-            make, batch_size = ResumableLoader, self.batch_size
-            sampler = EpochSampler(
-                rows,
-                world,
-                rank,
-                seed=self.seed,
-                lengths=rows.lengths(evaluation=False) if self.batching == "by_length" else None,
-                batch_size=batch_size,
-                with_epoch=rows.samples,
-            )
-        else:
-            make, batch_size = DataLoader, self.eval_batch_size
-            # the longest first pads least, and memory that does not suffice shows at once; a trainer that reads a part
-            # of the split alone reads the rows that it would read without sorting
-            limit = 1.0 if self.trainer is None else getattr(self.trainer, f"limit_{stage}_batches")
-            first = rows_read(limit, len(rows), batch_size, world)
-            lengths = rows.lengths(evaluation=True)
-            sampler = EpochSampler(rows, world, rank, shuffle=False, lengths=lengths, first=first)
+        lengths = rows.lengths(evaluation=evaluation) if evaluation or self.batching == "by_length" else None
+        # the longest first pads least, and memory that does not suffice shows at once; a trainer that reads a part of
+        # the split alone reads the rows that it would read without sorting
+        limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
+        sampler = EpochSampler(
+            rows,
+            world,
+            rank,
+            shuffle=not evaluation,
+            seed=self.seed,
+            lengths=lengths,
+            batch_size=batch_size,
+            first=rows_read(limit, len(rows), batch_size, world),
+            with_epoch=rows.samples and not evaluation,
+        )
         if self.num_workers:
             # avoids a warning in each worker, which is forked after the tokenizer used threads
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         pad_token_id = int(self.tokenizer.pad_token_id)
-        return make(
+        return (DataLoader if evaluation else ResumableLoader)(
             rows,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=partial(
-                collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=stage != "train"
-            ),
+            collate_fn=partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=evaluation),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

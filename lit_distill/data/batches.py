@@ -6,31 +6,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
 from lit_distill.data.tokenize import TokenRow
 
+# Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
+# differently in each epoch.
 WINDOW = 50
-"""Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
-differently in each epoch.
-"""
 
 
 class EpochSampler(DistributedSampler[int]):
-    """The order of rows on one rank: a function of seed, epoch and lengths. It can start within an epoch.
+    """The order of rows on one rank, a function of seed, epoch and lengths.
 
     Rank ``r`` takes positions ``r, r + world, r + 2 * world, ...``. The last round is filled by wrapping around when
     shuffling (training), and with ``PADDING_ROW`` otherwise (evaluation), so that no row counts twice.
 
-    A `DistributedSampler`, so that Lightning does not replace it and calls `set_epoch`.
+    A `DistributedSampler`, so that Lightning does not replace it and calls `set_epoch`. Beyond its arguments:
 
     Args:
-        dataset: only its length is used.
-        num_replicas: number of ranks.
-        rank: this rank.
-        shuffle: another order in each epoch (training), or the given order with padding (evaluation).
-        seed: of the run.
         lengths: of the rows: for batches of similar length when shuffling (`by_length`), else longest first.
         batch_size: rows of a batch on one rank, for batches by length.
         first: without shuffling, this many first rows come before all others; all rows by default.
@@ -53,31 +47,14 @@ class EpochSampler(DistributedSampler[int]):
         # annotated as `Dataset` in the base class, which only uses the length
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.rows = len(dataset)
-        self.offset = 0
         self.lengths = lengths
         self.batch_size = batch_size
         self.first = self.rows if first is None else first
         self.with_epoch = with_epoch
 
     def __iter__(self) -> Iterator[int]:
-        own = self._order()[self.rank :: self.num_replicas]
-        begin, self.offset = self.offset, 0
         shift = self.epoch * self.rows if self.with_epoch else 0
-        return iter([position + shift for position in own[begin:]])
-
-    def __len__(self) -> int:
-        return int(self.num_samples)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass; another epoch starts at its first row."""
-        if epoch != self.epoch:
-            self.offset = 0
-        self.epoch = epoch
-
-    def start(self, epoch: int, rows: int) -> None:
-        """Start the next pass after the first ``rows`` rows of this rank; `len` stays the full length."""
-        self.epoch = epoch
-        self.offset = rows
+        return iter([position + shift for position in self._order()[self.rank :: self.num_replicas]])
 
     def _order(self) -> list[int]:
         positions = self.num_samples * self.num_replicas
@@ -167,37 +144,44 @@ class ResumableLoader(DataLoader[Any]):
     of consumed batches instead.
     """
 
-    _batches = 0
-    _pass_epoch: int | None = None
-    _skip = 0
+    _epoch = 0
+    _batches = 0  # handed out in that epoch
+    _skip = 0  # in the next pass
 
     def __iter__(self) -> Iterator[TaskBatch]:  # type: ignore[override]
-        self._pass_epoch = None
+        self._batches = self._skip
         return self._pass()
 
     def _pass(self) -> Iterator[TaskBatch]:
         # lazily, at the first batch: Lightning makes the iterator before it sets the epoch
-        start = self.state_dict()
-        self._pass_epoch, self._batches = start["epoch"], start["batches"]
-        skip, self._skip = self._skip, 0
-        for batch in islice(super().__iter__(), skip, None):
+        state, self._skip = self.state_dict(), 0
+        self._epoch, self._batches = state["epoch"], state["batches"]
+        if not self._batches:
+            batches = super().__iter__()
+        else:
+            rest = DataLoader(
+                self.dataset,
+                batch_sampler=list(islice(cast(BatchSampler, self.batch_sampler), self._batches, None)),
+                collate_fn=self.collate_fn,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                worker_init_fn=self.worker_init_fn,
+                multiprocessing_context=self.multiprocessing_context,
+            )
+            batches = iter(rest)
+        for batch in batches:
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of batches handed out."""
-        if not isinstance(self.sampler, EpochSampler):
-            return {"epoch": 0, "batches": self._skip if self._pass_epoch is None else self._batches}
-        epoch = self.sampler.epoch
-        if self._pass_epoch == epoch:
-            return {"epoch": epoch, "batches": self._batches}
-        return {"epoch": epoch, "batches": self.sampler.offset // cast(int, self.batch_size)}
+        # the sequential sampler that Lightning takes for `overfit_batches` has no epoch
+        epoch = getattr(self.sampler, "epoch", 0)
+        return {"epoch": epoch, "batches": self._batches if epoch == self._epoch else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue within that epoch at the next pass."""
-        self._pass_epoch = None
+        self._epoch, self._batches = state["epoch"], state["batches"]
+        self._skip = self._batches
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.start(state["epoch"], state["batches"] * cast(int, self.batch_size))
-        else:
-            # Lightning's sequential sampler for `overfit_batches`: skip what was seen
-            self._skip = state["batches"]
+            self.sampler.set_epoch(self._epoch)

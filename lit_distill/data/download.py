@@ -10,7 +10,6 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -33,7 +32,7 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
     """Download the release archive and unpack the folder of one dataset, at any depth, to ``data_dir / folder``.
 
     ``expected`` maps the dataset's files to their numbers of rows. Raises a ``UserError`` if there is no connection, or
-    the archive is not as expected; nothing is left behind.
+    the archive is not as expected; no file is left behind then.
     """
     target = data_dir / folder
     absent = f"data_dir: none of {', '.join(expected)} is in {target}"
@@ -44,31 +43,22 @@ def fetch_release(url: str, data_dir: Path, folder: str, expected: Mapping[str, 
         raise UserError(f"{absent}, and HF_HUB_OFFLINE forbids to download the release; {advice}")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{absent}, but other files are, which a download would not overwrite; {advice}")
-    is_new = not data_dir.exists()
     data_dir.mkdir(parents=True, exist_ok=True)
-    lock = data_dir / f".{folder}.lock"
-    try:
-        with FileLock(lock):
-            if any((target / name).is_file() for name in expected):
-                return  # another process was faster
-            with tempfile.TemporaryFile(dir=data_dir) as archive, atomic_folder(target) as tmp_folder:
-                try:
-                    _download(url, archive)
-                except (OSError, http.client.HTTPException) as error:
-                    if isinstance(error, urllib.error.HTTPError):
-                        error.close()  # it is the response, with an open socket
-                    raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
-                try:
-                    _unpack(archive, tmp_folder, folder, expected)
-                except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-                    # NotImplementedError and RuntimeError: an unknown compression, a password
-                    raise UserError(f"{url}: cannot be unpacked to {data_dir} ({error})") from error
-    except UserError:
-        if is_new:  # do not create a misspelt folder
-            lock.unlink(missing_ok=True)
-            with suppress(OSError):
-                data_dir.rmdir()
-        raise
+    with FileLock(data_dir / f".{folder}.lock"):
+        if any((target / name).is_file() for name in expected):
+            return  # another process was faster
+        with tempfile.TemporaryFile(dir=data_dir) as archive, atomic_folder(target) as tmp_folder:
+            try:
+                _download(url, archive)
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()  # it is the response, with an open socket
+                raise UserError(f"{absent}, and {url} cannot be downloaded ({error}); {advice}") from error
+            try:
+                _unpack(archive, tmp_folder, folder, expected)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+                # NotImplementedError and RuntimeError: an unknown compression, a password
+                raise UserError(f"{url}: cannot be unpacked to {data_dir} ({error})") from error
 
 
 def _download(url: str, file: IO[bytes]) -> None:

@@ -35,18 +35,14 @@ class Target(NamedTuple):
     label: str | None  # the label in it, which truncation keeps
 
 
-def label_agrees(row: Row, agree: Agree = operator.eq) -> bool:
-    """Keep outputs with the gold label; for equations, of the same value."""
-    return None not in (row.teacher_label, row.label) and agree(str(row.teacher_label), str(row.label))
-
-
 def make_filter(rationale_filter: str | RowFilter, agree: Agree) -> RowFilter | None:
     """The filter for ``rationale_filter``; ``None`` keeps all. Raises a ``UserError`` if the value is invalid."""
     allowed = "allowed are none, label_agrees, conditions on columns, or a function (package.module.function)"
     if rationale_filter == "none":
         return None
     if rationale_filter == "label_agrees":
-        return lambda row: label_agrees(row, agree)
+        # None agrees with no label
+        return lambda row: None not in (row.teacher_label, row.label) and agree(str(row.teacher_label), str(row.label))
     if isinstance(rationale_filter, str):
         # anything beyond dotted names is meant as conditions
         if re.fullmatch(r"[\w.]+", rationale_filter) and not is_condition(rationale_filter):

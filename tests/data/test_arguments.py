@@ -72,7 +72,7 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
             {"tasks": ["label", "lable"]},
             "tasks must be one of label, rationale, rationale_label, label_rationale, got 'lable'",
         ),
-        ({"tasks": ["label", "label"]}, "tasks: two tasks have the name 'label'"),
+        ({"tasks": ["label", "label"]}, "tasks must have different names, got ['label', 'label']"),
         ({"tasks": {"label": {"prefix": 1}}}, "tasks: label: prefix must be a text, got 1"),
         (
             {"tasks": {"label": {"prefix": "do: "}, "rationale": {"prefix": "do:"}}},

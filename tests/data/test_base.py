@@ -169,9 +169,12 @@ def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": BOTH}, "tasks: rationale needs teacher outputs of kind rationale, and has no target"),
-        ({"tasks": ["label_rationale"]}, "tasks: label_rationale needs labels and teacher outputs of kind rationale"),
-        ({"label_source": "teacher"}, "tasks: label needs labels of the teacher"),
+        ({"tasks": BOTH}, "tasks: rationale has no target in train: .*needs teacher outputs of kind rationale"),
+        (
+            {"tasks": ["label_rationale"]},
+            "tasks: label_rationale has no target in train: .*needs labels and teacher outputs of kind rationale",
+        ),
+        ({"label_source": "teacher"}, "tasks: label has no target in train: .*needs labels of the teacher"),
         ({"rationale_filter": "label_agrees"}, "rationale_filter: label_agrees leaves no rationale"),
     ],
 )
@@ -179,7 +182,7 @@ def test_train_without_teacher_outputs(
     arguments: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA
 ) -> None:
     data = write_cqa(outputs=[])
-    with pytest.raises(UserError, match=rf"^{message}.* train"):
+    with pytest.raises(UserError, match=rf"^{message}"):
         CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("fit")
     CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("test")
     CQADataModule(data_dir=data, tokenizer=tokenizer).setup("fit")
@@ -190,7 +193,7 @@ def test_no_row_left_to_train_on(tokenizer: PreTrainedTokenizerFast, write_cqa: 
     module = CQADataModule(
         data_dir=write_cqa(outputs=outputs), tokenizer=tokenizer, label_source="teacher", train_fraction=0.01
     )
-    with pytest.raises(UserError, match="tasks: label needs labels of the teacher, and has no target in train"):
+    with pytest.raises(UserError, match=r"tasks: label has no target in train: .*needs labels of the teacher"):
         module.setup("fit")
 
 

@@ -209,7 +209,7 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = str(caught.value)
     assert message.startswith(f"data_dir: none of anli1_train.json, anli1_valid.json, anli1_test.json is in {tmp_path}")
     assert message.endswith("set data_dir to the folder that holds anli1/")
-    assert list(tmp_path.iterdir()) == []
+    assert contents(tmp_path) == []
     assert "\n" not in message
 
 

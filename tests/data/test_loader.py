@@ -61,6 +61,20 @@ def test_the_state_counts_what_was_handed_out(workers: int) -> None:
     assert data.state_dict() == {"epoch": 1, "batches": 0}
 
 
+@pytest.mark.parametrize("batches", [6, 7])
+def test_after_the_last_batch_nothing_is_left_of_a_pass(batches: int) -> None:
+    data = loader()
+    data.load_state_dict({"epoch": 1, "batches": batches})
+    assert pass_over(data, 1) == []
+    assert len(pass_over(data, 2)) == 6
+
+
+def test_another_epoch_begins_at_its_beginning() -> None:
+    data = loader()
+    data.load_state_dict({"epoch": 1, "batches": 4})
+    assert pass_over(data, 2) == pass_over(loader(), 2)
+
+
 def test_ranks_resume_their_own_rows() -> None:
     for rank in range(2):
         whole = pass_over(loader(world=2, rank=rank), 3)

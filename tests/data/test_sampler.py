@@ -78,32 +78,6 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert list(neighbour) not in (first, second)
 
 
-def test_resume_goes_on_where_a_pass_was_left() -> None:
-    sampler = EpochSampler(range(21), 2, 1, seed=5)
-    sampler.set_epoch(7)
-    whole = list(sampler)
-    resumed = EpochSampler(range(21), 2, 1, seed=5)
-    resumed.start(7, 4)
-    resumed.set_epoch(7)  # Lightning says the epoch again before each pass
-    assert len(resumed) == 11
-    assert list(resumed) == whole[4:]
-    assert list(resumed) == whole
-
-
-def test_another_epoch_begins_at_its_beginning() -> None:
-    sampler = EpochSampler(range(21), seed=5)
-    sampler.start(7, 4)
-    sampler.set_epoch(8)
-    assert Counter(sampler) == Counter(range(21))
-
-
-@pytest.mark.parametrize("rows", [10, 11])
-def test_resume_at_or_beyond_the_end_is_an_empty_pass(rows: int) -> None:
-    sampler = EpochSampler(range(10))
-    sampler.start(0, rows)
-    assert list(sampler) == []
-
-
 lengths_lists = st.lists(st.integers(0, 30), min_size=1, max_size=60)
 
 
@@ -197,21 +171,6 @@ def test_equal_lengths_are_shuffled_as_ever() -> None:
     assert {tuple(batch) for batch in cut(order, 4)} == {
         tuple(batch) for batch in cut(list(EpochSampler(range(100))), 4)
     }
-
-
-@pytest.mark.parametrize("offset", [0, 4, 8, 20, 24, 25])
-def test_by_length_resumes_where_a_pass_was_left(offset: int) -> None:
-    def make() -> EpochSampler:
-        return EpochSampler(range(50), 2, 1, seed=5, lengths=skewed(50), batch_size=4)
-
-    sampler = make()
-    sampler.set_epoch(7)
-    whole = list(sampler)
-    resumed = make()
-    resumed.start(7, offset)
-    resumed.set_epoch(7)
-    assert list(resumed) == whole[offset:]
-    assert list(resumed) == whole
 
 
 def test_fewer_rows_than_a_batch_are_one_batch() -> None:
