@@ -81,8 +81,8 @@ class ProgressLines(ProgressBar):
 
 
 @contextmanager
-def ticker(name: str, total: int | None, done: int = 0, unit: str = "it") -> Iterator[Callable[[int, str], None]]:
-    """Show on stderr how much of ``total`` is done; yields the function that adds a number, with a note to show."""
+def ticker(name: str, total: int | None, done: int = 0, unit: str = "it") -> Iterator[Callable[..., None]]:
+    """Show on stderr how much of ``total`` is done; yields the function that adds a number, and a note to show."""
     printed = time.monotonic()
     bar = tqdm(
         desc=name, total=total, initial=done, unit=unit, unit_scale=unit == "B",

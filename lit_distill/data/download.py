@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from filelock import FileLock
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
+from lit_distill.progress import ticker
 from lit_distill.reading import json_lines
 
 RELEASE_URL = "https://github.com/google-research/distilling-step-by-step/raw/main/datasets.zip"
@@ -65,10 +65,10 @@ def _download(url: str, file: IO[bytes]) -> None:
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310 - the caller has checked it
         # `None` where the header is missing or no number
         total = response.length
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Downloading the release") as bar:
+        with ticker("Downloading the release", total, unit="B") as advance:
             while chunk := response.read(2**16):
                 file.write(chunk)
-                bar.update(len(chunk))
+                advance(len(chunk))
                 if file.tell() > MAX_BYTES:
                     raise UserError(f"{url}: more than {MAX_BYTES} bytes, which is not the release")
         if total is not None and file.tell() != total:
