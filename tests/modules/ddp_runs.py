@@ -1,8 +1,6 @@
-"""What two processes do for `test_ddp.py`: all of it in one launch, since starting a process takes seconds."""
+"""What two processes do for `test_ddp.py`."""
 
 import dataclasses
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,9 +19,9 @@ from lit_distill.objectives import Step
 from lit_distill.students import base
 from tests.modules.batches import Row, Rows, RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
+from tests.ranks import WORLD
 from tests.variants.fixed_text import FixedText
 
-WORLD = 2
 WEIGHT = 0.7
 ACCUMULATES = (1, 3)
 # seven micro-batches a rank: with 3, windows of 3, 3 and 1. Rows are dealt out in turn, so the first micro-batch of
@@ -127,12 +125,7 @@ def only_own_counts(self: DistillModule, window: Window) -> dict[str, Tensor]:
     return weights | {"": torch.tensor(accumulate / window.size)}
 
 
-def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(WORLD), NODE_RANK="0", LOCAL_RANK=str(rank)
-    )
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def all_runs(rank: int, out: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {f"right {k}": gradients(folder, k, epochs=2) for k in ACCUMULATES}
 
     for k in ACCUMULATES:
@@ -164,9 +157,7 @@ def all_runs(rank: int, folder: Path, out: Path, port: int) -> None:
 
     found["resume"] = {name: resumed(folder, out, rank, name) for name in ("whole", "stopped", "resumed")}
     found["diverged"] = diverged(folder, rank)
-    # what stands on this rank alone must be the same on both
-    torch.save(found, out / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def resumed(folder: Path, out: Path, rank: int, part: str) -> dict[str, Tensor]:

@@ -1,39 +1,21 @@
 """Two processes train and evaluate as one does."""
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch.multiprocessing.spawn import spawn
 
 from tests.modules import ddp_runs
 from tests.modules.batches import Row
-from tests.modules.ddp_runs import ACCUMULATES, EVALUATION_ROWS, ROWS, WEIGHT, WORLD, make_module
+from tests.modules.ddp_runs import ACCUMULATES, EVALUATION_ROWS, ROWS, WEIGHT, make_module
 from tests.modules.running import difference, identical, plain_gradients, plain_terms
+from tests.ranks import WORLD, Found, on_ranks
 from tests.variants.fixed_text import with_fixed_text
-
-Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def ranks(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    out = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = spawn(ddp_runs.all_runs, (student_folder, out, port), nprocs=WORLD, join=False)
-    assert context is not None
-    for process in context.processes:
-        process.join(180)
-    hung = [process for process in context.processes if process.is_alive()]
-    for process in hung:
-        process.kill()
-    assert not hung, "a rank waits for another for ever"
-    assert context.join(1), "raises what a rank raised"
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(ddp_runs.all_runs, tmp_path_factory.mktemp("ddp"), student_folder)
 
 
 def differences(

@@ -1,7 +1,5 @@
-"""What two processes do for `test_two_ranks.py`: all of it in one launch, since starting a process takes seconds."""
+"""What two processes do for `test_two_ranks.py`."""
 
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,8 +15,9 @@ from lit_distill.modules import DistillModule, StepByStepModule
 from lit_distill.students import base, load
 from lit_distill.students.sharding import deferred
 from tests.modules.batches import random_rows
-from tests.modules.ddp_runs import EVALUATION_ROWS, WORLD, Choices, InOrder, ddp_trainer, make_module
+from tests.modules.ddp_runs import EVALUATION_ROWS, Choices, InOrder, ddp_trainer, make_module
 from tests.modules.running import make_trainer
+from tests.ranks import WORLD
 
 ROWS = random_rows(12, seed=44, without_rationale=(0, 2, 9))
 LORA = {"r": 4, "alpha": 8, "target_modules": "all-linear"}
@@ -99,17 +98,11 @@ def forwards_with_choices(folder: Path) -> int:
     return len(calls)
 
 
-def all_runs(rank: int, folders: dict[str, Path], out: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(WORLD), NODE_RANK="0", LOCAL_RANK=str(rank)
-    )
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def all_runs(rank: int, out: Path, folders: dict[str, Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, folder in folders.items():
         found[f"ddp {name}"] = trained(ddp_trainer(), module_of(folder), 2)
         found[f"fsdp {name}"] = sharded(folder)
     found["fsdp with an adapter"] = sharded(folders["llama"], adapter=LORA)
     found["forwards"] = forwards_with_choices(folders["llama"])
-    torch.save(found, out / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found

@@ -1,6 +1,5 @@
 """Decoder-only students say what plain Hugging Face code says, row by row, without padding."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
+from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.errors import UserError
-from lit_distill.students import base, causal, load_tokens
+from lit_distill.students import Student, base, causal, load_tokens
 from lit_distill.students.causal import CausalStudent
 from lit_distill.students.tokens import CausalTokens
 from tests.students import CAUSAL_CONFIGS, CAUSAL_WORDS, causal_config, make_causal_folder, make_causal_tokenizer
+from tests.students.plain import EOS, Rows, gradients, mean_loss, nothing, padded, rows_of
 
 KINDS = [
     *((kind, {}) for kind in CAUSAL_CONFIGS),
@@ -26,11 +26,6 @@ KINDS = [
     # prompts leave a state, which cannot be continued row by row
     ("llama", {"model_type": "mamba", "state_size": 4, "pad_token_id": 1}),
 ]
-
-Rows = list[tuple[list[int], list[int]]]
-"""Source and target of each row, without padding."""
-
-EOS = 1
 
 
 def make_student(kind: str = "llama", **changes: Any) -> CausalStudent:
@@ -43,43 +38,21 @@ def make_student(kind: str = "llama", **changes: Any) -> CausalStudent:
     return CausalStudent(model, CausalTokens(make_causal_tokenizer())).train()
 
 
-def ids(*lengths: int, end: bool = False) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    ending = [EOS] if end else []
-    return [torch.randint(4, len(CAUSAL_WORDS), (n,), generator=generator).tolist() + ending for n in lengths]
-
-
-def rows_of(sources: Sequence[int], targets: Sequence[int]) -> Rows:
-    return list(zip(ids(*sources), ids(*targets, end=True), strict=True))
-
-
 ROWS: dict[str, Rows] = {
-    "label": rows_of((3, 7, 5, 2), (2, 1, 4, 1)),
-    "rationale": rows_of((4, 9), (11, 3)),
+    "label": rows_of((3, 7, 5, 2), (2, 1, 4, 1), range(4, len(CAUSAL_WORDS))),
+    "rationale": rows_of((4, 9), (11, 3), range(4, len(CAUSAL_WORDS))),
 }
 
 
-def padded(rows: Rows) -> TaskInputs:
-    sources, targets = ([torch.tensor(row[i], dtype=torch.long) for row in rows] for i in (0, 1))
-    inputs = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=-1)
-    labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
-    # padded with what the tokenizer pads with, which is the end-of-sequence token
-    return {"input_ids": inputs.where(inputs >= 0, EOS), "attention_mask": (inputs >= 0).long(), "labels": labels}
-
-
 def batch_of(rows: dict[str, Rows]) -> TaskBatch:
-    return {task: padded(own) for task, own in rows.items()}
+    # padded with what the tokenizer pads with, which is the end-of-sequence token
+    return {task: padded(own, EOS) for task, own in rows.items()}
 
 
 BATCH = batch_of(ROWS)
 
 
-def nothing() -> TaskInputs:
-    empty = torch.zeros(0, 1, dtype=torch.long)
-    return {"input_ids": empty, "attention_mask": empty, "labels": empty}
-
-
-def alone(student: CausalStudent, source: list[int], target: list[int]) -> Any:
+def alone(student: Student, source: list[int], target: list[int]) -> Any:
     """One row through the Hugging Face model, with the prompt masked in the labels."""
     labels = [IGNORE_INDEX] * len(source) + target
     return student.network(
@@ -87,15 +60,8 @@ def alone(student: CausalStudent, source: list[int], target: list[int]) -> Any:
     )
 
 
-def plain_loss(student: CausalStudent, rows: Rows) -> Tensor:
-    total = sum((alone(student, *row).loss * len(row[1]) for row in rows), torch.tensor(0.0))
-    return total / sum(len(target) for _, target in rows)
-
-
-def gradients(student: CausalStudent, loss: Tensor) -> dict[str, Tensor]:
-    student.zero_grad()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+def plain_loss(student: Student, rows: Rows) -> Tensor:
+    return mean_loss(alone, student, rows)
 
 
 @pytest.mark.parametrize(("kind", "changes"), KINDS, ids=str)
@@ -179,7 +145,7 @@ def test_a_task_without_rows_takes_part(others: bool) -> None:
 def test_a_row_without_a_target_and_one_without_a_source() -> None:
     student = make_student()
     rows: Rows = [([4, 5], []), ([], [6, EOS]), ([7], [EOS])]
-    step = student({"label": padded(rows)})
+    step = student({"label": padded(rows, EOS)})
     assert step.rows("label").tolist() == [1, 1, 2]
     assert step.labels("label").tolist() == [6, EOS, EOS]
     with pytest.raises(KeyError, match="which holds label"):
@@ -262,7 +228,7 @@ def test_more_tokens_than_positions() -> None:
     with pytest.raises(UserError, match="a prompt and its target have 16 tokens, the model has 8 positions"):
         student(BATCH).loss("label")
     # what is generated ends where the positions do
-    found = student.eval()({"label": padded([([4, 5, 6, 7, 8], [])])}).generate("label", max_new_tokens=9)
+    found = student.eval()({"label": padded([([4, 5, 6, 7, 8], [])], EOS)}).generate("label", max_new_tokens=9)
     assert len(found[0]) <= 3
 
 

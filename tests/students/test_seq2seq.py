@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer
 
 from lit_distill import students
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs
 from lit_distill.errors import UserError
-from lit_distill.students import base, seq2seq
+from lit_distill.students import Student, base, seq2seq
 from lit_distill.students.models import build_model
 from lit_distill.students.seq2seq import PackedPass, PlainPass, Seq2SeqPass, Seq2SeqStudent
 from lit_distill.students.tokens import Tokens
 from tests.students import CONFIG, make_student_folder, make_tokenizer
+from tests.students.plain import EOS, Rows, gradients, mean_loss, nothing, padded, rows_of
 
-EOS = 1
 VOCABULARY = 60
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -34,9 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
 PASSES: dict[str, type[Seq2SeqPass]] = {"packed": PackedPass, "plain": PlainPass}
 EVERY = [(kind, name) for kind in KINDS for name in PASSES]
 
-Rows = list[tuple[list[int], list[int]]]
-"""Source and target of each row, without padding."""
-
 
 def make_student(kind: str = "v1.1", **changes: Any) -> Seq2SeqStudent:
     torch.manual_seed(3)
@@ -47,36 +43,14 @@ def make_student(kind: str = "v1.1", **changes: Any) -> Seq2SeqStudent:
     return Seq2SeqStudent(model, Tokens(make_tokenizer()))
 
 
-def ids(*lengths: int, end: bool = False) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    ending = [EOS] if end else []
-    return [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() + ending for n in lengths]
-
-
-def rows_of(sources: tuple[int, ...], targets: tuple[int, ...]) -> Rows:
-    return list(zip(ids(*sources), ids(*targets, end=True), strict=True))
-
-
-def padded(rows: Rows) -> TaskInputs:
-    sources, targets = ([torch.tensor(row[i], dtype=torch.long) for row in rows] for i in (0, 1))
-    inputs = pad_sequence(sources, batch_first=True, padding_value=-1)
-    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
-    return {"input_ids": inputs.where(inputs >= 0, 0), "attention_mask": (inputs >= 0).long(), "labels": labels}
-
-
 ROWS: dict[str, Rows] = {
-    "label": rows_of((9, 3, 12, 5), (2, 1, 4, 1)),
-    "rationale": rows_of((4, 14, 7), (11, 3, 6)),
+    "label": rows_of((9, 3, 12, 5), (2, 1, 4, 1), range(2, VOCABULARY)),
+    "rationale": rows_of((4, 14, 7), (11, 3, 6), range(2, VOCABULARY)),
 }
 BATCH: TaskBatch = {task: padded(rows) for task, rows in ROWS.items()}
 
 
-def nothing() -> TaskInputs:
-    empty = torch.zeros(0, 1, dtype=torch.long)
-    return {"input_ids": empty, "attention_mask": empty, "labels": empty}
-
-
-def alone(student: Seq2SeqStudent, source: list[int], target: list[int]) -> Any:
+def alone(student: Student, source: list[int], target: list[int]) -> Any:
     """One row through the Hugging Face model."""
     model: Any = student.model
     return model(
@@ -84,15 +58,8 @@ def alone(student: Seq2SeqStudent, source: list[int], target: list[int]) -> Any:
     )
 
 
-def plain_loss(student: Seq2SeqStudent, rows: Rows) -> Tensor:
-    total = sum((alone(student, *row).loss * len(row[1]) for row in rows), torch.tensor(0.0))
-    return total / sum(len(target) for _, target in rows)
-
-
-def gradients(student: Seq2SeqStudent, loss: Tensor) -> dict[str, Tensor]:
-    student.zero_grad()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+def plain_loss(student: Student, rows: Rows) -> Tensor:
+    return mean_loss(alone, student, rows)
 
 
 def close(found: Tensor, expected: Tensor) -> None:

@@ -1,19 +1,15 @@
 """Students of both families on two processes: as on one, also where no rank has all weights."""
 
-import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from lit_distill.students import load
-from tests.modules.ddp_runs import WORLD
+from tests.ranks import Found, on_ranks
 from tests.students import add_weights, make_causal_folder, make_student_folder
 from tests.students.rank_runs import LORA, all_runs, one_process
 
-Found = dict[str, Any]
 NAMES = ("llama", "gpt2", "t5")
 
 
@@ -30,20 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = spawn(all_runs, (folders, out, port), nprocs=WORLD, join=False)
-    assert context is not None
-    for process in context.processes:
-        process.join(180)
-    hung = [process for process in context.processes if process.is_alive()]
-    for process in hung:
-        process.kill()
-    assert not hung, "a rank waits for another for ever"
-    assert context.join(1), "raises what a rank raised"
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(all_runs, tmp_path_factory.mktemp("ranks"), folders)
 
 
 def check(found: Found, expected: Found, folder: Path) -> None:

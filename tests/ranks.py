@@ -1,0 +1,42 @@
+"""Two processes that are the ranks of one run: all that a test file runs in one launch, as starting takes seconds."""
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+WORLD = 2
+
+Found = dict[str, Any]
+
+
+def on_ranks(runs: Callable[..., Found], out: Path, *arguments: Any) -> list[Found]:
+    """What ``runs(rank, out, *arguments)`` returns on each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = spawn(_rank, (port, runs, out, *arguments), nprocs=WORLD, join=False)
+    assert context is not None
+    for process in context.processes:
+        process.join(180)
+    hung = [process for process in context.processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, "a rank waits for another for ever"
+    assert context.join(1), "raises what a rank raised"
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def _rank(rank: int, port: int, runs: Callable[..., Found], out: Path, *arguments: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(WORLD), NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.save(runs(rank, out, *arguments), out / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
