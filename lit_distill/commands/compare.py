@@ -69,13 +69,13 @@ def compare(
 
 def _show(comparison: "Comparison", report: Path) -> None:
     """Print a table for each dataset and label source, and what was left out."""
+    from lit_distill.comparison import names
     from lit_distill.comparison.report import cells, notes
-    from lit_distill.comparison.settings import dataset_name, labels_name, metric_name
 
     console = Console()
     lines = [remark for remarks in comparison.remarks.values() for remark in remarks]
     for (dataset, labels), settings in comparison.settings.groupby(["dataset", "label_source"]):
-        title = f"{dataset_name(dataset)}, {labels_name(labels)}: {metric_name(comparison.metric)}"
+        title = f"{names.dataset(dataset)}, {names.labels(labels)}: {names.metric(comparison.metric)}"
         console.print(_table(title, cells(settings, comparison.metric)))
         lines += notes(settings, comparison)
     lines += [f"skipped {source}: {reason}" for source, reason in comparison.skipped.items()]

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from lit_distill.comparison import names
 from lit_distill.comparison.published import ROWS, TEACHER, published_row
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import as_text, short_names
+from lit_distill.comparison.settings import as_text
 from lit_distill.comparison.statistics import Difference, paired_bootstrap, standard_error
 from lit_distill.comparison.table import IDENTITY, runs_table
 from lit_distill.errors import UserError
@@ -180,7 +181,7 @@ def read_baseline(text: str | None, rows: Sequence[Mapping[str, Any]], keys: Seq
     if text is None:
         return {"method": "Standard"}
     allowed = {name: name for name in (*_BASELINE_KEYS, *keys)}
-    allowed |= {short: key for key, short in short_names(keys).items()}
+    allowed |= {short: key for key, short in names.short_keys(keys).items()}
     wanted: dict[str, str] = {}
     for pair in text.replace(",", " ").split() or [text]:
         name, _, value = pair.partition("=")

@@ -17,16 +17,8 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lit_distill.comparison import names
 from lit_distill.comparison.comparing import ACCURACY, Comparison
-from lit_distill.comparison.settings import (
-    dataset_name,
-    family_name,
-    fraction_name,
-    is_share,
-    labels_name,
-    metric_name,
-    size_name,
-)
 
 _GREY: Final = "#5a5a5a"
 # Okabe and Ito (2008), without the yellow that is hard to see on white
@@ -93,12 +85,12 @@ def draw(comparison: Comparison) -> list[Plot]:
     return list(plots.values())
 
 
-def _styles(names: pd.Series) -> dict[str, dict[str, Any]]:
+def _styles(in_use: pd.Series) -> dict[str, dict[str, Any]]:
     """How each setting's name is drawn, the same in all figures."""
     looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_STROKES), strict=False)
     return {
         name: {"color": colour, "marker": marker, "linestyle": stroke, **_BARS}
-        for name, (colour, marker, stroke) in zip(dict.fromkeys([*_FIRST, *names]), looks, strict=False)
+        for name, (colour, marker, stroke) in zip(dict.fromkeys([*_FIRST, *in_use]), looks, strict=False)
     }
 
 
@@ -108,7 +100,7 @@ def _plots(settings: pd.DataFrame, metric: str, styles: dict[str, dict[str, Any]
         if own.name.duplicated().any():
             yield _lines(own, "train_fraction", student, f"{student}-training_rows", metric, styles)
     sized = settings[settings.parameters > 0]
-    for family, own in sized.groupby(sized.student.map(family_name)):
+    for family, own in sized.groupby(sized.student.map(names.family)):
         several = own[own.duplicated(["name", "train_fraction"], keep=False)]
         largest = several[several.train_fraction == several.train_fraction.max()]
         if len(largest):
@@ -122,7 +114,7 @@ def _plots(settings: pd.DataFrame, metric: str, styles: dict[str, dict[str, Any]
 
 def _part(settings: pd.DataFrame) -> str:
     fraction = settings.train_fraction.iloc[0]
-    return "all training rows" if fraction == 1 else f"{fraction_name(fraction)} of the training rows"
+    return "all training rows" if fraction == 1 else f"{names.fraction(fraction)} of the training rows"
 
 
 def _lines(
@@ -160,9 +152,9 @@ def _lines(
 def _tick(settings: pd.DataFrame, field: str) -> str:
     if field == "parameters":
         students = [fill(student, 16) for student in sorted(settings.student.unique())]
-        return "\n".join([size_name(settings.parameters.iloc[0]), *students])
+        return "\n".join([names.size(settings.parameters.iloc[0]), *students])
     rows = max(run.record.train_rows for runs in settings.runs for run in runs)
-    return fraction_name(settings.train_fraction.iloc[0]) + (f"\n{rows:,}" if rows else "")
+    return names.fraction(settings.train_fraction.iloc[0]) + (f"\n{rows:,}" if rows else "")
 
 
 def _variants(settings: pd.DataFrame, what: str, file: str, metric: str, styles: dict[str, dict[str, Any]]) -> Plot:
@@ -198,9 +190,9 @@ def _show_metric(axis: Axis, metric: str) -> None:
     low, high = axis.get_view_interval()
     more = max(0.0, (0.02 - (high - low)) / 2)
     axis.set_view_interval(low - more, high + more)
-    if is_share(metric):
+    if names.is_share(metric):
         axis.set_major_formatter(lambda x, _: f"{100 * x:.6g}".replace("-", "\u2212"))
-    axis.set_label_text(metric_name(metric) + (" (%)" if is_share(metric) else ""))
+    axis.set_label_text(names.metric(metric) + (" (%)" if names.is_share(metric) else ""))
 
 
 def _finish(figure: Figure, settings: pd.DataFrame, what: str, file: str, notes: list[str]) -> Plot:
@@ -210,7 +202,7 @@ def _finish(figure: Figure, settings: pd.DataFrame, what: str, file: str, notes:
     seeds = fewest if fewest == most else f"{fewest} to {most}"
     bars = f"means of {seeds} seeds, bars: ± standard error over seeds"
     notes = [bars if most > 1 else "one seed each, so no standard errors", *notes]
-    title = f"{dataset_name(dataset)} · {what} · {labels_name(labels)}"
+    title = f"{names.dataset(dataset)} · {what} · {names.labels(labels)}"
     figure.suptitle(fill(title, 70), x=0.01, ha="left", size=11.5, weight="bold")
     figure.supxlabel(fill("; ".join(notes), 120), x=0.01, ha="left", size=8.5, color=_GREY)
     figure.draw_without_rendering()

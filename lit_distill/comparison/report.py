@@ -15,20 +15,10 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from pyarrow import csv, parquet
 
-from lit_distill.comparison import published
+from lit_distill.comparison import names, published
 from lit_distill.comparison.comparing import ACCURACY, Comparison
 from lit_distill.comparison.figures import Plot, draw
-from lit_distill.comparison.settings import (
-    STUDENT,
-    WEIGHT,
-    as_text,
-    dataset_name,
-    fraction_name,
-    is_share,
-    labels_name,
-    metric_name,
-    size_name,
-)
+from lit_distill.comparison.settings import STUDENT, WEIGHT, as_text
 from lit_distill.comparison.statistics import FEW
 from lit_distill.files import flatten, write_text
 from lit_distill.tables import markdown_table
@@ -97,12 +87,12 @@ def number(value: float | None, metric: str) -> str:
     """A metric as text: in %, unless it is no fraction."""
     if value is None:
         return ""
-    return f"{100 * value:.2f}" if is_share(metric) else f"{value:.4f}"
+    return f"{100 * value:.2f}" if names.is_share(metric) else f"{value:.4f}"
 
 
 def change(value: float, metric: str) -> str:
     """A signed difference as text, in points for fractions."""
-    text = f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.4f}"
+    text = f"{100 * value:+.2f}" if names.is_share(metric) else f"{value:+.4f}"
     return text.replace("-", "\u2212") if text.strip("+-0.") else text[1:]
 
 
@@ -135,8 +125,8 @@ def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
         by_seed += f" ({row['seed_n']}){mark}"
     return {
         "setting": row["name"],
-        "student": row["student"] + (f" ({size_name(row['parameters'])})" if row["parameters"] else ""),
-        "training rows": ", ".join(filter(None, (fraction_name(row["train_fraction"]), trained))),
+        "student": row["student"] + (f" ({names.size(row['parameters'])})" if row["parameters"] else ""),
+        "training rows": ", ".join(filter(None, (names.fraction(row["train_fraction"]), trained))),
         "n": str(row["n"]),
         "mean ± se": with_error(number(row["mean"], metric), row["error"], metric),
         **found,
@@ -150,7 +140,7 @@ def notes(settings: pd.DataFrame, comparison: Comparison) -> list[str]:
     baselines = sorted(set(comparison.settings.name[settings.baseline.dropna()]))
     found = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
     for remark, some in settings[settings.remark != ""].groupby("remark"):
-        own = (f"{row['name']} ({row.student}, {fraction_name(row.train_fraction)})" for _, row in some.iterrows())
+        own = (f"{row['name']} ({row.student}, {names.fraction(row.train_fraction)})" for _, row in some.iterrows())
         found.append(f"No interval: {remark}: {', '.join(own)}.")
     if settings.left_out.any():
         found.append(f"{DOUBLE_DAGGER} Only over the seeds that both it and its baseline have.")
@@ -175,14 +165,12 @@ def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
         "percent": lambda value: number(value, ACCURACY),
         "change": lambda value: change(value, metric),
         "with_error": lambda text, error: with_error(text, error, metric),
-        "dataset_name": dataset_name,
-        "labels_name": labels_name,
     }
     text = environment.get_template("report.md").render(
         comparison=comparison,
         datasets=list(comparison.settings.groupby("dataset")),
-        metric_name=metric_name(metric),
-        in_points=is_share(metric),
+        names=names,
+        in_points=names.is_share(metric),
         table=lambda settings: _table(cells(settings, metric)),
         notes=notes,
         plots=plots,

@@ -4,19 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from lit_distill.comparison import names
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import (
-    FRACTION,
-    LABELS,
-    PAIRING,
-    STUDENT,
-    WEIGHT,
-    as_text,
-    config_text,
-    method_name,
-    short_names,
-    value_names,
-)
+from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, as_text, config_text
 from lit_distill.files import flatten
 
 IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction"]
@@ -41,14 +31,14 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
     table["parameters"] = table.parameters.where(table.parameters > 0, sizes)
     for _, same_name in table.groupby("student"):
         if same_name.path.nunique() > 1:
-            table.loc[same_name.index, "student"] = same_name.path.map(short_names(set(same_name.path), "/"))
+            table.loc[same_name.index, "student"] = same_name.path.map(names.short_keys(set(same_name.path), "/"))
     parts, keys, remarks = [], set(), {}
     for dataset, own in table.groupby("dataset"):
         differing = _differing(own)
-        names, remarks[dataset] = _names(own[IDENTITY], differing)
+        in_words, remarks[dataset] = _in_words(own[IDENTITY], differing)
         if (own.test == "").any():
             remarks[dataset].append("It is unknown on which rows some runs were tested")
-        parts.append(pd.concat([own.assign(name=names), differing], axis=1))
+        parts.append(pd.concat([own.assign(name=in_words), differing], axis=1))
         keys |= set(differing)
     return pd.concat(parts).drop(columns=["path", "test"]), sorted(keys), remarks
 
@@ -88,10 +78,10 @@ def _differing(table: pd.DataFrame) -> pd.DataFrame:
     return configs[keys].assign(**{"test rows": tests}) if len(set(table.test) - {""}) > 1 else configs[keys]
 
 
-def _names(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], list[str]]:
+def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Each run's setting in words; and remarks on the keys that are left out, as they follow from the others."""
-    words = {key: text.replace("_", " ") for key, text in short_names(differing).items()}
-    values = {key: value_names(differing[key].dropna().unique()) for key in differing}
+    words = {key: text.replace("_", " ") for key, text in names.short_keys(differing).items()}
+    values = {key: names.short_values(differing[key].dropna().unique()) for key in differing}
     known, remarks = identity.copy(), []
     for key in differing:
         if not _follows(differing[key], known):
@@ -100,9 +90,9 @@ def _names(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], 
         elif not key.endswith("prefix"):
             remarks.append(_remark(words[key], differing[key], known))
     weighted = identity.groupby("method").rationale_weight.transform("nunique") > 1
-    names = []
+    found = []
     for row, with_weight in zip(known.to_dict("records"), weighted, strict=True):
-        parts = [method_name(row["method"], row["label_source"])]
+        parts = [names.method(row["method"], row["label_source"])]
         if row["rationales"] not in (None, "own"):
             parts.append(f"{row['rationales']} rationales")
         if with_weight and row["rationale_weight"] is not None:
@@ -110,8 +100,8 @@ def _names(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], 
         for key in known.columns.difference(IDENTITY):
             if text := values[key].get(row[key], ""):
                 parts.append(words[key] if text == "true" else f"{words[key]} {text}")
-        names.append(", ".join(parts))
-    return names, remarks
+        found.append(", ".join(parts))
+    return found, remarks
 
 
 def _follows(values: pd.Series, known: pd.DataFrame) -> bool:

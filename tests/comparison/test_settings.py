@@ -5,16 +5,8 @@ from typing import Any
 
 import pytest
 
+from lit_distill.comparison import names
 from lit_distill.comparison.runs import Run, find_runs
-from lit_distill.comparison.settings import (
-    dataset_name,
-    family_name,
-    fraction_name,
-    method_name,
-    short_names,
-    size_name,
-    value_names,
-)
 from lit_distill.comparison.table import runs_table
 from tests.comparison.runs import edit, write_run
 
@@ -120,7 +112,7 @@ def test_columns_of_their_own_are_named_for_themselves(tmp_path: Path) -> None:
 
 def test_a_key_is_named_by_as_much_as_tells_it_apart() -> None:
     keys = ["model.init_args.order", "data.init_args.rationale_order", "data.init_args.size", "model.init_args.size"]
-    assert short_names(keys) == {
+    assert names.short_keys(keys) == {
         "model.init_args.order": "order",
         "data.init_args.rationale_order": "rationale_order",
         "data.init_args.size": "data.size",
@@ -140,11 +132,11 @@ def test_tasks_are_named_once_and_their_differences_in_full(tmp_path: Path) -> N
 
 
 def test_values_are_as_short_as_they_stay_different() -> None:
-    assert value_names(["x" * 90, "annotations/mine/", "[1, 2]", "null"]) == {
+    assert names.short_values(["x" * 90, "annotations/mine/", "[1, 2]", "null"]) == {
         "x" * 90: f"{'x' * 37}...", "annotations/mine/": "mine", "[1, 2]": "[1, 2]", "null": "",
     }  # fmt: skip
     for alike in (["a/mine", "b/mine"], ["null", "none"], ["x" * 90 + "1", "x" * 90 + "2"]):
-        assert value_names(alike) == {value: value for value in alike}
+        assert names.short_values(alike) == {value: value for value in alike}
 
 
 @pytest.mark.parametrize(
@@ -159,15 +151,15 @@ def test_values_are_as_short_as_they_stay_different() -> None:
     ],
 )
 def test_sizes(parameters: int, name: str) -> None:
-    assert size_name(parameters) == name
+    assert names.size(parameters) == name
 
 
 def test_people_say() -> None:
-    assert method_name("MutualInformation") == "Mutual Information"
-    assert method_name("Standard", "teacher") == "standard distillation"
-    assert dataset_name("anli1") == "ANLI R1"
-    assert dataset_name("mine") == "mine"
-    assert [fraction_name(part) for part in (1.0, 0.125, 0.0001)] == ["100 %", "12.5 %", "0.01 %"]
+    assert names.method("MutualInformation") == "Mutual Information"
+    assert names.method("Standard", "teacher") == "standard distillation"
+    assert names.dataset("anli1") == "ANLI R1"
+    assert names.dataset("mine") == "mine"
+    assert [names.fraction(part) for part in (1.0, 0.125, 0.0001)] == ["100 %", "12.5 %", "0.01 %"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +173,7 @@ def test_people_say() -> None:
     ],
 )
 def test_families(student: str, name: str) -> None:
-    assert family_name(student) == name
+    assert names.family(student) == name
 
 
 def test_the_choice_of_a_checkpoint_is_a_difference(tmp_path: Path) -> None:

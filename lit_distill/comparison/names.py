@@ -1,0 +1,83 @@
+"""What settings, keys and values are called in a report."""
+
+import re
+from collections.abc import Iterable
+
+_METHODS = {"Standard": "standard finetuning", "SingleTask": "single task: rationale and label"}
+_METHODS |= {"StepByStep": "step-by-step"}
+_DATASETS = {"esnli": "e-SNLI", "cqa": "CQA", "svamp": "SVAMP"} | {f"anli{i}": f"ANLI R{i}" for i in (1, 2, 3)}
+_LABELS = {"gold": "gold labels", "teacher": "teacher's labels"}
+
+
+def dataset(name: str) -> str:
+    """A dataset in words."""
+    return _DATASETS.get(name, name)
+
+
+def labels(label_source: str) -> str:
+    """The label source in words."""
+    return _LABELS.get(label_source, f"{label_source} labels")
+
+
+def method(name: str, label_source: str = "gold") -> str:
+    """A method in words; standard finetuning on teacher labels is standard distillation."""
+    if name == "Standard" and label_source == "teacher":
+        return "standard distillation"
+    return _METHODS.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name))
+
+
+def metric(name: str) -> str:
+    """A logged metric in words."""
+    return name.replace("/", " ").replace("_", " ")
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a fraction, shown in %."""
+    return not metric.endswith("loss")
+
+
+def size(parameters: int) -> str:
+    """A number of parameters, such as 248M or 2.85B."""
+    unit, sign = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= pair[0]), (1, ""))
+    number = parameters / unit
+    return f"{round(number, 2 if number < 10 else 0):g}{sign}"
+
+
+def fraction(share: float) -> str:
+    """A fraction of the training rows, such as 12.5 %."""
+    return f"{100 * share:.4g} %"
+
+
+def family(student: str) -> str:
+    """A student's name without its size."""
+    return re.sub(r"[-_]?(?<![a-z])(tiny|mini|small|base|large|xx?l|\d+(\.\d+)?[bm])(?![a-z])", "", student, flags=re.I)
+
+
+def short_keys(names: Iterable[str], separator: str = ".") -> dict[str, str]:
+    """Each key by its shortest unique ending, without ``init_args``."""
+    whole = {name: name.replace(".init_args.", ".") for name in names}
+    short = {}
+    for name, text in whole.items():
+        others = [f"{separator}{other}" for other in whole.values() if other != text]
+        # what a user named is not left out
+        own = re.match(r"model\.(?:tasks|teachers)\.(.+)|data\.(outputs\..+)", text)
+        parts = [own[1] or own[2]] if own else text.split(separator)
+        ends = (separator.join(parts[i:]) for i in reversed(range(len(parts))))
+        short[name] = next((end for end in ends if not any(one.endswith(separator + end) for one in others)), text)
+    return short
+
+
+def short_values(values: Iterable[str]) -> dict[str, str]:
+    """Config values as short as they stay different: empty if unset, classes by name, paths by their last part."""
+    short = {value: _value_name(value) for value in values}
+    return short if len(set(short.values())) == len(short) else {value: value for value in short}
+
+
+def _value_name(value: str) -> str:
+    if value in ("null", "none", "false"):
+        return ""
+    if classes := re.findall(r'"class_path": "(?:\w+\.)*(\w+)"', value):
+        value = ", ".join(classes)
+    elif not value.startswith(("[", "{")):
+        value = value.rstrip("/").rpartition("/")[2] or value
+    return value if len(value) <= 40 else f"{value[:37]}..."
