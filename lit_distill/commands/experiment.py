@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,6 @@ from lit_distill.messages import known_subclasses
 from lit_distill.reading import parse_yaml, read_small
 from lit_distill.records import read_record
 from lit_distill.shipped import find_config
-from lit_distill.tables import console_table
 
 _BASES = ("lit_distill.modules.base.DistillModule", "lit_distill.data.base.RationaleDataModule")
 
@@ -110,39 +110,31 @@ def experiment(
     verdicts = {}
     if grid.tolerance is not None and State.DONE in board.values():
         verdicts = judge(folder, grid.tolerance)
-    for number, text in enumerate(grid.deviations):
-        print("Deviations from what was published:\n" * (number == 0) + f"- {' '.join(text.split())}")
+    if grid.deviations:
+        print("Deviations from what was published:")
+    for text in grid.deviations:
+        print(f"- {' '.join(text.split())}")
     return _summary(board) | {"verdicts": verdicts, "interrupted": not ended}
 
 
 def judge(folder: Path, tolerance: float) -> dict[str, str]:
-    """Print and return whether each setting's mean accuracy is as published, within percentage points."""
+    """Whether each setting's mean accuracy is as published, within percentage points; prints it, too."""
     # pandas takes a second to import
     from lit_distill.comparison.comparing import compare_runs
-    from lit_distill.comparison.report import change, number, with_error
+    from lit_distill.comparison.report import cells
     from lit_distill.comparison.runs import find_runs
 
-    numbers = ["published", "measured", "seeds", "difference", "tolerance", "verdict"]
-    table = console_table("Test accuracy in percent, beside what was published", ["setting"], numbers)
     comparison = compare_runs(*find_runs([folder]), allow_different_tests=True)
+    judged = comparison.settings.dropna(subset="published")
     verdicts = {}
-    for row in comparison.settings.dropna(subset="published").to_dict("records"):
-        difference, metric = row["mean"] - row["published"], comparison.metric
+    for row, text in zip(judged.to_dict("records"), cells(judged, comparison.metric), strict=False):
+        difference = 100 * (row["mean"] - row["published"])
         verdict = "above" if difference > 0 else "below"
         # 63.29 and 3.1 are not exact in binary
-        if abs(100 * difference) <= tolerance + 1e-9:
-            verdict = "within tolerance"
+        if abs(difference) <= tolerance + 1e-9:
+            verdict = f"within {tolerance:g} points"
         verdicts[row["name"]] = verdict
-        measured = with_error(number(row["mean"], metric), row["error"], metric)
-        shown = (
-            number(row["published"], metric),
-            measured,
-            str(row["n"]),
-            change(difference, metric),
-            f"{tolerance:g}",
-        )
-        table.add_row(row["name"], *shown, verdict)
-    Console().print(table)
+        print(f"{row['name']}: {text['mean ± se']} ({row['n']} seeds), published {text['published']}: {verdict}")
     return verdicts
 
 
@@ -182,27 +174,24 @@ class FitCheck(train.DistillCLI):
         return found
 
 
+class _StudentReached(Exception):
+    """All other arguments of a method have passed."""
+
+
 class _NoStudent(str):
     """Stops a method's constructor before the student is loaded, after its arguments are checked."""
 
-    class Reached(Exception):
-        """All arguments passed."""
-
     def __str__(self) -> str:
-        raise self.Reached
+        raise _StudentReached
 
 
 def _try_classes(config: Namespace) -> None:
     """Let our own classes check their arguments; those of others run in ``fit`` only, as they may have side effects."""
-    for group in ("data", "model"):
+    for group, instead in (("data", {}), ("model", {"student": _NoStudent("")})):
         found = import_class(config[group]["class_path"])
-        if not found.__module__.startswith("lit_distill."):
-            continue
-        arguments = config[group]["init_args"].as_dict()
-        try:
-            found(**arguments | ({"student": _NoStudent("")} if group == "model" else {}))
-        except _NoStudent.Reached:
-            continue
+        if found.__module__.startswith("lit_distill."):
+            with suppress(_StudentReached):
+                found(**config[group]["init_args"].as_dict() | instead)
 
 
 def accepted_arguments(class_path: str) -> Collection[str] | None:
@@ -256,14 +245,12 @@ def _with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         # fit says what is wrong
         return dict(config)
     own = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
-    loggers = [{"class_path": "CSVLogger", "init_args": own}]
-    for logger in as_list(trainer.get("logger")):
-        kind = logger.get("class_path") if isinstance(logger, Mapping) else logger
-        if not isinstance(logger, bool | None) and not str(kind).endswith("CSVLogger"):
-            loggers.append(logger)
+    given = [logger for logger in as_list(trainer.get("logger")) if not isinstance(logger, bool | None)]
+    paths = [logger.get("class_path") if isinstance(logger, Mapping) else logger for logger in given]
+    others = [logger for logger, path in zip(given, paths, strict=True) if not str(path).endswith("CSVLogger")]
     return {
         **{key: value for key, value in config.items() if key != "ckpt_path"},
-        "trainer": {**trainer, "logger": loggers},
+        "trainer": {**trainer, "logger": [{"class_path": "CSVLogger", "init_args": own}, *others]},
         "checkpoint": {**checkpoint, "dirpath": str(folder / "checkpoints")},
         "resume": True,
     }
@@ -282,8 +269,5 @@ def _state(cell: Cell) -> State:
 
 
 def _summary(board: Board) -> dict[str, Any]:
-    found = list(board.values())
-    return {
-        **{str(state): found.count(state) for state in State},
-        "cells": {cell.name: str(state) for cell, state in board.items()},
-    }
+    cells = {cell.name: str(state) for cell, state in board.items()}
+    return {str(state): list(cells.values()).count(state) for state in State} | {"cells": cells}

@@ -25,10 +25,9 @@ _GREY: Final = "#5a5a5a"
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _STROKES: Final = ("-", "--", "-.", ":")
+_BARS: Final[Any] = {"mec": "white", "mew": 0.6, "ms": 7, "elinewidth": 1.2, "capsize": 3}
 # the same in every report
 _FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale and label", "standard distillation")
-
-_BARS: Final[Any] = {"mec": "white", "mew": 0.6, "ms": 7, "elinewidth": 1.2, "capsize": 3}
 
 _RC: Final[Any] = {
     # shipped with matplotlib, so that figures are the same everywhere
@@ -47,6 +46,14 @@ _RC: Final[Any] = {
 """Applied to matplotlib's defaults, not the user's, for reproducible files."""
 
 
+@contextmanager
+def _settings() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        yield
+
+
 @dataclass
 class Plot:
     """A figure and its file name without suffix."""
@@ -63,21 +70,16 @@ class Plot:
             self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Creator": None})
 
 
-@contextmanager
-def _settings() -> Iterator[None]:
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
-        yield
-
-
 def draw(comparison: Comparison) -> list[Plot]:
     """Plot the metric against training rows and student size, and for all variants, per dataset and labels."""
-    metric, plots = comparison.metric, dict[str, Plot]()
+    # a setting's name looks the same in all figures
+    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_STROKES), strict=False)
+    styles = dict(zip(dict.fromkeys([*_FIRST, *comparison.settings.name]), looks, strict=False))
+    styled = comparison.settings.assign(style=comparison.settings.name.map(styles))
+    plots: dict[str, Plot] = {}
     with _settings():
-        styles = _styles(comparison.settings.name)
-        for _, settings in comparison.settings.groupby(["dataset", "label_source"]):
-            for plot in _plots(settings, metric, styles):
+        for _, settings in styled.groupby(["dataset", "label_source"]):
+            for plot in _plots(settings, comparison.metric):
                 # some file systems ignore case
                 while plot.name.lower() in plots:
                     plot.name += "_"
@@ -85,67 +87,62 @@ def draw(comparison: Comparison) -> list[Plot]:
     return list(plots.values())
 
 
-def _styles(in_use: pd.Series) -> dict[str, dict[str, Any]]:
-    """How each setting's name is drawn, the same in all figures."""
-    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_STROKES), strict=False)
-    return {
-        name: {"color": colour, "marker": marker, "linestyle": stroke, **_BARS}
-        for name, (colour, marker, stroke) in zip(dict.fromkeys([*_FIRST, *in_use]), looks, strict=False)
-    }
-
-
-def _plots(settings: pd.DataFrame, metric: str, styles: dict[str, dict[str, Any]]) -> Iterator[Plot]:
+def _plots(settings: pd.DataFrame, metric: str) -> Iterator[Plot]:
     """The figures of one dataset and label source; a line needs two points, a comparison of variants two settings."""
     for student, own in settings.groupby("student"):
         if own.name.duplicated().any():
-            yield _lines(own, "train_fraction", student, f"{student}-training_rows", metric, styles)
+            yield _lines(own, "train_fraction", metric, student, f"{student}-training_rows")
     sized = settings[settings.parameters > 0]
     for family, own in sized.groupby(sized.student.map(names.family)):
         several = own[own.duplicated(["name", "train_fraction"], keep=False)]
-        largest = several[several.train_fraction == several.train_fraction.max()]
-        if len(largest):
-            yield _lines(largest, "parameters", f"{family}, {_part(largest)}", f"{family}-student_size", metric, styles)
+        if len(several):
+            all_sizes, part = _most_rows(several)
+            yield _lines(all_sizes, "parameters", metric, f"{family}, {part}", f"{family}-student_size")
     for student, own in settings.groupby("student"):
         several = own[own.duplicated("train_fraction", keep=False)]
-        largest = several[several.train_fraction == several.train_fraction.max()]
-        if len(largest):
-            yield _variants(largest, f"{student} · {_part(largest)}", f"{student}-methods", metric, styles)
+        if len(several):
+            variants, part = _most_rows(several)
+            yield _variants(variants, metric, f"{student} · {part}", f"{student}-methods")
 
 
-def _part(settings: pd.DataFrame) -> str:
-    fraction = settings.train_fraction.iloc[0]
-    return "all training rows" if fraction == 1 else f"{names.fraction(fraction)} of the training rows"
+def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The settings with the largest fraction of the training rows, and this in words."""
+    largest = settings.train_fraction.max()
+    part = "all training rows" if largest == 1 else f"{names.fraction(largest)} of the training rows"
+    return settings[settings.train_fraction == largest], part
 
 
-def _lines(
-    settings: pd.DataFrame, field: str, what: str, file: str, metric: str, styles: dict[str, dict[str, Any]]
-) -> Plot:
+def _errorbar(axes: Axes, style: tuple[str, str, str], *points: Any, **how: Any) -> Any:
+    colour, marker, stroke = style
+    return axes.errorbar(*points, color=colour, marker=marker, linestyle=stroke, **_BARS, **how)
+
+
+def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
     """The metric against a column of the settings, a line per method and variant."""
     figure, axes = _sheet(4.5)
     settings = settings.sort_values(field)
     lines = settings.groupby("name", sort=False)
     widest = settings[field].max() / settings[field].min()
-    handles: dict[Any, float] = {}
+    heights: dict[Any, float] = {}  # where each line ends
     for i, (name, line) in enumerate(lines):
         # shifted, so that error bars do not overlap
         xs = line[field].astype(float) * widest ** (0.005 * (i - (len(lines) - 1) / 2))
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
-        handles[axes.errorbar(xs, means, errors, label=fill(name, 26), **styles[name])] = means.iloc[-1]
-    levels = {"chance": settings.chance.iloc[0]}
-    if field == "parameters" and metric == ACCURACY and (teacher := settings.teacher.iloc[0]):
-        levels[f"teacher's labels, {100 * teacher:.1f} %"] = teacher
-    for name, level in levels.items():
-        if level is not None:
-            stroke: Any = ":" if name == "chance" else (0, (5, 3))
-            handles[axes.axhline(level, color=_GREY, linestyle=stroke, label=fill(name, 26))] = level
+        handle = _errorbar(axes, line["style"].iloc[0], xs, means, errors, label=fill(name, 26))
+        heights[handle] = means.iloc[-1]
+    chance, teacher = settings.chance.iloc[0], settings.teacher.iloc[0]
+    if chance is not None:
+        heights[axes.axhline(chance, color=_GREY, linestyle=":", label="chance")] = chance
+    if teacher is not None and field == "parameters" and metric == ACCURACY:
+        name = fill(f"teacher's labels, {100 * teacher:.1f} %", 26)
+        heights[axes.axhline(teacher, color=_GREY, linestyle=(0, (5, 3)), label=name)] = teacher
     axes.set_xscale("log")
     axes.set_xticks([x for x, _ in settings.groupby(field)], [_tick(own, field) for _, own in settings.groupby(field)])
     axes.set_xticks([], minor=True)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
     _show_metric(axes.yaxis, metric)
-    # in the order in which the lines end
-    figure.legend(handles=sorted(handles, key=handles.__getitem__, reverse=True), loc="outside right center")
+    figure.legend(handles=sorted(heights, key=heights.__getitem__, reverse=True), loc="outside right center")
     return _finish(figure, settings, what, file, [])
 
 
@@ -157,22 +154,21 @@ def _tick(settings: pd.DataFrame, field: str) -> str:
     return names.fraction(settings.train_fraction.iloc[0]) + (f"\n{rows:,}" if rows else "")
 
 
-def _variants(settings: pd.DataFrame, what: str, file: str, metric: str, styles: dict[str, dict[str, Any]]) -> Plot:
+def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot:
     """Methods and variants of one student and fraction, one below another."""
     settings = settings.sort_values(["mean", "name"], ascending=[False, True])
     labels = [fill(name, 34) for name in settings.name]
     figure, axes = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
-    for y, (_, row) in enumerate(settings.iterrows()):
-        style = styles[row["name"]]
-        axes.errorbar(row["mean"], y, xerr=row.error or 0, **style)
-        if row.n > 1:
-            axes.plot(row["values"], [y + 0.22] * row.n, "o", ms=3, mfc="none", mec=style["color"])
+    for y, row in enumerate(settings.to_dict("records")):
+        _errorbar(axes, row["style"], row["mean"], y, xerr=row["error"] or 0)
+        if row["n"] > 1:
+            axes.plot(row["values"], [y + 0.22] * row["n"], "o", ms=3, mfc="none", mec=row["style"][0])
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     _show_metric(axes.xaxis, metric)
-    notes = ["small circles: single seeds"] if (settings.n > 1).any() else []
+    notes = ["small circles: single seeds"] if settings.n.max() > 1 else []
     if (chance := settings.chance.iloc[0]) is not None:
         axes.axvline(chance, color=_GREY, linestyle=":", zorder=1)
         notes.append("dotted: chance")
@@ -190,18 +186,17 @@ def _show_metric(axis: Axis, metric: str) -> None:
     low, high = axis.get_view_interval()
     more = max(0.0, (0.02 - (high - low)) / 2)
     axis.set_view_interval(low - more, high + more)
+    axis.set_label_text(names.metric(metric) + (" (%)" if names.is_share(metric) else ""))
     if names.is_share(metric):
         axis.set_major_formatter(lambda x, _: f"{100 * x:.6g}".replace("-", "\u2212"))
-    axis.set_label_text(names.metric(metric) + (" (%)" if names.is_share(metric) else ""))
 
 
 def _finish(figure: Figure, settings: pd.DataFrame, what: str, file: str, notes: list[str]) -> Plot:
     """Add title and notes, and hide tick labels that overlap."""
     dataset, labels = settings.dataset.iloc[0], settings.label_source.iloc[0]
-    fewest, most = settings.n.min(), settings.n.max()
-    seeds = fewest if fewest == most else f"{fewest} to {most}"
+    seeds = " to ".join(dict.fromkeys([str(settings.n.min()), str(settings.n.max())]))
     bars = f"means of {seeds} seeds, bars: ± standard error over seeds"
-    notes = [bars if most > 1 else "one seed each, so no standard errors", *notes]
+    notes = ["one seed each, so no standard errors" if seeds == "1" else bars, *notes]
     title = f"{names.dataset(dataset)} · {what} · {names.labels(labels)}"
     figure.suptitle(fill(title, 70), x=0.01, ha="left", size=11.5, weight="bold")
     figure.supxlabel(fill("; ".join(notes), 120), x=0.01, ha="left", size=8.5, color=_GREY)

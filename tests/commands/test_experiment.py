@@ -178,11 +178,11 @@ def test_a_verdict_is_on_what_the_comparison_finds(here: Path, capsys: pytest.Ca
                 runs / f"{method}{seed}", dataset="svamp", method=method, seed=seed, correct=correct, train_rows=720
             )
     assert judge(runs, 2.9) == {
-        "standard finetuning": "within tolerance", "single task: rationale and label": "within tolerance",
+        "standard finetuning": "within 2.9 points", "single task: rationale and label": "within 2.9 points",
         "step-by-step": "below",
     }  # fmt: skip
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "standard finetuning 62.63 65.50 ± 0.50 2 +2.87 2.9 within tolerance" in shown.replace("│ ", "")
+    shown = capsys.readouterr().out.splitlines()
+    assert "standard finetuning: 65.50 ± 0.50 (2 seeds), published 62.63: within 2.9 points" in shown
     assert judge(runs, 2.8)["standard finetuning"] == "above"
 
 
