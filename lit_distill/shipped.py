@@ -4,10 +4,9 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import NoReturn
 
 from lit_distill.errors import UserError
-from lit_distill.messages import COMMANDS, likely, one_line
+from lit_distill.messages import COMMANDS, likely
 
 _PACKAGE = Path(__file__).parent
 CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
@@ -27,11 +26,8 @@ def config_names() -> list[str]:
 
 def find_config(given: str, key: str = "config") -> str:
     """The file that ``--config`` names: a path, else a shipped config with or without ``.yaml``."""
-    if os.path.isfile(given):
-        return given
-    name = given.removeprefix("configs/").removesuffix(".yaml")
-    names = config_names()
-    if name in names:
+    name, names = given.removeprefix("configs/").removesuffix(".yaml"), config_names()
+    if name in names and not os.path.isfile(given):
         return str(CONFIGS / f"{name}.yaml")
     # folders, pipes and inline YAML are left to the parser
     if os.path.exists(given) or any(mark in given for mark in "{[:\n"):
@@ -56,33 +52,30 @@ def find_configs(arguments: list[str]) -> list[str]:
 def list_or_copy(arguments: list[str]) -> None:
     """The command ``configs``: list the shipped configs, or copy them with the files that they name.
 
-    Raises:
-        UserError: an argument is unknown, a file exists already, or the folder cannot be written.
-        SystemExit: with code 0, after ``--help``.
+    Raises a ``UserError`` if an argument is unknown or a file exists already.
     """
-    parser = _Parser(prog="lit-distill configs", description=COMMANDS["configs"])
+    parser = argparse.ArgumentParser(
+        prog="lit-distill configs", description=COMMANDS["configs"], exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--copy", metavar="FOLDER", help="Copy all of them into this folder, to be edited.")
-    target = parser.parse_args(arguments).copy
-    if target is None:
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"copy: a folder must be given, as --copy FOLDER ({error.message})") from error
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such argument; allowed is --copy FOLDER")
+    if given.copy is None:
         # one write: a reader such as `head` may close the pipe early
         print("\n".join(f"{name:<34} {_first_sentences(CONFIGS / f'{name}.yaml')}" for name in config_names()))
         return
     sources = [path for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    copies = {Path(target, path.relative_to(CONFIGS)): path for path in sources}
+    copies = {Path(given.copy, path.relative_to(CONFIGS)): path for path in sources}
     if existing := [copy for copy in copies if copy.exists()]:
         raise UserError(f"copy: {str(existing[0])!r} is there already; give another folder")
-    try:
-        for copy, path in copies.items():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    except OSError as error:
-        raise UserError(f"copy: {target!r} cannot be written ({error.strerror})") from error
-    print(f"{len(copies)} files in {target}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(one_line(message, ("copy",)))
+    for copy, path in copies.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    print(f"{len(copies)} files in {given.copy}")
 
 
 def _first_sentences(path: Path) -> str:

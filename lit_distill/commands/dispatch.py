@@ -1,15 +1,16 @@
 """Run a command; importing this module imports torch, lightning and transformers."""
 
+import gc
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType
 
 # these make data modules, methods and teachers known by their class names
 import lit_distill.data
@@ -18,19 +19,18 @@ import lit_distill.teachers  # noqa: F401
 from lit_distill.commands.annotate import annotate
 from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import experiment
-from lit_distill.commands.inspect_cli import InspectCLI
-from lit_distill.commands.parser import call
-from lit_distill.commands.train import run_trainer
+from lit_distill.commands.inspect import inspect
+from lit_distill.commands.parser import Parser, call
+from lit_distill.commands.train import TRAINER_COMMANDS, run_trainer, train_parser
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.teachers.base import Teacher
 
 if TYPE_CHECKING:
     from lit_distill.comparison.comparing import Comparison
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-
+_INTERRUPTED = 130  # exit code after Ctrl-C
 _RUNS = "Folders of runs, or folders that are searched for runs; wandb://entity/project for metrics only."
 
 
@@ -43,7 +43,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
     """
     summary = call("annotate", annotate, args, classes={"data": RationaleDataModule, "teacher": Teacher})
     if summary.get("stopped") == "interrupted":
-        raise SystemExit(INTERRUPTED)
+        raise SystemExit(_INTERRUPTED)
     unanswered = summary.get("answers") == 0 and summary["stopped"] is None
     if unanswered or summary.get("not answered now"):
         reasons = [summary[name] for name in ("most frequent errors", "why not") if summary.get(name)]
@@ -66,49 +66,53 @@ def run_experiment(args: list[str]) -> dict[str, Any]:
     """
     summary = call("experiment", experiment, args)
     if summary.get("interrupted"):
-        raise SystemExit(INTERRUPTED)
+        raise SystemExit(_INTERRUPTED)
     # after a dry run or printed commands, pending cells are no failure
     if "interrupted" in summary and summary["done"] < len(summary["cells"]):
         raise SystemExit(1)
     return summary
 
 
-BESIDE: Mapping[str, Callable[[list[str]], object]] = {
+RUN: Mapping[str, Callable[[list[str]], object]] = {
+    **{name: partial(run_trainer, name) for name in TRAINER_COMMANDS},
     "annotate": run_annotate,
-    "compare": run_compare,
     "experiment": run_experiment,
-    "inspect": InspectCLI,
+    "compare": run_compare,
+    "inspect": inspect,
 }
-"""The commands besides the trainer's."""
+"""Command -> what runs it, with the arguments after it."""
 
 
-def dispatch(args: ArgsType) -> None:
-    """Run one command.
-
-    Args:
-        args: as LightningCLI takes them.
-
-    Raises:
-        UserError: for errors that the user can fix.
-    """
+def dispatch(args: list[str]) -> None:
+    """Run the command that the arguments begin with, or print completion for shells."""
+    if not gc.isenabled():
+        # what is imported is never garbage
+        gc.freeze()
+        gc.enable()
     quieten()
     set_parsing_settings(add_print_completion_argument=True)
-    given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given and given[0] in BESIDE:
-            BESIDE[given[0]](given[1:])
+        if args[0] in RUN:
+            RUN[args[0]](args[1:])
         else:
-            run_trainer(args)
+            _print_completion(args)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+
+
+def _print_completion(args: list[str]) -> None:
+    parser = Parser(prog="lit-distill", description=DESCRIPTION)
+    commands = parser.add_subcommands()
+    for name, text in COMMANDS.items():
+        # of the others only the names
+        commands.add_subcommand(name, train_parser(name) if name in TRAINER_COMMANDS else Parser(description=text))
+    parser.parse_args(args)
 
 
 def quieten() -> None:
     """Hide useless messages of dependencies; other warnings stay."""
     # torch warns about Lightning's code
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    # tests and notebooks call main in-process, with other arguments in sys.argv
-    warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended to run from within Python")
     # logged by optimizer step, whatever the epoch's length
     warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

@@ -4,7 +4,6 @@ import copy
 import fnmatch
 import os
 import sys
-import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,16 +11,14 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse._parameter_resolvers import get_signature_parameters
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 
 # these make data modules and methods known by their class names
 import lit_distill.data
 import lit_distill.modules  # noqa: F401
-from lit_distill.commands import train
-from lit_distill.commands.parser import import_class
-from lit_distill.commands.settings import settle
+from lit_distill.commands.parser import constructor_arguments, import_class
+from lit_distill.commands.settings import check_settings, settle
+from lit_distill.commands.train import train_parser
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State
 from lit_distill.experiments.grid import Grid, as_list, cell_name, fit_keys, merge, nested, read_grid
@@ -138,38 +135,18 @@ def judge(folder: Path, tolerance: float) -> dict[str, str]:
     return verdicts
 
 
-class FitCheck(train.DistillCLI):
+class FitCheck:
     """Checks a config as ``fit`` would, before weights or data are read."""
 
-    @classmethod
-    def make(cls) -> "FitCheck":
-        """Build ``fit``'s parser, once for all cells."""
-        made = train.run_trainer(["fit"], cli=cls)
-        assert isinstance(made, cls)  # noqa: S101 - for the type
-        return made
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse nothing yet."""
-        self.config = Namespace(subcommand="fit")
-
-    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Build and run nothing."""
-
-    _parse_ckpt_path = _set_seed = before_instantiate_classes = instantiate_classes = _do_nothing
-    _run_subcommand = _do_nothing
+    def __init__(self) -> None:
+        self.parser = train_parser("fit")
 
     def parsed(self, config: Mapping[str, Any]) -> Namespace:
         """A config as ``fit`` parses it. Raises a ``UserError`` if ``fit`` would refuse it."""
-        with warnings.catch_warnings():
-            # hide this process's own arguments
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
-            super().parse_arguments(self._parser("fit"), copy.deepcopy(dict(config)))
-        found: Namespace = self.config
-        threads = torch.get_num_threads()
-        try:
-            settle(found, "fit")
-        finally:
-            torch.set_num_threads(threads)
+        given = copy.deepcopy(dict(config))
+        found: Namespace = self.parser.parse_object(given)
+        check_settings(self.parser, given, found)
+        settle(found, "fit")
         _try_classes(found)
         return found
 
@@ -198,15 +175,14 @@ def accepted_arguments(class_path: str) -> Collection[str] | None:
     """The argument names of a method or dataset, with those of its base classes; ``None`` if unknown."""
     known = {name: found for base in _BASES for name, found in known_subclasses(base).items()}
     try:
-        found = known.get(class_path) or import_class(class_path)
+        return constructor_arguments(known.get(class_path) or import_class(class_path)).keys()
     except (ImportError, AttributeError, ValueError):
         return None
-    return {parameter.name for parameter in get_signature_parameters(found)}
 
 
 def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
     """The cells, after checking that ``fit`` accepts each."""
-    check = FitCheck.make()
+    check = FitCheck()
     base: dict[str, Any] = {}
     for name in grid.base:
         base = merge(base, _read(name), accepted_arguments)

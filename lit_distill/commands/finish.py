@@ -1,118 +1,126 @@
-"""The end of ``fit``: export the best student, train a label-only baseline, and write the record."""
+"""The end of ``fit``: test the best checkpoint, save its student, train a label-only baseline, write the record."""
 
-import inspect
 import platform
 import re
 import resource
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_distill import __version__
 from lit_distill.callbacks import ValidateEverySteps
 from lit_distill.checkpoints import RunHistory, save_atomically
-from lit_distill.commands.naming import names
-from lit_distill.commands.report import chance_level
+from lit_distill.commands.loggers import names, run_folder
+from lit_distill.commands.parser import Parser, constructor_arguments
+from lit_distill.commands.report import chance_level, report
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.selection import teacher_accuracy
+from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
-from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
-from lit_distill.files import write_text
+from lit_distill.export import CardFacts, export_checkpoint, origin, push_folder
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.standard import StandardModule
 from lit_distill.progress import progress_bar
 from lit_distill.records import RunRecord, write_predictions_file, write_record
 from lit_distill.tasks import fingerprint
 
-
-def save_best_student(
-    trainer: pl.Trainer, module: DistillModule, data: RationaleDataModule, best: Path | None, folder: Path
-) -> Path | None:
-    """Export the best checkpoint to ``student`` in the run's folder, on rank 0; ``None`` without a checkpoint."""
-    if best is None:
-        return None
-    if not best.is_file():
-        rank_zero_warn(f"{best} is a sharded checkpoint: no student is saved; consolidate it and export it by hand")
-        return None
-    target = folder / "student"
-    if trainer.is_global_zero:
-        export_checkpoint(best, target, _card_facts(module, data))
-    trainer.strategy.barrier("student")
-    return target
+_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy")
 
 
-@rank_zero_only
-def add_baseline(
-    student: Path, module: DistillModule, data: RationaleDataModule, baseline: Mapping[str, float]
+def finish_fit(
+    config: Namespace,
+    plain: dict[str, Any],
+    parser: Parser,
+    trainer: pl.Trainer,
+    module: DistillModule,
+    data: RationaleDataModule,
+    history: RunHistory,
 ) -> None:
-    """Rewrite an exported student's card with the label-only baseline."""
-    write_text(student / "README.md", model_card(replace(_card_facts(module, data), baseline=baseline)))
+    """Test the best checkpoint, export its student, write the record and print the results.
+
+    Args:
+        config: of the run.
+        plain: the config in plain values.
+        parser: of the config; it builds the baseline's trainer.
+        trainer: after ``fit``.
+        module: the student.
+        data: the data.
+        history: of all parts of the run.
+    """
+    folder, steps, fast_dev_run = run_folder(trainer), trainer.global_step, config["trainer"]["fast_dev_run"]
+    if steps == 0:
+        raise UserError(
+            "trainer: not one step was taken, so that nothing is tested or saved;"
+            " see max_steps, max_epochs, max_time and limit_train_batches"
+        )
+    best = best_checkpoint(trainer)
+    if best is None and trainer.checkpoint_callbacks and not fast_dev_run:
+        rank_zero_warn("No validation has chosen a checkpoint: the student of the last step is tested and saved")
+        best = folder / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(best)
+    testing = config["test_after_fit"] and data.split_rows("test") is not None
+    if config["test_after_fit"] and not testing:
+        rank_zero_warn(f"{data.absence('test')}: the student is saved untested")
+    baseline = None
+    try:
+        if testing:
+            # our table replaces Lightning's
+            trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+        if testing and config["baseline_after_fit"] and not fast_dev_run:
+            baseline = train_baseline(config, parser, type(data), folder / "baseline")
+    finally:
+        # whatever becomes of the test
+        student = save_student(trainer, module, data, best, folder / "student", baseline)
+    if not fast_dev_run:
+        write_results(folder, config, plain, trainer, module, data, history, steps)
+    report(module, student=student, baseline=baseline)
+    if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
+        push_folder(student, config["push_to_hub"])
 
 
-def _tested(module: DistillModule) -> Evaluation | None:
-    """The last evaluation, if it was of test."""
-    return module.evaluation if module.evaluation is not None and module.evaluation.split == "test" else None
-
-
-def _card_facts(module: DistillModule, data: RationaleDataModule) -> CardFacts:
-    settings, tested = dict(module.hparams), _tested(module)
-    base_model, licence = origin(str(settings["student"]), from_scratch=settings["from_scratch"])
-    return CardFacts(
-        method=type(module).__name__.removesuffix("Module"),
-        dataset=data.name,
-        student=Path(str(settings["student"])).name,
-        tasks={
-            name: {"prefix": task.prefix, **module.generation_settings(name)} for name, task in module.tasks.items()
-        },
-        settings=settings,
-        data=data.describe(),
-        metrics=tested.metrics if tested else {},
-        rows=len(tested.answers) if tested else 0,
-        base_model=base_model,
-        license=licence,
-        hub_dataset=data.hub_name,
-        family=module.student.tokens.family,
-        chat=module.student.tokens.family == "causal" and module.tokenizer.chat_template is not None,
-        adapter_alone=(adapter := module.student.adapter) is not None and adapter.export == "adapter",
-    )
+def best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The best checkpoint of a run; ``None`` if there is none."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            # for a resumed run it may be elsewhere, or gone
+            found = Path(callback.best_model_path)
+            return found if found.exists() else None
+    return None
 
 
 def train_baseline(
-    config: Namespace, trainer_args: Mapping[str, Any], data_class: type[RationaleDataModule], folder: Path
-) -> dict[str, float]:
-    """Train, select and test a ``StandardModule`` with the same student, data, settings and number of steps.
+    config: Namespace, parser: Parser, data_class: type[RationaleDataModule], folder: Path
+) -> dict[str, float] | None:
+    """The test metrics of a ``StandardModule`` with the same student, data, settings and number of steps.
 
-    Args:
-        config: of the run; arguments that ``StandardModule`` lacks are dropped.
-        trainer_args: of the run, rebuilt, since strategies and plugins serve one trainer only.
-        data_class: of the run.
-        folder: for the checkpoints.
-
-    Returns:
-        The test metrics of the best checkpoint.
+    ``None`` if the original student is gone: unlike a resumed run, a baseline needs it.
     """
+    rank_zero_info("Training the label-only baseline: same data, settings and steps.")
+    # strategies and plugins serve one trainer only
+    arguments = {**parser.instantiate_classes(Namespace(trainer=config["trainer"]))["trainer"]}
     pl.seed_everything(config["seed_everything"], workers=True, verbose=False)
-    shared = set(inspect.signature(DistillModule.__init__).parameters) - {"self", "tasks", "objectives", "teachers"}
-    model_args = config["model"]["init_args"].as_dict()
-    module = StandardModule(**{name: value for name, value in model_args.items() if name in shared})
-    linked = {"tasks": module.tasks}
-    data = data_class(**config["data"]["init_args"].as_dict() | linked)
+    shared = constructor_arguments(DistillModule).keys() - {"tasks", "objectives", "teachers"}
+    settings = {name: value for name, value in config["model"]["init_args"].as_dict().items() if name in shared}
+    try:
+        module = StandardModule(**settings)
+    except UserError as error:
+        rank_zero_warn(f"No baseline: {error}")
+        return None
+    data = data_class(**config["data"]["init_args"].as_dict() | {"tasks": module.tasks})
     best = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
-    bar = [] if trainer_args.get("enable_progress_bar") is False else [progress_bar()]
-    callbacks = [ValidateEverySteps(config["validation"]["every_n_steps"]), best, *bar]
-    own = {"logger": False, "callbacks": callbacks, "enable_model_summary": False, "enable_checkpointing": True}
-    trainer = pl.Trainer(**dict(trainer_args) | own)
+    callbacks = [ValidateEverySteps(config["validation"]["every_n_steps"]), best]
+    bar = [] if arguments["enable_progress_bar"] is False else [progress_bar()]
+    own = {"logger": False, "callbacks": [*callbacks, *bar], "enable_model_summary": False}
+    trainer = pl.Trainer(**arguments | own | {"enable_checkpointing": True})
     save_atomically(trainer)
     trainer.fit(module, datamodule=data)
     path = best.best_model_path or None
@@ -120,58 +128,104 @@ def train_baseline(
     return {name: float(value) for name, value in results.items()}
 
 
-@rank_zero_only
-def record_run(
+def save_student(
+    trainer: pl.Trainer,
+    module: DistillModule,
+    data: RationaleDataModule,
+    best: Path | None,
     folder: Path,
-    *,
+    baseline: Mapping[str, float] | None,
+) -> Path | None:
+    """Export the best checkpoint to a folder, on rank 0; ``None`` without a checkpoint."""
+    if best is None:
+        return None
+    if not best.is_file():
+        rank_zero_warn(f"{best} is a sharded checkpoint: no student is saved; consolidate it and export it by hand")
+        return None
+    if trainer.is_global_zero:
+        settings, tested = dict(module.hparams), _tested(module)
+        base_model, licence = origin(str(settings["student"]), from_scratch=settings["from_scratch"])
+        family, adapter = module.student.tokens.family, module.student.adapter
+        facts = CardFacts(
+            method=type(module).__name__.removesuffix("Module"),
+            dataset=data.name,
+            student=Path(str(settings["student"])).name,
+            settings=settings,
+            tasks={
+                name: {"prefix": task.prefix, **module.generation_settings(name)} for name, task in module.tasks.items()
+            },
+            data=data.describe(),
+            metrics=tested.metrics if tested else {},
+            rows=len(tested.answers) if tested else 0,
+            baseline=baseline or {},
+            base_model=base_model,
+            license=licence,
+            hub_dataset=data.hub_name,
+            family=family,
+            chat=family == "causal" and module.tokenizer.chat_template is not None,
+            adapter_alone=adapter is not None and adapter.export == "adapter",
+        )
+        export_checkpoint(best, folder, facts)
+    trainer.strategy.barrier("student")
+    return folder
+
+
+def _tested(module: DistillModule) -> Evaluation | None:
+    """The last evaluation, if it was of test."""
+    return module.evaluation if module.evaluation is not None and module.evaluation.split == "test" else None
+
+
+@rank_zero_only
+def write_results(
+    folder: Path,
     config: Namespace,
+    plain: dict[str, Any],
     trainer: pl.Trainer,
     module: DistillModule,
     data: RationaleDataModule,
     history: RunHistory,
     steps: int,
 ) -> None:
-    """Write the record of a run that ended after ``steps`` optimizer steps, and any test predictions."""
-    dataset, method = names(config)
-    arguments, settings, tested = data.hparams, dict(module.hparams), _tested(module)
+    """Write any test predictions, and the record of a run that ended after ``steps`` optimizer steps."""
+    tested = _tested(module)
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    # training rows with rationales, evaluated rows with gold labels
+    used = {split: list(data.used_rows(split).rows) for split in splits if data.split_rows(split) is not None}
     if tested is not None:
+        # a limited run tests only some
+        used["test"] = [used["test"][answer.index] for answer in tested.answers]
         write_predictions_file(folder, (answer_row(answer, tested.key) for answer in tested.answers))
-    chance, saved = chance_level(tested) if tested else None, folder / "config.yaml"
+    (dataset, method), arguments = names(config), data.hparams
+    chance = chance_level(tested) if tested else None
     record = RunRecord(
         dataset=dataset,
         method=method,
-        student=Path(str(settings["student"])).name,
+        student=Path(str(module.hparams["student"])).name,
         label_source=arguments["label_source"],
         train_fraction=arguments["train_fraction"],
         seed=config["seed_everything"],
         data_seed=arguments["seed"],
-        train_rows=len(data.used_rows("train").rows),
+        train_rows=len(used["train"]),
         test_rows=len(tested.answers) if tested else 0,
         steps=steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
         validation=_validation(trainer),
         rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
-        teacher_accuracy=_teacher_accuracy(data, tested),
+        teacher_accuracy=teacher_accuracy(used["test"], data.teacher_agrees) if "test" in used else None,
         chance=chance[1] if chance else None,
-        fingerprints=_fingerprints(data, tested),
-        config=yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else {},
+        fingerprints={split: fingerprint(rows, rationales=split == "train") for split, rows in used.items()},
+        config=plain,
         data=data.describe(),
         command=_command(),
-        versions=_versions(),
+        versions={"lit_distill": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in _LIBRARIES},
         git=repository_state(),
         started=history.started,
         wall_seconds=round(history.seconds, 2),
         peak_memory_mib=round(_peak_memory(), 1),
     )
     write_record(folder, record)
-
-
-def _command() -> list[str]:
-    """The command line, without the paths of interpreter and program."""
-    program = Path(sys.argv[0]).name
-    words = sys.argv if program == "lit-distill" else sys.orig_argv
-    return [Path(words[0]).name, *words[1:]]
 
 
 def _validation(trainer: pl.Trainer) -> dict[str, float]:
@@ -182,37 +236,11 @@ def _validation(trainer: pl.Trainer) -> dict[str, float]:
     return {}
 
 
-def _teacher_accuracy(data: RationaleDataModule, tested: Evaluation | None) -> float | None:
-    """Accuracy of the teacher labels on the tested rows, or on all of test."""
-    rows = data.split_rows("test")
-    if rows is not None and tested is not None:
-        rows = [rows[answer.index] for answer in tested.answers]
-    return None if rows is None else teacher_accuracy(rows, data.teacher_agrees)
-
-
-def _fingerprints(data: RationaleDataModule, tested: Evaluation | None) -> dict[str, str]:
-    found: dict[str, str] = {}
-    splits: tuple[Split, ...] = ("train", "val", "test")
-    for split in splits:
-        if data.split_rows(split) is None:
-            continue
-        # training rows with rationales, evaluated rows with gold labels
-        rows = list(data.used_rows(split).rows)
-        if split == "test" and tested is not None:
-            # a limited run tests only some
-            rows = [rows[answer.index] for answer in tested.answers]
-        found[split] = fingerprint(rows, rationales=split == "train")
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {"lit_distill": __version__, "python": platform.python_version()}
-    for name in ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _command() -> list[str]:
+    """The command line, without the paths of interpreter and program."""
+    program = Path(sys.argv[0]).name
+    words = sys.argv if program == "lit-distill" else sys.orig_argv
+    return [Path(words[0]).name, *words[1:]]
 
 
 def repository_state() -> dict[str, Any]:

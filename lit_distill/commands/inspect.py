@@ -1,42 +1,56 @@
 """``inspect``: a report on a dataset, its teacher outputs, and what a student will see."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lit_distill.commands.parser import check_nulls, import_class
+from lit_distill.commands.settings import check_settings, linked
+from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.selection import teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import cut_counts, encode_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.files import write_text
+from lit_distill.tables import console_table
 from lit_distill.tasks import Row
 
 EXAMPLES = 3
 """Number of examples to show."""
 
 
+def inspect(args: list[str]) -> None:
+    """Run ``inspect``: parse what ``fit`` parses, build the data alone, and print a report."""
+    parser = train_parser("inspect", model=False)
+    config = parser.parse_args(args)
+    check_settings(parser, args, config)
+    data, model = config["data"], config.get("model")
+    arguments = (data.get("init_args") or Namespace()).as_dict() | (linked(model) if model else {})
+    data_class = import_class(data["class_path"])
+    check_nulls(data_class, arguments)
+    datamodule: RationaleDataModule = data_class(**arguments)
+    render(inspect_data(datamodule))
+    if model and datamodule.split_rows("train") is not None:
+        # what `fit` would refuse
+        datamodule.check_split("train", "fit")
+
+
 def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     """A report in plain values: each split as released, and the part that this run uses.
 
     ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (unparsed is
-    wrong) and ``outside_label_set`` count the whole released file; if no val is
-    released (``released`` is false), the rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and
-    ``dropped_...`` lead to ``used``, to which the rest refers; lengths are in tokens before truncation. An absent split
-    is ``{"present": false}``.
+    wrong) and ``outside_label_set`` count the whole released file; if no val is released (``released`` is false), the
+    rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and ``dropped_...`` lead to ``used``, to which the
+    rest refers; lengths are in tokens before truncation. An absent split is ``{"present": false}``.
 
     No student is built, and the cache is not written.
-
-    Raises:
-        UserError: there is no split, or a file is invalid.
     """
     datamodule.prepare_data()
     asked: list[Split] = ["train", "val", "test"]
@@ -59,42 +73,24 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     }
 
 
-def write_report(report: dict[str, Any], path: str | Path) -> None:
-    """Write a report as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-
-
 def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, Any]:
     taken = split == "val" and "val" not in datamodule.splits
     rows = datamodule.split_rows(split) if taken else datamodule.released(split)
     if rows is None:
         return {"present": False}
-    agree = datamodule.teacher_agrees
+    agree, used = datamodule.teacher_agrees, datamodule.used_rows(split)
     counts = teacher_counts(rows, agree, datamodule.label_set)
     del counts["teacher_correct"]
-    used = datamodule.used_rows(split)
-    report = {
+    if split == "train":
+        counts["taken_as_val"] = len(rows) - len(datamodule.split_rows(split) or ())
+    return {
         "present": True,
         "released": not taken,
         **counts,
         "without_label": sum(row.label is None for row in rows),
         "teacher_label_accuracy": teacher_accuracy(rows, agree),
-        "closed_choices": datamodule.label_set is not None or any(row.choices for row in rows),
-    }
-    if split == "train":
-        report["taken_as_val"] = len(rows) - len(datamodule.split_rows(split) or ())
-    else:
-        report["in_train"] = datamodule.repeated_rows(split)
-    judged = [
-        agree(row.teacher_label, gold)
-        for row, gold in zip(used.rows, used.gold, strict=True)
-        if row.rationale is not None and row.teacher_label is not None and gold is not None
-    ]
-    return report | {
         **used.counts,
         "used_rationales": sum(row.rationale is not None for row in used.rows),
-        "used_teacher_accuracy": sum(judged) / len(judged) if judged else None,
         **_lengths(datamodule, split, used.rows),
     }
 
@@ -153,8 +149,6 @@ _USED = {
     "used": "rows used",
     "rationale_filtered": "- rationale filtered out",
     "used_rationales": "- with a rationale",
-    "used_teacher_accuracy": "- teacher accuracy on these",
-    "in_train": "- input is also in train",
 }
 
 
@@ -162,23 +156,20 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
     """Print a report as tables, by default to standard output."""
     console = console or Console()
     settings, splits = report["settings"], report["splits"]
+    names = [
+        f"{split} (of train)" if found["present"] and not found["released"] else split
+        for split, found in splits.items()
+    ]
     chosen = f"rationale_filter: {settings['rationale_filter']}"
-    rows = Table(title=f"{report['dataset']}: rows released, and rows used ({chosen})", title_justify="left")
-    rows.add_column("")
-    for split, found in splits.items():
-        taken = found["present"] and not found["released"]
-        rows.add_column(f"{split} (of train)" if taken else split, justify="right")
+    rows = console_table(f"{report['dataset']}: rows released, and rows used ({chosen})", [""], names)
     # above the line the whole file, below it the part that this run uses
-    for names in (_RELEASED, _USED):
-        for key, name in names.items():
+    for keys in (_RELEASED, _USED):
+        for key, name in keys.items():
             rows.add_row(name, *(_cell(found, key) for found in splits.values()))
         rows.add_section()
     limits = f"inputs up to {settings['max_source_length']:,}, targets up to {settings['max_target_length']:,}"
-    lengths = Table(title=f"lengths in tokens of the rows used ({limits})", title_justify="left")
-    for name in ("split", "task", ""):
-        lengths.add_column(name)
-    for name in ("rows", "median", "95 %", "max", "truncated"):
-        lengths.add_column(name, justify="right")
+    title = f"lengths in tokens of the rows used ({limits})"
+    lengths = console_table(title, ["split", "task", ""], ["rows", "median", "95 %", "max", "truncated"])
     for split, found in splits.items():
         for task, parts in found.get("lengths", {}).items():
             for part, values in parts.items():
@@ -196,16 +187,13 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
             grid.add_row(f"{task} input", Text(seen["input"]))
             grid.add_row(f"{task} target", Text(seen["target"] or "none"))
         grid.add_row("rationale", Text(row["rationale"] or "none"))
-        title = Text(f"example {number} of {shown['split']}: {row['id']}")
-        console.print(Panel(grid, title=title, title_align="left"))
+        title = f"example {number} of {shown['split']}: {row['id']}"
+        console.print(Panel(grid, title=Text(title), title_align="left"))
 
 
 def _cell(found: dict[str, Any], key: str) -> str:
     if not found["present"]:
         return "absent" if key == "rows" else ""
-    if key not in found:
-        return ""
-    value = found[key]
-    if key.endswith("_accuracy"):
-        return "none" if value is None else f"{100 * value:.2f} %"
-    return "no choices" if key == "outside_label_set" and not found["closed_choices"] else f"{value:,}"
+    if key == "teacher_label_accuracy":
+        return "none" if found[key] is None else f"{100 * found[key]:.2f} %"
+    return f"{found[key]:,}" if key in found else ""

@@ -2,9 +2,7 @@
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import lightning.pytorch as pl
@@ -54,19 +52,8 @@ class Parser(LightningArgumentParser):
         # an abbreviation is mostly a typo, and changes its meaning when options are added
         super().__init__(*args, **kwargs, allow_abbrev=False)
 
-    def _parse_known_args(self, arg_strings: list[str], *args: Any, **kwargs: Any) -> Any:
-        """As argparse's; stores the arguments for messages."""
-        self._given = list(arg_strings)
-        return super()._parse_known_args(arg_strings, *args, **kwargs)
-
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Turn parsing errors into a ``UserError``; exceptions from importing a user's file pass through."""
-        if found := re.match(r"argument (--[\w.]+): expected one argument", message):
-            # names only the class of a class's argument
-            pairs = pairwise([*getattr(self, "_given", ()), "--"])
-            ends = (word for word, following in pairs if following.startswith("--") and "=" not in word)
-            whole = next((word for word in ends if word.startswith(f"{found[1]}.")), found[1])
-            message = message.replace(found[1], whole)
         import_given(message)
         if isinstance(ex, ValueError) and isinstance(ex.__context__, UserError):
             # from a function that links arguments
@@ -100,15 +87,13 @@ class Parser(LightningArgumentParser):
         for key in ("model.init_args.tasks", "model.init_args.teachers"):
             earlier, own = (found.get(key) if found else None for found in (previous_config.get(), parsed))
             if isinstance(earlier, dict) and isinstance(own, dict):
-                parsed[key] = _join(earlier, own)
+                both = {
+                    name: {**earlier[name], **own[name]}
+                    for name in earlier.keys() & own.keys()
+                    if isinstance(earlier[name], dict) and isinstance(own[name], dict)
+                }
+                parsed[key] = {**earlier, **own, **both}
         return parsed
-
-
-def _join(earlier: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Two mappings of names to settings; for a name in both, the settings of both."""
-    pairs = ((name, earlier[name], settings) for name, settings in own.items() if name in earlier)
-    both = {name: {**old, **new} for name, old, new in pairs if isinstance(old, dict) and isinstance(new, dict)}
-    return {**earlier, **own, **both}
 
 
 def call(
@@ -155,8 +140,7 @@ def call(
         given[positional[0]] = given.pop("words") or given[positional[0]] or []
     if "config" not in parameters:
         given.pop("config", None)
-    built = [given.pop(option) for option in classes]
-    return function(*built, **given)
+    return function(*(given.pop(option) for option in classes), **given)
 
 
 def import_class(class_path: str) -> type[Any]:
@@ -166,15 +150,23 @@ def import_class(class_path: str) -> type[Any]:
     return found
 
 
+def constructor_arguments(class_type: type[Any]) -> dict[str, Any]:
+    """The names and types of a class's constructor arguments, with those of its base classes."""
+    found: dict[str, Any] = {}
+    for klass in reversed(class_type.__mro__):
+        maker = vars(klass).get("__init__")
+        if inspect.isfunction(maker):
+            types = get_type_hints(maker)
+            named = (one for one in inspect.signature(maker).parameters.values() if one.kind is not one.VAR_KEYWORD)
+            found |= {one.name: types.get(one.name, Any) for one in named}
+    return {name: kind for name, kind in found.items() if name != "self"}
+
+
 def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
     """Raise a ``UserError`` for null where an argument does not allow it; jsonargparse misses those of classes."""
-    makers = [vars(klass).get("__init__") for klass in reversed(class_type.__mro__)]
-    hints = {
-        name: hint for maker in makers if inspect.isfunction(maker) for name, hint in get_type_hints(maker).items()
-    }
-    for name, hint in hints.items():
-        if arguments.get(name, 0) is None and hint is not Any and type(None) not in (hint, *get_args(hint)):
-            allowed = plain_type(str(hint) if get_args(hint) else repr(hint))
+    for name, kind in constructor_arguments(class_type).items():
+        if arguments.get(name, 0) is None and kind is not Any and type(None) not in (kind, *get_args(kind)):
+            allowed = plain_type(str(kind) if get_args(kind) else repr(kind))
             raise UserError(f"{name}: got null; allowed is {allowed}")
 
 

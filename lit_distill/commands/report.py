@@ -1,19 +1,26 @@
-"""The report at the end of a command: metrics, the exported student, sample predictions."""
+"""What an evaluation ends with: metrics, the saved student and sample predictions, or a file of predictions."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lit_distill.evaluation.answers import Evaluation
+from lit_distill.data.base import RationaleDataModule
+from lit_distill.evaluation.answers import Answer, Evaluation, answer_row
 from lit_distill.evaluation.metrics import judge
+from lit_distill.evaluation.summaries import gather_answers
+from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
+from lit_distill.tables import console_table
 
 _SHOWN_SAMPLES = 3
 
@@ -53,27 +60,20 @@ def report(module: DistillModule, *, student: Path | None = None, baseline: Mapp
 
 def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
     """The metrics with 95 % intervals, and the accuracies of chance and baseline."""
-    rows, whole = len(evaluation.answers), len(evaluation.key)
-    shown = f"{rows} rows" if rows == whole else f"{rows} of {whole} rows"
-    table = Table("metric", title=f"{evaluation.split} ({shown})", title_justify="left")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-
-    def add(name: str, values: Mapping[str, float], key: str) -> None:
-        low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
-        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        table.add_row(escape(name), f"{values[key]:.3f}", interval)
-
-    known = list(_NAMES)
+    count, whole = len(evaluation.answers), len(evaluation.key)
+    shown = f"{count} rows" if count == whole else f"{count} of {whole} rows"
+    table = console_table(f"{evaluation.split} ({shown})", ["metric"], ["value", "95 % interval"])
     metrics = evaluation.metrics
-    for name in sorted(metrics, key=lambda name: (known.index(name) if name in known else len(known), name)):
-        if not name.endswith(("_low", "_high")):
-            add(_NAMES.get(name, name.replace("_", " ")), metrics, name)
-    table.add_section()
+    others = sorted(name for name in metrics if name not in _NAMES and not name.endswith(("_low", "_high")))
+    rows = [(_NAMES.get(name, name.replace("_", " ")), metrics, name) for name in [*_NAMES, *others] if name in metrics]
     if chance := chance_level(evaluation):
-        add(f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy")
+        rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
     if baseline is not None:
-        add("accuracy of the label-only baseline", baseline, f"{evaluation.split}/accuracy")
+        rows.append(("accuracy of the label-only baseline", baseline, f"{evaluation.split}/accuracy"))
+    for title, values, name in rows:
+        low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        table.add_row(escape(title), f"{values[name]:.3f}", interval)
     return table
 
 
@@ -106,3 +106,52 @@ def _sample(row: Mapping[str, Any], title: str) -> Panel:
             text.append("\n")
     text.rstrip()
     return Panel(text, title=title, title_align="left")
+
+
+class _Writer(Callback):
+    """Writes the answers of all ranks, each row once, in the data's order."""
+
+    def __init__(self, path: Path, data: RationaleDataModule) -> None:
+        self.path, self.data = path, data
+        self.answers: list[Answer] = []
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: list[Answer], *args: Any
+    ) -> None:
+        """Keep a batch's answers."""
+        self.answers += outputs
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gather and write."""
+        answers = self.answers
+        if trainer.world_size > 1:
+            answers = gather_answers(answers, pl_module.gather, pl_module.device)  # type: ignore[operator,arg-type]
+        if trainer.is_global_zero:
+            key = self.data.answer_key(self.data.predict_split)
+            with atomic_write(self.path) as file:
+                for answer in sorted(answers, key=lambda answer: answer.index):
+                    file.write(json.dumps(answer_row(answer, key), ensure_ascii=False) + "\n")
+            rank_zero_info(f"Wrote {len(answers)} predictions to {self.path}")
+
+
+def write_predictions(
+    trainer: pl.Trainer, module: DistillModule, data: RationaleDataModule, path: Path, **kwargs: Any
+) -> None:
+    """Predict the data module's ``predict_split`` and write one JSON object per row; labels may be absent.
+
+    Args:
+        trainer: runs the prediction.
+        module: the student.
+        data: with the split.
+        path: the file; keys are id, input, label, prediction, correct, rationale.
+        **kwargs: for ``Trainer.predict``.
+    """
+    # before the work: whether it can be written
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+        # loggers take a folder with files for an earlier run
+        path.unlink()
+    trainer.callbacks.append(_Writer(path, data))  # type: ignore[attr-defined]  # not declared by Lightning
+    trainer.predict(module, datamodule=data, return_predictions=False, **kwargs)

@@ -1,100 +1,62 @@
-"""``--resume`` and ``--ckpt_path``: find the run and checkpoint to resume, and rewind its loggers."""
+"""``--resume`` and ``--ckpt_path``: find the run and the checkpoint to go on with."""
 
-import csv
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lit_distill.checkpoints import RunHistory
-from lit_distill.commands.naming import fixed_folder, is_logger, logger_folder, logger_root, loggers_of
+from lit_distill.commands.loggers import METRICS, fixed_folder, logger_folder, logger_root, loggers_of
 from lit_distill.errors import UserError
 from lit_distill.experiments.grid import without_location
-from lit_distill.files import atomic_write
-from lit_distill.modules.base import DistillModule
+from lit_distill.files import flatten
 from lit_distill.reading import parse_yaml
 from lit_distill.records import RECORD
 from lit_distill.students import read_config
 
-_CONFIG = "config.yaml"
-_METRICS = "metrics.csv"
+CONFIG = "config.yaml"
+"""A run's whole config, in its folder."""
 
 _NOT_THE_RESULT = {
     "resume", "predictions", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary",
 }  # fmt: skip
 """Keys without effect on results, besides those of the location."""
 
-_TRAINED_WITH = ("student", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps", "dropout", "dtype")
-"""Method arguments that must match the checkpoint."""
+_TRAINED_WITH = re.compile(
+    r"seed_everything$|data\.class_path$"
+    r"|data\.init_args\.(label_source|train_fraction|rationale_filter|rationale_pairing|seed)\b"
+    r"|model\.init_args\.(student|learning_rate|weight_decay|lr_schedule|warmup_steps|dropout|dtype|objectives)\b"
+)
+"""Keys of a config that a checkpoint's training must share, besides the method's own arguments."""
 
-_TRAINED_ON = ("label_source", "train_fraction", "rationale_filter", "rationale_pairing", "seed")
 
-
-def find_checkpoint(path: str | Path | None, folder: str | None, *, required: bool) -> str | Path | None:
-    """Check a checkpoint path: a file, a (sharded) folder, or ``last`` in ``folder``.
-
-    Unless ``required``, a run without ``last`` starts from the beginning.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path is None or path in ("hpc", "registry") or str(path).startswith("registry:"):
-        return path
-    if "://" in str(path):
-        raise UserError(f"ckpt_path: {str(path)!r} is elsewhere; copy the file here first")
-    if path == "last":
-        last = None if folder is None else Path(folder) / "last.ckpt"
-        if last is not None and last.exists():
-            check_whole(last)
-            return str(last)
-        if required or last is None:
-            where = "needs checkpoint.dirpath" if last is None else f"there is no {last}"
-            raise UserError(f"ckpt_path: 'last' {where}; fit --resume finds the run by itself")
-        return None
+def check_checkpoint(path: str | Path) -> None:
+    """Raise a ``UserError`` unless a path is a whole checkpoint: a file, or the folder of a sharded one."""
     file, fault = Path(path), None
     if not file.exists():
-        raise UserError(f"ckpt_path: no checkpoint {str(path)!r}; {_ALLOWED}")
-    if file.is_dir():
+        fault = "is not there"
+    elif file.is_dir():
         # the files of FSDP's and of DeepSpeed's sharded checkpoints
         if not any((file / name).exists() for name in ("meta.pt", "latest")):
             fault = "is a folder, and no sharded checkpoint"
     elif file.suffix != ".ckpt":
         fault = "does not end in .ckpt"
+    elif (damage := _damage(file)) is not None:
+        fault = f"is damaged ({damage})"
     else:
-        check_whole(file)
         try:
             read_config(path)
         except UserError as error:
             fault = f"is no checkpoint of lit_distill ({error})"
     if fault is not None:
-        raise UserError(f"ckpt_path: {str(path)!r} {fault}; {_ALLOWED}")
-    return path
-
-
-_ALLOWED = "allowed is a file of a run's checkpoints, or 'last' with checkpoint.dirpath"
-
-
-def check_whole(path: Path) -> None:
-    """Raise a ``UserError``, with the newest complete file, if a checkpoint is incomplete or its checksums differ."""
-    if (damage := _damage(path)) is None:
-        return
-    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
-    whole = next((other for other in others if _damage(other) is None), None)
-    advice = "no other in its folder is whole" if whole is None else f"the newest that is whole: --ckpt_path {whole}"
-    raise UserError(f"ckpt_path: {str(path)!r} is damaged ({damage}); {advice}")
+        raise UserError(f"ckpt_path: {str(path)!r} {fault}; allowed is a checkpoint of a run")
 
 
 def _damage(path: Path) -> str | None:
-    if path.is_dir():
-        return None
     try:
         with zipfile.ZipFile(path) as file:
             part = file.testzip()
@@ -102,16 +64,6 @@ def _damage(path: Path) -> str | None:
         # its index is at the end
         return f"cut off at {path.stat().st_size} bytes"
     return None if part is None else f"{part} is not what was written"
-
-
-def best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """The best checkpoint of a run; ``None`` if there is none."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            # for a resumed run it may be elsewhere, or gone
-            found = Path(callback.best_model_path)
-            return found if found.exists() else None
-    return None
 
 
 def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
@@ -123,45 +75,52 @@ def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
     return dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
 
 
-def check_unused(config: Namespace, command: str) -> None:
-    """Refuse to overwrite an earlier run. Raises a ``UserError`` that names its folder."""
-    csv_folders = [logger_folder(logger) for logger in loggers_of(config) if is_logger(logger, "CSVLogger")]
-    places = [(folder, _METRICS) for folder in csv_folders]
-    if command == "fit":
-        places += [(fixed_folder(config), name) for name in (RECORD, _CONFIG)]
-    for folder, name in places:
-        if folder is not None and (folder / name).exists():
-            finished = (folder / RECORD).exists()
-            kind = "a finished run" if finished else f"an earlier run ({name})"
-            go_on = "" if finished or command != "fit" else "go on with it by --resume, or "
-            raise UserError(f"{folder}: holds {kind}; {go_on}move it away, or give another folder")
+def find_run(config: Namespace, plain: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that ``fit`` goes on with; ``None`` if a new one begins.
 
+    All processes of a distributed run decide from files that do not change before all have joined.
 
-def newest_run(config: Namespace, plain: Mapping[str, Any]) -> tuple[Path, Path | None] | None:
-    """Folder and newest intact checkpoint of the newest run with this configuration.
+    Args:
+        config: ``ckpt_path`` becomes the run's newest checkpoint with ``resume``.
+        plain: the config as it is in ``config.yaml``.
 
-    ``plain`` is the configuration as in ``config.yaml``.
+    Raises:
+        SystemExit: with code 0 if the run to resume is finished.
     """
-    wanted = _settings(plain)
+    path, folder = config["ckpt_path"], fixed_folder(config)
+    if not config["resume"]:
+        own = folder is not None and path is not None and Path(path).absolute().is_relative_to(folder.absolute())
+        return folder if own and folder is not None and not (folder / RECORD).exists() else None
+    config["resume"] = False
+    if (run := _newest_run(config, plain)) is None:
+        return None
+    folder, checkpoint = run
+    if (folder / RECORD).exists():
+        # for restarted jobs
+        rank_zero_only(print)(f"--resume: this run is finished: {folder}")
+        raise SystemExit(0)
+    config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
+    rank_zero_info(f"--resume: going on with {folder} from {checkpoint or 'its beginning'}")
+    return folder
+
+
+def _newest_run(config: Namespace, plain: Mapping[str, Any]) -> tuple[Path, Path | None] | None:
+    """Folder and newest intact checkpoint of the newest run with this configuration."""
+    wanted, hint = _settings(plain), ""
     found: list[tuple[Path, Path | None]] = []
-    others: dict[Path, str] = {}
     for folder in _folders(config):
         try:
-            content = parse_yaml((folder / _CONFIG).read_bytes())
+            content = parse_yaml((folder / CONFIG).read_bytes())
         except ValueError as error:
-            raise UserError(f"resume: {folder / _CONFIG} is damaged ({error}); move the run away") from error
-        saved = _settings(content if isinstance(content, Mapping) else {})
-        keys = [key for key in {**wanted, **saved} if wanted.get(key) != saved.get(key)]
-        if not keys:
+            raise UserError(f"resume: {folder / CONFIG} is damaged ({error}); move the run away") from error
+        there = _settings(content if isinstance(content, Mapping) else {})
+        differing = sorted(key for key in {**wanted, **there} if wanted.get(key) != there.get(key))
+        if not differing:
             found.append((folder, _newest_checkpoint(folder, config)))
         elif not (folder / RECORD).exists():
-            others[folder] = ", ".join(sorted(keys)[:3])
+            hint = f"; the unfinished {folder} differs in {', '.join(differing[:3])}"
     if found:
-        return max(found, key=lambda run: (run[1] or run[0] / _CONFIG).stat().st_mtime)
-    hint = ""
-    if others:
-        nearest = max(others, key=lambda folder: (folder / _CONFIG).stat().st_mtime)
-        hint = f"; the unfinished {nearest} differs in {others[nearest]}"
+        return max(found, key=lambda run: (run[1] or run[0] / CONFIG).stat().st_mtime)
     rank_zero_info(f"--resume: no earlier run of this configuration{hint}. A new one begins.")
     return None
 
@@ -173,7 +132,7 @@ def _folders(config: Namespace) -> list[Path]:
         folders = sorted(logger_root(loggers[0]).glob("*"))
     else:
         folders = [Path(config["trainer"]["default_root_dir"] or ".")]
-    return [folder for folder in folders if (folder / _CONFIG).is_file()]
+    return [folder for folder in folders if (folder / CONFIG).is_file()]
 
 
 def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,103 +144,47 @@ def _newest_checkpoint(folder: Path, config: Namespace) -> Path | None:
     whole: list[Path] = []
     for path in Path(config["checkpoint"]["dirpath"] or folder / "checkpoints").glob("*.ckpt"):
         try:
-            find_checkpoint(path, None, required=True)
+            check_checkpoint(path)
             whole.append(path)
         except UserError as error:
             rank_zero_warn(f"--resume: passed over: {error}")
     return max(whole, key=lambda path: (read_progress(path).get("global_step", 0), path.stat().st_mtime), default=None)
 
 
-def check_same_training(config: Namespace, method: type[DistillModule], progress: Mapping[str, Any]) -> None:
-    """Refuse arguments that contradict the checkpoint. Raises a ``UserError`` that names the first."""
-    trained = progress.get("hyper_parameters", {})
-    given = method.init_settings(config["model"]["init_args"].as_dict())
-    base = DistillModule.init_settings({})
-    own = [name for name in trained if name in given and name not in base and not name.endswith("_prefix")]
-    rows, read = config["data"]["init_args"].as_dict(), progress.get("datamodule_hyper_parameters", {})
-    dataset, seed = str(config["data"]["class_path"]).rpartition(".")[2], config["seed_everything"]
-    pairs: list[tuple[str, Any, Any]] = [
-        ("data", RunHistory.of(progress).get("dataset") or dataset, dataset),
-        *((f"model.{name}", trained[name], given.get(name, {})) for name in (*_TRAINED_WITH, *own) if name in trained),
-        *((f"data.{name}", read[name], rows.get(name, {})) for name in _TRAINED_ON if name in read),
-    ]
-    if (drawn := progress.get("lit_distill_seed")) is not None and not isinstance(seed, bool):
-        pairs.append(("seed_everything", drawn, seed))
-    if "objectives" in trained:
-        pairs.append(("model.objectives", _objectives(trained["objectives"]), _objectives(given["objectives"])))
-    for key, before, now in pairs:
-        if key == "model.student":
-            before, now = Path(str(before)).name, Path(str(now)).name
-        # the checkpoint has only the name of an object
-        if now != before and not isinstance(now, Mapping) and not (key == "model.student" and now.endswith(".ckpt")):
-            raise UserError(
-                f"{key}: the checkpoint was trained with {before}, got {now}; leave it as it was, or begin another run"
-                " from the checkpoint's weights: --model.student CHECKPOINT in place of --ckpt_path"
-            )
+def check_unused(config: Namespace, *, fit: bool) -> None:
+    """Refuse to overwrite an earlier run. Raises a ``UserError`` that names its folder."""
+    places = [(folder, METRICS) for folder in map(logger_folder, loggers_of(config))]
+    if fit:
+        places += [(fixed_folder(config), name) for name in (RECORD, CONFIG)]
+    for folder, name in places:
+        if folder is not None and (folder / name).exists():
+            finished = (folder / RECORD).exists()
+            kind = "a finished run" if finished else f"an earlier run ({name})"
+            go_on = "" if finished or not fit else "go on with it by --resume, or "
+            raise UserError(f"{folder}: holds {kind}; {go_on}move it away, or give another folder")
 
 
-def _objectives(listed: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Objectives by class name, with their plain settings."""
-    found = []
-    for one in listed or ():
-        settings = {
-            name: value for name, value in (one.get("init_args") or {}).items() if isinstance(value, int | float | str)
-        }
-        found.append({"class": one["class_path"].rpartition(".")[2]} | settings)
-    return found
-
-
-def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:
-    """Change a config in place: loggers continue in the run's folder, from its checkpoint's step."""
-    loggers = loggers_of(config)
-    versions = RunHistory.of(progress).get("versions", [])
-    if len(versions) != len(loggers):
-        # no checkpoint yet: use the first logger's folder
-        own = folder.name.removeprefix("version_")
-        versions = [] if config["checkpoint"]["dirpath"] else [int(own) if own.isdigit() else own]
-    for logger, version in zip(loggers, versions, strict=False):
-        if logger.init_args.get("version") is None:
-            logger.init_args["version"] = version
-        if is_logger(logger, "TensorBoardLogger"):
-            # it hides later steps
-            logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": progress.get("global_step", 0)}
-
-
-class Metrics(ExperimentWriter):
-    """``metrics.csv`` of a resumed run; Lightning's own writer would delete it.
+def check_same_training(plain: Mapping[str, Any], trained: Mapping[str, Any], shared: Collection[str]) -> None:
+    """Refuse a config that contradicts the one a checkpoint was trained with.
 
     Args:
-        log_dir: its folder.
-        steps: keep rows up to this optimizer step.
+        plain: the config.
+        trained: the checkpoint's; empty if it holds none.
+        shared: the arguments that all methods have; those of one method alone must be the same.
+
+    Raises:
+        UserError: names the first key.
     """
-
-    def __init__(self, log_dir: str, steps: int) -> None:
-        super().__init__(log_dir)
-        path = Path(self.metrics_file_path)
-        # a killed process may leave an incomplete row
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        reader = csv.DictReader(line for line in lines if line.endswith("\n"))
-        rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < steps]
-        self.metrics_keys = list(reader.fieldnames or ()) if rows else []
-        path.unlink(missing_ok=True) if not rows else self._write(rows, self.metrics_keys)
-
-    def _check_log_dir_exists(self) -> None:
-        """Keep the files of earlier parts."""
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with Path(self.metrics_file_path).open(encoding="utf-8", newline="") as file:
-            self._write(list(csv.DictReader(file)), fieldnames)
-
-    def _write(self, rows: list[dict[str, Any]], names: list[str]) -> None:
-        with atomic_write(self.metrics_file_path) as file:
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-@rank_zero_only
-def keep_metrics(loggers: Sequence[Logger], progress: Mapping[str, Any]) -> None:
-    """Make CSV loggers continue after the checkpoint's step."""
-    for logger in loggers:
-        if isinstance(logger, CSVLogger):
-            logger._experiment = Metrics(logger.log_dir, progress.get("global_step", 0))
+    given = flatten(plain)
+    for key, before in flatten(trained).items():
+        now, argument = given.get(key), key.removeprefix("model.init_args.")
+        own = argument != key and argument.partition(".")[0] not in shared and not key.endswith("_prefix")
+        if key not in given or not (own or _TRAINED_WITH.match(key)) or now == before:
+            continue
+        if argument == "student" and (Path(str(now)).name == Path(str(before)).name or str(now).endswith(".ckpt")):
+            continue
+        raise UserError(
+            f"{key.replace('.init_args.', '.').removesuffix('.class_path')}: the checkpoint was trained with {before},"
+            f" got {now}; leave it as it was, or begin another run from the checkpoint's weights: --model.student"
+            " CHECKPOINT in place of --ckpt_path"
+        )

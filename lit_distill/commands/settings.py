@@ -1,15 +1,14 @@
 """Checks of a parsed config: bounds, contradictions, and data arguments set by the model."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from jsonargparse._link_arguments import skip_apply_links
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.checks import check_range
-from lit_distill.commands.parser import import_class
+from lit_distill.commands.parser import Parser, import_class
 from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule
 
@@ -24,8 +23,17 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 """Bounds of trainer arguments beyond their types."""
 
 
-def check_settings(config: Namespace) -> None:
-    """Check bounds beyond types. Raises a ``UserError`` that names the key, its bounds and the value."""
+def check_settings(parser: Parser, given: list[str] | Mapping[str, Any], config: Namespace) -> None:
+    """Check bounds beyond types, and that no data argument is given that the model sets.
+
+    Args:
+        parser: of the config.
+        given: what was parsed: words of the command line, or a config.
+        config: the result.
+
+    Raises:
+        UserError: names the key, what is allowed and the value.
+    """
     for group in ("trainer", "validation", "checkpoint"):
         if not isinstance(config[group], Namespace):
             raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
@@ -33,19 +41,27 @@ def check_settings(config: Namespace) -> None:
         if isinstance(value := config["trainer"][name], int | float):
             check_range(f"trainer.{name}", value, **bounds)
     check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
+    check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
+    if (model := config.get("model")) is None:
+        return
+    parse: Any = parser.parse_args if isinstance(given, list) else parser.parse_object
+    with skip_apply_links():
+        alone = parse(given, defaults=False)
+    settings = (alone.get("data") or Namespace()).get("init_args") or Namespace()
+    for name, value in linked(model).items():
+        if settings.get(name) not in (None, value):
+            raise UserError(f"data.{name}: {settings[name]!r} is decided by the model, as {value!r}; leave it out")
 
 
 def settle(config: Namespace, command: str) -> None:
     """Check combinations of keys, and set derived ones, in place. Raises a ``UserError`` that names the key."""
     trainer, fit = config["trainer"], command == "fit"
-    check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
     if config["baseline_after_fit"] and not config["test_after_fit"]:
         raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
-    unbound = [name for name in ("max_steps", "max_epochs") if trainer[name] in (None, -1)]
-    for name in {"max_steps", "max_epochs"} - {*unbound}:
-        if fit:
-            check_range(f"trainer.{name}", trainer[name], at_least=1, below=2**31, whole=True)
-    if fit and len(unbound) == 2 and trainer["max_time"] is None:
+    bounded = [name for name in ("max_steps", "max_epochs") if trainer[name] not in (None, -1)]
+    for name in bounded if fit else ():
+        check_range(f"trainer.{name}", trainer[name], at_least=1, below=2**31, whole=True)
+    if fit and not bounded and trainer["max_time"] is None:
         raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
     if not fit and config["ckpt_path"] is None:
         model = config["model"]["init_args"]
@@ -55,31 +71,9 @@ def settle(config: Namespace, command: str) -> None:
                 " ckpt_path, or a student that has weights and from_scratch: false"
             )
         rank_zero_info(f"No ckpt_path: {command} takes the student {model.get('student')!r} as it is.")
-    if config.get("verbose") is not None:
-        # our table of metrics, with intervals, replaces Lightning's
-        config["verbose"] = False
-    if config.get("weights_only") is None:
-        # our checkpoints have plain data only; anything else would be code to run
-        config["weights_only"] = True
     if trainer["val_check_interval"] is not None:
         # an explicit interval of Lightning wins
         config["validation"]["every_n_steps"] = None
-    if config["cpu_threads"] is not None:
-        torch.set_num_threads(config["cpu_threads"])
-
-
-def refuse_overruled(parser: LightningArgumentParser, args: ArgsType, config: Namespace) -> None:
-    """Refuse data arguments that the model sets. Raises a ``UserError`` that names the argument."""
-    if (model := config.get("model")) is None:
-        return
-    parse: Any = parser.parse_object if isinstance(args, dict | Namespace) else parser.parse_args
-    with skip_apply_links():
-        given = parse(args, defaults=False)
-    given = given if "subcommand" not in given else given[given["subcommand"]]
-    settings = (given.get("data") or Namespace()).get("init_args") or Namespace()
-    for name, value in linked(model).items():
-        if settings.get(name) not in (None, value):
-            raise UserError(f"data.{name}: {settings[name]!r} is decided by the model, as {value!r}; leave it out")
 
 
 def linked_tasks(class_path: str, init_args: Namespace | None = None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def check() -> FitCheck:
-    return FitCheck.make()
+    return FitCheck()
 
 
 def small(student: Path, **content: Any) -> dict[str, Any]:
@@ -457,7 +457,7 @@ def test_a_sweep_is_the_same_cells(student_folder: Path, check: FitCheck) -> Non
     experiment(write(content), launcher="print")
     commands = agents_commands(Path("cells/sweep.yaml"))
     assert all(command[:5] == ["/usr/bin/env", "python", "-m", "lit_distill", "fit"] for command in commands)
-    parser = check._parser("fit")
+    parser = check.parser
     swept = [parser.parse_args(command[5:]) for command in commands]
     cells = [check.parsed(yaml.safe_load(path.read_text())) for path in sorted(Path("cells").glob("*/fit.yaml"))]
     assert len(cells) == 8

@@ -6,14 +6,14 @@ import pytest
 from jsonargparse import Namespace
 
 from lit_distill.commands.experiment import FitCheck, accepted_arguments
-from lit_distill.commands.naming import run_name, wandb_naming
+from lit_distill.commands.loggers import run_name, wandb_naming
 from lit_distill.experiments.grid import LOCATION, fit_keys, merge, nested
 
 
 @pytest.fixture(scope="module")
 def check() -> FitCheck:
     """``fit``'s parser."""
-    return FitCheck.make()
+    return FitCheck()
 
 
 def config(check: FitCheck, student: Path, **changes: object) -> Namespace:

@@ -1,17 +1,25 @@
-"""Names of runs, and the folders of their files."""
+"""The name of a run, its folder, and its loggers, which go on where a resumed run does."""
 
+import csv
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
-from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, identifying
-from lit_distill.files import flatten
+from lit_distill.checkpoints import RunHistory
+from lit_distill.comparison.settings import identifying
+from lit_distill.files import atomic_write
+
+METRICS = "metrics.csv"
 
 
 def names(config: Namespace) -> tuple[str, str]:
@@ -22,29 +30,28 @@ def names(config: Namespace) -> tuple[str, str]:
     return f"{dataset}{part}", model["class_path"].rpartition(".")[2].removesuffix("Module")
 
 
+def _setting(config: Namespace) -> list[str]:
+    arguments = config["data"].get("init_args") or Namespace()
+    fraction = f"{arguments.get('train_fraction', 1.0):g}"
+    return [*names(config), arguments.get("label_source", "gold"), fraction]
+
+
 def run_name(config: Namespace) -> str:
     """A run's name, which is also its folder's."""
-    arguments = config["data"].get("init_args") or Namespace()
-    source, fraction = arguments.get("label_source", "gold"), arguments.get("train_fraction", 1.0)
-    return f"{'-'.join(names(config))}-{source}-{fraction:g}-seed{config['seed_everything']}"
+    return "-".join([*_setting(config), f"seed{config['seed_everything']}"])
 
 
 def wandb_naming(config: Namespace) -> dict[str, Any]:
     """Name, group and tags of a run in W&B.
 
-    Runs of a group differ in their seeds alone. The group's name has the main settings and a hash of all settings that
-    a comparison distinguishes.
+    Runs of a group differ in their seeds alone: its name ends in a hash of all settings that a comparison tells apart.
     """
-    known = identifying({key: value for key, value in config.as_dict().items() if key != "config"})
-    dataset, method = names(config)
-    student = Path(known.get(STUDENT, "")).name
-    source, fraction = known.get(LABELS, "gold"), float(known.get(FRACTION, 1))
-    weight = known.get(WEIGHT, "1")
-    odd = [f"weight{weight}"] * (weight != "1") + ["shuffled"] * (known.get(PAIRING) == "shuffled")
-    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
-    group = "-".join([dataset, method, source, f"{fraction:g}", student[:60], *odd, digest])
-    seed = config["seed_everything"]
-    tags = [dataset, method, student, f"{source} labels", f"fraction {fraction:g}", *odd, f"seed {seed}"]
+    settings = identifying({key: value for key, value in config.as_dict().items() if key != "config"})
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    student, seed = Path(str(config["model"]["init_args"]["student"])).name, config["seed_everything"]
+    dataset, method, source, fraction = _setting(config)
+    group = "-".join([dataset, method, source, fraction, student[:60], digest])
+    tags = [dataset, method, student, f"{source} labels", f"fraction {fraction}", f"seed {seed}"]
     return {"name": f"{group}-seed{seed}", "group": group, "tags": [tag[:64] for tag in tags]}
 
 
@@ -68,12 +75,6 @@ def name_loggers(config: Namespace, job_type: str) -> None:
             logger.init_args["name"] = name
         if naming:
             logger["dict_kwargs"] = {**naming, "job_type": job_type} | dict(logger.get("dict_kwargs") or {})
-
-
-def plain_config(config: Namespace) -> dict[str, Any]:
-    """A config with dotted keys and plain values, for loggers."""
-    flat = flatten(config.as_dict())
-    return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat.items()}
 
 
 def loggers_of(config: Namespace) -> list[Namespace]:
@@ -117,3 +118,46 @@ def run_folder(trainer: pl.Trainer) -> Path:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             return Path(callback.dirpath).parent
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def continue_loggers(config: Namespace, folder: Path, progress: Mapping[str, Any]) -> None:
+    """Change a config in place: loggers continue in the run's folder, from its checkpoint's step."""
+    loggers = loggers_of(config)
+    versions = RunHistory.of(progress).get("versions", [])
+    if len(versions) != len(loggers):
+        # no checkpoint yet: use the first logger's folder
+        own = folder.name.removeprefix("version_")
+        versions = [] if config["checkpoint"]["dirpath"] else [int(own) if own.isdigit() else own]
+    for logger, version in zip(loggers, versions, strict=False):
+        if logger.init_args.get("version") is None:
+            logger.init_args["version"] = version
+        if is_logger(logger, "TensorBoardLogger"):
+            # it hides later steps
+            logger["dict_kwargs"] = {**(logger.get("dict_kwargs") or {}), "purge_step": progress.get("global_step", 0)}
+
+
+class _Continued(ExperimentWriter):
+    """Writes ``metrics.csv``, and keeps the rows of earlier parts."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing, unlike Lightning's."""
+
+
+@rank_zero_only
+def keep_metrics(loggers: Sequence[Logger], steps: int) -> None:
+    """Let CSV loggers go on after so many optimizer steps; rows of later ones are taken out."""
+    for logger in loggers:
+        if not isinstance(logger, CSVLogger):
+            continue
+        logger._experiment = writer = _Continued(logger.log_dir)
+        path = Path(logger.log_dir, METRICS)
+        if path.is_file():
+            # a killed process may leave an incomplete row
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            reader = csv.DictReader(line for line in lines if line.endswith("\n"))
+            rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < steps]
+            writer.metrics_keys = list(reader.fieldnames or ())
+            with atomic_write(path) as file:
+                table = csv.DictWriter(file, fieldnames=writer.metrics_keys)
+                table.writeheader()
+                table.writerows(rows)
