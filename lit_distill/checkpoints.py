@@ -232,8 +232,7 @@ class RunHistory(Callback):
             self.started, self._before = state_dict["started"], state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        dataset = type(getattr(trainer, "datamodule", None)).__name__
-        self._known = {"versions": [logger.version for logger in trainer.loggers], "dataset": dataset}
+        self._known = {"versions": [logger.version for logger in trainer.loggers]}
         # on every rank, as finding the folder is a collective
         self.lock(self._folder(trainer))
 

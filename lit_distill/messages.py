@@ -33,7 +33,8 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
     """
     found = re.match(r'Parser key "([^"]+)":', message)
     key, text = (found[1], message[found.end() :]) if found else ("", message)
-    return " ".join((_line(key, text, options) or f"{key}: {text}".removeprefix(": ")).split())
+    plain = f"{key}: {text}".removeprefix(": ").replace("Problems parsing config", "config: not YAML")
+    return " ".join((_line(key, text, options) or plain).split())
 
 
 def _line(key: str, text: str, options: Sequence[str]) -> str | None:
@@ -51,8 +52,12 @@ def _line(key: str, text: str, options: Sequence[str]) -> str | None:
     option = r"(?:Group '([^']+)' )?does not accept option '([^']+)'|(?:Option|Key) '([^']+)' is not "
     if found := re.search(rf"unrecognized arguments: --?(\S+?)(?:[= ]|$)|{option}", text):
         return _unknown_option(".".join(filter(None, found.groups())), options)
+    given = re.search(r"Given value: (.+)", text, flags=re.DOTALL)
+    if given and (found := re.search(r"subclass of (\w+)", text)):
+        return (
+            f"{key}: got {given[1]}; allowed is a {found[1]} by name or import path, or with class_path and init_args"
+        )
     if key and (expected := re.findall(r"Expected (?:a |an |)(.+?)(?:\. Got value: (.+))?(?:\n|$)", text)):
-        given = re.search(r"Given value: (.+)", text, flags=re.DOTALL)
         value = given[1] if given else next((got for _, got in expected if got), "")
         types = dict.fromkeys(plain_type(kind) for kind, _ in expected if not kind.startswith("path but"))
         return f"{key}: got {value}; allowed is {', or '.join(types)}"

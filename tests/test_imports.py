@@ -91,7 +91,7 @@ def test_the_check_sees_each_form_of_an_import() -> None:
 
 def run_python(*lines: str) -> dict[str, Any]:
     """What a fresh process holds after some lines, by which it has to leave a dictionary ``found``."""
-    code = "\n".join(["import gc, json, sys", "from lit_distill.cli import main", *lines])
+    code = "\n".join(["import gc, json, sys", "from lit_distill.cli import main, run", *lines])
     code += "\nprint('FOUND', json.dumps(found | {'modules': sorted(sys.modules)}), sep='')"
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
@@ -139,7 +139,8 @@ def test_what_is_no_command_imports_nothing_heavy(arguments: list[str], code: in
 def test_a_command_imports_no_more_than_it_needs(student_folder: Path) -> None:
     arguments = ["inspect", "--data=ToyDataModule", "--data.train_size=4", f"--data.tokenizer={student_folder}"]
     found = run_python(
-        f"main({arguments}, own_process=True)",
+        f"sys.argv[1:] = {arguments}",
+        "run()",
         "found = {'collects': gc.isenabled(), 'left_alone': gc.get_freeze_count()}",
     )
     # loggers that are not asked for, scorers that nothing is scored by

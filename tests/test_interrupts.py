@@ -145,7 +145,7 @@ def test_a_run_is_saved_at_a_signal_and_goes_on_from_there(
     assert lines[1].endswith(" --resume")
     assert lines[2] == f"lit_distill: stopped by {name}"
     assert torch.load("kept/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
-    run("fit", given, "--ckpt_path=last")
+    run("fit", given, "--ckpt_path=kept/checkpoints/last.ckpt")
     assert_same_run(unbroken, Path("kept"))
     assert not list(Path("kept").rglob("*.tmp"))
     [whole] = run_folders(unbroken.parent / "runs")
@@ -172,10 +172,10 @@ def test_a_signal_in_the_test_after_fit_keeps_what_was_trained(
     assert lines[0].startswith("Stopped by SIGTERM at step 6 of 6: saved in ")
     assert_same_run(unbroken, Path("kept"))
     # what goes on from here finds the checkpoint by itself, and has the test to do
-    resumed = arguments(student_folder, "--ckpt_path", "last")
+    resumed = arguments(student_folder, "--ckpt_path", "kept/checkpoints/last.ckpt")
     assert stopped(capfd, "fit", resumed, sent)[1][1] == lines[1]
     assert not Path("kept/run.json").exists()
-    run("fit", arguments(student_folder), "--ckpt_path=last")
+    run("fit", arguments(student_folder), "--ckpt_path=kept/checkpoints/last.ckpt")
     assert_same_run(unbroken, Path("kept"))
     assert Path("kept/run.json").exists()
 

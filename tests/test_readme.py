@@ -13,7 +13,6 @@ import yaml
 from lit_distill.cli import main
 from lit_distill.commands.experiment import experiment
 from lit_distill.commands.parser import Parser
-from lit_distill.commands.train import DistillCLI
 from lit_distill.data import JSONLDataModule
 from lit_distill.students import load_tokenizer
 from tests.runs import QUIET, at_work_in
@@ -93,13 +92,13 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "my_teachers.py").write_text(python_block("ProgramTeacher"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(DistillCLI, "_parse_ckpt_path", lambda self: None)
-    monkeypatch.setattr(DistillCLI, "instantiate_classes", stop)
-    monkeypatch.setattr("lit_distill.commands.inspect_cli.InspectCLI.instantiate_classes", stop)
+    monkeypatch.setattr("lit_distill.commands.train.check_checkpoint", lambda path: None)
+    monkeypatch.setattr("lit_distill.commands.train.read_progress", lambda path: {})
+    monkeypatch.setattr("lit_distill.commands.inspect.inspect_data", stop)
     # the grid is checked, nothing is run
     monkeypatch.setattr("lit_distill.commands.experiment._state", stop)
     monkeypatch.setattr("lit_distill.comparison.runs.find_runs", stop)
-    # `annotate` parses, builds and asks
+    # all others parse, and build
     monkeypatch.setattr(Parser, "instantiate_classes", stop)
     arguments = shlex.split(command)
     if ".help" in command:

@@ -74,7 +74,7 @@ def unbroken(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 # a step is 2, 3, 5, 6, 8 and 9 micro-batches into the run; validation after steps 2, 4 and 6
 @pytest.mark.parametrize(
     ("after", "keyboard", "inside"),
-    [(2, False, False), (4, False, False), (7, False, False), (4, True, False), (3, False, True), (6, True, True)],
+    [(2, False, False), (7, False, False), (4, True, False), (3, False, True), (6, True, True)],
 )
 def test_a_broken_run_that_is_resumed_ends_as_the_unbroken_one(
     after: int, keyboard: bool, inside: bool, unbroken: Path, here: Path
@@ -108,20 +108,14 @@ def test_a_broken_run_that_is_resumed_ends_as_the_unbroken_one(
         # broken off between a step and the validation that follows it, the run goes on after both
         validated = [row["step"] for folder in (broken, resumed) for row in metric_rows(folder) if "val/loss" in row]
         assert validated == ["1", "3", "5"]
-
-
-def test_a_resumed_run_says_which_student_it_began_with(student_folder: Path) -> None:
-    with pytest.raises(FloatingPointError):
-        run("fit", arguments(student_folder), interrupt(6))
-    [broken] = run_folders()
-    run("fit", arguments(student_folder), f"--ckpt_path={broken / 'checkpoints' / 'last.ckpt'}")
-    _, resumed = run_folders()
-    kept = yaml.safe_load((resumed / "config.yaml").read_text())
-    assert kept["model"]["init_args"]["student"] == str(student_folder)
-    hparams = yaml.safe_load((resumed / "hparams.yaml").read_text())
-    assert hparams["student"] == str(student_folder)
-    assert last(resumed)["hyper_parameters"]["student"] == str(student_folder)
-    assert f"# {student_folder.name} trained on toy" in (resumed / "student" / "README.md").read_text()
+    # the student that it began with
+    for name, keys in (("config.yaml", ("model", "init_args", "student")), ("hparams.yaml", ("student",))):
+        found = yaml.safe_load((resumed / name).read_text())
+        for key in keys:
+            found = found[key]
+        assert found == str(student)
+    assert second["hyper_parameters"]["student"] == str(student)
+    assert f"# {student.name} trained on toy" in (resumed / "student" / "README.md").read_text()
 
 
 def test_a_resumed_run_keeps_the_earlier_best(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,37 +148,6 @@ def test_a_best_that_is_gone_is_said(student_folder: Path) -> None:
         run("fit", arguments(student_folder), f"--ckpt_path={broken / 'checkpoints' / 'last.ckpt'}")
     _, resumed = run_folders()
     assert list((resumed / "checkpoints").glob("best-step*.ckpt"))
-
-
-# Lightning's words on a folder that holds the first run's checkpoints, which is the point here
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-def test_the_same_command_starts_and_resumes(unbroken: Path, student_folder: Path) -> None:
-    same = [*arguments(student_folder), "--checkpoint.dirpath=kept/checkpoints", "--ckpt_path=last"]
-    with pytest.raises(FloatingPointError):
-        run("fit", same, interrupt(7))
-    assert torch.load("kept/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
-    run("fit", same)
-    ended = torch.load("kept/checkpoints/last.ckpt", weights_only=True)
-    assert ended["global_step"] == STEPS
-    weights = last(unbroken)["state_dict"]
-    assert all(torch.equal(weight, ended["state_dict"][name]) for name, weight in weights.items())
-    assert Path("kept/student/model.safetensors").is_file()
-
-
-def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_offered(
-    student_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("fit", arguments(student_folder), "--checkpoint.dirpath=kept", "--checkpoint.save_top_k=2")
-    older, newer = sorted(Path("kept").glob("best*.ckpt"), key=lambda path: path.stat().st_mtime)
-    assert older != newer
-    for command, size, path in (("test", 4000, "last"), ("fit", 4000, "kept/last.ckpt"), ("fit", 0, "last")):
-        with Path("kept/last.ckpt").open("rb+") as file:
-            file.truncate(size)
-        line = refusal(capsys, command, arguments(student_folder), "--checkpoint.dirpath=kept", f"--ckpt_path={path}")
-        assert line == (
-            f"ckpt_path: 'kept/last.ckpt' is damaged (cut off at {size} bytes);"
-            f" the newest that is whole: --ckpt_path {newer}"
-        )
 
 
 def test_a_checkpoint_of_another_optimizer_is_not_gone_on_from(

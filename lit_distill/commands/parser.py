@@ -140,7 +140,8 @@ def call(
         given[positional[0]] = given.pop("words") or given[positional[0]] or []
     if "config" not in parameters:
         given.pop("config", None)
-    return function(*(given.pop(option) for option in classes), **given)
+    built = [given.pop(option) for option in classes]
+    return function(*built, **given)
 
 
 def import_class(class_path: str) -> type[Any]:

@@ -61,11 +61,13 @@ def report(module: DistillModule, *, student: Path | None = None, baseline: Mapp
 def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
     """The metrics with 95 % intervals, and the accuracies of chance and baseline."""
     count, whole = len(evaluation.answers), len(evaluation.key)
-    shown = f"{count} rows" if count == whole else f"{count} of {whole} rows"
-    table = console_table(f"{evaluation.split} ({shown})", ["metric"], ["value", "95 % interval"])
+    part = "" if count == whole else f" of {whole}"
+    table = console_table(f"{evaluation.split} ({count}{part} rows)", ["metric"], ["value", "95 % interval"])
     metrics = evaluation.metrics
     others = sorted(name for name in metrics if name not in _NAMES and not name.endswith(("_low", "_high")))
-    rows = [(_NAMES.get(name, name.replace("_", " ")), metrics, name) for name in [*_NAMES, *others] if name in metrics]
+    shown = [name for name in [*_NAMES, *others] if name in metrics]
+    rows: list[tuple[str, Mapping[str, float], str]]
+    rows = [(_NAMES.get(name, name.replace("_", " ")), metrics, name) for name in shown]
     if chance := chance_level(evaluation):
         rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
     if baseline is not None:
@@ -125,7 +127,7 @@ class _Writer(Callback):
         """Gather and write."""
         answers = self.answers
         if trainer.world_size > 1:
-            answers = gather_answers(answers, pl_module.gather, pl_module.device)  # type: ignore[operator,arg-type]
+            answers = gather_answers(answers, pl_module.gather, pl_module.device)  # type: ignore[arg-type]
         if trainer.is_global_zero:
             key = self.data.answer_key(self.data.predict_split)
             with atomic_write(self.path) as file:

@@ -494,7 +494,6 @@ def released_file(assets: Assets, draw: random.Random) -> Case:
 def full_disk(assets: Assets, draw: random.Random) -> Case:
     command = draw.choice(["fit", "predict", "inspect", "annotate", "compare"])
     more = {
-        "inspect": ["--json=report.json"],
         "annotate": ["--dry_run=false"],
         "predict": ["--predictions=answers.jsonl"],
     }.get(command, [])

@@ -780,12 +780,11 @@ def test_from_a_toy_without_teacher_to_a_trained_student(
     assert len(rows) == 12
     assert {(row["rationale"], row["label"]) for row in rows} == {("bird : owl . fish : carp .", "owl")}
     annotated = [*data, "--data.rationales=out"]
-    run("inspect", annotated, f"--data.tokenizer={student_folder}", "--json=report.json")
-    report = json.loads(Path("report.json").read_text())["splits"]["train"]
-    assert (report["parsed"], report["unparsed"], report["no_output"]) == (12, 0, 0)
-    right_ones = sum(row["agrees"] for row in rows)
-    assert report["teacher_label_accuracy"] == pytest.approx(right_ones / 12)
     capsys.readouterr()
+    run("inspect", annotated, f"--data.tokenizer={student_folder}")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "- output parsed │ 12 │" in shown
+    assert f"teacher accuracy, of all outputs │ {100 * sum(row['agrees'] for row in rows) / 12:.2f} %" in shown
     # val and test were not asked about, which need no rationales
     run("fit", small_model(student_folder), annotated, "--data.batch_size=4", small_trainer(steps=1))
     assert list(Path("runs").rglob("student/model.safetensors"))

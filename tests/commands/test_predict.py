@@ -112,4 +112,4 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(
     with pytest.raises(SystemExit) as stopped:
         run("predict", small_model(weights_folder), toy_data(), "--trainer.accelerator=cpu", target)
     assert stopped.value.code == 2
-    assert f"predictions: {tmp_path / 'file' / 'out.jsonl'} cannot be read or written" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'}: cannot be read or written" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from lit_distill.callbacks import Throughput
 from lit_distill.cli import main
 from lit_distill.objectives import Objective, Step
-from lit_distill.records import PREDICTIONS, RECORD, read_record
+from lit_distill.records import RECORD, read_record
 from tests.runs import at_work_in, flat, metric_rows, refusal, run, run_folders, small_model, small_toy, toy_data
 from tests.runs import small_trainer as trainer_settings
 
@@ -70,8 +70,8 @@ def test_a_run_goes_on_in_its_own_folder(
     saving: bool, unbroken: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = [*command(student_folder), "--resume"]
-    # within steps 4, 5 and 6; what was validated last is step 2, 4 and 4
-    for after in (5, 7, 8):
+    # before the first checkpoint, and within steps 4, 5 and 6; what was validated last is step 2, 4 and 4
+    for after in (2, 5, 7, 8):
         broken(monkeypatch, after, same, saving=saving)
     run("fit", same)
     [folder] = run_folders()
@@ -81,48 +81,6 @@ def test_a_run_goes_on_in_its_own_folder(
     assert all(torch.equal(weight, weights(unbroken)[name]) for name, weight in weights(folder).items())
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     assert (kept["resume"], kept["trainer"]["logger"][0]["init_args"]["version"]) == (False, None)
-
-
-def test_the_record_has_the_whole_wall_time(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    same = [*command(student_folder), "--resume"]
-    broken(monkeypatch, 7, same)
-    [folder] = run_folders()
-    path = folder / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    [state] = [state for name, state in checkpoint["callbacks"].items() if name.startswith("RunHistory")]
-    assert 0 < state["seconds"] < 600
-    state |= {"seconds": 5000.0, "started": "2020-01-01T00:00:00+00:00"}
-    torch.save(checkpoint, path)
-    run("fit", same)
-    record = read_record(folder)
-    assert 5000 < record.wall_seconds < 5600
-    assert record.started == "2020-01-01T00:00:00+00:00"
-    assert record.steps == STEPS
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_its_folder(
-    student_folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    same = [*command(student_folder), "--resume"]
-    broken(monkeypatch, 2, same, saving=False)
-    run("fit", same)
-    [folder] = run_folders()
-    assert steps(folder, "train/loss") == list(range(STEPS))
-
-
-def test_a_finished_run_is_not_run_again(
-    student_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    same = [*small_toy(student_folder), "--resume"]
-    run("fit", same)
-    [folder] = run_folders()
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(flat(["fit", same]))
-    assert ended.value.code == 0
-    assert f"this run is finished: {folder}" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_another_configuration_is_another_run(
@@ -136,71 +94,55 @@ def test_another_configuration_is_another_run(
     assert "version_0 differs in test_after_fit, trainer.max_steps" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:--resume. passed over:UserWarning")
-@pytest.mark.parametrize("damage", ["middle", "an_empty_folder"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    damage: str, student_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_checkpoints_are_named_and_passed_over(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = [*command(student_folder), "--resume"]
     broken(monkeypatch, 7, same)
     [folder] = run_folders()
     path = folder / "checkpoints" / "last.ckpt"
     content = path.read_bytes()
     middle = len(content) // 2
-    if damage == "middle":
-        path.write_bytes(content[:middle] + bytes(2000) + content[middle + 2000 :])
-    else:
-        path.unlink()
-        path.mkdir()
-    with pytest.warns(UserWarning, match=f"passed over: .*{path}"):
-        broken(monkeypatch, 5, same, saving=False)
-    if path.is_dir():
-        path.rmdir()
-    run("fit", same)
+    path.write_bytes(content[:middle] + bytes(2000) + content[middle + 2000 :])
+    (folder / "checkpoints" / "empty.ckpt").mkdir()
+    with pytest.warns(UserWarning, match="passed over") as told:
+        run("fit", same)
+    named = " ".join(str(one.message) for one in told)
+    assert f"'{path}' is damaged (" in named
+    assert "empty.ckpt' is a folder" in named
     assert run_folders() == [folder]
     assert steps(folder, "train/loss") == list(range(STEPS))
 
 
-def test_a_copied_run_goes_on_from_its_latest_step(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    same = [*command(student_folder), "--resume"]
-    broken(monkeypatch, 7, same)
-    [folder] = run_folders()
-    # a copy's files are as old as the copying of each
-    for path in folder.glob("checkpoints/best*"):
-        os.utime(path, (2e9, 2e9))
-    with monkeypatch.context() as patch:
-        started: list[int] = []
-        patch.setattr(Throughput, "on_train_start", lambda self, trainer, module: started.append(trainer.global_step))
-        run("fit", same)
-    assert started == [4]
-
-
-def test_a_run_that_was_moved_goes_on_and_keeps_its_best(
+def test_a_run_that_was_moved_goes_on_from_its_latest_step_and_keeps_its_best_and_its_time(
     here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the loss falls: the first validation stays the best
     best = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max", "--resume"]
     broken(monkeypatch, 7, command(student_folder), best, f"--trainer.default_root_dir={here / 'before'}")
     shutil.move("before", "after")
-    run("fit", command(student_folder), best, f"--trainer.default_root_dir={here / 'after'}")
     [folder] = run_folders(Path("after/runs"))
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    [state] = [state for name, state in checkpoint["callbacks"].items() if name.startswith("RunHistory")]
+    assert 0 < state["seconds"] < 600
+    state |= {"seconds": 5000.0, "started": "2020-01-01T00:00:00+00:00"}
+    torch.save(checkpoint, path)
+    # a copy's files are as old as the copying of each
+    for older in folder.glob("checkpoints/best*"):
+        os.utime(older, (2e9, 2e9))
+    with monkeypatch.context() as patch:
+        started: list[int] = []
+        patch.setattr(Throughput, "on_train_start", lambda self, trainer, module: started.append(trainer.global_step))
+        run("fit", command(student_folder), best, f"--trainer.default_root_dir={here / 'after'}")
+    assert started == [4]
+    assert run_folders(Path("after/runs")) == [folder]
     assert steps(folder, "train/loss") == list(range(STEPS))
     assert [path.name for path in folder.glob("checkpoints/best*")] == ["best-step2.ckpt"]
-    assert read_record(folder).validation["step"] == 2
+    record = read_record(folder)
+    assert (record.validation["step"], record.steps, record.started) == (2, STEPS, "2020-01-01T00:00:00+00:00")
+    assert 5000 < record.wall_seconds < 5600
 
 
-def test_a_damaged_config_is_named(
-    student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    same = [*command(student_folder), "--resume"]
-    broken(monkeypatch, 2, same)
-    [folder] = run_folders()
-    for content in (b"{a: [", b"\xff", b"!!python/object:os.system {}"):
-        (folder / "config.yaml").write_bytes(content)
-        assert refusal(capsys, "fit", same).startswith(f"resume: {folder}/config.yaml is damaged (")
-
-
-def test_a_run_that_is_running_is_left_alone(
+def test_a_run_that_is_running_or_has_a_damaged_config_is_left_alone(
     student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = [*command(student_folder), "--resume"]
@@ -211,30 +153,18 @@ def test_a_run_that_is_running_is_left_alone(
         assert refusal(capsys, "fit", same) == f"{folder}: another process is running it"
     assert (folder / "metrics.csv").read_bytes() == before
 
-
-def test_a_refused_command_locks_nothing(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    same = [*command(student_folder), "--checkpoint.dirpath=kept/checkpoints", "--ckpt_path=last"]
-    broken(monkeypatch, 7, same)
-    with pytest.raises(SystemExit) as refused:
-        main(flat(["fit", same, "--model.learning_rate=0.5"]))
-    # as a notebook keeps the last error
-    assert refused.value.code == 2
-    run("fit", same)
-
-
-def test_a_run_is_locked_before_its_files_are_changed(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    same = [*command(student_folder), "--resume"]
-    broken(monkeypatch, 7, same)
-    [folder] = run_folders()
-
     def locked(*args: object) -> None:
         with pytest.raises(Timeout):
             FileLock(folder / ".lock").acquire(timeout=0)
         raise FloatingPointError
 
+    # nothing is changed before it is locked
     monkeypatch.setattr("lit_distill.commands.train.keep_metrics", locked)
     with pytest.raises(FloatingPointError):
         run("fit", same)
+    for content in (b"{a: [", b"\xff", b"!!python/object:os.system {}"):
+        (folder / "config.yaml").write_bytes(content)
+        assert refusal(capsys, "fit", same).startswith(f"resume: {folder}/config.yaml is damaged (")
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
@@ -245,13 +175,17 @@ def test_only_fit_resumes(student_folder: Path, capsys: pytest.CaptureFixture[st
 def test_what_to_resume_is_said_once(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, "fit", small_toy(student_folder), "--resume", "--ckpt_path=a.ckpt")
     assert line.startswith("ckpt_path: not with --resume")
-    assert "--resume" in refusal(capsys, "fit", small_toy(student_folder), "--ckpt_path=last")
 
 
-def test_a_checkpoint_folder_of_its_own(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    same = [*command(student_folder), "--checkpoint.dirpath=kept/checkpoints", "--resume"]
+@pytest.mark.parametrize("more", ["--resume", "--ckpt_path=kept/checkpoints/last.ckpt"])
+def test_a_checkpoint_folder_of_its_own(more: str, student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [*command(student_folder), "--checkpoint.dirpath=kept/checkpoints"]
     broken(monkeypatch, 7, same)
-    run("fit", same)
+    with pytest.raises(SystemExit) as refused:
+        main(flat(["fit", same, more, "--model.learning_rate=0.5"]))
+    # as a notebook keeps the last error; nothing stays locked
+    assert refused.value.code == 2
+    run("fit", same, more)
     assert read_record("kept").steps == STEPS
     [folder] = run_folders()
     assert steps(folder, "train/loss") == list(range(STEPS))
@@ -268,9 +202,6 @@ def test_tensorboard_goes_on_in_its_folder(student_folder: Path, monkeypatch: py
     events: Any = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(STEPS))
-
-
-# ---------------------------------------------------------------------------------- what is never written over
 
 
 def test_a_fixed_version_writes_over_nothing(
@@ -290,20 +221,21 @@ def test_a_fixed_version_writes_over_nothing(
     assert steps(folder, "train/loss") == list(range(STEPS))
 
 
-@pytest.mark.parametrize("last", [True, False])
-def test_a_finished_run_is_never_written_over(
-    last: bool, student_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_is_neither_run_again_nor_written_over(
+    student_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = [*small_toy(student_folder), "--checkpoint.dirpath=kept/checkpoints"]
     run("fit", same)
-    record, predictions = Path("kept", RECORD).read_bytes(), Path("kept", PREDICTIONS).read_bytes()
-    more = ["--ckpt_path=last"] if last else []
-    line = refusal(capsys, "fit", same, "--trainer.max_steps=3", more)
-    assert line.startswith("kept: holds a finished run")
-    assert (Path("kept", RECORD).read_bytes(), Path("kept", PREDICTIONS).read_bytes()) == (record, predictions)
-
-
-# --------------------------------------------------------------------------------- what a record says is true
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(flat(["fit", same, "--resume"]))
+    assert ended.value.code == 0
+    assert "this run is finished: kept" in capsys.readouterr().out
+    for more in ([], ["--ckpt_path=kept/checkpoints/last.ckpt"]):
+        line = refusal(capsys, "fit", same, "--trainer.max_steps=3", more)
+        assert line.startswith("kept: holds a finished run")
+    assert before == {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
 
 
 @pytest.mark.parametrize(
@@ -313,14 +245,17 @@ def test_a_finished_run_is_never_written_over(
         ("--model.rationale_weight=3", "model.rationale_weight: the checkpoint was trained with 1.0, got 3.0"),
         ("--seed_everything=4", "seed_everything: the checkpoint was trained with 0, got 4"),
         ("--data.train_fraction=0.5", "data.train_fraction: the checkpoint was trained with 1.0, got 0.5"),
-        ("--data=CQADataModule", "data: the checkpoint was trained with ToyDataModule, got CQADataModule"),
+        (
+            "--data=CQADataModule",
+            "data: the checkpoint was trained with lit_distill.data.ToyDataModule, got lit_distill",
+        ),
         ("--data.rationale_filter=agrees", "data.rationale_filter: the checkpoint was trained with none, got agrees"),
         ("--model.dtype=bfloat16", "model.dtype: the checkpoint was trained with float32, got bfloat16"),
         (
             "--model.objectives=[{class_path: tests.commands.test_resume.Extra, init_args: {weight: 2}}]",
-            "model.objectives: the checkpoint was trained with [], got [{'class': 'Extra', 'weight': 2",
+            "model.objectives: the checkpoint was trained with None, got [{'class_path'",
         ),
-        ("--model.student=other", "model.student: the checkpoint was trained with tiny, got other"),
+        ("--model.student=other", "model.student: the checkpoint was trained with /"),
     ],
 )
 def test_what_contradicts_a_checkpoint_is_refused(
@@ -338,14 +273,6 @@ class Extra(Objective):
         return step.student.loss("label")
 
 
-def test_a_run_with_an_objective_goes_on(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = ["--model.objectives=[{class_path: tests.commands.test_resume.Extra, init_args: {weight: 2}}]", "--resume"]
-    broken(monkeypatch, 7, command(student_folder), extra)
-    run("fit", command(student_folder), extra)
-    [folder] = run_folders()
-    assert steps(folder, "train/extra_loss") == list(range(STEPS))
-
-
 class Keep:
     """A filter that has settings."""
 
@@ -356,11 +283,18 @@ class Keep:
         return True
 
 
-def test_a_filter_with_settings_is_the_same_when_resumed(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [f"--data.rationale_filter={__name__}.Keep", "--data.rationale_filter.count=3", "--resume"]
-    broken(monkeypatch, 7, command(student_folder), kept)
-    run("fit", command(student_folder), kept)
-    assert len(run_folders()) == 1
+def test_an_objective_and_a_filter_with_settings_are_the_same_when_resumed(
+    student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [
+        *command(student_folder),
+        f"--model.objectives=[{{class_path: {__name__}.Extra, init_args: {{weight: 2}}}}]",
+    ]
+    same += [f"--data.rationale_filter={__name__}.Keep", "--data.rationale_filter.count=3", "--resume"]
+    broken(monkeypatch, 7, same)
+    run("fit", same)
+    [folder] = run_folders()
+    assert steps(folder, "train/extra_loss") == list(range(STEPS))
 
 
 def test_an_evaluation_s_settings_may_differ(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
