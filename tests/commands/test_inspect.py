@@ -166,4 +166,4 @@ def test_what_fit_would_refuse_is_told_after_the_report(
     assert stopped.value.code == 2
     told = capsys.readouterr()
     assert "rows used" in told.out
-    assert "tasks: contrast needs teacher outputs of kind contrast, and has no target in train" in told.err
+    assert "tasks: contrast has no target in train" in told.err
