@@ -118,20 +118,21 @@ def judge(folder: Path, tolerance: float) -> dict[str, str]:
     """Whether each setting's mean accuracy is as published, within percentage points; prints it, too."""
     # pandas takes a second to import
     from lit_distill.comparison.comparing import compare_runs
-    from lit_distill.comparison.report import cells
+    from lit_distill.comparison.report import number, with_error
     from lit_distill.comparison.runs import find_runs
 
     comparison = compare_runs(*find_runs([folder]), allow_different_tests=True)
-    judged = comparison.settings.dropna(subset="published")
-    verdicts = {}
-    for row, text in zip(judged.to_dict("records"), cells(judged, comparison.metric), strict=False):
+    metric, verdicts = comparison.metric, {}
+    for row in comparison.settings.dropna(subset="published").to_dict("records"):
         difference = 100 * (row["mean"] - row["published"])
         verdict = "above" if difference > 0 else "below"
         # 63.29 and 3.1 are not exact in binary
         if abs(difference) <= tolerance + 1e-9:
             verdict = f"within {tolerance:g} points"
         verdicts[row["name"]] = verdict
-        print(f"{row['name']}: {text['mean ± se']} ({row['n']} seeds), published {text['published']}: {verdict}")
+        measured = with_error(number(row["mean"], metric), row["error"], metric)
+        published = number(row["published"], metric)
+        print(f"{row['name']}: {measured} ({row['n']} seeds), published {published}: {verdict}")
     return verdicts
 
 
