@@ -58,27 +58,22 @@ class RationaleDataModule(Dataset):
         tokenizer: the student's: a hub name, a folder, a tokenizer, or `Tokens`.
         batch_size: training examples per batch and device.
         eval_batch_size: evaluation examples per batch and device; ``batch_size`` by default.
-        tasks: task name -> settings of `lit_distill.tasks.Task`, or a list of ``label``, ``rationale``,
-            ``rationale_label``, ``label_rationale``.
+        tasks: task name -> settings, or a list of ``label``, ``rationale``, ``rationale_label``, ``label_rationale``.
         label_source: train on the data's labels (``gold``) or on the teacher's; val and test are always gold.
         rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
             label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
             ``agrees and not contains_label``, those that meet them.
-        train_fraction: fraction of the training rows, drawn by ``seed`` after val is split off (before, in the
-            reference code).
+        train_fraction: fraction of the training rows, drawn by ``seed`` after val is split off.
         seed: of the order of training rows, the ``train_fraction``, and sampled targets.
         max_source_length: maximum tokens of an input; longer ones are truncated and counted.
-        max_target_length: maximum tokens of a target; longer ones are truncated (the rationale before the label) and
-            counted.
+        max_target_length: the same of a target; the rationale is cut before the label.
         num_workers: data loader processes per device; 0 loads in the main process.
-        allow_extra_outputs: accept more teacher outputs than rows, for a file that is the beginning of the released
-            one.
+        allow_extra_outputs: accept more teacher outputs than rows, where a file is the beginning of the released one.
         predict_split: the split for ``predict``.
         batching: ``shuffled`` training batches, or ``by_length`` for rows of similar length (length bucketing), with
             less padding; batches are in random order either way.
-        rationales: teacher outputs in place of the dataset's own: a folder of ``annotate``, its ``rationales.jsonl`` or
-            ``rationales.parquet``, or a list of them, joined by ``id``; ``released`` in the list means the dataset's
-            own.
+        rationales: teacher outputs in place of the dataset's own, joined by ``id``: a folder of ``annotate``, its JSON
+            lines or Parquet file, or a list of them, in which ``released`` means the dataset's own.
         rationale_pairing: train on each row's ``own`` rationale, or, as a control, on ``shuffled`` ones: the same
             rationales paired with other rows by ``seed``.
     """

@@ -17,14 +17,9 @@ from lit_distill.evaluation.answers import Split
 from lit_distill.reading import json_lines, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""The files that can be read."""
 
-_SPLIT_NAMES: dict[str, tuple[str, ...]] = {
-    "train": ("train",),
-    "val": ("val", "validation", "valid", "dev"),
-    "test": ("test",),
-    "predict": ("predict", "test"),
-}
+# of a folder that `save_to_disk` wrote
+_SPLIT_NAMES = {"val": ("val", "validation", "valid", "dev"), "predict": ("predict", "test")}
 
 
 class Table(NamedTuple):
@@ -131,10 +126,11 @@ def _read_folder(path: Path, split: Split) -> Table:
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{split}: {path} is no folder that save_to_disk wrote ({error})") from error
     if isinstance(loaded, dict):
-        names = [name for name in _SPLIT_NAMES[split] if name in loaded]
-        if not names:
-            raise UserError(f"{split}: {path} holds {', '.join(loaded)}, none of {', '.join(_SPLIT_NAMES[split])}")
-        loaded = loaded[names[0]]
+        allowed = _SPLIT_NAMES.get(split, (split,))
+        name = next((name for name in allowed if name in loaded), None)
+        if name is None:
+            raise UserError(f"{split}: {path} holds {', '.join(loaded)}, none of {', '.join(allowed)}")
+        loaded = loaded[name]
     return _from_dataset(loaded, str(path))
 
 

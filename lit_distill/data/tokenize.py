@@ -148,15 +148,10 @@ def _cached(path: Path, count: int) -> Any:
 
 
 class TokenRows(Dataset[TokenRow]):
-    """The rows of a tokenised split by position.
+    """The rows of a tokenised split (the ``table`` of `tokenize_once`) by position.
 
     Position ``epoch * rows + i`` is row ``i`` in a later epoch, for tasks that ``sample`` a target: the sample depends
     on seed, epoch and row alone. ``PADDING_ROW`` is the first row without targets.
-
-    Args:
-        table: from `tokenize_once`.
-        settings: tasks and lengths.
-        seed: of the samples.
     """
 
     def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:

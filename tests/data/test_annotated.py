@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from lit_distill.annotation.record import Annotation, digest
 from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.batch import IGNORE_INDEX
-from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
+from lit_distill.data import CQADataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row
-from tests.data.conftest import WriteCQA, WriteLines, cqa_output, cqa_rows
+from tests.data.conftest import WriteCQA, WriteLines, cqa_output
 from tests.rows import make_row
 
 BOTH = ("label", "rationale")
@@ -98,9 +98,6 @@ def counted(module: RationaleDataModule, split: Split = "train") -> dict[str, in
     return {name: count for name, count in counts.items() if count}
 
 
-# ---------------------------------------------------------------- the join, dataset by dataset
-
-
 def svamp(folder: Path, write_lines: WriteLines, count: int = 10) -> Path:
     rows = [{"input": f"How many are {i} and {i}?", "label": f"( {i}.0 + {i}.0 )"} for i in range(count)]
     write_lines(folder / "svamp" / "svamp_train.json", rows)
@@ -121,13 +118,6 @@ def test_rows_and_samples_are_joined_by_id_not_by_place(tmp_path: Path, write_li
     assert counted(module)["teacher_correct"] == len(module.used_rows("train").rows) == 9
 
 
-def test_released_outputs_are_not_needed(write_cqa: WriteCQA, say: Say) -> None:
-    lines = [said(f"q{i}", input=digest(f"Q{i}?\nAnswer Choices:\n(a) yes\n(b) no", ["yes", "no"])) for i in range(20)]
-    for outputs in ([], [cqa_output(0)], [cqa_output(i) for i in range(30)]):
-        module = CQADataModule(data_dir=write_cqa(outputs=outputs), tasks=BOTH, rationales=say(lines))
-        assert rationales(module) | rationales(module, "val") == {f"q{i}": f"R0 of q{i}" for i in range(20)}
-
-
 def test_val_that_is_taken_off_train_keeps_its_samples(write_cqa: WriteCQA, say: Say) -> None:
     lines = [said(f"q{i}", sample, label) for i in range(20) for sample, label in enumerate(("no", "yes"))]
     module = CQADataModule(data_dir=write_cqa(outputs=[]), rationales=say(lines))
@@ -140,17 +130,6 @@ def test_val_that_is_taken_off_train_keeps_its_samples(write_cqa: WriteCQA, say:
             assert (row.rationale, row.teacher_label) == (f"R0 of {row.id}", "no")
             assert [other.text for other in row.outputs[1:]] == [f"R1 of {row.id}"]
     assert module.answer_key("val").rationales == [f"R0 of {row.id}" for row in val]
-
-
-def test_a_toy_s_own_teacher_is_not_heard(say: Say) -> None:
-    module = ToyDataModule(
-        train_size=3, val_size=2, test_size=1, tasks=BOTH, rationales=say([said("toy-train-1"), said("toy-train-0")])
-    )
-    module.prepare_data()
-    assert rationales(module) == {"toy-train-0": "R0 of toy-train-0", "toy-train-1": "R0 of toy-train-1"} | {
-        "toy-train-2": None
-    }
-    assert set(rationales(module, "val").values()) == {None}
 
 
 def test_a_user_s_own_teacher_is_not_heard(tmp_path: Path, write_lines: WriteLines, say: Say) -> None:
@@ -175,9 +154,6 @@ def test_batches_hold_what_was_said(tokenizer: PreTrainedTokenizerFast, jsonl: M
     assert len(batch["label"]["labels"]) == 3
 
 
-# ---------------------------------------------------------------- which samples
-
-
 def test_samples_of_other_splits_are_left_aside(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
     module = jsonl([said("a"), said("b", split="test"), said("x", split="test"), said("x")])
     assert rationales(module) == {"a": "R0 of a", "b": None, "c": None}
@@ -185,18 +161,6 @@ def test_samples_of_other_splits_are_left_aside(jsonl: Make, caplog: pytest.LogC
     caplog.clear()
     assert rationales(module, "test") == {"x": "R0 of x"}
     assert re.search(r"jsonl test: 1 samples in .*rationales\.jsonl are of rows that are not here", caplog.text)
-
-
-def test_a_file_of_another_split_alone_says_nothing_of_this_one(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
-    module = jsonl([said("x", split="test"), said("y", split="test")])
-    assert set(rationales(module).values()) == {None}
-    assert caplog.text == ""
-
-
-def test_strange_ids_are_told_of(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
-    module = jsonl([said("a"), said("zebra"), said("yak"), said("yak", 1)])
-    assert rationales(module)["a"] == "R0 of a"
-    assert "jsonl train: 3 samples in" in caplog.text
 
 
 def test_nothing_but_strange_ids_is_an_error(jsonl: Make) -> None:
@@ -221,8 +185,6 @@ def test_every_row_is_accounted_for(jsonl: Make) -> None:
     assert [row.id for row in rows_of(module) if row.outputs and row.rationale is None] == ["b"]
     assert rationales(module) == {"a": "R0 of a", "b": None, "c": None}
 
-
-# ---------------------------------------------------------------- several samples
 
 SEVERAL = [
     said("a", 1, "yes"),
@@ -285,12 +247,6 @@ def test_the_teacher_s_label_is_that_of_the_sample(jsonl: Make) -> None:
     assert jsonl(SEVERAL, label_source="teacher").answer_key("train").labels == ["yes", "no", "yes"]
 
 
-def test_rows_without_a_sample_have_no_teacher_s_label(jsonl: Make) -> None:
-    module = jsonl([said("a"), said("b", label=None)], label_source="teacher")
-    assert rationales(module) == {"a": "R0 of a"}
-    assert module.counts["train"]["dropped_without_teacher_label"] == 2
-
-
 def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
     lines = [said("b", teacher="U"), said("a", 0, "no", teacher="T"), said("a", 1, teacher="U"), said("b", teacher="T")]
     module = jsonl(lines)
@@ -310,11 +266,6 @@ def test_a_user_s_own_columns_can_be_filtered_by(rationale_filter: Any, jsonl: M
     module = jsonl(lines, rationale_filter=rationale_filter)
     assert rationales(module) == {"a": "R1 of a", "b": "R0 of b", "c": None}
     assert module.counts["train"]["rationale_filtered"] == 1
-
-
-def test_a_user_s_own_columns_may_be_of_some_samples_alone(jsonl: Make) -> None:
-    module = jsonl([said("a", 0), said("a", 1, score=3)], rationale_filter="score > 2")
-    assert rationales(module)["a"] == "R1 of a"
 
 
 def test_splits_that_nothing_was_said_of_need_no_columns(tokenizer: PreTrainedTokenizerFast, jsonl: Make) -> None:
@@ -405,9 +356,6 @@ def test_a_task_without_outputs_is_named(task: dict[str, Any], message: str, wri
         module.check_split("train", "fit")
 
 
-# ---------------------------------------------------------------- whose file it is
-
-
 def write_store(folder: Path, samples: Iterable[Annotation], *, ended: bool) -> None:
     """As a job writes it."""
     with AnnotationStore(folder) as store:
@@ -466,12 +414,6 @@ def test_a_torn_line_is_left_aside_while_a_job_writes(jsonl: Make, say: Say) -> 
     path.write_bytes(whole[:-20])
     assert rationales(jsonl(folder)) == {"a": "R0 of a", "b": None, "c": None}
     assert path.read_bytes() == whole[:-20]
-
-
-def test_a_job_that_writes_can_be_read(tmp_path: Path, jsonl: Make) -> None:
-    with AnnotationStore(tmp_path / "out") as store:
-        store.append(Annotation("a", "train", text="x", rationale="R", label="yes"))
-        assert rationales(jsonl(tmp_path / "out"))["a"] == "R"
 
 
 HAND_WRITTEN = [{"id": "b", "rationale": "By hand.", "label": "no"}, {"id": "a", "rationale": "Too.", "label": "no"}]
@@ -536,12 +478,6 @@ def test_a_file_that_went_through_pandas_is_read(name: str, tmp_path: Path, json
     assert rationales(jsonl(path, rationale_filter="length == 2 and votes == 1")) == {"a": "R a", "b": None, "c": None}
 
 
-def test_json_lines_are_read_before_parquet(tmp_path: Path, jsonl: Make) -> None:
-    write_store(tmp_path / "out", [Annotation("a", "train", text="x", rationale="old", label="yes")], ended=True)
-    (tmp_path / "out" / FILE).write_text('{"id": "a", "rationale": "new", "label": "yes"}\n')
-    assert rationales(jsonl(tmp_path / "out"))["a"] == "new"
-
-
 def test_a_file_of_any_name_is_read(jsonl: Make, say: Say) -> None:
     folder = say([said("a")], "mine.jsonl")
     assert rationales(jsonl(folder / "mine.jsonl"))["a"] == "R0 of a"
@@ -580,9 +516,6 @@ def test_a_damaged_line_is_named(jsonl: Make, say: Say) -> None:
         jsonl(folder).released("train")
 
 
-# ---------------------------------------------------------------- what is not there
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -600,15 +533,6 @@ def test_where_nothing_was_said_it_is_named(
     module = jsonl([failed("a"), said("b", label=None)], tokenizer=tokenizer, **arguments)
     with pytest.raises(UserError, match=rf"^{message}"):
         module.setup("fit")
-
-
-def test_a_filter_that_keeps_nothing_is_said(tokenizer: PreTrainedTokenizerFast, jsonl: Make) -> None:
-    module = jsonl([said("a"), said("b")], rationale_filter="sample > 3", tokenizer=tokenizer)
-    with pytest.raises(UserError, match="rationale_filter: sample > 3 leaves no rationale"):
-        module.setup("fit")
-
-
-# ---------------------------------------------------------------- whom a teacher is asked about
 
 
 def alone(rows: Sequence[Row] | None) -> list[str]:
@@ -631,14 +555,6 @@ def test_a_teacher_is_asked_about_the_whole_file(write_cqa: WriteCQA, say: Say) 
     assert CQADataModule(data_dir=data / "none").rows_to_ask("train") is None
 
 
-def test_released_val_is_asked_about_too(tmp_path: Path, write_lines: WriteLines) -> None:
-    rows = [{"premise": "p", "hypothesis": str(i), "label": 0} for i in range(3)]
-    write_lines(tmp_path / "esnli" / "esnli_valid.json", rows)
-    module = ESNLIDataModule(data_dir=tmp_path)
-    assert alone(module.rows_to_ask("val")) == [f"esnli-val-{i}" for i in range(3)]
-    assert module.rows_to_ask("train") is None
-
-
 class Own(RationaleDataModule):
     """A dataset whose rows lie elsewhere."""
 
@@ -658,15 +574,6 @@ def test_a_dataset_that_loads_its_splits_itself_is_asked_about_and_joined(say: S
     assert rationales(Own(tasks=BOTH)) == dict.fromkeys(("train0", "train1", "train2"), "old")
 
 
-def test_rows_that_share_an_id_cannot_be_asked_about(tmp_path: Path, write_lines: WriteLines) -> None:
-    write_lines(tmp_path / "cqa" / "cqa_train.json", [*cqa_rows(2), *cqa_rows(1)])
-    with pytest.raises(UserError, match="rows 0 and 2 share the id 'q0'"):
-        CQADataModule(data_dir=tmp_path).rows_to_ask("train")
-
-
-# ---------------------------------------------------------------- the module's settings
-
-
 @pytest.mark.parametrize("as_text", [False, True])
 def test_a_checkpoint_holds_the_path_as_plain_text(as_text: bool, write_cqa: WriteCQA, say: Say) -> None:
     folder = say([said(f"q{i}", score=i) for i in range(20)])
@@ -679,11 +586,6 @@ def test_a_checkpoint_holds_the_path_as_plain_text(as_text: bool, write_cqa: Wri
     assert rationales(again) == rationales(module)
     assert again.majority_label == module.majority_label == "yes"
     assert again.describe()["rationales"] == str(folder)
-
-
-def test_without_rationales_there_is_none() -> None:
-    assert ToyDataModule().hparams["rationales"] is None
-    assert ToyDataModule().describe()["rationales"] is None
 
 
 def test_texts_alone_are_parsed_as_the_dataset_has_it(jsonl: Make) -> None:

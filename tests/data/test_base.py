@@ -18,7 +18,6 @@ from lit_distill.batch import IGNORE_INDEX, PADDING_ROW
 from lit_distill.data import CQADataModule, ESNLIDataModule, JSONLDataModule, SVAMPDataModule, base
 from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
-from lit_distill.tasks import Row
 from tests.data.conftest import WriteCQA, WriteLines, cqa_output
 
 BOTH = ("label", "rationale")
@@ -95,12 +94,6 @@ def test_answers(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> Non
     assert module.answer_key("val") is key
 
 
-def test_a_rationale_that_did_not_parse_is_none_in_the_answers(write_cqa: WriteCQA) -> None:
-    module = CQADataModule(data_dir=write_cqa(outputs=["?"] * 20))
-    assert module.answer_key("val").rationales == [None, None]
-    assert module.counts["val"]["unparsed"] == 2
-
-
 def test_the_majority_is_known_once_train_is_read(write_cqa: WriteCQA) -> None:
     module = CQADataModule(data_dir=write_cqa())
     assert module.majority_label is None
@@ -134,16 +127,6 @@ def test_inputs_that_test_shares_with_train_are_said(
     assert caplog.text.count("also in train") == 1
 
 
-def test_fractions_are_of_what_remains_and_nested(write_cqa: WriteCQA) -> None:
-    data = write_cqa(train=40)
-
-    def drawn(fraction: float) -> set[str]:
-        return {row.id for row in CQADataModule(data_dir=data, train_fraction=fraction).used_rows("train").rows}
-
-    assert [len(drawn(fraction)) for fraction in (0.001, 0.25, 0.5, 1.0)] == [1, 9, 18, 36]
-    assert drawn(0.001) < drawn(0.25) < drawn(0.5) < drawn(1.0)
-
-
 def test_label_agrees_is_by_the_dataset_s_metric(tmp_path: Path, write_lines: WriteLines) -> None:
     rows = [{"input": f"{i}?", "label": "( 4.0 / 2.0 )"} for i in range(10)]
     write_lines(tmp_path / "svamp" / "svamp_train.json", rows)
@@ -153,17 +136,6 @@ def test_label_agrees_is_by_the_dataset_s_metric(tmp_path: Path, write_lines: Wr
     module = SVAMPDataModule(data_dir=tmp_path, tasks=BOTH, rationale_filter="label_agrees")
     examples = module.used_rows("train").rows
     assert {(row.rationale is None, int(row.id.rpartition("-")[2]) % 2) for row in examples} == {(False, 0), (True, 1)}
-
-
-def never(example: Row) -> bool:
-    return False
-
-
-@pytest.mark.parametrize("rationale_filter", [never, f"{__name__}.never"])
-def test_a_filter_of_one_s_own(rationale_filter: Any, write_cqa: WriteCQA) -> None:
-    module = CQADataModule(data_dir=write_cqa(), tasks=BOTH, rationale_filter=rationale_filter)
-    assert all(row.rationale is None for row in module.used_rows("train").rows)
-    assert module.counts["train"]["rationale_filtered"] == 18
 
 
 @pytest.mark.parametrize(
@@ -186,15 +158,6 @@ def test_train_without_teacher_outputs(
         CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("fit")
     CQADataModule(data_dir=data, tokenizer=tokenizer, **arguments).setup("test")
     CQADataModule(data_dir=data, tokenizer=tokenizer).setup("fit")
-
-
-def test_no_row_left_to_train_on(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
-    outputs = ["?"] * 19 + [cqa_output(19)]
-    module = CQADataModule(
-        data_dir=write_cqa(outputs=outputs), tokenizer=tokenizer, label_source="teacher", train_fraction=0.01
-    )
-    with pytest.raises(UserError, match=r"tasks: label has no target in train: .*needs labels of the teacher"):
-        module.setup("fit")
 
 
 def nli(folder: Path, *words: str) -> Path:
@@ -321,17 +284,6 @@ def test_ranks_share_the_rows(tokenizer: PreTrainedTokenizerFast, write_cqa: Wri
         assert isinstance(sampler, EpochSampler)
         assert (sampler.rank, sampler.num_replicas, len(sampler)) == (rank, 2, 9)
     assert seen == [[0, 2, 4], [1, 3, PADDING_ROW]]
-
-
-def test_workers_give_the_same_batches(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
-    data = write_cqa()
-    runs = []
-    for workers in (0, 2):
-        module = CQADataModule(data_dir=data, tokenizer=tokenizer, tasks=BOTH, batch_size=5, num_workers=workers)
-        module.setup("fit")
-        runs.append([batch["rationale"]["input_ids"].tolist() for batch in module.train_dataloader()])
-        del module
-    assert runs[0] == runs[1]
 
 
 def lengthy(folder: Path, write_lines: WriteLines, train: int = 4, test: int = 0) -> dict[str, Any]:

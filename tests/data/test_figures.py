@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lit_distill.commands.inspect import inspect_data
 from lit_distill.data import ANLIDataModule, CQADataModule, ESNLIDataModule, RationaleDataModule, SVAMPDataModule
+from lit_distill.data.selection import teacher_accuracy, teacher_counts
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 
 # dataset, split: rows, unparsed, teacher accuracy in per cent, answers outside the closed choices
-FIGURES = {
+FIGURES: dict[tuple[type[RationaleDataModule], Split], tuple[int, int, float, int | None]] = {
     (CQADataModule, "train"): (9741, 3, 74.26, 445),
     (CQADataModule, "test"): (1221, 0, 77.23, 46),
     (SVAMPDataModule, "train"): (800, 13, 73.5, 0),
@@ -22,18 +23,15 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize("dataset", [CQADataModule, SVAMPDataModule, ESNLIDataModule, ANLIDataModule])
-def test_released_files(dataset: type[RationaleDataModule], shared_data: Path, shared_tokenizer: Path) -> None:
-    module = dataset(data_dir=shared_data, tokenizer=shared_tokenizer, allow_extra_outputs=True)
-    report = inspect_data(module)["splits"]
-    expected = {split: figures for (owner, split), figures in FIGURES.items() if owner is dataset}
-    assert {split for split, found in report.items() if found["present"] and found["released"]} == set(expected)
-    for split, (rows, unparsed, accuracy, outside) in expected.items():
-        found = report[split]
-        assert (found["rows"], found["unparsed"]) == (rows, unparsed)
-        assert found["parsed"] == rows - unparsed
-        assert 100 * found["teacher_label_accuracy"] == pytest.approx(accuracy, abs=0.0051)
-        assert outside is None or found["outside_label_set"] == outside
+@pytest.mark.parametrize(("dataset", "split"), FIGURES)
+def test_released_files(dataset: type[RationaleDataModule], split: Split, shared_data: Path) -> None:
+    module = dataset(data_dir=shared_data, allow_extra_outputs=True)
+    rows = module.released(split) or []
+    count, unparsed, accuracy, outside = FIGURES[dataset, split]
+    found = teacher_counts(rows, module.teacher_agrees, module.label_set)
+    assert (found["rows"], found["parsed"], found["unparsed"]) == (count, count - unparsed, unparsed)
+    assert 100 * (teacher_accuracy(rows, module.teacher_agrees) or 0) == pytest.approx(accuracy, abs=0.0051)
+    assert outside is None or found["outside_label_set"] == outside
 
 
 @pytest.mark.parametrize(("dataset", "train", "val"), [(CQADataModule, 8766, 975), (SVAMPDataModule, 720, 80)])

@@ -1,7 +1,6 @@
 """A user's own rows, from every kind of file."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,10 @@ def as_json(folder: Path) -> Path:
 
 
 def as_json_lines(folder: Path) -> Path:
-    return as_jsonl(folder).rename(folder / "lines.json")
+    """As some programs write it, with a byte order mark."""
+    path = folder / "lines.json"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
+    return path
 
 
 def as_csv(folder: Path) -> Path:
@@ -374,45 +376,11 @@ def test_rows_without_a_label_are_no_test(tokenizer: PreTrainedTokenizerFast, tm
     assert module.answer_key("test").labels == ["x", None]
 
 
-def test_rationales_that_are_not_there(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"input": "a", "label": "x"}\n{"input": "b", "label": "x"}')
-    module = JSONLDataModule(train=path, tokenizer=tokenizer, tasks=("label", "rationale"))
-    with pytest.raises(
-        UserError, match=r"tasks: rationale has no target in train: .*needs teacher outputs of kind rationale"
-    ):
-        module.setup("fit")
-
-
 def test_choices_in_a_csv_cell(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('input,label,choices\n"a, b",x,"[""x"", ""y""]"\n')
     key = JSONLDataModule(test=path).answer_key("test")
     assert (key.inputs, key.choices) == (["a, b"], [("x", "y")])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"input": "a\\ud800b", "label": "x"}\n', "surrogates not allowed"),
-        (b'{"input": "a", "label": ' + b"9" * 5000 + b"}\n", "rows.jsonl:1: not JSON: Exceeds the limit"),
-        (b'{"input": ' + b"[" * 100_000 + b"\n", "rows.jsonl:1: not JSON: nested too deep"),
-    ],
-    ids=["surrogate", "number", "depth"],
-)
-def test_hostile_lines_are_one_error(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(message)):
-        JSONLDataModule(train=path).released("train")
-
-
-def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": "x"}\n')
-    rows = JSONLDataModule(train=path).released("train")
-    assert rows is not None
-    assert [example.input for example in rows] == ["a"]
 
 
 def test_csv_columns_and_cells(tmp_path: Path) -> None:
@@ -425,23 +393,6 @@ def test_csv_columns_and_cells(tmp_path: Path) -> None:
     rows = JSONLDataModule(train=long).released("train")
     assert rows is not None
     assert len(rows[0].input) == 200_000
-
-
-def test_a_label_of_dashes_and_digits_is_a_text(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"input": "a", "label": "--5"}\n')
-    with pytest.raises(UserError, match="--5"):
-        JSONLDataModule(train=path, label_set=["x", "y"]).released("train")
-
-
-def test_label_agrees_needs_teacher_labels(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"input": "a", "label": "x", "rationale": "because"}\n' * 1)
-    data = JSONLDataModule(
-        train=path, val=path, rationale_filter="label_agrees", tasks=("label", "rationale"), tokenizer=tokenizer
-    )
-    with pytest.raises(UserError, match="rationale_filter: label_agrees leaves no rationale"):
-        data.setup("fit")
 
 
 def labelled(tmp_path: Path, labels: list[str | None]) -> Path:

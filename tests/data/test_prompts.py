@@ -20,7 +20,7 @@ from lit_distill.data import (
     SVAMPDataModule,
 )
 from lit_distill.data.paper import NLI_LABELS, SEPARATOR
-from lit_distill.data.toy import KINDS, toy_example
+from lit_distill.data.toy import KINDS
 from lit_distill.equations import evaluate
 from lit_distill.questions import Message
 from lit_distill.tasks import Row
@@ -82,23 +82,6 @@ def test_the_dataset_reads_its_own_demonstrations(path: Path) -> None:
     assert template.stop
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_says_what_it_is_in_lines_of_bearable_length(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.removeprefix("# ") for line in lines[:4] if line.startswith("#"))
-    assert "--prompt FILE" in comment
-    assert path.stem == "default" or "written for this project" in comment
-    assert max(map(len, lines)) <= 120
-
-
-@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
-def test_demonstrations_differ(path: Path) -> None:
-    shown = demonstrations(path.stem)
-    assert 9 <= len(shown) <= 12
-    for texts in ([example.input for example in shown], [example.rationale for example in shown]):
-        assert len({plain(text) for text in texts}) == len(shown)
-
-
 @pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
 def test_labels_are_among_the_choices(path: Path) -> None:
     module = module_of(path)
@@ -109,14 +92,6 @@ def test_labels_are_among_the_choices(path: Path) -> None:
         else:
             assert (example.choices is None) is (path.stem == "svamp")
             assert example.choices is None or (example.label in example.choices)
-
-
-@pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
-def test_instructions_name_a_closed_set_and_the_answer_s_form(path: Path) -> None:
-    template = load_prompt(path)
-    labels = module_of(path).label_set or ()
-    assert all(label in template.instruction and label in template.question for label in labels)
-    assert re.search(r"answer is|Answer: ", template.instruction)
 
 
 @pytest.mark.parametrize("path", SHOWING, ids=lambda path: path.stem)
@@ -162,16 +137,6 @@ def test_written_prompts(path: Path) -> None:
         assert "{" not in written
 
 
-# ---------------------------------------------------------------- each dataset's own
-
-
-@pytest.mark.parametrize("dataset", NLI)
-def test_nli_labels_are_balanced(dataset: type[RationaleDataModule]) -> None:
-    counts = Counter(example.label for example in demonstrations(dataset.prompt))
-    assert set(counts) == set(NLI_LABELS)
-    assert len(set(counts.values())) == 1
-
-
 @pytest.mark.parametrize("dataset", NLI)
 def test_nli_inputs_are_as_rows_are_read(dataset: type[RationaleDataModule]) -> None:
     for example in demonstrations(dataset.prompt):
@@ -191,11 +156,6 @@ def test_cqa_inputs_are_as_rows_are_read() -> None:
         read = CQADataModule().read_row({"question": question, "choices": [*example.choices], "answer": example.label})
         assert (read.input, read.label, read.choices) == (example.input, example.label, example.choices)
         assert len(set(example.choices)) == 5
-
-
-def test_cqa_letters_are_balanced() -> None:
-    letters = Counter(CQADataModule().prompt_fields(example)["letter"] for example in demonstrations("cqa"))
-    assert letters == dict.fromkeys("abcde", 2)
 
 
 def test_svamp_equations_have_values_that_their_rationales_come_to() -> None:
@@ -218,12 +178,6 @@ def test_svamp_equations_have_values_that_their_rationales_come_to() -> None:
         assert example.input.endswith("?")
 
 
-def test_svamp_shows_each_operation_and_two_steps() -> None:
-    operations = [re.findall(r" ([+*/-]) ", example.label) for example in demonstrations("svamp")]
-    assert {own[0] for own in operations if len(own) == 1} == set("+-*/")
-    assert sum(len(own) == 2 for own in operations) >= 2
-
-
 def test_toy_demonstrations_are_as_the_toy_writes() -> None:
     kind_of = {word: kind for kind, words in KINDS.items() for word in words}
     odd_kinds = set()
@@ -237,16 +191,6 @@ def test_toy_demonstrations_are_as_the_toy_writes() -> None:
         odd_kinds.add(kind_of[example.label])
     assert odd_kinds == set(KINDS)
     assert all(kind in load_prompt(PROMPTS / "toy.yaml").instruction for kind in KINDS)
-
-
-# ---------------------------------------------------------------- of no dataset
-
-
-def test_no_toy_demonstration_is_a_generated_row() -> None:
-    own = {example.input for example in demonstrations("toy")}
-    for seed in range(4):
-        for split in ("train", "val", "test"):
-            assert own.isdisjoint(toy_example(seed, split, position).input for position in range(3000))
 
 
 def known_by(example: Row) -> set[str]:
@@ -265,13 +209,3 @@ def test_no_demonstration_is_a_row_of_the_data(dataset: type[RationaleDataModule
     assert known_by(rows[0]) <= known
     for example in demonstrations(dataset.prompt):
         assert known_by(example).isdisjoint(known), example.input
-
-
-def test_a_row_in_other_spelling_is_recognised() -> None:
-    own, other = Row("", "A dog runs.</s>It sleeps.", None), Row("", "a dog  runs</s>It barks!", None)
-    assert len(known_by(own) & known_by(other)) == 1
-    assert known_by(Row("", "Why, then?\nAnswer Choices:\n(a) x", None)) == {"whythen"}
-
-
-def test_templates_of_the_package_are_told_apart() -> None:
-    assert len({load_prompt(path).hash for path in FILES}) == len(FILES)

@@ -1,10 +1,9 @@
 """Tokens by hand (ids are character codes), and the cache."""
 
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,46 +232,21 @@ def test_a_cache_that_cannot_be_written(tokenizer: PreTrainedTokenizerFast, tmp_
         once(EXAMPLES, tokenizer, SETTINGS, tmp_path / "file")
 
 
-STARTING_TOGETHER = """
-import sys, time
-from pathlib import Path
-from typing import Any
-from tests.data.test_tokenize import tokenize_slowly
-from tests.rows import make_row
-root = Path(sys.argv[1])
-(root / "ready").touch()
-while not (root / "go").exists():
-    time.sleep(0.001)
-print(tokenize_slowly(root / "cache"))
-"""
-
-
-def tokenize_slowly(root: Path) -> int:
-    """Tokenise three batches, check them, and say how often the tokenizer was called."""
+def test_two_that_start_together_tokenise_once(tmp_path: Path) -> None:
     plain, calls = tokenize.encode_rows, []
 
     def slow(*args: Any) -> dict[str, list[Any]]:
         calls.append(1)
-        time.sleep(0.2)
+        time.sleep(0.02)
         return plain(*args)
 
     examples = [make_row(str(i), f"input {i}", str(i)) for i in range(3000)]
-    with patch.object(tokenize, "encode_rows", slow):
-        rows = once(examples, character_tokenizer(), settings_of({"label": "p:"}, 64, 64), root)
-    assert (len(rows), rows[2999]["label.labels"]) == (3000, [[*codes("2999"), 1]])
-    return len(calls)
-
-
-def test_two_processes_starting_together(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", STARTING_TOGETHER, str(tmp_path)]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as other:  # noqa: S603
-        while not (tmp_path / "ready").exists():
-            assert other.poll() is None
-            time.sleep(0.01)
-        (tmp_path / "go").touch()
-        here = tokenize_slowly(tmp_path / "cache")
-        there = int(other.communicate(timeout=100)[0])
-    assert other.returncode == 0
+    settings = settings_of({"label": "p:"}, 64, 64)
+    with patch.object(tokenize, "encode_rows", slow), ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(once, examples, character_tokenizer(), settings, tmp_path) for _ in range(2)]
+        tables = [one.result() for one in both]
+    for rows in tables:
+        assert (len(rows), rows[2999]["label.labels"]) == (3000, [[*codes("2999"), 1]])
     # one of them tokenised three batches, the other one waited
-    assert sorted([here, there]) == [0, 3]
-    assert only_file(tmp_path / "cache")
+    assert len(calls) == 3
+    assert only_file(tmp_path)
