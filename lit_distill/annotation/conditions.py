@@ -10,8 +10,7 @@ from typing import Any, cast
 
 from lit_distill.errors import UserError
 
-MAX_LENGTH = 2000
-"""Maximum characters of conditions."""
+MAX_LENGTH = 2000  # characters of conditions
 
 _SIGNS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.GtE: operator.ge},
@@ -21,13 +20,11 @@ _BROKEN = (SyntaxError, ValueError, TypeError, KeyError, RecursionError, MemoryE
 
 
 def is_condition(text: str) -> bool:
-    """Whether a text looks like conditions, not an import path."""
+    """Whether a text looks like conditions, not an import path; one that is too long does."""
     try:
-        condition(text)
+        _parse(text)
     except UserError:
-        if len(text) > MAX_LENGTH:
-            raise
-        return False
+        return len(text) > MAX_LENGTH
     return True
 
 
@@ -39,8 +36,7 @@ def columns_of(text: str) -> list[str]:
 def condition(text: str) -> Callable[[Mapping[str, Any]], bool]:
     """Compile conditions; a row with unknown result is not selected, even under ``not``.
 
-    Raises:
-        UserError: the text is no condition, or, from the function, a value cannot be compared.
+    Raises a ``UserError`` if the text is no condition; so does the function if a value cannot be compared.
     """
     tree = _parse(text)
     return lambda row: _holds(tree, row) is True

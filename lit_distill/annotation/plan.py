@@ -1,7 +1,7 @@
 """The prompt and the questions about each row, and their keys, by which each is asked only once."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,12 +10,6 @@ from lit_distill.annotation.prompts import Choose, Demonstration, Fields, Prompt
 from lit_distill.annotation.record import Annotation, answer_schema, digest, input_hash
 from lit_distill.questions import Layout, Message, Prompt, Question, Sampling
 from lit_distill.tasks import Row
-
-AS_JSON = "Give the answer as one JSON object with the keys rationale and label."
-"""Added to the instruction for structured answers."""
-
-Asked = tuple[Annotation, Question]
-"""A question and the annotation for its answer."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +32,24 @@ class Plan:
     selection: Any = None  # how demonstrations are selected, in plain values; `None` for the first ones
 
     @cached_property
-    def prompt_hash(self) -> str:
-        """Hash of the template, its demonstrations and their selection."""
-        return digest(self.template.hash, self.selection) if self.selection is not None else self.template.hash
-
-    @cached_property
     def settings(self) -> dict[str, Any]:
         """Teacher and sampling in plain values."""
         return {"teacher": self.teacher_settings, "sampling": asdict(self.sampling), "structured": self.structured}
 
     @cached_property
-    def settings_hash(self) -> str:
-        """Hash of `settings`."""
-        return digest(self.settings)
+    def columns(self) -> dict[str, Any]:
+        """The columns that tell its samples from others; prompt and settings are hashes."""
+        prompt = self.template.hash if self.selection is None else digest(self.template.hash, self.selection)
+        own = {"split": self.split, "teacher": self.teacher, "kind": self.kind}
+        return {**own, "prompt": prompt, "settings": digest(self.settings)}
 
     def prompt(self, row: Row) -> Prompt:
         """The prompt for a row: a chat, whose turns replace the template's cues, or one text."""
         template = self.template
-        instruction = " ".join(filter(None, (template.instruction.strip(), AS_JSON if self.structured else "")))
+        instruction = template.instruction.strip()
+        if self.structured:
+            instruction += " Give the answer as one JSON object with the keys rationale and label."
+        instruction = instruction.strip()
         shown = [(self._question(one.row), self._answer(one)) for one in self.choose(row)]
         # never reveal the gold label
         asked = self._question(replace(row, label=None))
@@ -77,36 +71,28 @@ class Plan:
             return json.dumps({"rationale": shown.rationale, "label": shown.label}, ensure_ascii=False)
         return written_answer(self.template, self.fields, shown)
 
-    def questions(self, row: Row, answered: Collection[str], agreeing: Collection[str]) -> Iterator[list[Asked]]:
-        """The questions about a row, in rounds.
+    def questions(self, row: Row, answered: Mapping[str, bool]) -> Iterator[list[tuple[Annotation, Question]]]:
+        """The questions about a row, each with the sample that its answer goes into, in rounds.
 
-        ``answered`` are the keys not to ask again, ``agreeing`` those of answers that agree with the gold label; both
-        may grow between rounds.
+        ``answered`` has the keys not to ask again, and whether the answer agrees with the gold label; it may grow
+        between rounds.
         """
-        prompt, split = self.prompt(row), self.split
+        prompt = self.prompt(row)
         stop = self.template.stop if self.layout == "completion" else ()
         schema = answer_schema(row.choices or self.label_set) if self.structured else None
         written = prompt if isinstance(prompt, str) else [[turn.role, turn.content] for turn in prompt]
         # choices are part of a row even if its prompt shows none; older keys have no kind
         more = [*([list(row.choices)] if row.choices else []), *([self.kind] if self.kind != "rationale" else [])]
         # one hash for what all samples share, then a short one for each sample
-        shared = digest(split, row.id, row.input, written, self.teacher, self.settings, stop, schema, *more, length=32)
-        common = Annotation(
-            row.id,
-            split,
-            teacher=self.teacher,
-            kind=self.kind,
-            structured=self.structured,
-            prompt=self.prompt_hash,
-            settings=self.settings_hash,
-            input=input_hash(row),
-        )
+        asked_of = (self.teacher, self.settings, stop, schema)
+        shared = digest(self.split, row.id, row.input, written, *asked_of, *more, length=32)
+        common = Annotation(row.id, structured=self.structured, input=input_hash(row), **self.columns)
         rounds = [range(self.num_samples)]
         if self.until_agrees is not None and row.label is not None:
             rounds += [range(sample, sample + 1) for sample in range(self.num_samples, self.until_agrees)]
         keys: list[str] = []
         for samples in rounds:
-            if samples.start and any(key in agreeing for key in keys):
+            if samples.start and any(answered.get(key) for key in keys):
                 return
             asked = []
             for sample in samples:

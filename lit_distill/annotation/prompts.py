@@ -30,14 +30,9 @@ class Demonstration(BaseModel, frozen=True, extra="forbid"):
         return Row("", self.input, self.label, self.choices, (TeacherOutput(self.rationale),))
 
 
-Fields = Callable[[Row], Mapping[str, str]]
-"""The template fields of a row."""
-
-Parse = Callable[[str], tuple[str, str] | None]
-"""Parses a teacher's text: ``(rationale, label)``, or ``None``."""
-
-Choose = Callable[[Row], Sequence[Demonstration]]
-"""Selects the demonstrations for a row, in order."""
+Fields = Callable[[Row], Mapping[str, str]]  # the template fields of a row
+Parse = Callable[[str], tuple[str, str] | None]  # a teacher's text as `(rationale, label)`, or `None`
+Choose = Callable[[Row], Sequence[Demonstration]]  # the demonstrations for a row, in order
 
 
 class PromptTemplate(BaseModel, frozen=True, extra="forbid"):

@@ -54,8 +54,7 @@ COLUMNS: dict[str, type] = {name: (get_args(kind) or (kind,))[0] for name, kind 
 
 _ADAPTER = TypeAdapter(Annotation)
 
-Agree = Callable[[str, str], bool]
-"""``(label, other label) -> whether they are the same answer``."""
+Agree = Callable[[str, str], bool]  # whether two labels are the same answer
 
 
 def digest(*parts: Any, length: int = 12) -> str:
@@ -99,6 +98,7 @@ def read_text(
     rationale, label = found
     return replace(
         annotation,
+        error=None,
         parsed=True,
         rationale=rationale,
         label=label,
@@ -108,9 +108,10 @@ def read_text(
     )
 
 
-def unread(annotation: Annotation) -> Annotation:
-    """A sample without the columns that follow from its text."""
-    return replace(annotation, parsed=None, rationale=None, label=None, agrees=None, contains_label=None, length=None)
+def unread(annotation: Annotation, error: str | None = None) -> Annotation:
+    """A sample without the columns that follow from its text; ``error`` is why it could not be read."""
+    unknown = dict.fromkeys(("parsed", "rationale", "label", "agrees", "contains_label", "length"))
+    return replace(annotation, error=error, **unknown)  # type: ignore[arg-type]
 
 
 class _Answer(BaseModel, str_strip_whitespace=True):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import groupby, islice
@@ -31,8 +32,6 @@ _CHUNK = 10_000  # rows of a Parquet row group
 _UNMATCHED = 1 << 62  # places from here on are of rows that a job does not know
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
-_CARD_TEMPLATE = Path(__file__).with_name("card.md")
-_WRITTEN_HERE = "<!-- written by lit_distill annotate, "
 
 
 class AnnotationStore:
@@ -59,8 +58,9 @@ class AnnotationStore:
     ) -> None:
         self.folder = Path(folder)
         self.path = self.folder / FILE
-        self.settled: set[str] = set()  # keys of questions not to ask again
-        self.agreeing: set[str] = set()  # keys of answers that agree with the gold label
+        self.answered: dict[
+            str, bool
+        ] = {}  # keys of questions not to ask again: does the answer agree with the gold label
         self._on_sample, self._ask_failed, self._read = on_sample, ask_failed, read
         self._synced = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class AnnotationStore:
         try:
             self._end_last_line()
             for _, sample, _ in self._samples():
-                self._note(read(sample))
+                self._count(read(sample))
         except BaseException:
             self._lock.release()
             raise
@@ -101,7 +101,7 @@ class AnnotationStore:
                 # the error of a full disk names no file
                 error.filename = str(self.path)
                 raise
-        self._note(sample)
+        self._count(sample)
 
     def finish(self, place: Callable[[Annotation], int | None], agree: Agree) -> None:
         """Rewrite the file, sorted and with the columns that need all samples of a row, and write it as Parquet.
@@ -109,11 +109,10 @@ class AnnotationStore:
         ``place`` is the position of a sample's row; ``None`` for an unknown row or another input, which come last.
         """
         samples = self._in_order(place, agree)
-        schema = _SCHEMA.with_metadata({"lit_distill": json.dumps(self.read_metadata(), ensure_ascii=False)})
         with (
             atomic_write(self.path, "wb") as lines,
             atomic_write(self.folder / PARQUET, "wb") as table,
-            pq.ParquetWriter(table, schema) as parquet,
+            pq.ParquetWriter(table, _SCHEMA) as parquet,
         ):
             while chunk := list(islice(samples, _CHUNK)):
                 parquet.write_table(pa.Table.from_pylist([asdict(sample) for sample, _ in chunk], schema=_SCHEMA))
@@ -129,23 +128,25 @@ class AnnotationStore:
             raise UserError(f"{path}: jobs must be a list of objects")
         return found
 
-    def write_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Replace the metadata."""
-        write_text(self.folder / METADATA, json.dumps(metadata, indent=2) + "\n")
+    def note(self, job: Mapping[str, Any]) -> None:
+        """Write a job to the metadata, in place of what was written when it started."""
+        metadata = self.read_metadata()
+        earlier = [one for one in metadata["jobs"] if one.get("started") != job["started"]]
+        write_text(self.folder / METADATA, json.dumps(metadata | {"jobs": [*earlier, job]}, indent=2) + "\n")
 
     def write_card(self) -> None:
         """Write the dataset card of the finished samples, unless a user has edited it."""
         # slow to import
         import pandas as pd  # type: ignore[import-untyped]
 
-        path = self.folder / CARD
-        if path.exists() and _WRITTEN_HERE not in path.read_text(encoding="utf-8", errors="replace"):
+        path, mark = self.folder / CARD, "<!-- written by lit_distill annotate, "
+        if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
             return
         names = ["split", "teacher", "error", "parsed", "agrees", "contains_label"]
         samples = pd.read_parquet(self.folder / PARQUET, columns=names)
         flags = samples[names[3:]].eq(True).assign(samples=True, errors=samples.error.notna())
         by = [samples.split.fillna("any"), samples.teacher.fillna("unknown")]
-        text = Template(_CARD_TEMPLATE.read_text(encoding="utf-8")).render(
+        text = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).render(
             counts=flags.groupby(by, sort=False).sum().reset_index().to_dict("records"),
             jobs=self.read_metadata()["jobs"],
             folder=self.folder.name,
@@ -159,15 +160,13 @@ class AnnotationStore:
         """Remove an incomplete last line, or add the newline that it lacks."""
         with self.path.open("a+b") as file:
             file.seek(0)
-            last = b"\n"
-            for line in file:
-                last = line
-            if not last.endswith(b"\n"):
+            last = deque(file, maxlen=1)
+            if last and not last[0].endswith(b"\n"):
                 try:
-                    parse_json(last, surrogates=True)
+                    parse_json(last[0], surrogates=True)
                     file.write(b"\n")
                 except ValueError:
-                    file.truncate(file.tell() - len(last))
+                    file.truncate(file.tell() - len(last[0]))
 
     def _samples(self) -> Iterator[tuple[int, Annotation, dict[str, Any]]]:
         """Offset in the file, content and raw row of each line."""
@@ -203,12 +202,9 @@ class AnnotationStore:
                 samples = voted([sample for sample, _ in kept.values()], agree)
                 yield from zip(samples, (others for _, others in kept.values()), strict=True)
 
-    def _note(self, sample: Annotation) -> None:
-        if sample.key is not None:
-            if sample.text is not None or not self._ask_failed:
-                self.settled.add(sample.key)
-            if sample.agrees:
-                self.agreeing.add(sample.key)
+    def _count(self, sample: Annotation) -> None:
+        if sample.key is not None and (sample.text is not None or not self._ask_failed):
+            self.answered[sample.key] = bool(sample.agrees)
         self._on_sample(sample)
 
 

@@ -16,7 +16,6 @@ from lit_distill.annotation.prompts import (
     load_demonstrations,
     load_prompt,
     nearest,
-    written_answer,
 )
 from lit_distill.commands.annotate_job import Job
 from lit_distill.data.base import RationaleDataModule
@@ -147,10 +146,9 @@ def annotate(
         selection={"nearest": num_demonstrations} if nearest_demonstrations else None,
     )
     datamodule.prepare_data()
-    released = datamodule.rows_to_ask(split)
-    if not released:
-        raise UserError(f"split: {datamodule.absence(split) if released is None else 'it has no rows'}")
-    rows = released[:limit]
+    rows = (datamodule.rows_to_ask(split) or [])[:limit]
+    if not rows:
+        raise UserError(f"split: {datamodule.absence(split)}")
     budget = Budget(max_tokens, max_cost)
     tokens = count_tokens(plan.prompt(rows[0])), max_new_tokens
     if too_small := budget.exhausted(sum(tokens), teacher.cost(*tokens) or 0.0):
@@ -173,26 +171,20 @@ def annotate(
 
 
 def estimate(plan: Plan, teacher: Teacher, rows: list[Row]) -> dict[str, Any]:
-    """How much a job would ask; nothing is asked."""
+    """The most that a job may ask, by the mean prompt of some rows; nothing is asked."""
     measured = rows[:: max(1, len(rows) // 200)]
     try:
         prompt = sum(teacher.count_tokens(plan.prompt(row)) for row in measured) / len(measured)
-        texts = [written_answer(plan.template, plan.fields, one) for one in plan.template.demonstrations]
-        longest = plan.sampling.max_new_tokens
-        answer = min(longest, sum(map(teacher.count_tokens, texts)) / len(texts)) if texts else longest
     except TeacherError as error:
         raise UserError(f"teacher: {error}") from error
-    questions = len(rows) * plan.num_samples
-    at_most = len(rows) * max(plan.num_samples, plan.until_agrees or 0)
+    questions = len(rows) * max(plan.num_samples, plan.until_agrees or 0)
+    read, written = round(questions * prompt), questions * plan.sampling.max_new_tokens
     return {
         "rows": len(rows),
-        "questions": questions,
-        "questions at most": at_most,
-        "prompt tokens": round(questions * prompt),
-        "answer tokens, as the demonstrations": round(questions * answer),
-        "answer tokens at most": at_most * longest,
-        "cost": teacher.cost(round(questions * prompt), round(questions * answer)),
-        "cost at most": teacher.cost(round(at_most * prompt), at_most * longest),
+        "questions at most": questions,
+        "prompt tokens at most": read,
+        "answer tokens at most": written,
+        "cost at most": teacher.cost(read, written),
     }
 
 
@@ -203,14 +195,15 @@ def show(title: str, summary: dict[str, Any]) -> dict[str, Any]:
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     for name, value in summary.items():
-        if name.startswith("cost") and value is not None:
+        if value is None:
+            continue
+        if name.startswith("cost"):
             text = f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
         elif isinstance(value, float) and name != "seconds":
             text = f"{100 * value:.1f} %"
         else:
-            text = f"{value:,}" if isinstance(value, int | float) else str(value)
-        if value is not None:
-            table.add_row(name, Text(text))
+            text = value if isinstance(value, str) else f"{value:,}"
+        table.add_row(name, Text(text))
     Console().print(table)
     return summary
 

@@ -1,11 +1,8 @@
 """One job of ``annotate``: a teacher is asked about the rows of a split; its answers go to a folder."""
 
 import math
-import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import yaml
 
 from lit_distill import __version__
-from lit_distill.annotation.plan import Asked, Plan
+from lit_distill.annotation.plan import Plan
 from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
 from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.data.base import RationaleDataModule
@@ -23,7 +20,7 @@ from lit_distill.progress import ticker
 from lit_distill.questions import Reply
 from lit_distill.tasks import Row
 from lit_distill.teachers.base import Teacher, TeacherError
-from lit_distill.teachers.runner import Budget, RequestRunner, Rounds, queued_interrupts
+from lit_distill.teachers.runner import Budget, RequestRunner, queued_interrupts
 
 
 class Job:
@@ -33,7 +30,6 @@ class Job:
         self.datamodule, self.teacher, self.plan, self.rows = datamodule, teacher, plan, rows
         self.places = {row.id: place for place, row in enumerate(rows)}
         self.hashes = {row.id: input_hash(row) for row in rows}
-        self.faulty = False  # an exception of a user's own parser was shown
 
     def run(self, folder: Path, concurrency: int, budget: Budget, *, ask_failed: bool) -> dict[str, Any]:
         """Ask all questions that have no answer in the folder; return a summary."""
@@ -47,8 +43,7 @@ class Job:
             if (budget.max_tokens, budget.max_cost) != (None, None):
                 budget.use(*self.used(sample))
 
-        def on_result(asked: Asked, result: Reply | TeacherError) -> None:
-            sample, _ = asked
+        def on_result(sample: Annotation, result: Reply | TeacherError) -> None:
             if isinstance(result, TeacherError):
                 sample = replace(sample, error=" ".join(str(result).split()) or type(result).__name__)
             else:
@@ -65,10 +60,10 @@ class Job:
             total = len(self.rows) * self.plan.num_samples
             try:
                 with ticker(self.teacher.name, total, min(counts["samples"], total)) as advance:
-                    runner.run(self.questions(store), interrupts)
+                    runner.run((self.plan.questions(row, store.answered) for row in self.rows), interrupts)
             finally:
                 self.note(store, started, runner.stopped)
-                store.finish(self.place, self.agree)
+                store.finish(self.place, self.datamodule.teacher_agrees)
                 store.write_card()
         return self.summary(folder) | {
             "not answered now": runner.busy.total(),
@@ -85,53 +80,28 @@ class Job:
 
     def is_asked(self, sample: Annotation) -> bool:
         """Whether a sample belongs to this job's questions."""
-        plan = self.plan
-        own = (plan.prompt_hash, plan.settings_hash, plan.teacher, plan.kind)
-        return (sample.prompt, sample.settings, sample.teacher, sample.kind) == own and self.place(sample) is not None
-
-    def questions(self, store: AnnotationStore) -> Iterator[Rounds[Asked]]:
-        """The questions about each row that are left."""
-        for row in self.rows:
-            rounds = self.plan.questions(row, store.settled, store.agreeing)
-            yield ([(asked, asked[1]) for asked in questions] for questions in rounds)
+        own = self.plan.columns.items()
+        return self.place(sample) is not None and all(getattr(sample, name) == value for name, value in own)
 
     def answered(self, sample: Annotation, reply: Reply) -> Annotation:
         """A sample with the teacher's answer."""
-        read, written = (
-            tokens if tokens is not None and 0 <= tokens < 1 << 63 else None
-            for tokens in (reply.input_tokens, reply.output_tokens)
-        )
-        return replace(
-            sample,
-            text=reply.text,
-            finish=reply.finish,
-            input_tokens=read,
-            output_tokens=written,
-            logprob=reply.logprob if reply.logprob is not None and math.isfinite(reply.logprob) else None,
-            cost=None if read is written is None else self.teacher.cost(read or 0, written or 0),
-        )
+        read, written, logprob = reply.input_tokens, reply.output_tokens, reply.logprob
+        # a file with such numbers could not be read again
+        read, written = (None if number is None or not 0 <= number < 1 << 63 else number for number in (read, written))
+        logprob = None if logprob is None or not math.isfinite(logprob) else logprob
+        cost = None if read is written is None else self.teacher.cost(read or 0, written or 0)
+        sample = replace(sample, text=reply.text, finish=reply.finish, logprob=logprob, cost=cost)
+        return replace(sample, input_tokens=read, output_tokens=written)
 
     def read(self, sample: Annotation) -> Annotation:
-        """Fill in the columns that follow from a sample's text; left unknown if the user's parser fails."""
+        """Fill in the columns that follow from a sample's text; its error says why the user's parser fails."""
         place = self.place(sample)
         if place is None:
             return sample
         try:
             return read_text(sample, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees)
         except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
-            if not self.faulty:
-                self.faulty = True
-                fault = " ".join("".join(traceback.format_exception(error, limit=-1)[1:]).split())
-                reader = type(self.datamodule).__name__
-                print(f"{reader} cannot read an answer to {sample.id!r}, which is kept: {fault}", file=sys.stderr)
-            return unread(sample)
-
-    def agree(self, label: str, other: str) -> bool:
-        """Whether two labels are the same answer; false if the user's own comparison fails."""
-        try:
-            return self.datamodule.teacher_agrees(label, other)
-        except Exception:  # noqa: BLE001 - a user's own code, too
-            return False
+            return unread(sample, " ".join(f"{type(error).__name__}: {error}".split()))
 
     def used(self, sample: Annotation) -> tuple[int, float]:
         """Tokens and US dollars of an answer; estimated if the teacher does not count."""
@@ -148,24 +118,12 @@ class Job:
     def note(self, store: AnnotationStore, started: str, stopped: str | None = None) -> None:
         """Write what is asked, and how, to the metadata, and the prompt beside it."""
         plan = self.plan
-        names = ("split", "teacher", "kind", "teacher_settings", "structured", "layout", "num_samples", "until_agrees")
-        job = {
-            "dataset": self.datamodule.name,
-            "rows": len(self.rows),
-            **{name: getattr(plan, name) for name in names},
-            "prompt": plan.prompt_hash,
-            "settings": plan.settings_hash,
-            "sampling": asdict(plan.sampling),
-            "demonstrations": plan.selection or "fixed",
-            "started": started,
-            "ended": now(),
-            "stopped": stopped,
-            "version": __version__,
-        }
-        metadata = store.read_metadata()
-        earlier = [one for one in metadata["jobs"] if one.get("started") != started]
-        store.write_metadata(metadata | {"jobs": [*earlier, job]})
-        prompt = store.folder / "prompts" / f"{plan.prompt_hash}.yaml"
+        about = {"dataset": self.datamodule.name, "rows": len(self.rows), "demonstrations": plan.selection or "fixed"}
+        names = ("teacher_settings", "structured", "layout", "num_samples", "until_agrees")
+        settings = {name: getattr(plan, name) for name in names} | {"sampling": asdict(plan.sampling)}
+        times = {"started": started, "ended": now(), "stopped": stopped, "version": __version__}
+        store.note(about | plan.columns | settings | times)
+        prompt = store.folder / "prompts" / f"{plan.columns['prompt']}.yaml"
         prompt.parent.mkdir(exist_ok=True)
         if not prompt.exists():
             content = plan.template.model_dump(mode="json", exclude_none=True)
@@ -176,50 +134,39 @@ class Job:
         # slow to import
         import pandas as pd  # type: ignore[import-untyped]
 
-        plan = self.plan
-        own = {"split": self.plan.split, "prompt": plan.prompt_hash, "settings": plan.settings_hash}
-        own |= {"teacher": plan.teacher, "kind": plan.kind}
-        counted = ["id", "input", "error", "label", "majority_label", "parsed", "agrees", "contains_label", "finish"]
-        tokens = ["input_tokens", "output_tokens", "cost"]
-        samples = pd.read_parquet(folder / PARQUET, columns=[*own, *counted, *tokens], dtype_backend="numpy_nullable")
-        for name, value in own.items():
+        read = ["id", "input", "error", "label", "majority_label", "parsed", "agrees", "contains_label", "finish"]
+        read += ["input_tokens", "output_tokens", "cost", *self.plan.columns]
+        samples = pd.read_parquet(folder / PARQUET, columns=read, dtype_backend="numpy_nullable")
+        for name, value in self.plan.columns.items():
             samples = samples[samples[name] == value]
         samples = samples[samples.input == samples.id.map(self.hashes)]
         answers = samples[samples.error.isna()]
         judged = answers[answers.agrees.notna()]
-        majority = judged[(judged.label == judged.majority_label) & judged.agrees]
-        several = len(answers) > answers.id.nunique()
-
-        def total(name: str) -> Any:
-            return None if answers[name].isna().all() else answers[name].sum()
-
-        return {
+        right = judged[judged.agrees]
+        majority = right[right.label == right.majority_label]
+        uncounted = answers.input_tokens.isna() | answers.output_tokens.isna()
+        found = {
             "rows": len(self.rows),
             "rows answered": answers.id.nunique(),
             "answers": len(answers),
             "errors": len(samples) - len(answers),
             "most frequent errors": most_common(Counter(samples.error.dropna())),
-            "parsed": share(answers.parsed.fillna(False)),
-            "agree with gold": share(judged.agrees),
-            "rationale contains the label": share(answers.contains_label),
-            "majority agrees": share(judged.id.drop_duplicates().isin(majority.id)) if several else None,
-            "cut at max_new_tokens": int(answers.finish.eq("length").sum()),
-            "prompt tokens": total("input_tokens"),
-            "answer tokens": total("output_tokens"),
-            "answers without their tokens": int(answers[tokens[:2]].isna().any(axis=1).sum()) or None,
-            "cost": total("cost"),
+            "parsed": answers.parsed.fillna(False).mean(),
+            "agree with gold": judged.agrees.mean(),
+            "rationale contains the label": answers.contains_label.mean(),
+            "cut at max_new_tokens": answers.finish.eq("length").sum(),
+            "prompt tokens": answers.input_tokens.sum(min_count=1),
+            "answer tokens": answers.output_tokens.sum(min_count=1),
+            "answers without their tokens": uncounted.sum() or None,
+            "cost": answers.cost.sum(min_count=1),
+            "majority agrees": majority.id.nunique() / judged.id.nunique() if len(judged) else None,
         }
+        return {name: None if pd.isna(value) else value for name, value in found.items()}
 
 
 def now() -> str:
     """The time, as in metadata."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def share(found: Any) -> float | None:
-    """The share of true values, missing ones aside; ``None`` of nothing."""
-    known = found.dropna()
-    return float(known.mean()) if len(known) else None
 
 
 def most_common(reasons: Counter[str]) -> str | None:

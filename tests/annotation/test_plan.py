@@ -52,17 +52,14 @@ class Answers:
 
     def __init__(self, *right: int) -> None:
         self.right = right
-        self.answered: set[str] = set()
-        self.agreeing: set[str] = set()
+        self.answered: dict[str, bool] = {}
 
     def rounds(self, plan: Plan, example: Row = ROW) -> Iterator[list[int]]:
         """The numbers of the samples that are asked for together; each is answered before the next is asked for."""
-        for asked in plan.questions(example, self.answered, self.agreeing):
+        for asked in plan.questions(example, self.answered):
             yield [annotation.sample for annotation, _ in asked]
             for annotation, _ in asked:
-                self.answered.add(hashed(annotation))
-                if annotation.sample in self.right:
-                    self.agreeing.add(hashed(annotation))
+                self.answered[hashed(annotation)] = annotation.sample in self.right
 
 
 def hashed(annotation: Annotation) -> str:
@@ -72,7 +69,7 @@ def hashed(annotation: Annotation) -> str:
 
 def questions(plan: Plan = PLAN, example: Row = ROW) -> Round:
     """All of the first round."""
-    return next(plan.questions(example, (), ()))
+    return next(plan.questions(example, {}))
 
 
 def keys(plan: Plan = PLAN, example: Row = ROW) -> list[str | None]:
@@ -95,8 +92,8 @@ def test_a_question_and_what_its_answer_goes_into() -> None:
         "r1",
         "train",
         teacher="T",
-        prompt=PLAN.prompt_hash,
-        settings=PLAN.settings_hash,
+        prompt=PLAN.columns["prompt"],
+        settings=PLAN.columns["settings"],
         input=digest("carp , saw ?", ["carp", "saw"]),
         key=annotation.key,
     )
@@ -205,7 +202,7 @@ def test_a_key_is_the_same_in_another_plan() -> None:
         until_agrees=9,
     )
     assert keys(again)[:1] == keys()
-    assert (again.prompt_hash, again.settings_hash) == (PLAN.prompt_hash, PLAN.settings_hash)
+    assert again.columns == PLAN.columns
 
 
 def test_keys_of_earlier_samples_stay_when_there_are_more() -> None:
@@ -215,16 +212,16 @@ def test_keys_of_earlier_samples_stay_when_there_are_more() -> None:
 
 
 def test_hashes_tell_prompts_and_settings_apart() -> None:
-    assert PLAN.prompt_hash == TEMPLATE.hash
-    assert replace(PLAN, selection={"nearest": 2}).prompt_hash not in (
-        PLAN.prompt_hash,
-        replace(PLAN, selection={"nearest": 1}).prompt_hash,
+    assert PLAN.columns["prompt"] == TEMPLATE.hash
+    assert replace(PLAN, selection={"nearest": 2}).columns["prompt"] not in (
+        PLAN.columns["prompt"],
+        replace(PLAN, selection={"nearest": 1}).columns["prompt"],
     )
     changes = [OTHERS[name][0] for name in ("teacher_settings", "temperature", "top_p", "max_new_tokens", "seed")]
     changes.append(OTHERS["structured"][0])
-    hashes = {PLAN.settings_hash, *(replace(PLAN, **change).settings_hash for change in changes)}
+    hashes = {PLAN.columns["settings"], *(replace(PLAN, **change).columns["settings"] for change in changes)}
     assert len(hashes) == len(changes) + 1
-    assert all(replace(PLAN, **change).prompt_hash == PLAN.prompt_hash for change in changes)
+    assert all(replace(PLAN, **change).columns["prompt"] == PLAN.columns["prompt"] for change in changes)
 
 
 def test_what_is_answered_is_not_asked() -> None:
@@ -233,7 +230,7 @@ def test_what_is_answered_is_not_asked() -> None:
     assert list(answers.rounds(plan)) == []
     assert list(answers.rounds(replace(plan, num_samples=5))) == [[3, 4]]
     assert list(answers.rounds(plan, replace(ROW, id="r2"))) == [[0, 1, 2]]
-    answers.answered.discard(hashed(questions(plan)[1][0]))
+    del answers.answered[hashed(questions(plan)[1][0])]
     assert list(answers.rounds(plan)) == [[1]]
 
 
@@ -281,6 +278,6 @@ def test_an_answer_of_another_row_or_teacher_agrees_for_itself_alone() -> None:
 
 def test_further_samples_have_the_keys_that_they_would_have_among_the_first() -> None:
     plan = replace(PLAN, until_agrees=4)
-    asked = [one for asked in plan.questions(ROW, set(), set()) for one in asked]
+    asked = [one for asked in plan.questions(ROW, {}) for one in asked]
     assert [annotation.key for annotation, _ in asked] == keys(replace(PLAN, num_samples=4))
     assert [question.sampling.seed for _, question in asked] == [40, 41, 42, 43]

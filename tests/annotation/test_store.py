@@ -142,7 +142,7 @@ def test_a_torn_line_of_any_length_is_removed(tmp_path: Path) -> None:
 def test_nothing_but_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(to_line(THREE[0])[:20])
     with AnnotationStore(tmp_path) as store:
-        assert (samples_of(tmp_path), store.settled) == ([], set())
+        assert (samples_of(tmp_path), store.answered) == ([], {})
         store.append(THREE[0])
     assert kept(tmp_path) == THREE[:1]
 
@@ -243,24 +243,24 @@ def test_questions_are_settled_by_an_answer_or_a_failure(tmp_path: Path) -> None
     with AnnotationStore(tmp_path) as store:
         for sample in samples:
             store.append(sample)
-        appended = store.settled, store.agreeing
+        appended = dict(store.answered)
     for ask_failed, settled in ((False, answered | keys(("c", 0))), (True, answered)):
         with AnnotationStore(tmp_path, ask_failed=ask_failed) as store:
-            assert (store.settled, store.agreeing) == (settled, keys(("a", 0)))
-    assert appended == (answered | keys(("c", 0)), keys(("a", 0)))
+            assert store.answered == {key: key in keys(("a", 0)) for key in settled}
+    assert appended == {key: key in keys(("a", 0)) for key in answered | keys(("c", 0))}
 
 
 def test_of_a_question_that_was_asked_again_the_last_answer_counts(tmp_path: Path) -> None:
     write(tmp_path, [failure("a", error="first"), answer("b")])
     with AnnotationStore(tmp_path, ask_failed=True) as store:
         store.append(failure("a", error="second"))
-        assert keys(("a", 0)).isdisjoint(store.settled)
+        assert keys(("a", 0)).isdisjoint(store.answered)
         store.append(answer("a"))
-        assert keys(("a", 0)) <= store.settled
+        assert keys(("a", 0)) <= store.answered.keys()
         finish(store)
     assert without_votes(samples_of(tmp_path)) == [answer("a"), answer("b")]
     with AnnotationStore(tmp_path, ask_failed=True) as store:
-        assert store.settled == keys(("a", 0), ("b", 0))
+        assert store.answered.keys() == keys(("a", 0), ("b", 0))
 
 
 VOTED = ("id", "sample", "votes", "majority_label", "vote_share", "in_majority")
@@ -387,7 +387,7 @@ def test_a_job_goes_on_after_it_was_finished(tmp_path: Path) -> None:
         assert [found.votes for found in samples_of(tmp_path)] == [1, None, None]
         finish(store)
     assert [(row["id"], row["votes"]) for row in raw(tmp_path)] == [("a", 2), ("a", 2), ("b", 1)]
-    assert store.settled == keys(("a", 0), ("a", 1), ("b", 0))
+    assert store.answered.keys() == keys(("a", 0), ("a", 1), ("b", 0))
 
 
 def test_a_store_without_a_sample_is_finished_too(tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_a_full_disk_is_said_and_repaired(tmp_path: Path, monkeypatch: pytest.Mo
             short(patched, 9)
             with pytest.raises(OSError, match=re.escape(str(store.path))):
                 store.append(THREE[1])
-        assert store.settled == keys(("a", 0))
+        assert store.answered.keys() == keys(("a", 0))
         assert store.path.read_bytes() == to_line(THREE[0])
         store.append(THREE[2])
         finish(store)
@@ -458,10 +458,11 @@ def test_a_full_disk_is_said_and_repaired(tmp_path: Path, monkeypatch: pytest.Mo
 def test_metadata_is_kept_beside_the_samples(tmp_path: Path) -> None:
     with AnnotationStore(tmp_path) as store:
         assert store.read_metadata() == {"format": 1, "jobs": []}
-        told: dict[str, Any]
-        for told in ({"jobs": [{}]}, {"jobs": [{}, {"teacher": "Ünal's"}]}):
-            store.write_metadata(told)
-            assert store.read_metadata() == told
+        store.note({"started": "1", "ended": "1"})
+        store.note({"started": "2", "teacher": "Ünal's"})
+        store.note({"started": "1", "ended": "3"})
+        jobs = [{"started": "2", "teacher": "Ünal's"}, {"started": "1", "ended": "3"}]
+        assert store.read_metadata() == {"format": 1, "jobs": jobs}
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", METADATA, FILE]
 
 
@@ -481,7 +482,6 @@ def exported(tmp_path: Path) -> Path:
     ]
     write(tmp_path, samples)
     with AnnotationStore(tmp_path) as store:
-        store.write_metadata({"format": 1, "jobs": [{"teacher": "Ünal's", "rows": 3}]})
         finish(store)
     return tmp_path
 
@@ -506,11 +506,6 @@ def test_parquet_s_columns_have_their_types(exported: Path) -> None:
     yes_or_no = ("parsed", "agrees", "contains_label", "in_majority", "structured")
     expected = dict.fromkeys(COLUMNS, "string") | dict.fromkeys(whole, "int64") | dict.fromkeys(numbers, "double")
     assert types == expected | dict.fromkeys(yes_or_no, "bool")
-
-
-def test_parquet_says_which_jobs_wrote_it(exported: Path) -> None:
-    told = json.loads(pq.read_schema(exported / PARQUET).metadata[b"lit_distill"])
-    assert told == {"format": 1, "jobs": [{"teacher": "Ünal's", "rows": 3}]}
 
 
 def test_parquet_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +548,7 @@ def test_samples_of_another_input_are_another_row(tmp_path: Path) -> None:
 def test_what_agrees_is_read_anew_when_it_is_opened(tmp_path: Path) -> None:
     write(tmp_path, [answer("a", agrees=True), answer("b", agrees=False)])
     with AnnotationStore(tmp_path, read=lambda found: replace(found, agrees=not found.agrees)) as store:
-        assert store.agreeing == keys(("b", 0))
+        assert store.answered == {key_of("a"): False, key_of("b"): True}
 
 
 def test_the_file_that_a_link_leads_to_is_written(tmp_path: Path) -> None:

@@ -346,14 +346,13 @@ def test_a_fault_in_a_user_s_own_reading_loses_no_answer(
         arguments = [f"--data=faulty_{part}.OwnDataModule", *own(numbered(here, 4), server)[1:]]
         for _ in range(2):
             run("annotate", arguments)
-            line = capsys.readouterr().err.splitlines()[-1]
-            assert line.startswith("OwnDataModule cannot read an answer to 'r1', which is kept: File ")
-            assert line.endswith("LookupError: no such text")
-            assert columns("id", "text", "parsed", "label")[1] == ("r1", "Well. So the answer is weird.", None, None)
+            assert "1 x LookupError: no such text" in capsys.readouterr().out
+            assert columns("text", "parsed", "label")[1] == ("Well. So the answer is weird.", None, None)
+            assert [error for (error,) in columns("error")] == [None, "LookupError: no such text", None, None]
         assert len(server.requests) == 4
         run("annotate", own(numbered(here, 4), server))
         assert len(server.requests) == 4
-    assert columns("id", "parsed", "label")[1] == ("r1", True, "weird")
+    assert columns("id", "parsed", "label", "error")[1] == ("r1", True, "weird", None)
 
 
 def test_what_refuses_all_is_asked_again_once_it_is_mended(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -673,10 +672,10 @@ def test_a_dry_run_shows_the_prompts_and_asks_nothing(release: Path, capsys: pyt
     assert "1 + 1 ?" in shown
     lines = [line.split("│") for line in shown.splitlines() if line.count("│") == 3]
     table = {name.strip(): value.strip() for _, name, value, _ in lines}
-    assert (table["rows"], table["questions"], table["answer tokens at most"]) == ("12", "36", f"{36 * 256:,}")
-    tokens = int(table["prompt tokens"].replace(",", ""))
-    answers = int(table["answer tokens, as the demonstrations"].replace(",", ""))
-    assert float(table["cost"].strip("$")) == pytest.approx((2 * tokens + 4 * answers) / 1e6, abs=1e-4)
+    assert (table["rows"], table["questions at most"]) == ("12", "36")
+    read, written = (int(table[f"{name} tokens at most"].replace(",", "")) for name in ("prompt", "answer"))
+    assert written == 36 * 256
+    assert float(table["cost at most"].strip("$")) == pytest.approx((2 * read + 4 * written) / 1e6, abs=1e-4)
     assert not Path("out").exists()
 
 
