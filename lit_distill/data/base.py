@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import checks
-from lit_distill.data.batches import EpochSampler, ResumableLoader, collate, rows_read
+from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
 from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
 from lit_distill.data.outputs import RELEASED, annotations_file, read_annotations
@@ -385,26 +385,25 @@ class RationaleDataModule(Dataset):
         return self._loader(self.predict_split, "predict")
 
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
-        """Shuffled, resumable batches for training; else all rows of the split, longest first."""
+        """Shuffled, resumable batches for training, else all rows of the split."""
         if split not in self._tokenized:
             raise RuntimeError(f"setup has not built the {split} split")
         rows, evaluation = self._tokenized[split], stage != "train"
         batch_size = self.eval_batch_size if evaluation else self.batch_size
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        lengths = rows.lengths(evaluation=evaluation) if evaluation or self.batching == "by_length" else None
-        # the longest first pads least, and memory that does not suffice shows at once; a trainer that reads a part of
-        # the split alone reads the rows that it would read without sorting
+        # the longest first pads least, and memory that does not suffice shows at once; but a trainer that reads a part
+        # of the split alone is to read its first rows
         limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
+        is_whole = isinstance(limit, float) and limit == 1  # the integer is one batch
+        by_length = is_whole if evaluation else self.batching == "by_length"
         sampler = EpochSampler(
             rows,
             world,
             rank,
             shuffle=not evaluation,
             seed=self.seed,
-            lengths=lengths,
+            lengths=rows.lengths(evaluation=evaluation) if by_length else None,
             batch_size=batch_size,
-            first=rows_read(limit, len(rows), batch_size, world),
-            with_epoch=rows.samples and not evaluation,
         )
         if self.num_workers:
             # avoids a warning in each worker, which is forked after the tokenizer used threads

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs
-from lit_distill.data.tokenize import TokenRow
+from lit_distill.data.tokenize import TokenRow, TokenRows
 
 # Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
 # differently in each epoch.
@@ -27,8 +27,6 @@ class EpochSampler(DistributedSampler[int]):
     Args:
         lengths: of the rows: for batches of similar length when shuffling (`by_length`), else longest first.
         batch_size: rows of a batch on one rank, for batches by length.
-        first: without shuffling, this many first rows come before all others; all rows by default.
-        with_epoch: when shuffling, give ``epoch * rows + position``, for datasets that sample in each epoch.
     """
 
     def __init__(
@@ -41,16 +39,14 @@ class EpochSampler(DistributedSampler[int]):
         *,
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
-        first: int | None = None,
-        with_epoch: bool = False,
     ) -> None:
         # annotated as `Dataset` in the base class, which only uses the length
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.rows = len(dataset)
         self.lengths = lengths
         self.batch_size = batch_size
-        self.first = self.rows if first is None else first
-        self.with_epoch = with_epoch
+        # `TokenRows` tell from a position the epoch that they sample in
+        self.with_epoch = shuffle and isinstance(dataset, TokenRows)
 
     def __iter__(self) -> Iterator[int]:
         shift = self.epoch * self.rows if self.with_epoch else 0
@@ -61,7 +57,7 @@ class EpochSampler(DistributedSampler[int]):
         if not self.shuffle:
             order = list(range(self.rows))
             if self.lengths is not None:
-                order[: self.first] = sorted(order[: self.first], key=self.lengths.__getitem__, reverse=True)
+                order.sort(key=self.lengths.__getitem__, reverse=True)
             return order + [PADDING_ROW] * (positions - self.rows)
         # unlike `seed + epoch`, without collisions between neighbouring seeds
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
@@ -90,16 +86,6 @@ def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.
     batches = [batch for window in windows for batch in window.split(batch_size)]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return torch.cat([*(batches[i] for i in shuffled), rest])
-
-
-def rows_read(limit: float, rows: int, batch_size: int, world: int) -> int:
-    """Number of rows (of all ranks) that a limited evaluation reads.
-
-    ``limit`` is ``limit_<stage>_batches``: an integer is a number of batches, a float a fraction.
-    """
-    batches = -(-rows // (batch_size * world))
-    read = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-    return min(rows, int(read) * batch_size * world)
 
 
 def collate(rows: Sequence[TokenRow], *, tasks: Sequence[str], pad_token_id: int, evaluation: bool) -> TaskBatch:

@@ -166,11 +166,6 @@ class TokenRows(Dataset[TokenRow]):
     def __len__(self) -> int:
         return len(self._table)
 
-    @property
-    def samples(self) -> bool:
-        """Whether a task samples a target in each epoch."""
-        return bool(self._sampled)
-
     def column(self, name: str) -> list[Any]:
         """A column of `encode_rows`."""
         return cast(list[Any], self._columns[name].to_pylist())

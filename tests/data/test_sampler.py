@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from lit_distill.batch import PADDING_ROW
 from lit_distill.data import batches
-from lit_distill.data.batches import EpochSampler, rows_read
+from lit_distill.data.batches import EpochSampler
 
 
 def passes(rows: int, world: int, **settings: object) -> list[list[int]]:
@@ -179,41 +179,12 @@ def test_fewer_rows_than_a_batch_are_one_batch() -> None:
     assert list(EpochSampler([], lengths=[], batch_size=8)) == []
 
 
-@given(lengths=st.lists(st.integers(0, 9), max_size=40), world=st.integers(1, 4), first=st.integers(0, 50))
-def test_evaluation_by_length_reads_the_longest_of_the_first_rows_first(
-    lengths: list[int], world: int, first: int
-) -> None:
-    first = min(first, len(lengths))
-    ranks = passes(len(lengths), world, shuffle=False, lengths=lengths, first=first)
+@given(lengths=st.lists(st.integers(0, 9), max_size=40), world=st.integers(1, 4))
+def test_evaluation_by_length_reads_the_longest_rows_first(lengths: list[int], world: int) -> None:
+    ranks = passes(len(lengths), world, shuffle=False, lengths=lengths)
     rounds = -(-len(lengths) // world)
     order = [ranks[p % world][p // world] for p in range(rounds * world)]
     assert order[len(lengths) :] == [PADDING_ROW] * (rounds * world - len(lengths))
-    assert sorted(order[:first]) == list(range(first))
-    assert order[first : len(lengths)] == list(range(first, len(lengths)))
-    for row, after in pairwise(order[:first]):
+    assert sorted(order[: len(lengths)]) == list(range(len(lengths)))
+    for row, after in pairwise(order[: len(lengths)]):
         assert (-lengths[row], row) < (-lengths[after], after)
-
-
-def test_evaluation_by_length_sorts_all_rows_if_not_told() -> None:
-    assert passes(5, 1, shuffle=False, lengths=[2, 9, 2, 4, 9]) == [[1, 4, 3, 0, 2]]
-
-
-@pytest.mark.parametrize(
-    ("limit", "rows", "batch_size", "world", "expected"),
-    [
-        (1.0, 23, 4, 1, 23),
-        (1.0, 23, 4, 3, 23),
-        (2, 23, 4, 1, 8),
-        (2, 23, 4, 2, 16),
-        (99, 23, 4, 2, 23),
-        (0, 23, 4, 1, 0),
-        (0.0, 23, 4, 1, 0),
-        (0.5, 23, 4, 1, 12),  # 3 of 6 batches
-        (0.5, 23, 4, 2, 8),  # 1 of 3
-        (0.9, 23, 4, 1, 20),  # 5 of 6
-        (0.1, 23, 4, 1, 0),  # less than a batch, which Lightning refuses
-        (1.0, 0, 4, 1, 0),
-    ],
-)
-def test_rows_read(limit: float, rows: int, batch_size: int, world: int, expected: int) -> None:
-    assert rows_read(limit, rows, batch_size, world) == expected
