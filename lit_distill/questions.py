@@ -1,6 +1,6 @@
 """The contract between prompts and teachers: questions and replies."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,11 @@ def count_tokens(prompt: Prompt) -> int:
     """Estimated tokens of a prompt: one per four bytes of UTF-8, and four per turn."""
     texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
     return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // 4 + 4 * len(texts)
+
+
+def cut_at(text: str, stop: Iterable[str]) -> str:
+    """A text up to the first of its stop texts."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,18 @@
 """The interface of teachers that answer questions."""
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, ClassVar, TypeVar
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, ClassVar
 
 from lit_distill import checks
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Prompt, Question, Reply, count_tokens
 
-T = TypeVar("T")
+_MOMENT = 0.01  # seconds within which a question that is to come comes
 
 
 class TeacherError(Exception):
@@ -36,8 +36,6 @@ class Teacher(ABC):
         input_price: US dollars per million prompt tokens; without prices, cost is not counted.
         output_price: US dollars per million tokens of answers.
     """
-
-    follows_schema: ClassVar[bool] = False  # whether answers can be constrained to a JSON schema
 
     has_answered: bool = False
     """Whether it has ever answered in this job, so that later refusals concern single questions."""
@@ -77,8 +75,7 @@ class Teacher(ABC):
 
     def check_schema(self) -> None:
         """Raise a ``UserError`` if answers cannot be constrained to a JSON schema."""
-        if not self.follows_schema:
-            raise UserError(f"structured: {type(self).__name__} cannot follow a JSON schema")
+        raise UserError(f"structured: {type(self).__name__} cannot follow a JSON schema")
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of a prompt; estimated without a tokenizer."""
@@ -91,17 +88,13 @@ class Teacher(ABC):
     async def answer(self, question: Question) -> Reply:
         """Answer one question; called concurrently.
 
-        Raises:
-            TeacherError: this question cannot be answered.
-            TeacherBusy: it could not be answered now.
-            UserError: no question can.
+        Raises a `TeacherError` if it cannot be answered, `TeacherBusy` if not now, a ``UserError`` if no question can.
         """
 
     async def close(self) -> None:  # noqa: B027 - there may be nothing to do
         """Release what `open` acquired."""
 
 
-_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 _Asked = tuple[Question, asyncio.Future[Reply]]
 """A question and the future of its answer."""
 
@@ -111,7 +104,7 @@ class BatchTeacher(Teacher):
 
     Waiting questions are collected, sorted by length and answered in batches, longest first: little padding, and
     out-of-memory errors come early. Ties are sorted by prompt and seed, so that batches do not depend on the order of
-    questions. Loading and batches run in one daemon thread, which does not keep the process alive.
+    questions. All this runs in one daemon thread, which does not keep the process alive.
 
     Args:
         model: the model's name.
@@ -124,9 +117,8 @@ class BatchTeacher(Teacher):
     def __init__(self, model: str, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
-        self._waiting: list[_Asked] = []
-        self._pump: asyncio.Task[None] | None = None
-        self._calls: SimpleQueue[_Call | None] | None = None
+        self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()  # `None` ends the thread
+        self._closed: asyncio.Future[None] | None = None
 
     @property
     def concurrency(self) -> int:
@@ -145,77 +137,78 @@ class BatchTeacher(Teacher):
 
     async def open(self) -> None:
         """Start the thread and load."""
-        await self._in_thread(self.load)
+        self._loop = asyncio.get_running_loop()
+        opened, self._closed = self._loop.create_future(), self._loop.create_future()
+        threading.Thread(target=self._work, args=(opened, self._closed), name="teacher", daemon=True).start()
+        await opened
 
     async def answer(self, question: Question) -> Reply:
         """Answer one question in a batch with others."""
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting.append((question, future))
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._answer_waiting())
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._waiting.put((question, future))
         return await future
 
     async def close(self) -> None:
-        """Wait for the running batch, and unload."""
-        if self._pump is not None and not self._pump.done():
-            await asyncio.wait([self._pump])
-        await self._in_thread(self.unload)
-        if self._calls is not None:
-            self._calls.put(None)
-            self._calls = None
+        """Wait for the running batch, and unload; the other questions have to be answered or cancelled before."""
+        if self._closed is not None:
+            self._waiting.put(None)
+            await self._closed
+            self._closed = None
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        if self._calls is None:
-            self._calls = SimpleQueue()
-            Thread(target=_work, args=(self._calls,), name="teacher", daemon=True).start()
-        future: Future[T] = Future()
-        self._calls.put((future, function, arguments))
-        return await asyncio.wrap_future(future)
-
-    async def _answer_waiting(self) -> None:
-        while self._waiting:
-            # wait for questions to come: a partial window wastes the device
-            await asyncio.sleep(0.01)
-            while self.more_to_come() and len(self._waiting) < self.concurrency:
-                await asyncio.sleep(0.01)
-            window, self._waiting = sorted(self._waiting, key=_longest_first), []
+    def _work(self, opened: asyncio.Future[None], closed: asyncio.Future[None]) -> None:
+        """The thread."""
+        self._settle([opened], self.load)
+        while window := self._next_window():
             for start in range(0, len(window), self.batch_size):
                 # cancelled ones are done
                 batch = [asked for asked in window[start : start + self.batch_size] if not asked[1].done()]
-                outcomes = await self._outcomes([question for question, _ in batch]) if batch else []
-                for (_, future), outcome in zip(batch, outcomes, strict=True):
-                    if future.done():
-                        continue
-                    if isinstance(outcome, Reply):
-                        future.set_result(outcome)
-                    else:
-                        future.set_exception(outcome)
+                if batch:
+                    questions, futures = zip(*batch, strict=True)
+                    self._settle(futures, self.answer_batch, questions)
+        self._settle([closed], self.unload)
 
-    async def _outcomes(self, questions: list[Question]) -> Sequence[Reply | Exception]:
+    def _next_window(self) -> list[_Asked]:
+        """The next questions, longest first; none once the teacher is closed."""
+        window: list[_Asked] = []
+        while len(window) < self.concurrency:
+            # a partial window wastes the device
+            more_to_come = self.more_to_come()
+            try:
+                asked = self._waiting.get(timeout=_MOMENT if window else None)
+            except Empty:
+                if more_to_come:
+                    continue
+                break
+            if asked is None:
+                return []
+            window.append(asked)
+        return sorted(window, key=_longest_first)
+
+    def _settle(self, futures: Sequence[asyncio.Future[Any]], function: Callable[..., Any], *arguments: Any) -> None:
+        """Give futures the results of a function, or what it raises, all at once."""
         try:
-            replies = await self._in_thread(self.answer_batch, questions)
-            if len(replies) != len(questions):
-                raise RuntimeError(f"{type(self).__name__} answered {len(replies)} of {len(questions)} questions")
-        except Exception as error:  # noqa: BLE001 - raised where the answers are awaited
-            return [error] * len(questions)
-        return replies
+            result = function(*arguments)
+            results = result if isinstance(result, list) else [result]
+            if len(results) != len(futures):
+                raise RuntimeError(f"{type(self).__name__} answered {len(results)} of {len(futures)} questions")
+        except StopIteration as error:
+            # asyncio futures cannot hold it
+            results = [RuntimeError(repr(error))] * len(futures)
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+            results = [error] * len(futures)
+        # the loop has ended if nobody waited for this thread
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_set_results, futures, results)
+
+
+def _set_results(futures: Sequence[asyncio.Future[Any]], results: Sequence[Any]) -> None:
+    for future, result in zip(futures, results, strict=True):
+        if isinstance(result, BaseException) and not future.done():
+            future.set_exception(result)
+        elif not future.done():
+            future.set_result(result)
 
 
 def _longest_first(asked: _Asked) -> tuple[int, str, int]:
     written = repr(asked[0].prompt)
     return -len(written), written, asked[0].sampling.seed
-
-
-def _work(calls: "SimpleQueue[_Call | None]") -> None:
-    while (call := calls.get()) is not None:
-        future, function, arguments = call
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function(*arguments))
-            except StopIteration as error:
-                # asyncio futures cannot hold it
-                future.set_exception(RuntimeError(f"{function.__qualname__} raised {error!r}"))
-            except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
-                future.set_exception(error)
-        # do not keep tensors alive while waiting
-        del call, future, function, arguments

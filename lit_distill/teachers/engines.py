@@ -1,6 +1,7 @@
 """Large teachers: vLLM's engine on one machine, or many of them on a Ray cluster."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ _ENGINE_SETTINGS = (
     *("quantization", "revision", "tokenizer", "tokenizer_mode", "tokenizer_revision"),
 )
 """Engine arguments that affect answers; others concern speed, memory or access."""
+
+_Stage = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class VLLMTeacher(BatchTeacher):
@@ -34,7 +37,6 @@ class VLLMTeacher(BatchTeacher):
         **kwargs: as in `Teacher`.
     """
 
-    follows_schema: ClassVar[bool] = True
     windows: ClassVar[int] = 1
 
     def __init__(
@@ -61,6 +63,9 @@ class VLLMTeacher(BatchTeacher):
         """With the engine's arguments that affect answers."""
         return super().settings | {"engine": {k: self.engine[k] for k in _ENGINE_SETTINGS if k in self.engine}}
 
+    def check_schema(self) -> None:
+        """Every layout supports a schema."""
+
     def load(self) -> None:
         """Start the engine."""
         try:
@@ -70,7 +75,7 @@ class VLLMTeacher(BatchTeacher):
         try:
             self._llm = LLM(model=self.model, **self.engine)
         except (OSError, ValueError, TypeError) as error:
-            reason = str(error).strip().split("\n", maxsplit=1)[0]
+            reason = str(error).partition("\n")[0]
             raise UserError(f"model: vllm cannot start an engine for {self.model!r} ({reason})") from error
 
     def unload(self) -> None:
@@ -96,10 +101,11 @@ class VLLMTeacher(BatchTeacher):
         except ValueError as error:
             # a prompt beyond the context, or an unsupported schema
             if len(questions) == 1:
-                return [TeacherError(f"vllm refuses the question: {str(error).strip().splitlines()[0]}")]
+                reason = str(error).partition("\n")[0]
+                return [TeacherError(f"vllm refuses the question: {reason}")]
             half = len(questions) // 2
             return [*self.answer_batch(questions[:half]), *self.answer_batch(questions[half:])]
-        return [self._reply(output) for output in outputs]
+        return [_reply(output) for output in outputs]
 
     def _sampling(self, question: Question) -> dict[str, Any]:
         """Arguments of ``vllm.SamplingParams`` in plain values, without the schema."""
@@ -117,16 +123,18 @@ class VLLMTeacher(BatchTeacher):
             settings["logprobs"] = 0
         return settings
 
-    def _reply(self, output: Any) -> Reply:
-        answer = output.outputs[0]
-        tokens, total = len(answer.token_ids), answer.cumulative_logprob
-        return Reply(
-            text=answer.text,
-            finish=answer.finish_reason if answer.finish_reason in ("stop", "length") else None,
-            input_tokens=None if output.prompt_token_ids is None else len(output.prompt_token_ids),
-            output_tokens=tokens,
-            logprob=None if total is None or not tokens else total / tokens,
-        )
+
+def _reply(output: Any) -> Reply:
+    """The reply in a ``vllm.RequestOutput``."""
+    answer = output.outputs[0]
+    tokens, total = len(answer.token_ids), answer.cumulative_logprob
+    return Reply(
+        text=answer.text,
+        finish=answer.finish_reason,
+        input_tokens=len(output.prompt_token_ids),
+        output_tokens=tokens,
+        logprob=None if total is None or not tokens else total / tokens,
+    )
 
 
 class RayTeacher(VLLMTeacher):
@@ -142,7 +150,7 @@ class RayTeacher(VLLMTeacher):
     Args:
         model: a hub name, or a folder that every machine can read.
         batch_size: questions given to a replica at a time; several batches are in flight in each.
-        window: questions of a dataset.
+        window: questions of a dataset; all with a JSON schema or all without, and with the same stop texts.
         replicas: number of engines, each with ``tensor_parallel_size`` times ``pipeline_parallel_size`` GPUs.
         **kwargs: as in `VLLMTeacher` and `Teacher`.
     """
@@ -154,37 +162,13 @@ class RayTeacher(VLLMTeacher):
         super().__init__(model, checks.check_int("window", window, 1), **kwargs)
         self.replica_batch_size = checks.check_int("batch_size", batch_size, 1)
         self.replicas = checks.check_int("replicas", replicas, 1)
-        self._processor: Any = None
 
     def load(self) -> None:
-        """Import Ray; the engines start with the first window."""
+        """Describe the engines, which start with the first window."""
         try:
-            import ray.data.llm  # type: ignore[import-not-found, unused-ignore] # noqa: F401 - an extra
+            import ray.data.llm as ray_llm  # type: ignore[import-not-found, unused-ignore] # an extra
         except ImportError as error:
             raise UserError(f'ray.data.llm cannot be imported ({error}): pip install "lit_distill[ray]"') from error
-
-    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
-        """Answer a window."""
-        import ray
-
-        self._processor = self._processor or self._build()
-        # rows of equal structure go together: others would be filled with nulls
-        groups: dict[tuple[bool, bool], list[int]] = {}
-        for i, question in enumerate(questions):
-            groups.setdefault((bool(question.stop), question.schema is not None), []).append(i)
-        replies: dict[int, Reply | TeacherError] = {}
-        for positions in groups.values():
-            rows = [{"position": i, "request": json.dumps(self._request(questions[i]))} for i in positions]
-            for row in self._processor(ray.data.from_items(rows)).take_all():
-                error = row.get("__inference_error__") or row.get("error")
-                if (i := row.get("position")) is not None:
-                    replies[int(i)] = TeacherError(f"vllm on ray: {error}") if error else self._joined(questions, row)
-        missing = TeacherError("vllm on ray: no answer came back")
-        return [replies.get(i, missing) for i in range(len(questions))]
-
-    def _build(self) -> Any:
-        import ray.data.llm as ray_llm
-
         config = ray_llm.vLLMEngineProcessorConfig(
             model_source=self.model,
             # Ray writes into it
@@ -196,55 +180,57 @@ class RayTeacher(VLLMTeacher):
             detokenize_stage=False,
             should_continue_on_error=True,
         )
-        return ray_llm.build_processor(config, preprocess=_read_request(), postprocess=_read_answer())
+        read_request, read_answer = _stages()
+        self._llm = ray_llm.build_processor(config, preprocess=read_request, postprocess=read_answer)
+
+    def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
+        """Answer a window."""
+        import ray
+
+        rows = [{"position": i, "request": json.dumps(self._request(one))} for i, one in enumerate(questions)]
+        replies: list[Reply | TeacherError] = [TeacherError("vllm on ray: no answer came back")] * len(rows)
+        for row in self._llm(ray.data.from_items(rows)).take_all():
+            if (position := row.get("position")) is None:
+                continue
+            if error := row.get("__inference_error__"):
+                replies[position] = TeacherError(f"vllm on ray: {error}")
+                continue
+            read, written = int(row["input_tokens"]), int(row["output_tokens"])
+            longest = self.engine.get("max_model_len", math.inf)
+            cut = written >= questions[position].sampling.max_new_tokens or read + written >= longest
+            replies[position] = Reply(row["text"], "length" if cut else "stop", read, written, row["logprob"])
+        return replies
 
     def _request(self, question: Question) -> dict[str, Any]:
         """The input columns of Ray's stages."""
-        settings = self._sampling(question)
+        settings, prompt = self._sampling(question), question.prompt
         if question.schema is not None:
             # as a text: its fields would become columns
             settings["guided_decoding"] = {"json": json.dumps(dict(question.schema))}
-        prompt = question.prompt
         asked: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": turns(prompt)}
         return asked | {"sampling_params": settings}
 
-    def _joined(self, questions: Sequence[Question], row: dict[str, Any]) -> Reply:
-        sampling, read, written = questions[row["position"]].sampling, row["input_tokens"], row["output_tokens"]
-        longest = self.engine.get("max_model_len")
-        cut = written >= sampling.max_new_tokens or (longest is not None and read + written >= longest)
-        return Reply(str(row["text"]), "length" if cut else "stop", int(read), int(written), row["logprob"])
 
+def _stages() -> tuple[_Stage, _Stage]:
+    """Functions before and after the engine; they hold nothing of this package, which a machine need not have."""
 
-# The two below return functions that hold nothing of this package, so that Ray can send them to machines without it.
-
-
-def _read_request() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
+    def read_request(row: dict[str, Any]) -> dict[str, Any]:
         import json
 
-        columns: dict[str, Any] = json.loads(row["request"])
-        return columns
+        return dict(json.loads(row["request"]))
 
-    return preprocess
-
-
-def _read_answer() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def postprocess(row: dict[str, Any]) -> dict[str, Any]:
+    def read_answer(row: dict[str, Any]) -> dict[str, Any]:
         # a step has the sampled token, and nulls where Ray merged columns of several steps
         steps = row.get("logprobs")
-        taken = [
-            entry["logprob"]
-            for step in (() if steps is None else steps)
-            for entry in step.values()
-            if entry is not None
-        ]
+        steps = [] if steps is None else steps
+        taken = [entry["logprob"] for step in steps for entry in step.values() if entry is not None]
         return {
             "position": row["position"],
             "text": row.get("generated_text") or "",
             "input_tokens": row.get("num_input_tokens") or 0,
             "output_tokens": row.get("num_generated_tokens") or 0,
             "logprob": sum(taken) / len(taken) if taken else None,
-            "error": row.get("__inference_error__"),
+            "__inference_error__": row.get("__inference_error__"),
         }
 
-    return postprocess
+    return read_request, read_answer

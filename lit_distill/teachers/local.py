@@ -1,27 +1,38 @@
 """A teacher run by transformers in this process: any causal or encoder-decoder model, on GPU or CPU."""
 
 import gc
-import hashlib
 import math
+import random
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Prompt, Question, Reply, turns
+from lit_distill.questions import Layout, Message, Prompt, Question, Reply, cut_at, turns
+from lit_distill.students.files import load_tokenizer, reading
 from lit_distill.teachers.base import BatchTeacher, TeacherError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from lit_distill.teachers.models import check_device
 
 
 class TransformersTeacher(BatchTeacher):
     """A model from the Hugging Face hub or a folder, in this process.
 
-    Only the end-of-sequence and padding tokens of ``generation_config.json`` are used, no sampling settings. Samples
-    depend on the prompts and seeds of their batch, not on the global random generators.
+    Only the special tokens of ``generation_config.json`` are used, no sampling settings. Samples depend on the prompts
+    and seeds of their batch, not on the global random generators.
 
     If a chat template refuses a system turn (Gemma's does), the instruction goes before the first question.
 
@@ -47,9 +58,8 @@ class TransformersTeacher(BatchTeacher):
         logprobs: bool = False,
         **kwargs: Any,
     ) -> None:
+        super().__init__(model, batch_size, layout=layout or "chat", **kwargs)
         self._layout: Layout | None = layout
-        super().__init__(model, batch_size, **kwargs)
-        self._layout = layout
         self.dtype, self.device, self.logprobs = dtype, device, logprobs
         self._network: Any = None
 
@@ -70,31 +80,16 @@ class TransformersTeacher(BatchTeacher):
         return super().settings | {"dtype": self.dtype}
 
     @cached_property
-    def config(self) -> "PreTrainedConfig":
+    def config(self) -> PreTrainedConfig:
         """The model's configuration."""
-        from transformers import AutoConfig
-
-        try:
+        with reading("model: cannot load a configuration from", self.model):
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable("its configuration", error) from error
-        return config
+            return config
 
     @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-        # without files transformers would create an empty one from `model_type`
-        files, folder = ("tokenizer*", "*.model", "vocab*", "*.tiktoken"), Path(self.model)
-        if folder.is_dir() and not any(path for pattern in files for path in folder.glob(pattern)):
-            raise UserError(f"model: no tokenizer in the folder {self.model!r}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable("its tokenizer", error) from error
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)  # noqa: S101 - for mypy
-        return tokenizer
+        return load_tokenizer(self.model)
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Exact tokens of a prompt."""
@@ -102,39 +97,20 @@ class TransformersTeacher(BatchTeacher):
 
     def load(self) -> None:
         """Load the weights onto the device."""
-        import torch
-        from huggingface_hub.errors import StrictDataclassError
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
         if self.layout == "chat" and not self.tokenizer.chat_template:
             raise UserError(f"layout: {self.model!r} has no chat template, so it has to be completion")
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"device: {name!r} cannot be used here ({_first_line(error)})") from error
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
         kind: Any = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
-        try:
+        with reading("model: cannot load weights from", self.model):
             network, found = kind.from_pretrained(
-                self.model,
-                dtype=self.dtype,
-                trust_remote_code=False,
-                # transformers only warns about missing weights
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                self.model, dtype=self.dtype, trust_remote_code=False, output_loading_info=True
             )
-            self._network = network.to(name).eval()
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise UserError(f"model: {self.model!r} does not fit into the memory of {name}") from error
-        except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
-            raise self._unreadable("its weights", error) from error
-        for trouble, what in (("missing_keys", "does not hold"), ("mismatched_keys", "has in another size")):
-            if names := sorted(one if isinstance(one, str) else str(one[0]) for one in found.get(trouble) or ()):
-                few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                raise UserError(f"model: {self.model!r} {what} the weights {few}, which would be drawn at random")
+            self._network = network.to(device).eval()
+        # transformers only warns
+        if missing := sorted(found["missing_keys"]):
+            few = ", ".join(missing[:3]) + ("" if len(missing) <= 3 else f" and {len(missing) - 3} more")
+            raise UserError(f"model: {self.model!r} does not hold the weights {few}, which would be drawn at random")
         network.generation_config = self._special_tokens(network.generation_config)
 
     def unload(self) -> None:
@@ -145,57 +121,43 @@ class TransformersTeacher(BatchTeacher):
     def answer_batch(self, questions: Sequence[Question]) -> list[Reply | TeacherError]:
         """Answer a batch, grouped by sampling settings, halved while out of memory."""
         replies: dict[int, Reply | TeacherError] = {}
-        groups: dict[Hashable, list[tuple[int, list[int]]]] = {}
+        groups: dict[Hashable, dict[int, list[int]]] = {}
         for i, question in enumerate(questions):
-            sampling = question.sampling
             try:
                 ids = self._encode(question.prompt)
-                self._check_length(len(ids), sampling.max_new_tokens)
+                self._check_length(len(ids), question.sampling.max_new_tokens)
             except TeacherError as error:
                 replies[i] = error
-                continue
-            alike = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, question.stop)
-            groups.setdefault(alike, []).append((i, ids))
+            else:
+                groups.setdefault((replace(question.sampling, seed=0), question.stop), {})[i] = ids
         for rows in groups.values():
-            answers = self._generate_fitting([questions[i] for i, _ in rows], [ids for _, ids in rows])
-            replies |= zip((i for i, _ in rows), answers, strict=True)
+            answers = self._generate_fitting([questions[i] for i in rows], list(rows.values()))
+            replies |= zip(rows, answers, strict=True)
         return [replies[i] for i in range(len(questions))]
 
-    def _special_tokens(self, own: "GenerationConfig") -> "GenerationConfig":
+    def _special_tokens(self, own: GenerationConfig) -> GenerationConfig:
         """A generation configuration with the model's special tokens only."""
-        from transformers import GenerationConfig
-
-        names = ["decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id", "forced_bos_token_id"]
-        names += ["suppress_tokens", "begin_suppress_tokens"]
+        names = ("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id", "forced_bos_token_id")
         kept = {name: getattr(own, name, None) for name in names}
         kept |= {name: getattr(self.config, name, None) for name in names if kept[name] is None}
-        ends = kept["eos_token_id"] or []
-        ends = {self.tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
-        kept["eos_token_id"] = sorted(ends) or None
-        pads = (kept["pad_token_id"], self.tokenizer.pad_token_id, *sorted(ends), 0)
-        kept["pad_token_id"] = next(pad for pad in pads if pad is not None and pad >= 0)
-        return GenerationConfig(**kept)
+        ends = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
+        eos = sorted({self.tokenizer.eos_token_id, *ends} - {None})
+        pad = eos[0] if kept["pad_token_id"] is None else kept["pad_token_id"]
+        return GenerationConfig(**kept | {"eos_token_id": eos, "pad_token_id": pad})
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt. Raises a ``TeacherError`` if the chat template refuses its turns."""
-        from jinja2 import TemplateError
-
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        chat = turns(prompt)
-        tries = [chat]
-        if [turn["role"] for turn in chat[:2]] == ["system", "user"]:
-            tries.append([{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]])
-        refusals = []
-        for attempt in tries:
-            try:
-                text = self.tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=True)
-            except (TemplateError, ValueError) as error:
-                refusals.append(error)
-            else:
-                # the template includes special tokens
-                return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
-        raise TeacherError(f"the chat template of {self.model} refuses the prompt: {_first_line(refusals[0])}")
+        try:
+            text = self.tokenizer.apply_chat_template(turns(prompt), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError) as error:
+            if [turn.role for turn in prompt[:2]] != ["system", "user"]:
+                raise TeacherError(f"the chat template of {self.model} refuses the prompt: {error}") from error
+            joined = Message("user", f"{prompt[0].content}\n\n{prompt[1].content}")
+            return self._encode((joined, *prompt[2:]))
+        # the template includes special tokens
+        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
     def _check_length(self, prompt: int, answer: int) -> None:
         if not prompt:
@@ -213,7 +175,9 @@ class TransformersTeacher(BatchTeacher):
         try:
             return [*self._generate(questions, prompts)]
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            # only CUDA has its own exception; the last text is the CPU allocator's
+            texts = ("out of memory", "can't allocate memory")
+            if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in texts):
                 raise
         # outside of `except`, whose traceback keeps tensors alive
         _free_memory()
@@ -225,52 +189,41 @@ class TransformersTeacher(BatchTeacher):
 
     def _generate(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Reply]:
         """Generate for questions that differ only in prompt and seed."""
-        import torch
-        from transformers import GenerationConfig
-
         network, sampling, stop = self._network, questions[0].sampling, questions[0].stop
         # right padding for an encoder, left padding for continuation
-        left = not self.config.is_encoder_decoder
-        width, pad = max(map(len, prompts)), network.generation_config.pad_token_id
-        rows, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.long)
-        for i, ids in enumerate(prompts):
-            place = slice(width - len(ids), width) if left else slice(len(ids))
-            rows[i, place], mask[i, place] = torch.tensor(ids), 1
-        start = width if left else 1
+        side = "right" if self.config.is_encoder_decoder else "left"
+        rows = [torch.tensor(ids) for ids in prompts]
+        ids = pad_sequence(rows, True, network.generation_config.pad_token_id, side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+        ends = _StopTexts(self.tokenizer, stop, start=1 if self.config.is_encoder_decoder else ids.shape[1])
         draws: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        ends = _StopTexts(self.tokenizer, stop, start)
+        seeds = repr([(question.prompt, question.sampling.seed) for question in questions])
         devices = [network.device] if network.device.type == "cuda" else []
         with torch.inference_mode(), torch.random.fork_rng(devices):
-            torch.manual_seed(_seed(questions))
+            torch.manual_seed(random.Random(seeds).getrandbits(63))  # noqa: S311 - no cryptography
             made = network.generate(
-                input_ids=rows.to(network.device),
+                input_ids=ids.to(network.device),
                 attention_mask=mask.to(network.device),
                 generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, **draws),
                 stopping_criteria=[ends] if stop else [],
                 return_dict_in_generate=True,
                 output_logits=self.logprobs,
             )
-        steps = zip(made.logits if self.logprobs else (), made.sequences[:, start:].unbind(1), strict=False)
-        logprobs = [logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist() for logits, ids in steps]
-        eos = set(network.generation_config.eos_token_id or ())
+        answers = made.sequences[:, ends.start :]
+        steps = zip(made.logits if self.logprobs else (), answers.unbind(1), strict=False)
+        logprobs = [logits.float().log_softmax(-1).gather(-1, step[:, None])[:, 0].tolist() for logits, step in steps]
+        eos = set(network.generation_config.eos_token_id)
         replies = []
-        for i, answer in enumerate(made.sequences[:, start:].tolist()):
-            first = next((n + 1 for n, token in enumerate(answer) if token in eos), len(answer) + 1)
-            length = min(first, ends.lengths.get(i, len(answer) + 1))
-            finish = "stop" if length <= len(answer) else "length"
-            length = min(length, len(answer))
-            text = _decode(self.tokenizer, answer[: length - (answer[length - 1] in eos)])
-            if cuts := [at for at in map(text.find, stop) if at >= 0]:
-                text, finish = text[: min(cuts)], "stop"
-            mean = math.fsum(step[i] for step in logprobs[:length]) / length if self.logprobs else None
-            replies.append(Reply(text, finish, len(prompts[i]), length, mean))
+        for i, answer in enumerate(answers.tolist()):
+            end = ends.lengths.get(i) or next((n for n, token in enumerate(answer, 1) if token in eos), None)
+            tokens = answer[:end]
+            text = _decode(self.tokenizer, [token for token in tokens if token not in eos])
+            mean = math.fsum(step[i] for step in logprobs[:end]) / len(tokens) if self.logprobs else None
+            finish = "length" if end is None else "stop"
+            replies.append(Reply(cut_at(text, stop), finish, len(prompts[i]), len(tokens), mean))
         return replies
-
-    def _unreadable(self, what: str, error: Exception) -> UserError:
-        hint = "" if Path(self.model).exists() else "; it is no folder here, so it has to be a name on the hub"
-        return UserError(f"model: cannot load {what} from {self.model!r} ({_first_line(error)}){hint}")
 
 
 class _StopTexts:
@@ -279,47 +232,26 @@ class _StopTexts:
     (transformers' own also finds stop texts that begin in the prompt.)
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: tuple[str, ...], start: int) -> None:
-        self._tokenizer, self._stop, self._start = tokenizer, stop, start
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], start: int) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
         # up to four tokens per character with byte fallback
-        self._tail = 4 * max(map(len, stop), default=0) + 8
+        self.tail = 4 * max(map(len, stop), default=0) + 8
         self.lengths: dict[int, int] = {}
 
-    def __call__(self, input_ids: "Tensor", scores: object, **kwargs: object) -> "Tensor":
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Which rows of ``input_ids`` ``(batch, len)`` have ended, ``(batch,)``."""
-        import torch
-
-        length = input_ids.shape[1] - self._start
-        for i, tail in enumerate(input_ids[:, self._start :][:, -self._tail :].tolist()):
-            if i not in self.lengths and any(stop in _decode(self._tokenizer, tail) for stop in self._stop):
-                self.lengths[i] = length
-        return torch.tensor([i in self.lengths for i in range(len(input_ids))], device=input_ids.device)
+        answers = input_ids[:, self.start :]
+        for i, tail in enumerate(answers[:, -self.tail :].tolist()):
+            if i not in self.lengths and any(stop in _decode(self.tokenizer, tail) for stop in self.stop):
+                self.lengths[i] = answers.shape[1]
+        return torch.tensor([i in self.lengths for i in range(len(answers))], device=answers.device)
 
 
-def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _seed(questions: Sequence[Question]) -> int:
-    asked = repr([(question.prompt, question.sampling.seed) for question in questions])
-    return int.from_bytes(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()[:8]) >> 1
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    # only CUDA has its own exception; the last text is the CPU allocator's
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
-
-
 def _free_memory() -> None:
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

@@ -80,12 +80,10 @@ class Teachers:
         model = self.models[name]
         if name not in self._loaded:
             try:
-                torch.empty(0, device=model.device)
+                check_device(model.device)
                 teacher = students.load(model.model, dtype=model.dtype)
             except UserError as error:
                 raise UserError(f"teachers: {name}: {str(error).removeprefix('student: ')}") from error
-            except (RuntimeError, AssertionError) as error:
-                raise UserError(f"teachers: {name}: no device {model.device!r} here ({error})") from error
             ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
             if ours != theirs:
                 raise UserError(
@@ -99,6 +97,14 @@ class Teachers:
         device = torch.device(model.device) if model.device else next(student.parameters()).device
         # `to` walks over all parameters, and this is called in each micro-batch
         return teacher if next(teacher.parameters()).device == device else teacher.to(device)
+
+
+def check_device(device: str | None) -> None:
+    """Raise a ``UserError`` if a device is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device: {device!r} cannot be used here ({str(error).partition('.')[0]})") from error
 
 
 class _FrozenPass:

@@ -7,11 +7,11 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lit_distill.errors import UserError
 from lit_distill.interrupts import on_signals
@@ -34,19 +34,12 @@ _PATIENCE = 20  # consecutive failures, besides those in flight, after which a t
 
 @dataclass
 class Budget:
-    """The budget of a job. A question is asked only if its prompt and longest possible answer fit.
+    """The budget of a job. A question is asked only if its prompt and longest possible answer fit."""
 
-    Args:
-        max_tokens: of prompts and answers together.
-        max_cost: in US dollars.
-        tokens: used so far.
-        cost: used so far, in US dollars.
-    """
-
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    tokens: int = 0
-    cost: float = 0.0
+    max_tokens: int | None = None  # of prompts and answers together
+    max_cost: float | None = None  # in US dollars
+    tokens: int = 0  # used so far
+    cost: float = 0.0  # used so far
     _reserved_tokens: int = 0
     _reserved_cost: float = 0.0
 
@@ -82,11 +75,11 @@ def queued_interrupts() -> Iterator[Interrupts]:
 
 
 class RequestRunner(Generic[Tag]):
-    """Asks a teacher all questions of a job.
+    """Asks a teacher all questions of a job: workers take row after row, and share a number of slots for questions.
 
     Args:
         teacher: opened and closed here.
-        concurrency: maximum questions in flight; rows are read lazily.
+        concurrency: maximum questions in flight; as many rows are read ahead.
         on_result: gets each answer or final failure at once; never called after `run` returns. Failures are held back
             until the teacher has answered anything: if it refuses all of the first questions, the job ends and none
             counts as failed.
@@ -102,19 +95,23 @@ class RequestRunner(Generic[Tag]):
     ) -> None:
         self._teacher, self._concurrency, self._on_result = teacher, concurrency, on_result
         self._budget = budget or Budget()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._opened = self._waiting_for_answers = self._over = False
-        self._in_flight = self._busy_in_a_row = 0
-        self._pending: deque[tuple[_Round[Tag], Tag, Question]] = deque()
-        self._refused: list[tuple[Tag, TeacherError]] = []
-        self._reporting = threading.Lock()
         self.stopped: str | None = None
         """Why it stopped early, else ``None``."""
         self.busy: Counter[str] = Counter()
         """Counts of questions left for a later start, by reason."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._main: asyncio.Task[None] | None = None
+        self._opened = self._over = self._waits_for_answers = False
+        self._slots, self._gate, self._answered = asyncio.Semaphore(concurrency), asyncio.Lock(), asyncio.Event()
+        self._in_flight = 0
+        self._to_come = concurrency
+        """Workers that read rows, and questions that are read and not yet asked."""
+        self._busy_in_a_row = 0
+        self._refused: list[tuple[Tag, TeacherError]] = []
+        self._reporting = threading.Lock()
 
     def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts) -> None:
-        """Ask all questions.
+        """Ask all questions. Raises a ``UserError`` if the teacher cannot answer any.
 
         The first interrupt waits for the questions in flight, unless the teacher is still opening; a second one does
         not. The event loop has its own thread, so that this works in a notebook; a thread blocked by a teacher is
@@ -123,15 +120,12 @@ class RequestRunner(Generic[Tag]):
         Args:
             rows: each row's questions.
             interrupts: from `queued_interrupts`; its block may be longer.
-
-        Raises:
-            UserError: the teacher cannot answer any question.
         """
         failures: list[BaseException] = []
 
         def work() -> None:
             try:
-                asyncio.run(self._run(rows))
+                asyncio.run(self._open_and_ask(rows))
             except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
                 failures.append(error)
             finally:
@@ -151,93 +145,68 @@ class RequestRunner(Generic[Tag]):
                 print("interrupted: waiting for the questions in flight; interrupt again to stop now", file=sys.stderr)
             else:
                 deadline = min(deadline, time.monotonic() + LEAVE_SECONDS)
-                if self._loop is not None:
+                if self._main is not None:
                     # the loop may have ended meanwhile
                     with suppress(RuntimeError):
-                        self._loop.call_soon_threadsafe(self._main.cancel)
+                        self._main.get_loop().call_soon_threadsafe(self._main.cancel)
             interrupted = True
         with self._reporting:
             self._over = True
-        if failures and not isinstance(failures[0], asyncio.CancelledError):
+        if failures and not (interrupted and isinstance(failures[0], asyncio.CancelledError)):
             raise failures[0]
 
-    async def _run(self, rows: Iterator[Rounds[Tag]]) -> None:
-        self._main = asyncio.ensure_future(self._open_and_ask(rows))
-        self._loop = asyncio.get_running_loop()
-        await self._main
-
     async def _open_and_ask(self, rows: Iterator[Rounds[Tag]]) -> None:
-        workers: list[asyncio.Task[None]] = []
-        self._gate, self._answered = asyncio.Lock(), asyncio.Event()
+        self._main = asyncio.current_task()
         if self.stopped is not None:
             return
+        workers: list[asyncio.Task[None]] = []
         try:
             await self._teacher.open()
             self._opened = True
             self._teacher.more_to_come = self._more_to_come
-            workers = [asyncio.create_task(self._work(rows)) for _ in range(self._concurrency)]
-            done, pending = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            if pending:
-                # fatal error; wait for the others in flight, which are paid for
-                await asyncio.wait(pending, timeout=GRACE_SECONDS)
-            for task in done:
-                task.result()
+            workers = [self._start(self._ask_rows(rows)) for _ in range(self._concurrency)]
+            await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            if self._tasks:
+                # fatal error; wait for the questions in flight, which are paid for
+                await asyncio.wait(self._tasks, timeout=GRACE_SECONDS)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
             self._report_refused()
         finally:
-            for task in workers:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            await asyncio.gather(*workers, *self._tasks, return_exceptions=True)
             await self._teacher.close()
 
-    async def _work(self, rows: Iterator[Rounds[Tag]]) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _ask_rows(self, rows: Iterator[Rounds[Tag]]) -> None:
+        """Take rows until none are left, and ask each row's questions round by round."""
         try:
-            while (taken := await self._next(rows)) is not None:
-                await self._ask(*taken)
-        except BaseException as error:
+            while self.stopped is None and (rounds := next(rows, None)) is not None:
+                while self.stopped is None and (questions := next(rounds, None)):
+                    self._to_come += len(questions) - 1
+                    await asyncio.gather(*[self._start(self._ask(*question)) for question in questions])
+                    self._to_come += 1
+                # rows without questions never wait: let others run
+                await asyncio.sleep(0)
+            self._to_come -= 1
+        except BaseException:
             self.stopped = self.stopped or "failed"
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
-                raise RuntimeError(f"{type(self._teacher).__name__} cancelled a question by itself") from None
             raise
 
-    async def _next(self, rows: Iterator[Rounds[Tag]]) -> "tuple[_Round[Tag], Tag, Question, tuple[int, float]] | None":
-        """The next question and its reservation; ``None`` if there is none."""
-        async with self._gate:
-            while self.stopped is None and not self._pending:
-                if (row := next(rows, None)) is not None:
-                    self._add_round(row)
-                    # rows without questions never await: yield to others
-                    await asyncio.sleep(0)
-                elif self._in_flight:
-                    # an answer may start another round
-                    await self._wait_for_answer()
-                else:
-                    return None
-            if not self._pending:
-                return None
-            round_, tag, question = self._pending.popleft()
-            read, written = count_tokens(question.prompt), question.sampling.max_new_tokens
-            most = read + written, self._teacher.cost(read, written) or 0.0
-            while self.stopped is None and (limit := self._budget.exhausted(*most)) is not None:
-                if self._in_flight:
-                    # questions in flight seldom use their whole reservation
-                    await self._wait_for_answer()
-                else:
-                    self.stopped = limit
-            if self.stopped is not None:
-                return None
-            self._budget.reserve(*most)
-            self._in_flight += 1
-            return round_, tag, question, most
-
-    async def _wait_for_answer(self) -> None:
-        self._waiting_for_answers = True
-        self._answered.clear()
-        await self._answered.wait()
-        self._waiting_for_answers = False
-
-    async def _ask(self, round_: "_Round[Tag]", tag: Tag, question: Question, reserved: tuple[int, float]) -> None:
-        try:
+    async def _ask(self, tag: Tag, question: Question) -> None:
+        read, written = count_tokens(question.prompt), question.sampling.max_new_tokens
+        tokens, cost = read + written, self._teacher.cost(read, written) or 0.0
+        async with self._slots:
+            if not await self._reserve(tokens, cost):
+                return
+            self._to_come, self._in_flight = self._to_come - 1, self._in_flight + 1
             try:
                 self._take(tag, await self._teacher.answer(question))
             except TeacherError as error:
@@ -247,18 +216,26 @@ class RequestRunner(Generic[Tag]):
                 self._busy_in_a_row += 1
                 if self._busy_in_a_row >= _PATIENCE + self._concurrency:
                     raise UserError(f"teacher: {self._teacher.name} does not answer any more ({error})") from error
-            round_.open -= 1
-            if not round_.open:
-                self._add_round(round_.rounds)
-        finally:
-            self._in_flight -= 1
-            self._budget.reserve(-reserved[0], -reserved[1])
-            self._answered.set()
+            finally:
+                self._in_flight -= 1
+                self._budget.reserve(-tokens, -cost)
+                self._answered.set()
 
-    def _add_round(self, rounds: Rounds[Tag]) -> None:
-        if questions := next(rounds, None):
-            round_ = _Round(rounds, len(questions))
-            self._pending.extend((round_, tag, question) for tag, question in questions)
+    async def _reserve(self, tokens: int, cost: float) -> bool:
+        """Reserve a question's part of the budget; false if the job has stopped, maybe for want of it."""
+        async with self._gate:
+            while self.stopped is None and (limit := self._budget.exhausted(tokens, cost)) is not None:
+                if not self._in_flight:
+                    self.stopped = limit
+                    break
+                # questions in flight seldom use their whole reservation
+                self._answered.clear()
+                self._waits_for_answers = True
+                await self._answered.wait()
+                self._waits_for_answers = False
+        if self.stopped is None:
+            self._budget.reserve(tokens, cost)
+        return self.stopped is None
 
     def _take(self, tag: Tag, result: Reply | TeacherError) -> None:
         self._busy_in_a_row = 0
@@ -283,13 +260,6 @@ class RequestRunner(Generic[Tag]):
                 self._on_result(tag, result)
 
     def _more_to_come(self) -> bool:
-        has_room = self._in_flight < self._concurrency and not self._waiting_for_answers
-        return has_room and self.stopped is None
-
-
-@dataclass
-class _Round(Generic[Tag]):
-    """Questions of one row that are asked together."""
-
-    rounds: Rounds[Tag]
-    open: int
+        """Whether more questions follow without waiting for an answer; called in the teacher's thread."""
+        has_room = self._in_flight < self._concurrency and not self._waits_for_answers
+        return has_room and self._to_come > 0 and self.stopped is None

@@ -153,7 +153,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_the_first_step(studen
     ("model", "device", "said"),
     [
         ("no-weights", None, "no weights in the folder "),
-        ("teacher", "nonsense", "no device 'nonsense' here "),
+        ("teacher", "nonsense", "device: 'nonsense' cannot be used here "),
     ],
 )
 def test_a_teacher_that_cannot_be_loaded_is_named(

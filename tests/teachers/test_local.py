@@ -3,9 +3,6 @@
 import asyncio
 import json
 import logging
-import re
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -319,7 +316,8 @@ def test_weights_that_would_be_drawn_at_random_are_named(trouble: str, talker: P
     else:
         weights[name] = weights[name][:, :-1].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"^model: '{re.escape(str(tmp_path))}' .* {name}, which") as raised:
+    said = rf"'.* does not hold the weights {name}, which" if trouble == "missing" else "cannot load weights from '"
+    with pytest.raises(UserError, match=f"^model: {said}") as raised:
         on_cpu(tmp_path).load()
     assert "\n" not in str(raised.value)
 
@@ -366,8 +364,12 @@ def test_what_is_missing_is_named(tmp_path: Path, memory: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_bytes((memory / "config.json").read_bytes())
     AutoTokenizer.from_pretrained(memory).save_pretrained(no_weights)
-    for folder, said in [(nothing, "it is no folder here"), (no_tokenizer, "no tokenizer"), (no_weights, "weights")]:
-        with pytest.raises(UserError, match=f"^model: .*{said}") as raised:
+    for folder, said in [
+        (nothing, "it is no folder here"),
+        (no_tokenizer, "none in the folder"),
+        (no_weights, "weights"),
+    ]:
+        with pytest.raises(UserError, match=f"^(model|tokenizer): .*{said}") as raised:
             asyncio.run(_answers(on_cpu(folder), []))
         assert "\n" not in str(raised.value)
         assert str(folder) in str(raised.value)
@@ -394,9 +396,3 @@ def test_a_device_that_is_not_here_is_named(device: str, memory: Path) -> None:
 def test_it_loads_in_another_type(memory: Path) -> None:
     [reply] = ask(on_cpu(memory, dtype="bfloat16"), ["four"])
     assert reply.text == "green"
-
-
-def test_importing_the_teachers_loads_no_framework() -> None:
-    code = "import json, sys; import lit_distill.teachers; print(json.dumps(sorted(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
-    assert not {"torch", "transformers", "vllm", "ray"} & set(json.loads(out.stdout))

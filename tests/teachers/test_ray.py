@@ -148,18 +148,14 @@ def test_a_window_is_joined_back_in_its_order(cluster: Cluster) -> None:
     assert by_text["two dogs"] == {"temperature": 0.7, "top_p": 1.0, "max_tokens": 2, "seed": 5}
 
 
-def test_rows_of_a_dataset_have_the_same_columns(cluster: Cluster) -> None:
+def test_a_schema_is_a_text_and_rows_have_the_same_columns(cluster: Cluster) -> None:
     schema = {"type": "object"}
-    questions = [chat("a"), chat("b", stop=("Q",)), chat("c", schema=schema), chat("d"), chat("e")]
-    replies = ask(RayTeacher("m"), *questions)
-    assert [reply.text for reply in replies] == ["A", "B", "C", "D", "E"]
-    assert sorted(len(rows) for rows in cluster.windows) == [1, 1, 3]
-    for rows in cluster.windows:
-        assert len({(*row, *row["sampling_params"]) for row in rows}) == 1
-    params = [row["sampling_params"] for rows in cluster.windows for row in rows]
-    [guided] = [one["guided_decoding"] for one in params if "guided_decoding" in one]
-    assert json.loads(guided["json"]) == schema
-    assert [one["stop"] for one in params if "stop" in one] == [["Q"]]
+    replies = ask(RayTeacher("m"), *[chat(text, ("Q",), schema) for text in "abc"])
+    assert [reply.text for reply in replies] == ["A", "B", "C"]
+    [rows] = cluster.windows
+    assert len({(*row, *row["sampling_params"]) for row in rows}) == 1
+    params = rows[0]["sampling_params"]
+    assert (json.loads(params["guided_decoding"]["json"]), params["stop"]) == (schema, ["Q"])
     assert [config["chat_template_stage"] for config in cluster.configs] == [True]
 
 

@@ -322,7 +322,7 @@ def test_a_question_that_a_teacher_cancels_is_not_lost_in_silence() -> None:
         async def answer(self, question: Question) -> Reply:
             raise asyncio.CancelledError
 
-    with pytest.raises(RuntimeError, match="Cancels cancelled a question"):
+    with pytest.raises(asyncio.CancelledError):
         ask(Cancels(), one_each(["a"]))
 
 
