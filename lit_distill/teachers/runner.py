@@ -244,7 +244,7 @@ class RequestRunner(Generic[Tag]):
             self._report_refused()
         elif not self._teacher.has_answered:
             self._refused.append((tag, result))
-            if len(self._refused) >= _PATIENCE:
+            if len(self._refused) == _PATIENCE:
                 refused = f"the first {len(self._refused)} questions were all refused ({result})"
                 raise UserError(f"teacher: {refused}; none of them counts as failed")
             return

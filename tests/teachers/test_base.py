@@ -1,8 +1,6 @@
 """How a `BatchTeacher` makes batches of what it is asked one by one."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -116,22 +114,26 @@ async def _in_time(teacher: Teacher, prompt: str) -> list[Reply | BaseException]
         return [*await asyncio.gather(teacher.answer(Question(prompt, Sampling())), return_exceptions=True)]
 
 
+class Stuck(Echo):
+    """Loads until it may go on."""
+
+    def load(self) -> None:
+        self.go_on.wait(60)
+
+
 def test_no_thread_of_a_teacher_is_waited_for_at_the_end_of_the_process() -> None:
-    code = (
-        "import asyncio, time\n"
-        "from tests.teachers.test_base import Echo\n"
-        "class Stuck(Echo):\n"
-        "    def load(self):\n"
-        "        time.sleep(600)\n"
-        "async def run():\n"
-        "    try:\n"
-        "        await asyncio.wait_for(Stuck().open(), 0.1)\n"
-        "    except TimeoutError:\n"
-        "        print('left')\n"
-        "asyncio.run(run())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
-    assert done.stdout == "left\n"
+    teacher = Stuck()
+    teacher.go_on.clear()
+
+    async def run() -> list[bool]:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(teacher.open(), 0.1)
+        return [thread.daemon for thread in threading.enumerate() if thread.name == "teacher"]
+
+    daemons = asyncio.run(run())
+    teacher.go_on.set()
+    assert daemons
+    assert all(daemons)
 
 
 async def _with(teacher: Echo, do: Callable[[], Awaitable[None]]) -> None:
