@@ -169,9 +169,10 @@ def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sort key: dataset, labels, student size, fraction, then standard finetuning first."""
+    """Sort key: dataset, labels, student size, fraction, then standard finetuning first; numbers by their size."""
     first = [row[name] for name in ("dataset", "label_source", "parameters", "student", "train_fraction")]
-    return (*first, row["method"] != "Standard", row["method"], row["rationale_weight"] or 0.0, row["name"])
+    numbers = [float(word) for word in row["name"].split() if re.fullmatch(r"\d+(\.\d+)?", word)]
+    return (*first, row["method"] != "Standard", row["method"], numbers, row["name"])
 
 
 def read_baseline(text: str | None, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:

@@ -59,24 +59,12 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for run in comparison.runs:
         record, config = run.record, flatten(run.record.config) | {"test rows": run.test}
-        selected = next((name for name in record.validation if name != "step"), "")
         row = {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
         row |= {name: row[name] or None for name in _AMOUNTS}
         row |= {key: as_text(config[key]) for key in (STUDENT, WEIGHT, *comparison.keys) if key in config}
-        row |= record.metrics
-        row |= {
-            "validation_metric": selected or None,
-            "validation_value": record.validation.get(selected),
-            "validation_step": record.validation.get("step"),
-            "commit": str(record.git.get("commit") or "") or None,
-            "train_fingerprint": record.fingerprints.get("train"),
-            "test_fingerprint": record.fingerprints.get("test"),
-            "test_ids": run.ids or None,
-            "predictions": run.correct is not None,
-            "duplicate_of": comparison.repeated.get(run.source),
-            "folder": run.source,
-        }
-        rows.append(row)
+        row |= record.metrics | flatten({"validation": record.validation, "fingerprint": record.fingerprints})
+        row |= {"commit": record.git.get("commit"), "test_ids": run.ids or None, "predictions": run.correct is not None}
+        rows.append(row | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source})
     order = ("dataset", "label_source", "student", "train_fraction", "method", "seed", "data_seed", "folder")
     rows.sort(key=lambda row: [row[key] for key in order])
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -187,8 +175,8 @@ def _escape(text: str) -> str:
 
 def _table(rows: Sequence[dict[str, str]]) -> Markdown:
     """A table whose first two columns are left-aligned names, the others numbers."""
-    names = list(rows[0])
-    return Markdown(markdown_table(names, [list(row.values()) for row in rows], numbers=names[2:], cell=_escape))
+    columns = list(rows[0])
+    return Markdown(markdown_table(columns, [list(row.values()) for row in rows], numbers=columns[2:], cell=_escape))
 
 
 def _commands(comparison: Comparison) -> Markdown:

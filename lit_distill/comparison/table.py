@@ -6,14 +6,12 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from lit_distill.comparison import names
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, WEIGHT, as_text, config_text
-from lit_distill.files import flatten
+from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, as_text, config_text
 
-IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction"]
-IDENTITY += ["method", "rationales", "rationale_weight"]
+IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction", "method", "rationales"]
 """Columns that tell settings apart, besides the config keys in which a dataset's runs differ."""
 
-_UNDER_ANOTHER_NAME = {"model.class_path", "data.class_path", STUDENT, WEIGHT, LABELS, FRACTION, PAIRING}
+_UNDER_ANOTHER_NAME = {"model.class_path", "data.class_path", STUDENT, LABELS, FRACTION, PAIRING}
 """Config keys that `IDENTITY` has under a shorter name."""
 
 
@@ -25,7 +23,10 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
         setting in words without dataset, labels, student and fraction; and ``run``. Then the other config keys in which
         the runs of a dataset differ; and dataset -> remarks on differences that no name shows.
     """
-    table = pd.DataFrame([_identity(run) for run in runs], dtype=object)
+    table = pd.DataFrame([{name: getattr(run.record, name) for name in IDENTITY} for run in runs], dtype=object)
+    table["run"] = runs
+    table["path"] = [run.student_path for run in runs]
+    table["test"] = [run.test for run in runs]
     # W&B does not know the size of a student
     sizes = table.groupby("path").parameters.transform("max")
     table["parameters"] = table.parameters.where(table.parameters > 0, sizes)
@@ -41,23 +42,6 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
         parts.append(pd.concat([own.assign(name=in_words), differing], axis=1))
         keys |= set(differing)
     return pd.concat(parts).drop(columns=["path", "test"]), sorted(keys), remarks
-
-
-def _identity(run: Run) -> dict[str, object]:
-    record, weight = run.record, flatten(run.record.config).get(WEIGHT)
-    return {
-        "dataset": record.dataset,
-        "label_source": record.label_source,
-        "student": record.student,
-        "parameters": record.parameters,
-        "train_fraction": float(record.train_fraction),
-        "method": record.method,
-        "rationales": record.rationales,
-        "rationale_weight": float(weight) if isinstance(weight, int | float) else None,
-        "path": run.student_path,
-        "test": run.test,
-        "run": run,
-    }
 
 
 def _differing(table: pd.DataFrame) -> pd.DataFrame:
@@ -89,14 +73,11 @@ def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str
         # a prefix is part of a method
         elif not key.endswith("prefix"):
             remarks.append(_remark(words[key], differing[key], known))
-    weighted = identity.groupby("method").rationale_weight.transform("nunique") > 1
     found = []
-    for row, with_weight in zip(known.to_dict("records"), weighted, strict=True):
+    for row in known.to_dict("records"):
         parts = [names.method(row["method"], row["label_source"])]
         if row["rationales"] not in (None, "own"):
             parts.append(f"{row['rationales']} rationales")
-        if with_weight and row["rationale_weight"] is not None:
-            parts.append(f"rationale weight {row['rationale_weight']:g}")
         for key in known.columns.difference(IDENTITY):
             if text := values[key].get(row[key], ""):
                 parts.append(words[key] if text == "true" else f"{words[key]} {text}")

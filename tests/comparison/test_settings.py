@@ -101,7 +101,7 @@ def test_columns_of_their_own_are_named_for_themselves(tmp_path: Path) -> None:
         {"method": "StepByStep", "model": {"rationale_weight": 0.5}},
         {"method": "Standard", "label_source": "teacher"},
     )
-    assert keys_of(runs) == []
+    assert keys_of(runs) == ["model.init_args.rationale_weight"]
     assert names_of(runs) == [
         "step-by-step, rationale weight 1",
         "step-by-step, shuffled rationales, rationale weight 1",
