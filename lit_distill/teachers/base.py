@@ -12,8 +12,6 @@ from lit_distill import checks
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Prompt, Question, Reply, count_tokens
 
-_MOMENT = 0.01  # seconds within which a question that is to come comes
-
 
 class TeacherError(Exception):
     """This question cannot be answered, even by trying again; others may be."""
@@ -54,8 +52,6 @@ class Teacher(ABC):
         checks.check_range("input_price", input_price, at_least=0)
         checks.check_range("output_price", output_price, at_least=0)
         self.input_price, self.output_price = input_price, output_price
-        self.more_to_come: Callable[[], bool] = lambda: False
-        """Whether more questions follow without waiting for an answer."""
 
     @property
     def concurrency(self) -> int:
@@ -113,6 +109,7 @@ class BatchTeacher(Teacher):
     """
 
     windows: ClassVar[int] = 16  # number of batches that are sorted together
+    patience: ClassVar[float] = 0.2  # seconds for which a window that is not full waits for another question
 
     def __init__(self, model: str, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
@@ -170,18 +167,12 @@ class BatchTeacher(Teacher):
     def _next_window(self) -> list[_Asked]:
         """The next questions, longest first; none once the teacher is closed."""
         window: list[_Asked] = []
-        while len(window) < self.concurrency:
-            # a partial window wastes the device
-            more_to_come = self.more_to_come()
-            try:
-                asked = self._waiting.get(timeout=_MOMENT if window else None)
-            except Empty:
-                if more_to_come:
-                    continue
-                break
-            if asked is None:
-                return []
-            window.append(asked)
+        with suppress(Empty):
+            while len(window) < self.concurrency:
+                asked = self._waiting.get(timeout=self.patience if window else None)
+                if asked is None:
+                    return []
+                window.append(asked)
         return sorted(window, key=_longest_first)
 
     def _settle(self, futures: Sequence[asyncio.Future[Any]], function: Callable[..., Any], *arguments: Any) -> None:

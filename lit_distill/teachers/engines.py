@@ -38,6 +38,7 @@ class VLLMTeacher(BatchTeacher):
     """
 
     windows: ClassVar[int] = 1
+    patience: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -154,6 +155,8 @@ class RayTeacher(VLLMTeacher):
         replicas: number of engines, each with ``tensor_parallel_size`` times ``pipeline_parallel_size`` GPUs.
         **kwargs: as in `VLLMTeacher` and `Teacher`.
     """
+
+    patience: ClassVar[float] = 10.0
 
     def __init__(
         self, model: str, batch_size: int = 64, window: int = 10_000, replicas: int = 1, **kwargs: Any

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -65,38 +64,37 @@ class Teachers:
 
     def load(self, student: Student) -> None:
         """Load the teachers before the first step. Raises a ``UserError`` for another vocabulary."""
-        for name in self.models:
-            self._get(name, student)
+        for name, model in self.models.items():
+            if name not in self._loaded:
+                self._loaded[name] = _load(name, model, student)
 
     def forward(self, name: str, batch: TaskBatch, student: Student) -> Pass:
         """The pass of one teacher, without gradients and with results on the student's device."""
-        teacher = self._get(name, student)
-        device = next(teacher.parameters()).device
-        inner = teacher(move_data_to_device(batch, device))
-        return cast(Pass, _FrozenPass(inner, batch, device, next(student.parameters()).device))
-
-    def _get(self, name: str, student: Student) -> Student:
         self.check("teachers", name)
-        model = self.models[name]
-        if name not in self._loaded:
-            try:
-                check_device(model.device)
-                teacher = students.load(model.model, dtype=model.dtype)
-            except UserError as error:
-                raise UserError(f"teachers: {name}: {str(error).removeprefix('student: ')}") from error
-            ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-            if ours != theirs:
-                raise UserError(
-                    f"teachers: {name}: {model.model!r} has another vocabulary ({len(theirs)} entries) than the student"
-                    f" ({len(ours)}); distributions can only be compared over the same tokens"
-                )
-            self._loaded[name] = teacher.eval().requires_grad_(False)
-            size = sum(parameter.numel() for parameter in teacher.parameters())
-            rank_zero_info(f"Teacher {name}: {model.model}, {size / 1e6:.0f}M parameters, {model.dtype}")
-        teacher = self._loaded[name]
-        device = torch.device(model.device) if model.device else next(student.parameters()).device
+        self.load(student)
+        teacher, results = self._loaded[name], next(student.parameters()).device
+        device = torch.device(self.models[name].device or results)
         # `to` walks over all parameters, and this is called in each micro-batch
-        return teacher if next(teacher.parameters()).device == device else teacher.to(device)
+        if next(teacher.parameters()).device != device:
+            teacher.to(device)
+        return cast(Pass, _FrozenPass(teacher(move_data_to_device(batch, device)), batch, device, results))
+
+
+def _load(name: str, model: TeacherModel, student: Student) -> Student:
+    try:
+        check_device(model.device)
+        teacher = students.load(model.model, dtype=model.dtype)
+    except UserError as error:
+        raise UserError(f"teachers: {name}: {str(error).removeprefix('student: ')}") from error
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours != theirs:
+        raise UserError(
+            f"teachers: {name}: {model.model!r} has another vocabulary ({len(theirs)} entries) than the student"
+            f" ({len(ours)}); distributions can only be compared over the same tokens"
+        )
+    size = sum(parameter.numel() for parameter in teacher.parameters())
+    rank_zero_info(f"Teacher {name}: {model.model}, {size / 1e6:.0f}M parameters, {model.dtype}")
+    return teacher.eval().requires_grad_(False)
 
 
 def check_device(device: str | None) -> None:
@@ -117,7 +115,6 @@ class _FrozenPass:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._inner, name)
 
-        @wraps(method)
         def frozen(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = move_data_to_device((args, kwargs), self._device)
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):

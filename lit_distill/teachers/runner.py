@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def queued_interrupts() -> Iterator[Interrupts]:
 
 
 class RequestRunner(Generic[Tag]):
-    """Asks a teacher all questions of a job: workers take row after row, and share a number of slots for questions.
+    """Asks a teacher all questions of a job: workers take one row after another, and share slots for questions.
 
     Args:
         teacher: opened and closed here.
@@ -101,13 +101,10 @@ class RequestRunner(Generic[Tag]):
         """Counts of questions left for a later start, by reason."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
-        self._opened = self._over = self._waits_for_answers = False
+        self._opened = self._over = False
         self._slots, self._gate, self._answered = asyncio.Semaphore(concurrency), asyncio.Lock(), asyncio.Event()
-        self._in_flight = 0
-        self._to_come = concurrency
-        """Workers that read rows, and questions that are read and not yet asked."""
-        self._busy_in_a_row = 0
-        self._refused: list[tuple[Tag, TeacherError]] = []
+        self._in_flight = self._busy_in_a_row = 0
+        self._held_back: deque[tuple[Tag, Reply | TeacherError]] = deque()
         self._reporting = threading.Lock()
 
     def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts) -> None:
@@ -163,7 +160,6 @@ class RequestRunner(Generic[Tag]):
         try:
             await self._teacher.open()
             self._opened = True
-            self._teacher.more_to_come = self._more_to_come
             workers = [self._start(self._ask_rows(rows)) for _ in range(self._concurrency)]
             await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
             if self._tasks:
@@ -172,7 +168,7 @@ class RequestRunner(Generic[Tag]):
             for worker in workers:
                 if worker.done():
                     worker.result()
-            self._report_refused()
+            self._report()
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -190,12 +186,9 @@ class RequestRunner(Generic[Tag]):
         try:
             while self.stopped is None and (rounds := next(rows, None)) is not None:
                 while self.stopped is None and (questions := next(rounds, None)):
-                    self._to_come += len(questions) - 1
                     await asyncio.gather(*[self._start(self._ask(*question)) for question in questions])
-                    self._to_come += 1
                 # rows without questions never wait: let others run
                 await asyncio.sleep(0)
-            self._to_come -= 1
         except BaseException:
             self.stopped = self.stopped or "failed"
             raise
@@ -206,7 +199,7 @@ class RequestRunner(Generic[Tag]):
         async with self._slots:
             if not await self._reserve(tokens, cost):
                 return
-            self._to_come, self._in_flight = self._to_come - 1, self._in_flight + 1
+            self._in_flight += 1
             try:
                 self._take(tag, await self._teacher.answer(question))
             except TeacherError as error:
@@ -230,36 +223,22 @@ class RequestRunner(Generic[Tag]):
                     break
                 # questions in flight seldom use their whole reservation
                 self._answered.clear()
-                self._waits_for_answers = True
                 await self._answered.wait()
-                self._waits_for_answers = False
         if self.stopped is None:
             self._budget.reserve(tokens, cost)
         return self.stopped is None
 
     def _take(self, tag: Tag, result: Reply | TeacherError) -> None:
         self._busy_in_a_row = 0
-        if isinstance(result, Reply):
-            self._teacher.has_answered = True
-            self._report_refused()
-        elif not self._teacher.has_answered:
-            self._refused.append((tag, result))
-            if len(self._refused) == _PATIENCE:
-                refused = f"the first {len(self._refused)} questions were all refused ({result})"
-                raise UserError(f"teacher: {refused}; none of them counts as failed")
-            return
-        self._report(tag, result)
+        self._held_back.append((tag, result))
+        self._teacher.has_answered |= isinstance(result, Reply)
+        if self._teacher.has_answered:
+            self._report()
+        elif len(self._held_back) == _PATIENCE:
+            refused = f"the first {_PATIENCE} questions were all refused ({result})"
+            raise UserError(f"teacher: {refused}; none of them counts as failed")
 
-    def _report_refused(self) -> None:
-        while self._refused:
-            self._report(*self._refused.pop(0))
-
-    def _report(self, tag: Tag, result: Reply | TeacherError) -> None:
+    def _report(self) -> None:
         with self._reporting:
-            if not self._over:
-                self._on_result(tag, result)
-
-    def _more_to_come(self) -> bool:
-        """Whether more questions follow without waiting for an answer; called in the teacher's thread."""
-        has_room = self._in_flight < self._concurrency and not self._waits_for_answers
-        return has_room and self._to_come > 0 and self.stopped is None
+            while self._held_back and not self._over:
+                self._on_result(*self._held_back.popleft())

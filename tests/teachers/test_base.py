@@ -17,6 +17,7 @@ class Echo(BatchTeacher):
     """Says what it was asked, and notes in which batches and threads."""
 
     windows = 3
+    patience = 0.02
 
     def __init__(self, batch_size: int = 2, **kwargs: Any) -> None:
         super().__init__("folder/echo", batch_size, **kwargs)

@@ -33,6 +33,12 @@ ALL = list(ANSWERS)
 ROOM = Sampling(max_new_tokens=10)
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that are not full are not waited for."""
+    monkeypatch.setattr(TransformersTeacher, "patience", 0.02)
+
+
 @pytest.fixture(scope="session")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_memory(tmp_path_factory.mktemp("teachers") / "memory", ANSWERS)

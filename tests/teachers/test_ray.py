@@ -104,6 +104,12 @@ class Cluster:
         }
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that are not full are not waited for."""
+    monkeypatch.setattr(RayTeacher, "patience", 0.02)
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch, NEWER, "build_processor")

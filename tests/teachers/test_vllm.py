@@ -83,6 +83,12 @@ class LLM:
 made: list[LLM] = []
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that are not full are not waited for."""
+    monkeypatch.setattr(VLLMTeacher, "patience", 0.02)
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> list[LLM]:
     """The engines that were made."""
