@@ -154,7 +154,7 @@ class AnnotationStore:
             version=__version__,
         )
         with atomic_write(path, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
 
     def _end_last_line(self) -> None:
         """Remove an incomplete last line, or add the newline that it lacks."""

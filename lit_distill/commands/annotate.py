@@ -10,13 +10,7 @@ from rich.text import Text
 
 from lit_distill import checks
 from lit_distill.annotation.plan import Plan
-from lit_distill.annotation.prompts import (
-    check_template,
-    fixed,
-    load_demonstrations,
-    load_prompt,
-    nearest,
-)
+from lit_distill.annotation.prompts import check_template, fixed, load_demonstrations, load_prompt, nearest
 from lit_distill.commands.annotate_job import Job
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -118,7 +112,8 @@ def annotate(
     where = prompt or str(datamodule.prompt_file)
     template = load_prompt(where)
     if demonstrations is not None:
-        where, num_demonstrations = demonstrations, 8 if num_demonstrations is None else num_demonstrations
+        where = demonstrations
+        num_demonstrations = 8 if num_demonstrations is None else num_demonstrations
         template = template.model_copy(update={"demonstrations": load_demonstrations(demonstrations)})
     known = template.demonstrations
     if num_demonstrations is not None and num_demonstrations > len(known):

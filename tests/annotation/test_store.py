@@ -139,14 +139,6 @@ def test_a_torn_line_of_any_length_is_removed(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_nothing_but_a_torn_line(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_bytes(to_line(THREE[0])[:20])
-    with AnnotationStore(tmp_path) as store:
-        assert (samples_of(tmp_path), store.answered) == ([], {})
-        store.append(THREE[0])
-    assert kept(tmp_path) == THREE[:1]
-
-
 @pytest.mark.parametrize("before", [[], THREE])
 def test_a_whole_line_that_lacks_its_end_is_given_one(before: list[Annotation], tmp_path: Path) -> None:
     samples = [*before, answer("z", text="x" * 300_000)]
@@ -154,14 +146,6 @@ def test_a_whole_line_that_lacks_its_end_is_given_one(before: list[Annotation], 
     (tmp_path / FILE).write_bytes(whole[:-1])
     assert kept(tmp_path) == samples
     assert (tmp_path / FILE).read_bytes() == whole
-
-
-def test_a_long_torn_line_is_taken_off(tmp_path: Path) -> None:
-    path = write(tmp_path, THREE)
-    whole = path.read_bytes()
-    path.write_bytes(whole + to_line(answer("z", text="x" * 200_000))[:150_000])
-    assert kept(tmp_path) == THREE
-    assert path.read_bytes() == whole
 
 
 DAMAGED = [b'{"id": "x', b"[]", b'{"text": "no id"}', b'{"id": 3}', b'{"id": "x", "text": "\xff"}', b"\x00\x00"]
@@ -343,14 +327,6 @@ def test_finishing_again_changes_nothing(tmp_path: Path) -> None:
         contents.append(path.read_bytes())
     assert contents[0] == contents[1] == contents[2]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE, PARQUET]
-
-
-def test_lines_without_a_key_are_all_kept(tmp_path: Path) -> None:
-    lines = ['{"id": "b", "rationale": "R", "label": "x"}', '{"id": "a", "rationale": "S"}'] * 2
-    (tmp_path / FILE).write_text("\n".join(lines))
-    with AnnotationStore(tmp_path) as store:
-        store.finish(lambda found: None, plainly)
-    assert [found.id for found in samples_of(tmp_path)] == ["b", "b", "a", "a"]
 
 
 def test_lines_without_a_key_or_a_sample_s_number_all_vote(tmp_path: Path) -> None:
@@ -561,22 +537,6 @@ def test_the_file_that_a_link_leads_to_is_written(tmp_path: Path) -> None:
         store.append(answer("b", 5))
     assert (tmp_path / "out" / FILE).is_symlink()
     assert len(real.read_bytes().splitlines()) == len(MIXED) + 1
-
-
-def test_a_disk_that_is_full_at_the_end_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, MIXED)
-    before = path.read_bytes()
-
-    def full(file: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with AnnotationStore(tmp_path) as store:
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", full)
-            with pytest.raises(OSError, match="No space left on device"):
-                finish(store)
-        assert path.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", FILE]
 
 
 def test_a_key_twice_in_one_row_is_refused(tmp_path: Path) -> None:
