@@ -65,7 +65,7 @@ class Evaluating:
         return Ours(
             self.settings,
             self.data,
-            evaluate_losses="all" if self.every_loss else "answer",
+            every_loss=self.every_loss,
             evaluate_rationales=self.rationales,
             max_label_length=self.longest["label"],
             max_rationale_length=self.longest["rationale"],

@@ -11,6 +11,7 @@ from operations import Batches
 from options import Settings
 from torch import Tensor
 
+from lit_distill.batch import TaskBatch
 from lit_distill.evaluation.answers import Answer, AnswerKey
 from lit_distill.modules import StepByStepModule
 from lit_distill.objectives import Step
@@ -23,6 +24,12 @@ class BenchmarkModule(StepByStepModule):
     """Task -> tokens of each row's gold target, its end token included, ``(rows of the split,)``."""
     texts: dict[int, tuple[str, ...]]
     """Row -> the generated label, and the rationale if there is one."""
+    every_loss = True
+    """Whether an evaluation reads the rationale task, too."""
+
+    def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        """As the base's, of the label task alone if not `every_loss`."""
+        super().validation_step(batch if self.every_loss else {"label": batch["label"]}, batch_idx)
 
     def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
         """The end token at the gold target's length, and not before."""
@@ -48,10 +55,11 @@ class Ours:
     Args:
         settings: the benchmark's.
         data: a data module of `rows.open_data`.
+        every_loss: whether an evaluation reads the rationale task, too.
         **arguments: further arguments of the module.
     """
 
-    def __init__(self, settings: Settings, data: Any, **arguments: Any) -> None:
+    def __init__(self, settings: Settings, data: Any, *, every_loss: bool = True, **arguments: Any) -> None:
         self.settings = settings
         self.data = data
         self.module = BenchmarkModule(
@@ -63,6 +71,7 @@ class Ours:
             num_samples=0,
             **arguments,
         )
+        self.module.every_loss = every_loss
 
     def train(self, batches: Batches, on_step: Callable[[int], None]) -> None:
         """Train on these batches, one a step.

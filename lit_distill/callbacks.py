@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation
 from lit_distill.modules.window import Window
+from lit_distill.tables import markdown_table
 
 _NEVER = sys.maxsize
 
@@ -30,24 +32,21 @@ class ValidateEverySteps(Callback):
             raise UserError(f"validation.every_n_steps must be at least 1 or null, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._last_step = 0
-        self._is_due = False
+        self._is_due = False  # whether the validation after the last step has not ended yet
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the validation after the last step is still due."""
         return {"is_due": self._is_due}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore whether a validation is due."""
         self._is_due = checkpoint["callbacks"].get(self.state_key, {}).get("is_due", False)
         if trainer.strategy.restore_checkpoint_after_setup:
             self.on_fit_start(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Start a finished run once more if its last validation is due."""
         if self._is_due and trainer.max_steps != -1:
-            # the learning-rate schedule exists by now
+            # a finished run starts once more; the learning-rate schedule exists by now
             trainer.fit_loop.epoch_loop.max_steps += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,15 +69,14 @@ class ValidateEverySteps(Callback):
             trainer.val_check_batch = _NEVER
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mark the validation as done, before checkpoints are written."""
+        # before checkpoints are written
         self._is_due = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """After resuming, apply the schedule before the first batch."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Adjust Lightning's interval so that it validates exactly when due."""
+        # Lightning then validates exactly when it is due
         loop, stepped = trainer.fit_loop.epoch_loop, trainer.global_step != self._last_step
         if self.every_n_steps is not None:
             due = stepped and (trainer.global_step % self.every_n_steps == 0 or self._is_last(trainer))
@@ -101,72 +99,55 @@ class Throughput(Callback):
     """Log examples, tokens (without padding) and optimizer steps per second of training, over all ranks."""
 
     def __init__(self) -> None:
-        self._started = self._seconds = 0.0
-        self._examples = self._tokens = self._steps = 0
+        self._done: Counter[str] = Counter()  # examples, tokens and steps since the last line of the log
+        self._seconds = 0.0  # that the clock ran before it was stopped for a validation
+        self._started = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Start the clock."""
         if not self._started:
             self._started = time.perf_counter()
 
     def on_validation_start(self, *args: Any) -> None:
-        """Stop the clock during validation."""
         if self._started:
             self._seconds += time.perf_counter() - self._started
             self._started = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Count a complete step, and log."""
         window: Window | None = getattr(pl_module, "window", None)
-        if window is None or trainer.fit_loop.epoch_loop.batch_idx + 1 != window.start + window.size:
+        if window is None or trainer.fit_loop.epoch_loop.batch_idx != window.last:
             return
-        self._examples += window.examples
-        self._tokens += window.tokens
-        self._steps += 1
+        world = trainer.world_size
+        self._done.update(examples=window.examples * world, tokens=window.tokens * world, steps=1)
         # 0 stands for never; global_step has been raised by now
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # not declared by Lightning
         if not every or trainer.global_step % every:
             return
-        now, world = time.perf_counter(), trainer.world_size
+        now = time.perf_counter()
         seconds = self._seconds + now - self._started
-        rates = {
-            "train/examples_per_second": self._examples * world / seconds,
-            "train/tokens_per_second": self._tokens * world / seconds,
-            "train/steps_per_second": self._steps / seconds,
-        }
+        rates = {f"train/{name}_per_second": count / seconds for name, count in self._done.items()}
         pl_module.log_dict(rates, batch_size=1)
+        self._done.clear()
         self._started, self._seconds = now, 0.0
-        self._examples = self._tokens = self._steps = 0
 
 
 class SampleTable(Callback):
     """Log sample predictions with rationales to loggers that support tables or text."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the samples of val."""
         self._log(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the samples of test."""
         self._log(trainer, pl_module)
 
     @staticmethod
     def _log(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         evaluation: Evaluation | None = getattr(pl_module, "evaluation", None)
-        if trainer.sanity_checking or not trainer.is_global_zero or evaluation is None:
+        if trainer.sanity_checking or not trainer.is_global_zero or evaluation is None or not evaluation.samples:
             return
-        if not (rows := evaluation.sample_rows()):
-            return
-        columns = list(rows[0])
+        rows, title = evaluation.sample_rows(), f"{evaluation.split}/samples"
+        columns, data = list(rows[0]), [list(row.values()) for row in rows]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                data = [[row[column] for column in columns] for row in rows]
-                logger.log_table(f"{evaluation.split}/samples", columns=columns, data=data)
+                logger.log_table(title, columns=columns, data=data)
             elif isinstance(logger, TensorBoardLogger):
-                lines = ["|" + "|".join(columns) + "|", "|" + "---|" * len(columns)]
-                lines += ["|" + "|".join(_cell(row[column]) for column in columns) + "|" for row in rows]
-                logger.experiment.add_text(f"{evaluation.split}/samples", "\n".join(lines), trainer.global_step)
-
-
-def _cell(value: object) -> str:
-    return str("" if value is None else value).replace("|", "\\|").replace("\n", " ")
+                logger.experiment.add_text(title, markdown_table(columns, data), trainer.global_step)

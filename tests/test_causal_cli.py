@@ -161,7 +161,7 @@ def test_lora_from_its_overlay(family: str, here: Path, capsys: pytest.CaptureFi
     assert read_lines(here / "a.jsonl") == read_lines(here / "b.jsonl")
     assert metric_rows(folder)[0]["train/loss"] != metric_rows(folder)[-1].get("train/loss")
     said = refusal(capsys, "predict", arguments, f"--ckpt_path={checkpoint}")
-    assert said.startswith("ckpt_path: the checkpoint was trained with the adapter")
+    assert said.startswith("ckpt_path: the checkpoint was trained with adapter {'r': 16")
     said = refusal(capsys, "fit", LORA, arguments, "--model.adapter.target_modules=[query]")
     assert said.startswith("adapter: the student has no layers named query; it has ")
 

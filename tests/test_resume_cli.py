@@ -155,8 +155,7 @@ def test_a_checkpoint_of_another_optimizer_is_not_gone_on_from(
 ) -> None:
     again = [*arguments(student_folder), f"--ckpt_path={unbroken / 'checkpoints' / 'last.ckpt'}"]
     line = refusal(capsys, "fit", again, "--trainer.max_steps=9", "--model.optimizer=adafactor")
-    assert "the state of adamw" in line
-    assert "give --model.optimizer adamw" in line
+    assert line.startswith("ckpt_path: the checkpoint was trained with optimizer adamw, not adafactor")
 
 
 @pytest.mark.parametrize("part", ["optimizer_states", "loops", "eps", "base_lrs"])

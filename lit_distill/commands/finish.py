@@ -28,7 +28,7 @@ from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.export import CardFacts, export_checkpoint, origin, push_folder
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.standard import StandardModule
+from lit_distill.modules.methods import StandardModule
 from lit_distill.progress import progress_bar
 from lit_distill.records import RunRecord, write_predictions_file, write_record
 from lit_distill.tasks import fingerprint

@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.evaluation.answers import Answer, Evaluation, answer_row
+from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gather_answers
 from lit_distill.evaluation.metrics import judge
-from lit_distill.evaluation.summaries import gather_answers
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.tables import console_table
@@ -125,13 +124,11 @@ class _Writer(Callback):
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather and write."""
-        answers = self.answers
-        if trainer.world_size > 1:
-            answers = gather_answers(answers, pl_module.gather, pl_module.device)  # type: ignore[arg-type]
+        answers = gather_answers(self.answers, pl_module)
         if trainer.is_global_zero:
             key = self.data.answer_key(self.data.predict_split)
             with atomic_write(self.path) as file:
-                for answer in sorted(answers, key=lambda answer: answer.index):
+                for answer in answers:
                     file.write(json.dumps(answer_row(answer, key), ensure_ascii=False) + "\n")
             rank_zero_info(f"Wrote {len(answers)} predictions to {self.path}")
 

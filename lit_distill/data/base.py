@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import checks
+from lit_distill.batch import remember_rows
 from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
 from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
@@ -371,6 +372,12 @@ class RationaleDataModule(Dataset):
             if longest:
                 limits[task] = min(longest + longest // 2 + 4, self.max_target_length)
         return limits
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        # reading its rows' lengths on the device would wait for it
+        remember_rows(batch, moved)
+        return moved
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", "train")

@@ -1,10 +1,23 @@
-"""A split's gold answers, which the data module gives to the method, and the student's answers."""
+"""The student's answers, a split's gold answers, and the metrics that they give."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from lit_distill.evaluation.metrics import MetricName, judge
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from lit_distill.evaluation.metrics import (
+    MetricName,
+    bootstrap_interval,
+    ends_in,
+    judge,
+    macro_f1,
+    rouge_l,
+    wilson_interval,
+)
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -23,20 +36,11 @@ class AnswerKey:
     rationales: Sequence[str | None]  # the teacher's rationales; `None` where it gave none or it did not parse
     metric: MetricName  # how an answer is judged
     label_set: tuple[str, ...] | None  # the closed label set that all rows share, if there is one
-    choices: Sequence[tuple[str, ...]] | None
-    """Each row's closed choices (its own, or the shared label set), if the dataset has them."""
+    choices: Sequence[tuple[str, ...]] | None  # each row's closed choices (its own, or the shared set), if any
     majority_label: str | None  # the most frequent training label: the majority-class baseline
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-class AnswerSource(Protocol):
-    """A data module that knows the answers of its splits."""
-
-    def answer_key(self, split: Split) -> AnswerKey:
-        """The answer key of a split."""
-        ...
 
 
 @dataclass
@@ -76,3 +80,60 @@ def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
         "correct": None if label is None else judge(key.metric)(answer.prediction, label),
         "rationale": answer.rationale,
     }
+
+
+def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> list[Answer]:
+    """All ranks' answers, each row once, in the data's order."""
+    found = list(answers)
+    if module.trainer.world_size > 1:
+        # as bytes in a tensor, since not every strategy has object collectives
+        content = json.dumps([asdict(answer) for answer in answers]).encode()
+        sizes: Any = module.all_gather(torch.tensor([len(content)], device=module.device))
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=module.device)
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(module.device)
+        gathered: Any = module.all_gather(padded)
+        parts = zip(gathered.cpu(), sizes.flatten().tolist(), strict=True)
+        found = [Answer(**one) for part, size in parts for one in json.loads(part[:size].numpy().tobytes())]
+    by_row = {answer.index: answer for answer in found}
+    return [by_row[index] for index in sorted(by_row)]
+
+
+def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool) -> dict[str, float]:
+    """The metrics of an evaluation; accuracies are fractions in 0..1.
+
+    Args:
+        answers: one for each row.
+        key: of the split.
+        rationales: also score the generated rationales.
+        intervals: add the ends of 95 % intervals as ``<name>_low`` and ``<name>_high``: Wilson's for accuracies, the
+            percentile bootstrap over rows otherwise.
+    """
+    metrics: dict[str, float] = {}
+    judged = judge(key.metric)
+    labelled = [(answer, label) for answer in answers if (label := key.labels[answer.index]) is not None]
+
+    def add(name: str, value: float, interval: Callable[[], tuple[float, float]]) -> None:
+        metrics[name] = value
+        if intervals:
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = interval()
+
+    def accuracy(name: str, outcomes: Sequence[bool]) -> None:
+        if outcomes:
+            count = len(outcomes)
+            add(name, sum(outcomes) / count, lambda: wilson_interval(sum(outcomes), count))
+
+    accuracy("accuracy", [judged(answer.prediction, label) for answer, label in labelled])
+    accuracy("scored_accuracy", [judged(a.scored, label) for a, label in labelled if a.scored is not None])
+    if key.label_set is not None and labelled:
+        of_rows = macro_f1([answer.prediction for answer, _ in labelled], [y for _, y in labelled], key.label_set)
+        count = len(labelled)
+        add("macro_f1", of_rows(np.arange(count)), lambda: bootstrap_interval(of_rows, count))
+    if rationales:
+        written = [(a, a.rationale) for a in answers if a.rationale is not None]
+        pairs = [(text, other) for a, text in written if (other := key.rationales[a.index]) is not None]
+        scores = np.array([rouge_l(text, other) for text, other in pairs])
+        if len(scores):
+            count, mean = len(scores), float(scores.mean())
+            add("rouge_l", mean, lambda: bootstrap_interval(lambda rows: float(scores[rows].mean()), count))
+        accuracy("rationale_ends_in_prediction", [ends_in(text, a.prediction, key.metric) for a, text in written])
+    return metrics

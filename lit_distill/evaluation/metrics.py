@@ -15,14 +15,6 @@ from lit_distill.errors import UserError
 MetricName = Literal["exact_match", "equation"]
 """How answers are compared: as exact strings, or as equations by their values."""
 
-RELATIVE_TOLERANCE: Final = 1e-6
-"""Values closer than this, relative to the larger, are equal: ``1 / 3`` and ``0.3333333`` are, ``1 / 3`` and ``0.33``
-are not.
-"""
-
-ABSOLUTE_TOLERANCE: Final = 1e-9
-"""Values this close are always equal: near 0 a relative tolerance is too strict (``0.1 + 0.2 - 0.3`` is 5.6e-17)."""
-
 
 def exact_match(prediction: str, label: str) -> bool:
     """Whether two answers are the same string once surrounding whitespace is stripped.
@@ -38,20 +30,18 @@ def equations_agree(prediction: str, label: str) -> bool:
     .. math:: |p - y| \le \max(10^{-6} \max(|p|, |y|), 10^{-9})
 
     with :math:`p` the value of the prediction and :math:`y` that of the label; the equation metric of Hsieh et al.
-    (2023), https://arxiv.org/abs/2305.02301. An equation that does not parse is wrong, on either side.
+    (2023). An equation that does not parse is wrong, on either side.
     """
     predicted, gold = evaluate(prediction), evaluate(label)
     return predicted is not None and gold is not None and _values_agree(predicted, gold)
 
 
 def _values_agree(left: float, right: float) -> bool:
-    return math.isclose(left, right, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
+    # near 0 a relative tolerance is too strict: `0.1 + 0.2 - 0.3` is 5.6e-17
+    return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-9)
 
 
-_JUDGES: Final[dict[MetricName, Callable[[str, str], bool]]] = {
-    "exact_match": exact_match,
-    "equation": equations_agree,
-}
+_JUDGES: Final[dict[str, Callable[[str, str], bool]]] = {"exact_match": exact_match, "equation": equations_agree}
 
 
 def judge(metric: MetricName) -> Callable[[str, str], bool]:
@@ -95,29 +85,23 @@ def rouge_l(prediction: str, reference: str) -> float:
 
     .. math:: F = \frac{2PR}{P + R}, \quad P = \frac{LCS(p, r)}{|p|}, \quad R = \frac{LCS(p, r)}{|r|}
 
-    with :math:`p` and :math:`r` the lower-cased words of prediction and reference; Lin (2004),
-    https://aclanthology.org/W04-1013, with :math:`\beta = 1`, words (letters a to z and digits) as in the
-    ``rouge_score`` package, and no stemming. 0 where a text has no words.
+    with :math:`p` and :math:`r` the lower-cased words (letters a to z and digits, no stemming) of prediction and
+    reference; Lin (2004), https://aclanthology.org/W04-1013, with :math:`\beta = 1`. 0 where a text has no words.
+    The LCS has bit-parallel rows (Hyyrö 2004), since a table of long texts is slow.
     """
     words, others = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
-    return 2 * _common_subsequence(words, others) / max(len(words) + len(others), 1)
-
-
-def _common_subsequence(words: Sequence[str], others: Sequence[str]) -> int:
-    """Length of the longest common subsequence, with bit-parallel rows (Hyyrö 2004)."""
-    places: dict[str, int] = {}
+    places: dict[str, int] = {}  # word -> its positions, as bits
     for place, word in enumerate(words):
         places[word] = places.get(word, 0) | 1 << place
     row = everything = (1 << len(words)) - 1
     for word in others:
         found = row & places.get(word, 0)
         row = (row + found | row - found) & everything
-    return len(words) - row.bit_count()
+    return 2 * (len(words) - row.bit_count()) / max(len(words) + len(others), 1)
 
 
+# what may follow the answer at the end of a text: whitespace, a full stop, closing quotes and brackets
 _TRAILING: Final = " \t\n\r\f\v.!?\"'`\u201d\u2019\u00bb)]}"
-"""What may follow the answer at the end of a text: whitespace, a full stop, closing quotes and brackets."""
-
 # `.5`, or digits with an optional fraction; never a part of a word (`B12`) or of a number's fraction
 _NUMBER: Final = r"(?:(?<![\w.])\.[0-9]+|(?<!\w)(?<![0-9]\.)[0-9]+(?:\.[0-9]+)?)"
 _SUBTRACTION: Final = re.compile(r"(?:[0-9)]\s*|\w)-\Z")
@@ -148,11 +132,8 @@ def _last_expression(text: str) -> float | None:
 def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
     """Whether a rationale ends in the label that was predicted with it.
 
-    For ``exact_match``: the rationale, without closing punctuation and quotes, ends with the label as whole words,
-    ignoring case and spacing. An empty label never matches.
-
-    For ``equation``: the rationale's last number, or its last arithmetic expression, has the equation's value within
-    the tolerances of `equations_agree`: ``... 84 / 2 = 42.`` ends in ``(84 / 2)``, ``... 10 * 45 seeds.`` in ``450``.
+    For ``exact_match``: as whole words, ignoring case, spacing, closing punctuation and quotes. For ``equation``: its
+    last number or last arithmetic expression has the label's value, as ``... 84 / 2 = 42.`` has that of ``(84 / 2)``.
     """
     if judge(metric) is equations_agree:
         value = evaluate(label)
@@ -171,8 +152,8 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1 - \hat p)}{n} + \frac{z^2}{4n^2}}}
         {1 + \frac{z^2}{n}}
 
-    with :math:`\hat p = k / n`, :math:`k` successes of :math:`n > 0`, and :math:`z` the :math:`(1 + confidence) / 2`
-    quantile of the standard normal distribution; Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
+    with :math:`\hat p` the proportion of :math:`n > 0` and :math:`z` the :math:`(1 + confidence) / 2` quantile of the
+    standard normal distribution; Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
     """
     # from the lower tail: near 1 the upper one rounds to 1, which has no quantile
     z = -NormalDist().inv_cdf((1 - confidence) / 2)
@@ -193,17 +174,10 @@ def bootstrap_interval(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    r"""Percentile bootstrap interval of a statistic over rows.
+    r"""Percentile bootstrap interval of a statistic of row numbers, ``(rows,)``, drawn with repetitions.
 
-    Rows are drawn with replacement ``resamples`` times; the ends are the :math:`(1 \mp confidence) / 2` quantiles of
-    the statistic. Efron (1979), https://doi.org/10.1214/aos/1176344552.
-
-    Args:
-        statistic: maps row numbers, ``(rows,)`` with repetitions, to a value.
-        rows: number of rows to draw from, at least one.
-        seed: of the draws.
-        resamples: number of bootstrap samples.
-        confidence: coverage, between 0 and 1.
+    The ends are the :math:`(1 \mp confidence) / 2` quantiles of the statistic over the ``resamples``; Efron (1979),
+    https://doi.org/10.1214/aos/1176344552.
     """
     generator = np.random.default_rng(seed)
     drawn = [statistic(generator.integers(0, rows, size=rows, dtype=np.intp)) for _ in range(resamples)]

@@ -1,8 +1,6 @@
 """Distillation methods as Lightning modules."""
 
 from lit_distill.modules.base import DistillModule
-from lit_distill.modules.single_task import SingleTaskModule
-from lit_distill.modules.standard import StandardModule
-from lit_distill.modules.step_by_step import StepByStepModule
+from lit_distill.modules.methods import SingleTaskModule, StandardModule, StepByStepModule
 
 __all__ = ["DistillModule", "SingleTaskModule", "StandardModule", "StepByStepModule"]

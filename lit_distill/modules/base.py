@@ -1,29 +1,40 @@
-"""DistillModule: the student, its tasks and objectives, and the training settings."""
+"""DistillModule: made from settings or from a checkpoint, and saved in one."""
 
+import copy
 import inspect
+import io
+import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import students
-from lit_distill.checks import check_choice, check_range
-from lit_distill.modules.checkpoint import Checkpointing
+from lit_distill.checks import check_range
+from lit_distill.errors import UserError
 from lit_distill.modules.evaluating import Evaluating
-from lit_distill.modules.optimization import OptimizerName, ScheduleName
-from lit_distill.objectives import Objective
-from lit_distill.objectives.base import check_objectives
+from lit_distill.modules.hooks import task_texts
+from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
+from lit_distill.modules.training import Training
+from lit_distill.modules.window import rewind
+from lit_distill.objectives import Objective, build_objective, check_objectives
+from lit_distill.students import CHECKPOINT_KEY, check_weights
 from lit_distill.students.models import Dtype
 from lit_distill.students.sharding import give_weights, is_deferred
 from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
 from lit_distill.teachers.models import TeacherModel, Teachers
 
+_SEED_KEY = "lit_distill_seed"
+_TASKS_KEY = "lit_distill_tasks"
+_LIMITS_KEY = "lit_distill_target_limits"
 
-class DistillModule(Evaluating, Checkpointing):
+
+class DistillModule(Training, Evaluating):
     """Base of every method: a student and how it is trained.
 
     A method is a subclass that defines its tasks (`make_tasks`) and overrides ``loss_terms`` (which losses) or
@@ -61,17 +72,11 @@ class DistillModule(Evaluating, Checkpointing):
             The paper uses 64.
         max_rationale_length: maximum generated tokens for a rationale; by default 1.5 times the longest in train.
         num_beams: beams in generation; 1 is greedy.
-        evaluate_losses: in evaluation, compute ``all`` loss terms, or only that of the ``answer`` task, which with two
-            tasks takes less than half the time; there is no ``val/loss`` then, and the method must have a term of that
-            name.
         evaluate_rationales: generate and score the rationale of every row in evaluation.
         score_choices: with closed choices, also answer by the most likely choice.
         num_samples: rows of an evaluation whose generated rationales are shown.
         effective_batch_size: examples per optimizer step that the settings were tuned for; a run with another size
             warns.
-
-    Raises:
-        UserError: an argument is out of range, or the student cannot be loaded.
     """
 
     def __init__(
@@ -95,7 +100,6 @@ class DistillModule(Evaluating, Checkpointing):
         max_label_length: int | None = None,
         max_rationale_length: int | None = None,
         num_beams: int = 1,
-        evaluate_losses: Literal["all", "answer"] = "all",
         evaluate_rationales: bool = False,
         score_choices: bool = True,
         num_samples: int = 8,
@@ -111,7 +115,6 @@ class DistillModule(Evaluating, Checkpointing):
         check_range("num_beams", num_beams, at_least=1, below=101, whole=True)
         check_range("num_samples", num_samples, at_least=0, whole=True)
         check_range("effective_batch_size", effective_batch_size, at_least=1, whole=True)
-        check_choice("evaluate_losses", evaluate_losses, ("all", "answer"))
         # Lightning finds the subclass's arguments from here, too
         self.save_hyperparameters()
         self.tasks = self.all_tasks(self.hparams)
@@ -119,14 +122,16 @@ class DistillModule(Evaluating, Checkpointing):
         self.objectives = nn.ModuleList(objectives or [])
         check_objectives(objectives or [], list(self.tasks), self.teachers)
         # plain types only: a checkpoint is read with `weights_only=True`
-        self.hparams["student"] = str(student)
-        self.hparams["tasks"] = tasks and {
+        plain_tasks = tasks and {
             name: given.plain() if isinstance(given, Task) else dict(given or {}) for name, given in tasks.items()
         }
-        self.hparams["objectives"] = objectives and [objective.plain() for objective in objectives]
-        self.hparams["teachers"] = teachers and self.teachers.plain()
-        self.hparams["adapter"] = adapter and dict(adapter)
-        self.set_logged_hparams()
+        self._record_hparams(
+            student=str(student),
+            tasks=plain_tasks,
+            objectives=objectives and [objective.plain() for objective in objectives],
+            teachers=teachers and self.teachers.plain(),
+            adapter=adapter and dict(adapter),
+        )
         self._student_source = student
         self._model_settings: dict[str, Any] = {
             "from_scratch": from_scratch,
@@ -157,12 +162,9 @@ class DistillModule(Evaluating, Checkpointing):
 
     @classmethod
     def all_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The method's tasks, with those that ``tasks`` adds or changes.
+        """The method's tasks, with those that ``tasks`` adds or changes. Raises a ``UserError`` for invalid ones.
 
         A class method, so that the command line can build the data module before the module.
-
-        Raises:
-            UserError: a task is invalid, two have the same prefix, or none gives a label.
         """
         settings = cls.init_settings(init_args)
         made: dict[str, Any] = dict(cls.make_tasks(settings))
@@ -189,3 +191,96 @@ class DistillModule(Evaluating, Checkpointing):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer."""
         return self.student.tokenizer
+
+    def _record_hparams(self, **values: Any) -> None:
+        """Change hyperparameters, and log them without the tasks, which the data module logs."""
+        self.hparams.update(values)
+        self._hparams_initial = copy.deepcopy(self.hparams)
+        del self._hparams_initial["tasks"]
+
+    def setup(self, stage: str) -> None:
+        """Check before training that a checkpoint can hold the settings, which include those of a user's classes."""
+        if stage == "fit" and self.trainer.checkpoint_callbacks:
+            own = {name: value for name, value in self.hparams.items() if name != "objectives"}
+            owners = {"data": getattr(getattr(self.trainer, "datamodule", None), "hparams", {}), "model": own}
+            owners |= {f"objectives: {each.name}": each.hparams for each in self._objectives}
+            for owner, name, value in ((owner, *item) for owner, given in owners.items() for item in given.items()):
+                try:
+                    torch.save(value, file := io.BytesIO())
+                    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+                except (pickle.PickleError, AttributeError, TypeError) as error:
+                    raise UserError(
+                        f"{owner}: {name}: a checkpoint cannot hold a {type(value).__name__}; use numbers, texts,"
+                        " lists and mappings"
+                    ) from error
+        super().setup(stage)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what loading needs, and rewind the progress to the last complete optimizer step.
+
+        Raises a ``UserError``, and writes nothing, if a weight is not finite.
+        """
+        if not self.sharded:
+            check_weights(checkpoint["state_dict"], f"step {checkpoint['global_step']}")
+        checkpoint[CHECKPOINT_KEY] = self.student.record()
+        checkpoint[_TASKS_KEY] = task_texts(self.tasks)
+        checkpoint[_LIMITS_KEY] = dict(self._target_limits)
+        if self._seed >= 0:
+            checkpoint[_SEED_KEY] = self._seed
+        if self._windows is not None and "loops" in checkpoint:
+            rewind(checkpoint, self.trainer, self._windows)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore seed and position. Raises a ``UserError`` if weights are not finite or another method's."""
+        if not self.sharded:
+            check_weights(checkpoint["state_dict"], "ckpt_path")
+        own = self.student.adapter
+        before = {
+            "adapter": _trained(checkpoint.get(CHECKPOINT_KEY, {}).get("adapter")),
+            "tasks (prefix and target)": checkpoint.get(_TASKS_KEY),
+        }
+        now = {"adapter": _trained(own.plain() if own else None), "tasks (prefix and target)": task_texts(self.tasks)}
+        if self._trainer is not None and self._trainer.training:
+            before["optimizer"] = checkpoint.get("hyper_parameters", {}).get("optimizer")
+            now["optimizer"] = self.hparams["optimizer"]
+            groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
+            check_numbers([*groups, *checkpoint.get("lr_schedulers", [])])
+        for name, value in before.items():
+            if value not in (None, now[name]):
+                raise UserError(
+                    f"ckpt_path: the checkpoint was trained with {name} {value}, not {now[name]};"
+                    " give the method and its arguments as they were"
+                )
+        self._target_limits = dict(checkpoint.get(_LIMITS_KEY, {}))
+        self._seed = checkpoint.get(_SEED_KEY, -1)
+        if (loops := checkpoint.get("loops")) is not None:
+            loop = loops["fit_loop"]
+            batches = loop["epoch_loop.batch_progress"]["current"]["completed"]
+            self._resumed = (batches, loop["state_dict"].get("combined_loader", []))
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # a plain classmethod in place of Lightning's descriptor
+        cls,
+        checkpoint_path: Any,
+        **kwargs: Any,
+    ) -> Self:
+        """As Lightning's, but rebuilds the student from the checkpoint and unpickles plain data only.
+
+        Args:
+            checkpoint_path: the checkpoint file.
+            kwargs: Lightning's own arguments, and constructor arguments that replace the saved ones (``student``
+                changes the recorded name only).
+        """
+        saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        given = {"weights_only": True, "from_scratch": True} | kwargs | {"student": str(checkpoint_path)}
+        if objectives := saved.get("objectives"):
+            given.setdefault("objectives", [build_objective(plain) for plain in objectives])
+        module = super().load_from_checkpoint(checkpoint_path, **given)
+        recorded = {name: saved[name] for name in ("student", "from_scratch") if name in saved} | kwargs
+        module._record_hparams(student=str(recorded["student"]), from_scratch=recorded["from_scratch"])
+        return module
+
+
+def _trained(adapter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings of an adapter on which its weights depend."""
+    return {name: value for name, value in (adapter or {}).items() if name != "export"}

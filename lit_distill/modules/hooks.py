@@ -1,5 +1,6 @@
 """The hooks that define a method."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
 from lit_distill.errors import UserError
-from lit_distill.evaluation.answers import AnswerKey, AnswerSource, Split
+from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.modules.window import Counts
 from lit_distill.objectives import Objective, Step
 from lit_distill.students import Student
@@ -83,6 +84,16 @@ class Hooks(pl.LightningModule):
         """The `Step` of a batch; tasks that the batch lacks are added without rows."""
         return Step({**batch, **missing} if (missing := self._missing(batch)) else batch, self.student, self.teachers)
 
+    def _missing(self, batch: TaskBatch) -> TaskBatch:
+        """The tasks that a batch lacks, without rows."""
+        empty = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        inputs: TaskInputs = {"input_ids": empty, "attention_mask": empty, "labels": empty, "index": empty[:, 0]}
+        return {task: inputs.copy() for task in self.tasks if task not in batch}
+
+    @property
+    def _objectives(self) -> list[Objective]:
+        return cast(list[Objective], list(self.objectives))
+
     @property
     def answer_task(self) -> str:
         """The first task whose text contains the label."""
@@ -101,34 +112,21 @@ class Hooks(pl.LightningModule):
         for a rationale).
         """
         own = self.tasks[task]
-        parts = {"label": (own.gives_label, 64), "rationale": (own.gives_rationale or not own.gives_label, 256)}
-        defaults = {part: default for part, (given, default) in parts.items() if given}
-        lengths = {part: length for part in defaults if (length := self.hparams[f"max_{part}_length"]) is not None}
-        length = sum(lengths.values())
-        if len(lengths) < len(defaults):
+        defaults = {"label": 64} if own.gives_label else {}
+        if own.gives_rationale or not own.gives_label:
+            defaults["rationale"] = 256
+        configured = [self.hparams[f"max_{part}_length"] for part in defaults]
+        length = sum(part or 0 for part in configured)
+        if None in configured:
             exported = (getattr(self.student.model.config, "task_specific_params", None) or {}).get(task, {})
             length += self._target_limits.get(task, exported.get("max_new_tokens", sum(defaults.values())))
         return {"max_new_tokens": own.max_new_tokens or length, "num_beams": self.hparams["num_beams"]}
-
-    def _missing(self, batch: TaskBatch) -> TaskBatch:
-        """The tasks that a batch lacks, without rows."""
-        empty = torch.zeros(0, 1, dtype=torch.long, device=self.device)
-        inputs: TaskInputs = {"input_ids": empty, "attention_mask": empty, "labels": empty, "index": empty[:, 0]}
-        return {task: inputs.copy() for task in self.tasks if task not in batch}
-
-    @property
-    def _objectives(self) -> list[Objective]:
-        return cast(list[Objective], list(self.objectives))
 
     @property
     def sharded(self) -> bool:
         """Whether parameters are sharded over ranks, so that each forward pass is a collective."""
         name = type(self._trainer.strategy).__name__ if self._trainer is not None else ""
         return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same shape from every rank, stacked."""
-        return cast(Tensor, self.all_gather(tensor))
 
     def answer_key(self, split: Split) -> AnswerKey:
         """The data module's answer key of a split. Raises a ``UserError`` if the trainer has bare data loaders."""
@@ -138,4 +136,10 @@ class Hooks(pl.LightningModule):
                 "datamodule: evaluation needs the data's answers: pass a RationaleDataModule (an object with"
                 " `answer_key(split)`) to the trainer, not bare data loaders"
             )
-        return cast(AnswerSource, datamodule).answer_key(split)
+        found: AnswerKey = datamodule.answer_key(split)
+        return found
+
+
+def task_texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    """Prefixes and targets in plain types, to compare with those of the data module or a checkpoint."""
+    return {name: [task.prefix, task.target] for name, task in tasks.items()}

@@ -1,11 +1,20 @@
-"""Read the micro-batches of one optimizer step ahead, to count its targets before it begins."""
+"""One optimizer step: read its micro-batches ahead, count its targets, seed it, and rewind a checkpoint to its start.
 
+Lightning saves the position of its loops, which may be inside an accumulation window, but neither random states nor the
+sampler's position. Here a checkpoint is rewound to the start of the open window (the weights have not moved since), and
+a step's random state is a function of the run's seed, the step and the rank.
+"""
+
+import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
+import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.pytorch.utilities import CombinedLoader
 
 from lit_distill.batch import TaskBatch, target_tokens
@@ -19,15 +28,25 @@ class Window:
     """The micro-batches of one optimizer step on this rank."""
 
     start: int  # micro-batches of the epoch before this window
-    size: int  # number of micro-batches: `accumulate_grad_batches`, or fewer at the end of an epoch
-    counts: dict[str, int]  # counts of each term, summed over the window
-    batch_counts: tuple[Counts, ...]  # counts of each term, for each micro-batch
+    counts: tuple[Counts, ...]  # of each micro-batch: `accumulate_grad_batches`, or fewer at the end of an epoch
     examples: int  # number of rows (of the task with the most)
     tokens: int  # number of source and target tokens, without padding
 
+    @property
+    def size(self) -> int:
+        """Number of micro-batches."""
+        return len(self.counts)
 
-def _tokens(batch: TaskBatch) -> int:
-    return sum(int(inputs["attention_mask"].sum()) + target_tokens(inputs) for inputs in batch.values())
+    @property
+    def last(self) -> int:
+        """Number of the last micro-batch in its epoch."""
+        return self.start + self.size - 1
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Counts of each term, summed over the micro-batches."""
+        names = sorted({name for counts in self.counts for name in counts})
+        return {name: sum(counts.get(name, 0) for counts in self.counts) for name in names}
 
 
 class WindowLoader(CombinedLoader):
@@ -37,28 +56,24 @@ class WindowLoader(CombinedLoader):
     loaders' states from before the incomplete step.
 
     Args:
-        iterables: the training data loader, or a collection as ``CombinedLoader`` takes it.
-        mode: how a collection is combined.
+        loader: the training data loader.
         size: gives the number of micro-batches in the next step.
-        count: counts the items of each term in a micro-batch.
-        prepare: may change a step's micro-batches in place, before they are counted.
+        count: counts the items of each term in each of a step's micro-batches, and may change these in place before.
         position: micro-batches of the first epoch that an earlier run has consumed.
-        states: the loaders' states at that position, if they have any.
+        states: the loader's states at that position, if it has any.
     """
 
     def __init__(
         self,
-        iterables: Any,
-        mode: Any,
+        loader: Any,
         *,
         size: Callable[[], int],
-        count: Callable[[TaskBatch], Counts],
-        prepare: Callable[[list[TaskBatch]], None],
+        count: Callable[[list[TaskBatch]], tuple[Counts, ...]],
         position: int = 0,
         states: Sequence[dict[str, Any]] = (),
     ) -> None:
-        super().__init__(iterables, mode)
-        self._size, self._count, self._prepare = size, count, prepare
+        super().__init__(loader, "max_size_cycle")
+        self._size, self._count = size, count
         self._position = self._to_skip = position
         self._to_load = list(states)
         self._ahead: deque[Any] = deque()
@@ -92,7 +107,7 @@ class WindowLoader(CombinedLoader):
         return self._handed_out.popleft()
 
     def states_at(self, boundary: int) -> list[dict[str, Any]]:
-        """The loaders' states after ``boundary`` micro-batches of the epoch, the last complete step."""
+        """The loader's states after ``boundary`` micro-batches of the epoch, the last complete step."""
         if self._before is not None and boundary <= self._before[0]:
             return self._before[1]
         return super()._state_dicts()
@@ -107,14 +122,9 @@ class WindowLoader(CombinedLoader):
         if not items:
             raise StopIteration
         batches: list[TaskBatch] = [batch for batch, _, _ in items]
-        self._prepare(batches)
-        batch_counts = tuple(self._count(batch) for batch in batches)
-        names = {name: None for counts in batch_counts for name in counts}
         window = Window(
             start=self._position,
-            size=len(items),
-            counts={name: sum(counts.get(name, 0) for counts in batch_counts) for name in names},
-            batch_counts=batch_counts,
+            counts=self._count(batches),
             examples=sum(max((len(inputs["labels"]) for inputs in batch.values()), default=0) for batch in batches),
             tokens=sum(map(_tokens, batches)),
         )
@@ -122,19 +132,57 @@ class WindowLoader(CombinedLoader):
         self._ahead.extend((item, window) for item in items)
 
 
-class WindowSource:
-    """Replaces a trainer's data source and wraps the loaders that it makes."""
+def _tokens(batch: TaskBatch) -> int:
+    return sum(int(inputs["attention_mask"].sum()) + target_tokens(inputs) for inputs in batch.values())
 
-    def __init__(self, source: Any, wrap: Callable[[Any], WindowLoader]) -> None:
-        self.inner = source
-        self._wrap = wrap
 
-    def dataloader(self) -> WindowLoader:
-        """The wrapped training loader."""
-        return self._wrap(self.inner.dataloader())
+def seed_step(seed: int, step: int, rank: int, *, preparing: bool = False) -> None:
+    """Seed every random generator for one optimizer step (for dropout above all), or for its `prepare`."""
+    words = np.random.SeedSequence((seed, step, rank, 1) if preparing else (seed, step, rank)).generate_state(2)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    random.seed(int(words[1]))
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            # while it is being copied
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+
+def rewind(checkpoint: dict[str, Any], trainer: pl.Trainer, windows: WindowLoader) -> None:
+    """Set the loop's progress in a checkpoint back to the last complete optimizer step."""
+    boundary, state = _complete_batches(trainer), checkpoint["loops"]["fit_loop"]
+    batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
+    # between two epochs the loop still counts the last epoch's batches as the next one's
+    between = epochs["current"]["started"] == epochs["current"]["completed"] and batches["is_last_batch"]
+    if epochs["current"]["started"] == epochs["current"]["completed"] and batches["current"]["ready"] and not between:
+        # training stopped inside this epoch, but Lightning counted it as complete
+        for progress in (epochs["current"], epochs["total"]):
+            progress["completed"] -= 1
+    open_batches = 0 if between else batches["current"]["ready"] - boundary
+    total = batches["total"]["ready"] - open_batches
+    for progress, value in ((batches["current"], boundary), (batches["total"], total)):
+        progress.update(ready=value, started=value, processed=value, completed=value)
+    if open_batches or between:
+        batches["is_last_batch"] = False
+    # loggers count steps by this one; Lightning raises it only after the hooks that save
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
+    # a validation that was interrupted by the checkpoint is not resumed
+    validation = state["epoch_loop.val_loop.batch_progress"]
+    for progress in (validation["current"], validation["total"]):
+        progress.update(dict.fromkeys(progress, 0))
+    validation["is_last_batch"] = False
+    # an epoch whose batches are all done but whose end is not: resumed from between its end's own hooks, Lightning
+    # takes the next epoch for done as well
+    for progress in (epochs["current"], epochs["total"]):
+        progress["processed"] = progress["completed"]
+    state["state_dict"].pop("combined_loader", None)
+    if (states := windows.states_at(boundary)) and not between:
+        state["state_dict"]["combined_loader"] = states
+
+
+def _complete_batches(trainer: pl.Trainer) -> int:
+    """Micro-batches of this epoch up to the last complete optimizer step; 0 between two epochs."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = int(progress.current.processed)  # type: ignore[attr-defined]
+    epoch = trainer.fit_loop.epoch_progress.current
+    if epoch.started == epoch.completed and progress.is_last_batch:  # type: ignore[attr-defined]
+        return 0
+    if progress.is_last_batch and done == progress.current.ready:
+        return done
+    return done // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches

@@ -121,7 +121,7 @@ def gradients(folder: Path, accumulate: int, epochs: int = 1, **arguments: Any) 
 def only_own_counts(self: DistillModule, window: Window) -> dict[str, Tensor]:
     """What the correction would be if ranks did not add up their counts."""
     accumulate = self.trainer.accumulate_grad_batches
-    weights = {name: torch.tensor(accumulate / max(count, 1)) for name, count in window.counts.items()}
+    weights = {name: torch.tensor(accumulate / max(count, 1)) for name, count in window.totals.items()}
     return weights | {"": torch.tensor(accumulate / window.size)}
 
 

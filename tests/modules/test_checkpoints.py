@@ -260,7 +260,7 @@ def test_a_checkpoint_of_other_prefixes_is_refused(student_folder: Path, tmp_pat
         StandardModule(student_folder, from_scratch=True),
         StepByStepModule(student_folder, from_scratch=True, label_prefix="say: "),
     ):
-        with pytest.raises(UserError, match="ckpt_path: the checkpoint was trained on"):
+        with pytest.raises(UserError, match="ckpt_path: the checkpoint was trained with tasks"):
             other.on_load_checkpoint(checkpoint)
 
 

@@ -124,7 +124,6 @@ def test_resumed_in_the_middle_of_an_epoch(ranks: list[Found]) -> None:
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(ranks: list[Found]) -> None:
-    errors = [rank["diverged"]["error"] for rank in ranks]
-    assert errors[0].startswith("step 2: the gradient of student.model.")
-    assert errors[1].startswith("step 2: the label loss is nan in micro-batch 1 of epoch 0 on rank 1")
+    for rank in ranks:
+        assert rank["diverged"]["error"].startswith("step 2: the label loss is not finite; the last good checkpoint")
     assert all(rank["diverged"]["finite"] for rank in ranks)

@@ -1,19 +1,24 @@
-"""`Step`, the input of a loss, and `Objective`, an additional loss."""
+"""Losses in addition to the tasks' cross-entropy, which YAML can list."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_distill.batch import TaskBatch, target_tokens
 from lit_distill.checks import check_range
 from lit_distill.errors import UserError
 from lit_distill.students import Pass, Student
 from lit_distill.teachers.models import Teachers
+
+CHUNK_BYTES = 64 * 2**20  # of the logits of a chunk in `divergence`: large enough for efficient matrix products
+KEPT_BYTES = 512 * 2**20  # of the logits saved for the backward pass; further chunks are recomputed there
 
 
 class Step:
@@ -37,8 +42,7 @@ class Step:
     def teacher(self, name: str) -> Pass:
         """The pass of one of the module's ``teachers``, without gradients and on the student's device.
 
-        Raises:
-            UserError: there is no teacher of that name.
+        Raises a ``UserError`` if there is no teacher of that name.
         """
         if name not in self._passes:
             self._passes[name] = self._teachers.forward(name, self.batch, self._student)
@@ -120,3 +124,38 @@ def check_objectives(objectives: Sequence[Objective], tasks: Sequence[str], teac
             raise UserError(f"objectives: {name}: unknown task {unknown[0]!r}; there are {', '.join(tasks)}")
         if objective.teacher is not None:
             teachers.check(f"objectives: {name}", objective.teacher)
+
+
+def divergence(value: Callable[[Tensor, Tensor], Tensor], student: Pass, teacher: Pass, tasks: Iterable[str]) -> Tensor:
+    """The mean of a function of both models' logits over the target tokens of some tasks; 0 without tokens.
+
+    Both heads are applied to one chunk of states at a time, so that the logits of a whole batch are never there. If
+    one has padded vocabulary entries, both are cut to the ids that they share.
+
+    Args:
+        value: ``(student_logits, teacher_logits) -> (tokens,)``, of float32 logits ``(tokens, ids)``.
+        student: the student's pass.
+        teacher: the teacher's pass of the same batch.
+        tasks: the tasks whose targets count.
+    """
+    tasks = list(tasks)
+    ours = torch.cat([student.states(task) for task in tasks])
+    theirs = torch.cat([teacher.states(task) for task in tasks])
+
+    def of_chunk(own: Tensor, other: Tensor) -> Tensor:
+        left, right = student.project(own), teacher.project(other)
+        ids = min(left.shape[-1], right.shape[-1])
+        return value(left[:, :ids].float(), right[:, :ids].float()).sum()
+
+    row_bytes = 4 * student.project(ours[:1].detach()).shape[-1]
+    size = max(1, CHUNK_BYTES // row_bytes)
+    total = ours.new_zeros((), dtype=torch.float32)
+    # a chunk without tokens has a gradient of 0 for every parameter
+    for start in range(0, max(len(ours), 1), size):
+        chunks = ours[start : start + size], theirs[start : start + size]
+        # logits and log-probabilities of both
+        if 4 * (start + size) * row_bytes <= KEPT_BYTES or not torch.is_grad_enabled():
+            total = total + of_chunk(*chunks)
+        else:
+            total = total + checkpoint(of_chunk, *chunks, use_reentrant=False)
+    return total / max(len(ours), 1)
