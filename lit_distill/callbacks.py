@@ -31,7 +31,6 @@ class ValidateEverySteps(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"validation.every_n_steps must be at least 1 or null, got {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self._last_step = 0
         self._is_due = False  # whether the validation after the last step has not ended yet
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,7 +50,6 @@ class ValidateEverySteps(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the validation that was due or interrupted when the run stopped."""
-        self._last_step = trainer.global_step
         loop = trainer.fit_loop.epoch_loop
         if self._is_due:
             if trainer.max_steps != -1:
@@ -72,12 +70,10 @@ class ValidateEverySteps(Callback):
         # before checkpoints are written
         self._is_due = False
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._last_step = trainer.global_step
-
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         # Lightning then validates exactly when it is due
-        loop, stepped = trainer.fit_loop.epoch_loop, trainer.global_step != self._last_step
+        loop = trainer.fit_loop.epoch_loop
+        stepped = not loop._should_accumulate()
         if self.every_n_steps is not None:
             due = stepped and (trainer.global_step % self.every_n_steps == 0 or self._is_last(trainer))
             across_epochs = trainer.check_val_every_n_epoch is None

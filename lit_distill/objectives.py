@@ -96,8 +96,7 @@ class Objective(HyperparametersMixin, nn.Module):
     def prepare(self, window: Sequence[Step]) -> None:
         """Change an optimizer step's batches in place, before their targets are counted.
 
-        For example to replace targets by ``step.student.generate(...)``. Runs in evaluation mode without gradients;
-        random numbers depend on the run's seed, the step and the rank alone.
+        For example to replace targets by ``step.student.generate(...)``. Runs as `DistillModule.prepare` does.
         """
 
     def plain(self) -> dict[str, Any]:
@@ -106,10 +105,13 @@ class Objective(HyperparametersMixin, nn.Module):
 
 
 def build_objective(plain: Mapping[str, Any]) -> Objective:
-    """The objective that `Objective.plain` describes."""
+    """The objective that `Objective.plain` describes. Raises a ``UserError`` if the class is none."""
     module, _, name = str(plain["class_path"]).rpartition(".")
-    made: Objective = getattr(importlib.import_module(module), name)(**plain["init_args"])
-    return made
+    kind = getattr(importlib.import_module(module), name)
+    # a checkpoint could name any function, with arguments for it
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise UserError(f"objectives: {plain['class_path']} is no Objective")
+    return kind(**plain["init_args"])
 
 
 def check_objectives(objectives: Sequence[Objective], tasks: Sequence[str], teachers: Teachers) -> None:
@@ -129,14 +131,9 @@ def check_objectives(objectives: Sequence[Objective], tasks: Sequence[str], teac
 def divergence(value: Callable[[Tensor, Tensor], Tensor], student: Pass, teacher: Pass, tasks: Iterable[str]) -> Tensor:
     """The mean of a function of both models' logits over the target tokens of some tasks; 0 without tokens.
 
-    Both heads are applied to one chunk of states at a time, so that the logits of a whole batch are never there. If
-    one has padded vocabulary entries, both are cut to the ids that they share.
-
-    Args:
-        value: ``(student_logits, teacher_logits) -> (tokens,)``, of float32 logits ``(tokens, ids)``.
-        student: the student's pass.
-        teacher: the teacher's pass of the same batch.
-        tasks: the tasks whose targets count.
+    ``value`` maps the student's and the teacher's float32 logits, ``(tokens, ids)``, to ``(tokens,)``. Both heads are
+    applied to one chunk of states at a time, so that the logits of a whole batch are never there. If one has padded
+    vocabulary entries, both are cut to the ids that they share.
     """
     tasks = list(tasks)
     ours = torch.cat([student.states(task) for task in tasks])

@@ -103,30 +103,21 @@ def rouge_l(prediction: str, reference: str) -> float:
 # what may follow the answer at the end of a text: whitespace, a full stop, closing quotes and brackets
 _TRAILING: Final = " \t\n\r\f\v.!?\"'`\u201d\u2019\u00bb)]}"
 # `.5`, or digits with an optional fraction; never a part of a word (`B12`) or of a number's fraction
-_NUMBER: Final = r"(?:(?<![\w.])\.[0-9]+|(?<!\w)(?<![0-9]\.)[0-9]+(?:\.[0-9]+)?)"
-_SUBTRACTION: Final = re.compile(r"(?:[0-9)]\s*|\w)-\Z")
-_EXPRESSION: Final = re.compile(rf"[( ]*-?{_NUMBER}[) ]*(?:[-+*/%][( ]*-?{_NUMBER}[) ]*)+")
+_DIGITS: Final = r"(?:(?<![\w.])\.[0-9]+|(?<!\w)(?<![0-9]\.)[0-9]+(?:\.[0-9]+)?)"
+# a minus after a number, a word or a parenthesis is no sign
+_NUMBER: Final = re.compile(rf"(?:(?<![\w)])(?<![0-9)]\s)-)?{_DIGITS}")
+_EXPRESSION: Final = re.compile(rf"[( ]*-?{_DIGITS}[) ]*(?:[-+*/%][( ]*-?{_DIGITS}[) ]*)+")
 _THOUSANDS_COMMA: Final = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
-def _last_number(text: str) -> float | None:
-    """The last number of a text, with its sign."""
-    numbers = list(re.finditer(_NUMBER, text))
-    if not numbers:
-        return None
-    before = text[max(0, numbers[-1].start() - 32) : numbers[-1].start()]
-    negative = before.endswith("-") and not _SUBTRACTION.search(before)
-    return -float(numbers[-1].group()) if negative else float(numbers[-1].group())
-
-
-def _last_expression(text: str) -> float | None:
-    """The value of the last arithmetic expression in a text that can be evaluated."""
-    for match in reversed(list(_EXPRESSION.finditer(text))):
-        # parentheses may belong to the prose: `(so 5 + 3)`
-        for stretch in (match.group(), match.group().strip("() ")):
-            if (value := evaluate(stretch.strip())) is not None:
-                return value
-    return None
+def _last_values(text: str) -> list[float]:
+    """The last number of a text with its sign, and the value of its last arithmetic expression that has one."""
+    # parentheses may belong to the prose: `(so 5 + 3)`
+    expressions = [part for found in _EXPRESSION.findall(text) for part in (found.strip("() "), found.strip())]
+    values = (evaluate(expression) for expression in reversed(expressions))
+    expression = next((value for value in values if value is not None), None)
+    numbers = [float(number) for number in _NUMBER.findall(text)[-1:]]
+    return numbers if expression is None else [*numbers, expression]
 
 
 def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
@@ -136,11 +127,10 @@ def ends_in(rationale: str, label: str, metric: MetricName) -> bool:
     last number or last arithmetic expression has the label's value, as ``... 84 / 2 = 42.`` has that of ``(84 / 2)``.
     """
     if judge(metric) is equations_agree:
-        value = evaluate(label)
+        if (value := evaluate(label)) is None:
+            return False
         # prose may write thousands with commas, though equations may not
-        text = _THOUSANDS_COMMA.sub("", rationale)
-        found = () if value is None else (_last_number(text), _last_expression(text))
-        return any(each is not None and value is not None and _values_agree(each, value) for each in found)
+        return any(_values_agree(each, value) for each in _last_values(_THOUSANDS_COMMA.sub("", rationale)))
     words, ending = (" ".join(text.casefold().rstrip(_TRAILING).split()) for text in (rationale, label))
     # a hyphen joins: `non-neutral` does not end in `neutral`
     return bool(ending) and re.search(rf"(?<!\w)(?<!\w-){re.escape(ending)}\Z", words) is not None

@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-import io
-import pickle
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,8 @@ from lit_distill import students
 from lit_distill.checks import check_range
 from lit_distill.errors import UserError
 from lit_distill.modules.evaluating import Evaluating
-from lit_distill.modules.hooks import task_texts
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
-from lit_distill.modules.training import Training
+from lit_distill.modules.training import task_texts
 from lit_distill.modules.window import rewind
 from lit_distill.objectives import Objective, build_objective, check_objectives
 from lit_distill.students import CHECKPOINT_KEY, check_weights
@@ -34,7 +32,7 @@ _TASKS_KEY = "lit_distill_tasks"
 _LIMITS_KEY = "lit_distill_target_limits"
 
 
-class DistillModule(Training, Evaluating):
+class DistillModule(Evaluating):
     """Base of every method: a student and how it is trained.
 
     A method is a subclass that defines its tasks (`make_tasks`) and overrides ``loss_terms`` (which losses) or
@@ -201,17 +199,13 @@ class DistillModule(Training, Evaluating):
     def setup(self, stage: str) -> None:
         """Check before training that a checkpoint can hold the settings, which include those of a user's classes."""
         if stage == "fit" and self.trainer.checkpoint_callbacks:
-            own = {name: value for name, value in self.hparams.items() if name != "objectives"}
-            owners = {"data": getattr(getattr(self.trainer, "datamodule", None), "hparams", {}), "model": own}
-            owners |= {f"objectives: {each.name}": each.hparams for each in self._objectives}
-            for owner, name, value in ((owner, *item) for owner, given in owners.items() for item in given.items()):
+            data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+            for name, value in [*data.items(), *self.hparams.items()]:
                 try:
-                    torch.save(value, file := io.BytesIO())
-                    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-                except (pickle.PickleError, AttributeError, TypeError) as error:
+                    json.dumps(value)
+                except TypeError as error:
                     raise UserError(
-                        f"{owner}: {name}: a checkpoint cannot hold a {type(value).__name__}; use numbers, texts,"
-                        " lists and mappings"
+                        f"{name}: a checkpoint cannot hold it ({error}); use numbers, texts, lists and mappings"
                     ) from error
         super().setup(stage)
 
@@ -259,24 +253,18 @@ class DistillModule(Training, Evaluating):
             self._resumed = (batches, loop["state_dict"].get("combined_loader", []))
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # a plain classmethod in place of Lightning's descriptor
-        cls,
-        checkpoint_path: Any,
-        **kwargs: Any,
-    ) -> Self:
+    def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> Self:  # type: ignore[override]  # a descriptor
         """As Lightning's, but rebuilds the student from the checkpoint and unpickles plain data only.
 
-        Args:
-            checkpoint_path: the checkpoint file.
-            kwargs: Lightning's own arguments, and constructor arguments that replace the saved ones (``student``
-                changes the recorded name only).
+        ``kwargs`` are Lightning's own arguments, and constructor arguments that replace the saved ones (``student``
+        changes the recorded name only).
         """
         saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
         given = {"weights_only": True, "from_scratch": True} | kwargs | {"student": str(checkpoint_path)}
         if objectives := saved.get("objectives"):
             given.setdefault("objectives", [build_objective(plain) for plain in objectives])
         module = super().load_from_checkpoint(checkpoint_path, **given)
-        recorded = {name: saved[name] for name in ("student", "from_scratch") if name in saved} | kwargs
+        recorded = saved | kwargs
         module._record_hparams(student=str(recorded["student"]), from_scratch=recorded["from_scratch"])
         return module
 

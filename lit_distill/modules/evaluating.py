@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from torch import Tensor
 from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs, join, take
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation, Split, gather_answers, summarise
-from lit_distill.modules.hooks import Hooks
-from lit_distill.modules.training import last_good_checkpoint
+from lit_distill.modules.training import Training, last_good_checkpoint
 from lit_distill.objectives import Step
-from lit_distill.tasks import Row
+from lit_distill.tasks import Row, answer_task, rationale_task
 
 
 @dataclass
@@ -26,29 +25,126 @@ class _Collected:
     samples: list[TaskInputs] = field(default_factory=list)  # rows whose rationales are generated at the end
 
 
-class Evaluating(Hooks):
-    """The validation, test and predict hooks of `DistillModule`."""
+class Evaluating(Training):
+    """What `DistillModule` generates, and its validation, test and predict hooks."""
 
     evaluation: Evaluation | None = None
     """The last complete evaluation, sanity checks excluded."""
     _collected: _Collected
 
+    def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
+        """Change the float32 scores of a task's next token, ``(rows, vocabulary)``; the identity by default.
+
+        ``step`` is the number of tokens generated so far, ``rows`` are positions in the split.
+        """
+        return scores
+
+    @property
+    def answer_task(self) -> str:
+        """The first task whose text contains the label."""
+        return answer_task(self.tasks).name
+
+    @property
+    def rationale_task(self) -> str | None:
+        """The task whose text contains the rationale: the answer task if it does, else the first that does."""
+        return found.name if (found := rationale_task(self.tasks)) is not None else None
+
+    def generation_settings(self, task: str) -> dict[str, int]:
+        """``generate``'s arguments for a task.
+
+        The maximum length is the task's ``max_new_tokens``, or else the sum over its parts: as configured, as the
+        targets of train need, or without training data as the student's configuration says (else 64 for a label, 256
+        for a rationale).
+        """
+        own = self.tasks[task]
+        defaults = {"label": 64} if own.gives_label else {}
+        if own.gives_rationale or not own.gives_label:
+            defaults["rationale"] = 256
+        configured = [self.hparams[f"max_{part}_length"] for part in defaults]
+        length = sum(part or 0 for part in configured)
+        if None in configured:
+            exported = (getattr(self.student.model.config, "task_specific_params", None) or {}).get(task, {})
+            length += self._target_limits.get(task, exported.get("max_new_tokens", sum(defaults.values())))
+        return {"max_new_tokens": own.max_new_tokens or length, "num_beams": self.hparams["num_beams"]}
+
+    def answer_key(self, split: Split) -> AnswerKey:
+        """The data module's answer key of a split. Raises a ``UserError`` if the trainer has bare data loaders."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "answer_key"):
+            raise UserError(
+                "datamodule: evaluation needs the data's answers: pass a RationaleDataModule (an object with"
+                " `answer_key(split)`) to the trainer, not bare data loaders"
+            )
+        found: AnswerKey = datamodule.answer_key(split)
+        return found
+
     def on_validation_epoch_start(self) -> None:
         self._collected = _Collected()
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        """Collect the losses and answers of a batch."""
+        step, sums = self.step(batch), self._collected.sums
+        counts = self.term_counts(batch)
+        for name, term in self.loss_terms(step).items():
+            number = counts.get(name, 1)
+            # a term over nothing may be NaN
+            total = term.detach().float() * number if number else torch.zeros_like(term, dtype=torch.float32)
+            sums[name] = sums.get(name, 0.0) + torch.stack([total, total.new_tensor(number)])
+        key = self.answer_key(self._split)
+        self._collected.answers += self.answers(step, key, rationales=self.hparams["evaluate_rationales"])
+        self._sample_rationales(batch)
+
+    def _sample_rationales(self, batch: TaskBatch) -> None:
+        """Generate the rationales of all sample rows at once, with the evaluation's last batch."""
+        task, number, samples = self.rationale_task, self.hparams["num_samples"], self._collected.samples
+        if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
+            return
+        rows = [i for i, row in enumerate(batch[task]["index"].tolist()) if 0 <= row < number]
+        last = self.trainer._evaluation_loop.batch_progress.is_last_batch
+        if last and self.sharded and number and not rows and not samples:
+            # every rank must generate equally often, if only for a dummy row
+            rows = [0]
+        if rows:
+            samples.append(take(batch[task], rows))
+        if last and samples:
+            self._add_rationales(self._collected.answers, self.step({task: join(samples)}))
 
     def on_validation_epoch_end(self) -> None:
-        self._finish_evaluation("val")
+        """Reduce over the ranks, and log the metrics."""
+        found, split = self._collected, self._split
+        names = sorted(found.sums)
+        sums = torch.stack([found.sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
+        if self.trainer.world_size > 1:
+            sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        answers = gather_answers(found.answers, self)
+        if self.trainer.sanity_checking:
+            return
+        counts = sums[:, 1]
+        means = dict(zip(names, sums[:, 0] / counts.clamp(min=1), strict=True))
+        metrics = {f"{name}_loss": float(means[name]) for name, count in zip(names, counts, strict=True) if count > 0}
+        if metrics:
+            # linear, so a term over nothing, which is 0, is left out
+            metrics["loss"] = float(self.total_loss(means))
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            good = f"; {last_good_checkpoint(self.trainer)}" if self.trainer.state.fn == "fit" else ""
+            raise UserError(f"step {self.trainer.global_step}: {split}/{bad[0]} is {metrics[bad[0]]}{good}")
+        key, settings = self.answer_key(split), self.hparams
+        metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
+        samples = [answer for answer in answers if answer.index < settings["num_samples"]]
+        self.evaluation = Evaluation(split, metrics, samples, key, answers)
+        for name, value in metrics.items():
+            # every rank holds the same value; Lightning asks for the flag on any DDP run
+            shown = split == "val" and name == "accuracy"
+            self.log(f"{split}/{name}", value, sync_dist=True, batch_size=1, prog_bar=shown)
 
+    # test is evaluated as val is
     on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
-    def test_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish_evaluation("test")
+    @property
+    def _split(self) -> Split:
+        return "test" if self.trainer.testing else "val"
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> list[Answer]:
         """Answers of a batch, with rationales.
@@ -93,7 +189,10 @@ class Evaluating(Hooks):
         def process_logits(scores: Tensor, number: int, rows: Tensor) -> Tensor:
             return self.process_logits(task, scores, number, rows if index is None else index[rows])
 
-        overridden, settings = type(self).process_logits is not Hooks.process_logits, self.generation_settings(task)
+        overridden, settings = (
+            type(self).process_logits is not Evaluating.process_logits,
+            self.generation_settings(task),
+        )
         ids = step.student.generate(
             task,
             max_new_tokens=settings["max_new_tokens"],
@@ -110,57 +209,3 @@ class Evaluating(Hooks):
         for row, text in zip(step.batch[task]["index"].tolist(), texts, strict=True):
             if row in by_row:
                 by_row[row].rationale = self.tasks[task].read(text).rationale
-
-    def _evaluate(self, batch: TaskBatch, split: Split) -> None:
-        key, step, sums = self.answer_key(split), self.step(batch), self._collected.sums
-        counts = self.term_counts(batch)
-        for name, term in self.loss_terms(step).items():
-            number = counts.get(name, 1)
-            # a term over nothing may be NaN
-            total = term.detach().float() * number if number else torch.zeros_like(term, dtype=torch.float32)
-            sums[name] = sums.get(name, 0.0) + torch.stack([total, total.new_tensor(number)])
-        self._collected.answers += self.answers(step, key, rationales=self.hparams["evaluate_rationales"])
-        self._sample_rationales(batch)
-
-    def _sample_rationales(self, batch: TaskBatch) -> None:
-        """Generate the rationales of all sample rows at once, with the evaluation's last batch."""
-        task, number, samples = self.rationale_task, self.hparams["num_samples"], self._collected.samples
-        if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
-            return
-        rows = [i for i, row in enumerate(batch[task]["index"].tolist()) if 0 <= row < number]
-        last = self.trainer._evaluation_loop.batch_progress.is_last_batch
-        if last and self.sharded and number and not rows and not samples:
-            # every rank must generate equally often, if only for a dummy row
-            rows = [0]
-        if rows:
-            samples.append(take(batch[task], rows))
-        if last and samples:
-            self._add_rationales(self._collected.answers, self.step({task: join(samples)}))
-
-    def _finish_evaluation(self, split: Literal["val", "test"]) -> None:
-        """Reduce over the ranks, and log the metrics."""
-        found, self._collected = self._collected, _Collected()
-        names = sorted(found.sums)
-        sums = torch.stack([found.sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
-        if self.trainer.world_size > 1:
-            sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        answers = gather_answers(found.answers, self)
-        if self.trainer.sanity_checking:
-            return
-        counts = sums[:, 1]
-        means = dict(zip(names, sums[:, 0] / counts.clamp(min=1), strict=True))
-        metrics = {f"{name}_loss": float(means[name]) for name, count in zip(names, counts, strict=True) if count > 0}
-        if metrics:
-            # linear, so a term over nothing, which is 0, is left out
-            metrics["loss"] = float(self.total_loss(means))
-        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            good = f"; {last_good_checkpoint(self.trainer)}" if self.trainer.state.fn == "fit" else ""
-            raise UserError(f"step {self.trainer.global_step}: {split}/{bad[0]} is {metrics[bad[0]]}{good}")
-        key, settings = self.answer_key(split), self.hparams
-        metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
-        samples = [answer for answer in answers if answer.index < settings["num_samples"]]
-        self.evaluation = Evaluation(split, metrics, samples, key, answers)
-        for name, value in metrics.items():
-            # every rank holds the same value; Lightning asks for the flag on any DDP run
-            shown = split == "val" and name == "accuracy"
-            self.log(f"{split}/{name}", value, sync_dist=True, batch_size=1, prog_bar=shown)

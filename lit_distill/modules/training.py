@@ -1,5 +1,6 @@
-"""Training: optimizer steps with losses exact over micro-batches and ranks, and a stop at the first NaN or infinity."""
+"""Training: the losses that define a method, exact over an optimizer step's micro-batches and ranks."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -10,22 +11,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from lit_distill.batch import TaskBatch
+from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
 from lit_distill.errors import UserError
-from lit_distill.modules.hooks import Hooks, task_texts
 from lit_distill.modules.optimization import clip_in_step, configure
 from lit_distill.modules.window import Counts, Window, WindowLoader, seed_step
-from lit_distill.objectives import Objective
-from lit_distill.students import Tokens
+from lit_distill.objectives import Objective, Step
+from lit_distill.students import Student, Tokens
+from lit_distill.tasks import Task
+from lit_distill.teachers.models import Teachers
 
 
-class Training(Hooks):
-    """The training hooks of `DistillModule`."""
+class Training(pl.LightningModule):
+    """The losses of `DistillModule`, and its training hooks."""
 
+    student: Student
+    tasks: dict[str, Task]  # the tasks that the module trains on, by name; the data module must build the same
+    objectives: nn.ModuleList
+    teachers: Teachers
     window: Window  # the optimizer step in progress
     _windows: WindowLoader | None = None  # the training data loader
     _window_weights: dict[str, Tensor]  # see `window_weights`
@@ -37,7 +43,67 @@ class Training(Hooks):
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
         # micro-batches of the epoch that an earlier run has consumed, and the loader's states then
         self._resumed: tuple[int, list[dict[str, Any]]] = (0, [])
-        self._target_limits = {}
+        self._target_limits: dict[str, int] = {}  # of generated tokens of each task, from the targets in train
+
+    def loss_terms(self, step: Step) -> dict[str, Tensor]:
+        """The losses of a micro-batch: named, unweighted scalars.
+
+        By default each task's cross-entropy, the mean over its target tokens (Eq. 3 and 4 of the paper), and the
+        objectives.
+        """
+        terms = {task: step.student.loss(task) for task in self.tasks}
+        return terms | {objective.name: objective(step) for objective in self._objectives}
+
+    def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
+        """Combine the terms into the loss that is minimised; must be linear in them.
+
+        By default their sum, each times the weight of its task or objective, or 1. It is applied to each micro-batch's
+        share of the terms, and the results add up to the loss of the whole optimizer step.
+        """
+        weights = {task.name: task.weight for task in self.tasks.values()}
+        weights |= {objective.name: objective.weight for objective in self._objectives}
+        return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+
+    def term_counts(self, batch: TaskBatch) -> Counts:
+        """What each term is a mean over; a term that is absent here is averaged plainly.
+
+        Must depend on the batch alone (it is called before the step begins) and name the same terms on every rank.
+        """
+        counts = {task: target_tokens(batch[task]) if task in batch else 0 for task in self.tasks}
+        own = {objective.name: objective.counts(batch) for objective in self._objectives}
+        return counts | {name: count for name, count in own.items() if count is not None}
+
+    def prepare(self, window: list[TaskBatch]) -> None:
+        """Change an optimizer step's micro-batches in place, before its targets are counted.
+
+        By default each objective may. Runs in evaluation mode without gradients, on the data loader's device; random
+        numbers depend on the run's seed, the step and the rank alone.
+        """
+        for batch in window:
+            batch.update(self._missing(batch))
+        steps = [self.step(batch) for batch in window]
+        for objective in self._objectives:
+            objective.prepare(steps)
+
+    def step(self, batch: TaskBatch) -> Step:
+        """The `Step` of a batch; tasks that the batch lacks are added without rows."""
+        return Step({**batch, **missing} if (missing := self._missing(batch)) else batch, self.student, self.teachers)
+
+    def _missing(self, batch: TaskBatch) -> TaskBatch:
+        """The tasks that a batch lacks, without rows."""
+        empty = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        inputs: TaskInputs = {"input_ids": empty, "attention_mask": empty, "labels": empty, "index": empty[:, 0]}
+        return {task: inputs.copy() for task in self.tasks if task not in batch}
+
+    @property
+    def _objectives(self) -> list[Objective]:
+        return cast(list[Objective], list(self.objectives))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded over ranks, so that each forward pass is a collective."""
+        name = type(self._trainer.strategy).__name__ if self._trainer is not None else ""
+        return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
     def setup(self, stage: str) -> None:
         """Check the data module's tasks, load the teachers, and wrap the training loader."""
@@ -81,7 +147,7 @@ class Training(Hooks):
     def _prepare_and_count(self, batches: list[TaskBatch]) -> tuple[Counts, ...]:
         """Call `prepare`, restore the random and training state after it, and count the targets."""
         own = any(type(objective).prepare is not Objective.prepare for objective in self._objectives)
-        if own or type(self).prepare is not Hooks.prepare:
+        if own or type(self).prepare is not Training.prepare:
             modes = [(module, module.training) for module in self.modules()]
             with isolate_rng(), torch.no_grad():
                 seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank, preparing=True)
@@ -92,13 +158,10 @@ class Training(Hooks):
         return tuple(self.term_counts(batch) for batch in batches)
 
     def on_fit_start(self) -> None:
-        """Set the run's seed, and report the effective batch size and generation lengths."""
+        """Set the run's seed, and report the effective batch size."""
         if self._seed < 0:
             # the same on all ranks: rank 0 writes it into the checkpoint
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
-        if limits := {task: self.generation_settings(task)["max_new_tokens"] for task in self._target_limits}:
-            shown = ", ".join(f"{task} {length}" for task, length in limits.items())
-            rank_zero_info(f"Maximum generated tokens: {shown} (max_..._length sets them).")
         if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
             return
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -209,10 +272,7 @@ class Training(Hooks):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning's; also under FSDP (the norm over all shards), which Lightning refuses."""
         wrapped, norm = self.trainer.strategy.model, self._gradient_norm
@@ -238,3 +298,8 @@ def last_good_checkpoint(trainer: pl.Trainer) -> str:
         elif one.best_model_path and Path(one.best_model_path).exists():
             good = one.best_model_path
     return f"the last good checkpoint: {good}"
+
+
+def task_texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    """Prefixes and targets in plain types, to compare with those of the data module or a checkpoint."""
+    return {name: [task.prefix, task.target] for name, task in tasks.items()}

@@ -7,7 +7,7 @@ a step's random state is a function of the run's seed, the step and the rank.
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
@@ -50,10 +50,7 @@ class Window:
 
 
 class WindowLoader(CombinedLoader):
-    """The training data loader, which reads one optimizer step ahead.
-
-    It reads a step's micro-batches at once, counts their targets, and yields them one by one. Checkpoints save the
-    loaders' states from before the incomplete step.
+    """The training data loader, which reads a step's micro-batches at once, counts, and yields them one by one.
 
     Args:
         loader: the training data loader.
@@ -74,31 +71,29 @@ class WindowLoader(CombinedLoader):
     ) -> None:
         super().__init__(loader, "max_size_cycle")
         self._size, self._count = size, count
-        self._position = self._to_skip = position
-        self._to_load = list(states)
-        self._ahead: deque[Any] = deque()
+        self._to_skip, self._to_load = position, list(states)
+        self._items: Iterator[tuple[Any, Window]]
         self._handed_out: deque[Window] = deque()
+        # micro-batches and states before the step that was read last
         self._before: tuple[int, list[dict[str, Any]]] | None = None
 
     def __iter__(self) -> Self:
+        position, self._to_skip = self._to_skip, 0
         states, self._to_load = self._to_load, []
         # Lightning does not load them into loaders that it made early, to count the steps
         self._load_state_dicts(states)
         super().__iter__()
-        self._ahead.clear()
-        self._handed_out.clear()
-        self._before = None
-        self._position, self._to_skip = self._to_skip, 0
         if not states:
             # stateless loaders: skip what was consumed
-            for _ in range(self._position):
+            for _ in range(position):
                 next(self._iterator)  # type: ignore[arg-type]
+        self._before = None
+        self._handed_out.clear()
+        self._items = self._read(position)
         return self
 
     def __next__(self) -> Any:
-        if not self._ahead:
-            self._read_window()
-        item, window = self._ahead.popleft()
+        item, window = next(self._items)
         self._handed_out.append(window)
         return item
 
@@ -112,24 +107,27 @@ class WindowLoader(CombinedLoader):
             return self._before[1]
         return super()._state_dicts()
 
-    def _read_window(self) -> None:
-        self._before = (self._position, super()._state_dicts())
-        size = self._size()
-        if self._iterator is not None and (length := len(self)) != float("inf"):
-            # a resumed epoch's iterator would run past the full epoch's length
-            size = min(size, int(length) - self._position)
-        items: list[Any] = list(islice(iter(super().__next__, None), max(size, 1)))
-        if not items:
-            raise StopIteration
-        batches: list[TaskBatch] = [batch for batch, _, _ in items]
-        window = Window(
-            start=self._position,
-            counts=self._count(batches),
-            examples=sum(max((len(inputs["labels"]) for inputs in batch.values()), default=0) for batch in batches),
-            tokens=sum(map(_tokens, batches)),
-        )
-        self._position += len(items)
-        self._ahead.extend((item, window) for item in items)
+    def _read(self, position: int) -> Iterator[tuple[Any, Window]]:
+        """Each micro-batch from a position on, with its window, which is read at once."""
+        while True:
+            self._before = (position, super()._state_dicts())
+            size = self._size()
+            if self._iterator is not None and (length := len(self)) != float("inf"):
+                # a resumed epoch's iterator would run past the full epoch's length
+                size = min(size, int(length) - position)
+            items: list[Any] = list(islice(iter(super().__next__, None), max(size, 1)))
+            if not items:
+                return
+            batches: list[TaskBatch] = [batch for batch, _, _ in items]
+            window = Window(
+                start=position,
+                counts=self._count(batches),
+                examples=sum(max((len(inputs["labels"]) for inputs in batch.values()), default=0) for batch in batches),
+                tokens=sum(map(_tokens, batches)),
+            )
+            position += len(items)
+            for item in items:
+                yield item, window
 
 
 def _tokens(batch: TaskBatch) -> int:
@@ -146,20 +144,27 @@ def seed_step(seed: int, step: int, rank: int, *, preparing: bool = False) -> No
 
 def rewind(checkpoint: dict[str, Any], trainer: pl.Trainer, windows: WindowLoader) -> None:
     """Set the loop's progress in a checkpoint back to the last complete optimizer step."""
-    boundary, state = _complete_batches(trainer), checkpoint["loops"]["fit_loop"]
+    state, accumulate = checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches
     batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
+    ready, processed = batches["current"]["ready"], batches["current"]["processed"]
+    over = epochs["current"]["started"] == epochs["current"]["completed"]
     # between two epochs the loop still counts the last epoch's batches as the next one's
-    between = epochs["current"]["started"] == epochs["current"]["completed"] and batches["is_last_batch"]
-    if epochs["current"]["started"] == epochs["current"]["completed"] and batches["current"]["ready"] and not between:
-        # training stopped inside this epoch, but Lightning counted it as complete
-        for progress in (epochs["current"], epochs["total"]):
-            progress["completed"] -= 1
-    open_batches = 0 if between else batches["current"]["ready"] - boundary
+    between = over and batches["is_last_batch"]
+    whole = batches["is_last_batch"] and processed == ready
+    boundary = 0 if between else processed if whole else processed // accumulate * accumulate
+    open_batches = 0 if between else ready - boundary
     total = batches["total"]["ready"] - open_batches
     for progress, value in ((batches["current"], boundary), (batches["total"], total)):
         progress.update(ready=value, started=value, processed=value, completed=value)
     if open_batches or between:
         batches["is_last_batch"] = False
+    for progress in (epochs["current"], epochs["total"]):
+        if over and ready and not between:
+            # training stopped inside this epoch, but Lightning counted it as complete
+            progress["completed"] -= 1
+        # an epoch whose batches are all done but whose end is not: resumed from between its end's own hooks, Lightning
+        # takes the next epoch for done as well
+        progress["processed"] = progress["completed"]
     # loggers count steps by this one; Lightning raises it only after the hooks that save
     state["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
     # a validation that was interrupted by the checkpoint is not resumed
@@ -167,22 +172,6 @@ def rewind(checkpoint: dict[str, Any], trainer: pl.Trainer, windows: WindowLoade
     for progress in (validation["current"], validation["total"]):
         progress.update(dict.fromkeys(progress, 0))
     validation["is_last_batch"] = False
-    # an epoch whose batches are all done but whose end is not: resumed from between its end's own hooks, Lightning
-    # takes the next epoch for done as well
-    for progress in (epochs["current"], epochs["total"]):
-        progress["processed"] = progress["completed"]
     state["state_dict"].pop("combined_loader", None)
     if (states := windows.states_at(boundary)) and not between:
         state["state_dict"]["combined_loader"] = states
-
-
-def _complete_batches(trainer: pl.Trainer) -> int:
-    """Micro-batches of this epoch up to the last complete optimizer step; 0 between two epochs."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    done = int(progress.current.processed)  # type: ignore[attr-defined]
-    epoch = trainer.fit_loop.epoch_progress.current
-    if epoch.started == epoch.completed and progress.is_last_batch:  # type: ignore[attr-defined]
-        return 0
-    if progress.is_last_batch and done == progress.current.ready:
-        return done
-    return done // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
