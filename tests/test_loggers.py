@@ -65,9 +65,9 @@ def test_tensorboard_holds_scalars_and_samples(student_folder: Path) -> None:
     for split, rows in (("val", 4), ("test", 5)):
         text = events.Tensors(f"{split}/samples/text_summary")[-1].tensor_proto.string_val[0].decode()
         lines = text.splitlines()
-        assert lines[0] == "|" + "|".join(COLUMNS) + "|"
+        assert lines[0] == "| " + " | ".join(COLUMNS) + " |"
         assert len(lines) == 2 + rows
-        assert f"|toy-{split}-0|" in text
+        assert f"| toy-{split}-0 |" in text
 
 
 # wandb 0.31 has no public reader of its `.wandb` files (`wandb.sdk.internal.datastore` is gone), and offline it writes

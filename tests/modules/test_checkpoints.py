@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
-from lit_distill.objectives import Objective, Step
+from lit_distill.objectives import Objective, Step, build_objective
 from lit_distill.students import load_model, load_tokenizer
 from lit_distill.students.models import is_tied, save_model
 from lit_distill.tasks import LABEL, RATIONALE_LABEL, Task
@@ -287,17 +287,22 @@ class PlacedObjective(Objective):
         return step.student.loss("label")
 
 
-@pytest.mark.parametrize("owner", ["model", "objectives: placedobjective"])
+@pytest.mark.parametrize("owner", ["where", "objectives"])
 def test_settings_that_no_checkpoint_can_hold(student_folder: Path, tmp_path: Path, owner: str) -> None:
     def fit(where: object) -> None:
         arguments: dict[str, Any] = {"from_scratch": True}
-        if owner == "model":
+        if owner == "where":
             module: DistillModule = Placed(str(student_folder), where=where, **arguments)
         else:
             module = StepByStepModule(student_folder, objectives=[PlacedObjective(where=where)], **arguments)
         trainer = make_trainer(enable_checkpointing=True, default_root_dir=tmp_path)
         trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
 
-    with pytest.raises(UserError, match=f"^{owner}: where: a checkpoint cannot hold a PosixPath; use numbers, texts"):
+    with pytest.raises(UserError, match=f"^{owner}: a checkpoint cannot hold it .*PosixPath .*; use numbers, texts"):
         fit(tmp_path)
     fit({"at": [str(tmp_path), None, (1, 2.5)]})
+
+
+def test_an_objective_in_a_checkpoint_is_one() -> None:
+    with pytest.raises(UserError, match=r"^objectives: os\.system is no Objective$"):
+        build_objective({"class_path": "os.system", "init_args": {"command": "exit 1"}})
