@@ -11,7 +11,7 @@ from operations import Batches
 from options import Settings
 from torch import Tensor
 
-from lit_distill.batch import TaskBatch
+from lit_distill.batch import TaskBatch, take
 from lit_distill.evaluation.answers import Answer, AnswerKey
 from lit_distill.modules import StepByStepModule
 from lit_distill.objectives import Step
@@ -29,7 +29,9 @@ class BenchmarkModule(StepByStepModule):
 
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
         """As the base's, of the label task alone if not `every_loss`."""
-        super().validation_step(batch if self.every_loss else {"label": batch["label"]}, batch_idx)
+        if not self.every_loss:
+            batch = {**batch, "rationale": take(batch["rationale"], [])}
+        super().validation_step(batch, batch_idx)
 
     def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
         """The end token at the gold target's length, and not before."""

@@ -43,7 +43,7 @@ def target_tokens(inputs: TaskInputs) -> int:
 
 def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
     """Select rows of a task, in this order; the padding stays."""
-    chosen = torch.tensor(list(rows), device=inputs["input_ids"].device)
+    chosen = torch.tensor(list(rows), dtype=torch.long, device=inputs["input_ids"].device)
     return cast(TaskInputs, {name: tensor[chosen] for name, tensor in cast(dict[str, Tensor], inputs).items()})
 
 

@@ -21,7 +21,7 @@ from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_
 from lit_distill.modules.training import task_texts
 from lit_distill.modules.window import rewind
 from lit_distill.objectives import Objective, build_objective, check_objectives
-from lit_distill.students import CHECKPOINT_KEY, check_weights
+from lit_distill.students.files import CHECKPOINT_KEY, check_weights
 from lit_distill.students.models import Dtype
 from lit_distill.students.sharding import give_weights, is_deferred
 from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
@@ -117,7 +117,7 @@ class DistillModule(Evaluating):
         self.save_hyperparameters()
         self.tasks = self.all_tasks(self.hparams)
         self.teachers = Teachers(teachers)
-        self.objectives = nn.ModuleList(objectives or [])
+        self.objectives = nn.ModuleList(objectives or [])  # type: ignore[assignment]
         check_objectives(objectives or [], list(self.tasks), self.teachers)
         # plain types only: a checkpoint is read with `weights_only=True`
         plain_tasks = tasks and {
@@ -221,8 +221,8 @@ class DistillModule(Evaluating):
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
         if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
-        if self._windows is not None and "loops" in checkpoint:
-            rewind(checkpoint, self.trainer, self._windows)
+        if "loops" in checkpoint:
+            rewind(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore seed and position. Raises a ``UserError`` if weights are not finite or another method's."""

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
+from lit_distill.batch import TaskBatch, target_tokens
 from lit_distill.errors import UserError
 from lit_distill.modules.optimization import clip_in_step, configure
 from lit_distill.modules.window import Counts, Window, WindowLoader, seed_step
@@ -30,13 +30,12 @@ class Training(pl.LightningModule):
 
     student: Student
     tasks: dict[str, Task]  # the tasks that the module trains on, by name; the data module must build the same
-    objectives: nn.ModuleList
+    objectives: list[Objective]  # an `nn.ModuleList`
     teachers: Teachers
     window: Window  # the optimizer step in progress
-    _windows: WindowLoader | None = None  # the training data loader
     _window_weights: dict[str, Tensor]  # see `window_weights`
     _window_terms: dict[str, Tensor]  # the terms of the step so far
-    _gradient_norm: Tensor | None  # before clipping; `None` if gradients are sharded
+    _gradient_norm: Tensor | None  # before clipping; `None` if gradients are sharded or scaled
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +51,7 @@ class Training(pl.LightningModule):
         objectives.
         """
         terms = {task: step.student.loss(task) for task in self.tasks}
-        return terms | {objective.name: objective(step) for objective in self._objectives}
+        return terms | {objective.name: objective(step) for objective in self.objectives}
 
     def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
         """Combine the terms into the loss that is minimised; must be linear in them.
@@ -61,7 +60,7 @@ class Training(pl.LightningModule):
         share of the terms, and the results add up to the loss of the whole optimizer step.
         """
         weights = {task.name: task.weight for task in self.tasks.values()}
-        weights |= {objective.name: objective.weight for objective in self._objectives}
+        weights |= {objective.name: objective.weight for objective in self.objectives}
         return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
     def term_counts(self, batch: TaskBatch) -> Counts:
@@ -69,8 +68,8 @@ class Training(pl.LightningModule):
 
         Must depend on the batch alone (it is called before the step begins) and name the same terms on every rank.
         """
-        counts = {task: target_tokens(batch[task]) if task in batch else 0 for task in self.tasks}
-        own = {objective.name: objective.counts(batch) for objective in self._objectives}
+        counts = {task: target_tokens(batch[task]) for task in self.tasks}
+        own = {objective.name: objective.counts(batch) for objective in self.objectives}
         return counts | {name: count for name, count in own.items() if count is not None}
 
     def prepare(self, window: list[TaskBatch]) -> None:
@@ -79,25 +78,13 @@ class Training(pl.LightningModule):
         By default each objective may. Runs in evaluation mode without gradients, on the data loader's device; random
         numbers depend on the run's seed, the step and the rank alone.
         """
-        for batch in window:
-            batch.update(self._missing(batch))
         steps = [self.step(batch) for batch in window]
-        for objective in self._objectives:
+        for objective in self.objectives:
             objective.prepare(steps)
 
     def step(self, batch: TaskBatch) -> Step:
-        """The `Step` of a batch; tasks that the batch lacks are added without rows."""
-        return Step({**batch, **missing} if (missing := self._missing(batch)) else batch, self.student, self.teachers)
-
-    def _missing(self, batch: TaskBatch) -> TaskBatch:
-        """The tasks that a batch lacks, without rows."""
-        empty = torch.zeros(0, 1, dtype=torch.long, device=self.device)
-        inputs: TaskInputs = {"input_ids": empty, "attention_mask": empty, "labels": empty, "index": empty[:, 0]}
-        return {task: inputs.copy() for task in self.tasks if task not in batch}
-
-    @property
-    def _objectives(self) -> list[Objective]:
-        return cast(list[Objective], list(self.objectives))
+        """The `Step` of a batch, which has each task, even without rows."""
+        return Step(batch, self.student, self.teachers)
 
     @property
     def sharded(self) -> bool:
@@ -135,18 +122,17 @@ class Training(pl.LightningModule):
     def _read_ahead(self, loader: Any) -> WindowLoader:
         position, states = self._resumed
         self._resumed = (0, [])
-        self._windows = WindowLoader(
+        return WindowLoader(
             loader(),
             size=lambda: self.trainer.accumulate_grad_batches,
             count=self._prepare_and_count,
             position=position,
             states=states,
         )
-        return self._windows
 
     def _prepare_and_count(self, batches: list[TaskBatch]) -> tuple[Counts, ...]:
         """Call `prepare`, restore the random and training state after it, and count the targets."""
-        own = any(type(objective).prepare is not Objective.prepare for objective in self._objectives)
+        own = any(type(objective).prepare is not Objective.prepare for objective in self.objectives)
         if own or type(self).prepare is not Training.prepare:
             modes = [(module, module.training) for module in self.modules()]
             with isolate_rng(), torch.no_grad():
@@ -178,7 +164,7 @@ class Training(pl.LightningModule):
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """At the start of an optimizer step: seed it, and compute the weights of its terms."""
-        window = cast(WindowLoader, self._windows).next_window()
+        window = cast(WindowLoader, self.trainer.fit_loop._combined_loader).next_window()
         if batch_idx != window.start:
             return
         # the step that loggers use, which Lightning increments once too often after resuming
@@ -251,10 +237,10 @@ class Training(pl.LightningModule):
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         if not self.sharded:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
-            self.log("train/grad_norm", self._gradient_norm, batch_size=1)
-            if not self._scales_losses:
-                values["gradient"] = self._gradient_norm
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", norm, batch_size=1)
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+                values["gradient"] = self._gradient_norm = norm
         bad = (~torch.stack([value.float() for value in values.values()]).isfinite()).float()
         if self.trainer.world_size > 1:
             bad = cast(Tensor, self.trainer.strategy.reduce(bad, reduce_op="sum"))
@@ -267,21 +253,15 @@ class Training(pl.LightningModule):
         """AdamW or Adafactor, with the schedule over all steps of the run."""
         return configure(self)
 
-    @property
-    def _scales_losses(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning's; also under FSDP (the norm over all shards), which Lightning refuses."""
-        wrapped, norm = self.trainer.strategy.model, self._gradient_norm
+        wrapped = self.trainer.strategy.model
+        norm = None if gradient_clip_algorithm == "value" else self._gradient_norm
         if gradient_clip_val and isinstance(wrapped, FullyShardedDataParallel):
             wrapped.clip_grad_norm_(gradient_clip_val)
-            return
-        # not with a loss scaler: the norm is of scaled gradients
-        by_norm = gradient_clip_val and gradient_clip_algorithm != "value" and not self._scales_losses
-        if not (by_norm and norm is not None and clip_in_step(optimizer, gradient_clip_val or 0.0, norm)):
+        elif not (gradient_clip_val and norm is not None and clip_in_step(optimizer, gradient_clip_val, norm)):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 

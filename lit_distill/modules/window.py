@@ -142,8 +142,11 @@ def seed_step(seed: int, step: int, rank: int, *, preparing: bool = False) -> No
     random.seed(int(words[1]))
 
 
-def rewind(checkpoint: dict[str, Any], trainer: pl.Trainer, windows: WindowLoader) -> None:
+def rewind(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Set the loop's progress in a checkpoint back to the last complete optimizer step."""
+    windows = trainer.fit_loop._combined_loader
+    if not isinstance(windows, WindowLoader):
+        return
     state, accumulate = checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches
     batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
     ready, processed = batches["current"]["ready"], batches["current"]["processed"]

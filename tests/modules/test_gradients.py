@@ -210,7 +210,7 @@ def test_each_parameter_has_a_gradient_without_rationales(student_folder: Path) 
     """A rank without rationales would else wait for ever for the others under DDP."""
     module = make_module(student_folder)
     rows = random_rows(3, without_rationale=range(3))
-    module.loss_terms(module.step(collate(rows, ("label",))))["rationale"].backward()
+    module.loss_terms(module.step(collate(rows, TASKS)))["rationale"].backward()
     missing = [name for name, parameter in module.student.model.named_parameters() if parameter.grad is None]
     assert missing == []
     assert all(not gradient.any() for gradient in gradients_of(module.student.model).values())

@@ -170,7 +170,7 @@ model:
             label, rationale, kl, hidden = parts
             assert float(row["train/loss"]) == pytest.approx(label + rationale + 0.5 * kl + hidden, rel=1e-5)
         again = StepByStepModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
-        assert [(each.name, each.weight) for each in again._objectives] == [("kl", 0.5), ("hiddenmatch", 1.0)]
+        assert [(each.name, each.weight) for each in again.objectives] == [("kl", 0.5), ("hiddenmatch", 1.0)]
         state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         assert torch.equal(again.objectives[1].widen.weight, state["objectives.1.widen.weight"])  # type: ignore[union-attr, arg-type]
         assert all(name.startswith(("student.model.", "objectives.1.")) for name in state)
