@@ -85,10 +85,10 @@ class ValidateEverySteps(Callback):
 
     @staticmethod
     def _is_last(trainer: pl.Trainer) -> bool:
-        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-            return True
-        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
-        return last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        # -1 and `None` stand for no limit
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        epoch_ends: bool = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return trainer.global_step == trainer.max_steps or (last_epoch and epoch_ends)
 
 
 class Throughput(Callback):

@@ -158,19 +158,3 @@ def test_early_stopping_stops(student_folder: Path, monkeypatch: pytest.MonkeyPa
     validated = [row["step"] for row in metric_rows(folder) if "val/accuracy" in row]
     # the first, and then the overlay's ten without a rise
     assert len(validated) == 11
-
-
-@pytest.mark.parametrize(("batch", "accumulate", "wanted"), [(4, 2, 64), (4, 1, 8)])
-def test_another_effective_batch_warns(batch: int, accumulate: int, wanted: int, student_folder: Path) -> None:
-    more = [f"--trainer.accumulate_grad_batches={accumulate}", f"--model.effective_batch_size={wanted}"]
-    text = f"effective batch is {batch * accumulate} examples .*written for {wanted}"
-    with pytest.warns(UserWarning, match=text):
-        fit(student_folder, more, "--test_after_fit=false", batch=batch, steps=1)
-
-
-def test_the_same_effective_batch_does_not(student_folder: Path) -> None:
-    # a warning is an error here
-    more = ["--trainer.accumulate_grad_batches=2", "--model.effective_batch_size=8", "--test_after_fit=false"]
-    fit(student_folder, more, steps=1)
-    [folder] = run_folders()
-    assert "effective_batch: 8" in (folder / "hparams.yaml").read_text()

@@ -99,14 +99,10 @@ def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> lis
 
 
 def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool) -> dict[str, float]:
-    """The metrics of an evaluation; accuracies are fractions in 0..1.
+    """The metrics of an evaluation, of rationales too if asked for; accuracies are fractions in 0..1.
 
-    Args:
-        answers: one for each row.
-        key: of the split.
-        rationales: also score the generated rationales.
-        intervals: add the ends of 95 % intervals as ``<name>_low`` and ``<name>_high``: Wilson's for accuracies, the
-            percentile bootstrap over rows otherwise.
+    ``intervals`` adds the ends of 95 % intervals as ``<name>_low`` and ``<name>_high``: Wilson's for accuracies, the
+    percentile bootstrap over rows otherwise.
     """
     metrics: dict[str, float] = {}
     judged = judge(key.metric)

@@ -157,10 +157,7 @@ class Evaluating(Training):
     def answers(self, step: Step, key: AnswerKey, *, rationales: bool) -> list[Answer]:
         """The student's answer to each row of an evaluation batch, without rows that pad a distributed sampler.
 
-        Args:
-            step: an evaluation batch.
-            key: the answers of its split.
-            rationales: also generate the rationales, where they have a task of their own.
+        ``rationales`` also generates the rationales, where they have a task of their own.
         """
         task = self.tasks[self.answer_task]
         index = step.batch[task.name]["index"].tolist()

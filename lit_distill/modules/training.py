@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lit_distill.batch import TaskBatch, target_tokens
 from lit_distill.errors import UserError
 from lit_distill.modules.optimization import clip_in_step, configure
-from lit_distill.modules.window import Counts, Window, WindowLoader, seed_step
+from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
 from lit_distill.objectives import Objective, Step
 from lit_distill.students import Student, Tokens
 from lit_distill.tasks import Task
@@ -40,8 +40,7 @@ class Training(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
-        # micro-batches of the epoch that an earlier run has consumed, and the loader's states then
-        self._resumed: tuple[int, list[dict[str, Any]]] = (0, [])
+        self._resumed: Position = (0, [])  # where the run that is resumed stopped
         self._target_limits: dict[str, int] = {}  # of generated tokens of each task, from the targets in train
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
@@ -120,17 +119,10 @@ class Training(pl.LightningModule):
                 self._target_limits = limits()
 
     def _read_ahead(self, loader: Any) -> WindowLoader:
-        position, states = self._resumed
-        self._resumed = (0, [])
-        return WindowLoader(
-            loader(),
-            size=lambda: self.trainer.accumulate_grad_batches,
-            count=self._prepare_and_count,
-            position=position,
-            states=states,
-        )
+        resumed, self._resumed = self._resumed, (0, [])
+        return WindowLoader(loader(), lambda: self.trainer.accumulate_grad_batches, self._prepare_and_count, resumed)
 
-    def _prepare_and_count(self, batches: list[TaskBatch]) -> tuple[Counts, ...]:
+    def _prepare_and_count(self, batches: list[TaskBatch]) -> list[Counts]:
         """Call `prepare`, restore the random and training state after it, and count the targets."""
         own = any(type(objective).prepare is not Objective.prepare for objective in self.objectives)
         if own or type(self).prepare is not Training.prepare:
@@ -141,7 +133,7 @@ class Training(pl.LightningModule):
                 self.prepare(batches)
             for module, training in modes:
                 module.training = training
-        return tuple(self.term_counts(batch) for batch in batches)
+        return [self.term_counts(batch) for batch in batches]
 
     def on_fit_start(self) -> None:
         """Set the run's seed, and report the effective batch size."""
@@ -189,7 +181,7 @@ class Training(pl.LightningModule):
             totals = cast(Tensor, reduced).double()
         scale = torch.where(totals > 0, accumulate * world / totals.clamp(min=1), 0.0).float()
         weights = {name: scale[i].to(self.device) for i, name in enumerate(counts)}
-        return weights | {"": torch.tensor(accumulate / window.size, device=self.device)}
+        return weights | {"": torch.tensor(accumulate / len(window.counts), device=self.device)}
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the step's gradient is that of the whole step's loss."""
@@ -224,12 +216,9 @@ class Training(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm before clipping, and stop the run if the loss or gradient is not finite.
 
-        The weights have not changed yet. This synchronises with the device once a step. Under sharded strategies, where
-        each rank has a part of the gradient, and under loss scaling, which skips such steps by itself, only the loss is
-        checked.
-
-        Raises:
-            UserError: on all ranks; names the step, the term and the last good checkpoint.
+        All ranks do, before the weights change. This synchronises with the device once a step. Only the loss is
+        checked under sharded strategies, where each rank has a part of the gradient, and under loss scaling, which
+        skips such steps by itself.
         """
         values = {f"{name} loss": term for name, term in self._window_terms.items()}
         self._gradient_norm = None

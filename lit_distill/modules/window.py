@@ -7,7 +7,7 @@ a step's random state is a function of the run's seed, the step and the rank.
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
@@ -22,25 +22,23 @@ from lit_distill.batch import TaskBatch, target_tokens
 Counts = Mapping[str, int]
 """Loss term -> number of items (target tokens of a task, say) that it is a mean over."""
 
+Position = tuple[int, list[dict[str, Any]]]
+"""Micro-batches of an epoch that are consumed, and the data loader's states then, if it has any."""
+
 
 @dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step on this rank."""
 
     start: int  # micro-batches of the epoch before this window
-    counts: tuple[Counts, ...]  # of each micro-batch: `accumulate_grad_batches`, or fewer at the end of an epoch
+    counts: list[Counts]  # of each micro-batch: `accumulate_grad_batches`, or fewer at the end of an epoch
     examples: int  # number of rows (of the task with the most)
     tokens: int  # number of source and target tokens, without padding
 
     @property
-    def size(self) -> int:
-        """Number of micro-batches."""
-        return len(self.counts)
-
-    @property
     def last(self) -> int:
         """Number of the last micro-batch in its epoch."""
-        return self.start + self.size - 1
+        return self.start + len(self.counts) - 1
 
     @property
     def totals(self) -> dict[str, int]:
@@ -56,30 +54,20 @@ class WindowLoader(CombinedLoader):
         loader: the training data loader.
         size: gives the number of micro-batches in the next step.
         count: counts the items of each term in each of a step's micro-batches, and may change these in place before.
-        position: micro-batches of the first epoch that an earlier run has consumed.
-        states: the loader's states at that position, if it has any.
+        resumed: see `Position`; of the first epoch.
     """
 
     def __init__(
-        self,
-        loader: Any,
-        *,
-        size: Callable[[], int],
-        count: Callable[[list[TaskBatch]], tuple[Counts, ...]],
-        position: int = 0,
-        states: Sequence[dict[str, Any]] = (),
+        self, loader: Any, size: Callable[[], int], count: Callable[[list[TaskBatch]], list[Counts]], resumed: Position
     ) -> None:
         super().__init__(loader, "max_size_cycle")
-        self._size, self._count = size, count
-        self._to_skip, self._to_load = position, list(states)
+        self._size, self._count, self._resumed = size, count, resumed
         self._items: Iterator[tuple[Any, Window]]
         self._handed_out: deque[Window] = deque()
-        # micro-batches and states before the step that was read last
-        self._before: tuple[int, list[dict[str, Any]]] | None = None
+        self._before: Position | None = None  # the step that was read last
 
     def __iter__(self) -> Self:
-        position, self._to_skip = self._to_skip, 0
-        states, self._to_load = self._to_load, []
+        (position, states), self._resumed = self._resumed, (0, [])
         # Lightning does not load them into loaders that it made early, to count the steps
         self._load_state_dicts(states)
         super().__iter__()

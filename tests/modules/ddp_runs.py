@@ -122,7 +122,7 @@ def only_own_counts(self: DistillModule, window: Window) -> dict[str, Tensor]:
     """What the correction would be if ranks did not add up their counts."""
     accumulate = self.trainer.accumulate_grad_batches
     weights = {name: torch.tensor(accumulate / max(count, 1)) for name, count in window.totals.items()}
-    return weights | {"": torch.tensor(accumulate / window.size)}
+    return weights | {"": torch.tensor(accumulate / len(window.counts))}
 
 
 def all_runs(rank: int, out: Path, folder: Path) -> dict[str, Any]:
@@ -131,14 +131,8 @@ def all_runs(rank: int, out: Path, folder: Path) -> dict[str, Any]:
     for k in ACCUMULATES:
         found[f"prepared {k}"] = gradients(folder, k, objectives=[FixedText(weight=0.5, tasks=["rationale"])])
 
-    right_weights, right_counts = DistillModule.window_weights, DistillModule.term_counts
-    DistillModule.window_weights = only_own_counts  # type: ignore[method-assign, assignment]
-    found |= {f"own counts {k}": gradients(folder, k) for k in ACCUMULATES}
-    DistillModule.window_weights = lambda self, window: {"": torch.tensor(1.0)}  # type: ignore[method-assign]
-    DistillModule.term_counts = lambda self, batch: {}  # type: ignore[method-assign]
-    found |= {f"plain {k}": gradients(folder, k) for k in ACCUMULATES}
-    DistillModule.window_weights = right_weights  # type: ignore[method-assign]
-    DistillModule.term_counts = right_counts  # type: ignore[method-assign]
+    with mock.patch.object(DistillModule, "window_weights", only_own_counts):
+        found["own counts"] = gradients(folder, 3)
 
     for name, kind in (("padded", RankData), ("repeated", Repeated)):
         module = make_module(folder)

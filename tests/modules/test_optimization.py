@@ -70,7 +70,7 @@ def test_matrices_decay_and_vectors_do_not(student_folder: Path) -> None:
     named = dict(module.named_parameters())
     norms = {id(parameter) for name, parameter in named.items() if "layer_norm" in name}
     assert len(norms) == 12
-    assert {group["weight_decay"]: {id(p) for p in group["params"]} for group in groups} == {  # type: ignore[attr-defined]
+    assert {group["weight_decay"]: {id(p) for p in group["params"]} for group in groups} == {
         0.1: {id(parameter) for parameter in named.values()} - norms,
         0.0: norms,
     }
@@ -79,7 +79,7 @@ def test_matrices_decay_and_vectors_do_not(student_folder: Path) -> None:
 def test_frozen_parameters_are_left_out(student_folder: Path) -> None:
     module = StepByStepModule(student_folder, from_scratch=True)
     module.student.model.encoder.requires_grad_(False)
-    optimized = sum(len(group["params"]) for group in parameter_groups(module, 0.1))  # type: ignore[arg-type, misc]
+    optimized = sum(len(group["params"]) for group in parameter_groups(module, 0.1))
     assert optimized == sum(parameter.requires_grad for parameter in module.parameters())
 
 

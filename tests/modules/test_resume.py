@@ -249,16 +249,16 @@ def test_a_loaded_module_starts_a_run_with_the_new_seed(student_folder: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("shorter", "longer"),
+    ("shorter", "longer", "saved_by"),
     [
-        ({"max_epochs": 1}, {"max_epochs": 3}),
-        ({"max_epochs": -1, "max_steps": 4}, {"max_epochs": -1, "max_steps": 8}),
-        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 8}),
-        ({"max_epochs": -1, "max_steps": 4}, {"max_epochs": 3}),
+        ({"max_epochs": 1}, {"max_epochs": 3}, "trainer"),
+        ({"max_epochs": 1}, {"max_epochs": 3}, "model checkpoint"),
+        ({"max_epochs": -1, "max_steps": 4}, {"max_epochs": -1, "max_steps": 8}, "trainer"),
+        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 8}, "model checkpoint"),
+        ({"max_epochs": -1, "max_steps": 4}, {"max_epochs": 3}, "model checkpoint"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
-@pytest.mark.parametrize("saved_by", ["trainer", "model checkpoint"])
 def test_a_finished_run_resumed_for_longer(
     student_folder: Path, tmp_path: Path, shorter: dict[str, Any], longer: dict[str, Any], saved_by: str
 ) -> None:
