@@ -88,19 +88,18 @@ class CausalPass(Pass):
         return self.student.network.base_model(**inputs, return_dict=True)
 
     def hidden(self, task: str, layer: int) -> Tensor:
-        """See `Pass.hidden`; at the positions that predict the target tokens."""
+        """At the positions that predict the target tokens."""
         rows, first = len(self.inputs(task)["labels"]), self._first_rows[task]
         labels = self._sequences["labels"][first : first + rows]
         return self._own(task, self._hidden[layer][:, :-1], labels[:, 1:] != IGNORE_INDEX)
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """See `Pass.encoder`."""
         lengths = self.inputs(task)["attention_mask"].sum(dim=1, keepdim=True)
         states = self._hidden[layer]
         return self._own(task, states, torch.arange(states.shape[1], device=states.device) < lengths)
 
     def project(self, states: Tensor) -> Tensor:
-        """See `Pass.project`; scaled and capped as configured."""
+        """Scaled and capped as configured."""
         logits, config = super().project(states), self.student.text_config
         # of Cohere, Granite and Gemma 2
         scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
@@ -111,7 +110,7 @@ class CausalPass(Pass):
         return logits
 
     def token_losses(self, task: str) -> Tensor:
-        """See `Pass.token_losses`; large logits are computed in chunks, and again in the backward pass."""
+        """Large logits are computed in chunks, and again in the backward pass."""
         if task in self._logits:
             return super().token_losses(task)
         states, labels = self.states(task), self.labels(task)
@@ -126,7 +125,7 @@ class CausalPass(Pass):
         return F.cross_entropy(self.project(states).float(), labels, reduction="none")
 
     def _prompts(self, inputs: TaskInputs) -> tuple[Tensor, Tensor, int]:
-        """See `Pass._prompts`; padded on the left."""
+        """Padded on the left."""
         ids, real = self._sources(inputs)
         width = int(real.sum(dim=1).max())
         # real tokens last, in their order
@@ -134,7 +133,7 @@ class CausalPass(Pass):
         return ids.gather(1, order), real.gather(1, order).long(), width
 
     def _likelihoods(self, task: str, rows: list[int], targets: list[list[int]]) -> Tensor:
-        """See `Pass._likelihoods`; each prompt is read once, if its cache can be continued row by row."""
+        """Each prompt is read once, if its cache can be continued row by row."""
         student, distinct = self.student, sorted(set(rows))
         # Mamba's state cannot
         caches = "past_key_values" in inspect.signature(student.network.forward).parameters

@@ -12,10 +12,10 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
 from lit_distill.students.base import Pass, ProcessLogits, Student
+from lit_distill.students.fast.functions import token_losses
 from lit_distill.students.fast.greedy import greedy
-from lit_distill.students.fast.head import token_losses
 from lit_distill.students.fast.support import fits, keep_freed_memory, reason_against
-from lit_distill.students.fast.t5 import Decoded, Encoded, encode, encode_and_decode, into_head, log_likelihoods
+from lit_distill.students.fast.t5 import Encoded, encode, encode_and_decode, into_head, log_likelihoods
 from lit_distill.students.tokens import Tokens
 
 
@@ -69,7 +69,6 @@ class Seq2SeqPass(Pass):
         self.model: Any = student.network
 
     def states(self, task: str) -> Tensor:
-        """See `Pass.states`."""
         return into_head(self.model, self.hidden(task, -1))
 
     def _prompts(self, inputs: TaskInputs) -> tuple[Tensor, Tensor, int]:
@@ -99,11 +98,9 @@ class PlainPass(Seq2SeqPass):
         return self._targets(task, self._output.logits)
 
     def hidden(self, task: str, layer: int) -> Tensor:
-        """See `Pass.hidden`."""
         return self._targets(task, cast(Any, self._output.decoder_hidden_states)[layer])
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """See `Pass.encoder`."""
         real = self.inputs(task)["attention_mask"] != 0
         return self._own(task, cast(Any, self._output.encoder_hidden_states)[layer], real)
 
@@ -112,7 +109,7 @@ class PackedPass(Seq2SeqPass):
     """The fast path: all tasks go through each layer together, without padding."""
 
     @cached_property
-    def _forward(self) -> tuple[Encoded, Decoded]:
+    def _forward(self) -> tuple[Encoded, list[Tensor], Tensor]:
         self._deterministic = not self.model.training
         tasks = self._with_rows()
         if not any(any(targets_of(inputs).ends) for inputs in tasks):
@@ -122,8 +119,8 @@ class PackedPass(Seq2SeqPass):
 
     @cached_property
     def _losses(self) -> Tensor:
-        decoded = self._forward[1]
-        return token_losses(self.model.lm_head, into_head(self.model, decoded.hidden[-1]), decoded.labels)
+        _, hidden, labels = self._forward
+        return token_losses(self.model.lm_head, into_head(self.model, hidden[-1]), labels)
 
     @cached_property
     def _places(self) -> dict[str, slice]:
@@ -140,18 +137,16 @@ class PackedPass(Seq2SeqPass):
         own = packed[self._places[task]]
         if targets_of(inputs).whole:
             return own
-        return own[self._forward[1].labels[self._places[task]] != IGNORE_INDEX]
+        return own[self._forward[2][self._places[task]] != IGNORE_INDEX]
 
     def token_losses(self, task: str) -> Tensor:
         """See `Pass.token_losses`; those of all tasks are computed together, without storing logits."""
         return self._targets(task, self._losses)
 
     def hidden(self, task: str, layer: int) -> Tensor:
-        """See `Pass.hidden`."""
-        return self._targets(task, self._forward[1].hidden[layer])
+        return self._targets(task, self._forward[1][layer])
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
-        """See `Pass.encoder`."""
         rows, first, encoded = len(self.inputs(task)["labels"]), self._first_rows[task], self._forward[0]
         start = sum(encoded.packing.lengths[:first])
         return encoded.hidden[layer][start : start + sum(encoded.packing.lengths[first : first + rows])]

@@ -13,15 +13,8 @@ from transformers.models.t5 import modeling_t5
 
 from lit_distill.batch import TaskInputs, sources_of
 
-_PARTS = (
-    "Stack", "Block", "LayerSelfAttention", "LayerCrossAttention", "LayerFF", "Attention", "DenseActDense",
-    "DenseGatedActDense", "LayerNorm",
-)  # fmt: skip
-
-_WALKED = {nn.Dropout, nn.ModuleList} | {
-    getattr(module, prefix + part) for module, prefix in ((modeling_t5, "T5"), (modeling_mt5, "MT5")) for part in _PARTS
-}
-"""Modules whose forward is replaced: they must be of exactly these classes."""
+_LAYERS = (modeling_t5.__name__, modeling_mt5.__name__)
+"""Where the classes are whose forward is replaced; a subclass of them is defined elsewhere."""
 
 _CALLED = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "act", "relative_attention_bias"}
 """Modules that are called, of any class: LoRA and quantised ones work."""
@@ -55,7 +48,7 @@ def _is_plain(name: str, module: nn.Module) -> bool:
         return (
             type(module) is nn.Embedding and extras == (None, None) and not (module.scale_grad_by_freq or module.sparse)
         )
-    return type(module) in _WALKED
+    return type(module) in (nn.Dropout, nn.ModuleList) or type(module).__module__ in _LAYERS
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -15,8 +15,7 @@ from transformers.activations import NewGELUActivation
 
 from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, SelfAttention
-from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm
-from lit_distill.students.fast.head import token_losses
+from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm, token_losses
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.support import has_hooks
 
@@ -32,14 +31,6 @@ class Encoded:
     def states(self) -> Tensor:
         """What the decoder attends to."""
         return self.hidden[-1]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Packed targets in the decoder, task after task."""
-
-    hidden: list[Tensor]  # the embeddings and each layer's states, `(target tokens, d_model)`
-    labels: Tensor  # `(target tokens,)`
 
 
 def _rate(module: nn.Dropout) -> float:
@@ -122,10 +113,13 @@ def _decode(model: Any, embedded: Tensor, targets: Packing, encoded: Encoded, ro
     return _run(model.decoder, embedded, attend, cross)
 
 
-def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, Decoded]:
-    """Several tasks' sources and targets, of which there is at least one, under teacher forcing.
+def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, list[Tensor], Tensor]:
+    """Several tasks' sources and targets, of which there is at least one, under teacher forcing, task after task.
 
     Every row of the tasks is encoded; a row without a target is not decoded.
+
+    Returns:
+        The sources; the decoder's embeddings and each layer's states, ``(target tokens, d_model)``; and the labels.
     """
     ids, packing = pack_sources(tasks)
     inputs, labels, targets, rows = pack_targets(model, tasks)
@@ -137,7 +131,7 @@ def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded,
         # one look-up: its gradient is as large as the vocabulary, and would be made and added twice
         source, target = F.embedding(torch.cat([ids, inputs]), encoder.weight).split([len(ids), len(inputs)])
     encoded = _encode(model, source, packing)
-    return encoded, Decoded(_decode(model, target, targets, encoded, rows), labels)
+    return encoded, _decode(model, target, targets, encoded, rows), labels
 
 
 def log_likelihoods(model: Any, encoded: Encoded, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:

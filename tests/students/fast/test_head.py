@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_distill.batch import IGNORE_INDEX
-from lit_distill.students.fast import head as head_module
-from lit_distill.students.fast.head import token_losses
+from lit_distill.students.fast import functions as head_module
+from lit_distill.students.fast.functions import token_losses
 
 SIZE, VOCABULARY = 8, 50
 CHUNKS: dict[str, tuple[int, int]] = {

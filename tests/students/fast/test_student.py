@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs
-from lit_distill.students.fast import head as head_module
+from lit_distill.students.fast import functions as head_module
 from lit_distill.students.fast import t5 as fast_student
 from lit_distill.students.fast.t5 import encode, log_likelihoods
 from tests.students.fast.examples import (
