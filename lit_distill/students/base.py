@@ -200,17 +200,12 @@ class Pass(ABC):
 
 
 class Student(nn.Module, ABC):
-    """A Hugging Face model with its tokenizer; `lit_distill.students.load` makes one.
+    """A Hugging Face model, or PEFT's wrapper around it, with its tokens; `lit_distill.students.load` makes one.
 
-    Args:
-        model: the model, or PEFT's wrapper around it.
-        tokens: its tokens.
-        special: the special tokens that generation needs; replaces the pretrained model's own generation settings, so
-            that generation depends on our arguments alone.
+    ``special`` tokens replace the model's generation settings, so that generation depends on our arguments alone.
     """
 
-    sharded: bool = False
-    """Whether parameters are sharded over ranks, so that each forward is a collective; set by the module."""
+    sharded: bool = False  # whether parameters are sharded over ranks, so that each forward is a collective
     adapter: Adapter | None = None  # the adapter that is trained, if any
     most_positions: int = 2**30  # maximum tokens of a prompt with its target; T5's relative positions have none
 

@@ -20,12 +20,7 @@ _CHUNK_BYTES = 256 * 2**20
 
 
 class CausalStudent(Student):
-    """A decoder-only model.
-
-    Args:
-        model: an ``AutoModelForCausalLM``, or PEFT's wrapper around one.
-        tokens: its tokens.
-    """
+    """A decoder-only model."""
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens) -> None:
         pad, end = tokens.tokenizer.pad_token_id, tokens.tokenizer.eos_token_id
@@ -34,7 +29,6 @@ class CausalStudent(Student):
         self.most_positions = getattr(self.text_config, "max_position_embeddings", None) or self.most_positions
 
     def forward(self, batch: TaskBatch) -> "CausalPass":
-        """The lazy pass over a batch."""
         return CausalPass(self, batch)
 
 

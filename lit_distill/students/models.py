@@ -35,13 +35,7 @@ from lit_distill.students.tokens import save_tokenizer, tokenizer_files
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of weights."""
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
+_WEIGHT_FILES = [name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
 
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
@@ -81,14 +75,9 @@ def build_model(
 ) -> PreTrainedModel:
     """A model from the content of a ``config.json``, in training mode.
 
-    Args:
-        config: its ``tie_word_embeddings`` is respected.
-        weights: the complete state dict; random weights by default, with an untied T5's head drawn from N(0,
-            1/d_model), so that initial logits have unit variance and the first loss is near ln(vocabulary).
-        dropout: dropout rate in place of the configured one.
-        dtype: of the weights.
-        adapter: added before ``weights`` are loaded.
-        meta: allocate no weights.
+    ``weights`` is the complete state dict, the adapter's included. Without it weights are random, or not allocated at
+    all (``meta``); an untied T5's head is drawn from N(0, 1/d_model), so that initial logits have unit variance and the
+    first loss is near ln(vocabulary).
     """
     made = _configuration(config, dropout)
     # random weights take seconds to draw
@@ -113,9 +102,9 @@ def pretrained(
 ) -> PreTrainedModel:
     """A model with the weights of a folder or of the hub, which must be finite, in training mode."""
     folder = Path(name)
-    if folder.is_dir() and not any((folder / file).is_file() for file in WEIGHT_FILES):
+    if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHT_FILES):
         raise UserError(
-            f"student: no weights in the folder {name!r} (one of {', '.join(WEIGHT_FILES)});"
+            f"student: no weights in the folder {name!r} (one of {', '.join(_WEIGHT_FILES)});"
             " set from_scratch to true for random weights from its configuration"
         )
     made = _configuration(config, dropout)
@@ -153,9 +142,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Save model and tokenizer in the Hugging Face format, with the true tying in the configuration."""
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    (folder / "config.json").write_text(
-        json.dumps(true_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    content = json.dumps(true_config(model), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(f"{content}\n", encoding="utf-8")
 
 
 def record_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:

@@ -20,13 +20,7 @@ from lit_distill.students.tokens import Tokens
 
 
 class Seq2SeqStudent(Student):
-    """A T5 (v1.0, v1.1, Flan), ByT5 or mT5.
-
-    Args:
-        model: ``T5ForConditionalGeneration`` or ``MT5ForConditionalGeneration``, or PEFT's wrapper around one.
-        tokens: its tokens.
-        fast: run on real tokens only where supported; otherwise the run says why, once.
-    """
+    """A T5 (v1.0, v1.1, Flan), ByT5 or mT5; ``fast``: on real tokens only where supported, else the run says why."""
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: bool = True) -> None:
         names = "pad_token_id", "eos_token_id", "decoder_start_token_id"

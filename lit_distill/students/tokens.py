@@ -26,12 +26,7 @@ class Encoded:
 
 
 class Tokens:
-    """A tokenizer with its family's format.
-
-    Args:
-        tokenizer: with an end-of-sequence and a padding token.
-        family: of the model.
-    """
+    """A tokenizer, which has an end-of-sequence and a padding token, with its family's format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family = "seq2seq") -> None:
         self.tokenizer = tokenizer
@@ -95,11 +90,7 @@ class CausalTokens(Tokens):
 
     A source is a prompt: the text as the user's turn in the chat template; without a template the text and a newline,
     after the beginning-of-sequence token if the tokenizer adds one. It has no end-of-sequence token, and truncation
-    keeps its end.
-
-    Args:
-        tokenizer: with an end-of-sequence token, which also pads if there is no padding token. Padding is told by
-            length, not by id, so end-of-sequence is still learned.
+    keeps its end. Without a padding token end-of-sequence pads; padding is told by length, so it is still learned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,21 +18,14 @@ WORTH = 0.5
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        offsets: list[Tensor],
-        plan: AttentionPlan,
-        p: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: AttentionPlan, p: float
     ) -> Tensor:
         flat_q, flat_k, flat_v = plan.queries.spread(q), plan.keys.spread(k), plan.keys.spread(v)
         flat_out = torch.empty_like(flat_q)
         saved, factor = [], 1.0
         of_queries = zip(plan.queries.groups(flat_q), plan.queries.groups(flat_out), strict=True)
         of_keys = zip(plan.keys.groups(flat_k), plan.keys.groups(flat_v), strict=True)
-        for (queries, out), (keys, values), added in zip(of_queries, of_keys, offsets, strict=True):
+        for (queries, out), (keys, values), added in zip(of_queries, of_keys, plan.offsets, strict=True):
             weights = torch.baddbmm(added, queries, keys.transpose(1, 2))
             weights = torch.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
             saved.append(weights)
@@ -42,7 +35,6 @@ class _Attention(Function):
                 weights = mask.to(weights.dtype).mul_(weights)
             torch.baddbmm(out, weights, values, beta=0, alpha=factor, out=out)
         ctx.plan, ctx.p, ctx.factor = plan, p, factor
-        ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(flat_q, flat_k, flat_v, flat_out, *saved)
         return plan.queries.gather(flat_out)
 
@@ -55,7 +47,7 @@ class _Attention(Function):
         # sum_j P_ij dP_ij of the softmax's backward pass, without its dropout: dO_i . O_i
         flat_along = (flat_grad * flat_out).sum(-1, keepdim=True)
         grad_q, grad_k, grad_v = torch.empty_like(flat_q), torch.empty_like(flat_k), torch.empty_like(flat_v)
-        bias_grad = None if ctx.bias_shape is None else flat_q.new_zeros(ctx.bias_shape)
+        bias_grad = None if plan.bias is None else flat_q.new_zeros(plan.bias.shape)
         of_queries = zip(*map(plan.queries.groups, (flat_q, flat_grad, flat_along, grad_q)), strict=True)
         of_keys = zip(*map(plan.keys.groups, (flat_k, flat_v, grad_k, grad_v)), strict=True)
         parts = iter(saved)
@@ -71,17 +63,12 @@ class _Attention(Function):
                 rows = scores_grad.unflatten(0, (-1, plan.heads))
                 bias_grad[:, :, : rows.shape[2], : rows.shape[3]] += rows.sum(0, keepdim=True)
         gathered = plan.queries.gather(grad_q), plan.keys.gather(grad_k), plan.keys.gather(grad_v)
-        return *gathered, bias_grad, None, None, None
+        return *gathered, bias_grad, None, None
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, offsets: list[Tensor], plan: AttentionPlan, p: float
-) -> Tensor:
-    """The attention of packed queries ``(query tokens, heads * d_kv)`` to packed keys; ``p`` is the dropout rate.
-
-    ``offsets`` are the plan's for ``bias``, which gets its gradient here.
-    """
-    return apply(_Attention, q, k, v, bias, offsets, plan, p)
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, p: float) -> Tensor:
+    """The attention of packed queries ``(query tokens, heads * d_kv)`` to packed keys; ``p`` is the dropout rate."""
+    return apply(_Attention, q, k, v, plan.bias, plan, p)
 
 
 class SelfAttention:
@@ -91,16 +78,13 @@ class SelfAttention:
     """
 
     def __init__(self, stack: Any, packing: Packing, dtype: torch.dtype, *, causal: bool) -> None:
-        self._plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal)
-        longest = max(packing.lengths)
-        first = stack.block[0].layer[0].SelfAttention
-        self._bias: Tensor = first.compute_bias(longest, longest, device=packing.device)
-        self._offsets = self._plan.offsets(self._bias, dtype)
+        longest, first = max(packing.lengths), stack.block[0].layer[0].SelfAttention
+        bias = first.compute_bias(longest, longest, device=packing.device)
+        self._plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal, bias=bias, dtype=dtype)
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
-        q, k, v = layer.q(x), layer.k(x), layer.v(x)
-        return cast(Tensor, layer.o(attention(q, k, v, self._bias, self._offsets, self._plan, _rate(layer))))
+        return cast(Tensor, layer.o(attention(layer.q(x), layer.k(x), layer.v(x), self._plan, _rate(layer))))
 
 
 class CrossAttention:
@@ -153,24 +137,17 @@ class _ManyQueries:
     """Attention of some rows' queries to keys and values of the encoder's states."""
 
     def __init__(
-        self,
-        queries: Packing,
-        keys: Packing,
-        rows: Sequence[int],
-        heads: int,
-        encoded: Tensor,
-        dtype: torch.dtype,
+        self, queries: Packing, keys: Packing, rows: Sequence[int], heads: int, encoded: Tensor, dtype: torch.dtype
     ) -> None:
         self.tokens, own = queries.rows(rows).compact()
         present, sources = keys.rows(rows).compact()
         self._encoded = encoded.index_select(0, present)
-        self._plan = AttentionPlan(own, sources, heads)
-        self._offsets = self._plan.offsets(None, dtype)
+        self._plan = AttentionPlan(own, sources, heads, dtype=dtype)
 
     def attend(self, layer: Any, q: Tensor, p: float) -> Tensor:
         """As `FewQueries.attend`."""
         own = q if len(q) == len(self.tokens) else q.index_select(0, self.tokens)
-        return attention(own, layer.k(self._encoded), layer.v(self._encoded), None, self._offsets, self._plan, p)
+        return attention(own, layer.k(self._encoded), layer.v(self._encoded), self._plan, p)
 
 
 class FewQueries:

@@ -26,17 +26,9 @@ def greedy(
     max_new_tokens: int,
     process_logits: Callable[[Tensor, int, Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
-    """Greedy decoding until each row's end-of-sequence token: the tokens of ``model.generate``.
+    """The tokens that ``model.generate`` gives in evaluation mode for these source rows, up to each end-of-sequence.
 
-    Args:
-        model: in evaluation mode.
-        encoded: the sources' states.
-        rows: the source rows to decode for.
-        max_new_tokens: maximum tokens of a target, including end-of-sequence.
-        process_logits: ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``.
-
-    Returns:
-        The tokens of each row, with end-of-sequence if it was reached.
+    ``process_logits`` is ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``.
     """
     settings, device = model.generation_config, model.device
     eos = settings.eos_token_id

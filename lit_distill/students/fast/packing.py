@@ -111,37 +111,36 @@ class Slots:
 class AttentionPlan:
     """How packed queries attend to packed keys, row by row; ``causal``: no position attends to later ones.
 
-    ``masks`` has for each group of rows 0 where a query attends to a key and -inf elsewhere, ``(rows, 1, queries,
-    keys)`` with broadcast dimensions.
+    ``bias`` is that of the longest rows' positions, ``(1, heads, queries, keys)``. ``offsets`` are added to the scores
+    of each group of rows, ``(rows * heads, queries, keys)``: the bias, and -inf where a query does not attend to a key.
     """
 
-    def __init__(self, queries: Packing, keys: Packing, heads: int, *, causal: bool = False) -> None:
-        self.heads = heads
+    def __init__(
+        self,
+        queries: Packing,
+        keys: Packing,
+        heads: int,
+        *,
+        causal: bool = False,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.heads, self.bias = heads, bias
         groups = groups_of(queries.lengths, keys.lengths)
         self.queries = Slots(queries, groups, heads)
         self.keys = self.queries if queries is keys else Slots(keys, groups, heads)
-        self.masks = []
+        self.offsets = []
         for rows, (_, q), (_, k) in zip(groups, self.queries.shapes, self.keys.shapes, strict=True):
             if causal:
                 hidden = torch.ones(q, k, dtype=torch.bool).triu(1).view(1, 1, q, k)
             else:
                 lengths = torch.tensor([keys.lengths[row] for row in rows])
                 hidden = (torch.arange(k) >= lengths[:, None]).view(len(rows), 1, 1, k)
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-            self.masks.append(mask.to(queries.device, non_blocking=True))
-
-    def offsets(self, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-        """What is added to the scores of each group, ``(rows * heads, queries, keys)``: mask and position bias.
-
-        The bias is that of the longest rows, ``(1, heads, queries, keys)``; cross-attention has none.
-        """
-        offsets = []
-        for mask, (rows, q), (_, k) in zip(self.masks, self.queries.shapes, self.keys.shapes, strict=True):
-            added = mask.expand(rows, self.heads, q, k)
+            added = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            added = added.to(queries.device, non_blocking=True).expand(len(rows), heads, q, k)
             if bias is not None:
                 added = added + bias.detach()[:, :, :q, :k]
-            offsets.append(added.to(dtype).reshape(-1, q, k))
-        return offsets
+            self.offsets.append(added.to(dtype).reshape(-1, q, k))
 
 
 def groups_of(queries: Sequence[int], keys: Sequence[int], filled: float = FILLED) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Attention of packed rows against softmax(Q K^T + B) V, row by row without any padding."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,17 @@ from lit_distill.students.fast.packing import AttentionPlan, Packing
 
 HEADS, SIZE = 2, 3
 
-
-def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: AttentionPlan, p: float = 0.0) -> Tensor:
-    return attention(q, k, v, bias, plan.offsets(bias, q.dtype), plan, p)
+Plan = partial[AttentionPlan]
 
 
-def longest(plan: AttentionPlan) -> tuple[int, int]:
+def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, plan: Plan, p: float = 0.0) -> Tensor:
+    return attention(q, k, v, plan(bias=bias, dtype=q.dtype), p)
+
+
+def longest(plan: Plan) -> tuple[int, int]:
     """Positions of the longest row of queries, and of keys."""
-    return max(width for _, width in plan.queries.shapes), max(width for _, width in plan.keys.shapes)
+    made = plan()
+    return max(width for _, width in made.queries.shapes), max(width for _, width in made.keys.shapes)
 
 
 def plainly(
@@ -52,7 +56,7 @@ def slices(packing: Packing) -> list[slice]:
 
 
 def check(queries: Packing, keys: Packing, *, causal: bool, with_bias: bool) -> None:
-    plan = AttentionPlan(queries, keys, HEADS, causal=causal)
+    plan = partial(AttentionPlan, queries, keys, HEADS, causal=causal)
     q = torch.randn(queries.tokens, HEADS * SIZE, requires_grad=True)
     k, v = (torch.randn(keys.tokens, HEADS * SIZE, requires_grad=True) for _ in range(2))
     bias = torch.randn(1, HEADS, *longest(plan), requires_grad=True) if with_bias else None
@@ -104,7 +108,7 @@ def test_any_lengths(lengths: list[tuple[int, int]], with_bias: bool) -> None:
 def test_by_hand() -> None:
     # two keys with scores ln 1 and ln 3: weights 1/4 and 3/4
     own, seen = Packing([1]), Packing([2])
-    plan = AttentionPlan(own, seen, 1)
+    plan = partial(AttentionPlan, own, seen, 1)
     q, k = torch.ones(1, 1), torch.tensor([[0.0], [3.0]]).clamp(min=1).log()
     out = ours(q, k, torch.tensor([[4.0], [8.0]]), None, plan)
     torch.testing.assert_close(out, torch.tensor([[7.0]]))
@@ -112,7 +116,7 @@ def test_by_hand() -> None:
 
 def test_large_scores_stay_finite() -> None:
     own = Packing([3, 2])
-    plan = AttentionPlan(own, own, HEADS, causal=True)
+    plan = partial(AttentionPlan, own, own, HEADS, causal=True)
     q, k, v = (torch.randn(5, HEADS * SIZE) * 200 for _ in range(3))
     q.requires_grad_()
     out = ours(q, k, v, None, plan)
@@ -125,7 +129,7 @@ def test_large_scores_stay_finite() -> None:
 def test_with_dropout_each_weight_is_kept_or_not(causal: bool) -> None:
     p, lengths = 0.3, [4, 1, 3, 4, 6]
     own = Packing(lengths)
-    plan = AttentionPlan(own, own, HEADS, causal=causal)
+    plan = partial(AttentionPlan, own, own, HEADS, causal=causal)
     # equal scores and values that name their key show the mask: the output is factor * mask / keys
     named = torch.cat([torch.eye(length, 6).repeat(1, HEADS) for length in lengths])
     zeros = torch.zeros(own.tokens, HEADS * 6)
@@ -158,7 +162,7 @@ def test_with_dropout_each_weight_is_kept_or_not(causal: bool) -> None:
 
 def test_dropout_keeps_the_mean() -> None:
     own = Packing([3, 5])
-    plan = AttentionPlan(own, own, HEADS)
+    plan = partial(AttentionPlan, own, own, HEADS)
     q, k, v = (torch.randn(8, HEADS * SIZE) for _ in range(3))
     torch.manual_seed(0)
     draws = torch.stack([ours(q, k, v, None, plan, 0.25) for _ in range(1500)])
@@ -169,7 +173,7 @@ def test_dropout_keeps_the_mean() -> None:
 
 def test_bfloat16_is_near() -> None:
     own = Packing([3, 5, 2])
-    plan = AttentionPlan(own, own, HEADS, causal=True)
+    plan = partial(AttentionPlan, own, own, HEADS, causal=True)
     inputs = [torch.randn(10, HEADS * SIZE).bfloat16().requires_grad_() for _ in range(3)]
     bias = torch.randn(1, HEADS, *longest(plan), requires_grad=True)
     found = ours(inputs[0], inputs[1], inputs[2], bias, plan)
@@ -188,7 +192,7 @@ def test_bfloat16_is_near() -> None:
 def test_a_summed_output() -> None:
     # whose gradient is one number, repeated
     own = Packing([3, 2])
-    plan = AttentionPlan(own, own, HEADS)
+    plan = partial(AttentionPlan, own, own, HEADS)
     q, k, v = (torch.randn(5, HEADS * SIZE, requires_grad=True) for _ in range(3))
     out = ours(q, k, v, None, plan)
     found = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
@@ -198,7 +202,7 @@ def test_a_summed_output() -> None:
 @pytest.mark.parametrize("which", ["gradient", "inputs"])
 def test_any_layout(which: str) -> None:
     own = Packing([3, 2])
-    plan = AttentionPlan(own, own, HEADS)
+    plan = partial(AttentionPlan, own, own, HEADS)
     q, k, v = (torch.randn(HEADS * SIZE, 5, requires_grad=True) for _ in range(3))
     towards = torch.randn(HEADS * SIZE, 5).t()
     if which == "gradient":

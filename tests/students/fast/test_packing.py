@@ -120,7 +120,7 @@ def test_what_is_spread_is_gathered(lengths: list[int], choice: list[int], heads
 def allowed(plan: AttentionPlan) -> list[list[list[list[float]]]]:
     """Of each group, row and query, for one head."""
     heads = plan.heads
-    return [offsets.unflatten(0, (-1, heads))[:, 0].tolist() for offsets in plan.offsets(None, torch.float32)]
+    return [offsets.unflatten(0, (-1, heads))[:, 0].tolist() for offsets in plan.offsets]
 
 
 def test_padding_of_sources_is_hidden() -> None:
