@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -62,6 +61,7 @@ class TransformersTeacher(BatchTeacher):
         self._layout: Layout | None = layout
         self.dtype, self.device, self.logprobs = dtype, device, logprobs
         self._network: Any = None
+        self._encodes = False  # whether the model has an encoder
 
     @property
     def layout(self) -> Layout:
@@ -80,13 +80,6 @@ class TransformersTeacher(BatchTeacher):
         return super().settings | {"dtype": self.dtype}
 
     @cached_property
-    def config(self) -> PreTrainedConfig:
-        """The model's configuration."""
-        with reading("model: cannot load a configuration from", self.model):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
-            return config
-
-    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return load_tokenizer(self.model)
@@ -101,17 +94,19 @@ class TransformersTeacher(BatchTeacher):
             raise UserError(f"layout: {self.model!r} has no chat template, so it has to be completion")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
-        kind: Any = AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
         with reading("model: cannot load weights from", self.model):
-            network, found = kind.from_pretrained(
-                self.model, dtype=self.dtype, trust_remote_code=False, output_loading_info=True
+            config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
+            self._encodes = config.is_encoder_decoder
+            kind: Any = AutoModelForSeq2SeqLM if self._encodes else AutoModelForCausalLM
+            self._network, found = kind.from_pretrained(
+                self.model, config=config, dtype=self.dtype, trust_remote_code=False, output_loading_info=True
             )
-            self._network = network.to(device).eval()
+            self._network.to(device).eval()
         # transformers only warns
         if missing := sorted(found["missing_keys"]):
             few = ", ".join(missing[:3]) + ("" if len(missing) <= 3 else f" and {len(missing) - 3} more")
             raise UserError(f"model: {self.model!r} does not hold the weights {few}, which would be drawn at random")
-        network.generation_config = self._special_tokens(network.generation_config)
+        self._keep_special_tokens()
 
     def unload(self) -> None:
         """Free the memory of the device."""
@@ -135,15 +130,16 @@ class TransformersTeacher(BatchTeacher):
             replies |= zip(rows, answers, strict=True)
         return [replies[i] for i in range(len(questions))]
 
-    def _special_tokens(self, own: GenerationConfig) -> GenerationConfig:
-        """A generation configuration with the model's special tokens only."""
+    def _keep_special_tokens(self) -> None:
+        """Take all but special tokens out of the model's generation configuration."""
+        own, config = self._network.generation_config, self._network.config
         names = ("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id", "forced_bos_token_id")
         kept = {name: getattr(own, name, None) for name in names}
-        kept |= {name: getattr(self.config, name, None) for name in names if kept[name] is None}
+        kept |= {name: getattr(config, name, None) for name in names if kept[name] is None}
         ends = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
         eos = sorted({self.tokenizer.eos_token_id, *ends} - {None})
         pad = eos[0] if kept["pad_token_id"] is None else kept["pad_token_id"]
-        return GenerationConfig(**kept | {"eos_token_id": eos, "pad_token_id": pad})
+        self._network.generation_config = GenerationConfig(**kept | {"eos_token_id": eos, "pad_token_id": pad})
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt. Raises a ``TeacherError`` if the chat template refuses its turns."""
@@ -162,9 +158,9 @@ class TransformersTeacher(BatchTeacher):
     def _check_length(self, prompt: int, answer: int) -> None:
         if not prompt:
             raise TeacherError("the prompt is empty")
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(self._network.config.get_text_config(decoder=True), "max_position_embeddings", None)
         # encoder and decoder lengths are separate; the decoder's start token is no part of the answer
-        needed = max(prompt, answer + 1) if self.config.is_encoder_decoder else prompt + answer
+        needed = max(prompt, answer + 1) if self._encodes else prompt + answer
         if isinstance(limit, int) and needed > limit:
             asked = f"a prompt of {prompt} tokens and {answer} new ones"
             raise TeacherError(f"{asked} do not fit into the model's context of {limit}")
@@ -191,11 +187,11 @@ class TransformersTeacher(BatchTeacher):
         """Generate for questions that differ only in prompt and seed."""
         network, sampling, stop = self._network, questions[0].sampling, questions[0].stop
         # right padding for an encoder, left padding for continuation
-        side = "right" if self.config.is_encoder_decoder else "left"
+        side = "right" if self._encodes else "left"
         rows = [torch.tensor(ids) for ids in prompts]
         ids = pad_sequence(rows, True, network.generation_config.pad_token_id, side)
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
-        ends = _StopTexts(self.tokenizer, stop, start=1 if self.config.is_encoder_decoder else ids.shape[1])
+        ends = _StopTexts(self.tokenizer, stop, start=1 if self._encodes else ids.shape[1])
         draws: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

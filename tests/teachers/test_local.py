@@ -328,20 +328,15 @@ def test_weights_that_would_be_drawn_at_random_are_named(trouble: str, talker: P
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")],
-)
-def test_a_batch_beyond_the_memory_is_halved(
-    error: RuntimeError, memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_beyond_the_memory_is_halved(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), torch.OutOfMemoryError("CUDA")
     sizes = []
     generate = TransformersTeacher._generate
 
     def small(self: TransformersTeacher, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Reply]:
         sizes.append(len(questions))
         if len(questions) > 2 or any(len(prompt) > 6 for prompt in prompts):
-            raise error
+            raise cuda if len(sizes) % 2 else cpu
         return generate(self, questions, prompts)
 
     monkeypatch.setattr(TransformersTeacher, "_generate", small)
