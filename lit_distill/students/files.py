@@ -74,7 +74,11 @@ class StudentFiles:
             raise UserError(f"tokenizer: none in the folder {self.name!r} (one of {', '.join(_TOKENIZER_FILES)})")
         kept = None if self.checkpoint is None else self.checkpoint[CHECKPOINT_KEY]["tokenizer"]
         with reading("tokenizer: cannot load one from", self.name):
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.name) if kept is None else restore_tokenizer(kept)
+            tokenizer: Any = (
+                AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+                if kept is None
+                else restore_tokenizer(kept)
+            )
             # a damaged one would fail at the first row
             tokenizer(["a"], verbose=True)
             if tokenizer.eos_token_id is None:
