@@ -61,6 +61,8 @@ def fit_keys(point: Mapping[str, Any]) -> dict[str, Any]:
         group, _, rest = key.partition(".")
         if group in _GROUPS and rest.partition(".")[0] not in ("class_path", "init_args", "dict_kwargs"):
             key = f"{group}.init_args.{rest}" if rest else f"{group}.class_path"
+        for seed in as_list(value) if key == "seed" else ():
+            check_int("seed", seed, 0, 2**32 - 1)
         for target in ALIASES.get(key, (key,)):
             if target in found:
                 raise UserError(f"{target} is set twice")
@@ -147,29 +149,16 @@ def without_location(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if not f"{key}.".startswith(own)}
 
 
-def _check_cell(point: dict[str, Any]) -> dict[str, Any]:
-    """Check that values can name a cell, and that a seed is a number."""
-    for key, value in point.items():
-        if key == "seed":
-            check_int("seed", value, 0, 2**32 - 1)
-        if not isinstance(value, str | int | float | None) or value == "":
-            raise UserError(f"{key} must be text, a number, true, false or null, got {value!r}")
-    return point
+def _flat(content: Any) -> Any:
+    return flatten(content) if isinstance(content, Mapping) else content
 
 
-def _check_axes(axes: dict[str, Any]) -> dict[str, Any]:
-    for key, values in axes.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{key} must be a list of one or more values, got {values!r}")
-        for value in values:
-            _check_cell({key: value})
-    return axes
-
-
-Settings = Annotated[dict[str, Any], AfterValidator(flatten), AfterValidator(fit_keys)]
-Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(as_list)]
-Axes = Annotated[dict[str, Any], AfterValidator(flatten), AfterValidator(_check_axes)]
-Cells = list[Annotated[dict[str, Any], Field(min_length=1), AfterValidator(flatten), AfterValidator(_check_cell)]]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], BeforeValidator(as_list)]
+Value = Text | bool | int | float | None
+Settings = Annotated[dict[str, Any], BeforeValidator(_flat), AfterValidator(fit_keys)]
+Axes = Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], BeforeValidator(_flat)]
+Cells = list[Annotated[dict[str, Value], Field(min_length=1), BeforeValidator(_flat)]]
 
 
 class _Part(BaseModel):
@@ -191,7 +180,7 @@ class Grid(_Part):
     """The content of a grid file."""
 
     base: Annotated[Texts, Field(min_length=1)]
-    out: Annotated[str, Field(min_length=1)] | None = None
+    out: Text | None = None
     fixed: Annotated[Settings, Field(alias="set")] = {}
     axes: Annotated[Axes, Field(alias="grid")] = {}
     cells: Annotated[Cells, Field(min_length=1)] = [{}]
