@@ -16,11 +16,7 @@ from lit_distill.comparison.statistics import Difference, paired_bootstrap, stan
 from lit_distill.comparison.table import IDENTITY, runs_table
 from lit_distill.errors import UserError
 
-ACCURACY = "test/accuracy"
-"""The metric that predictions give per row, and that was published."""
-
-_BASELINE_KEYS = [column for column in IDENTITY if column != "parameters"]
-"""Columns that may name a baseline, besides config keys."""
+ACCURACY = "test/accuracy"  # the metric that predictions give per row, and that was published
 
 _DIFFERENCES = [*Difference._fields, "seed_difference", "seed_error", "seed_n"]
 
@@ -107,22 +103,20 @@ def compare_runs(
 
 
 def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
-    """Refuse runs whose test rows differ in hash, number or ids, where these are known."""
-    ids = {run.ids for run in runs} - {""}
-    if max(len(ids), len({run.test for run in runs} - {""}), len({run.record.test_rows for run in runs} - {0})) <= 1:
-        return
+    """Refuse runs whose test rows differ, where they are known."""
     places: dict[str, list[str]] = {}
     for run in runs:
-        place = (run.test or f"{run.record.test_rows:,} rows") + (f", ids {run.ids[:8]}" if len(ids) > 1 else "")
-        places.setdefault(place, []).append(run.source)
-    shown = ", ".join(
-        f"{sources[0]} ({place})" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
-        for place, sources in places.items()
-    )
-    raise UserError(
-        f"runs: those of {dataset} were tested on different rows: {shown}; their accuracies cannot be compared, "
-        "or give --allow_different_tests true"
-    )
+        if run.test:
+            places.setdefault(run.test, []).append(run.source)
+    if len(places) > 1:
+        shown = ", ".join(
+            f"{sources[0]} ({place})" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+            for place, sources in places.items()
+        )
+        raise UserError(
+            f"runs: those of {dataset} were tested on different rows: {shown}; their accuracies cannot be compared, "
+            "or give --allow_different_tests true"
+        )
 
 
 def _facts(dataset: str, runs: Sequence[Run], metric: str) -> dict[str, float | None]:
@@ -179,7 +173,7 @@ def read_baseline(text: str | None, rows: Sequence[Mapping[str, Any]], keys: Seq
     """Parse ``key=value,key=value``; standard finetuning by default. Raises a ``UserError`` for unknown keys."""
     if text is None:
         return {"method": "Standard"}
-    allowed = {name: name for name in (*_BASELINE_KEYS, *keys)}
+    allowed = {name: name for name in (*IDENTITY, *keys) if name != "parameters"}
     allowed |= {short: key for key, short in names.short_keys(keys).items()}
     wanted: dict[str, str] = {}
     for pair in text.replace(",", " ").split() or [text]:
@@ -247,8 +241,8 @@ def _why_unpaired(runs: Sequence[Run], metric: str) -> str:
         return f"predictions say nothing about {metric}"
     if any(run.correct is None for run in runs):
         return "without predictions"
-    labelled = {(run.ids, np.isnan(run.correct).tobytes()) for run in runs if run.correct is not None}
-    return "tested on different rows" if len(labelled) > 1 or len({run.test for run in runs} - {""}) > 1 else ""
+    tests = {run.test for run in runs}
+    return "tested on different or unknown rows" if len(tests) > 1 or "" in tests else ""
 
 
 def _answers(runs: Sequence[Run]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

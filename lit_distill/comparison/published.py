@@ -8,13 +8,9 @@ from lit_distill.files import flatten
 SOURCE: Final = "Hsieh et al. (2023)"
 """https://arxiv.org/abs/2305.02301, T5-v1.1-base trained on all of the data with human labels, means of 4 seeds."""
 
-STUDENT: Final = "t5-v1_1-base"
-"""The only student whose numbers were printed, not just plotted."""
-
+STUDENT: Final = "t5-v1_1-base"  # the only one whose numbers were printed, not just plotted
 _PARAMETERS: Final = 247_577_856
-
 TRAIN_ROWS: Final = {"esnli": 549_367, "anli1": 16_946, "cqa": 8_766, "svamp": 720}
-
 TEST_ROWS: Final = {"esnli": 9824, "anli1": 1000, "cqa": 1221, "svamp": 200}
 
 TEACHER: Final = {"esnli": 0.7299, "anli1": 0.656, "cqa": 0.7723, "svamp": 0.74}

@@ -23,11 +23,8 @@ from lit_distill.comparison.statistics import FEW
 from lit_distill.files import flatten, write_text
 from lit_distill.tables import markdown_table
 
-DAGGER = "\u2020"
-"""Marks a p-value based on few rows."""
-
-DOUBLE_DAGGER = "\u2021"
-"""Marks a difference without some seeds."""
+DAGGER = "\u2020"  # marks a p-value based on few rows
+DOUBLE_DAGGER = "\u2021"  # marks a difference without some seeds
 
 
 class Markdown(str):
@@ -50,20 +47,18 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     return [folder / "figures" / f"{plot.name}.png" for plot in plots]
 
 
-_AMOUNTS = ("parameters", "train_rows", "test_rows", "wall_seconds", "peak_memory_mib")
-"""What is 0 in a record where it is not known."""
-
-
 def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """A table row for each run, with duplicates; all have the same keys."""
     rows = []
     for run in comparison.runs:
         record, config = run.record, flatten(run.record.config) | {"test rows": run.test}
         row = {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
-        row |= {name: row[name] or None for name in _AMOUNTS}
+        # 0 in a record where it is not known
+        unknown = ("parameters", "train_rows", "test_rows", "wall_seconds", "peak_memory_mib")
+        row |= {name: row[name] or None for name in unknown}
         row |= {key: as_text(config[key]) for key in (STUDENT, WEIGHT, *comparison.keys) if key in config}
         row |= record.metrics | flatten({"validation": record.validation, "fingerprint": record.fingerprints})
-        row |= {"commit": record.git.get("commit"), "test_ids": run.ids or None, "predictions": run.correct is not None}
+        row |= {"commit": record.git.get("commit"), "predictions": run.correct is not None}
         rows.append(row | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source})
     order = ("dataset", "label_source", "student", "train_fraction", "method", "seed", "data_seed", "folder")
     rows.sort(key=lambda row: [row[key] for key in order])

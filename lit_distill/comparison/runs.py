@@ -1,8 +1,6 @@
 """Find finished runs in folders and W&B projects, and read their records."""
 
 import ast
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,8 +15,7 @@ from lit_distill.errors import UserError
 from lit_distill.files import flatten
 from lit_distill.records import PREDICTIONS, RECORD, RunRecord, check_values, read_predictions_file, read_record
 
-WANDB = "wandb://"
-"""Prefix of a W&B project address."""
+WANDB = "wandb://"  # prefix of a W&B project address
 
 _UNFINISHED = {
     "failed.txt": "failed",
@@ -27,8 +24,8 @@ _UNFINISHED = {
 }
 """File of an unfinished run -> what it means; the first match counts."""
 
+# what ``fit`` logs in addition to its config
 _LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
-"""What ``fit`` logs in addition to its config."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +37,6 @@ class Run:
     correct: NDArray[np.float64] | None = None
     """``(test rows,)`` sorted by id: 1 right, 0 wrong, NaN unlabelled; ``None`` without predictions."""
     remark: str = ""  # why `correct` is missing
-    ids: str = ""  # hash of the sorted ids of its test rows; empty if unknown
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -49,7 +45,7 @@ class Run:
 
     @property
     def test(self) -> str:
-        """Name of its test rows by their hash; empty if unknown."""
+        """Its test rows, by the hash of their ids, inputs and labels; empty if unknown."""
         known = self.record.fingerprints.get("test")
         return f"{known}, {self.record.test_rows:,} rows" if known else ""
 
@@ -119,7 +115,6 @@ def _read_run(folder: Path) -> Run:
     rows.sort(key=lambda row: str(row["id"]))
     ids = [str(row["id"]) for row in rows]
     correct = np.array([np.nan if row["correct"] is None else row["correct"] for row in rows], dtype=np.float64)
-    ids_hash = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
     remark = ""
     if np.isnan(correct).all():
         remark = "no test row has a label"
@@ -131,7 +126,7 @@ def _read_run(folder: Path) -> Run:
         # recorded in single precision
         if abs(recorded - found) > 1e-4:
             raise UserError(f"{path}: its accuracy is {found:.4f}, but {RECORD} says {recorded:.4f}: another run's?")
-    return Run(source, record, None if remark else correct, remark, ids_hash)
+    return Run(source, record, None if remark else correct, remark)
 
 
 def _read_project(address: str, runs: list[Run], skipped: dict[str, str]) -> None:

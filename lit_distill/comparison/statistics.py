@@ -11,8 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-FEW: Final = 10
-"""A bootstrap over fewer differing rows is overconfident."""
+FEW: Final = 10  # a bootstrap over fewer differing rows is overconfident
 
 
 def standard_error(values: Sequence[float]) -> float | None:

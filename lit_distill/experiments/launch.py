@@ -12,27 +12,19 @@ from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, Run, State
 from lit_distill.interrupts import on_signals
 
-Board = dict[Cell, State]
-"""The state of each cell."""
-
-Show = Callable[[Board, Cell], object]
-"""Called with a cell whose state has changed."""
+Board = dict[Cell, State]  # the state of each cell
+Show = Callable[[Board, Cell], object]  # called with a cell whose state has changed
 
 _OPEN = {State.PENDING, State.RUNNING, State.RUNNING_ELSEWHERE}
 
 
 class Local:
-    """Starts processes on this machine.
+    """Starts processes on this machine; ``jobs`` at a time share the cores and take turns on the accelerators.
 
     submitit's local executor kills a run one second after Ctrl-C, before it can save.
-
-    Args:
-        jobs: number of parallel runs, which share the cores and take turns on the accelerators.
-        devices: the accelerators, as in ``CUDA_VISIBLE_DEVICES``.
     """
 
-    restarts = False
-    """Whether to start a cell again that someone else stopped."""
+    restarts = False  # a cell that someone else stopped
 
     def __init__(self, jobs: int = 1, devices: Sequence[str] = ()) -> None:
         self.jobs: int | None = check_int("jobs", jobs, 1)
@@ -56,17 +48,13 @@ class Local:
 
 
 class Slurm:
-    """Submits jobs to a Slurm cluster through submitit.
+    """Submits jobs to a Slurm cluster through submitit, by default all at once.
 
-    Args:
-        folder: for submitit's files.
-        jobs: maximum queued or running jobs; by default all.
-        parameters: of submitit's ``executor.update_parameters``, such as ``slurm_partition``, ``timeout_min``,
-            ``gpus_per_node``; and ``cluster: local`` to run on this machine.
+    ``parameters`` are those of submitit's ``executor.update_parameters``, such as ``slurm_partition``, ``timeout_min``,
+    ``gpus_per_node``; and ``cluster: local`` to run on this machine.
     """
 
-    # a job that was preempted has saved
-    restarts = True
+    restarts = True  # a job that was preempted has saved
 
     def __init__(self, folder: Path, jobs: int | None = None, parameters: Mapping[str, Any] | None = None) -> None:
         try:
@@ -136,17 +124,8 @@ class _Job:
 def run_cells(board: Board, launcher: Local | Slurm, show: Show, *, pause: float = 0.2, grace: float = 120.0) -> bool:
     """Run the pending cells, and wait for those that other processes run.
 
-    Ctrl-C or ``SIGTERM`` stops the running cells; what has not saved in time, or at a second signal, is killed.
-
-    Args:
-        board: updated as cells change.
-        launcher: starts the cells.
-        show: called with changes.
-        pause: seconds between polls.
-        grace: seconds for stopped runs to save.
-
-    Returns:
-        Whether it finished; ``False`` after a signal, once all runs have stopped.
+    Ctrl-C or ``SIGTERM`` stops the running cells; what has not saved within ``grace`` seconds, or at a second signal,
+    is killed. Returns whether it finished; ``False`` after a signal, once all runs have stopped.
     """
     running: dict[Cell, Run | _Job] = {}
     signals: list[int] = []
