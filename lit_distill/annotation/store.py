@@ -61,6 +61,7 @@ class AnnotationStore:
         self.answered: dict[
             str, bool
         ] = {}  # keys of questions not to ask again: does the answer agree with the gold label
+        self.jobs: list[Mapping[str, Any]] = []  # as noted in the metadata
         self._on_sample, self._ask_failed, self._read = on_sample, ask_failed, read
         self._synced = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,21 +119,16 @@ class AnnotationStore:
                 parquet.write_table(pa.Table.from_pylist([asdict(sample) for sample, _ in chunk], schema=_SCHEMA))
                 lines.writelines(to_line(sample, others) for sample, others in chunk)
 
-    def read_metadata(self) -> dict[str, Any]:
-        """The metadata of earlier jobs. Raises a ``UserError`` if the file is damaged."""
-        path = self.folder / METADATA
-        if not path.exists():
-            return {"format": 1, "jobs": []}
-        found = {"jobs": []} | json_object(path.read_bytes(), str(path), surrogates=True)
-        if not isinstance(found["jobs"], list) or not all(isinstance(job, dict) for job in found["jobs"]):
-            raise UserError(f"{path}: jobs must be a list of objects")
-        return found
-
     def note(self, job: Mapping[str, Any]) -> None:
         """Write a job to the metadata, in place of what was written when it started."""
-        metadata = self.read_metadata()
-        earlier = [one for one in metadata["jobs"] if one.get("started") != job["started"]]
-        write_text(self.folder / METADATA, json.dumps(metadata | {"jobs": [*earlier, job]}, indent=2) + "\n")
+        path = self.folder / METADATA
+        empty: dict[str, Any] = {"format": 1, "jobs": []}
+        found = json_object(path.read_bytes(), str(path), surrogates=True) if path.exists() else empty
+        jobs = found.get("jobs")
+        if not isinstance(jobs, list) or not all(isinstance(one, dict) for one in jobs):
+            raise UserError(f"{path}: jobs must be a list of objects")
+        self.jobs = [*(one for one in jobs if one.get("started") != job["started"]), job]
+        write_text(path, json.dumps(found | {"jobs": self.jobs}, indent=2) + "\n")
 
     def write_card(self) -> None:
         """Write the dataset card of the finished samples, unless a user has edited it."""
@@ -148,7 +144,7 @@ class AnnotationStore:
         by = [samples.split.fillna("any"), samples.teacher.fillna("unknown")]
         text = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).render(
             counts=flags.groupby(by, sort=False).sum().reset_index().to_dict("records"),
-            jobs=self.read_metadata()["jobs"],
+            jobs=self.jobs,
             folder=self.folder.name,
             parquet=PARQUET,
             version=__version__,

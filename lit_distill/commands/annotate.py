@@ -86,8 +86,7 @@ def annotate(
     checks.check_choice("split", split, get_args(Split))
     checks.check_text("kind", kind)
     several = num_samples > 1 or until_agrees is not None
-    if temperature is None:
-        temperature = 0.7 if several else 0.0
+    temperature = (0.7 if several else 0.0) if temperature is None else temperature
     for name, number, low, high in (
         ("num_samples", num_samples, 1, 10_000),
         ("max_new_tokens", max_new_tokens, 1, None),

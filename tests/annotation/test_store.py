@@ -433,12 +433,11 @@ def test_a_full_disk_is_said_and_repaired(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_metadata_is_kept_beside_the_samples(tmp_path: Path) -> None:
     with AnnotationStore(tmp_path) as store:
-        assert store.read_metadata() == {"format": 1, "jobs": []}
         store.note({"started": "1", "ended": "1"})
         store.note({"started": "2", "teacher": "Ünal's"})
         store.note({"started": "1", "ended": "3"})
-        jobs = [{"started": "2", "teacher": "Ünal's"}, {"started": "1", "ended": "3"}]
-        assert store.read_metadata() == {"format": 1, "jobs": jobs}
+    jobs = [{"started": "2", "teacher": "Ünal's"}, {"started": "1", "ended": "3"}]
+    assert json.loads((tmp_path / METADATA).read_text()) == {"format": 1, "jobs": jobs}
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", METADATA, FILE]
 
 
@@ -446,7 +445,8 @@ def test_metadata_is_kept_beside_the_samples(tmp_path: Path) -> None:
 def test_damaged_metadata_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(content)
     with AnnotationStore(tmp_path) as store, pytest.raises(UserError, match=re.escape(str(tmp_path / METADATA))):
-        store.read_metadata()
+        store.note({"started": "1"})
+    assert (tmp_path / METADATA).read_bytes() == content
 
 
 @pytest.fixture
