@@ -39,11 +39,11 @@ def parse_json(text: str | bytes, *, surrogates: bool = False) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise UserError(f"the key {name!r} is there twice in one object")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the key {twice!r} is there twice in one object")
     return found
 
 

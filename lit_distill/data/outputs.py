@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lit_distill.annotation.prompts import Parse
 from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, voted
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
-from lit_distill.data.selection import NOT_COLUMNS
+from lit_distill.data.selection import KEPT_COLUMNS
 from lit_distill.data.sources import read_json_list
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, TeacherOutput
@@ -118,6 +118,6 @@ def _with_votes(samples: Sequence[_Sample], agree: Agree) -> list[_Sample]:
 
 def output_of(annotation: Annotation, columns: Mapping[str, Any] | None = None) -> TeacherOutput:
     """A sample as an output; ``columns`` are others of its row in the file."""
-    values = {**(columns or {}), **{name: getattr(annotation, name) for name in COLUMNS}}
-    known = {name: value for name, value in values.items() if value is not None and name not in NOT_COLUMNS}
+    known = {name: value for name in KEPT_COLUMNS if (value := getattr(annotation, name)) is not None}
+    known |= {name: value for name, value in (columns or {}).items() if value is not None and name not in COLUMNS}
     return TeacherOutput(annotation.rationale, annotation.label, annotation.teacher, annotation.kind, known)

@@ -15,6 +15,9 @@ from lit_distill.annotation.record import COLUMNS, Agree, same_answer, vote
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
+KEPT_COLUMNS = tuple(name for name in COLUMNS if name not in ("text", "rationale", "input", "key"))
+"""The columns of a sample that its output has, too; the others are fields of an output, or of the file alone."""
+
 VAL_FRACTION = 0.1
 """Fraction of train used as val if none is released (as in the paper)."""
 
@@ -73,14 +76,10 @@ def names_columns(rationale_filter: str) -> bool:
 def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
     """Raise a ``UserError`` if a column in a filter's conditions does not exist."""
     if names_columns(rationale_filter):
-        known = dict.fromkeys(name for name in COLUMNS if name not in NOT_COLUMNS)
+        known = dict.fromkeys(KEPT_COLUMNS)
         known |= dict.fromkeys(name for row in rows for output in row.outputs for name in output.columns)
         if missing := [name for name in columns_of(rationale_filter) if name not in known]:
             raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
-
-
-NOT_COLUMNS = {"text", "rationale", "input", "key"}
-"""Columns of a sample that an output has as fields, or that describe the file only."""
 
 
 def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
