@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 
 def one_line(value: Any) -> str:
@@ -31,3 +33,13 @@ def console_table(title: str, texts: Sequence[str], numbers: Sequence[str] = ())
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def text_panel(title: str, texts: Iterable[tuple[str, str]]) -> Panel:
+    """A frame around texts, each with its name; what looks like markup stays as it is."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in texts:
+        grid.add_row(name, Text(text))
+    return Panel(grid, title=Text(title), title_align="left")

@@ -191,7 +191,7 @@ def test_own_data_commands_run_and_learn(
         shown = capsys.readouterr().out
         records = [json.loads(path.read_text()) for path in sorted(Path("runs").rglob("run.json"))]
         report = Path("report", "report.md").read_text()
-    assert re.search(r"rows of the file +│ +220 │ +22 │ +80 │", shown)
+    assert re.search(r"│ rows +│ +220 │ +22 │ +80 │", shown)
     assert re.search(r"questions at most +│ +220 │", shown)
     assert not (tmp_path / "annotations").exists()
     assert {record["method"] for record in records} == {"Standard", "StepByStep"}

@@ -35,12 +35,7 @@ _RUNS = "Folders of runs, or folders that are searched for runs; wandb://entity/
 
 
 def run_annotate(args: list[str]) -> dict[str, Any]:
-    """Run ``annotate``.
-
-    Raises:
-        SystemExit: with code 130 after Ctrl-C, once answers are stored; with 1 if there is no answer, or questions are
-            left because the teacher was busy.
-    """
+    """Run ``annotate``; ends with code 130 after Ctrl-C, with 1 if there is no answer or some questions are left."""
     summary = call("annotate", annotate, args, classes={"data": RationaleDataModule, "teacher": Teacher})
     if summary.get("stopped") == "interrupted":
         raise SystemExit(_INTERRUPTED)
@@ -59,11 +54,7 @@ def run_compare(args: list[str]) -> "Comparison":
 
 
 def run_experiment(args: list[str]) -> dict[str, Any]:
-    """Run ``experiment``.
-
-    Raises:
-        SystemExit: with code 1 if a cell is not done, with 130 after Ctrl-C.
-    """
+    """Run ``experiment``; ends with code 130 after Ctrl-C, with 1 if a cell is not done."""
     summary = call("experiment", experiment, args)
     if summary.get("interrupted"):
         raise SystemExit(_INTERRUPTED)
@@ -115,11 +106,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # logged by optimizer step, whatever the epoch's length
     warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
+    # an advertisement, or the seed
+    useless = ("litlogger", "litmodels", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_helpful)
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in useless))
     transformers.utils.logging.disable_progress_bar()
-
-
-def _is_helpful(record: logging.LogRecord) -> bool:
-    """Whether a message is neither an advertisement nor the seed."""
-    return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "Seed set to"))

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,33 +37,45 @@ from lit_distill.tasks import fingerprint
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy")
 
 
-def finish_fit(
-    config: Namespace,
-    plain: dict[str, Any],
-    parser: Parser,
-    trainer: pl.Trainer,
-    module: DistillModule,
-    data: RationaleDataModule,
-    history: RunHistory,
-) -> None:
-    """Test the best checkpoint, export its student, write the record and print the results.
+@dataclass(frozen=True)
+class Run:
+    """A run of ``fit``."""
 
-    Args:
-        config: of the run.
-        plain: the config in plain values.
-        parser: of the config; it builds the baseline's trainer.
-        trainer: after ``fit``.
-        module: the student.
-        data: the data.
-        history: of all parts of the run.
-    """
+    config: Namespace
+    plain: dict[str, Any]  # the config in plain values
+    parser: Parser  # of the config
+    trainer: pl.Trainer
+    module: DistillModule
+    data: RationaleDataModule
+    history: RunHistory
+
+    @property
+    def tested(self) -> Evaluation | None:
+        """The last evaluation, if it was of test."""
+        evaluation = self.module.evaluation
+        return evaluation if evaluation is not None and evaluation.split == "test" else None
+
+    @property
+    def selection(self) -> ModelCheckpoint | None:
+        """The callback that selects the best checkpoint, once it has selected one."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+                return callback
+        return None
+
+
+def finish_fit(run: Run) -> None:
+    """Test the best checkpoint, export its student, write the record and print the results."""
+    config, trainer, module, data = run.config, run.trainer, run.module, run.data
     folder, steps, fast_dev_run = run_folder(trainer), trainer.global_step, config["trainer"]["fast_dev_run"]
     if steps == 0:
         raise UserError(
             "trainer: not one step was taken, so that nothing is tested or saved;"
             " see max_steps, max_epochs, max_time and limit_train_batches"
         )
-    best = best_checkpoint(trainer)
+    best = Path(run.selection.best_model_path) if run.selection else None
+    # for a resumed run it may be gone
+    best = best if best is not None and best.exists() else None
     if best is None and trainer.checkpoint_callbacks and not fast_dev_run:
         rank_zero_warn("No validation has chosen a checkpoint: the student of the last step is tested and saved")
         best = folder / "checkpoints" / "last.ckpt"
@@ -75,38 +88,29 @@ def finish_fit(
         if testing:
             # our table replaces Lightning's
             trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+            for logger in trainer.loggers:
+                logger.log_hyperparams({"test_rows": len(run.tested.answers) if run.tested else 0})
         if testing and config["baseline_after_fit"] and not fast_dev_run:
-            baseline = train_baseline(config, parser, type(data), folder / "baseline")
+            baseline = train_baseline(run, folder / "baseline")
     finally:
         # whatever becomes of the test
-        student = save_student(trainer, module, data, best, folder / "student", baseline)
+        student = save_student(run, best, folder / "student", baseline or {})
     if not fast_dev_run:
-        write_results(folder, config, plain, trainer, module, data, history, steps)
+        write_results(run, folder, steps)
     report(module, student=student, baseline=baseline)
     if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
         push_folder(student, config["push_to_hub"])
 
 
-def best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """The best checkpoint of a run; ``None`` if there is none."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            # for a resumed run it may be elsewhere, or gone
-            found = Path(callback.best_model_path)
-            return found if found.exists() else None
-    return None
-
-
-def train_baseline(
-    config: Namespace, parser: Parser, data_class: type[RationaleDataModule], folder: Path
-) -> dict[str, float] | None:
+def train_baseline(run: Run, folder: Path) -> dict[str, float] | None:
     """The test metrics of a ``StandardModule`` with the same student, data, settings and number of steps.
 
     ``None`` if the original student is gone: unlike a resumed run, a baseline needs it.
     """
     rank_zero_info("Training the label-only baseline: same data, settings and steps.")
     # strategies and plugins serve one trainer only
-    arguments = {**parser.instantiate_classes(Namespace(trainer=config["trainer"]))["trainer"]}
+    config = run.config
+    arguments = {**run.parser.instantiate_classes(Namespace(trainer=config["trainer"]))["trainer"]}
     pl.seed_everything(config["seed_everything"], workers=True, verbose=False)
     shared = constructor_arguments(DistillModule).keys() - {"tasks", "objectives", "teachers"}
     settings = {name: value for name, value in config["model"]["init_args"].as_dict().items() if name in shared}
@@ -115,7 +119,7 @@ def train_baseline(
     except UserError as error:
         rank_zero_warn(f"No baseline: {error}")
         return None
-    data = data_class(**config["data"]["init_args"].as_dict() | {"tasks": module.tasks})
+    data = type(run.data)(**config["data"]["init_args"].as_dict() | {"tasks": module.tasks})
     best = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
     callbacks = [ValidateEverySteps(config["validation"]["every_n_steps"]), best]
     bar = [] if arguments["enable_progress_bar"] is False else [progress_bar()]
@@ -128,22 +132,15 @@ def train_baseline(
     return {name: float(value) for name, value in results.items()}
 
 
-def save_student(
-    trainer: pl.Trainer,
-    module: DistillModule,
-    data: RationaleDataModule,
-    best: Path | None,
-    folder: Path,
-    baseline: Mapping[str, float] | None,
-) -> Path | None:
+def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[str, float]) -> Path | None:
     """Export the best checkpoint to a folder, on rank 0; ``None`` without a checkpoint."""
     if best is None:
         return None
     if not best.is_file():
         rank_zero_warn(f"{best} is a sharded checkpoint: no student is saved; consolidate it and export it by hand")
         return None
-    if trainer.is_global_zero:
-        settings, tested = dict(module.hparams), _tested(module)
+    if run.trainer.is_global_zero:
+        module, data, settings, tested = run.module, run.data, dict(run.module.hparams), run.tested
         base_model, licence = origin(str(settings["student"]), from_scratch=settings["from_scratch"])
         family, adapter = module.student.tokens.family, module.student.adapter
         facts = CardFacts(
@@ -157,7 +154,7 @@ def save_student(
             data=data.describe(),
             metrics=tested.metrics if tested else {},
             rows=len(tested.answers) if tested else 0,
-            baseline=baseline or {},
+            baseline=baseline,
             base_model=base_model,
             license=licence,
             hub_dataset=data.hub_name,
@@ -166,28 +163,14 @@ def save_student(
             adapter_alone=adapter is not None and adapter.export == "adapter",
         )
         export_checkpoint(best, folder, facts)
-    trainer.strategy.barrier("student")
+    run.trainer.strategy.barrier("student")
     return folder
 
 
-def _tested(module: DistillModule) -> Evaluation | None:
-    """The last evaluation, if it was of test."""
-    return module.evaluation if module.evaluation is not None and module.evaluation.split == "test" else None
-
-
 @rank_zero_only
-def write_results(
-    folder: Path,
-    config: Namespace,
-    plain: dict[str, Any],
-    trainer: pl.Trainer,
-    module: DistillModule,
-    data: RationaleDataModule,
-    history: RunHistory,
-    steps: int,
-) -> None:
+def write_results(run: Run, folder: Path, steps: int) -> None:
     """Write any test predictions, and the record of a run that ended after ``steps`` optimizer steps."""
-    tested = _tested(module)
+    module, data, tested = run.module, run.data, run.tested
     splits: tuple[Split, ...] = ("train", "val", "test")
     # training rows with rationales, evaluated rows with gold labels
     used = {split: list(data.used_rows(split).rows) for split in splits if data.split_rows(split) is not None}
@@ -195,7 +178,7 @@ def write_results(
         # a limited run tests only some
         used["test"] = [used["test"][answer.index] for answer in tested.answers]
         write_predictions_file(folder, (answer_row(answer, tested.key) for answer in tested.answers))
-    (dataset, method), arguments = names(config), data.hparams
+    (dataset, method), arguments = names(run.config), data.hparams
     chance = chance_level(tested) if tested else None
     record = RunRecord(
         dataset=dataset,
@@ -203,37 +186,37 @@ def write_results(
         student=Path(str(module.hparams["student"])).name,
         label_source=arguments["label_source"],
         train_fraction=arguments["train_fraction"],
-        seed=config["seed_everything"],
+        seed=run.config["seed_everything"],
         data_seed=arguments["seed"],
         train_rows=len(used["train"]),
         test_rows=len(tested.answers) if tested else 0,
         steps=steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
-        validation=_validation(trainer),
+        validation=_validation(run.selection),
         rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=teacher_accuracy(used["test"], data.teacher_agrees) if "test" in used else None,
         chance=chance[1] if chance else None,
         fingerprints={split: fingerprint(rows, rationales=split == "train") for split, rows in used.items()},
-        config=plain,
+        config=run.plain,
         data=data.describe(),
         command=_command(),
         versions={"lit_distill": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _LIBRARIES},
         git=repository_state(),
-        started=history.started,
-        wall_seconds=round(history.seconds, 2),
+        started=run.history.started,
+        wall_seconds=round(run.history.seconds, 2),
         peak_memory_mib=round(_peak_memory(), 1),
     )
     write_record(folder, record)
 
 
-def _validation(trainer: pl.Trainer) -> dict[str, float]:
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
-            step = re.search(r"step=?(\d+)", Path(callback.best_model_path).name)
-            return {callback.monitor: float(callback.best_model_score)} | ({"step": int(step[1])} if step else {})
-    return {}
+def _validation(selection: ModelCheckpoint | None) -> dict[str, float]:
+    """The metric that selected the best checkpoint, and its step."""
+    if selection is None or selection.best_model_score is None:
+        return {}
+    step = re.search(r"step=?(\d+)", Path(selection.best_model_path).name)
+    return {str(selection.monitor): float(selection.best_model_score)} | ({"step": int(step[1])} if step else {})
 
 
 def _command() -> list[str]:
@@ -244,17 +227,15 @@ def _command() -> list[str]:
 
 
 def repository_state() -> dict[str, Any]:
-    """Commit and state of the working directory's repository; empty if there is none."""
-
-    def ask(*arguments: str) -> str:
-        # the user's git, from PATH
-        command = ["git", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
-
+    """Commit of the working directory's repository, and whether files differ from it; empty if there is none."""
+    # the user's git, from PATH
+    command = ["git", "status", "--porcelain=v2", "--branch"]
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return {}
+    oid, *lines = done.stdout.splitlines()
+    return {"commit": oid.split()[-1], "changed": any(not line.startswith("#") for line in lines)}
 
 
 def _peak_memory() -> float:

@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 from jsonargparse import Namespace
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from lit_distill.commands.parser import check_nulls, import_class
 from lit_distill.commands.settings import check_settings, linked
@@ -19,7 +16,7 @@ from lit_distill.data.selection import teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import cut_counts, encode_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.tables import console_table
+from lit_distill.tables import console_table, text_panel
 from lit_distill.tasks import Row
 
 EXAMPLES = 3
@@ -60,14 +57,11 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     present = [split for split in asked if splits[split]["present"]]
     if not present:
         raise UserError(datamodule.absence("train"))
-    described = datamodule.describe()
-    described.pop("splits")
-    limits = {name: getattr(datamodule, name) for name in ("max_source_length", "max_target_length")}
+    limits = f"inputs up to {datamodule.max_source_length:,}, targets up to {datamodule.max_target_length:,}"
     return {
-        "dataset": described.pop("dataset"),
-        "metric": described.pop("metric"),
-        "tokenizer": str(datamodule.hparams["tokenizer"]),
-        "settings": described | limits,
+        "dataset": datamodule.name,
+        "rationale_filter": datamodule.rationale_filter,
+        "limits": limits,
         "splits": splits,
         "examples": {"split": present[0], "rows": _examples(datamodule, present[0])},
     }
@@ -132,68 +126,35 @@ def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, A
     return shown
 
 
-_RELEASED = {
-    "rows": "rows of the file",
-    "without_label": "- no gold label",
-    "parsed": "- output parsed",
-    "unparsed": "- output not parsed",
-    "no_output": "- no output",
-    "teacher_label_accuracy": "teacher accuracy, of all outputs",
-    "outside_label_set": "teacher outside the choices",
-}
-_USED = {
-    "taken_as_val": "taken for val",
-    "left_out_by_fraction": "left out by train_fraction",
-    "dropped_without_teacher_label": "dropped: no teacher label",
-    "dropped_without_target": "dropped: no target",
-    "used": "rows used",
-    "rationale_filtered": "- rationale filtered out",
-    "used_rationales": "- with a rationale",
-}
-
-
 def render(report: dict[str, Any], console: Console | None = None) -> None:
     """Print a report as tables, by default to standard output."""
-    console = console or Console()
-    settings, splits = report["settings"], report["splits"]
-    names = [
-        f"{split} (of train)" if found["present"] and not found["released"] else split
-        for split, found in splits.items()
-    ]
-    chosen = f"rationale_filter: {settings['rationale_filter']}"
-    rows = console_table(f"{report['dataset']}: rows released, and rows used ({chosen})", [""], names)
-    # above the line the whole file, below it the part that this run uses
-    for keys in (_RELEASED, _USED):
-        for key, name in keys.items():
-            rows.add_row(name, *(_cell(found, key) for found in splits.values()))
-        rows.add_section()
-    limits = f"inputs up to {settings['max_source_length']:,}, targets up to {settings['max_target_length']:,}"
-    title = f"lengths in tokens of the rows used ({limits})"
+    console, splits = console or Console(), report["splits"]
+    names = []
+    for split, found in splits.items():
+        absent = "" if found["present"] else " (absent)"
+        names.append(f"{split} (of train)" if found.get("released") is False else f"{split}{absent}")
+    title = f"{report['dataset']}: rows released, and rows used (rationale_filter: {report['rationale_filter']})"
+    rows = console_table(title, [""], names)
+    keys = dict.fromkeys(key for found in splits.values() for key in found)
+    for key in (key for key in keys if key not in ("present", "released", "lengths")):
+        rows.add_row(key.replace("_", " "), *(_cell(found.get(key, "")) for found in splits.values()))
+    title = f"lengths in tokens of the rows used ({report['limits']})"
     lengths = console_table(title, ["split", "task", ""], ["rows", "median", "95 %", "max", "truncated"])
     for split, found in splits.items():
         for task, parts in found.get("lengths", {}).items():
             for part, values in parts.items():
-                cells = ["" if number is None else f"{number:,.0f}" for number in values.values()]
-                lengths.add_row(split, task, part, *cells)
+                lengths.add_row(split, task, part, *map(_cell, values.values()))
         lengths.add_section()
     console.print(rows)
     console.print(lengths)
     shown = report["examples"]
     for number, row in enumerate(shown["rows"], start=1):
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for task, seen in row["tasks"].items():
-            grid.add_row(f"{task} input", Text(seen["input"]))
-            grid.add_row(f"{task} target", Text(seen["target"] or "none"))
-        grid.add_row("rationale", Text(row["rationale"] or "none"))
-        title = f"example {number} of {shown['split']}: {row['id']}"
-        console.print(Panel(grid, title=Text(title), title_align="left"))
+        texts = [
+            (f"{task} {part}", text or "none") for task, seen in row["tasks"].items() for part, text in seen.items()
+        ]
+        texts.append(("rationale", row["rationale"] or "none"))
+        console.print(text_panel(f"example {number} of {shown['split']}: {row['id']}", texts))
 
 
-def _cell(found: dict[str, Any], key: str) -> str:
-    if not found["present"]:
-        return "absent" if key == "rows" else ""
-    if key == "teacher_label_accuracy":
-        return "none" if found[key] is None else f"{100 * found[key]:.2f} %"
-    return f"{found[key]:,}" if key in found else ""
+def _cell(value: float | str | None) -> str:
+    return value if isinstance(value, str) else "none" if value is None else f"{round(value, 3):,}"

@@ -56,12 +56,7 @@ def wandb_naming(config: Namespace) -> dict[str, Any]:
 
 
 def name_loggers(config: Namespace, job_type: str) -> None:
-    """Give unnamed loggers the run's name, in place, and add a CSV logger if there is none.
-
-    Args:
-        config: of a command.
-        job_type: the command, for W&B.
-    """
+    """Give unnamed loggers the run's name, in place, and add a CSV logger if there is none; W&B has job types, too."""
     trainer = config["trainer"]
     if trainer.get("logger") is True or trainer.get("logger") is None:
         arguments: dict[str, Any] = {"name": None, "version": None, "prefix": "", "flush_logs_every_n_steps": 100}
@@ -140,7 +135,8 @@ class _Continued(ExperimentWriter):
     """Writes ``metrics.csv``, and keeps the rows of earlier parts."""
 
     def _check_log_dir_exists(self) -> None:
-        """Delete nothing, unlike Lightning's."""
+        # Lightning's deletes them
+        pass
 
 
 @rank_zero_only

@@ -3,11 +3,12 @@
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, get_loader, set_loader
 from jsonargparse._actions import previous_config
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
@@ -58,21 +59,13 @@ class Parser(LightningArgumentParser):
         if isinstance(ex, ValueError) and isinstance(ex.__context__, UserError):
             # from a function that links arguments
             raise ex.__context__
-        raise UserError(one_line(message, self._known_options())) from ex
-
-    def _known_options(self) -> list[str]:
-        """The long options of this parser and its subcommands, without dashes."""
-        parsers = [self, *getattr(self, "_subcommand_parsers", {}).values()]
-        if self._subcommands_action is not None:
-            parsers += self._subcommands_action._name_parser_map.values()
-        return sorted({o.lstrip("-") for p in parsers for o in p._option_string_actions if o.startswith("--")})
+        known = sorted(word.lstrip("-") for word in self._option_string_actions if word.startswith("--"))
+        raise UserError(one_line(message, known)) from ex
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""
-        ours = [
-            (_instantiate, base, True) for base in (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
-        ]
-        return self.instantiate(cfg, instantiators=ours, **kwargs)
+        ours = (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
+        return self.instantiate(cfg, instantiators=[(_instantiate, base, True) for base in ours], **kwargs)
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """As jsonargparse's; errors name the file, and tasks and teachers of earlier files stay."""
@@ -106,14 +99,8 @@ def call(
 ) -> T:
     """Call a function with arguments from the command line and configuration files.
 
-    A bool option that is false by default may be given without a value.
-
-    Args:
-        name: the command.
-        function: its parameters are the options.
-        args: the words after the command.
-        classes: option -> base class of its value, for the first parameters of the function.
-        positional: the parameter that takes words without an option, and its help.
+    Its parameters are the options; one that is false by default may be given without a value. ``classes`` has the base
+    classes of its first parameters, ``positional`` the parameter that takes words without an option, and its help.
     """
     parser = Parser(prog=f"lit-distill {name}", description=COMMANDS[name])
     parameters, classes = inspect.signature(function).parameters, classes or {}
@@ -152,21 +139,15 @@ def import_class(class_path: str) -> type[Any]:
 
 
 def constructor_arguments(class_type: type[Any]) -> dict[str, Any]:
-    """The names and types of a class's constructor arguments, with those of its base classes."""
-    found: dict[str, Any] = {}
-    for klass in reversed(class_type.__mro__):
-        maker = vars(klass).get("__init__")
-        if inspect.isfunction(maker):
-            types = get_type_hints(maker)
-            named = (one for one in inspect.signature(maker).parameters.values() if one.kind is not one.VAR_KEYWORD)
-            found |= {one.name: types.get(one.name, Any) for one in named}
-    return {name: kind for name, kind in found.items() if name != "self"}
+    """The names and types of a class's constructor arguments, with those that it passes to its base classes."""
+    return {one.name: one.annotation for one in get_signature_parameters(class_type)}
 
 
 def check_nulls(class_type: type[Any], arguments: Mapping[str, Any]) -> None:
     """Raise a ``UserError`` for null where an argument does not allow it; jsonargparse misses those of classes."""
     for name, kind in constructor_arguments(class_type).items():
-        if arguments.get(name, 0) is None and kind is not Any and type(None) not in (kind, *get_args(kind)):
+        free = kind in (Any, inspect.Parameter.empty) or type(None) in (kind, *get_args(kind))
+        if arguments.get(name, 0) is None and not free:
             allowed = plain_type(str(kind) if get_args(kind) else repr(kind))
             raise UserError(f"{name}: got null; allowed is {allowed}")
 

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gathe
 from lit_distill.evaluation.metrics import judge
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
-from lit_distill.tables import console_table
+from lit_distill.tables import console_table, text_panel
 
 _SHOWN_SAMPLES = 3
 
@@ -36,13 +35,7 @@ _NAMES = {
 
 @rank_zero_only
 def report(module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None) -> None:
-    """Print an evaluation.
-
-    Args:
-        module: with the last evaluation.
-        student: folder of the exported student, if any.
-        baseline: metrics of a label-only baseline, by logged name.
-    """
+    """Print the module's last evaluation, with an exported student's folder and the metrics of a baseline."""
     evaluation = module.evaluation
     if evaluation is None:
         return
@@ -54,7 +47,7 @@ def report(module: DistillModule, *, student: Path | None = None, baseline: Mapp
         console.print("Saved student:", style="bold")
         console.print(Text(f"  {student}"), soft_wrap=True)
     for number, row in enumerate(evaluation.sample_rows()[:_SHOWN_SAMPLES], start=1):
-        console.print(_sample(row, f"sample {number} of {evaluation.split}"))
+        console.print(text_panel(f"sample {number} of {evaluation.split}", _sample(row)))
 
 
 def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
@@ -96,17 +89,11 @@ def chance_level(evaluation: Evaluation) -> tuple[str, float] | None:
     return max(levels, key=lambda level: level[1], default=None)
 
 
-def _sample(row: Mapping[str, Any], title: str) -> Panel:
-    verdict = {True: ("right", "green"), False: ("wrong", "red"), None: ("", "")}[row["correct"]]
-    text = Text()
-    for name in ("input", "rationale", "prediction", "label"):
-        if row[name] or (name != "rationale" and row[name] is not None):
-            text.append(f"{name:<12}", style="bold").append(str(row[name]))
-            if name == "prediction":
-                text.append("  ").append(*verdict)
-            text.append("\n")
-    text.rstrip()
-    return Panel(text, title=title, title_align="left")
+def _sample(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    verdict = {True: "  right", False: "  wrong", None: ""}[row["correct"]]
+    texts = {**row, "prediction": f"{row['prediction']}{verdict}"}
+    given = {name: texts[name] for name in ("input", "rationale", "prediction", "label") if texts[name] is not None}
+    return [(name, text) for name, text in given.items() if text or name != "rationale"]
 
 
 class _Writer(Callback):
@@ -119,11 +106,9 @@ class _Writer(Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: list[Answer], *args: Any
     ) -> None:
-        """Keep a batch's answers."""
         self.answers += outputs
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gather and write."""
         answers = gather_answers(self.answers, pl_module)
         if trainer.is_global_zero:
             key = self.data.answer_key(self.data.predict_split)
@@ -136,14 +121,9 @@ class _Writer(Callback):
 def write_predictions(
     trainer: pl.Trainer, module: DistillModule, data: RationaleDataModule, path: Path, **kwargs: Any
 ) -> None:
-    """Predict the data module's ``predict_split`` and write one JSON object per row; labels may be absent.
+    """Predict the data module's ``predict_split``: one JSON object per row, whose label may be absent.
 
-    Args:
-        trainer: runs the prediction.
-        module: the student.
-        data: with the split.
-        path: the file; keys are id, input, label, prediction, correct, rationale.
-        **kwargs: for ``Trainer.predict``.
+    Its keys are id, input, label, prediction, correct and rationale; ``kwargs`` are for ``Trainer.predict``.
     """
     # before the work: whether it can be written
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,14 +78,9 @@ def read_progress(checkpoint: str | Path | None) -> dict[str, Any]:
 def find_run(config: Namespace, plain: Mapping[str, Any]) -> Path | None:
     """The folder of the run that ``fit`` goes on with; ``None`` if a new one begins.
 
-    All processes of a distributed run decide from files that do not change before all have joined.
-
-    Args:
-        config: ``ckpt_path`` becomes the run's newest checkpoint with ``resume``.
-        plain: the config as it is in ``config.yaml``.
-
-    Raises:
-        SystemExit: with code 0 if the run to resume is finished.
+    With ``resume``, ``ckpt_path`` becomes the newest checkpoint of the run with the same ``plain`` config; the command
+    ends with code 0 if that run is finished. All processes of a distributed run decide from files that do not change
+    before all have joined.
     """
     path, folder = config["ckpt_path"], fixed_folder(config)
     if not config["resume"]:
@@ -165,15 +160,9 @@ def check_unused(config: Namespace, *, fit: bool) -> None:
 
 
 def check_same_training(plain: Mapping[str, Any], trained: Mapping[str, Any], shared: Collection[str]) -> None:
-    """Refuse a config that contradicts the one a checkpoint was trained with.
+    """Refuse a config that contradicts the one that a checkpoint was ``trained`` with.
 
-    Args:
-        plain: the config.
-        trained: the checkpoint's; empty if it holds none.
-        shared: the arguments that all methods have; those of one method alone must be the same.
-
-    Raises:
-        UserError: names the first key.
+    ``shared`` are the arguments that all methods have; those of one method alone must be the same.
     """
     given = flatten(plain)
     for key, before in flatten(trained).items():

@@ -24,16 +24,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 
 
 def check_settings(parser: Parser, given: list[str] | Mapping[str, Any], config: Namespace) -> None:
-    """Check bounds beyond types, and that no data argument is given that the model sets.
-
-    Args:
-        parser: of the config.
-        given: what was parsed: words of the command line, or a config.
-        config: the result.
-
-    Raises:
-        UserError: names the key, what is allowed and the value.
-    """
+    """Check bounds beyond types, and that none of the arguments or the config ``given`` is one that the model sets."""
     for group in ("trainer", "validation", "checkpoint"):
         if not isinstance(config[group], Namespace):
             raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")

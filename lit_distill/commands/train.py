@@ -5,7 +5,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.callbacks import SampleTable, Throughput, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
-from lit_distill.commands.finish import finish_fit
+from lit_distill.commands.finish import Run, finish_fit
 from lit_distill.commands.loggers import continue_loggers, keep_metrics, name_loggers, names, run_folder
 from lit_distill.commands.parser import Parser, Raised, constructor_arguments
 from lit_distill.commands.report import report, write_predictions
@@ -36,7 +36,6 @@ from lit_distill.commands.resume import (
 from lit_distill.commands.settings import check_settings, linked_tasks, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.evaluation.answers import Evaluation
 from lit_distill.export import check_hub
 from lit_distill.files import flatten, write_text
 from lit_distill.interrupts import Interrupted, interruptible
@@ -96,23 +95,13 @@ def train_parser(command: str, *, model: bool = True) -> Parser:
 
 
 class SaveConfig(Callback):
-    """Saves the whole config in the run's folder and in checkpoints, and logs it.
-
-    Args:
-        config: of the command.
-        text: the config as YAML.
-    """
+    """Saves the whole config, as YAML, in the run's folder and in checkpoints, and logs it."""
 
     def __init__(self, config: Namespace, text: str) -> None:
         self.config, self.text = config, text
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """The config in plain values."""
-        return dict(yaml.safe_load(self.text))
+        self.plain: dict[str, Any] = yaml.safe_load(text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a checkpoint."""
         return {"config": self.plain}
 
     @staticmethod
@@ -121,14 +110,12 @@ class SaveConfig(Callback):
         return dict(checkpoint.get("callbacks", {}).get(SaveConfig.__qualname__, {}).get("config", {}))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check before training that test can be evaluated."""
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        # the record reads it in any case
+        # before training; the record reads test in any case
         if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
             data.check_split("test", "test")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save and log, on rank 0."""
         # on every rank, as finding the folder is a collective
         folder = run_folder(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -138,10 +125,8 @@ class SaveConfig(Callback):
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
         train = data.used_rows("train").rows
         dataset, method = names(self.config)
-        logged = {
-            key: value if isinstance(value, int | float | bool | None) else str(value)
-            for key, value in flatten(self.config.as_dict()).items()
-        }
+        flat = flatten(self.config.as_dict()).items()
+        logged = {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat}
         # for comparing runs
         logged |= {"dataset": dataset, "method": method, "train_rows": len(train)}
         if any(task.uses_output for task in data.tasks.values()):
@@ -150,12 +135,6 @@ class SaveConfig(Callback):
             logged["val_rows"] = len(data.used_rows("val").rows)
         for logger in trainer.loggers:
             logger.log_hyperparams(logged)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the number of tested rows."""
-        if isinstance(evaluation := pl_module.evaluation, Evaluation):
-            for logger in trainer.loggers:
-                logger.log_hyperparams({"test_rows": len(evaluation.answers)})
 
 
 @interruptible()
@@ -200,7 +179,7 @@ def run_trainer(command: str, args: list[str]) -> None:
             if config["push_to_hub"] is not None and trainer.is_global_zero:
                 check_hub(config["push_to_hub"])
             trainer.fit(module, datamodule=data, **checkpoint)
-            finish_fit(config, saving.plain, parser, trainer, module, data, history)
+            finish_fit(Run(config, saving.plain, parser, trainer, module, data, history))
         elif command == "predict":
             path = Path(config["predictions"] or run_folder(trainer) / "predictions.jsonl")
             write_predictions(trainer, module, data, path, **checkpoint)
@@ -210,7 +189,10 @@ def run_trainer(command: str, args: list[str]) -> None:
             report(module)
         failed = False
     except UserError:
-        _remove_empty(trainer)
+        for logger in trainer.loggers:
+            # the folder that was made for a run that is refused; where there are files, it stays
+            with suppress(OSError):
+                os.rmdir(logger.log_dir or "")
         raise
     except OSError as error:
         # the error of a full disk names no file
@@ -287,33 +269,16 @@ def _build(
 
 
 @rank_zero_only
-def _remove_empty(trainer: pl.Trainer) -> None:
-    """Remove the folders that loggers made for a run that was refused."""
-    for logger in trainer.loggers:
-        if logger.log_dir is not None:
-            # where there are files, it stays
-            with suppress(OSError):
-                os.rmdir(logger.log_dir)
-
-
-@rank_zero_only
-def _say_how_to_go_on(stopped: Interrupted, trainer: pl.Trainer, args: Sequence[str]) -> None:
+def _say_how_to_go_on(stopped: Interrupted, trainer: pl.Trainer, args: list[str]) -> None:
     """Print what an interrupted ``fit`` has saved, and the command that resumes it."""
     what = "nothing was trained that could be kept"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, LastCheckpoint) and callback.dirpath and callback.path.exists():
             what = f"saved in {callback.path.parent.parent}"
-            args = [*_without_checkpoint(args), "--resume"]
+            # which finds the checkpoint by itself
+            given = [word for before, word in zip(["", *args], args, strict=False) if before != "--ckpt_path"]
+            args = [word for word in given if word.partition("=")[0] not in ("--ckpt_path", "--resume")]
+            args.append("--resume")
     of = f" of {trainer.max_steps}" if trainer.max_steps != -1 else ""
     print(f"Stopped by {stopped.name} at step {trainer.global_step}{of}: {what}", file=sys.stderr)
     print(f"To go on: {shlex.join(['python', '-m', 'lit_distill', 'fit', *args])}", file=sys.stderr)
-
-
-def _without_checkpoint(args: Sequence[str]) -> Iterator[str]:
-    """Arguments without ``--ckpt_path``: ``--resume`` finds the checkpoint."""
-    values = iter(args)
-    for value in values:
-        if value == "--ckpt_path":
-            next(values, None)
-        elif value != "--resume" and not value.startswith("--ckpt_path="):
-            yield value

@@ -782,8 +782,8 @@ def test_from_a_toy_without_teacher_to_a_trained_student(
     capsys.readouterr()
     run("inspect", annotated, f"--data.tokenizer={student_folder}")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "- output parsed │ 12 │" in shown
-    assert f"teacher accuracy, of all outputs │ {100 * sum(row['agrees'] for row in rows) / 12:.2f} %" in shown
+    assert "parsed │ 12 │" in shown
+    assert f"teacher label accuracy │ {round(sum(row['agrees'] for row in rows) / 12, 3)} │" in shown
     # val and test were not asked about, which need no rationales
     run("fit", small_model(student_folder), annotated, "--data.batch_size=4", small_trainer(steps=1))
     assert list(Path("runs").rglob("student/model.safetensors"))

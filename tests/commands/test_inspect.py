@@ -97,8 +97,8 @@ def test_filter_and_fraction(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> N
     render(report, Console(file=shown, width=80))
     rows = [line.split("│") for line in shown.getvalue().splitlines() if line.startswith("│")]
     cells = {row[1].strip(): row[2].strip() for row in rows}
-    assert cells["taken for val"] == "1"
-    assert cells["rows used"] == str(train["used"])
+    assert cells["taken as val"] == "1"
+    assert cells["used"] == str(train["used"])
     assert "rationale_filter: label_agrees" in shown.getvalue()
 
 
@@ -140,8 +140,8 @@ def test_tables_fit_the_terminal(cqa: Path, tokenizer: PreTrainedTokenizerFast, 
     render(report, Console(file=shown, width=width))
     lines = shown.getvalue().splitlines()
     assert max(map(len, lines)) <= width
-    (accuracy,) = (line for line in lines if "teacher accuracy, of all" in line)
-    assert next(cell.strip() for cell in accuracy.split("│")[2:-1]) == "60.00 %"
+    (accuracy,) = (line for line in lines if "teacher label accuracy" in line)
+    assert next(cell.strip() for cell in accuracy.split("│")[2:-1]) == "0.6"
     assert "…" not in shown.getvalue()
     assert "val (of train)" in shown.getvalue()
     # markup in the data is shown, not obeyed
@@ -165,5 +165,5 @@ def test_what_fit_would_refuse_is_told_after_the_report(
         main([*arguments, "--data=ToyDataModule", "--data.train_size=4"])
     assert stopped.value.code == 2
     told = capsys.readouterr()
-    assert "rows used" in told.out
+    assert "rows used (rationale_filter: none)" in told.out
     assert "tasks: contrast has no target in train" in told.err
