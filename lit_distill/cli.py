@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from lit_distill import __version__
 from lit_distill.errors import UserError
@@ -42,7 +41,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         if given[:1] == ["configs"]:
             return list_or_copy(given[1:])
-        answer_at_once(given)
+        if (text := answer_at_once(given)) is not None:
+            print(text)
+            raise SystemExit(0)
         given = ["--help" if word == "--help_all" else word for word in find_configs(given)]
         refuse_secrets(given)
         # torch, lightning and transformers come with this one
@@ -75,29 +76,20 @@ def of_a_file(error: OSError) -> str | None:
     return f"{' -> '.join(names)}: cannot be read or written: {error.strerror}"
 
 
-def answer_at_once(given: list[str]) -> None:
-    """Print help or version and exit; return if a command is to run. Raises a ``UserError`` if there is none."""
+def answer_at_once(given: list[str]) -> str | None:
+    """The help or the version, if that is asked for. Raises a ``UserError`` if there is no command."""
     option = given[0].partition("=")[0] if given else ""
     name = option.lstrip("-")
     if option == "--version":
-        end(f"lit_distill {__version__}")
+        return f"lit_distill {__version__}"
+    helps = Path(__file__).with_name("help.txt").read_text(encoding="utf-8").rstrip().split("\n\n====\n\n")
     if option in ("-h", "--help"):
         commands = "\n".join(f"    {name:<12}{text}" for name, text in COMMANDS.items())
-        end(help_texts()[0].format(description=DESCRIPTION, commands=commands))
+        return helps[0].format(description=DESCRIPTION, commands=commands)
     if not option.startswith("-") and option not in COMMANDS:
         raise UserError(no_command(option))
     if option.startswith("-") and name not in _ALONE:
         raise UserError(f"{name}: no such argument{likely(name, _ALONE)}; allowed are a command, {', '.join(_ALONE)}")
     if option in SHORT_HELP and {"-h", "--help"} & set(given):
-        end(help_texts()[SHORT_HELP[option]].format(command=option, description=COMMANDS[option]))
-
-
-def help_texts() -> list[str]:
-    """The overview of the commands, the help of those that run a trainer, and that of ``inspect``."""
-    return Path(__file__).with_name("help.txt").read_text(encoding="utf-8").rstrip().split("\n\n====\n\n")
-
-
-def end(text: str) -> NoReturn:
-    """Print a text and exit."""
-    print(text)
-    raise SystemExit(0)
+        return helps[SHORT_HELP[option]].format(command=option, description=COMMANDS[option])
+    return None

@@ -133,7 +133,7 @@ def render(report: dict[str, Any], console: Console | None = None) -> None:
     for split, found in splits.items():
         absent = "" if found["present"] else " (absent)"
         names.append(f"{split} (of train)" if found.get("released") is False else f"{split}{absent}")
-    title = f"{report['dataset']}: rows released, and rows used (rationale_filter: {report['rationale_filter']})"
+    title = f"{report['dataset']}: rows, rationale_filter: {report['rationale_filter']}"
     rows = console_table(title, [""], names)
     keys = dict.fromkeys(key for found in splits.values() for key in found)
     for key in (key for key in keys if key not in ("present", "released", "lengths")):

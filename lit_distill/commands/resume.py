@@ -159,7 +159,7 @@ def check_unused(config: Namespace, *, fit: bool) -> None:
             raise UserError(f"{folder}: holds {kind}; {go_on}move it away, or give another folder")
 
 
-def check_same_training(plain: Mapping[str, Any], trained: Mapping[str, Any], shared: Collection[str]) -> None:
+def check_training(plain: Mapping[str, Any], trained: Mapping[str, Any], shared: Collection[str]) -> None:
     """Refuse a config that contradicts the one that a checkpoint was ``trained`` with.
 
     ``shared`` are the arguments that all methods have; those of one method alone must be the same.

@@ -25,14 +25,7 @@ from lit_distill.commands.finish import Run, finish_fit
 from lit_distill.commands.loggers import continue_loggers, keep_metrics, name_loggers, names, run_folder
 from lit_distill.commands.parser import Parser, Raised, constructor_arguments
 from lit_distill.commands.report import report, write_predictions
-from lit_distill.commands.resume import (
-    CONFIG,
-    check_checkpoint,
-    check_same_training,
-    check_unused,
-    find_run,
-    read_progress,
-)
+from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training, check_unused, find_run, read_progress
 from lit_distill.commands.settings import check_settings, linked_tasks, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -153,6 +146,8 @@ def run_trainer(command: str, args: list[str]) -> None:
         check_checkpoint(config["ckpt_path"])
     if (seed := config["seed_everything"]) is not False:
         config["seed_everything"] = pl.seed_everything(None if seed is True else seed, workers=True)
+    if config["cpu_threads"] is not None:
+        torch.set_num_threads(config["cpu_threads"])
     settle(config, command)
     name_loggers(config, command)
     folder = find_run(config, yaml.safe_load(parser.dump(config, skip_unset=False))) if fit else None
@@ -163,7 +158,7 @@ def run_trainer(command: str, args: list[str]) -> None:
     progress = read_progress(config["ckpt_path"])
     saving = SaveConfig(config, parser.dump(config, skip_unset=False))
     if fit:
-        check_same_training(saving.plain, SaveConfig.of(progress), constructor_arguments(DistillModule))
+        check_training(saving.plain, SaveConfig.of(progress), constructor_arguments(DistillModule))
     history = RunHistory(run_folder)
     trainer, module, data = _build(parser, _to_build(config, folder, progress), [history, saving])
     # a resumed run records its original student

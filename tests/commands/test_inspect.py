@@ -165,5 +165,5 @@ def test_what_fit_would_refuse_is_told_after_the_report(
         main([*arguments, "--data=ToyDataModule", "--data.train_size=4"])
     assert stopped.value.code == 2
     told = capsys.readouterr()
-    assert "rows used (rationale_filter: none)" in told.out
+    assert "toy: rows, rationale_filter: none" in told.out
     assert "tasks: contrast has no target in train" in told.err

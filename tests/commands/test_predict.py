@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lit_distill.data.toy import toy_example
 from lit_distill.students.models import build_model
@@ -99,7 +100,8 @@ def test_the_rationale_is_null_where_the_method_writes_none(method: str, rationa
 
 
 def test_another_split(weights_folder: Path) -> None:
-    run("predict", small_toy(weights_folder), "--data.predict_split=val", "--predictions=put.jsonl")
+    run("predict", small_toy(weights_folder), "--data.predict_split=val", "--predictions=put.jsonl", "--cpu_threads=2")
+    assert torch.get_num_threads() == 2
     assert [row["id"] for row in read_lines(Path("put.jsonl"))] == [f"toy-val-{i}" for i in range(4)]
 
 
