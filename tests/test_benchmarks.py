@@ -128,7 +128,9 @@ def test_training_is_compared(bench: Callable[[str], Any], short: list[str], cap
         assert found[f"{side}_length_grouped"]["memory"] is None
 
 
-@pytest.mark.parametrize(("arguments", "losses"), [([], "answer"), (["--rationales"], "all")])
+@pytest.mark.parametrize(
+    ("arguments", "losses"), [([], "answer"), pytest.param(["--rationales"], "all", marks=pytest.mark.slow)]
+)
 def test_evaluation_is_compared_and_says_the_same(
     bench: Callable[[str], Any],
     short: list[str],

@@ -144,8 +144,8 @@ def campaign(student: Path, root: Path, *, kills: int, validating: int, seed: in
     return counts
 
 
-def test_a_run_that_is_killed_four_times_ends_as_if_it_had_not_been(student_folder: Path, cwd: Path) -> None:
-    counts = campaign(student_folder, cwd, kills=4, validating=2, seed=0)
+def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(student_folder: Path, cwd: Path) -> None:
+    counts = campaign(student_folder, cwd, kills=3, validating=2, seed=0)
     assert counts["validating"] == 2
 
 

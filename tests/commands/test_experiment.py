@@ -304,10 +304,11 @@ def test_many_cells_are_checked_in_no_time(check: FitCheck) -> None:
     check.parsed(config)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        # of the processor, as others may use it, too
+        began = time.process_time()
         check.parsed(config)
-        times.append(time.perf_counter() - began)
-    # 40 ms where nothing else runs
+        times.append(time.process_time() - began)
+    # about 40 ms
     assert min(times) < 0.4
 
 
