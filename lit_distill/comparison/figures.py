@@ -112,9 +112,10 @@ def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return settings[settings.train_fraction == largest], part
 
 
-def _errorbar(axes: Axes, style: tuple[str, str, str], *points: Any, **how: Any) -> Any:
+def _bars(style: tuple[str, str, str]) -> dict[str, Any]:
+    """The arguments of ``errorbar``."""
     colour, marker, stroke = style
-    return axes.errorbar(*points, color=colour, marker=marker, linestyle=stroke, **_BARS, **how)
+    return {"color": colour, "marker": marker, "linestyle": stroke, **_BARS}
 
 
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
@@ -128,7 +129,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
         # shifted, so that error bars do not overlap
         xs = line[field].astype(float) * widest ** (0.005 * (i - (len(lines) - 1) / 2))
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
-        handle = _errorbar(axes, line["style"].iloc[0], xs, means, errors, label=fill(name, 26))
+        handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **_bars(line["style"].iloc[0]))
         heights[handle] = means.iloc[-1]
     chance, teacher = settings.chance.iloc[0], settings.teacher.iloc[0]
     if chance is not None:
@@ -160,7 +161,7 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     labels = [fill(name, 34) for name in settings.name]
     figure, axes = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
     for y, row in enumerate(settings.to_dict("records")):
-        _errorbar(axes, row["style"], row["mean"], y, xerr=row["error"] or 0)
+        axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **_bars(row["style"]))
         if row["n"] > 1:
             axes.plot(row["values"], [y + 0.22] * row["n"], "o", ms=3, mfc="none", mec=row["style"][0])
     axes.set_yticks(range(len(labels)), labels)

@@ -154,12 +154,8 @@ def _record(run: Any) -> RunRecord:
     if run.state != "finished":
         raise UserError(f"is {run.state}")
     config = {name: _parse_list(value) for name, value in flatten(run.config).items()}
-    numbers = {
-        name: float(value)
-        for name, value in dict(run.summary).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    method = str(config["method"])
+    summary, method = dict(run.summary), str(config["method"])
+    metrics = {name: value for name, value in summary.items() if name.startswith("test/")}
     record = RunRecord(
         dataset=str(config["dataset"]),
         method=method,
@@ -170,11 +166,11 @@ def _record(run: Any) -> RunRecord:
         data_seed=int(config["data.init_args.seed"]),
         train_rows=int(config.get("train_rows", 0)),
         test_rows=int(config.get("test_rows", 0)),
-        steps=int(numbers.get("trainer/global_step", 0)),
-        metrics={name: value for name, value in numbers.items() if name.startswith("test/")},
+        steps=int(summary.get("trainer/global_step", 0)),
+        metrics={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
         rationales=None if method == "Standard" else str(config.get("data.init_args.rationale_pairing", "own")),
         config={name: value for name, value in config.items() if name not in _LOGGED},
-        wall_seconds=numbers.get("_runtime", 0.0),
+        wall_seconds=float(summary.get("_runtime", 0)),
     )
     check_values(record)
     return record

@@ -209,16 +209,13 @@ class Grid(_Part):
             raise UserError(f"grid and cells make {count:,} cells; allowed are {MAX_CELLS:,}")
         if not self.axes and self.cells == [{}]:
             raise UserError("grid or cells must be given: nothing varies")
-        known = [self.fixed | fit_keys(point) for point in self.points()]
-        varied = {key for cell in (self.axes, *self.cells) for key in fit_keys(cell)}
-        for place, settings in [
-            ("set", self.fixed),
-            *((f"when[{i}].set", one.settings) for i, one in enumerate(self.when)),
-        ]:
-            if both := varied & set(settings):
+        cells = [fit_keys(point) for point in self.points()]
+        given = {"set": self.fixed} | {f"when[{i}].set": one.settings for i, one in enumerate(self.when)}
+        for place, settings in given.items():
+            if both := set(settings) & set().union(*cells):
                 raise UserError(f"{place}: {min(both)} varies in grid or cells as well; set it once")
         for i, condition in enumerate(self.when):
-            if not any(condition.holds(cell) for cell in known):
+            if not any(condition.holds(self.fixed | cell) for cell in cells):
                 raise UserError(f"when[{i}].if: no cell has {condition.wanted}")
         names = [cell_name(point) for point in self.points()]
         if len(set(names)) < len(names):
