@@ -84,13 +84,8 @@ class JSONLDataModule(RationaleDataModule):
         self._outputs = dict(outputs or {})
         if not all(isinstance(text, str) for pair in self._outputs.items() for text in pair):
             raise UserError(f"outputs must map columns to kinds, got {outputs!r}")
-        self._columns = {
-            "id": id_column,
-            "label": label_column,
-            "rationale": rationale_column,
-            "teacher_label": teacher_label_column,
-            "choices": choices_column,
-        }
+        parts = ("id", "label", "rationale", "teacher_label", "choices")
+        self._columns: dict[str, str | None] = {part: own[f"{part}_column"] for part in parts}
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
         if hub is not None and not checks.check_text("hub", hub).strip("/\\. "):
