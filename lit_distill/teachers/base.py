@@ -35,8 +35,7 @@ class Teacher(ABC):
         output_price: US dollars per million tokens of answers.
     """
 
-    has_answered: bool = False
-    """Whether it has ever answered in this job, so that later refusals concern single questions."""
+    has_answered: bool = False  # ever in this job, so that later refusals concern single questions
 
     def __init__(
         self,

@@ -133,13 +133,13 @@ class TransformersTeacher(BatchTeacher):
     def _keep_special_tokens(self) -> None:
         """Take all but special tokens out of the model's generation configuration."""
         own, config = self._network.generation_config, self._network.config
-        names = ("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id", "forced_bos_token_id")
+        names = ("decoder_start_token_id", "eos_token_id", "bos_token_id", "forced_bos_token_id")
         kept = {name: getattr(own, name, None) for name in names}
         kept |= {name: getattr(config, name, None) for name in names if kept[name] is None}
         ends = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
         eos = sorted({self.tokenizer.eos_token_id, *ends} - {None})
-        pad = eos[0] if kept["pad_token_id"] is None else kept["pad_token_id"]
-        self._network.generation_config = GenerationConfig(**kept | {"eos_token_id": eos, "pad_token_id": pad})
+        # padding is masked, and stands behind the end of an answer; not all models have a token for it
+        self._network.generation_config = GenerationConfig(**kept | {"eos_token_id": eos, "pad_token_id": eos[0]})
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt. Raises a ``TeacherError`` if the chat template refuses its turns."""

@@ -95,10 +95,8 @@ class RequestRunner(Generic[Tag]):
     ) -> None:
         self._teacher, self._concurrency, self._on_result = teacher, concurrency, on_result
         self._budget = budget or Budget()
-        self.stopped: str | None = None
-        """Why it stopped early, else ``None``."""
-        self.busy: Counter[str] = Counter()
-        """Counts of questions left for a later start, by reason."""
+        self.stopped: str | None = None  # why it stopped early
+        self.busy: Counter[str] = Counter()  # questions left for a later start, by reason
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
         self._opened = self._over = False
@@ -108,15 +106,11 @@ class RequestRunner(Generic[Tag]):
         self._reporting = threading.Lock()
 
     def run(self, rows: Iterator[Rounds[Tag]], interrupts: Interrupts) -> None:
-        """Ask all questions. Raises a ``UserError`` if the teacher cannot answer any.
+        """Ask all questions about some rows. Raises a ``UserError`` if the teacher cannot answer any.
 
         The first interrupt waits for the questions in flight, unless the teacher is still opening; a second one does
         not. The event loop has its own thread, so that this works in a notebook; a thread blocked by a teacher is
         abandoned.
-
-        Args:
-            rows: each row's questions.
-            interrupts: from `queued_interrupts`; its block may be longer.
         """
         failures: list[BaseException] = []
 
