@@ -2,10 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Literal, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -59,9 +58,8 @@ class Adapter:
             "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
         }
         if self.class_path is not None:
-            module, _, name = self.class_path.rpartition(".")
             try:
-                kind, settings = getattr(import_module(module), name), {}
+                kind, settings = resolve_name(self.class_path), {}
             except (ImportError, AttributeError, ValueError) as error:
                 raise ValueError(f"cannot import {self.class_path!r} ({error})") from error
         settings["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -79,7 +77,8 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, own_dtype: bool = T
     try:
         config = adapter.config(model)
         _check_layers(model, getattr(config, "target_modules", None))
-        with _quiet():
+        # of transformers' names that PEFT uses
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             return cast(PeftModel, get_peft_model(model, config, autocast_adapter_dtype=own_dtype))
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter: {' '.join(str(error).split())}") from error
@@ -98,13 +97,5 @@ def _check_layers(model: PreTrainedModel, targets: object) -> None:
 
 def merged(model: PeftModel) -> PreTrainedModel:
     """A copy of the model with the adapter merged into its layers."""
-    with _quiet():
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload()).requires_grad_()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence deprecation warnings of transformers names that PEFT uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
