@@ -15,6 +15,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 LINE_SECONDS = 10.0
 """Seconds between two lines."""
 
+BAR_DELAY = 1.0
+"""Seconds that work takes before it is worth a bar."""
+
 # no thread of tqdm's, which data loader workers would inherit
 tqdm.monitor_interval = 0
 
@@ -86,7 +89,7 @@ def ticker(name: str, total: int | None, done: int = 0, unit: str = "it") -> Ite
     printed = time.monotonic()
     bar = tqdm(
         desc=name, total=total, initial=done, unit=unit, unit_scale=unit == "B",
-        disable=not sys.stderr.isatty(), dynamic_ncols=True,
+        disable=not sys.stderr.isatty(), dynamic_ncols=True, delay=BAR_DELAY,
     )  # fmt: skip
 
     def advance(number: int, note: str = "") -> None:

@@ -71,6 +71,7 @@ def test_a_ticker_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(progress, "BAR_DELAY", 0.0)
     with progress.ticker("rows", 10) as advance:
         advance(4, "fine")
         advance(6, "better")

@@ -11,12 +11,12 @@ from typing import Any, cast
 import pyarrow as pa  # type: ignore[import-untyped]
 from filelock import FileLock
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lit_distill.batch import PADDING_ROW
 from lit_distill.data.selection import Target
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write
+from lit_distill.progress import ticker
 from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 
@@ -125,12 +125,16 @@ def tokenize_once(
                 return found
             types = [(f"{task}.{column}", kind) for task in settings.tasks for column, kind in _COLUMNS.items()]
             schema = pa.schema(types)
-            bar = tqdm(total=len(rows), desc=f"Tokenising {name}", delay=3, disable=None)
-            with bar, atomic_write(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            with (
+                ticker(f"Tokenising {name}", len(rows)) as advance,
+                atomic_write(path, "wb") as file,
+                pa.ipc.new_stream(file, schema) as writer,
+            ):
                 for start in range(0, len(rows), BATCH):
-                    columns = encode_rows(rows[start : start + BATCH], tokens, settings, choose)
+                    batch = rows[start : start + BATCH]
+                    columns = encode_rows(batch, tokens, settings, choose)
                     writer.write_batch(pa.record_batch(columns, schema=schema))
-                    bar.update(BATCH)
+                    advance(len(batch))
             return _cached(path, len(rows))
     except OSError as error:
         raise UserError(f"tokenised rows cannot be kept in {str(root)!r} ({error}); set LIT_DISTILL_CACHE") from error
