@@ -200,7 +200,7 @@ def write_results(run: Run, folder: Path, steps: int) -> None:
         fingerprints={split: fingerprint(rows, rationales=split == "train") for split, rows in used.items()},
         config=run.plain,
         data=data.describe(),
-        command=_command(),
+        command=["lit-distill", *sys.argv[1:]],
         versions={"lit_distill": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _LIBRARIES},
         git=repository_state(),
@@ -217,13 +217,6 @@ def _validation(selection: ModelCheckpoint | None) -> dict[str, float]:
         return {}
     step = re.search(r"step=?(\d+)", Path(selection.best_model_path).name)
     return {str(selection.monitor): float(selection.best_model_score)} | ({"step": int(step[1])} if step else {})
-
-
-def _command() -> list[str]:
-    """The command line, without the paths of interpreter and program."""
-    program = Path(sys.argv[0]).name
-    words = sys.argv if program == "lit-distill" else sys.orig_argv
-    return [Path(words[0]).name, *words[1:]]
 
 
 def repository_state() -> dict[str, Any]:

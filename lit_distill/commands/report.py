@@ -22,16 +22,6 @@ from lit_distill.tables import console_table, text_panel
 
 _SHOWN_SAMPLES = 3
 
-_NAMES = {
-    "accuracy": "accuracy",
-    "scored_accuracy": "accuracy, choices scored",
-    "macro_f1": "macro F1",
-    "rouge_l": "ROUGE-L of rationales",
-    "rationale_ends_in_prediction": "rationales that end in the prediction",
-    "loss": "loss",
-}
-"""Names of the metrics in the table, in order."""
-
 
 @rank_zero_only
 def report(module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None) -> None:
@@ -56,10 +46,10 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
     part = "" if count == whole else f" of {whole}"
     table = console_table(f"{evaluation.split} ({count}{part} rows)", ["metric"], ["value", "95 % interval"])
     metrics = evaluation.metrics
-    others = sorted(name for name in metrics if name not in _NAMES and not name.endswith(("_low", "_high")))
-    shown = [name for name in [*_NAMES, *others] if name in metrics]
+    # the losses last
+    shown = sorted((name.endswith("loss"), name) for name in metrics if not name.endswith(("_low", "_high")))
     rows: list[tuple[str, Mapping[str, float], str]]
-    rows = [(_NAMES.get(name, name.replace("_", " ")), metrics, name) for name in shown]
+    rows = [(name.replace("_", " "), metrics, name) for _, name in shown]
     if chance := chance_level(evaluation):
         rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
     if baseline is not None:

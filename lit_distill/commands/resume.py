@@ -101,15 +101,21 @@ def find_run(config: Namespace, plain: Mapping[str, Any]) -> Path | None:
 
 def _newest_run(config: Namespace, plain: Mapping[str, Any]) -> tuple[Path, Path | None] | None:
     """Folder and newest intact checkpoint of the newest run with this configuration."""
-    wanted, hint = _settings(plain), ""
-    found: list[tuple[Path, Path | None]] = []
-    for folder in _folders(config):
+    if (fixed := fixed_folder(config)) is not None:
+        folders = [fixed]
+    elif loggers := loggers_of(config):
+        folders = sorted(logger_root(loggers[0]).glob("*"))
+    else:
+        folders = [Path(config["trainer"]["default_root_dir"] or ".")]
+    found, hint = [], ""
+    for folder in (folder for folder in folders if (folder / CONFIG).is_file()):
         try:
-            content = parse_yaml((folder / CONFIG).read_bytes())
+            there = parse_yaml((folder / CONFIG).read_bytes())
         except ValueError as error:
             raise UserError(f"resume: {folder / CONFIG} is damaged ({error}); move the run away") from error
-        there = _settings(content if isinstance(content, Mapping) else {})
-        differing = sorted(key for key in {**wanted, **there} if wanted.get(key) != there.get(key))
+        before, now = (without_location(one if isinstance(one, Mapping) else {}) for one in (there, plain))
+        keys = sorted((before.keys() | now.keys()) - _NOT_THE_RESULT)
+        differing = [key for key in keys if before.get(key) != now.get(key)]
         if not differing:
             found.append((folder, _newest_checkpoint(folder, config)))
         elif not (folder / RECORD).exists():
@@ -118,20 +124,6 @@ def _newest_run(config: Namespace, plain: Mapping[str, Any]) -> tuple[Path, Path
         return max(found, key=lambda run: (run[1] or run[0] / CONFIG).stat().st_mtime)
     rank_zero_info(f"--resume: no earlier run of this configuration{hint}. A new one begins.")
     return None
-
-
-def _folders(config: Namespace) -> list[Path]:
-    if (fixed := fixed_folder(config)) is not None:
-        folders = [fixed]
-    elif loggers := loggers_of(config):
-        folders = sorted(logger_root(loggers[0]).glob("*"))
-    else:
-        folders = [Path(config["trainer"]["default_root_dir"] or ".")]
-    return [folder for folder in folders if (folder / CONFIG).is_file()]
-
-
-def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in without_location(plain).items() if key not in _NOT_THE_RESULT}
 
 
 def _newest_checkpoint(folder: Path, config: Namespace) -> Path | None:
