@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
@@ -70,7 +70,7 @@ def input_hash(row: Row) -> str:
 
 def to_line(annotation: Annotation, others: Mapping[str, Any] | None = None) -> bytes:
     """A JSON line; ``others`` are a user's own columns."""
-    row = {**asdict(annotation), **(others or {})}
+    row = {name: getattr(annotation, name) for name in COLUMNS} | dict(others or {})
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 

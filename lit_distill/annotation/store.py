@@ -5,7 +5,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -116,7 +115,8 @@ class AnnotationStore:
             pq.ParquetWriter(table, _SCHEMA) as parquet,
         ):
             while chunk := list(islice(samples, _CHUNK)):
-                parquet.write_table(pa.Table.from_pylist([asdict(sample) for sample, _ in chunk], schema=_SCHEMA))
+                columns = {name: [getattr(sample, name) for sample, _ in chunk] for name in COLUMNS}
+                parquet.write_table(pa.table(columns, schema=_SCHEMA))
                 lines.writelines(to_line(sample, others) for sample, others in chunk)
 
     def note(self, job: Mapping[str, Any]) -> None:
