@@ -129,7 +129,7 @@ def make_memory(folder: Path, answers: Mapping[str, str], *, steps: int = 150) -
     return _save(folder, model, tokenizer)
 
 
-def make_reader(folder: Path, answers: Mapping[str, str], *, steps: int = 400) -> Path:
+def make_reader(folder: Path, answers: Mapping[str, str], *, steps: int = 240) -> Path:
     """An encoder-decoder (T5) that has learnt answers to prompts by heart.
 
     Args:
