@@ -297,7 +297,7 @@ def find_function(argument: str, path: str) -> Callable[[Any], Any]:
         function = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{argument}: {path!r} cannot be imported ({error})") from error
-    if not inspect.isroutine(function) or inspect.isbuiltin(function):
+    if not callable(function) or inspect.isbuiltin(function) or inspect.isclass(function):
         # `os._exit` takes an argument too
         raise UserError(f"{argument}: {path!r} is not a Python function (package.module.function)")
     try:
