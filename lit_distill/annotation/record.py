@@ -130,12 +130,10 @@ def parse_structured(text: str) -> tuple[str, str] | None:
 
 def answer_schema(choices: Sequence[str]) -> dict[str, Any]:
     """JSON schema of an answer: the rationale, then the label, restricted to the choices if any."""
-    label: dict[str, Any] = {"type": "string"}
-    if choices:
-        label["enum"] = list(choices)
+    allowed = {"enum": list(choices)} if choices else {}
     return {
         "type": "object",
-        "properties": {"rationale": {"type": "string"}, "label": label},
+        "properties": {"rationale": {"type": "string"}, "label": {"type": "string", **allowed}},
         "required": ["rationale", "label"],
         "additionalProperties": False,
     }
