@@ -221,7 +221,7 @@ class DistillModule(Evaluating):
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
         if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
-        if "loops" in checkpoint:
+        if "loops" in checkpoint and self._trainer is not None:
             rewind(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
