@@ -81,19 +81,13 @@ def test_a_run_without_an_end_is_refused(student_folder: Path, capsys: pytest.Ca
 
 def test_a_run_without_validation_saves_its_last_student(student_folder: Path, here: Path) -> None:
     data = ["--data=ToyDataModule", "--data.train_size=8", "--data.test_size=4", "--data.batch_size=4"]
+    more = ["--trainer.limit_val_batches=0", "--trainer.default_root_dir=elsewhere"]
     with pytest.warns(UserWarning, match="the student of the last step is tested and saved"):
-        run("fit", small_model(student_folder), data, small_trainer(), "--trainer.limit_val_batches=0")
-    [folder] = run_folders()
+        run("fit", small_model(student_folder), data, small_trainer(), more)
+    assert not (here / "runs").exists()
+    [folder] = run_folders(here / "elsewhere" / "runs")
     assert (folder / "student" / "model.safetensors").is_file()
     assert (folder / "checkpoints" / "last.ckpt").is_file()
-
-
-def test_default_root_dir_holds_the_runs(student_folder: Path, here: Path) -> None:
-    data = ["--data=ToyDataModule", "--data.train_size=8", "--data.val_size=4", "--data.test_size=4"]
-    run("fit", small_model(student_folder), data, small_trainer(), "--trainer.default_root_dir=elsewhere")
-    [folder] = run_folders(here / "elsewhere" / "runs")
-    assert (folder / "student" / "config.json").is_file()
-    assert not (here / "runs").exists()
 
 
 def test_lightnings_own_interval_is_heard(student_folder: Path, here: Path) -> None:

@@ -29,7 +29,6 @@ from tests.runs import (
     small_toy,
     small_trainer,
     toy_data,
-    write_lines,
     write_release,
 )
 
@@ -115,9 +114,6 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert stopped.value.code == 0
     assert not found.err
     return found.out
-
-
-# ---------------------------------------------------------------------- what is refused
 
 
 ALLOWED = "fit, validate, test, predict, annotate, experiment, compare, inspect, configs"
@@ -423,9 +419,6 @@ def test_a_process_ends_with_code_2_and_one_line(here: Path, student_folder: Pat
     assert done.stdout == ""
 
 
-# ---------------------------------------------------------------------- what goes through
-
-
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [("value", ValueError), ("type", TypeError), ("import", ModuleNotFoundError), ("key", KeyError)],
@@ -471,9 +464,6 @@ def test_a_fault_in_a_users_file_goes_through(
     with pytest.raises(kind) as raised:
         run(command, small_toy(student_folder), "--model=faulty_file.Own")
     assert type(raised.value) is kind
-
-
-# ---------------------------------------------------------------------- help and printing
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -606,9 +596,6 @@ def test_tasks_of_several_configs_add_up(student_folder: Path, capsys: pytest.Ca
     }
 
 
-# ---------------------------------------------------------------------- links, and a user's own classes
-
-
 def test_no_student_is_built_to_parse_or_to_inspect(
     student_folder: Path, capsys: pytest.CaptureFixture[str], no_student: None
 ) -> None:
@@ -680,18 +667,6 @@ def test_a_runs_own_config_repeats_it(student_folder: Path) -> None:
     ]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_labels_of_ones_own_data_train(student_folder: Path) -> None:
-    rows = [{"input": f"a {i}", "label": "cat" if i % 2 else "dog"} for i in range(12)]
-    write_lines(Path("mine.jsonl"), rows)
-    data = ["--data=JSONLDataModule", "--data.train=mine.jsonl", "--data.test=mine.jsonl", "--data.batch_size=4"]
-    run("fit", small_model(student_folder, "StandardModule"), data, small_trainer())
-    [folder] = run_folders()
-    assert folder.parent.name == "jsonl-Standard-gold-1-seed0"
-
-
-# ---------------------------------------------------------------------- shipped configs
 
 
 def test_a_config_is_a_path_first_then_a_shipped_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,9 +192,8 @@ def test_a_wandb_run_that_fails_says_so(
     assert codes == [1]
 
 
-@pytest.mark.parametrize("settings", ["the config's", "W&B's own project"])
 def test_a_resumed_run_is_the_same_wandb_run(
-    settings: str, here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    here: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     import wandb
 
@@ -202,10 +201,9 @@ def test_a_resumed_run_is_the_same_wandb_run(
     request.addfinalizer(wandb.teardown)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = [f"--config={CONFIGS / 'logger' / 'wandb.yaml'}"]
-    if settings == "W&B's own project":
-        monkeypatch.delenv("WANDB_PROJECT", raising=False)
-        logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=runs"]
+    # in W&B's own project; that of the config is in a test of its own
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    logger = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=runs"]
     same = [*small_toy(student_folder), *logger, "--resume"]
 
     def fault(*args: object, **kwargs: object) -> None:

@@ -155,10 +155,12 @@ def test_without_a_test_the_best_is_saved_all_the_same(
     student_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tested = judged(monkeypatch, [0.5, 0.25])
-    run("fit", small_toy(student_folder), "--test_after_fit=false")
-    [folder] = run_folders()
+    run("fit", small_toy(student_folder), "--test_after_fit=false", "--checkpoint.dirpath=mine/checkpoints")
     assert not tested
-    assert not [row for row in metric_rows(folder) if "test/accuracy" in row]
+    assert not [row for row in metric_rows(run_folders()[0]) if "test/accuracy" in row]
+    # a folder of one's own
+    folder = Path("mine")
+    assert (folder / "config.yaml").is_file()
     saved = load_file(folder / "student" / "model.safetensors")
     best = weights(folder / "checkpoints" / "best-step1.ckpt")
     assert torch.equal(saved["lm_head.weight"], best["lm_head.weight"])
@@ -217,13 +219,6 @@ def test_without_checkpoints_the_last_weights_are_tested(here: Path, student_fol
     assert not list(here.rglob("student"))
     rows = metric_rows(folder)
     assert sum("test/accuracy" in row for row in rows) == 1
-
-
-def test_a_folder_of_ones_own(student_folder: Path) -> None:
-    run("fit", small_toy(student_folder), "--checkpoint.dirpath=mine/checkpoints")
-    assert Path("mine/student/model.safetensors").is_file()
-    assert Path("mine/config.yaml").is_file()
-    assert {path.suffix for path in Path("mine/checkpoints").iterdir()} == {".ckpt"}
 
 
 def test_a_checkpoint_is_evaluated_without_its_original_student(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
