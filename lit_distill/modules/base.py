@@ -132,11 +132,8 @@ class DistillModule(Evaluating):
         )
         self._student_source = student
         self._model_settings: dict[str, Any] = {
-            "from_scratch": from_scratch,
-            "dropout": dropout,
-            "dtype": dtype,
-            "adapter": adapter,
-        }
+            "from_scratch": from_scratch, "dropout": dropout, "dtype": dtype, "adapter": adapter,
+        }  # fmt: skip
         self.student = students.load(
             student,
             **self._model_settings,
@@ -228,21 +225,21 @@ class DistillModule(Evaluating):
         """Restore seed and position. Raises a ``UserError`` if weights are not finite or another method's."""
         if not self.sharded:
             check_weights(checkpoint["state_dict"], "ckpt_path")
-        own = self.student.adapter
-        before = {
-            "adapter": _trained(checkpoint.get(CHECKPOINT_KEY, {}).get("adapter")),
-            "tasks (prefix and target)": checkpoint.get(_TASKS_KEY),
+        adapter = self.student.adapter
+        kept = _trained(checkpoint.get(CHECKPOINT_KEY, {}).get("adapter"))
+        compared: dict[str, tuple[Any, Any]] = {
+            "adapter": (kept, _trained(adapter.plain() if adapter else None)),
+            "tasks (prefix and target)": (checkpoint.get(_TASKS_KEY), task_texts(self.tasks)),
         }
-        now = {"adapter": _trained(own.plain() if own else None), "tasks (prefix and target)": task_texts(self.tasks)}
         if self._trainer is not None and self._trainer.training:
-            before["optimizer"] = checkpoint.get("hyper_parameters", {}).get("optimizer")
-            now["optimizer"] = self.hparams["optimizer"]
+            before = checkpoint.get("hyper_parameters", {}).get("optimizer")
+            compared["optimizer"] = (before, self.hparams["optimizer"])
             groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
             check_numbers([*groups, *checkpoint.get("lr_schedulers", [])])
-        for name, value in before.items():
-            if value not in (None, now[name]):
+        for name, (before, now) in compared.items():
+            if before not in (None, now):
                 raise UserError(
-                    f"ckpt_path: the checkpoint was trained with {name} {value}, not {now[name]};"
+                    f"ckpt_path: the checkpoint was trained with {name} {before}, not {now};"
                     " give the method and its arguments as they were"
                 )
         self._target_limits = dict(checkpoint.get(_LIMITS_KEY, {}))

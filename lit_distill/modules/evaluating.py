@@ -72,8 +72,7 @@ class Evaluating(Training):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "answer_key"):
             raise UserError(
-                "datamodule: evaluation needs the data's answers: pass a RationaleDataModule (an object with"
-                " `answer_key(split)`) to the trainer, not bare data loaders"
+                "datamodule: evaluation needs the data's answers: pass a RationaleDataModule to the trainer"
             )
         found: AnswerKey = datamodule.answer_key(split)
         return found
@@ -168,11 +167,12 @@ class Evaluating(Training):
         if rationales and self.rationale_task not in (None, task.name):
             self._add_rationales(found, step)
         if self.hparams["score_choices"] and key.choices is not None and task.needs_label and not task.uses_output:
-            choices = [key.choices[max(row, 0)] for row in index]
-            inputs = [key.inputs[max(row, 0)] for row in index]
+            # a row that pads gets those of the first
+            rows = [max(row, 0) for row in index]
+            choices = [key.choices[row] for row in rows]
             targets = [
-                tuple(task.render(Row("", text, choice)) or "" for choice in own)
-                for text, own in zip(inputs, choices, strict=True)
+                tuple(task.render(Row("", key.inputs[row], choice)) or "" for choice in key.choices[row])
+                for row in rows
             ]
             scores = step.student.score(task.name, targets)
             for answer, own, likelihoods in zip(found, choices, scores, strict=True):
@@ -186,10 +186,8 @@ class Evaluating(Training):
         def process_logits(scores: Tensor, number: int, rows: Tensor) -> Tensor:
             return self.process_logits(task, scores, number, rows if index is None else index[rows])
 
-        overridden, settings = (
-            type(self).process_logits is not Evaluating.process_logits,
-            self.generation_settings(task),
-        )
+        overridden = type(self).process_logits is not Evaluating.process_logits
+        settings = self.generation_settings(task)
         ids = step.student.generate(
             task,
             max_new_tokens=settings["max_new_tokens"],
