@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock
 from torch.multiprocessing.spawn import spawn
 
 WORLD = 2
@@ -15,8 +17,21 @@ WORLD = 2
 Found = dict[str, Any]
 
 
-def on_ranks(runs: Callable[..., Found], out: Path, *arguments: Any) -> list[Found]:
-    """What ``runs(rank, out, *arguments)`` returns on each rank."""
+def on_ranks(runs: Callable[..., Found], folders: pytest.TempPathFactory, *arguments: Any) -> list[Found]:
+    """What ``runs(rank, out, *arguments)`` returns on each rank; of several workers of pytest one alone runs it."""
+    root = folders.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # of all workers
+        root = root.parent
+    out = root / runs.__module__
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            out.mkdir()
+            _run(runs, out, *arguments)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def _run(runs: Callable[..., Found], out: Path, *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,7 +44,6 @@ def on_ranks(runs: Callable[..., Found], out: Path, *arguments: Any) -> list[Fou
         process.kill()
     assert not hung, "a rank waits for another for ever"
     assert context.join(1), "raises what a rank raised"
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def _rank(rank: int, port: int, runs: Callable[..., Found], out: Path, *arguments: Any) -> None:

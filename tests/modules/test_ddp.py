@@ -15,7 +15,7 @@ from tests.variants.fixed_text import with_fixed_text
 
 @pytest.fixture(scope="module")
 def ranks(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    return on_ranks(ddp_runs.all_runs, tmp_path_factory.mktemp("ddp"), student_folder)
+    return on_ranks(ddp_runs.all_runs, tmp_path_factory, student_folder)
 
 
 def differences(

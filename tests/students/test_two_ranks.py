@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    return on_ranks(all_runs, tmp_path_factory.mktemp("ranks"), folders)
+    return on_ranks(all_runs, tmp_path_factory, folders)
 
 
 def check(found: Found, expected: Found, folder: Path) -> None:
