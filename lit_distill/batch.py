@@ -1,7 +1,7 @@
 """The contract between data and modules: what a batch is.
 
-A batch maps task names to that task's tensors. In training a task holds only rows that have a target for it, so a batch
-may have fewer rationales than labels, or none. In evaluation every task holds every row of the batch, in the same
+A batch maps the name of each task to its tensors. In training a task holds only rows that have a target for it, so a
+batch may have fewer rationales than labels, or none. In evaluation every task holds every row of the batch, in the same
 order; a row without a target has only ``IGNORE_INDEX`` labels. ``index`` is the row's position in its split, or ``-1``
 for a row that pads a distributed sampler and is to be ignored.
 """
