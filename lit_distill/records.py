@@ -1,6 +1,7 @@
 """The contract between a finished run and the comparison of runs: the files that ``fit`` leaves."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -20,17 +21,21 @@ PREDICTIONS = "test_predictions.jsonl"
 """One object per test row, in the data's order: id, input, label, prediction, correct, rationale."""
 
 
-def _check_finite(values: dict[str, Any]) -> dict[str, Any]:
+def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in flatten(values).items():
-        if isinstance(value, int | float) and not abs(value) <= 1e308:
+        if not isinstance(value, int | float):
+            continue
+        if not abs(value) <= 1e308:
             raise ValueError(f"{name} is no finite number")
+        if re.search(r"/\w*(accuracy|macro_f1|rouge_l|in_prediction)(_low|_high)?$", name) and not 0 <= value <= 1:
+            raise ValueError(f"{name} is not from 0 to 1")
     return values
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Metrics = Annotated[dict[str, float], AfterValidator(_check_finite)]
+_Metrics = Annotated[dict[str, float], AfterValidator(_check_numbers)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class RunRecord:
     """Split -> hash of its rows in order: of train, the rows trained on, with labels and rationales; of val and test,
     ids, inputs and gold labels (of test only the rows that were tested).
     """
-    config: Annotated[dict[str, Any], AfterValidator(_check_finite)] = field(default_factory=dict)  # the whole config
+    config: Annotated[dict[str, Any], AfterValidator(_check_numbers)] = field(default_factory=dict)  # the whole config
     data: dict[str, Any] = field(default_factory=dict)  # the data's own description, with what became of its rows
     command: list[str] = field(default_factory=list)  # the command line
     versions: dict[str, str] = field(default_factory=dict)  # of this package, of Python and of the libraries

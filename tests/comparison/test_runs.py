@@ -109,6 +109,8 @@ def test_a_run_hides_none_below_it(tmp_path: Path) -> None:
         {"teacher_accuracy": 10**400},
         {"teacher_accuracy": 1.5},
         {"metrics": {"test/accuracy": float("nan")}},
+        {"metrics": {"test/scored_accuracy": 62.5}},
+        {"validation": {"val/macro_f1": -0.1}},
         {"metrics": {"test/loss": float("inf")}},
         {"test_rows": -1},
         {"train_rows": 2.5},
