@@ -1,6 +1,7 @@
 """What settings, keys and values are called in a report."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 _METHODS = {"Standard": "standard finetuning", "SingleTask": "single task: rationale and label"}
@@ -69,8 +70,16 @@ def short_keys(names: Iterable[str], separator: str = ".") -> dict[str, str]:
 
 def short_values(values: Iterable[str]) -> dict[str, str]:
     """Config values as short as they stay different: empty if unset, classes by name, paths by their last part."""
-    short = {value: _value_name(value) for value in values}
-    return short if len(set(short.values())) == len(short) else {value: value for value in short}
+    found = {value: value for value in values}
+    for shorten in (_without_syntax, _value_name):
+        short = {value: shorten(value) for value in found}
+        count = Counter(short.values())
+        found |= {value: name for value, name in short.items() if count[name] == 1}
+    return found
+
+
+def _without_syntax(value: str) -> str:
+    return re.sub(r'"(?:class_path|init_args)": |(?:\w+\.)+(?=[A-Z])|[][{}"]', "", value)
 
 
 def _value_name(value: str) -> str:
