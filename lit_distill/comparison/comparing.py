@@ -38,7 +38,7 @@ class Comparison:
     - ``seed_difference``, ``seed_error``, ``seed_n``: to the baseline's runs with the same seeds; ``left_out``: both
       differences leave out runs whose seeds only one side has.
     - ``published_row``, ``published``: of the paper.
-    - ``chance``, ``teacher``: of the dataset: accuracy without reading the input, and of the teacher's labels.
+    - ``chance``, ``teachers``: of the dataset: accuracy without reading the input, and those of the teachers' labels.
     """
     keys: list[str]  # config keys in which runs of a dataset differ
     remarks: Mapping[str, list[str]]  # of each dataset
@@ -119,13 +119,13 @@ def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
         )
 
 
-def _facts(dataset: str, runs: Sequence[Run], metric: str) -> dict[str, float | None]:
-    """What is known of a dataset: the levels of chance and of the teacher's labels."""
+def _facts(dataset: str, runs: Sequence[Run], metric: str) -> dict[str, Any]:
+    """What is known of a dataset: the levels of chance and of the teachers' labels."""
     chances = [run.record.chance for run in runs if run.record.chance is not None]
-    teachers = [run.record.teacher_accuracy for run in runs if run.record.teacher_accuracy is not None]
+    teachers = {run.record.teacher_accuracy for run in runs} - {None} or {TEACHER.get(dataset)}
     return {
         "chance": max(chances, default=None) if metric in (ACCURACY, "test/scored_accuracy") else None,
-        "teacher": max(teachers, default=TEACHER.get(dataset)),
+        "teachers": sorted(level for level in teachers if level is not None),
     }
 
 

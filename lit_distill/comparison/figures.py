@@ -131,10 +131,9 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
         handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **_bars(line["style"].iloc[0]))
         heights[handle] = means.iloc[-1]
-    chance, teacher = settings.chance.iloc[0], settings.teacher.iloc[0]
-    if chance is not None:
+    if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=_GREY, linestyle=":", label="chance")] = chance
-    if teacher is not None and field == "parameters" and metric == ACCURACY:
+    for teacher in settings.teachers.iloc[0] if field == "parameters" and metric == ACCURACY else ():
         name = fill(f"teacher's labels, {100 * teacher:.1f} %", 26)
         heights[axes.axhline(teacher, color=_GREY, linestyle=(0, (5, 3)), label=name)] = teacher
     axes.set_xscale("log")

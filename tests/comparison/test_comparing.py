@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lit_distill.comparison.comparing import Comparison, compare_runs
-from lit_distill.comparison.report import run_rows
+from lit_distill.comparison.report import run_rows, to_markdown
 from lit_distill.comparison.runs import find_runs
 from lit_distill.errors import UserError
 from tests.comparison.runs import answers, write_run, write_runs
@@ -190,9 +190,13 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
 
 def test_the_teacher_is_taken_from_the_runs_or_from_the_paper(tmp_path: Path) -> None:
     write_run(tmp_path / "1")
-    assert compared(tmp_path).settings.teacher[0] == 0.7723
+    assert compared(tmp_path).settings.teachers[0] == [0.7723]
     write_run(tmp_path / "2", seed=1, teacher_accuracy=0.5)
-    assert compared(tmp_path).settings.teacher[0] == 0.5
+    assert compared(tmp_path).settings.teachers[0] == [0.5]
+    # another teacher's
+    write_run(tmp_path / "3", seed=2, teacher_accuracy=0.25)
+    assert compared(tmp_path).settings.teachers[0] == [0.25, 0.5]
+    assert "| 25.00, 50.00 |" in to_markdown(compared(tmp_path))
 
 
 def test_rows_that_changed_under_the_same_config_are_told(tmp_path: Path) -> None:
