@@ -180,7 +180,9 @@ class RequestRunner(Generic[Tag]):
         try:
             while self.stopped is None and (rounds := next(rows, None)) is not None:
                 while self.stopped is None and (questions := next(rounds, None)):
-                    await asyncio.gather(*[self._start(self._ask(*question)) for question in questions])
+                    asked = [self._ask(*question) for question in questions]
+                    # a task for each would cost much time at a high concurrency
+                    await (asked[0] if len(asked) == 1 else asyncio.gather(*map(self._start, asked)))
                 # rows without questions never wait: let others run
                 await asyncio.sleep(0)
         except BaseException:
