@@ -282,16 +282,21 @@ def _check_extra(value: dict[str, Any] | None) -> dict[str, Any]:
     return extra
 
 
+class _Part(BaseModel):
+    type: str
+    text: str = ""
+
+
 class _Message(BaseModel):
     """The message of a chat, or the choice of a completion."""
 
-    content: str | None = Field(None, validation_alias=AliasChoices("content", "text"))
+    content: str | list[_Part] | None = Field(None, validation_alias=AliasChoices("content", "text"))
     reasoning: Any = None
     reasoning_content: Any = None
 
 
 class _Token(BaseModel):
-    logprob: float
+    logprob: float | None = None  # minus infinity, to llama.cpp
 
 
 class _Completion(BaseModel):
@@ -312,6 +317,9 @@ class _Completion(BaseModel):
 
 def _reply(found: _Completion, stop: tuple[str, ...]) -> Reply:
     message, whole = found.message, found.message.content or ""
+    if isinstance(whole, list):
+        # the parts of Mistral's reasoning models, without the thinking
+        whole = "".join(part.text for part in whole if part.type == "text")
     # further stop texts, or those that `transformers serve` leaves in
     text = cut_at(whole, stop)
     known = [value for value in found.logprobs or [token.logprob for token in found.tokens or ()] if value is not None]

@@ -203,12 +203,19 @@ def test_thoughts_are_no_part_of_an_answer() -> None:
     assert answered(says({"message": message, "logprobs": logprobs}), logprobs=True) == Reply("B")
 
 
+def test_parts_of_an_answer_are_joined_without_the_thinking() -> None:
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "A? No."}]}
+    parts = [thinking, {"type": "text", "text": "So "}, {"type": "text", "text": "B."}]
+    assert answered(says({"message": {"content": parts}, "finish_reason": "stop"})) == Reply("So B.", finish="stop")
+
+
 @pytest.mark.parametrize(
     ("found", "mean"),
     [
         ({"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1.5}]}, -1.0),
         ({"tokens": ["a", "b"], "token_logprobs": [-0.25, -0.75], "top_logprobs": None}, -0.5),
         ({"tokens": ["a", "b"], "token_logprobs": [None, -0.75]}, -0.75),
+        ({"content": [{"token": "a", "logprob": None}, {"token": "b", "logprob": -1.5}]}, -1.5),
         ({"content": []}, None),
         ({"content": None, "refusal": None}, None),
         ([], None),
