@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from lit_distill import __version__
@@ -30,6 +31,7 @@ class Job:
         self.datamodule, self.teacher, self.plan, self.rows = datamodule, teacher, plan, rows
         self.places = {row.id: place for place, row in enumerate(rows)}
         self.hashes = {row.id: input_hash(row) for row in rows}
+        self.faults: Counter[str] = Counter()  # of the user's own comparison of labels
 
     def run(self, folder: Path, concurrency: int, budget: Budget, *, ask_failed: bool) -> dict[str, Any]:
         """Ask all questions that have no answer in the folder; return a summary."""
@@ -63,11 +65,12 @@ class Job:
                     runner.run((self.plan.questions(row, store.answered) for row in self.rows), interrupts)
             finally:
                 self.note(store, started, runner.stopped)
-                store.finish(self.place, self.datamodule.teacher_agrees)
+                store.finish(self.place, self.agree)
                 store.write_card()
         return self.summary(folder) | {
             "not answered now": runner.busy.total(),
             "why not": most_common(runner.busy),
+            "labels not compared": most_common(self.faults),
             "stopped": runner.stopped,
             "seconds": round(time.monotonic() - began, 1),
             "file": str(folder / FILE),
@@ -101,7 +104,15 @@ class Job:
         try:
             return read_text(sample, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees)
         except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
-            return unread(sample, " ".join(f"{type(error).__name__}: {error}".split()))
+            return unread(sample, _words(error))
+
+    def agree(self, label: str, other: str) -> bool:
+        """Whether two labels are the same answer; not if the user's own comparison fails."""
+        try:
+            return self.datamodule.teacher_agrees(label, other)
+        except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
+            self.faults[_words(error)] += 1
+            return False
 
     def used(self, sample: Annotation) -> tuple[int, float]:
         """Tokens and US dollars of an answer; estimated if the teacher does not count."""
@@ -161,12 +172,18 @@ class Job:
             "cost": answers.cost.sum(min_count=1),
             "majority agrees": majority.id.nunique() / judged.id.nunique() if len(judged) else None,
         }
-        return {name: None if pd.isna(value) else value for name, value in found.items()}
+        # plain values, which JSON takes
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
+        return {name: None if pd.isna(value) else value for name, value in plain.items()}
 
 
 def now() -> str:
     """The time, as in metadata."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def most_common(reasons: Counter[str]) -> str | None:

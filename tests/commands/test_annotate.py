@@ -355,6 +355,26 @@ def test_a_fault_in_a_user_s_own_reading_loses_no_answer(
     assert columns("id", "parsed", "label", "error")[1] == ("r1", True, "weird", None)
 
 
+def test_a_fault_in_a_user_s_own_comparison_of_two_answers_loses_none(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "faulty_votes.py").write_text(
+        "from lit_distill.data import JSONLDataModule\n"
+        "class OwnDataModule(JSONLDataModule):\n"
+        "    def teacher_agrees(self, label, gold):\n"
+        "        return {'gold': False}[gold]\n"
+    )
+
+    def answer(request: Request) -> str:
+        return f"Well. So the answer is {request.body['seed'] % 2}."
+
+    with serving(saying(answer)) as server:
+        arguments = own(numbered(here, 1, label="gold"), server, "--num_samples=3")[1:]
+        run("annotate", ["--data=faulty_votes.OwnDataModule", *arguments])
+    assert "x KeyError: '0'" in capsys.readouterr().out
+    assert columns("label", "majority_label", "votes") == [("0", "0", 3), ("1", "0", 3), ("0", "0", 3)]
+
+
 def test_what_refuses_all_is_asked_again_once_it_is_mended(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def behave(request: Request) -> Act:
         if broken:
