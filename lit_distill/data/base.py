@@ -107,7 +107,8 @@ class RationaleDataModule(Dataset):
         self.eval_batch_size = checks.check_int("eval_batch_size", eval_size, 1)
         self.tasks = tasks_from(tasks)
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
-        listed = rationales if isinstance(rationales, list) else [RELEASED if rationales is None else rationales]
+        given_paths = RELEASED if rationales is None else rationales
+        listed = given_paths if isinstance(given_paths, list | tuple) else [given_paths]
         if not listed or not all(isinstance(path, str | Path) for path in listed):
             raise UserError(f"rationales must be a path or a list of paths, got {rationales!r}")
         self.rationales = [Path(path) for path in listed]
@@ -163,6 +164,12 @@ class RationaleDataModule(Dataset):
                 sources.append(found)
         outputs = [sum(of_row, ()) for of_row in zip(*sources, strict=True)]
         rows = [replace(row, outputs=of_row) for row, of_row in zip(rows, outputs, strict=True)]
+        names = dict.fromkeys(output.teacher for of_row in outputs for output in of_row)
+        if len(names) > 1 and not any(task.teacher for task in self.tasks.values()):
+            self._warn(
+                f"{split}: samples of several teachers ({', '.join(map(str, names))}), the first of which comes"
+                " first; a task's teacher or rationale_filter: teacher == 'NAME' chooses"
+            )
         if split == "train":
             check_columns(self.rationale_filter, rows)
         return rows

@@ -1,7 +1,7 @@
 """A user's own data: files, saved folders or a hub dataset."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,10 @@ class JSONLDataModule(RationaleDataModule):
             if isinstance(label_set, str) or not texts or len(texts) < len(label_set):
                 raise UserError(f"label_set must be a list of different texts, none of them empty, got {label_set!r}")
             self.label_set = tuple(label_set)
-        self._outputs = dict(outputs or {})
-        if not all(isinstance(text, str) for pair in self._outputs.items() for text in pair):
+        named = {} if outputs is None else outputs
+        if not isinstance(named, Mapping) or not all(isinstance(text, str) for pair in named.items() for text in pair):
             raise UserError(f"outputs must map columns to kinds, got {outputs!r}")
+        self._outputs = dict(named)
         parts = ("id", "label", "rationale", "teacher_label", "choices")
         self._columns: dict[str, str | None] = {part: own[f"{part}_column"] for part in parts}
         self._input_column, self._template = input_column, input_template

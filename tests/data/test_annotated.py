@@ -251,6 +251,8 @@ def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: py
     lines = [said("b", teacher="U"), said("a", 0, "no", teacher="T"), said("a", 1, teacher="U"), said("b", teacher="T")]
     module = jsonl(lines)
     assert [row.columns.get("teacher") for row in rows_of(module)] == ["U", "U", None]
+    assert "samples of several teachers (U, T), the first of which comes first" in caplog.text
+    caplog.clear()
     module = jsonl(lines, rationale_filter="teacher == T")
     assert rationales(module) == {"a": "R0 of a", "b": "R0 of b", "c": None}
 

@@ -272,6 +272,7 @@ def read_all(**arguments: Any) -> None:
             "^label_set must be a list of different texts, none of them empty",
         ),
         ({"train": "x.jsonl", "label_set": ["a", ""]}, "^label_set must be a list of different texts"),
+        ({"train": "x.jsonl", "outputs": ["program"]}, r"^outputs must map columns to kinds, got \['program'\]"),
         (
             {"train": "x.jsonl", "label_set": [0, 1]},
             r"^label_set must be a list of different texts, none of them empty, got \[0, 1\]",
