@@ -243,7 +243,7 @@ class DistillModule(Evaluating):
                     " give the method and its arguments as they were"
                 )
         self._target_limits = dict(checkpoint.get(_LIMITS_KEY, {}))
-        self._seed = checkpoint.get(_SEED_KEY, -1)
+        self._seed = checkpoint.get(_SEED_KEY, self._seed)
         if (loops := checkpoint.get("loops")) is not None:
             loop = loops["fit_loop"]
             batches = loop["epoch_loop.batch_progress"]["current"]["completed"]

@@ -73,8 +73,9 @@ def clip_in_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> bool:
 
 
 def check_numbers(settings: Iterable[Mapping[str, Any]]) -> None:
-    """Raise a ``UserError`` if a setting of a checkpoint's optimizer or schedule is no number."""
-    for name, value in ((name, value) for group in settings for name, value in group.items()):
+    """Raise a ``UserError`` if a setting of a checkpoint's optimizer or schedule that has to be a number is none."""
+    wanted = "lr", "betas", "eps", "weight_decay", "base_lrs", "last_epoch"
+    for name, value in ((name, group[name]) for group in settings for name in wanted if name in group):
         numbers = value if isinstance(value, list | tuple) and value else [value]
-        if name != "lr_lambdas" and not all(isinstance(one, int | float | None) for one in numbers):
+        if not all(isinstance(one, int | float | None) for one in numbers):
             raise UserError(f"ckpt_path: the checkpoint's optimizer has {name} {value!r}, which is no number")

@@ -33,14 +33,14 @@ class Training(pl.LightningModule):
     objectives: list[Objective]  # an `nn.ModuleList`
     teachers: Teachers
     window: Window  # the optimizer step in progress
-    _window_weights: dict[str, Tensor]  # see `window_weights`
     _window_terms: dict[str, Tensor]  # the terms of the step so far
-    _gradient_norm: Tensor | None  # before clipping; `None` if gradients are sharded or scaled
+    _gradient_norm: Tensor | None = None  # before clipping; `None` if gradients are sharded or scaled
 
     def __init__(self) -> None:
         super().__init__()
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
         self._resumed: Position = (0, [])  # where the run that is resumed stopped
+        self._window_weights: dict[str, Tensor] = {}  # see `window_weights`; empty before a run
         self._target_limits: dict[str, int] = {}  # of generated tokens of each task, from the targets in train
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
@@ -110,8 +110,10 @@ class Training(pl.LightningModule):
         if stage != "predict":
             self.teachers.load(self.student)
         if stage == "fit":
-            # left by an earlier run or `load_from_checkpoint`; a resumed run loads its own later
-            self._seed, self._resumed = -1, (0, [])
+            # not those of an earlier run or `load_from_checkpoint`; a resumed run loads its own later
+            self._resumed = (0, [])
+            # the same on all ranks: rank 0 writes it into the checkpoint
+            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
             source: Any = self.trainer.fit_loop._data_source
             # of the class: an earlier run has wrapped the object's
             source.dataloader = partial(self._read_ahead, partial(type(source).dataloader, source))
@@ -136,10 +138,7 @@ class Training(pl.LightningModule):
         return [self.term_counts(batch) for batch in batches]
 
     def on_fit_start(self) -> None:
-        """Set the run's seed, and report the effective batch size."""
-        if self._seed < 0:
-            # the same on all ranks: rank 0 writes it into the checkpoint
-            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+        """Report the effective batch size."""
         if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
             return
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -186,6 +185,8 @@ class Training(pl.LightningModule):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the step's gradient is that of the whole step's loss."""
         terms, weights = self.loss_terms(self.step(batch)), self._window_weights
+        if not weights:
+            return self.total_loss(terms)
         # counted on the host: no device synchronisation
         counts = self.window.counts[batch_idx - self.window.start]
         scaled = {

@@ -60,7 +60,8 @@ class WindowLoader(CombinedLoader):
     def __init__(
         self, loader: Any, size: Callable[[], int], count: Callable[[list[TaskBatch]], list[Counts]], resumed: Position
     ) -> None:
-        super().__init__(loader, "max_size_cycle")
+        combined = isinstance(loader, CombinedLoader)
+        super().__init__(*((loader.iterables, loader._mode) if combined else (loader, "max_size_cycle")))
         self._size, self._count, self._resumed = size, count, resumed
         self._items: Iterator[tuple[Any, Window]]
         self._handed_out: deque[Window] = deque()

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lit_distill.batch import TaskBatch
@@ -232,13 +233,23 @@ def test_activation_checkpointing_has_the_same_gradients(student_folder: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_bare_loaders_are_read_ahead_too(student_folder: Path) -> None:
+@pytest.mark.parametrize("combined", [False, True])
+def test_bare_loaders_are_read_ahead_too(student_folder: Path, combined: bool) -> None:
     rows = random_rows(**RAGGED)  # type: ignore[arg-type]
     module = make_module(student_folder, rationale_weight=WEIGHT)
     steps = Steps()
-    loader = RowsData(rows, BATCH, module.tasks).train_dataloader()
+    loader: Any = RowsData(rows, BATCH, module.tasks).train_dataloader()
+    if combined:
+        loader = CombinedLoader(loader, "min_size")
     make_trainer(accumulate_grad_batches=3, callbacks=[steps]).fit(module, loader)
     assert max(differences(steps, windows(rows, 3), STEP_BY_STEP)) < 1e-5
+
+
+def test_a_training_step_without_a_trainer_is_the_plain_loss(student_folder: Path) -> None:
+    rows = random_rows(**RAGGED)  # type: ignore[arg-type]
+    module = make_module(student_folder, rationale_weight=WEIGHT)
+    batch = next(iter(RowsData(rows, BATCH, module.tasks).train_dataloader()))
+    assert module.training_step(batch, 0).equal(module.total_loss(module.loss_terms(module.step(batch))))
 
 
 def test_a_second_fit_of_the_same_module(student_folder: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.tuner.tuning import Tuner
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
@@ -226,3 +228,36 @@ def test_a_run_that_stops_clipping(student_folder: Path) -> None:
         module, datamodule=RowsData(ROWS, 2, module.tasks)
     )
     assert max(norms.found[:2]) < 1.1e-3 < 0.1 < min(norms.found[2:])
+
+
+class OwnOptimizer(StepByStepModule):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW([{"params": list(self.parameters()), "name": "all"}], lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_an_optimizer_and_a_schedule_of_a_users_class_resume(student_folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for resumed in (None, tmp_path / "half.ckpt"):
+        torch.manual_seed(7)
+        module = OwnOptimizer(student_folder, from_scratch=True)
+        for steps, path in ((2, None), (4, resumed)) if resumed else ((4, None),):
+            trainer = make_trainer(max_steps=steps, gradient_clip_val=0.1)
+            trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks), ckpt_path=path, weights_only=True)
+            if resumed:
+                trainer.save_checkpoint(resumed)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert weights[0].equal(weights[1])
+
+
+def test_lightning_finds_a_learning_rate(here: Path, student_folder: Path) -> None:
+    module = StepByStepModule(student_folder, from_scratch=True)
+    tuner = Tuner(make_trainer(max_steps=20))
+    found = tuner.lr_find(module, datamodule=RowsData(ROWS, 2, module.tasks), num_training=5, early_stop_threshold=None)
+    assert found is not None
+    assert len(found.results["lr"]) == 5
