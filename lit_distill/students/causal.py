@@ -59,10 +59,9 @@ class CausalPass(Pass):
 
     def _sources(self, inputs: TaskInputs) -> tuple[Tensor, Tensor]:
         """Source ids and which are real, ``(rows, source_len)``; an empty source becomes one padding token."""
-        real = inputs["attention_mask"].bool()
-        ids = inputs["input_ids"].where(real, self.student.tokenizer.pad_token_id)
-        first = torch.arange(real.shape[1], device=real.device) == 0
-        return ids, real | (first & ~real.any(dim=1, keepdim=True))
+        real, pad = inputs["attention_mask"].bool(), self.student.tokenizer.pad_token_id
+        ids = F.pad(inputs["input_ids"].where(real, pad), (1, 0), value=pad)
+        return ids, torch.cat([~real.any(dim=1, keepdim=True), real], dim=1)
 
     @cached_property
     def _hidden(self) -> tuple[Tensor, ...]:
@@ -73,7 +72,7 @@ class CausalPass(Pass):
 
     def _run(self, **inputs: Any) -> Any:
         """The model without its output head; refuses more positions than it has."""
-        length, most = inputs["attention_mask"].shape[1], self.student.most_positions
+        length, most = int(inputs["attention_mask"].sum(dim=1).max()), self.student.most_positions
         if length > most:
             raise UserError(
                 f"student: a prompt and its target have {length} tokens, the model has {most} positions;"

@@ -150,6 +150,9 @@ def test_a_row_without_a_target_and_one_without_a_source() -> None:
     assert step.labels("label").tolist() == [6, EOS, EOS]
     with pytest.raises(KeyError, match="which holds label"):
         step.loss("rationale")
+    # no source at all, and so no column of one
+    alone = student({"label": padded([([], [6, EOS])], EOS)})
+    torch.testing.assert_close(alone.token_losses("label"), step.token_losses("label")[:2])
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -230,6 +233,9 @@ def test_more_tokens_than_positions() -> None:
     # what is generated ends where the positions do
     found = student.eval()({"label": padded([([4, 5, 6, 7, 8], [])], EOS)}).generate("label", max_new_tokens=9)
     assert len(found[0]) <= 3
+    # a long prompt and a long choice, but not of one row
+    step = student({"label": padded([([4, 5, 6, 7, 8], []), ([4], [])], EOS)})
+    assert [len(scores) for scores in step.score("label", [("cat",), ("a b c d e",)])] == [1, 1]
 
 
 # ---------------------------------------------------------------------- tokens
