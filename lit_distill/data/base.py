@@ -361,6 +361,8 @@ class RationaleDataModule(Dataset):
         found = TokenRows(table, settings, self.seed)
         cut = cut_counts(found.column, settings)
         self.counts[split] |= cut
+        told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
+        rank_zero_only(_log.info)(f"{self.name} {split}: {told}")
         if any(cut.values()):
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
             limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"

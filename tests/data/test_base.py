@@ -247,7 +247,9 @@ def test_truncation_is_counted_and_said(
     module = CQADataModule(
         data_dir=write_cqa(), tokenizer=tokenizer, tasks=BOTH, max_source_length=10, max_target_length=5
     )
-    module.setup("fit")
+    with caplog.at_level("INFO"):
+        module.setup("fit")
+    assert "cqa train: rows 18, parsed 18, teacher correct " in caplog.text
     # 18 rows: both tasks' inputs are cut, of the targets only the rationales (`yes` and its end are 4 tokens)
     assert module.counts["train"]["truncated_inputs"] == 36
     assert module.counts["train"]["truncated_targets"] == 18
