@@ -17,12 +17,20 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_distill.callbacks import SampleTable, Throughput, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
 from lit_distill.commands.finish import Run, finish_fit
-from lit_distill.commands.loggers import continue_loggers, keep_metrics, name_loggers, names, run_folder
+from lit_distill.commands.loggers import (
+    continue_loggers,
+    keep_metrics,
+    logger_root,
+    loggers_of,
+    name_loggers,
+    names,
+    run_folder,
+)
 from lit_distill.commands.parser import Parser, Raised, constructor_arguments
 from lit_distill.commands.report import report, write_predictions
 from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training, check_unused, find_run, read_progress
@@ -158,12 +166,17 @@ def run_trainer(command: str, args: list[str]) -> None:
     progress = read_progress(config["ckpt_path"])
     saving = SaveConfig(config, parser.dump(config, skip_unset=False))
     if fit:
-        check_training(saving.plain, SaveConfig.of(progress), constructor_arguments(DistillModule))
+        trained = SaveConfig.of(progress)
+        if progress and not trained and folder is None:
+            rank_zero_warn("ckpt_path: the checkpoint holds no config to compare with the one given here")
+        check_training(saving.plain, trained, constructor_arguments(DistillModule))
     history = RunHistory(run_folder)
     trainer, module, data = _build(parser, _to_build(config, folder, progress), [history, saving])
     # a resumed run records its original student
     for name in ("student", "from_scratch"):
         module.hparams[name] = module._hparams_initial[name] = config["model"]["init_args"][name]
+    roots = [root for logger in loggers_of(config) for root in (logger_root(logger), *logger_root(logger).parents)]
+    made = [root for root in roots if not root.exists()]
     failed = True
     try:
         if folder is not None:
@@ -184,10 +197,10 @@ def run_trainer(command: str, args: list[str]) -> None:
             report(module)
         failed = False
     except UserError:
-        for logger in trainer.loggers:
-            # the folder that was made for a run that is refused; where there are files, it stays
+        # the folders that were made for a run that is refused; where there are files, they stay
+        for made_for in (*(logger.log_dir or "" for logger in trainer.loggers), *made):
             with suppress(OSError):
-                os.rmdir(logger.log_dir or "")
+                os.rmdir(made_for)
         raise
     except OSError as error:
         # the error of a full disk names no file

@@ -94,6 +94,25 @@ def test_another_configuration_is_another_run(
     assert "version_0 differs in test_after_fit, trainer.max_steps" in caplog.text
 
 
+def test_a_run_that_an_earlier_version_began_goes_on(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = small_toy(student_folder)
+    broken(monkeypatch, 1, same)
+    [folder] = run_folders()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["init_args"] |= {"compile": False, "evaluate_losses": "all"}
+    config["data"]["init_args"] |= {"pad_to_multiple_of": None}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["callbacks"]["SaveConfig"]
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="the checkpoint holds no config to compare"):
+        run("fit", same, f"--ckpt_path={path}", "--trainer.default_root_dir=elsewhere")
+    run("fit", same, "--resume")
+    assert run_folders() == [folder]
+    assert (folder / RECORD).is_file()
+
+
 def test_damaged_checkpoints_are_named_and_passed_over(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = [*command(student_folder), "--resume"]
     broken(monkeypatch, 7, same)
