@@ -15,7 +15,9 @@ class UserError(ValueError):
 
 
 def first_fault(error: "ValidationError") -> str:
-    """The first of pydantic's faults as one line: where it is, what is wrong, and the value."""
+    """The first of pydantic's faults as one line: where it is, what is wrong, and the value if this does not say it."""
     fault = error.errors(include_url=False)[0]
     place, text = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
-    return f"{place + ': ' if place else ''}{text}, got {fault['input']!r:.100}"
+    # our own words say what is wrong; what lacks a key is no value
+    got = "" if fault["type"] in ("value_error", "missing") else f", got {fault['input']!r:.100}"
+    return f"{place + ': ' if place else ''}{text}{got}"

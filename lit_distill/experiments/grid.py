@@ -153,9 +153,16 @@ def _flat(content: Any) -> Any:
     return flatten(content) if isinstance(content, Mapping) else content
 
 
+def _check_value(value: Any) -> Any:
+    """Check that a value can name a cell."""
+    if not isinstance(value, str | int | float | None) or value == "":
+        raise UserError(f"must be text, a number, true, false or null, got {value!r}")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], BeforeValidator(as_list)]
-Value = Text | bool | int | float | None
+Value = Annotated[Any, AfterValidator(_check_value)]
 Settings = Annotated[dict[str, Any], BeforeValidator(_flat), AfterValidator(fit_keys)]
 Axes = Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], BeforeValidator(_flat)]
 Cells = list[Annotated[dict[str, Value], Field(min_length=1), BeforeValidator(_flat)]]
@@ -165,15 +172,16 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def matches(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a cell's settings have all wanted values; a list allows any of its values."""
+    return all(key in settings and settings[key] in as_list(value) for key, value in wanted.items())
+
+
 class Condition(_Part):
     """Settings for some of the cells."""
 
     wanted: Annotated[Settings, Field(alias="if", min_length=1)]
     settings: Annotated[Settings, Field(alias="set", min_length=1)]
-
-    def holds(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a cell's settings have all wanted values; a list allows any of its values."""
-        return all(key in settings and settings[key] in as_list(value) for key, value in self.wanted.items())
 
 
 class Grid(_Part):
@@ -198,7 +206,7 @@ class Grid(_Part):
         """A cell's changes to the base by the keys of ``fit``; later conditions win."""
         settings, varied = dict(self.fixed), fit_keys(point)
         for condition in self.when:
-            if condition.holds(self.fixed | varied):
+            if matches(condition.wanted, self.fixed | varied):
                 settings |= condition.settings
         return settings | varied
 
@@ -209,14 +217,19 @@ class Grid(_Part):
             raise UserError(f"grid and cells make {count:,} cells; allowed are {MAX_CELLS:,}")
         if not self.axes and self.cells == [{}]:
             raise UserError("grid or cells must be given: nothing varies")
+        for i, cell in enumerate(self.cells):
+            if both := set(cell) & set(self.axes):
+                raise UserError(f"cells[{i}]: {min(both)} varies in grid as well; set it once")
         cells = [fit_keys(point) for point in self.points()]
         given = {"set": self.fixed} | {f"when[{i}].set": one.settings for i, one in enumerate(self.when)}
         for place, settings in given.items():
             if both := set(settings) & set().union(*cells):
                 raise UserError(f"{place}: {min(both)} varies in grid or cells as well; set it once")
         for i, condition in enumerate(self.when):
-            if not any(condition.holds(self.fixed | cell) for cell in cells):
-                raise UserError(f"when[{i}].if: no cell has {condition.wanted}")
+            single = [{key: value} for key, values in condition.wanted.items() for value in as_list(values)]
+            for wanted in (*single, condition.wanted):
+                if not any(matches(wanted, self.fixed | cell) for cell in cells):
+                    raise UserError(f"when[{i}].if: no cell has {wanted}")
         names = [cell_name(point) for point in self.points()]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
