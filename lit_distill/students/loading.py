@@ -42,6 +42,8 @@ def load(
     Raises:
         UserError: the student cannot be read, is of no known family, or its weights or tokenizer do not fit.
     """
+    # before files are read, perhaps from the hub
+    wanted = None if adapter is None else Adapter.of(adapter)
     files = StudentFiles(name)
     tokens = files.tokens()
     model = load_model(files, from_scratch=from_scratch, dropout=dropout, dtype=dtype, adapter=adapter, meta=meta)
@@ -55,7 +57,7 @@ def load(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     student = CausalStudent(model, tokens) if tokens.family == "causal" else Seq2SeqStudent(model, tokens, fast=fast)
-    student.adapter = None if adapter is None else Adapter.of(adapter)
+    student.adapter = wanted
     return student
 
 
