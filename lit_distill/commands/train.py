@@ -1,6 +1,5 @@
 """``fit``, ``validate``, ``test`` and ``predict``: build student, data and trainer from a config, and run."""
 
-import os
 import shlex
 import sys
 import traceback
@@ -198,9 +197,9 @@ def run_trainer(command: str, args: list[str]) -> None:
         failed = False
     except UserError:
         # the folders that were made for a run that is refused; where there are files, they stay
-        for made_for in (*(logger.log_dir or "" for logger in trainer.loggers), *made):
+        for place in (*(Path(logger.log_dir or "") for logger in trainer.loggers), *made):
             with suppress(OSError):
-                os.rmdir(made_for)
+                place.rmdir()
         raise
     except OSError as error:
         # the error of a full disk names no file
