@@ -55,7 +55,8 @@ def published_row(run: Run) -> str | None:
         and record.train_fraction == 1
         and record.rationales in (None, "own")
         and record.test_rows == TEST_ROWS[dataset]
-        and abs(record.train_rows / TRAIN_ROWS[dataset] - 1) <= 0.01
+        # single task leaves out rows without a rationale: 12 of SVAMP's
+        and abs(record.train_rows / TRAIN_ROWS[dataset] - 1) <= 0.02
         and abs(record.parameters / _PARAMETERS - 1) <= 0.05
         and all(value in _AS_PUBLISHED.get(key, (value,)) for key, value in config.items())
         and not any(value for key, value in config.items() if key.startswith(_ADDED))

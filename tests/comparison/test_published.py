@@ -37,6 +37,13 @@ def test_a_student_is_known_with_and_without_its_owner(tmp_path: Path, student: 
     assert published_row(run) == "step-by-step, PaLM 540B rationales"
 
 
+def test_rows_without_a_rationale_may_be_missing(tmp_path: Path) -> None:
+    # single task trains on these of SVAMP's 720
+    write_run(tmp_path, **AS_PUBLISHED | {"method": "SingleTask", "train_rows": 708})
+    [run] = find_runs([tmp_path])[0]
+    assert published_row(run) == "single task: rationale and label"
+
+
 @pytest.mark.parametrize(
     "how",
     [
