@@ -103,12 +103,11 @@ def compare_runs(
 
 
 def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
-    """Refuse runs whose test rows differ, where they are known."""
+    """Refuse runs whose test rows differ in hash or number, where these are known."""
     places: dict[str, list[str]] = {}
     for run in runs:
-        if run.test:
-            places.setdefault(run.test, []).append(run.source)
-    if len(places) > 1:
+        places.setdefault(run.test or f"{run.record.test_rows:,} rows", []).append(run.source)
+    if len({run.test for run in runs} - {""}) > 1 or len({run.record.test_rows for run in runs} - {0}) > 1:
         shown = ", ".join(
             f"{sources[0]} ({place})" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
             for place, sources in places.items()

@@ -188,6 +188,14 @@ def test_what_was_published_stands_beside_runs_of_its_kind(tmp_path: Path) -> No
     }
 
 
+def test_other_numbers_of_test_rows_are_refused_where_their_hash_is_unknown(tmp_path: Path) -> None:
+    for rows in (20, 30):
+        write_run(tmp_path / str(rows), correct=[True] * rows, fingerprints={}, seed=rows)
+    with pytest.raises(UserError, match=r"tested on different rows: \S+ \(20 rows\), \S+ \(30 rows\); "):
+        compared(tmp_path)
+    assert len(compared(tmp_path, allow_different_tests=True).runs) == 2
+
+
 def test_the_teacher_is_taken_from_the_runs_or_from_the_paper(tmp_path: Path) -> None:
     write_run(tmp_path / "1")
     assert compared(tmp_path).settings.teachers[0] == [0.7723]
