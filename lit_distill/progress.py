@@ -24,7 +24,16 @@ tqdm.monitor_interval = 0
 
 def progress_bar() -> ProgressBar:
     """Lightning's own bar on a terminal, else `ProgressLines`."""
-    return TQDMProgressBar() if sys.stdout.isatty() else ProgressLines()
+    return _Bars() if sys.stdout.isatty() else ProgressLines()
+
+
+class _Bars(TQDMProgressBar):
+    """Lightning's bars; what is printed after an exception stands below them."""
+
+    def on_exception(self, *args: Any) -> None:
+        for bar in (self._train_progress_bar, self._val_progress_bar, self._test_progress_bar):
+            if bar is not None:
+                bar.close()
 
 
 class ProgressLines(ProgressBar):

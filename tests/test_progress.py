@@ -54,6 +54,10 @@ def test_on_a_terminal_there_are_bars(student_folder: Path, monkeypatch: pytest.
     fit(student_folder)
     assert re.search(r"\rEpoch 2: .*loss=\d", terminal.getvalue())
     assert "step 1 of 5" not in terminal.getvalue()
+    # an error's line begins below the bar
+    with pytest.raises(SystemExit):
+        fit(student_folder, "--model.learning_rate=1e30")
+    assert terminal.getvalue().endswith("\n")
 
 
 @pytest.mark.parametrize(("total", "expected"), [(5000, "rows: 1,003 of 5,000"), (None, "rows: 1,003, ok")])
