@@ -68,7 +68,7 @@ class ProgressLines(ProgressBar):
         stage = trainer.state.stage
         if stage is not None and self._is_due():
             batches = sum(getattr(trainer, f"num_{stage.dataloader_prefix}_batches"))
-            self._print(f"{stage.value}: batch {args[3] + 1} of {batches}")
+            self._print(f"{stage.value.replace('_', ' ')}: batch {args[3] + 1} of {batches}")
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]  # any arguments
 

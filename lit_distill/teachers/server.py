@@ -7,10 +7,18 @@ import re
 from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.request import getproxies
 
-from pydantic import AliasChoices, AliasPath, BaseModel, Field
+from pydantic import (
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from lit_distill import checks
 from lit_distill.errors import UserError
@@ -313,6 +321,15 @@ class _Completion(BaseModel):
     )
     input_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "prompt_tokens"))
     output_tokens: int | None = Field(None, validation_alias=AliasPath("usage", "completion_tokens"))
+
+    @field_validator("input_tokens", "output_tokens", mode="wrap")
+    @classmethod
+    def _count(cls, value: Any, read: ValidatorFunctionWrapHandler) -> int | None:
+        try:
+            return cast(int | None, read(value))
+        except ValidationError:
+            # the answer itself is good
+            return None
 
 
 def _reply(found: _Completion, stop: tuple[str, ...]) -> Reply:

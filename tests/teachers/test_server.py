@@ -391,6 +391,7 @@ def test_a_key_that_ends_is_everyone_s() -> None:
     ("usage", "counted"),
     [
         ({"prompt_tokens": "12", "completion_tokens": 5.0}, (12, 5)),
+        ({"prompt_tokens": -1.5, "completion_tokens": ["a"]}, (None, None)),
         (None, (None, None)),
     ],
 )
