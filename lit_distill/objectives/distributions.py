@@ -45,7 +45,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tenso
     ours, theirs = log_softmax(student, -1), log_softmax(teacher, -1)
     if beta in (0, 1):
         return _kl(ours, theirs) if beta else _kl(theirs, ours)
-    return beta * _skew(theirs, ours, beta) + (1 - beta) * _skew(ours, theirs, 1 - beta)
+    mixture = _mixture(theirs, ours, beta)
+    return beta * _kl(theirs, mixture) + (1 - beta) * _kl(ours, mixture)
 
 
 def skew_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
@@ -77,10 +78,13 @@ def _kl(left: Tensor, right: Tensor) -> Tensor:
 
 def _skew(left: Tensor, right: Tensor, share: float) -> Tensor:
     """KL from the left distribution to its mixture with the right one, of which it is a share."""
-    if share == 0:
-        return _kl(left, right)
-    mixture = share * left.exp() + (1 - share) * right.exp()
-    return _kl(left, mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log())
+    return _kl(left, _mixture(left, right, share) if share else right)
+
+
+def _mixture(left: Tensor, right: Tensor, share: float) -> Tensor:
+    """Log-probabilities of a mixture, of which the left distribution is a share."""
+    mixture = torch.lerp(right.exp(), left.exp(), share)
+    return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
 
 
 def stored_kl(student: Tensor, targets: SparseTargets, vocabulary: int, temperature: float = 1.0) -> Tensor:
