@@ -28,7 +28,7 @@ from lit_distill.progress import ticker
 from lit_distill.students import load_tokens
 from lit_distill.students.models import Dtype
 from lit_distill.teachers.capture import SHARD, Capturer, capture_on_ray
-from lit_distill.teachers.frozen import about, check_run
+from lit_distill.teachers.frozen import about, check_run, other_vocabulary
 from lit_distill.teachers.store import (
     Header,
     check_same,
@@ -140,10 +140,9 @@ def _header(config: Namespace, data: RationaleDataModule) -> Header:
         check_run(config["teacher"])
         theirs = load_tokens(config["teacher"])
     if (tokenizer := tokenizer_hash(tokens)) != tokenizer_hash(theirs):
-        raise UserError(
-            f"teacher: {config['teacher']!r} has another vocabulary ({len(theirs.tokenizer)} entries) than the student"
-            f" of this config ({len(tokens.tokenizer)}); distributions can only be learned over the same tokens"
-        )
+        kinds = [f"{own.family} rows, which end in token {own.tokenizer.eos_token_id}" for own in (theirs, tokens)]
+        told = other_vocabulary(theirs.tokenizer, tokens.tokenizer) or f"{kinds[0]}, the student {kinds[1]}"
+        raise UserError(f"teacher: {config['teacher']!r} has {told}; distributions can only be learned over the same")
     if config["head"] > len(tokens.tokenizer):
         raise UserError(f"head: {config['head']} is more than the {len(tokens.tokenizer)} ids of the vocabulary")
     return Header(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lit_distill import students
 from lit_distill.batch import TaskBatch
@@ -40,12 +41,8 @@ class FrozenModel:
         check_run(name)
         self.device, self.offload = device, offload
         self.student = students.load(name, dtype=dtype).eval().requires_grad_(False)
-        ours, theirs = student.tokenizer.get_vocab(), self.student.tokenizer.get_vocab()
-        if ours != theirs:
-            raise UserError(
-                f"{name!r} has another vocabulary ({len(theirs)} entries) than the student ({len(ours)});"
-                " distributions can only be compared over the same tokens"
-            )
+        if difference := other_vocabulary(self.student.tokenizer, student.tokenizer):
+            raise UserError(f"{name!r} has {difference}; distributions can only be compared over the same tokens")
         self._placed: torch.device | None = None
         self._waiting: list[Tensor] = []  # the offloaded weights
 
@@ -121,6 +118,17 @@ def about(who: str) -> Iterator[None]:
     except UserError as error:
         told = str(error).removeprefix("student: ").partition("; set from_scratch")[0]
         raise UserError(f"{who}: {told}") from error
+
+
+def other_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:
+    """How a teacher's vocabulary differs from the student's, with the first id that does; empty if it does not."""
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    if theirs == ours:
+        return ""
+    first = min(number for _, number in theirs.items() ^ ours.items())
+    tokens = [next((repr(token) for token, number in own.items() if number == first), "none") for own in (theirs, ours)]
+    sizes = f"another vocabulary ({len(theirs)} entries) than the student ({len(ours)})"
+    return f"{sizes}: its token {first} is {tokens[0]}, the student's {tokens[1]}"
 
 
 def check_run(name: str) -> None:

@@ -22,7 +22,7 @@ from tests.commands import capture_runs
 from tests.commands.test_resume import broken
 from tests.ranks import on_ranks
 from tests.runs import metric_rows, refusal, run, run_folders, small_model, small_trainer, write_release
-from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
+from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -249,7 +249,12 @@ def test_a_folder_of_another_capture_is_refused(
     )
     alien = add_weights(make_causal_folder(tmp_path / "alien"), make_causal_tokenizer())
     said = refusal(capsys, "capture", own, f"--teacher={alien}")
-    assert said.startswith(f"teacher: {str(alien)!r} has another vocabulary (65 entries) than the student of this con")
+    assert said.startswith(f"teacher: {str(alien)!r} has another vocabulary (65 entries) than the student (64): its")
+    same = add_weights(make_causal_folder(tmp_path / "same", vocab_size=64), make_tokenizer())
+    said = refusal(capsys, "capture", own, f"--teacher={same}")
+    assert said.startswith(
+        f"teacher: {str(same)!r} has causal rows, which end in token 1, the student seq2seq rows, which end in token 1;"
+    )
 
 
 def test_the_short_help_says_what_is_parsed(student_folder: Path, release: Path, capsys: Any) -> None:

@@ -142,10 +142,20 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_the_first_step(studen
     tokenizer.save_pretrained(folder)
     module = make(student_folder, folder)
     with pytest.raises(
-        UserError, match=r"^teachers: big: .* has another vocabulary \(65 entries\) than the student \(64"
+        UserError,
+        match=r"^teachers: big: .* has another vocabulary \(65 entries\) than the student \(64\): its token 64 is"
+        r" 'more', the student's none; distributions can only be compared over the same tokens$",
     ):
         make_trainer().fit(module, datamodule=RowsData(ROWS, 2, TASKS))
     assert module.global_step == 0
+
+
+def test_the_first_token_that_differs_is_named(student_folder: Path, tmp_path: Path) -> None:
+    folder = add_weights(make_student_folder(tmp_path / "other"))
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"cat":', '"cow":').replace('"no":', '"nay":'))
+    with pytest.raises(UserError, match=rf"\(64\): its token {WORDS.index('cat')} is 'cow', the student's 'cat'"):
+        make_trainer().fit(make(student_folder, folder), datamodule=RowsData(ROWS, 2, TASKS))
 
 
 @pytest.mark.parametrize(
