@@ -64,6 +64,11 @@ class AttentionScores(Objective):
         if (number := len(teachers.models[name].names)) != 1:
             # the next of a sequence would not record it
             raise UserError(f"{who}: teacher {name!r} is {number} models; name one whose attention to read")
+        if student.attentions != models[1].attentions:
+            raise UserError(
+                f"{who}: of the student and teacher {name!r} one has an encoder, the other none, so that they attend to"
+                " different tokens; take a teacher of the student's family"
+            )
         for model in models:
             model.record_attention(who)
         heads = [model.heads for model in models]
@@ -72,9 +77,8 @@ class AttentionScores(Objective):
                 f"{who}: the student's attention has {heads[0]} heads, the teacher's {heads[1]};"
                 " per_head: false matches the mean over heads"
             )
-        allowed = [kind for kind in student.attentions if kind in models[1].attentions]
-        for kind in self.kinds or allowed:
-            check_choice(f"{who}: kinds", kind, allowed)
+        for kind in self.kinds or student.attentions:
+            check_choice(f"{who}: kinds", kind, student.attentions)
             depths = (model.layers("encoder" if kind == "encoder" else "decoder") for model in models)
             self._maps[kind] = map_layers(who, self.layers, *depths, first=1)
 

@@ -14,7 +14,7 @@ from lit_distill.modules import StepByStepModule
 from lit_distill.objectives import AttentionScores, HiddenStates, MutualInformation, Objective
 from tests.modules.batches import Row, RowsData, collate, random_rows
 from tests.modules.running import difference, gradients_of, make_trainer
-from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
+from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder, make_tokenizer
 from tests.students.test_attention import llama_scores, t5_scores
 
 ROWS = random_rows(5, seed=31, without_rationale=(2,))
@@ -197,6 +197,12 @@ def test_models_that_do_not_fit(folders: dict[str, tuple[Path, Path]], tmp_path:
         " per_head: false matches the mean over heads"
     )
     make(t5[0], more, per_head=False)
+    other = add_weights(make_causal_folder(tmp_path / "other", vocab_size=64), make_tokenizer())
+    for models in ((t5[0], other), (other, t5[1])):
+        assert refused(*models) == (
+            "objectives: attention: of the student and teacher 'big' one has an encoder, the other none, so that they"
+            " attend to different tokens; take a teacher of the student's family"
+        )
     mamba = make_causal_folder(tmp_path / "mamba", model_type="mamba", state_size=4, pad_token_id=1)
     add_weights(mamba, make_causal_tokenizer())
     assert refused(llama[0], mamba).startswith("objectives: attention: no attention scores: a Mamba")
