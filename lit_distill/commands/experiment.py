@@ -3,6 +3,7 @@
 import copy
 import fnmatch
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -24,12 +25,13 @@ from lit_distill.experiments.cells import Cell, State
 from lit_distill.experiments.grid import Grid, as_list, cell_name, fit_keys, merge, nested, read_grid
 from lit_distill.experiments.launch import Board, Local, Slurm, run_cells
 from lit_distill.experiments.report import SWEEP, counts, show_event, summary_table, sweep_text
-from lit_distill.files import write_text
+from lit_distill.files import flatten, write_text
 from lit_distill.messages import known_subclasses
 from lit_distill.objectives import build_objective
 from lit_distill.reading import parse_yaml, read_small
 from lit_distill.records import read_record
 from lit_distill.shipped import find_config
+from lit_distill.teachers.frozen import about, check_place
 
 _BASES = (
     "lit_distill.modules.base.DistillModule",
@@ -87,6 +89,9 @@ def experiment(
     local = Local(1 if jobs is None else jobs, devices)
     try:
         board = {cell: _state(cell) for cell in cells}
+        for cell, state in board.items():
+            if state is not State.DONE:
+                _check_teachers(cell, str(config))
         if dry_run:
             Console().print(summary_table(board))
             return _summary(board)
@@ -213,6 +218,19 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
             raise UserError(f"{error} (in the cell {name} of {path})") from error
         cells.append(Cell(name, folder / name, _with_location(config, folder / name)))
     return cells
+
+
+def _check_teachers(cell: Cell, path: str) -> None:
+    """Raise a ``UserError`` if a cell's teacher is not there, such as a run that is still to be made."""
+    for key, given in flatten(cell.config).items():
+        if (found := re.fullmatch(r"model\.init_args\.teachers\.(.+)\.model", key)) is None:
+            continue
+        try:
+            with about(f"teachers: {found[1]}"):
+                for name in as_list(given):
+                    check_place(name)
+        except UserError as error:
+            raise UserError(f"{error} (in the cell {cell.name} of {path})") from error
 
 
 def _read(given: str, key: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One frozen model: read from where it is, kept on its device or in the host's memory, and its pass over a batch."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,9 @@ from lit_distill import students
 from lit_distill.batch import TaskBatch
 from lit_distill.errors import UserError
 from lit_distill.students import Pass, Student
+from lit_distill.students.files import StudentFiles, read_config
 from lit_distill.students.models import Dtype
+from lit_distill.teachers.store import is_store
 
 _FROM_FORWARD = frozenset(
     ("inputs", "labels", "rows", "states", "project", "logits", "token_losses", "loss", "hidden", "encoder")
@@ -142,6 +145,19 @@ def check_run(name: str) -> None:
         raise UserError(f"the run {name!r} has no whole model in student/, which fit writes at its end; {instead}")
     if runs := sorted(path.name for path in folder.glob("version_*") if path.is_dir()):
         raise UserError(f"{name!r} holds runs; name one of {', '.join(runs)} in it")
+
+
+def check_place(name: str) -> None:
+    """Raise a ``UserError`` for a path that holds no teacher. A name that may be one of the hub passes."""
+    check_run(name)
+    path = Path(StudentFiles(name).name)
+    if path.exists():
+        if not is_store(path):
+            read_config(name)
+        return
+    # where runs are, and what is no USER/NAME
+    if name.startswith("runs/") or path.suffix == ".ckpt" or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise UserError(f"there is no {name!r} yet; train, capture or copy it first")
 
 
 def check_device(device: str | None) -> None:

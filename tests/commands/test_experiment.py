@@ -38,6 +38,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture
+def teacher(here: Path, weights_folder: Path) -> None:
+    """The teacher that the ready grids name."""
+    Path("runs").mkdir()
+    Path("runs/teacher").symlink_to(weights_folder)
+
+
 @pytest.fixture(scope="module")
 def check() -> FitCheck:
     return FitCheck()
@@ -96,6 +103,7 @@ def test_there_is_a_grid_of_each_kind_for_each_dataset() -> None:
     assert {path.relative_to(CONFIGS / "experiments").as_posix() for path in READY} == wanted | {"smoke.yaml"}
 
 
+@pytest.mark.usefixtures("teacher")
 @pytest.mark.parametrize("path", READY, ids=lambda path: f"{kind(path)}-{path.stem}")
 def test_every_cell_of_a_ready_grid_is_what_fit_takes(
     path: Path, here: Path, capsys: pytest.CaptureFixture[str]
@@ -104,7 +112,8 @@ def test_every_cell_of_a_ready_grid_is_what_fit_takes(
     assert path.read_text().splitlines()[0] == f"# python -m lit_distill experiment --config {own}"
     summary = run_experiment(["--config", own, "--dry_run"])
     assert len(summary["cells"]) == summary["pending"] == COUNTS[kind(path)]
-    assert sorted(file.name for file in here.iterdir()) == ["configs"]
+    assert sorted(file.name for file in here.iterdir()) == ["configs", "runs"]
+    assert [file.name for file in Path("runs").iterdir()] == ["teacher"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in summary["cells"])
     out = yaml.safe_load(path.read_text())["out"]
@@ -138,6 +147,7 @@ def test_cells_of_the_ready_grids_by_hand(check: FitCheck, capsys: pytest.Captur
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("teacher")
 def test_the_search_of_distiller_varies_layers_and_divergence() -> None:
     experiment("configs/experiments/distiller/svamp.yaml", launcher="print")
     found = set()
@@ -297,6 +307,27 @@ def test_an_overlay_is_laid_over_the_base_of_its_cells(student_folder: Path) -> 
     ):
         distiller = [{"overlay": "method/distiller", f"model.objectives.0.{key}": 1.5}]
         assert refusal(small(student_folder, cells=distiller)).startswith(said)
+
+
+def test_a_teacher_that_is_not_there_is_refused(student_folder: Path, weights_folder: Path) -> None:
+    def with_teachers(*names: str) -> dict[str, Any]:
+        return small(student_folder, cells=[{"overlay": "method/kl", "teacher": name} for name in names])
+
+    # hub names cannot be checked offline
+    found = experiment(write(with_teachers("large", "org/large", str(weights_folder))), dry_run=True)
+    assert found["pending"] == 3
+    for absent, dry_run in (("runs/teacher", True), ("./teacher", False), ("a/b/teacher", True), ("last.ckpt", True)):
+        said = refusal(with_teachers("large", absent), dry_run=dry_run)
+        assert said.startswith(f"teachers: teacher: there is no {absent!r} yet; train, capture or copy it first (in ")
+    Path("empty").mkdir()
+    said = refusal(with_teachers("empty"), dry_run=True)
+    assert said.startswith("teachers: teacher: the config.json of 'empty' is absent, empty or no object (in the cell")
+    # a finished cell needs none
+    Path("big").symlink_to(weights_folder)
+    [name] = experiment(write(with_teachers("./big")), launcher="print")["cells"]
+    write_record(Path("cells", name), make_record(0.5))
+    Path("big").unlink()
+    assert experiment("grid.yaml", dry_run=True)["done"] == 1
 
 
 @pytest.mark.parametrize("damage", ["format", "half"])
