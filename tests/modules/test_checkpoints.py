@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lit_distill.errors import UserError
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
-from lit_distill.objectives import Objective, Step, build_objective
+from lit_distill.objectives import HiddenStates, Objective, PredictionHeads, Step, build_objective
 from lit_distill.students import load_model, load_tokenizer
 from lit_distill.students.models import is_tied, save_model
 from lit_distill.tasks import LABEL, RATIONALE_LABEL, Task
+from lit_distill.teachers.models import TeacherModel
 from tests.modules.batches import RowsData, collate, random_rows
 from tests.modules.running import identical, make_trainer
 from tests.students import make_student_folder
@@ -262,6 +263,25 @@ def test_a_checkpoint_of_other_prefixes_is_refused(student_folder: Path, tmp_pat
     ):
         with pytest.raises(UserError, match="ckpt_path: the checkpoint was trained with tasks"):
             other.on_load_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_is_evaluated_without_its_objectives(
+    student_folder: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    path, teachers = tmp_path / "end.ckpt", {"big": TeacherModel(str(weights_folder))}
+    module = trained(student_folder, path, objectives=[HiddenStates()], teachers=teachers)
+    data = RowsData(ROWS, 2, module.tasks)
+    alone = StepByStepModule(student_folder, from_scratch=True)
+    make_trainer(limit_val_batches=1).validate(alone, data, ckpt_path=path, weights_only=True, verbose=False)
+    assert torch.equal(logits(alone), logits(module))
+    again = StepByStepModule.load_from_checkpoint(path)
+    assert torch.equal(again.state_dict()["objectives.0.maps"], module.state_dict()["objectives.0.maps"])
+    told = r"^ckpt_path: the checkpoint was trained with objectives \['HiddenStates'\] and teachers \['big'\], not "
+    with pytest.raises(UserError, match=told + r"objectives \[\] and teachers \[\]; give them as they were$"):
+        make_trainer(max_epochs=2).fit(alone, data, ckpt_path=path, weights_only=True)
+    other = StepByStepModule(student_folder, from_scratch=True, objectives=[PredictionHeads()], teachers=teachers)
+    with pytest.raises(UserError, match=told + r"objectives \['PredictionHeads'\] and teachers \['big'\];"):
+        make_trainer().validate(other, data, ckpt_path=path, weights_only=True, verbose=False)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
