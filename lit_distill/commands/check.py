@@ -68,7 +68,7 @@ def make_checker(args: list[str], *, on_rank: bool = False) -> tuple[Checker, bo
     config["trainer"] = parser.get_defaults()["trainer"]
     config["trainer"].update(Namespace(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False))
     trainer, module, data = build(parser, config, [])
-    module.check_teachers(trainer)
+    module.check_teachers(trainer, "fit")
     data.prepare_data()
     data.setup("fit")
     # a store holds the targets of the data alone

@@ -183,7 +183,7 @@ def run_trainer(command: str, args: list[str]) -> None:
             keep_metrics(trainer.loggers, progress.get("global_step", 0))
         checkpoint = {"ckpt_path": config["ckpt_path"], "weights_only": config["weights_only"]}
         if command != "predict":
-            module.check_teachers(trainer)
+            module.check_teachers(trainer, command)
         if fit:
             if config["push_to_hub"] is not None and trainer.is_global_zero:
                 check_hub(config["push_to_hub"])

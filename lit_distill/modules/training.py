@@ -104,11 +104,14 @@ class Training(pl.LightningModule):
         name = type(self._trainer.strategy).__name__ if self._trainer is not None else ""
         return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
-    def check_teachers(self, trainer: pl.Trainer) -> None:
+    def check_teachers(self, trainer: pl.Trainer, stage: str) -> None:
         """Load the teachers, and let copies of the objectives check them, before a run reads data."""
         self.trainer = trainer
         self.student.sharded = self.sharded
         self.teachers.load(self.student)
+        for objective in self.objectives if stage == "fit" else ():
+            if objective.teacher is not None and (store := self.teachers.store(objective.teacher)) is not None:
+                store.check_train()
         with isolate_rng():
             for objective in self.objectives:
                 copy.deepcopy(objective).setup(self.student, self.teachers)

@@ -212,6 +212,7 @@ class StoreGroup(Group):
     def load(self, student: Student) -> None:
         if not self._fits:
             self.store.check_student(student)
+            self.store.check_rows()
         self._fits = True
 
     def single(self, who: str) -> Student:

@@ -269,13 +269,21 @@ class Store:
                 f" {found}; capture again, into another folder"
             )
 
-    def check_targets(self, keys: Mapping[str, Keys]) -> None:
-        """Raise a ``UserError`` if the store lacks training targets; ``keys`` are those of each task."""
+    def check_rows(self) -> None:
+        """Raise a ``UserError`` if there are no rows, or a file of them is torn."""
+        _ = self._arrays
+
+    def check_train(self) -> None:
+        """Raise a ``UserError`` if nothing was captured of train."""
         splits = {str(one["split"]) for one in self.header.data.values()}
         if "train" not in splits:
             raise UserError(
                 f"{self.folder}: holds the split {', '.join(sorted(splits))}, not train: capture --splits [train]"
             )
+
+    def check_targets(self, keys: Mapping[str, Keys]) -> None:
+        """Raise a ``UserError`` if the store lacks training targets; ``keys`` are those of each task."""
+        self.check_train()
         for task, own in keys.items():
             if lacking := int((self.find(own) < 0).sum()):
                 raise UserError(

@@ -394,6 +394,21 @@ def test_targets_that_are_not_stored_are_refused(families: dict[str, tuple[Path,
     assert "kept: lacks 1 of the 2 targets of a batch" in fails(make(student, store), ROWS[4:])
 
 
+def test_what_a_store_lacks_is_refused_before_data_is_read(
+    families: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    student, teacher = families["t5"]
+    store = make_store(tmp_path / "kept", teacher)
+    write_header(store.folder, replace(store.header, data={"0": {"dataset": "d", "split": "val", "rows": 8}}))
+    make(student, store).check_teachers(make_trainer(), "validate")
+    with pytest.raises(UserError, match=r"holds the split val, not train: capture --splits \[train\]"):
+        make(student, store).check_teachers(make_trainer(), "fit")
+    [path] = shards(store.folder)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"^{path}: torn or no captured distributions"):
+        make(student, store).check_teachers(make_trainer(), "validate")
+
+
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
 def test_a_torn_shard_is_named(families: dict[str, tuple[Path, Path]], tmp_path: Path, damage: str) -> None:
     store = make_store(tmp_path / "kept", families["t5"][1])
