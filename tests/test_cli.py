@@ -596,6 +596,21 @@ def test_tasks_of_several_configs_add_up(student_folder: Path, capsys: pytest.Ca
     }
 
 
+def test_arguments_for_settings_of_a_task_or_teacher_add_up(
+    student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("one.yaml").write_text("model: {init_args: {tasks: {rationale: {select: sample}}}}\n")
+    tasks = ["--model.tasks.rationale.weight=0.5", "--model.tasks.label.prefix=tell: "]
+    teachers = ["--model.teachers.big.model=RUN", "--model.teachers.big.offload=true", "--model.teachers.two.model=X"]
+    base = [*small_model(student_folder), *toy_data()]
+    text = printed(capsys, "fit", base, "--config=one.yaml", tasks, teachers, "--print_config")
+    found = yaml.safe_load(text)["model"]["init_args"]
+    assert found["tasks"] == {"rationale": {"select": "sample", "weight": 0.5}, "label": {"prefix": "tell: "}}
+    assert {name: (own["model"], own["offload"]) for name, own in found["teachers"].items()} == {
+        "big": ("RUN", True), "two": ("X", False),
+    }  # fmt: skip
+
+
 def test_no_student_is_built_to_parse_or_to_inspect(
     student_folder: Path, capsys: pytest.CaptureFixture[str], no_student: None
 ) -> None:

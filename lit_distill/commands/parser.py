@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -38,6 +40,15 @@ def _load_bounded(text: str) -> Any:
 set_loader("yaml", _load_bounded, exceptions=(YAMLError,))
 
 
+def _setting(text: str) -> Any:
+    """A setting of a task or teacher, none of which is a mapping, as prefixes seem to be."""
+    try:
+        value = _load_bounded(text)
+    except YAMLError:
+        return text
+    return text if isinstance(value, dict) else value
+
+
 class Raised(BaseException):
     """Wraps a constructor's exception, since jsonargparse rewrites any ``Exception``."""
 
@@ -66,6 +77,18 @@ class Parser(LightningArgumentParser):
         """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""
         ours = (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
         return self.instantiate(cfg, instantiators=[(_instantiate, base, True) for base in ours], **kwargs)
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+        """As jsonargparse's; an argument for one setting of a task or teacher leaves its others as they are."""
+        # jsonargparse parses a class's arguments one by one
+        pattern = r"--(tasks|teachers)\.([^.=]+)\.([^.=]+)=(.*)"
+        if args and len(args) == 1 and (found := re.fullmatch(pattern, args[0], re.DOTALL)):
+            group, name, key, text = found.groups()
+            earlier = ((kwargs.get("namespace") or {}).get(group) or {}).get(name)
+            own = {**(earlier if isinstance(earlier, dict) else {}), key: _setting(text)}
+            args = [f"--{group}.{name}={json.dumps(own)}"]
+        parsed: Namespace = super().parse_args(args, *rest, **kwargs)
+        return parsed
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """As jsonargparse's; errors name the file, and tasks and teachers of earlier files stay."""
