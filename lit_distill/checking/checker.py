@@ -5,10 +5,11 @@ optimizer would get.
 """
 
 import copy
+import logging
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -18,14 +19,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lit_distill.batch import TaskBatch, TaskInputs, take, target_tokens
-from lit_distill.checking.rows import differ, owners_of, padded, places_of, trimmed, without_targets
-from lit_distill.checking.step import Catch, Computing, GivenData, Measured, keep_all, quiet
+from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
+from lit_distill.checking.rows import differ, number_of, padded, part, without_targets
+from lit_distill.checking.step import Catch, Computing, GivenData, Measured, keep_all
 from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.training import Training
 from lit_distill.objectives import Objective, build_objective
 from lit_distill.students import Student
+from lit_distill.teachers.frozen import FrozenModel
 
 Precision = Literal["float64", "float32"]
 
@@ -35,7 +37,6 @@ in float32 it is about 1e-6, and more where a term is a small difference of larg
 
 _SMALL = 1e-3
 """Terms below this are compared by their absolute difference: a divergence near 0 is the rounding of larger values."""
-
 
 _TRIES = 8
 """Steps until an objective that prepares some of them alone has prepared one."""
@@ -75,28 +76,28 @@ class Checker:
         self.module, self.data, self.batch, self.precision = module, data, batch, precision
         self.allowed = TOLERANCE[precision]
         self._dtype = getattr(torch, precision)
-        self._prepared = False
-        prepare = [(type(each).prepare, Objective.prepare) for each in module.objectives]
-        self._prepares = any(own is not base for own, base in [*prepare, (type(module).prepare, Training.prepare)])
-        self._changed = False
-        self._into_teacher = False
-        self._sums: list[list[tuple[float, int]]] = []
+        self._unchanged = False  # whether an objective prepares steps, and none of those tried
         module.teachers.load(module.student)
         for group in module.teachers.unweighed():
             # alike on all ranks, whatever their rows
             group.similarities = [1.0] * len(group.settings.names)
         for objective in module.objectives:
             objective.setup(module.student, module.teachers)
-        for each in (module, *self._teachers()):
+        for each in (module, *self._teachers):
             each.to(self._dtype)
 
+    @property
+    def _models(self) -> list[FrozenModel]:
+        return [model for group in self.module.teachers.groups.values() for model in group.models.values()]
+
+    @property
     def _teachers(self) -> list[Student]:
-        return [each for name in self.module.teachers.groups for each in self.module.teachers.loaded(name)]
+        return [model.student for model in self._models]
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return max(int(owners.max()) + 1 if len(owners) else 0 for owners in owners_of(self.batch).values())
+        return number_of(self.batch)
 
     def measure(
         self,
@@ -104,12 +105,14 @@ class Checker:
         *,
         accumulate: int | None = None,
         only: Collection[str] | None = None,
+        prepare: bool = False,
         seed: int = 0,
         **trainer: Any,
     ) -> Measured:
         """The terms and the gradient of one optimizer step over these micro-batches.
 
-        ``accumulate`` is the trainer's ``accumulate_grad_batches``; ``only`` leaves out the other terms' gradients.
+        ``accumulate`` is the trainer's ``accumulate_grad_batches``; ``only`` leaves out the other terms' gradients;
+        with ``prepare`` objectives change the batches before, in place.
         """
         module, caught = self.module, Catch()
         settings: dict[str, Any] = {
@@ -131,13 +134,14 @@ class Checker:
             # does not change the weights, and has no state
             "configure_optimizers": lambda: torch.optim.SGD(module.parameters(), lr=0.0),
         }
-        if self._prepared:
+        if not prepare:
             overridden["prepare"] = lambda window: None
         torch.manual_seed(seed)
         with ExitStack() as stack:
-            stack.enter_context(quiet())
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
+            # what a trainer says at its start and end, as there are many
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(max(logging.INFO, logging.root.manager.disable))
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
             stack.enter_context(patch.multiple(module, create=True, **overridden))
             stack.enter_context(Computing(self._dtype))
             for name in ("functions", "attention"):
@@ -153,28 +157,33 @@ class Checker:
         assert caught.measured is not None  # noqa: S101 - for the type checker
         return caught.measured
 
-    def measure_prepared(self, batch: TaskBatch, only: Collection[str], **trainer: Any) -> Measured:
-        """The step over a micro-batch that another process has prepared."""
-        self._prepared = True
-        return self.measure([batch], only=only, **trainer)
-
     @cached_property
     def reference(self) -> Measured:
         """The step over all rows as one micro-batch, which objectives prepare here, and not again."""
-        teachers = self._teachers()
-        self._sums = [_sums(teacher) for teacher in teachers]
+        teachers, module = self._teachers, self.module
+        prepare = [(type(each).prepare, Objective.prepare) for each in module.objectives]
+        prepares = any(own is not base for own, base in [*prepare, (type(module).prepare, Training.prepare)])
+        before = [_sums(teacher) for teacher in teachers]
         for teacher in teachers:
             # so that a gradient into it would be seen
             teacher.requires_grad_(True)
-        for seed in range(_TRIES if self._prepares else 1):
+        for seed in range(_TRIES if prepares else 1):
             # in place, where an objective prepares it
             batch = {task: cast(TaskInputs, dict(inputs)) for task, inputs in self.batch.items()}
-            found = self.measure([batch], seed=seed)
-            self._changed = differ(batch, self.batch)
-            if self._changed:
+            found = self.measure([batch], prepare=True, seed=seed)
+            self._unchanged = prepares and not differ(batch, self.batch)
+            if not self._unchanged:
                 break
-        self.batch, self._prepared = batch, True
-        self._into_teacher = any(p.grad is not None for teacher in teachers for p in teacher.parameters())
+        self.batch = batch
+        weights = [parameter for teacher in teachers for parameter in teacher.parameters()]
+        own = {id(parameter) for parameter in module.parameters()}
+        faults = {
+            "a gradient flows into the teacher": any(weight.grad is not None for weight in weights),
+            "the teacher's weights changed": [_sums(teacher) for teacher in teachers] != before,
+            "the teacher is in training mode": any(teacher.training for teacher in teachers),
+            "the optimizer has the teacher's weights": any(id(weight) in own for weight in weights),
+        }
+        self._of_teachers = _finding("teacher", faults, "no gradient, unchanged")
         for teacher in teachers:
             teacher.requires_grad_(False)
             teacher.zero_grad()
@@ -182,25 +191,31 @@ class Checker:
 
     def run(self) -> Iterator[Finding]:
         """All checks in this process, one after the other."""
-        module = self.module
         if not self.reference.is_finite:
-            yield Finding("finite", False, _worst(self.reference))
+            yield _finite("finite", self.reference)
             return
-        if self._prepares and not self._changed:
+        if self._unchanged:
             yield Finding("prepare", None, f"changed nothing in {_TRIES} steps")
-        yield self._same("more padding", self.measure([padded(self.batch)]))
+        yield self._compared("more padding", self.measure([padded(self.batch)]))
         with self._small_chunks():
-            yield self._same("smaller chunks of logits", self.measure([self.batch]))
-        yield self._same("rows in another order", self.measure([self.part(range(self.rows - 1, -1, -1))]))
-        yield from self._micro_batches()
-        if self._teachers():
-            yield self._teacher()
+            yield self._compared("smaller chunks of logits", self.measure([self.batch]))
+        backwards = part(self.batch, range(self.rows - 1, -1, -1))
+        yield self._compared("rows in another order", self.measure([backwards]))
+        half, uneven, whole = self.rows // 2, self.uneven, self.rows
+        for check, first, accumulate in (
+            (f"micro-batches of {half} and {whole - half} rows", half, 2),
+            (f"micro-batches of {uneven} and {whole - uneven} rows", uneven, 2),
+            ("the same, as a short last step of 4", uneven, 4),
+        ):
+            found = self.measure(self.parts(first), accumulate=accumulate, only=self.exact)
+            yield from self.split(check, found)
+        if self._teachers:
+            yield self._of_teachers
             yield from self._student_is_teacher()
         yield _finite("no targets", self.measure([without_targets(self.batch)]))
         yield self._masked()
         for name in self.reference.terms:
             yield self._weight(name)
-        module.zero_grad()
 
     # ------------------------------------------------------------------ the same step
 
@@ -217,14 +232,6 @@ class Checker:
         """The other terms."""
         return [name for name in self.reference.terms if name not in self.inexact]
 
-    def part(self, rows: Iterable[int]) -> TaskBatch:
-        """Some rows of the batch, in this order."""
-        owners, chosen = owners_of(self.batch), list(rows)
-        return {
-            task: trimmed(take(inputs, [i for row in chosen for i in places_of(owners[task], row)]))
-            for task, inputs in self.batch.items()
-        }
-
     @property
     def uneven(self) -> int:
         """Rows of the larger of two uneven parts."""
@@ -232,23 +239,12 @@ class Checker:
 
     def parts(self, first: int) -> list[TaskBatch]:
         """The batch as two micro-batches, of which the first has so many rows."""
-        return [self.part(range(first)), self.part(range(first, self.rows))]
-
-    def _micro_batches(self) -> Iterator[Finding]:
-        half, uneven = self.rows // 2, self.uneven
-        plans = {
-            f"micro-batches of {half} and {self.rows - half} rows": (half, 2),
-            f"micro-batches of {uneven} and {self.rows - uneven} rows": (uneven, 2),
-            "the same, as a short last step of 4": (uneven, 4),
-        }
-        for check, (first, accumulate) in plans.items():
-            found = self.measure(self.parts(first), accumulate=accumulate, only=self.exact)
-            yield from self.split(check, found)
+        return [part(self.batch, range(first)), part(self.batch, range(first, self.rows))]
 
     def split(self, check: str, found: Measured) -> Iterator[Finding]:
         """Whether a step over several micro-batches, ``only`` the exact terms, is that over one."""
         if self.exact:
-            yield self._compared(check, found, self._exact_reference, self.exact)
+            yield self._compared(check, found, only=self.exact)
         for name, reason in self.inexact.items():
             yield Finding(check, None, f"{name}: {reason}", _difference(found.terms[name], self.reference.terms[name]))
 
@@ -256,10 +252,10 @@ class Checker:
     def _exact_reference(self) -> Measured:
         return self.measure([self.batch], only=self.exact) if self.inexact else self.reference
 
-    def _same(self, check: str, found: Measured) -> Finding:
-        return self._compared(check, found, self.reference, list(self.reference.terms))
-
-    def _compared(self, check: str, found: Measured, reference: Measured, names: Sequence[str]) -> Finding:
+    def _compared(self, check: str, found: Measured, only: Sequence[str] | None = None) -> Finding:
+        """Whether a step's terms, by default all, and its gradient are those of the reference."""
+        reference = self.reference if only is None else self._exact_reference
+        names = reference.terms if only is None else only
         differences = {name: _difference(found.terms[name], reference.terms[name]) for name in names}
         differences["gradient"] = _distance(found.gradients, reference.gradients)
         # a difference that is no number comes first
@@ -267,83 +263,6 @@ class Checker:
         wrong = [name for name, value in differences.items() if not value <= self.allowed]
         told = f"{', '.join(wrong)} changed" if wrong else f"most: {worst}"
         return Finding(check, not wrong, told, differences[worst])
-
-    # ------------------------------------------------------------------ teachers
-
-    def _teacher(self) -> Finding:
-        own = {id(parameter) for parameter in self.module.parameters()}
-        faults = {
-            "a gradient flows into the teacher": self._into_teacher,
-            "the teacher's weights changed": [_sums(teacher) for teacher in self._teachers()] != self._sums,
-            "the teacher is in training mode": any(each.training for each in self._teachers()),
-            "the optimizer has the teacher's weights": any(
-                id(parameter) in own for each in self._teachers() for parameter in each.parameters()
-            ),
-        }
-        wrong = [fault for fault, is_there in faults.items() if is_there]
-        return Finding("teacher", not wrong, "; ".join(wrong) or "no gradient, unchanged")
-
-    def _student_is_teacher(self) -> Iterator[Finding]:
-        loaded = self.module.teachers.loaded
-        # a teacher whose distributions were captured has no model
-        chosen = [
-            each
-            for each in self.module.objectives
-            if each.zero_at_teacher and (each.teacher is None or loaded(each.teacher))
-        ]
-        names = [objective.name for objective in chosen]
-        if not names:
-            return
-        # built again, as parameters of their own have shapes of the real teacher, which other objectives need
-        built = [build_objective(each.plain()) for each in chosen]
-        for new, each in zip(built, chosen, strict=True):
-            new.tasks, new.teacher = each.tasks, each.teacher
-        alone = patch.dict(self.module._modules, {"objectives": nn.ModuleList(built)})
-        with self._own_teacher(), alone:
-            found = self.measure([self.batch], only=names)
-        finding = _finite("student = teacher", found)
-        worst = max(names, key=lambda name: abs(found.terms[name]))
-        if finding.passed:
-            value = abs(found.terms[worst])
-            finding = replace(
-                finding, passed=value <= self.allowed, found=f"{worst} is {found.terms[worst]:.1e}", difference=value
-            )
-        yield finding
-
-    @contextmanager
-    def _own_teacher(self) -> Iterator[None]:
-        """Every teacher is the student itself."""
-        models = self._teachers()
-        before = [(model.__class__, dict(model.__dict__)) for model in models]
-        twin = copy.deepcopy(self.module.student).eval().requires_grad_(False)
-        try:
-            for model in models:
-                model.__class__, model.__dict__ = type(twin), dict(twin.__dict__)
-            yield
-        finally:
-            for model, (kind, values) in zip(models, before, strict=True):
-                model.__class__, model.__dict__ = kind, values
-
-    # ------------------------------------------------------------------ hard inputs
-
-    def _masked(self) -> Finding:
-        """Finite with an entry of the vocabulary excluded by a logit of minus infinity, on both sides."""
-        if not all(self.module.teachers.loaded(name) for name in self.module.teachers.groups):
-            return Finding("a logit of -inf", None, "a teacher's distributions were captured")
-        used = {int(token) for inputs in self.batch.values() for token in inputs["labels"].unique()}
-        entry = max(set(range(len(self.module.tokenizer))) - used)
-
-        def mask(head: nn.Module, given: Any, logits: Tensor) -> Tensor:
-            excluded = torch.arange(logits.shape[-1], device=logits.device) == entry
-            return logits.masked_fill(excluded, -math.inf)
-
-        heads = [each.network.get_output_embeddings() for each in (self.module.student, *self._teachers())]
-        handles = [cast(nn.Module, head).register_forward_hook(mask) for head in heads]
-        try:
-            return _finite("a logit of -inf", self.measure([self.batch]))
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _small_chunks(self) -> Iterator[None]:
@@ -355,49 +274,99 @@ class Checker:
                 stack.enter_context(patch(name, 0 if name.endswith("KEPT_BYTES") else size))
             yield
 
+    # ------------------------------------------------------------------ hard inputs
+
+    def _student_is_teacher(self) -> Iterator[Finding]:
+        """Whether divergences are 0 where every teacher is the student itself."""
+        check, module = "student = teacher", self.module
+        # built again, as parameters of their own have shapes of the real teacher, which other objectives need
+        built: dict[str, Objective] = {}
+        for each in module.objectives:
+            # a teacher whose distributions were captured has no model
+            if each.zero_at_teacher and (each.teacher is None or module.teachers.loaded(each.teacher)):
+                built[each.name] = build_objective(each.plain())
+                built[each.name].tasks, built[each.name].teacher = each.tasks, each.teacher
+        if not built:
+            return
+        twin = copy.deepcopy(module.student).eval().requires_grad_(False)
+        with patch.dict(module._modules, {"objectives": nn.ModuleList(built.values())}), ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(patch.object(model, "student", twin))
+            found = self.measure([self.batch], only=built)
+        if not found.is_finite:
+            yield _finite(check, found)
+            return
+        worst = max(built, key=lambda name: abs(found.terms[name]))
+        value = found.terms[worst]
+        yield Finding(check, abs(value) <= self.allowed, f"{worst} is {value:.1e}", abs(value))
+
+    def _masked(self) -> Finding:
+        """Finite with an entry of the vocabulary excluded by a logit of minus infinity, on both sides."""
+        if not all(group.models for group in self.module.teachers.groups.values()):
+            return Finding("a logit of -inf", None, "a teacher's distributions were captured")
+        used = {int(token) for inputs in self.batch.values() for token in inputs["labels"].unique()}
+        entry = max(set(range(len(self.module.tokenizer))) - used)
+
+        def mask(head: nn.Module, given: Any, logits: Tensor) -> Tensor:
+            excluded = torch.arange(logits.shape[-1], device=logits.device) == entry
+            return logits.masked_fill(excluded, -math.inf)
+
+        heads = [each.network.get_output_embeddings() for each in (self.module.student, *self._teachers)]
+        handles = [cast(nn.Module, head).register_forward_hook(mask) for head in heads]
+        try:
+            return _finite("a logit of -inf", self.measure([self.batch]))
+        finally:
+            for handle in handles:
+                handle.remove()
+
     # ------------------------------------------------------------------ weights
 
     def _weight(self, name: str) -> Finding:
         """Whether a term alone moves the student, and its objective's own parameters, in proportion to its weight."""
         check, module = f"weight of {name} alone", self.module
-        objectives = {objective.name: i for i, objective in enumerate(module.objectives)}
-        counts = module.term_counts(self.batch)
-        if counts.get(name) == 0:
+        places = {objective.name: f"objectives.{i}." for i, objective in enumerate(module.objectives)}
+        if module.term_counts(self.batch).get(name) == 0:
             return Finding(check, None, "nothing to count in these rows")
         with self._weighing(name, 1.0):
-            alone = self._factor(name)
-            found = self.measure([self.batch], only=[name])
+            alone, found = self._factor(name), self.measure([self.batch], only=[name])
         with self._weighing(name, 2.0):
             twice = self._factor(name)
-        student = found.norm("student.")
-        faults = {f"{name} does not move the student": not student > 0}
-        if name in objectives or name in module.tasks:
-            faults["the weight does nothing"] = not math.isclose(twice, 2 * alone) or alone == 0
-        prefix = f"objectives.{objectives.get(name)}."
-        own = [
-            key for key, parameter in module.named_parameters() if key.startswith(prefix) and parameter.requires_grad
-        ]
-        still = [key for key in own if key not in found.gradients or not found.gradients[key].any()]
-        faults[f"no gradient in {', '.join(still)}"] = bool(still)
-        wrong = [fault for fault, is_there in faults.items() if is_there]
-        return Finding(check, not wrong, "; ".join(wrong) or f"gradient {student:.2g}")
+        moved = {key: gradient for key, gradient in found.gradients.items() if gradient.any()}
+        student = torch.nn.utils.get_total_norm([moved[key] for key in moved if key.startswith("student.")])
+        own = [key for key, one in module.named_parameters() if one.requires_grad and name in places]
+        still = [key for key in own if key.startswith(places[name]) and key not in moved]
+        weighed = name in places or name in module.tasks
+        faults = {
+            f"{name} does not move the student": not student > 0,
+            "the weight does nothing": weighed and (not math.isclose(twice, 2 * alone) or alone == 0),
+            f"no gradient in {', '.join(still)}": bool(still),
+        }
+        return _finding(check, faults, f"gradient {student:.2g}")
 
     def _factor(self, name: str) -> float:
         """By how much a term counts in the total."""
         terms = {each: torch.tensor(float(each == name)) for each in self.reference.terms}
         return float(self.module.total_loss(terms))
 
-    @contextmanager
-    def _weighing(self, name: str, weight: float) -> Iterator[None]:
+    def _weighing(self, name: str, weight: float) -> AbstractContextManager[Any]:
         """With another weight of a term, where it has one."""
-        module, tasks = self.module, self.module.tasks
-        with ExitStack() as stack:
-            for objective in cast(Iterable[Objective], module.objectives):
-                if objective.name == name:
-                    stack.enter_context(patch.object(objective, "weight", weight))
-            if name in tasks:
-                stack.enter_context(patch.dict(tasks, {name: replace(tasks[name], weight=weight)}))
-            yield
+        for objective in self.module.objectives:
+            if objective.name == name:
+                return patch.object(objective, "weight", weight)
+        tasks = self.module.tasks
+        return patch.dict(tasks, {name: replace(tasks[name], weight=weight)} if name in tasks else {})
+
+
+def _finding(check: str, faults: Mapping[str, bool], fine: str) -> Finding:
+    """Which of the faults are there; ``fine`` is said without any."""
+    wrong = [fault for fault, is_there in faults.items() if is_there]
+    return Finding(check, not wrong, "; ".join(wrong) or fine)
+
+
+def _finite(check: str, found: Measured) -> Finding:
+    values = [f"{name} is {value}" for name, value in found.terms.items() if not math.isfinite(value)]
+    told = "finite" if found.is_finite else ", ".join(values) or "the gradient is not finite"
+    return Finding(check, found.is_finite, told)
 
 
 def _sums(model: nn.Module) -> list[tuple[float, int]]:
@@ -411,20 +380,8 @@ def _difference(found: float, expected: float) -> float:
 
 def _distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Relative distance of two gradients; a parameter without one has 0."""
-    square, size = 0.0, 0.0
-    for name in found.keys() | expected.keys():
-        own, other = found.get(name), expected.get(name)
-        apart = own - other if own is not None and other is not None else own if own is not None else other
-        square += float(cast(Tensor, apart).square().sum())
-        size += 0.0 if other is None else float(other.square().sum())
-    return math.sqrt(square / size) if size else math.sqrt(square)
-
-
-def _finite(check: str, found: Measured) -> Finding:
-    return Finding(check, found.is_finite, "finite" if found.is_finite else _worst(found))
-
-
-def _worst(found: Measured) -> str:
-    bad = {name: value for name, value in found.terms.items() if not math.isfinite(value)}
-    values = [f"{name} is {value}" for name, value in bad.items()]
-    return ", ".join(values) or "the gradient is not finite"
+    nothing = torch.zeros(())
+    pairs = [(found.get(name, nothing), expected.get(name, nothing)) for name in found.keys() | expected.keys()]
+    square = sum(float((own - other).square().sum()) for own, other in pairs)
+    size = sum(float(other.square().sum()) for _, other in pairs)
+    return math.sqrt(square / (size or 1.0))

@@ -1,7 +1,6 @@
 """The rows that losses are checked on, and the same rows in other batches."""
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +24,16 @@ def pick_rows(loader: Iterable[TaskBatch], number: int, *, cut: bool = True) -> 
     if not parts:
         raise UserError("data: train has no rows")
     whole: TaskBatch = {task: join([part[task] for part in parts]) for task in parts[0]}
-    owners = owners_of(whole)
-    rows = sorted({int(owner) for own in owners.values() for owner in own})
-
-    def length(row: int) -> int:
-        return sum(
-            int((inputs["labels"][owners[task] == row] != IGNORE_INDEX).sum())
-            + int(inputs["attention_mask"][owners[task] == row].sum())
-            for task, inputs in whole.items()
-        )
-
-    rows.sort(key=length)
+    owners, lengths = owners_of(whole), torch.zeros(number_of(whole), dtype=torch.long)
+    for task, inputs in whole.items():
+        tokens = (inputs["labels"] != IGNORE_INDEX).sum(dim=1) + inputs["attention_mask"].sum(dim=1)
+        lengths.index_add_(0, owners[task], tokens)
+    rows: list[int] = lengths.argsort(stable=True).tolist()
     shorter = rows[: max(number, len(rows) // 4)]
     chosen = [shorter[i * len(shorter) // number] for i in range(number)] if len(shorter) > number else shorter
     # as data has them, in no order of length
-    chosen = chosen[::2] + chosen[1::2]
-    places = {task: [i for row in chosen for i in places_of(owners[task], row)] for task in whole}
-    taken = {task: take(inputs, places[task]) for task, inputs in whole.items()}
-    return {task: trimmed(_uneven(inputs) if cut else inputs) for task, inputs in taken.items()}
+    picked = part(whole, chosen[::2] + chosen[1::2])
+    return {task: trimmed(_uneven(inputs)) for task, inputs in picked.items()} if cut else picked
 
 
 def _uneven(inputs: TaskInputs) -> TaskInputs:
@@ -56,10 +47,18 @@ def _uneven(inputs: TaskInputs) -> TaskInputs:
     return {**inputs, "labels": labels}
 
 
-def places_of(owners: Tensor, row: int) -> list[int]:
-    """Where the rows that belong to a row are among a task's, from `owners_of`."""
-    places: list[int] = (owners == row).nonzero()[:, 0].tolist()
-    return places
+def part(batch: TaskBatch, rows: Iterable[int]) -> TaskBatch:
+    """Some rows of a batch, in this order, without columns of padding."""
+    owners, chosen = owners_of(batch), list(rows)
+    places = {
+        task: [i for row in chosen for i in (own == row).nonzero()[:, 0].tolist()] for task, own in owners.items()
+    }
+    return {task: trimmed(take(inputs, places[task])) for task, inputs in batch.items()}
+
+
+def number_of(batch: TaskBatch) -> int:
+    """Number of rows, of which a task may have several or none."""
+    return len(torch.cat(list(owners_of(batch).values())).unique())
 
 
 def owners_of(batch: TaskBatch) -> dict[str, Tensor]:
@@ -84,12 +83,12 @@ def _like(batch: TaskBatch, rows: int) -> Tensor:
 def trimmed(inputs: TaskInputs) -> TaskInputs:
     """Without columns of padding."""
     source, target = (max([1, *rows.ends]) for rows in (sources_of(inputs), targets_of(inputs)))
-    cut = {
+    return {
+        **inputs,
         "input_ids": inputs["input_ids"][:, :source],
         "attention_mask": inputs["attention_mask"][:, :source],
         "labels": inputs["labels"][:, :target],
     }
-    return cast(TaskInputs, {**inputs, **cut})
 
 
 def padded(batch: TaskBatch) -> TaskBatch:
@@ -97,12 +96,12 @@ def padded(batch: TaskBatch) -> TaskBatch:
 
     def wider(inputs: TaskInputs) -> TaskInputs:
         last = inputs["input_ids"][:, -1:] * (inputs["attention_mask"][:, -1:] == 0)
-        more = {
+        return {
+            **inputs,
             "input_ids": torch.cat([inputs["input_ids"], last.expand(-1, 5)], dim=1),
             "attention_mask": F.pad(inputs["attention_mask"], (0, 5)),
             "labels": F.pad(inputs["labels"], (0, 7), value=IGNORE_INDEX),
         }
-        return cast(TaskInputs, {**inputs, **more})
 
     return {task: wider(inputs) for task, inputs in batch.items()}
 
@@ -110,8 +109,7 @@ def padded(batch: TaskBatch) -> TaskBatch:
 def without_targets(batch: TaskBatch) -> TaskBatch:
     """The same sources, with ``IGNORE_INDEX`` labels alone."""
     return {
-        task: cast(TaskInputs, {**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)})
-        for task, inputs in batch.items()
+        task: {**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)} for task, inputs in batch.items()
     }
 
 

@@ -1,9 +1,7 @@
 """One optimizer step up to the gradient that the optimizer would get: what stands in for the trainer's usual parts."""
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,11 +29,6 @@ class Measured:
             bool(gradient.isfinite().all()) for gradient in self.gradients.values()
         )
 
-    def norm(self, prefix: str = "") -> float:
-        """Norm of the gradient of the parameters whose names begin with ``prefix``."""
-        own = [gradient for name, gradient in self.gradients.items() if name.startswith(prefix)]
-        return float(torch.nn.utils.get_total_norm(own)) if own else 0.0
-
 
 class Catch(Callback):
     """Keeps the step's terms and gradient."""
@@ -51,51 +44,25 @@ class Catch(Callback):
         self.measured = Measured(terms, gradients)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what a trainer says at its start and end, as there are many."""
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
-    loggers += [logging.getLogger(f"{logger.name}.utilities.rank_zero") for logger in loggers]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+class _Batches(list[TaskBatch]):
+    """A data loader: of a plain list, Lightning would take each batch for one."""
 
 
 class GivenData(pl.LightningDataModule):
-    """A data module with other training batches."""
+    """A data module with other training batches, and without others."""
 
     batch_size = None
 
     def __init__(self, data: Any, batches: Sequence[TaskBatch]) -> None:
         super().__init__()
-        self._data, self._batches = data, batches
+        self._data, self._batches = data, _Batches(batches)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_data"], name)
 
-    def train_dataloader(self) -> "_Batches":
+    def train_dataloader(self) -> _Batches:
         """The given batches."""
-        return _Batches(self._batches)
-
-    def val_dataloader(self) -> "_Batches":
-        """No batches: nothing is validated."""
-        return _Batches([])
-
-
-class _Batches:
-    def __init__(self, batches: Sequence[TaskBatch]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[TaskBatch]:
-        return iter(self._batches)
+        return self._batches
 
 
 class Computing(TorchFunctionMode):

@@ -166,7 +166,7 @@ def _rank(rank: int, port: int, jobs: Sequence[Job]) -> None:
             step = torch.load(folder / "step.pt")
             checker, _ = make_checker(args, on_rank=True)
             checker.module.load_state_dict(step["state"])
-            found = checker.measure_prepared(step["parts"][rank], step["only"], strategy="ddp", devices=WORLD)
+            found = checker.measure([step["parts"][rank]], only=step["only"], strategy="ddp", devices=WORLD)
             result = {"terms": found.terms, "gradients": {} if rank else found.gradients}
         except Exception as error:  # noqa: BLE001 - told in the table
             result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
