@@ -18,7 +18,6 @@ from torch.multiprocessing.spawn import ProcessContext, spawn
 from lit_distill.batch import target_tokens
 from lit_distill.checking import Checker, Finding, Measured, Precision, pick_rows
 from lit_distill.checks import check_range
-from lit_distill.commands.parser import Parser
 from lit_distill.commands.settings import check_settings, settle
 from lit_distill.commands.train import build, train_parser
 from lit_distill.tables import console_table
@@ -54,7 +53,11 @@ def check(args: list[str]) -> None:
 
 def make_checker(args: list[str], *, on_rank: bool = False) -> tuple[Checker, bool]:
     """Build what ``fit`` builds, on the CPU, and choose rows; and whether two ranks are asked for."""
-    parser = check_parser()
+    parser = train_parser("check")
+    parser.add_argument("--rows", type=int, default=8, help="Rows of train to check on; short ones are taken.")
+    parser.add_argument("--two_ranks", type=bool, default=True, help="Also train a step on two processes.")
+    text = "Precision of the checks: float64 tells rounding from a wrong loss best."
+    parser.add_argument("--dtype", type=Precision, default="float64", help=text)
     config = parser.parse_args(args)
     check_settings(parser, args, config)
     check_range("rows", config["rows"], at_least=2, below=1025, whole=True)
@@ -75,16 +78,6 @@ def make_checker(args: list[str], *, on_rank: bool = False) -> tuple[Checker, bo
     stored = any(module.teachers.store(name) for name in module.teachers.models)
     batch = {} if on_rank else pick_rows(data.train_dataloader(), config["rows"], cut=not stored)
     return Checker(module, data, batch, config["dtype"]), config["two_ranks"]
-
-
-def check_parser() -> Parser:
-    """The parser of ``fit`` with the options of ``check``."""
-    parser = train_parser("check")
-    parser.add_argument("--rows", type=int, default=8, help="Rows of train to check on; short ones are taken.")
-    parser.add_argument("--two_ranks", type=bool, default=True, help="Also train a step on two processes.")
-    text = "Precision of the checks: float64 tells rounding from a wrong loss best."
-    parser.add_argument("--dtype", type=Precision, default="float64", help=text)
-    return parser
 
 
 def show(checker: Checker, findings: Sequence[Finding]) -> None:
