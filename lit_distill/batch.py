@@ -40,6 +40,11 @@ def target_tokens(inputs: TaskInputs) -> int:
     return int((inputs["labels"] != IGNORE_INDEX).sum())
 
 
+def with_target(inputs: TaskInputs) -> Tensor:
+    """Which rows have a target, ``(batch,)``."""
+    return (inputs["labels"] != IGNORE_INDEX).any(1)
+
+
 def take(inputs: TaskInputs, rows: Sequence[int]) -> TaskInputs:
     """Select rows of a task, in this order; the padding stays."""
     chosen = torch.tensor(list(rows), dtype=torch.long, device=inputs["input_ids"].device)
@@ -77,6 +82,17 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence, dtype=torch.long)
     return padded
+
+
+def pad_rows(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad_token_id: int = 0) -> TaskInputs:
+    """Token ids of sources and targets as a task's rows, without ``index``."""
+    ids, lengths = pad(sources, pad_token_id), torch.tensor([len(source) for source in sources], dtype=torch.long)
+    return {
+        "input_ids": ids,
+        # by length, as the padding id can be that of an ordinary token
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "labels": pad(targets, IGNORE_INDEX),
+    }
 
 
 def pad_targets(targets: Sequence[Sequence[int]], device: torch.device) -> Tensor:

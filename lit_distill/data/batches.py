@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, pad
+from lit_distill.batch import PADDING_ROW, TaskBatch, pad_rows
 from lit_distill.data.tokenize import TokenRow, TokenRows
 
 # Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
@@ -102,15 +102,8 @@ def collate(rows: Sequence[TokenRow], *, tasks: Sequence[str], pad_token_id: int
             for target in ((row[f"{task}.labels"] or [[]])[:1] if evaluation else row[f"{task}.labels"])
         ]
         sources = [row[f"{task}.input_ids"] for row, _ in pairs]
-        input_ids = pad(sources, pad_token_id)
-        lengths = torch.tensor([len(source) for source in sources], dtype=torch.long)
-        batch[task] = TaskInputs(
-            input_ids=input_ids,
-            # by length, as the padding id can be that of an ordinary token
-            attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            labels=pad([target for _, target in pairs], IGNORE_INDEX),
-            index=torch.tensor([row["index"] for row, _ in pairs], dtype=torch.long),
-        )
+        batch[task] = pad_rows(sources, [target for _, target in pairs], pad_token_id)
+        batch[task]["index"] = torch.tensor([row["index"] for row, _ in pairs], dtype=torch.long)
     return batch
 
 

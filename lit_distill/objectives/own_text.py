@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, pad
+from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, pad, pad_rows
 from lit_distill.checks import check_choice, check_range
 from lit_distill.errors import UserError
 from lit_distill.objectives.base import Step
@@ -227,7 +228,9 @@ class DistiLLM(GKD):
                 kept = self.samples.get(task, [])
                 if drawn >= new_share and len(kept) == self.capacity:
                     order = torch.randperm(len(kept))[: len(step.batch[task]["labels"])]
-                    inputs = _inputs([kept[i] for i in order.tolist()], step.batch[task]["labels"].device)
+                    chosen = [kept[i] for i in order.tolist()]
+                    padded = pad_rows([source for _, source, _ in chosen], [target for _, _, target in chosen])
+                    inputs = move_data_to_device(padded, step.batch[task]["labels"].device)
                 else:
                     inputs = self.sample(step, task)
                     made += [(task, sample) for sample in _samples(inputs, progress.step)]
@@ -249,15 +252,6 @@ def _samples(inputs: TaskInputs, step: int) -> list[Sample]:
     sources = [ids[mask != 0] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     targets = [ids[ids != IGNORE_INDEX] for ids in inputs["labels"]]
     return [(step, source.tolist(), target.tolist()) for source, target in zip(sources, targets, strict=True)]
-
-
-def _inputs(samples: Sequence[Sample], device: torch.device) -> TaskInputs:
-    sources = [source for _, source, _ in samples]
-    return {
-        "input_ids": pad(sources, 0).to(device),
-        "attention_mask": pad([[1] * len(source) for source in sources], 0).to(device),
-        "labels": pad([target for _, _, target in samples], IGNORE_INDEX).to(device),
-    }
 
 
 def _of_all_ranks(made: list[tuple[str, Sample]]) -> list[tuple[str, Sample]]:

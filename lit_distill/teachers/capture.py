@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_distill import students
-from lit_distill.batch import IGNORE_INDEX, pad
+from lit_distill.batch import pad_rows
 from lit_distill.errors import UserError
 from lit_distill.progress import ticker
 from lit_distill.teachers.store import LEVELS, Header, keys_of, revision, write_shard
@@ -49,11 +50,9 @@ class Capturer:
     @torch.inference_mode()
     def capture(self, rows: pa.Table) -> NDArray[Any]:
         """The records of the target positions of a batch, row by row, see `Header.record`."""
-        sources, targets = rows["source"].to_pylist(), rows["target"].to_pylist()
-        ids, lengths = pad(sources, 0), torch.tensor([len(source) for source in sources])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": pad(targets, IGNORE_INDEX)}
-        made = self.teacher({"rows": {name: tensor.to(self.device) for name, tensor in batch.items()}})
+        targets = rows["target"].to_pylist()
+        batch = {"rows": pad_rows(rows["source"].to_pylist(), targets)}
+        made = self.teacher(move_data_to_device(batch, self.device))
         states = made.states("rows")
         numbers = [_uniform(self.header, *one) for one in zip(keys_of(rows), map(len, targets), strict=True)]
         uniform = torch.from_numpy(np.concatenate(numbers)).to(self.device)
