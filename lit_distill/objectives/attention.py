@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, mean_rows
+from lit_distill.batch import TaskBatch, mean_rows, with_target
 from lit_distill.checks import check_choice
 from lit_distill.errors import UserError
 from lit_distill.objectives.base import Objective, Step
@@ -12,14 +12,6 @@ from lit_distill.objectives.layers import Layers, map_layers
 from lit_distill.students import Student
 from lit_distill.students.attention import Attention
 from lit_distill.teachers.models import Teachers
-
-
-def score_distance(student: Tensor, teacher: Tensor, rows: Tensor, number: int) -> Tensor:
-    """The mean squared distance of each row's attention scores, over its pairs of tokens and the heads, ``(number,)``.
-
-    Scores are ``(pairs, heads)``, ``rows`` the row of each pair, ``(pairs,)``; a row without pairs has distance 0.
-    """
-    return mean_rows((student - teacher).square().mean(1), rows, number)
 
 
 class AttentionScores(Objective):
@@ -84,13 +76,13 @@ class AttentionScores(Objective):
 
     def counts(self, batch: TaskBatch) -> int:
         """Rows with a target."""
-        return sum(int((batch[task]["labels"] != IGNORE_INDEX).any(1).sum()) for task in self.about(batch))
+        return sum(int(with_target(batch[task]).sum()) for task in self.about(batch))
 
     def forward(self, step: Step) -> Tensor:
         student, teacher = step.student, self.teacher_pass(step)
         terms = []
         for task in self.about(step.batch):
-            counted = (student.inputs(task)["labels"] != IGNORE_INDEX).any(1)
+            counted = with_target(student.inputs(task))
             for kind, layers in self._maps.items():
                 rows = student.pairs(task, kind).nonzero()[:, 0]
                 for layer in layers:
@@ -98,7 +90,8 @@ class AttentionScores(Objective):
                         self._heads(each.attention(task, number, kind))
                         for each, number in zip((student, teacher), layer, strict=True)
                     )
-                    terms.append((score_distance(ours, theirs, rows, len(counted)) * counted).sum())
+                    distances = mean_rows((ours - theirs).square().mean(1), rows, len(counted))
+                    terms.append((distances * counted).sum())
         return sum(terms[1:], terms[0]) / max(self.counts(step.batch), 1)
 
     def _heads(self, scores: Tensor) -> Tensor:

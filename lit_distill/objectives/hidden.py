@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs, target_tokens
+from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs
 from lit_distill.checks import check_choice, check_range
 from lit_distill.errors import UserError
 from lit_distill.objectives.base import Objective, Step
@@ -21,11 +21,6 @@ from lit_distill.objectives.layers import Layers, map_layers
 from lit_distill.students import Pass, Student
 from lit_distill.students.base import Stack
 from lit_distill.teachers.models import Teachers
-
-
-def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
-    r""":math:`\frac{1}{d} \|h^S - h^T\|_2^2`: TinyBERT (arXiv 1909.10351) Eq. 8 and 9."""
-    return (student - teacher).square().mean(-1)
 
 
 def l1_cosine(student: Tensor, teacher: Tensor, cosine_weight: float = 1.0) -> Tensor:
@@ -67,10 +62,10 @@ class LayerPairs(Objective):
         """Shape the parameters."""
         raise NotImplementedError
 
-    def counts(self, batch: TaskBatch) -> int:
+    def counts(self, batch: TaskBatch) -> int | None:
         """The source tokens for the encoder's states, the target tokens for the decoder's."""
         if self.stack == "decoder":
-            return sum(target_tokens(batch[task]) for task in self.about(batch))
+            return super().counts(batch)
         return sum(int(_real(batch[task]).sum()) for task in self.about(batch))
 
     def read(self, side: Pass, step: Step, layer: int) -> Tensor:
@@ -129,7 +124,7 @@ class HiddenStates(LayerPairs):
         for own, other in self.pairs:
             weight = self.maps[0 if own == 0 else -1]
             states = F.linear(self.read(step.student, step, own).to(weight.dtype), weight)
-            values = mean_squared(wide(states), wide(self.read(teacher, step, other)))
+            values = (wide(states) - wide(self.read(teacher, step, other))).square().mean(-1)
             total = total + values.sum() / max(len(values), 1)
         return total
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lit_distill.batch import IGNORE_INDEX, TaskBatch, mean_rows
+from lit_distill.batch import TaskBatch, mean_rows, with_target
 from lit_distill.checks import check_int, check_range
 from lit_distill.objectives.base import Step
 from lit_distill.objectives.hidden import LayerPairs, shape
@@ -107,7 +107,7 @@ class MutualInformation(LayerPairs):
 
     def counts(self, batch: TaskBatch) -> int:
         """Rows with a target."""
-        return sum(int(_with_target(batch[task]["labels"]).sum()) for task in self.about(batch))
+        return sum(int(with_target(batch[task]).sum()) for task in self.about(batch))
 
     def forward(self, step: Step) -> Tensor:
         student, teacher = step.student, self.teacher_pass(step)
@@ -129,9 +129,5 @@ class MutualInformation(LayerPairs):
             states, rows = side.hidden(task, layer), step.student.rows(task)
         else:
             states, rows = side.encoder(task, layer), inputs["attention_mask"].nonzero()[:, 0]
-        means = mean_rows(states.float(), rows, len(inputs["labels"]))[_with_target(inputs["labels"])]
+        means = mean_rows(states.float(), rows, len(inputs["labels"]))[with_target(inputs)]
         return F.layer_norm(means, means.shape[-1:]).to(self.student_map.dtype)
-
-
-def _with_target(labels: Tensor) -> Tensor:
-    return (labels != IGNORE_INDEX).any(1)

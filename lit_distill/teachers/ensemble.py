@@ -1,12 +1,11 @@
 """Several models as one teacher."""
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_distill.batch import TaskInputs
 from lit_distill.errors import UserError
 from lit_distill.students.base import Stepper
 from lit_distill.teachers.frozen import FrozenPass
@@ -33,18 +32,6 @@ class EnsemblePass:
         self.batch = passes[0].batch
         self._name, self._passes, self._widths, self._weights, self._mean = name, passes, list(widths), weights, mean
 
-    def inputs(self, task: str) -> TaskInputs:
-        found: TaskInputs = self._passes[0].inputs(task)
-        return found
-
-    def labels(self, task: str) -> Tensor:
-        found: Tensor = self._passes[0].labels(task)
-        return found
-
-    def rows(self, task: str) -> Tensor:
-        found: Tensor = self._passes[0].rows(task)
-        return found
-
     def states(self, task: str) -> Tensor:
         """The models' states side by side, ``(tokens, sum of their d_model)``."""
         return torch.cat([each.states(task) for each in self._passes], dim=-1)
@@ -70,7 +57,9 @@ class EnsemblePass:
             return (weights * shared).sum(0)
         return (weights.log() + shared.log_softmax(-1)).logsumexp(0)
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
+        if name in ("inputs", "labels", "rows"):
+            return getattr(self._passes[0], name)
         if name.startswith("_"):
             raise AttributeError(name)
         raise UserError(f"teachers: {self._name}: an ensemble gives distributions alone, no {name}; use one model")

@@ -129,10 +129,9 @@ class WeighedGroup(Group):
 
     def compare(self, batches: Iterable[TaskBatch], student: Student) -> list[float]:
         """The similarity of each model to the targets in batches of train."""
-        models = [self.models.get(number) for number in range(len(self.settings.names))]
         found = [
-            similarity(model or self._load(number, student), batches, student.device)
-            for number, model in enumerate(models)
+            similarity(self.models.get(number) or self._load(number, student), batches, student.device)
+            for number in range(len(self.settings.names))
         ]
         if not any(found):
             raise UserError(f"teachers: {self.name}: weights: no model's states vary with the targets of train")
