@@ -146,17 +146,12 @@ def _header(config: Namespace, data: RationaleDataModule) -> Header:
     if config["head"] > len(tokens.tokenizer):
         raise UserError(f"head: {config['head']} is more than the {len(tokens.tokenizer)} ids of the vocabulary")
     return Header(
-        teacher=config["teacher"],
         revision=revision(config["teacher"]),
         tokenizer=tokenizer,
         vocabulary=len(tokens.tokenizer),
         renormalised=config["draws"] == 0,
         version=__version__,
-        dtype=config["dtype"],
-        temperature=config["temperature"],
-        head=config["head"],
-        draws=config["draws"],
-        seed=config["seed"],
+        **{name: config[name] for name in ("teacher", "dtype", "temperature", "head", "draws", "seed")},
     )
 
 
