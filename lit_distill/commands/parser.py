@@ -78,7 +78,7 @@ class Parser(LightningArgumentParser):
         ours = (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
         return self.instantiate(cfg, instantiators=[(_instantiate, base, True) for base in ours], **kwargs)
 
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # overloads
         """As jsonargparse's; an argument for one setting of a task or teacher leaves its others as they are."""
         # jsonargparse parses a class's arguments one by one
         pattern = r"--(tasks|teachers)\.([^.=]+)\.([^.=]+)=(.*)"
