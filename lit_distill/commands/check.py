@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import transformers
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from rich.console import Console
 from torch.multiprocessing.spawn import ProcessContext, spawn
 
@@ -114,10 +114,7 @@ def save_step(checker: Checker, folder: Path) -> None:
 
 def start_ranks(jobs: Sequence[Job]) -> ProcessContext:
     """Start two processes for the steps that `save_step` saved."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return cast(ProcessContext, spawn(_rank, (port, list(jobs)), nprocs=WORLD, join=False))
+    return cast(ProcessContext, spawn(_rank, (find_free_network_port(), list(jobs)), nprocs=WORLD, join=False))
 
 
 def end_ranks(context: ProcessContext) -> None:
