@@ -254,13 +254,6 @@ class Training(pl.LightningModule):
             self._window_terms[name] = self._window_terms.get(name, 0.0) + share
         if batch_idx == self.window.last:
             self._log_step()
-            # not before, as any loss may ask any teacher
-            unused = self.teachers.models.keys() - self.teachers.asked if self.trainer.global_step == 0 else ()
-            for name in sorted(unused):
-                rank_zero_warn(
-                    f"teachers: {name}: it is loaded, but no loss of the first step has used it; leave it out, unless a"
-                    " later step does"
-                )
         return self.total_loss(scaled)
 
     def on_after_backward(self) -> None:

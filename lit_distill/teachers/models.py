@@ -28,7 +28,6 @@ class Teachers(nn.Module):
     def __init__(self, models: Mapping[str, TeacherModel | Mapping[str, Any]] | None) -> None:
         super().__init__()
         self.groups: dict[str, Group] = {}
-        self.asked: set[str] = set()  # those that have given a pass
         # what checkpoints keep
         self.kept = nn.ModuleDict()
         for name, model in (models or {}).items():
@@ -130,5 +129,4 @@ class Teachers(nn.Module):
         """The pass of one teacher, without gradients and with results on the student's device."""
         self.check("teachers", name)
         self.load(student)
-        self.asked.add(name)
         return self.groups[name].forward(batch, student, progress)

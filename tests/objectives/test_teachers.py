@@ -104,26 +104,6 @@ def test_the_pass_of_a_step_is_shared(student_folder: Path, teacher_folder: Path
     assert step.student is step.student
 
 
-class AsksItself(StepByStepModule):
-    """Reads a teacher that no objective names."""
-
-    def loss_terms(self, step: Any) -> Any:
-        return super().loss_terms(step) | {"gap": step.student.loss("label") - step.teacher("small").loss("label")}
-
-
-def test_a_teacher_that_no_loss_uses_is_told(student_folder: Path, teacher_folder: Path, weights_folder: Path) -> None:
-    teachers = {"big": TeacherModel(str(teacher_folder)), "small": TeacherModel(str(weights_folder))}
-
-    def fit(kind: type[StepByStepModule]) -> None:
-        module = kind(student_folder, from_scratch=True, objectives=[KL(teacher="big")], teachers=teachers)
-        make_trainer(accumulate_grad_batches=2).fit(module, datamodule=RowsData(ROWS, 2, TASKS))
-
-    with pytest.warns(UserWarning, match=r"^teachers: small: it is loaded, but no loss of the first step has used it"):
-        fit(StepByStepModule)
-    # nothing is said, or it would be raised
-    fit(AsksItself)
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 
 
