@@ -223,13 +223,9 @@ class DistillModule(Evaluating):
             rewind(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore seed and position. Raises a ``UserError`` if weights are not finite or another method's.
-
-        A module without objectives evaluates a student that was trained with some.
-        """
+        """Restore seed and position. Raises a ``UserError`` if weights are not finite or another method's."""
         if not self.sharded:
             check_weights(checkpoint["state_dict"], "ckpt_path")
-            self._check_objectives(checkpoint)
         adapter = self.student.adapter
         kept = checkpoint.get(CHECKPOINT_KEY, {}).get("adapter")
         compared: dict[str, tuple[Any, Any]] = {
@@ -253,24 +249,6 @@ class DistillModule(Evaluating):
             loop = loops["fit_loop"]
             batches = loop["epoch_loop.batch_progress"]["current"]["completed"]
             self._resumed = (batches, loop["state_dict"].get("combined_loader", []))
-
-    def _check_objectives(self, checkpoint: dict[str, Any]) -> None:
-        """Raise a ``UserError`` unless a checkpoint keeps just what these objectives and teachers have."""
-        # a parameter that has no shape yet cannot be detached
-        both = checkpoint["state_dict"], self.state_dict(keep_vars=True)
-        kept, own = ({name for name in found if name.startswith(("objectives.", "teachers."))} for found in both)
-        if kept == own:
-            return
-        if own or (self._trainer is not None and self._trainer.training):
-            then, now = (
-                f"objectives {[each['class_path'].rpartition('.')[2] for each in found.get('objectives') or ()]}"
-                f" and teachers {[*(found.get('teachers') or ())]}"
-                for found in (checkpoint.get("hyper_parameters", {}), self.hparams)
-            )
-            raise UserError(f"ckpt_path: the checkpoint was trained with {then}, not {now}; give them as they were")
-        # which no answer needs
-        for name in kept:
-            del checkpoint["state_dict"][name]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> Self:  # type: ignore[override]  # a descriptor

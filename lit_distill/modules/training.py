@@ -104,6 +104,22 @@ class Training(pl.LightningModule):
         name = type(self._trainer.strategy).__name__ if self._trainer is not None else ""
         return name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's; evaluates a student without the objectives and teachers that it was trained with.
+
+        Raises a ``UserError`` if a checkpoint was trained with others, or training would go on without them.
+        """
+        # a parameter that has no shape yet cannot be detached
+        both = state_dict, self.state_dict(keep_vars=True)
+        kept, own = ({name for name in found if name.startswith(("objectives.", "teachers."))} for found in both)
+        if strict and kept != own and (own or (self._trainer is not None and self._trainer.training)):
+            name = min(kept ^ own)
+            told = f"has {name}, which these have not" if name in kept else f"has no {name}, which these have"
+            raise UserError(f"ckpt_path: its objectives or teachers are others: it {told}; give them as they were")
+        # which no answer needs
+        needed = {name: value for name, value in state_dict.items() if name in own or name not in kept}
+        return super().load_state_dict(needed, strict=strict, assign=assign)
+
     def check_teachers(self, trainer: pl.Trainer, stage: str) -> None:
         """Load the teachers, and let copies of the objectives check them, before a run reads data."""
         self.trainer = trainer
