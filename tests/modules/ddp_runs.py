@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -18,9 +18,10 @@ from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.modules import DistillModule, StepByStepModule
 from lit_distill.modules.window import Window
-from lit_distill.objectives import DistiLLM, PredictionHeads, Step
+from lit_distill.objectives import DistiLLM, ForwardKL, PredictionHeads, Progressive, Step
 from lit_distill.students import base
-from tests.modules.batches import Row, Rows, RowsData, random_rows
+from lit_distill.teachers.groups import WeighedGroup
+from tests.modules.batches import Row, Rows, RowsData, collate, random_rows
 from tests.modules.running import Steps, make_trainer
 from tests.modules.test_resume import StopAt, Stopped
 from tests.ranks import WORLD
@@ -88,6 +89,12 @@ class InOrder(RowsData):
         rows = Rows(self.rows)
         sampler = EpochSampler(rows, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
         return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self._collate)
+
+
+class Numbered(InOrder):
+    """Rows that know their position, as the real data modules collate."""
+
+    _collate = RowsData._collate_evaluation
 
 
 class Resumable(RowsData):
@@ -175,6 +182,7 @@ def all_runs(rank: int, out: Path, folder: Path, teacher: Path) -> dict[str, Any
         )
         for name in ("whole", "stopped", "resumed")
     }  # fmt: skip
+    found["taught"] = taught(folder, str(teacher), rank)
     found["diverged"] = diverged(folder, rank)
     return found
 
@@ -211,6 +219,24 @@ def resumed(folder: Path, out: Path, rank: int, part: str, **arguments: Any) -> 
             module, datamodule=Resumable(ROWS, 2, module.tasks), ckpt_path=resume, weights_only=True if resume else None
         )
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def taught(folder: Path, teacher: str, rank: int) -> dict[str, Any]:
+    """What a run keeps of a sequence and of similarities, and the similarities of this rank's rows."""
+    module = make_module(
+        folder,
+        objectives=[Progressive(teacher="path"), ForwardKL(teacher="crowd")],
+        teachers={
+            "path": {"model": [teacher] * 3, "by": "step", "at": [1, 2]},
+            "crowd": {"model": [teacher] * 2, "weights": "cka"},
+        },
+    )
+    torch.manual_seed(60 + rank)
+    data = Numbered(ROWS, 2, module.tasks)
+    ddp_trainer(max_steps=4, use_distributed_sampler=False).fit(module, datamodule=data)
+    own = collate(ROWS[rank::WORLD], module.tasks)
+    group = cast(WeighedGroup, module.teachers.groups["crowd"])
+    return {"kept": dict(module.state_dict()), "own": group.compare([own], module.student)}
 
 
 def diverged(folder: Path, rank: int) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def test_parameters_that_an_objective_shapes(student_folder: Path, teacher_folde
     assert difference(first["gradients"], expected["gradients"]) < 1e-5
 
 
+def test_both_ranks_have_the_same_stage_and_the_similarities_of_the_first(ranks: list[Found]) -> None:
+    first, second = (rank["taught"] for rank in ranks)
+    assert identical(first["kept"], second["kept"])
+    assert int(first["kept"]["objectives.0._extra_state"]) == 2
+    assert first["kept"]["objectives.0.earlier"].any()
+    similarities = first["kept"]["teachers.kept.teacher_crowd._extra_state"].tolist()
+    assert similarities == pytest.approx(first["own"], rel=1e-5)
+    assert similarities != pytest.approx(second["own"], rel=1e-3)
+
+
 @pytest.mark.parametrize("run", ["resume", "own text"])
 def test_resumed_in_the_middle_of_an_epoch(ranks: list[Found], run: str) -> None:
     found = ranks[0][run]
