@@ -42,11 +42,14 @@ set_loader("yaml", _load_bounded, exceptions=(YAMLError,))
 
 def _setting(text: str) -> Any:
     """A setting of a task or teacher, none of which is a mapping, as prefixes seem to be."""
+    # as jsonargparse passes null on; an empty text is not null here
+    if text == "None":
+        return None
     try:
         value = _load_bounded(text)
     except YAMLError:
         return text
-    return text if isinstance(value, dict) else value
+    return text if isinstance(value, dict | None) else value
 
 
 class Raised(BaseException):
@@ -86,7 +89,7 @@ class Parser(LightningArgumentParser):
             group, name, key, text = found.groups()
             earlier = ((kwargs.get("namespace") or {}).get(group) or {}).get(name)
             own = {**(earlier if isinstance(earlier, dict) else {}), key: _setting(text)}
-            args = [f"--{group}.{name}={json.dumps(own)}"]
+            args = [f"--{group}.{name}={json.dumps(own, ensure_ascii=False)}"]
         parsed: Namespace = super().parse_args(args, *rest, **kwargs)
         return parsed
 
