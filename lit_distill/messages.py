@@ -33,6 +33,8 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
         message: the error's text.
         options: the options that the parser knows, to suggest a spelling.
     """
+    # an argument for a key of a value
+    message = re.sub(r"NestedArg\(key=('[^']*'), val=(.+)\)", r"{\1: \2}", message)
     found = re.match(r'Parser key "([^"]+)":', message)
     key, text = (found[1], message[found.end() :]) if found else ("", message)
     plain = f"{key}: {text}".removeprefix(": ").replace("Problems parsing config", "config: not YAML")
@@ -42,9 +44,12 @@ def one_line(message: str, options: Sequence[str] = ()) -> str:
 def _line(key: str, text: str, options: Sequence[str]) -> str | None:
     """The line for a known kind of error; ``None`` for another one."""
     # the parser of a class's arguments has already made one line
-    inner = r"(?m)(?:^|- )\s*(\w[\w.]*: (?:no such argument|got |unknown class |cannot use |must be given).*)$"
+    inner = r"(?m)(?:^|- )\s*(\w[\w.+]*: (?:no such argument|got |unknown class |cannot use |must be given).*)$"
     if key and (found := re.search(inner, text)):
         return f"{key}.{found[1]}".replace(" as --", f" as --{key}.")
+    given = re.search(r"Given value: (.+)", text, flags=re.DOTALL)
+    if given and key in ("tasks", "teachers"):
+        return f"{key}: got {given[1]}; allowed are settings by name, as {{NAME: {{KEY: VALUE}}}}"
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and (allowed := _classes(text)):
         return f"{key}: unknown class {found[1]!r}{likely(found[1], allowed)}; allowed are {', '.join(allowed)}"
     if found := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", text):
@@ -54,7 +59,6 @@ def _line(key: str, text: str, options: Sequence[str]) -> str | None:
     option = r"(?:Group '([^']+)' )?does not accept option '([^']+)'|(?:Option|Key) '([^']+)' is not "
     if found := re.search(rf"unrecognized arguments: --?(\S+?)(?:[= ]|$)|{option}", text):
         return _unknown_option(".".join(filter(None, found.groups())), options)
-    given = re.search(r"Given value: (.+)", text, flags=re.DOTALL)
     if given and (found := re.search(r"subclass of (\w+)", text)):
         return (
             f"{key}: got {given[1]}; allowed is a {found[1]} by name or import path, or with class_path and init_args"
@@ -80,6 +84,8 @@ def _classes(text: str) -> list[str]:
 
 
 def _unknown_option(name: str, options: Sequence[str]) -> str:
+    if "+" in name:
+        return f"{name}: no such argument; only a list takes +"
     group = name.rpartition(".")[0]
     while group and not any(option.startswith(f"{group}.") for option in options):
         group = group.rpartition(".")[0]

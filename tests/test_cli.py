@@ -220,6 +220,9 @@ WRONG: list[tuple[str, list[str]]] = [
     # the machine
     ("--trainer.strategy=ddpp", ["trainer: ", "invalid strategy name", "ddpp"]),
     ("--trainer.accelerator=abacus", ["trainer: ", "invalid accelerator name", "abacus"]),
+    # names with settings
+    ("--model.teachers.big=RUN", ["teachers: got {'big': 'RUN'}; allowed are settings by name, as {NAME: {KEY"]),
+    ("--model.teachers+={big: {model: RUN}}", ["model.teachers+", "no such argument; only a list takes +"]),
     # files
     ("--ckpt_path=nowhere.ckpt", ["ckpt_path: 'nowhere.ckpt' is not there; allowed is a checkpoint"]),
     ("--ckpt_path=.", ["ckpt_path: '.' is a folder"]),
@@ -609,6 +612,17 @@ def test_arguments_for_settings_of_a_task_or_teacher_add_up(
     assert {name: (own["model"], own["offload"]) for name, own in found["teachers"].items()} == {
         "big": ("RUN", True), "two": ("X", False),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "value"),
+    [("prefix", "", ""), ("prefix", "\U0001f600=: ", "\U0001f600=: "), ("max_new_tokens", "null", None)],
+)
+def test_an_argument_for_a_setting_of_a_task_is_read_as_in_a_file(
+    key: str, given: str, value: object, student_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, "fit", small_toy(student_folder), f"--model.tasks.label.{key}={given}", "--print_config")
+    assert yaml.safe_load(text)["model"]["init_args"]["tasks"] == {"label": {key: value}}
 
 
 def test_no_student_is_built_to_parse_or_to_inspect(

@@ -50,6 +50,11 @@ UNION = """Parser key "trainer.precision":
             "config: not YAML: while parsing found line 2, column 1",
         ),
         ('Parser key "config":\n  File does not exist: /a/b.yaml', "config: File does not exist: /a/b.yaml"),
+        (
+            "Parser key \"lr\":\n  Expected a <class 'float'>. Got value: NestedArg(key='x', val='1')",
+            "lr: got {'x': '1'}; allowed is float",
+        ),
+        ("Option 'teachers+.big.model' is not accepted", "teachers+.big.model: no such argument; only a list takes +"),
         ("something that\nnobody foresaw", "something that nobody foresaw"),
     ],
 )
