@@ -20,11 +20,17 @@ NOT_THE_RESULT = re.compile(
     r"|(test_after_fit|baseline_after_fit|push_to_hub|resume)$"
     r"|data\.init_args\.(num_workers|eval_batch_size|predict_split)$"
     r"|model\.init_args\.(num_samples|score_choices|evaluate_\w+)$"
+    r"|model\.init_args\.teachers\.[^.]+\.(device|offload)$"
     # seeds, and where files are
     r"|(seed_everything|data\.init_args\.seed)$"
     r"|(trainer\.default_root_dir|data\.init_args\.(data_dir|cache_dir)|run_dir|out)$"
 )
 """Config keys without influence on results, or only through data whose hashes are compared."""
+
+_OBSERVER = re.compile(
+    r'^{"class_path": "[\w.]*\b(GradientShares|LearningRateMonitor|DeviceStatsMonitor|\w+ProgressBar|\w+ModelSummary)"'
+)
+"""A callback that changes nothing in training."""
 
 
 def as_text(value: object) -> str:
@@ -43,6 +49,8 @@ def identifying(config: Mapping[str, Any]) -> dict[str, str]:
 def config_text(config: Mapping[str, Any]) -> dict[str, str]:
     """The keys that may influence results, dotted, with values as text; devices count only through the batch size."""
     flat = flatten(config)
+    if isinstance(callbacks := flat.get("trainer.callbacks"), list):
+        flat["trainer.callbacks"] = [one for one in callbacks if not _OBSERVER.match(as_text(one))] or None
     of_batch = flat.get("model.init_args.effective_batch_size") is None
     hidden = () if of_batch else ("trainer.devices", "trainer.num_nodes")
     return {key: as_text(value) for key, value in flat.items() if key not in hidden and not NOT_THE_RESULT.match(key)}

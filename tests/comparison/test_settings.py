@@ -200,6 +200,24 @@ def test_the_choice_of_a_checkpoint_is_a_difference(tmp_path: Path) -> None:
     assert keys_of(find_runs([tmp_path])[0]) == ["checkpoint.monitor"]
 
 
+def test_what_only_observes_or_places_a_model_is_no_difference(tmp_path: Path) -> None:
+    shares: dict[str, Any] = {"class_path": "lit_distill.callbacks.GradientShares", "init_args": {"every_n_steps": 5}}
+    stopping: dict[str, Any] = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {}}
+    teachers = ({"device": "cuda:1", "offload": True}, {"device": None, "offload": False})
+    runs = runs_of(tmp_path, *[{"seed": seed, "model": {"teachers": {"big": teachers[seed]}}} for seed in (0, 1)])
+
+    def with_callbacks(*found: list[dict[str, Any]] | None) -> list[Run]:
+        for run, callbacks in zip(runs, found, strict=True):
+            edit(Path(run.source), config=run.record.config | {"trainer": {"callbacks": callbacks}})
+        return find_runs([tmp_path])[0]
+
+    assert keys_of(with_callbacks([shares], None)) == []
+    assert keys_of(with_callbacks([shares, stopping], [stopping])) == []
+    found = with_callbacks([shares, stopping], [shares])
+    assert keys_of(found) == ["trainer.callbacks"]
+    assert names_of(found) == ["standard finetuning, callbacks EarlyStopping", "standard finetuning"]
+
+
 @pytest.mark.parametrize(("effective", "apart"), [(None, True), (64, False)])
 def test_devices_count_where_they_make_the_batch(tmp_path: Path, effective: int | None, apart: bool) -> None:
     runs = runs_of(tmp_path, *[{"seed": seed, "model": {"effective_batch_size": effective}} for seed in (0, 1)])
