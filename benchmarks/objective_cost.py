@@ -76,7 +76,12 @@ def overlay_arguments(name: str, student: str) -> list[str]:
         raise UserError(f"{path}: there is no such overlay")
     named = yaml.safe_load(path.read_text())["model"]["init_args"].get("teachers", {})
     model = str(Path(teacher).absolute()) if teacher and Path(teacher).exists() else teacher or student
-    return [f"--config={path.absolute()}", *(f"--model.teachers.{each}.model={model}" for each in named)]
+    # as many of it as the overlay has
+    models = {
+        each: json.dumps([model] * len(own["model"])) if isinstance(own["model"], list) else model
+        for each, own in named.items()
+    }
+    return [f"--config={path.absolute()}", *(f"--model.teachers.{each}.model={own}" for each, own in models.items())]
 
 
 def measure(name: str, base: list[str], student: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
