@@ -34,7 +34,8 @@ def findings(
 ) -> list[Finding]:
     torch.manual_seed(7)
     teachers = {"big": TeacherModel(str(teacher))} if teacher else None
-    module = kind(folder, from_scratch=True, objectives=list(objectives), teachers=teachers, **arguments)
+    settings: dict[str, Any] = {"from_scratch": True, "objectives": list(objectives), "teachers": teachers} | arguments
+    module = kind(folder, **settings)
     batch = collate(ROWS, module.tasks)
     return list(Checker(module, RowsData(ROWS, 8, module.tasks), batch, precision).run())
 
@@ -208,6 +209,13 @@ def test_a_term_that_is_not_zero_where_it_says_so(student_folder: Path, teacher_
     found = failed(findings(student_folder, NeverZero(), teacher=teacher_folder))
     assert found.keys() == {"student = teacher"}
     assert found["student = teacher"].startswith("neverzero is ")
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_teacher_that_is_the_student_has_no_gradient_to_check(weights_folder: Path, precision: Precision) -> None:
+    found = findings(weights_folder, ForwardKL(), teacher=weights_folder, precision=precision, from_scratch=False)
+    assert not failed(found)
+    assert Finding("weight of kl alone", None, "no gradient: the student is its teacher") in found
 
 
 def test_a_loss_that_is_nan_at_minus_infinity(student_folder: Path, teacher_folder: Path) -> None:
