@@ -17,8 +17,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from options import with_weights
 from quiet import quiet
-from variants import with_weights
 
 from lit_distill.callbacks import GradientShares
 from lit_distill.data import CQADataModule

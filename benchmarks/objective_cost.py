@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from measure import rotated, spread
-from options import one_line_errors
+from options import one_line_errors, with_weights
 from workers import running
 
 from lit_distill.errors import UserError
@@ -51,21 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             *(f"--{argument}" for argument in given.more),
         ]  # fmt: skip
         print(json.dumps({name: measure(name, base, student, folder, given) for name in given.overlays}))
-
-
-def with_weights(name: str, folder: str) -> str:
-    """A folder without weights as one with random ones; any other student as it is."""
-    place = Path(name).absolute()
-    if not place.is_dir() or any(place.glob("*.safetensors")):
-        return str(place) if place.is_dir() else name
-    from quiet import quiet
-
-    from lit_distill import students
-
-    made = Path(folder) / "student"
-    with quiet(None):
-        students.load(place, from_scratch=True).save(made)
-    return str(made)
 
 
 def overlay_arguments(name: str, student: str) -> list[str]:

@@ -41,8 +41,7 @@ class Settings:
     @property
     def from_scratch(self) -> bool:
         """Whether the student is a folder without weights."""
-        folder = Path(self.student)
-        return folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))
+        return lacks_weights(self.student)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -51,6 +50,27 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def lacks_weights(student: str) -> bool:
+    """Whether a student is a folder without weights."""
+    folder = Path(student)
+    return folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))
+
+
+def with_weights(student: str, folder: str) -> str:
+    """A student's folder without weights as one with random ones, made in ``folder``; any other student as it is."""
+    place = Path(student).absolute()
+    if not lacks_weights(student):
+        return str(place) if place.is_dir() else student
+    from quiet import quiet
+
+    from lit_distill import students
+
+    made = Path(folder) / place.name
+    with quiet(None):
+        students.load(place, from_scratch=True).save(made)
+    return str(made)
 
 
 def make_parser(program: str, description: str | None, *, batch_size: int, steps: str) -> OneLineParser:

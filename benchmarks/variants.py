@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import with_weights
 from quiet import quiet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,16 +33,6 @@ from tests.variants.kl import KL
 from tests.variants.smoothed import SmoothedModule
 
 GOAL = 1.35
-
-
-def with_weights(name: str, folder: str) -> str:
-    """A folder without weights as one with random ones; any other student as it is."""
-    place = Path(name)
-    if not place.is_dir() or any(place.glob("*.safetensors")):
-        return name
-    made = Path(folder) / place.name
-    students.load(name, from_scratch=True).save(made)
-    return str(made)
 
 
 class Contender:
