@@ -3,7 +3,6 @@
 import copy
 import fnmatch
 import os
-import re
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -25,7 +24,7 @@ from lit_distill.experiments.cells import Cell, State
 from lit_distill.experiments.grid import Grid, as_list, cell_name, fit_keys, merge, nested, read_grid
 from lit_distill.experiments.launch import Board, Local, Slurm, run_cells
 from lit_distill.experiments.report import SWEEP, counts, show_event, summary_table, sweep_text
-from lit_distill.files import flatten, write_text
+from lit_distill.files import write_text
 from lit_distill.messages import known_subclasses
 from lit_distill.objectives import build_objective
 from lit_distill.reading import parse_yaml, read_small
@@ -222,12 +221,11 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
 
 def _check_teachers(cell: Cell, path: str) -> None:
     """Raise a ``UserError`` if a cell's teacher is not there, such as a run that is still to be made."""
-    for key, given in flatten(cell.config).items():
-        if (found := re.fullmatch(r"model\.init_args\.teachers\.(.+)\.model", key)) is None:
-            continue
+    teachers = cell.config["model"].get("init_args", {}).get("teachers") or {}
+    for teacher, settings in teachers.items():
         try:
-            with about(f"teachers: {found[1]}"):
-                for name in as_list(given):
+            with about(f"teachers: {teacher}"):
+                for name in as_list(settings["model"]):
                     check_place(name)
         except UserError as error:
             raise UserError(f"{error} (in the cell {cell.name} of {path})") from error
