@@ -162,7 +162,7 @@ class GradientShares(Callback):
         batch, window = trainer.fit_loop.epoch_loop.batch_idx, pl_module.window
         if batch == window.start:
             self._gradients = {}
-        parameters = [parameter for parameter in pl_module.student.parameters() if parameter.requires_grad]
+        parameters = pl_module.student.trained
         # of a scaled loss the ratios are the same, and small gradients in 16 bits are not lost
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         terms = pl_module.scaled_terms

@@ -65,7 +65,7 @@ class Progressive(ForwardKL):
         if student.sharded:
             raise UserError(f"{who}: it keeps a copy of the student, which strategies that shard it do not allow")
         self._last = len(teachers.models[str(self.teacher)].names) - 1
-        trained = trained_parameters(student)
+        trained = student.trained
         if isinstance(self.earlier, UninitializedParameter):
             self.earlier.materialize((sum(map(Tensor.numel, trained)),), dtype=trained[0].dtype)
             nn.init.zeros_(self.earlier)
@@ -75,7 +75,7 @@ class Progressive(ForwardKL):
         stage = step.stage(str(self.teacher))
         if self.training and stage != self._stage:
             with torch.no_grad():
-                self.earlier.copy_(parameters_to_vector(trained_parameters(student.student)))
+                self.earlier.copy_(parameters_to_vector(student.student.trained))
             self._stage = stage
         chosen = self.chosen(step, student, teacher) if stage == self._last else None
         total = divergence(self.value, student, teacher, tasks, chosen)
@@ -110,8 +110,3 @@ class Progressive(ForwardKL):
         ours, theirs = sum_rows(tokens, student.rows(first), len(batch[first]["labels"])).unbind(1)
         rows = batch[first]["index"][(ours > 0) & (theirs == 0)]
         return torch.cat([torch.isin(batch[task]["index"][student.rows(task)], rows) for task in tasks]).float()
-
-
-def trained_parameters(student: Student) -> list[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for parameter in student.parameters() if parameter.requires_grad]

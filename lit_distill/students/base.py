@@ -275,6 +275,11 @@ class Student(nn.Module, ABC):
         return next(self.parameters()).device
 
     @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @property
     def width(self) -> int:
         """Size of a hidden state, ``d_model``."""
         width: int = self.network.config.get_text_config().hidden_size
