@@ -324,7 +324,8 @@ class Checker:
     def _weight(self, name: str) -> Finding:
         """Whether a term alone moves the student, and its objective's own parameters, in proportion to its weight."""
         check, module = f"weight of {name} alone", self.module
-        places = {objective.name: f"objectives.{i}." for i, objective in enumerate(module.objectives)}
+        found_at = ((i, each) for i, each in enumerate(module.objectives) if each.name == name)
+        number, objective = next(found_at, (-1, None))
         if module.term_counts(self.batch).get(name) == 0:
             return Finding(check, None, "nothing to count in these rows")
         with self._weighing(name, 1.0):
@@ -333,15 +334,14 @@ class Checker:
             twice = self._factor(name)
         moved = {key: gradient for key, gradient in found.gradients.items() if gradient.any()}
         student, of_all = (_student_norm(each) for each in (found, self.reference))
-        own = [key for key, one in module.named_parameters() if one.requires_grad and name in places]
-        still = [key for key in own if key.startswith(places[name]) and key not in moved]
+        trained = [key for key, one in module.named_parameters() if one.requires_grad]
+        still = [key for key in trained if key.startswith(f"objectives.{number}.") and key not in moved]
         # a thousandth of what is allowed is rounding for sure
         moves = student > 1e-3 * self.allowed * of_all
-        if not moves and name in places and abs(self.reference.terms[name]) <= self.allowed:
-            objective = next(each for each in module.objectives if each.name == name)
-            if objective.zero_at_teacher:
-                return Finding(check, None, "no gradient: the student is its teacher")
-        weighed = name in places or name in module.tasks
+        is_zero = abs(self.reference.terms[name]) <= self.allowed
+        if not moves and is_zero and objective is not None and objective.zero_at_teacher:
+            return Finding(check, None, "no gradient: the student is its teacher")
+        weighed = objective is not None or name in module.tasks
         faults = {
             f"{name} does not move the student": not moves,
             "the weight does nothing": weighed and (not math.isclose(twice, 2 * alone) or alone == 0),
