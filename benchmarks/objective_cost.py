@@ -59,11 +59,12 @@ def overlay_arguments(name: str, student: str) -> list[str]:
     path = Path(overlay) if overlay.endswith(".yaml") else CONFIGS / "method" / f"{overlay}.yaml"
     if not path.is_file():
         raise UserError(f"{path}: there is no such overlay")
-    named = yaml.safe_load(path.read_text())["model"]["init_args"].get("teachers", {})
-    model = str(Path(teacher).absolute()) if teacher and Path(teacher).exists() else teacher or student
+    model = yaml.safe_load(path.read_text()).get("model", {})
+    named = model.get("init_args", {}).get("teachers", {})
+    folder = str(Path(teacher).absolute()) if teacher and Path(teacher).exists() else teacher or student
     # as many of it as the overlay has
     models = {
-        each: json.dumps([model] * len(own["model"])) if isinstance(own["model"], list) else model
+        each: json.dumps([folder] * len(own["model"])) if isinstance(own["model"], list) else folder
         for each, own in named.items()
     }
     return [f"--config={path.absolute()}", *(f"--model.teachers.{each}.model={own}" for each, own in models.items())]
