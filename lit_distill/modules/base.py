@@ -24,6 +24,7 @@ from lit_distill.objectives import Objective, build_objective, check_objectives
 from lit_distill.students.adapters import Adapter
 from lit_distill.students.files import CHECKPOINT_KEY, check_weights
 from lit_distill.students.models import Dtype
+from lit_distill.students.seq2seq import Fast
 from lit_distill.students.sharding import give_weights, is_deferred
 from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
 from lit_distill.teachers.models import TeacherModel, Teachers
@@ -64,9 +65,9 @@ class DistillModule(Evaluating):
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         dropout: dropout rate in place of the student's own.
         activation_checkpointing: recompute activations in the backward pass: less memory, slower steps.
-        fast: compute on real tokens only, without padding, losses and greedy decoding included: the same mathematics,
-            faster. Where it is not supported the student's own forward runs, and the run says why. Second-order
-            gradients need ``false``.
+        fast: how a T5 is computed. ``packed`` (or true): on real tokens only, without padding, losses and greedy
+            decoding included: the same mathematics, faster. ``plain`` (or false): by the student's own forward, which
+            also runs where the packed one is not supported; the run says why. Second-order gradients need ``plain``.
         max_label_length: maximum generated tokens for a label; by default 1.5 times the longest label target in train.
             The paper uses 64.
         max_rationale_length: maximum generated tokens for a rationale; by default 1.5 times the longest in train.
@@ -95,7 +96,7 @@ class DistillModule(Evaluating):
         warmup_steps: int = 0,
         dropout: float | None = None,
         activation_checkpointing: bool = False,
-        fast: bool = True,
+        fast: Fast = True,
         max_label_length: int | None = None,
         max_rationale_length: int | None = None,
         num_beams: int = 1,

@@ -11,7 +11,7 @@ from lit_distill.students.base import Student
 from lit_distill.students.causal import CausalStudent
 from lit_distill.students.files import CHECKPOINT_KEY, StudentFiles, check_weights, reading
 from lit_distill.students.models import Dtype, build_model, check_memory, pretrained
-from lit_distill.students.seq2seq import Seq2SeqStudent
+from lit_distill.students.seq2seq import Fast, Seq2SeqStudent
 
 
 def load(
@@ -21,7 +21,7 @@ def load(
     dropout: float | None = None,
     dtype: Dtype = "float32",
     adapter: Mapping[str, Any] | None = None,
-    fast: bool = True,
+    fast: Fast = True,
     activation_checkpointing: bool = False,
     meta: bool = False,
 ) -> Student:
@@ -35,7 +35,7 @@ def load(
         dtype: of the weights.
         adapter: settings of an `Adapter` to train. A checkpoint with the same adapter restores its weights; any other
             adapter of a checkpoint is first merged into the student.
-        fast: run a T5 on real tokens only, where supported.
+        fast: how a T5 computes its passes where that is supported.
         activation_checkpointing: recompute activations in the backward pass: less memory, slower steps.
         meta: allocate no weights; `lit_distill.students.sharding` provides them.
 

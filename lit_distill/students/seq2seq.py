@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import count
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
+from lit_distill.checks import check_choice
 from lit_distill.students.attention import Attention, Call, recording
 from lit_distill.students.base import Pass, ProcessLogits, Stack, Stepper, Student
 from lit_distill.students.fast.functions import token_losses
@@ -20,18 +21,29 @@ from lit_distill.students.fast.support import fits, keep_freed_memory, reason_ag
 from lit_distill.students.fast.t5 import Encoded, encode, encode_and_decode, into_head, log_likelihoods
 from lit_distill.students.tokens import Tokens
 
+PathName = Literal["plain", "packed"]
+"""The ways to compute a pass, the most widely supported first; `PATHS` has their classes."""
+
+Fast = bool | PathName
+"""The setting: a path, or true for ``packed`` and false for ``plain``."""
+
 
 class Seq2SeqStudent(Student):
-    """A T5 (v1.0, v1.1, Flan), ByT5 or mT5; ``fast``: on real tokens only where supported, else the run says why."""
+    """A T5 (v1.0, v1.1, Flan), ByT5 or mT5.
+
+    ``path`` is the way its passes are computed, as ``fast`` says. Where a path does not support the student or a batch,
+    the one before it in `PATHS` is taken, and the run says why.
+    """
 
     attentions = ("encoder", "decoder", "cross")
 
-    def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: Fast = True) -> None:
         names = "pad_token_id", "eos_token_id", "decoder_start_token_id"
         special = GenerationConfig(**{name: getattr(model.config, name) for name in names})
         super().__init__(model, tokens, copy.deepcopy(special))
         self.generation = special
-        self.fast = fast
+        check_choice("fast", fast, (True, False, *get_args(PathName)))
+        self.path: PathName = ("packed" if fast else "plain") if isinstance(fast, bool) else fast
         self._warned: set[str] = set()
 
     def layers(self, stack: Stack) -> int:
@@ -48,20 +60,20 @@ class Seq2SeqStudent(Student):
         return cast(nn.Module, self.network.decoder), "block"
 
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
-        """The lazy pass over a batch; on the fast path if student and batch allow it."""
-        return (PackedPass if self._is_fast(batch) else PlainPass)(self, batch)
+        """The lazy pass over a batch."""
+        return PATHS[self.paths(batch, self.path)[-1]](self, batch)
 
-    def _is_fast(self, batch: TaskBatch) -> bool:
-        if not self.fast:
-            return False
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        # a sharded parameter is complete only during its block's own forward
-        why = "the parameters are sharded" if self.sharded else reason_against(self.network)
-        why = "an objective reads attention scores" if self.records_attention else why
-        if why is None and not fits(inputs for inputs in batch.values() if len(inputs["labels"])):
-            why = "for a batch, it has padding before a source's end, or a row without a source"
-        return why is None or self.say_off(why)
+    def paths(self, batch: TaskBatch, last: PathName) -> list[PathName]:
+        """The paths up to ``last`` that support student and batch; each needs what those before it need."""
+        found: list[PathName] = []
+        for name, kind in PATHS.items():
+            if (why := kind.reason_against(self, batch)) is not None:
+                self.say_off(why)
+                break
+            found.append(name)
+            if name == last:
+                break
+        return found
 
     def say_off(self, why: str) -> bool:
         """Log once why the fast path is off."""
@@ -79,6 +91,11 @@ class Seq2SeqPass(Pass):
     def __init__(self, student: Seq2SeqStudent, batch: TaskBatch) -> None:
         super().__init__(student, batch)
         self.model: Any = student.network
+
+    @classmethod
+    def reason_against(cls, student: Seq2SeqStudent, batch: TaskBatch) -> str | None:
+        """Why this path does not support a student or a batch that the one before it supports; ``None`` if it does."""
+        return None
 
     def states(self, task: str, layer: int = -1) -> Tensor:
         return into_head(self.model, super().states(task, layer))
@@ -161,6 +178,24 @@ class PlainPass(Seq2SeqPass):
 class PackedPass(Seq2SeqPass):
     """The fast path: all tasks go through each layer together, without padding."""
 
+    def __init__(self, student: Seq2SeqStudent, batch: TaskBatch) -> None:
+        super().__init__(student, batch)
+        if student.device.type == "cpu":
+            keep_freed_memory()
+
+    @classmethod
+    def reason_against(cls, student: Seq2SeqStudent, batch: TaskBatch) -> str | None:
+        if student.sharded:
+            # a sharded parameter is complete only during its block's own forward
+            return "the parameters are sharded"
+        if student.records_attention:
+            return "an objective reads attention scores"
+        if (why := reason_against(student.network)) is not None:
+            return why
+        if not fits(inputs for inputs in batch.values() if len(inputs["labels"])):
+            return "for a batch, it has padding before a source's end, or a row without a source"
+        return None
+
     @cached_property
     def _forward(self) -> tuple[Encoded, list[Tensor], Tensor]:
         self._deterministic = not self.model.training
@@ -233,3 +268,7 @@ class PackedPass(Seq2SeqPass):
 
     def _likelihoods(self, task: str, rows: list[int], targets: Sequence[Sequence[int]]) -> Tensor:
         return log_likelihoods(self.model, *self._sources(task, rows), targets)
+
+
+PATHS: dict[PathName, type[Seq2SeqPass]] = {"plain": PlainPass, "packed": PackedPass}
+"""Each path's passes, the most widely supported first."""

@@ -301,10 +301,10 @@ def test_which_pass_is_taken_and_why_is_said_once(monkeypatch: pytest.MonkeyPatc
     assert isinstance(student(BATCH), PackedPass)
     assert isinstance(make_student("mt5")(BATCH), PackedPass)
     assert said == []
-    student.fast = False
+    student.path = "plain"
     assert isinstance(student(BATCH), PlainPass)
     assert said == []
-    student.fast = True
+    student.path = "packed"
     for _ in range(2):
         assert isinstance(student(left), PlainPass)
     student.sharded = True
@@ -313,6 +313,20 @@ def test_which_pass_is_taken_and_why_is_said_once(monkeypatch: pytest.MonkeyPatc
         "fast: off, for a batch, it has padding before a source's end, or a row without a source"
     ]
     assert "fast: off, the parameters are sharded" in said
+
+
+@pytest.mark.parametrize(
+    ("fast", "path"), [(True, "packed"), (False, "plain"), ("packed", "packed"), ("plain", "plain")]
+)
+def test_the_setting_is_a_path(tmp_path: Path, fast: Any, path: str) -> None:
+    student: Any = students.load(make_student_folder(tmp_path / "a"), from_scratch=True, fast=fast)
+    assert student.path == path
+
+
+def test_a_path_that_there_is_not(tmp_path: Path) -> None:
+    wrong: Any = "quick"
+    with pytest.raises(UserError, match="fast must be one of True, False, plain, packed, got 'quick'"):
+        students.load(make_student_folder(tmp_path / "a"), from_scratch=True, fast=wrong)
 
 
 def test_a_student_by_name(tmp_path: Path) -> None:
