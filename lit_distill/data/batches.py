@@ -1,19 +1,27 @@
 """From tokenised rows to batches: the order of rows on each rank, their padding, and a loader that resumes."""
 
-from collections.abc import Iterator, Sequence, Sized
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lit_distill.batch import PADDING_ROW, TaskBatch, pad_rows
 from lit_distill.data.tokenize import TokenRow, TokenRows
+from lit_distill.errors import UserError
+from lit_distill.files import cache_folder
 
 # Maximum batches (of all ranks) that are sorted by length together: enough for similar lengths, few enough to mix rows
 # differently in each epoch.
 WINDOW = 50
+
+IN_MEMORY = 2**20  # elements; an order with more is in a file
+CHUNK = 2**14  # positions that are looked up together
+
+Array = np.ndarray[Any, Any]
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -21,6 +29,8 @@ class EpochSampler(DistributedSampler[int]):
 
     Rank ``r`` takes positions ``r, r + world, r + 2 * world, ...``. The last round is filled by wrapping around when
     shuffling (training), and with ``PADDING_ROW`` otherwise (evaluation), so that no row counts twice.
+
+    The order is made at the start of a pass, four bytes a row (eight for longest first), and looked up as it is read.
 
     A `DistributedSampler`, so that Lightning does not replace it and calls `set_epoch`. Beyond its arguments:
 
@@ -37,55 +47,106 @@ class EpochSampler(DistributedSampler[int]):
         shuffle: bool = True,
         seed: int = 0,
         *,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Array | None = None,
         batch_size: int = 1,
     ) -> None:
         # annotated as `Dataset` in the base class, which only uses the length
         super().__init__(dataset, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.rows = len(dataset)
-        self.lengths = lengths
+        self.lengths = None if lengths is None else np.asarray(lengths)
         self.batch_size = batch_size
         # `TokenRows` tell from a position the epoch that they sample in
         self.with_epoch = shuffle and isinstance(dataset, TokenRows)
 
     def __iter__(self) -> Iterator[int]:
-        shift = self.epoch * self.rows if self.with_epoch else 0
-        return iter([position + shift for position in self._order()[self.rank :: self.num_replicas]])
+        return self.after(0)
 
-    def _order(self) -> list[int]:
-        positions = self.num_samples * self.num_replicas
-        if not self.shuffle:
-            order = list(range(self.rows))
-            if self.lengths is not None:
-                order.sort(key=self.lengths.__getitem__, reverse=True)
-            return order + [PADDING_ROW] * (positions - self.rows)
+    def after(self, skipped: int) -> Iterator[int]:
+        """The rank's rows without the first ``skipped``, which are not looked up."""
+        shift = self.epoch * self.rows if self.with_epoch else 0
+        rows_at = self._shuffled() if self.shuffle else self._in_order()
+        for start in range(skipped, self.num_samples, CHUNK):
+            samples = np.arange(start, min(start + CHUNK, self.num_samples))
+            yield from (rows_at(samples * self.num_replicas + self.rank) + shift).tolist()
+
+    def _in_order(self) -> Callable[[Array], Array]:
+        """Position -> row in evaluation."""
+        if self.lengths is None:
+            return lambda positions: np.where(positions < self.rows, positions, PADDING_ROW)
+        # one number per row, all different, so that they are sorted in place: the length above the position
+        order = _scratch(self.rows, np.int64)
+        for start in range(0, self.rows, CHUNK):
+            part = self.lengths[start : start + CHUNK].astype(np.int64)
+            order[start : start + CHUNK] = -part << 32 | np.arange(start, start + len(part))
+        order.sort()
+        last = self.rows - 1
+        return lambda positions: np.where(
+            positions <= last, order[np.minimum(positions, last)] & 0xFFFFFFFF, PADDING_ROW
+        )
+
+    def _shuffled(self) -> Callable[[Array], Array]:
+        """Position -> row in training, in 64 bits."""
         # unlike `seed + epoch`, without collisions between neighbouring seeds
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        shuffled = torch.randperm(self.rows, generator=generator)
-        if positions > self.rows:
-            shuffled = shuffled.repeat(-(-positions // self.rows))[:positions]
+        order = _scratch(self.num_samples * self.num_replicas, np.int32)
+        _permute(order[: self.rows], generator)
+        for position in range(self.rows, len(order)):
+            order[position] = order[position - self.rows]
         if self.lengths is not None:
-            batch_size = self.batch_size * self.num_replicas
-            shuffled = by_length(shuffled, torch.tensor(self.lengths), batch_size, generator)
-        return cast(list[int], shuffled.tolist())
+            return by_length(order, self.lengths, self.batch_size * self.num_replicas, generator)
+        return lambda positions: order[positions].astype(np.int64)
 
 
-def by_length(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+def by_length(order: Array, lengths: Array, batch_size: int, generator: torch.Generator) -> Callable[[Array], Array]:
     """Rearrange an epoch's order ``(positions,)`` into batches of rows of similar length (length bucketing).
 
-    Windows of the order are sorted by ``lengths`` ``(rows,)`` and cut into batches (``batch_size`` counts all ranks),
-    which are then shuffled. The rows that do not fill a batch are the last of the order whatever their length, and stay
-    last, so no length is favoured. Rows are sorted within a batch, so that ranks have similar lengths, too.
+    Windows of the order are sorted by ``lengths`` ``(rows,)``, in place, and cut into batches (``batch_size`` counts
+    all ranks), which are then shuffled. The rows that do not fill a batch are the last of the order whatever their
+    length, and stay last, so no length is favoured. Rows are sorted within a batch, so that ranks have similar lengths,
+    too. Returns position -> row.
     """
     count = len(order) // batch_size
     # several windows even for few batches: one would make the same batches in each epoch
     window_size = batch_size * min(WINDOW, max(1, count // 4))
     whole = count * batch_size
-    windows = [*order[:whole].split(window_size), order[whole:]]
-    *windows, rest = [window[lengths[window].argsort(stable=True)] for window in windows]
-    batches = [batch for window in windows for batch in window.split(batch_size)]
-    shuffled = torch.randperm(len(batches), generator=generator).tolist()
-    return torch.cat([*(batches[i] for i in shuffled), rest])
+    for start in range(0, len(order), window_size):
+        # the rest is a window of its own
+        for window in np.split(order[start : start + window_size], [max(whole - start, 0)]):
+            window[:] = window[lengths[window].argsort(kind="stable")]
+    batches = _scratch(count, np.int32)
+    _permute(batches, generator)
+
+    def rows_at(positions: Array) -> Array:
+        batch, place = np.divmod(positions, batch_size)
+        inside = batch < count
+        batch[inside] = batches[batch[inside]]
+        return cast(Array, order[batch * batch_size + place].astype(np.int64))
+
+    return rows_at
+
+
+def _permute(array: Array, generator: torch.Generator) -> None:
+    """Fill an array with a random permutation, the same whatever its type."""
+    out = torch.from_numpy(array)
+    torch.randperm(len(array), generator=generator, out=out, dtype=out.dtype)
+
+
+def _scratch(count: int, dtype: type) -> Array:
+    """An array to fill: a large one in a file without a name, whose pages the system can take from the process."""
+    if count <= IN_MEMORY:
+        return np.empty(count, dtype)
+    size, root = count * np.dtype(dtype).itemsize, cache_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as file:
+            # a full disk is an error here, and would kill the process where a page is written
+            for start in range(0, size, 2**20):
+                file.write(bytes(min(2**20, size - start)))
+            file.flush()
+            return np.memmap(file, dtype, "r+", shape=count).view(np.ndarray)
+    except OSError as error:
+        told = f"the order of {count} rows cannot be kept in {str(root)!r} ({error}); set LIT_DISTILL_CACHE"
+        raise UserError(told) from error
 
 
 def collate(rows: Sequence[TokenRow], *, tasks: Sequence[str], pad_token_id: int, evaluation: bool) -> TaskBatch:
@@ -131,7 +192,7 @@ class ResumableLoader(DataLoader[Any]):
         else:
             rest = DataLoader(
                 self.dataset,
-                batch_sampler=list(islice(cast(BatchSampler, self.batch_sampler), self._batches, None)),
+                batch_sampler=self._rest(),
                 collate_fn=self.collate_fn,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
@@ -142,6 +203,15 @@ class ResumableLoader(DataLoader[Any]):
         for batch in batches:
             self._batches += 1
             yield batch
+
+    def _rest(self) -> Iterable[list[int]]:
+        """The batches of a pass that were not handed out."""
+        batches = cast(BatchSampler, self.batch_sampler)
+        if not isinstance(self.sampler, EpochSampler):
+            return islice(batches, self._batches, None)
+        # far into ten million rows, walking to the next takes seconds
+        rows = self.sampler.after(self._batches * batches.batch_size)
+        return BatchSampler(rows, batches.batch_size, batches.drop_last)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of batches handed out."""

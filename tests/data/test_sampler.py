@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DistributedSampler
 from lit_distill.batch import PADDING_ROW
 from lit_distill.data import batches
 from lit_distill.data.batches import EpochSampler
+from lit_distill.errors import UserError
 
 
 def passes(rows: int, world: int, **settings: object) -> list[list[int]]:
@@ -188,3 +190,40 @@ def test_evaluation_by_length_reads_the_longest_rows_first(lengths: list[int], w
     assert sorted(order[: len(lengths)]) == list(range(len(lengths)))
     for row, after in pairwise(order[: len(lengths)]):
         assert (-lengths[row], row) < (-lengths[after], after)
+
+
+def test_orders_are_those_of_earlier_checkpoints() -> None:
+    # written down before the order was kept in arrays
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    plain: list[list[int]] = []
+    similar: list[list[int]] = []
+    for rank in range(2):
+        for found, settings in ((plain, {}), (similar, {"lengths": lengths, "batch_size": 2})):
+            sampler = EpochSampler(range(11), 2, rank, seed=3, **settings)  # type: ignore[arg-type]
+            sampler.set_epoch(2)
+            found.append(list(sampler))
+    assert plain == [[5, 8, 2, 7, 4, 6], [9, 10, 0, 1, 3, 5]]
+    assert similar == [[3, 4, 1, 2, 9, 10], [6, 5, 0, 7, 8, 5]]
+    longest = list(EpochSampler(range(11), shuffle=False, lengths=lengths))
+    assert longest == [5, 7, 4, 8, 10, 2, 0, 9, 6, 1, 3]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("lengths", [None, skewed(100)])
+def test_an_order_in_a_file_is_the_same_and_goes_on_anywhere(
+    shuffle: bool, lengths: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = EpochSampler(range(100), 3, 1, shuffle, lengths=lengths, batch_size=4)
+    whole = list(sampler)
+    monkeypatch.setattr(batches, "IN_MEMORY", 10)
+    monkeypatch.setattr(batches, "CHUNK", 7)
+    monkeypatch.setenv("LIT_DISTILL_CACHE", str(tmp_path / "cache"))
+    for skipped in (0, 6, 7, 33, 34, 40):
+        assert list(sampler.after(skipped)) == whole[skipped:]
+    if not (shuffle or lengths):
+        return  # no order to keep
+    assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIT_DISTILL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"the order of 10[02] rows cannot be kept in .*; set LIT_DISTILL_CACHE"):
+        list(sampler)
