@@ -101,7 +101,8 @@ def test_an_adapter_trains_as_pefts_own(kind: str, tmp_path: Path) -> None:
     assert found.keys() == wanted.keys()
     assert all("lora_" in name for name in found)
     for name, gradient in found.items():
-        assert float((gradient - wanted[name]).norm()) <= 1e-4 * float(wanted[name].norm()) + 1e-7, name
+        # float32 sums in another order: by each library up to 1e-4 from the same in float64
+        assert float((gradient - wanted[name]).norm()) <= 3e-4 * float(wanted[name].norm()) + 1e-7, name
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])

@@ -11,6 +11,7 @@ from transformers import T5ForConditionalGeneration
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch
 from lit_distill.modules import DistillModule, StepByStepModule
+from lit_distill.students.fast import products
 from tests.modules.batches import RowsData, collate, random_rows
 from tests.modules.running import difference, gradients_of, make_trainer
 from tests.runs import at_work_in, metric_rows, run, run_folders, small_model, small_trainer, toy_data
@@ -133,6 +134,8 @@ def test_one_pass_of_each_model_a_micro_batch(
         seen.append(self)
         return original(self, x)
 
+    # so that each layer is called
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(nn.Linear, "forward", forward)
     make_trainer(max_epochs=1).fit(module, datamodule=RowsData(random_rows(8, seed=3), 2, TASKS))
     models = [module.student.model] if variant == "smoothed" else [

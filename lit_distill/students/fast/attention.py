@@ -1,7 +1,7 @@
 r"""T5's attention :math:`\text{dropout}(\text{softmax}(Q K^T + B)) V` (not scaled) of packed rows."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_distill.students.fast.functions import apply, dropout, dropout_mask
 from lit_distill.students.fast.packing import AttentionPlan, Packing
+from lit_distill.students.fast.products import linear
 
 WORTH = 0.5
 """Rows attend without keys and values where that costs no more than this share of the ordinary way."""
@@ -84,7 +85,8 @@ class SelfAttention:
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
-        return cast(Tensor, layer.o(attention(layer.q(x), layer.k(x), layer.v(x), self._plan, _rate(layer))))
+        q, k, v = (linear(own, x) for own in (layer.q, layer.k, layer.v))
+        return linear(layer.o, attention(q, k, v, self._plan, _rate(layer)))
 
 
 class CrossAttention:
@@ -108,10 +110,10 @@ class CrossAttention:
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's attention, ``(target tokens, d_model)``."""
-        q = layer.q(x)
+        q = linear(layer.q, x)
         found = [part.attend(layer, q, _rate(layer)) for part in self._parts]
         out = found[0] if self._order is None else torch.cat(found).index_select(0, self._order)
-        return cast(Tensor, layer.o(out))
+        return linear(layer.o, out)
 
 
 def _rate(layer: Any) -> float:
@@ -147,7 +149,7 @@ class _ManyQueries:
     def attend(self, layer: Any, q: Tensor, p: float) -> Tensor:
         """As `FewQueries.attend`."""
         own = q if len(q) == len(self.tokens) else q.index_select(0, self.tokens)
-        return attention(own, layer.k(self._encoded), layer.v(self._encoded), self._plan, p)
+        return attention(own, linear(layer.k, self._encoded), linear(layer.v, self._encoded), self._plan, p)
 
 
 class FewQueries:

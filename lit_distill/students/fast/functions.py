@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lit_distill.batch import IGNORE_INDEX
+from lit_distill.students.fast.products import product
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's logits: large enough for efficient matrix products."""
@@ -128,7 +129,7 @@ class _TokenLosses(Function):
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         losses, saved, budget = [], [], KEPT_BYTES
         for start in range(0, len(states), size):
-            logs = torch.log_softmax(states[start : start + size] @ weight.t(), dim=-1, dtype=torch.float32)
+            logs = torch.log_softmax(product(states[start : start + size], weight), dim=-1, dtype=torch.float32)
             losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
             budget -= 4 * logs.numel()
             if ctx.needs_input_grad[0] and budget >= 0:
@@ -153,15 +154,15 @@ class _TokenLosses(Function):
             if number < len(saved):
                 likely = saved[number]
             else:
-                likely = torch.softmax(states[part] @ weight.t(), dim=-1, dtype=torch.float32)
+                likely = torch.softmax(product(states[part], weight), dim=-1, dtype=torch.float32)
             likely = likely.to(states.dtype)
-            states_grad[part].addmm_(likely, weight)
+            states_grad[part].add_(product(likely, weight.t()))
             if not ctx.needs_input_grad[1]:
                 continue
             if weight_grad is None:
-                weight_grad = likely.t() @ scaled[part]
+                weight_grad = product(likely.t(), scaled[part].t())
             else:
-                weight_grad.addmm_(likely.t(), scaled[part])
+                weight_grad.add_(product(likely.t(), scaled[part].t()))
         if weight_grad is not None:
             weight_grad.index_add_(0, safe, scaled, alpha=-1)
         return states_grad.mul_(grad), weight_grad, None

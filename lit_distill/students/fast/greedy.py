@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_distill.students.fast.attention import FewQueries, projects_plainly
 from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.products import linear
 from lit_distill.students.fast.t5 import Encoded, feed_forward, into_head, norm
 
 FIRST_CAPACITY = 16
@@ -39,7 +40,7 @@ def greedy(
     ids = torch.full((len(rows),), settings.decoder_start_token_id, device=device)
     decoder = Decoder(model.decoder, encoded, rows)
     for step in range(max_new_tokens):
-        scores = model.lm_head(into_head(model, decoder.step(ids, step))).float()
+        scores = linear(model.lm_head, into_head(model, decoder.step(ids, step))).float()
         if process_logits is not None:
             scores = process_logits(scores, step, numbers)
         ids = scores.argmax(dim=-1)
@@ -71,7 +72,7 @@ class Decoder:
         # where keys and values of the sources are more than a product with a weight (LoRA, say), they are made once
         layers = [block.layer[1].EncDecAttention for block in stack.block]
         self._projected = [
-            None if projects_plainly(block) else (layer.k(states), layer.v(states))
+            None if projects_plainly(block) else (linear(layer.k, states), linear(layer.v, states))
             for block, layer in zip(stack.block, layers, strict=True)
         ]
         self._take_sources()
@@ -121,21 +122,24 @@ class Decoder:
 
     def _attend_to_targets(self, layer: Any, x: Tensor, cache: Tensor, position: int) -> Tensor:
         heads = len(x), self._few.heads, -1
-        cache[0, :, :, position], cache[1, :, :, position] = layer.k(x).view(heads), layer.v(x).view(heads)
-        query = layer.q(x).view(heads).unsqueeze(2)
+        cache[0, :, :, position], cache[1, :, :, position] = (
+            linear(layer.k, x).view(heads),
+            linear(layer.v, x).view(heads),
+        )
+        query = linear(layer.q, x).view(heads).unsqueeze(2)
         keys, values = cache[:, :, :, : position + 1].to(query.dtype)
         bias = self._bias[:, :, position : position + 1, : position + 1].to(query.dtype).expand(len(x), -1, -1, -1)
         found = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)
-        out: Tensor = layer.o(found.reshape(len(x), -1))
+        out: Tensor = linear(layer.o, found.reshape(len(x), -1))
         return out
 
     def _attend_to_sources(self, layer: Any, x: Tensor, sources: tuple[Tensor, Tensor] | None) -> Tensor:
-        query = layer.q(x)
+        query = linear(layer.q, x)
         if sources is None:
             found = self._few.attend(layer, query, 0.0)
         else:
             mask, (keys, values) = self._few.mask[:, None].to(query.dtype), sources
             by_head = query.view(len(x), self._few.heads, 1, -1)
             found = F.scaled_dot_product_attention(by_head, keys, values, attn_mask=mask, scale=1.0)
-        out: Tensor = layer.o(found.reshape(len(x), -1))
+        out: Tensor = linear(layer.o, found.reshape(len(x), -1))
         return out

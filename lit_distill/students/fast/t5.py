@@ -5,7 +5,7 @@ Every module of the Hugging Face model keeps its place, its weights and its name
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, SelfAttention
 from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm, token_losses
 from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.products import linear
 from lit_distill.students.fast.support import has_hooks
 
 
@@ -46,14 +47,14 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
     rate = _rate(module.dropout)
     if hasattr(module, "wi_1"):
-        inner = gated(_activate(module.act, module.wi_0(x)), module.wi_1(x), rate)
+        inner = gated(_activate(module.act, linear(module.wi_0, x)), linear(module.wi_1, x), rate)
     else:
-        inner = dropout(_activate(module.act, module.wi(x)), rate)
+        inner = dropout(_activate(module.act, linear(module.wi, x)), rate)
     wanted = module.wo.weight.dtype
     if inner.dtype != wanted and wanted.is_floating_point and not torch.is_autocast_enabled(inner.device.type):
         # transformers keeps this one matrix in float32 where it loads the others in bfloat16
         inner = inner.to(wanted)
-    return cast(Tensor, module.wo(inner))
+    return linear(module.wo, inner)
 
 
 def into_head(model: Any, states: Tensor) -> Tensor:
