@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lit_distill.errors import UserError
+from lit_distill.remote import AnyPath, read_lines
 
 _DEPTH = 100  # of YAML; a config has ten levels
 _VALUES = 1_000_000  # of YAML, with aliases expanded
@@ -59,12 +60,12 @@ def json_object(text: str | bytes, place: str, *, surrogates: bool = False) -> d
 
 
 def json_lines(
-    path: Path, *, surrogates: bool = False, on_torn: Callable[[str], None] | None = None
+    path: AnyPath, *, surrogates: bool = False, on_torn: Callable[[str], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place (``path:line``) and object of each line of a file that is not blank.
 
     Args:
-        path: the file.
+        path: the file, possibly compressed.
         surrogates: as in `parse_json`.
         on_torn: called with the place of an incomplete last line, which a process leaves that was killed or still
             writes; without it, that is an error as in any other line.
@@ -72,22 +73,21 @@ def json_lines(
     Raises:
         UserError: a line is no JSON object.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                # some programs write a byte order mark
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.isspace():
-                continue
-            place = f"{path}:{number}"
-            try:
-                found = json_object(line, place, surrogates=surrogates)
-            except UserError:
-                if on_torn is None or line.endswith(b"\n"):
-                    raise
-                on_torn(place)
-            else:
-                yield place, found
+    for number, line in enumerate(read_lines(path), start=1):
+        if number == 1:
+            # some programs write a byte order mark
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.isspace():
+            continue
+        place = f"{path}:{number}"
+        try:
+            found = json_object(line, place, surrogates=surrogates)
+        except UserError:
+            if on_torn is None or line.endswith(b"\n"):
+                raise
+            on_torn(place)
+        else:
+            yield place, found
 
 
 def read_small(path: str | Path) -> bytes:

@@ -24,6 +24,7 @@ LAYERS = (
         "questions",
         "reading",
         "records",
+        "remote",
         "messages",
         "progress",
         "secrets",

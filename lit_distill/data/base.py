@@ -36,6 +36,7 @@ from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, toke
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.files import cache_folder
+from lit_distill.remote import RemotePath, as_path
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
 from lit_distill.tasks import Row, RowFilter, Task, rationale_task, tasks_from
 
@@ -53,7 +54,8 @@ class RationaleDataModule(Dataset):
     overrides `load_rows`.
 
     Args:
-        data_dir: folder of the datasets' folders (``cqa/``, ``svamp/``, ``esnli/``, ``anli1/``).
+        data_dir: folder of the datasets' folders (``cqa/``, ``svamp/``, ``esnli/``, ``anli1/``), possibly at an fsspec
+            URL (``s3://``, ``gs://``, ``hf://``, ...).
         tokenizer: the student's: a hub name, a folder, a tokenizer, or `Tokens`.
         batch_size: training examples per batch and device.
         eval_batch_size: evaluation examples per batch and device; ``batch_size`` by default.
@@ -99,7 +101,7 @@ class RationaleDataModule(Dataset):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.data_dir = Path(data_dir)
+        self.data_dir = as_path(data_dir)
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
         eval_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_batch_size = checks.check_int("eval_batch_size", eval_size, 1)
@@ -264,6 +266,8 @@ class RationaleDataModule(Dataset):
         files = {self.split_file(split): count for split, count in self.released_rows.items()}
         expected = {file.name: count for file, count in files.items() if file is not None}
         if expected and not any(file is not None and file.is_file() for file in files):
+            if isinstance(self.data_dir, RemotePath):
+                raise UserError(f"data_dir: none of {', '.join(expected)} is in {self.data_dir / self.name}")
             fetch_release(self.release_url, self.data_dir, self.name, expected)
 
     def setup(self, stage: str) -> None:

@@ -15,6 +15,7 @@ from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
 from lit_distill.reading import json_lines
+from lit_distill.remote import AnyPath
 from lit_distill.tasks import RATIONALE_LABEL, Row, TeacherOutput
 
 
@@ -31,7 +32,7 @@ class Dataset(pl.LightningDataModule):
     prompt: ClassVar[str] = "default"  # prompt file in `data/prompts/`
     release_url: ClassVar[str] = RELEASE_URL  # the archive of the released data
 
-    data_dir: Path
+    data_dir: AnyPath
     rationale_filter: str
     allow_extra_outputs: bool
 
@@ -68,7 +69,7 @@ class Dataset(pl.LightningDataModule):
         choices = ", ".join(row.choices or self.label_set or ())
         return {"input": row.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
 
-    def split_file(self, split: Split) -> Path | None:
+    def split_file(self, split: Split) -> AnyPath | None:
         """The file of a split, existing or not; ``None`` if none is released."""
         word = self.splits.get(split)
         return None if word is None else self.data_dir / self.name / f"{self.name}_{word}.json"

@@ -14,6 +14,7 @@ from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName
 from lit_distill.reading import parse_json
+from lit_distill.remote import AnyPath, RemotePath, as_path
 from lit_distill.shipped import shipped
 from lit_distill.tasks import Row, TeacherOutput
 
@@ -25,8 +26,8 @@ class JSONLDataModule(RationaleDataModule):
     present.
 
     Args:
-        train: file or ``save_to_disk`` folder of the training rows; with ``hub``, the split's name. Relative to the
-            working directory, else to ``data_dir``.
+        train: file or ``save_to_disk`` folder of the training rows, possibly at an fsspec URL (``s3://``, ``hf://``,
+            ``https://``, ...); with ``hub``, the split's name. Relative to the working directory, else to ``data_dir``.
         val: the same for validation rows; by default a fixed tenth of train's inputs.
         test: the same for test rows.
         predict: the same for rows to predict, which need no label.
@@ -107,14 +108,16 @@ class JSONLDataModule(RationaleDataModule):
             else:
                 self._existing_file(split)
 
-    def split_file(self, split: Split) -> Path | None:
+    def split_file(self, split: Split) -> AnyPath | None:
         """The file or folder of a split; ``None`` if not given, or on the hub."""
         if self._hub is not None or split not in self.sources:
             return None
-        path = Path(shipped(self.sources[split]))
+        path = as_path(shipped(self.sources[split]))
+        if isinstance(path, RemotePath):
+            return path
         # absolute, for messages
         here, there = path.absolute(), (self.data_dir / path).absolute()
-        return there if there.exists() and not here.exists() else here
+        return there if not here.exists() and there.exists() else here
 
     def absence(self, split: Split) -> str:
         """The message for an absent split, naming its argument."""
@@ -143,7 +146,7 @@ class JSONLDataModule(RationaleDataModule):
             return read_hub(self._hub, self._hub_config, self.sources[split])
         return read_file(self._existing_file(split), split)
 
-    def _existing_file(self, split: Split) -> Path:
+    def _existing_file(self, split: Split) -> AnyPath:
         path = self.split_file(split)
         if path is None or not path.exists():
             raise UserError(f"{split}: there is no {path}, nor {self.sources[split]!r} in {self.data_dir.absolute()}")

@@ -12,13 +12,14 @@ from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.selection import KEPT_COLUMNS
 from lit_distill.data.sources import read_json_list
 from lit_distill.errors import UserError
+from lit_distill.remote import AnyPath
 from lit_distill.tasks import Row, TeacherOutput
 
 RELEASED = "released"
 """The teacher name, and the word in ``rationales``, of outputs that come with the dataset."""
 
 
-def read_released(folder: Path, split: str) -> list[str]:
+def read_released(folder: AnyPath, split: str) -> list[str]:
     """The teacher's texts in ``<split>_CoT_<k>.json``, each a JSON list of strings, by k.
 
     Raises a ``UserError`` if a file is damaged, or a number is missing, which would shift all later texts.

@@ -5,8 +5,8 @@ JSON and CSV are not read by Hugging Face datasets, whose readers infer types ov
 """
 
 import csv
+import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.reading import json_lines, parse_json
+from lit_distill.remote import AnyPath, format_of, open_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -30,21 +31,21 @@ class Table(NamedTuple):
     class_names: dict[str, list[str]]  # column of class numbers -> names
 
 
-def read_file(path: Path, split: Split) -> Table:
+def read_file(path: AnyPath, split: Split) -> Table:
     """Read a JSON, JSON lines, CSV or Parquet file, or a split in a ``save_to_disk`` folder.
 
-    Raises a ``UserError`` if it is none of these, or damaged.
+    All but Parquet may be compressed (`open_bytes`). Raises a ``UserError`` if it is none of these, or damaged.
     """
     if path.is_dir():
         return _read_folder(path, split)
-    suffix = path.suffix.lower()
+    suffix = format_of(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{split}: {path} is none of {', '.join(SUFFIXES)} and no folder")
     if suffix == ".csv":
         return _read_csv(path)
     if suffix == ".parquet":
         return _read_parquet(path)
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         is_list = file.read(4096).lstrip()[:1] == b"["
     rows = list(_json_objects(path) if is_list else json_lines(path))
     # the union over rows: writers of JSON lines may omit empty values
@@ -64,10 +65,11 @@ def read_hub(name: str, config: str | None, split_name: str) -> Table:
     return _from_dataset(loaded, f"{name}[{split_name}]")
 
 
-def read_json_list(path: Path) -> list[Any]:
+def read_json_list(path: AnyPath) -> list[Any]:
     """A file of one JSON list. Raises a ``UserError`` if it is none."""
     try:
-        found = parse_json(path.read_bytes())
+        with open_bytes(path) as file:
+            found = parse_json(file.read())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(found, list):
@@ -75,7 +77,7 @@ def read_json_list(path: Path) -> list[Any]:
     return found
 
 
-def _json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_objects(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
     for position, found in enumerate(read_json_list(path)):
         place = f"{path}, item {position}"
         if not isinstance(found, dict):
@@ -83,13 +85,13 @@ def _json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, found
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: AnyPath) -> Table:
     # a cell may be as long as an input is
     csv.field_size_limit(2**31 - 1)
     rows: list[tuple[str, dict[str, Any]]] = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+        with open_bytes(path) as file:
+            reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
             columns = list(reader.fieldnames or [])
             if len(set(columns)) < len(columns):
                 raise UserError(f"{path}: a column is there twice: {', '.join(columns)}")
@@ -103,12 +105,13 @@ def _read_csv(path: Path) -> Table:
     return Table(columns, rows, {})
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: AnyPath) -> Table:
     from datasets import Dataset
     from datasets.table import InMemoryTable  # type: ignore[import-untyped]
 
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:
+            table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from error
     try:
@@ -118,7 +121,7 @@ def _read_parquet(path: Path) -> Table:
     return _from_dataset(rows, str(path))
 
 
-def _read_folder(path: Path, split: Split) -> Table:
+def _read_folder(path: AnyPath, split: Split) -> Table:
     import datasets
 
     try:
