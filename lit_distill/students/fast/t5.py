@@ -47,9 +47,9 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
     rate = _rate(module.dropout)
     if hasattr(module, "wi_1"):
-        inner = gated(_activate(module.act, linear(module.wi_0, x)), linear(module.wi_1, x), rate)
+        inner = gated(activate(module.act, linear(module.wi_0, x)), linear(module.wi_1, x), rate)
     else:
-        inner = dropout(_activate(module.act, linear(module.wi, x)), rate)
+        inner = dropout(activate(module.act, linear(module.wi, x)), rate)
     wanted = module.wo.weight.dtype
     if inner.dtype != wanted and wanted.is_floating_point and not torch.is_autocast_enabled(inner.device.type):
         # transformers keeps this one matrix in float32 where it loads the others in bfloat16
@@ -64,7 +64,8 @@ def into_head(model: Any, states: Tensor) -> Tensor:
     return states * model.config.d_model**-0.5 if scales else states
 
 
-def _activate(act: nn.Module, x: Tensor) -> Tensor:
+def activate(act: nn.Module, x: Tensor) -> Tensor:
+    """The feed-forward network's activation function."""
     # `gelu_new` is this very function, written as eight operations
     return F.gelu(x, approximate="tanh") if isinstance(act, NewGELUActivation) else act(x)
 
