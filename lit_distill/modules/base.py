@@ -68,6 +68,8 @@ class DistillModule(Evaluating):
         fast: how a T5 is computed. ``packed`` (or true): on real tokens only, without padding, losses and greedy
             decoding included: the same mathematics, faster. ``plain`` (or false): by the student's own forward, which
             also runs where the packed one is not supported; the run says why. Second-order gradients need ``plain``.
+            ``compiled``: the packed one as one graph of few kernels, for GPUs; its first steps take minutes, and no
+            adapter and no activation checkpointing are supported.
         max_label_length: maximum generated tokens for a label; by default 1.5 times the longest label target in train.
             The paper uses 64.
         max_rationale_length: maximum generated tokens for a rationale; by default 1.5 times the longest in train.
@@ -211,8 +213,9 @@ class DistillModule(Evaluating):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what loading needs, and rewind the progress to the last complete optimizer step.
 
-        Raises a ``UserError``, and writes nothing, if a weight is not finite.
+        Raises a ``UserError``, and writes nothing, if a weight or the last step's loss or gradient is not finite.
         """
+        self.check_finite()
         if not self.sharded:
             check_weights(checkpoint["state_dict"], f"step {checkpoint['global_step']}")
         checkpoint[CHECKPOINT_KEY] = self.student.record()

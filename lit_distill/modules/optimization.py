@@ -66,10 +66,24 @@ def clip_in_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> bool:
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     float32 = all(gradient.dtype == torch.float32 for gradient in gradients)
-    if type(optimizer) is not AdamW or not optimizer.defaults["fused"] or not float32:
+    if not _is_fused(optimizer) or not float32:
         return False
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
     return True
+
+
+def skip_in_step(optimizer: Optimizer, skip: Tensor) -> bool:
+    """Let the next step of a fused AdamW change nothing if ``skip`` is 1, and not 0; return whether it is one.
+
+    Its kernel reads the flag on the device, so that the host need not wait for it.
+    """
+    if _is_fused(optimizer):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+    return _is_fused(optimizer)
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return type(optimizer) is AdamW and bool(optimizer.defaults["fused"])
 
 
 def check_numbers(settings: Iterable[Mapping[str, Any]]) -> None:

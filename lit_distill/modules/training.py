@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_distill.batch import TaskBatch, target_tokens
 from lit_distill.errors import UserError
-from lit_distill.modules.optimization import clip_in_step, configure
+from lit_distill.modules.optimization import clip_in_step, configure, skip_in_step
 from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
 from lit_distill.objectives import Objective, Step, check_stored
 from lit_distill.students import Student, Tokens
@@ -40,6 +40,7 @@ class Training(pl.LightningModule):
     scaled_terms: dict[str, Tensor]  # of the micro-batch in progress, its shares of the step's terms, with their graph
     _window_terms: dict[str, Tensor]  # the terms of the step so far
     _gradient_norm: Tensor | None = None  # before clipping; `None` if gradients are sharded or scaled
+    _found: tuple[int, list[str], Tensor, torch.Event | None] | None = None  # see `check_finite`: step, names, flags
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +157,7 @@ class Training(pl.LightningModule):
                 torch.manual_seed(seed)
                 for objective in self.objectives:
                     objective.setup(self.student, self.teachers)
+        self.student.losses_only = type(self).loss_terms is Training.loss_terms and not self.objectives
         if stage == "fit":
             check_stored(self.objectives, self.teachers, datamodule)
             # not those of an earlier run or `load_from_checkpoint`; a resumed run loads its own later
@@ -293,14 +295,16 @@ class Training(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm before clipping, and stop the run if the loss or gradient is not finite.
 
-        All ranks do, before the weights change. This synchronises with the device once a step. Only the loss is
-        checked under sharded strategies, where each rank has a part of the gradient, and under loss scaling, which
-        skips such steps by itself.
+        All ranks do, before the weights change. On a GPU a fused AdamW skips such a step by itself, and the run stops
+        one step later, when the host need not wait for what the device found. Only the loss is checked under sharded
+        strategies, where each rank has a part of the gradient, and under loss scaling, which skips such steps by
+        itself.
         """
+        self.check_finite()
         values = {f"{name} loss": term for name, term in self._window_terms.items()}
         self._gradient_norm = None
-        # of the last step's clipping
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        # of the last step
+        optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
         if not self.sharded:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -310,10 +314,33 @@ class Training(pl.LightningModule):
         bad = (~torch.stack([value.float() for value in values.values()]).isfinite()).float()
         if self.trainer.world_size > 1:
             bad = cast(Tensor, self.trainer.strategy.reduce(bad, reduce_op="sum"))
+        skips = "gradient" in values and self._skips and skip_in_step(optimizer, bad.amax().clamp(max=1.0))
+        copied = bad.to("cpu", non_blocking=skips)
+        event = torch.cuda.current_stream().record_event() if skips and bad.is_cuda else None
+        self._found = self.trainer.global_step + 1, list(values), copied, event
+        if not skips:
+            self.check_finite()
+
+    @property
+    def _skips(self) -> bool:
+        """Whether reading a flag would wait for a device."""
+        return self.device.type != "cpu"
+
+    def check_finite(self) -> None:
+        """Raise a ``UserError`` if the loss or gradient of the last step that was looked at was not finite."""
+        if (found := self._found) is None:
+            return
+        step, names, bad, event = found
+        self._found = None
+        if event is not None:
+            event.synchronize()
         if bad.any():
-            name = list(values)[int(bad.nonzero()[0])]
-            good = last_good_checkpoint(self.trainer)
-            raise UserError(f"step {self.trainer.global_step + 1}: the {name} is not finite; {good}")
+            name = names[int(bad.nonzero()[0])]
+            raise UserError(f"step {step}: the {name} is not finite; {last_good_checkpoint(self.trainer)}")
+
+    def on_train_end(self) -> None:
+        """Check the last step."""
+        self.check_finite()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW or Adafactor, with the schedule over all steps of the run."""

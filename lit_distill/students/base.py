@@ -249,6 +249,7 @@ class Student(nn.Module, ABC):
 
     attentions: tuple[Attention, ...]  # the kinds that it has
     records_attention: bool = False  # whether passes give attention scores
+    losses_only: bool = False  # whether nothing but `Pass.token_losses` is read of a pass in training
     sharded: bool = False  # whether parameters are sharded over ranks, so that each forward is a collective
     adapter: Adapter | None = None  # the adapter that is trained, if any
     most_positions: int = 2**30  # maximum tokens of a prompt with its target; T5's relative positions have none

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any, Literal, cast, get_args
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -15,13 +16,14 @@ from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join,
 from lit_distill.checks import check_choice
 from lit_distill.students.attention import Attention, Call, recording
 from lit_distill.students.base import Pass, ProcessLogits, Stack, Stepper, Student
+from lit_distill.students.fast import compiled
 from lit_distill.students.fast.functions import token_losses
 from lit_distill.students.fast.greedy import Decoder, greedy
 from lit_distill.students.fast.support import fits, keep_freed_memory, reason_against
 from lit_distill.students.fast.t5 import Encoded, encode, encode_and_decode, into_head, log_likelihoods
 from lit_distill.students.tokens import Tokens
 
-PathName = Literal["plain", "packed"]
+PathName = Literal["plain", "packed", "compiled"]
 """The ways to compute a pass, the most widely supported first; `PATHS` has their classes."""
 
 Fast = bool | PathName
@@ -68,17 +70,17 @@ class Seq2SeqStudent(Student):
         found: list[PathName] = []
         for name, kind in PATHS.items():
             if (why := kind.reason_against(self, batch)) is not None:
-                self.say_off(why)
+                self.say_off(why, "off" if len(found) < 2 else f"not {name}")
                 break
             found.append(name)
             if name == last:
                 break
         return found
 
-    def say_off(self, why: str) -> bool:
-        """Log once why the fast path is off."""
+    def say_off(self, why: str, state: str = "off") -> bool:
+        """Log once why the fast path is off, or in which state it is."""
         if why not in self._warned:
-            rank_zero_info(f"fast: off, {why}")
+            rank_zero_info(f"fast: {state}, {why}")
             self._warned.add(why)
         return False
 
@@ -196,19 +198,24 @@ class PackedPass(Seq2SeqPass):
             return "for a batch, it has padding before a source's end, or a row without a source"
         return None
 
-    @cached_property
-    def _forward(self) -> tuple[Encoded, list[Tensor], Tensor]:
-        self._deterministic = not self.model.training
+    def _with_target(self) -> list[TaskInputs]:
+        """The tasks that have rows, of which at least one has a target."""
         tasks = self._with_rows()
         if not any(any(targets_of(inputs).ends) for inputs in tasks):
             # one unused position, so that every parameter has a gradient
             tasks.append(filler(self.student.device))
-        return encode_and_decode(self.model, tasks)
+        return tasks
+
+    @cached_property
+    def _forward(self) -> tuple[Encoded, list[Tensor]]:
+        self._deterministic = not self.model.training
+        encoded, hidden, self._labels = encode_and_decode(self.model, self._with_target())
+        return encoded, hidden
 
     @cached_property
     def _losses(self) -> Tensor:
-        _, hidden, labels = self._forward
-        return token_losses(self.model.lm_head, into_head(self.model, hidden[-1]), labels)
+        _, hidden = self._forward
+        return token_losses(self.model.lm_head, into_head(self.model, hidden[-1]), self._labels)
 
     @cached_property
     def _places(self) -> dict[str, slice]:
@@ -225,14 +232,15 @@ class PackedPass(Seq2SeqPass):
         own = packed[self._places[task]]
         if targets_of(inputs).whole:
             return own
-        return own[self._forward[2][self._places[task]] != IGNORE_INDEX]
+        return own[self._labels[self._places[task]] != IGNORE_INDEX]
 
     def token_losses(self, task: str) -> Tensor:
         """See `Pass.token_losses`; those of all tasks are computed together, without storing logits."""
         return self._targets(task, self._losses)
 
     def hidden(self, task: str, layer: int) -> Tensor:
-        return self._targets(task, self._forward[1][layer])
+        _, hidden = self._forward
+        return self._targets(task, hidden[layer])
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
         rows, first, encoded = len(self.inputs(task)["labels"]), self._first_rows[task], self._forward[0]
@@ -270,5 +278,40 @@ class PackedPass(Seq2SeqPass):
         return log_likelihoods(self.model, *self._sources(task, rows), targets)
 
 
-PATHS: dict[PathName, type[Seq2SeqPass]] = {"plain": PlainPass, "packed": PackedPass}
+class CompiledPass(PackedPass):
+    """The fast path as one compiled graph over all tasks: fewer kernels, for GPUs above all."""
+
+    @classmethod
+    def reason_against(cls, student: Seq2SeqStudent, batch: TaskBatch) -> str | None:
+        return compiled.reason_against(student.network, [inputs for inputs in batch.values() if len(inputs["labels"])])
+
+    @cached_property
+    def _forward(self) -> tuple[Encoded, list[Tensor]]:
+        self._deterministic = not self.model.training
+        self._has_states = not (self.student.losses_only and self.model.training and torch.is_grad_enabled())
+        encoded, hidden, self._labels, self._own_losses = compiled.run(
+            self.model, self._with_target(), states=self._has_states
+        )
+        return encoded, hidden
+
+    @cached_property
+    def _losses(self) -> Tensor:
+        _ = self._forward
+        return self._own_losses
+
+    def hidden(self, task: str, layer: int) -> Tensor:
+        self._check_states()
+        return super().hidden(task, layer)
+
+    def encoder(self, task: str, layer: int = -1) -> Tensor:
+        self._check_states()
+        return super().encoder(task, layer)
+
+    def _check_states(self) -> None:
+        _ = self._forward
+        if not self._has_states:
+            raise RuntimeError("the compiled pass has losses alone: set Student.losses_only to False before the pass")
+
+
+PATHS: dict[PathName, type[Seq2SeqPass]] = {"plain": PlainPass, "packed": PackedPass, "compiled": CompiledPass}
 """Each path's passes, the most widely supported first."""

@@ -71,6 +71,48 @@ def test_a_gradient_that_is_not_finite_is_named(student_folder: Path, monkeypatc
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
+class Skipping(Diverging):
+    """As on a device that the host does not wait for."""
+
+    _skips = True
+
+
+@pytest.mark.parametrize("broken", [("rationale", 2), ("gradient", 2), ("gradient", 6)], ids=str)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_that_is_skipped_on_the_device_stops_the_run_one_step_later(
+    student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[str, int], clip: float | None
+) -> None:
+    diverging(monkeypatch, broken=broken)
+    weights = []
+    for kind, steps in ((Skipping, 7), (StepByStepModule, broken[1])):
+        torch.manual_seed(7)
+        module = kind(student_folder, from_scratch=True, lr_schedule="constant")
+        trainer = make_trainer(max_steps=steps, gradient_clip_val=clip)
+        data = RowsData(ROWS, 2, module.tasks)
+        if kind is Skipping:
+            with pytest.raises(UserError, match=f"^step {broken[1] + 1}: the {broken[0]}.* is not finite"):
+                trainer.fit(module, datamodule=data)
+        else:
+            trainer.fit(module, datamodule=data)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    # the steps before it, and nothing after
+    assert weights[0].equal(weights[1])
+
+
+def test_a_skipped_step_is_not_saved_unseen(
+    student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    diverging(monkeypatch, broken=("gradient", 2))
+    module = Skipping(student_folder, from_scratch=True)
+    with pytest.raises(UserError, match=r"^step 3: the gradient is not finite"):
+        make_trainer(max_steps=7, callbacks=[Saving()]).fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["1.ckpt", "2.ckpt"]
+
+
 def test_weights_that_are_not_finite_are_not_saved(student_folder: Path, tmp_path: Path) -> None:
     module = StepByStepModule(student_folder, from_scratch=True)
     trainer = make_trainer(max_steps=1)

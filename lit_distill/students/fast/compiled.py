@@ -6,7 +6,6 @@ The model keeps its modules, weights and names; the graph reads copies of its we
 which projections of the same input lie side by side.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +21,19 @@ from torch.fx.experimental import _config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from lit_distill.batch import IGNORE_INDEX, TaskInputs, on_host, sources_of, targets_of
-from lit_distill.students.fast.t5 import activate
+from lit_distill.students.fast.functions import apply
+from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.support import Known, has_hooks, known
+from lit_distill.students.fast.t5 import Encoded, activate, into_head
 
 TOKENS, ROWS, POSITIONS = 64, 8, 16
 """Packed tokens, rows and padded lengths are multiples of these, at least twice (PyTorch compiles for 1 apart)."""
+
+PROJECTIONS = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
+"""Modules whose weights the graph reads in their place."""
+
+MODES = {"cuda": "reduce-overhead"}
+"""Device -> the mode of ``torch.compile`` where it is not the default."""
 
 MOST_SCORES = 2**30
 """Attention scores of one layer at most, padding included: rows of very different lengths are better packed."""
@@ -47,7 +55,7 @@ class Sizes(NamedTuple):
 def round_up(number: int, unit: int, steps: int) -> int:
     """In units, at least 2: exact up to ``steps`` a doubling beyond which sizes grow by 1 / ``steps`` of a doubling."""
     units = max(2, -(-number // unit))
-    step = max(1, 2 ** (int(math.log2(units)) - int(math.log2(steps))))
+    step = 1 << max(0, units.bit_length() - steps.bit_length())
     return -(-units // step) * step
 
 
@@ -67,7 +75,9 @@ class Layout:
     def fits(self, heads: int, vocabulary: int) -> bool:
         """Whether its attention scores and logits are of a size that one graph may hold."""
         rows, longest = self.sizes.rows * ROWS, max(self.sizes[1:3]) * POSITIONS
-        return rows * heads * longest**2 <= MOST_SCORES and self.sizes.target_tokens * TOKENS * vocabulary <= MOST_LOGITS
+        return (
+            rows * heads * longest**2 <= MOST_SCORES and self.sizes.target_tokens * TOKENS * vocabulary <= MOST_LOGITS
+        )
 
 
 @torch.no_grad()
@@ -119,8 +129,9 @@ def _places(lengths: Sequence[int], rows: int, width: int, tokens: int) -> tuple
 
 
 class Weights:
-    """A model's weights as the graph reads them: matrices in the dtype of the products, side by side where they share
-    their input.
+    """A model's weights as the graph reads them.
+
+    Matrices are in the dtype of the products, and those of the same input side by side.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
@@ -145,7 +156,7 @@ class Weights:
 
     def current(self) -> list[Tensor]:
         """The weights as they are now, connected to the model's parameters."""
-        return list(_Copied.apply(self, *self.parameters))
+        return list(apply(_Copied, self, *self.parameters))
 
     def refresh(self) -> None:
         """Copy the parameters in a few kernels; always, as whoever changes one need not tell."""
@@ -193,10 +204,12 @@ class _Copied(Function):
             if not any(parameter.requires_grad for parameter in own)
         ]
         ctx.mark_non_differentiable(*frozen)
+        # what no loss reads has no gradient, rather than one of zeros
+        ctx.set_materialize_grads(False)
         return given
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None]
         source, into = [], []
         for grad, own in zip(grads, ctx.weights.groups, strict=True):
@@ -255,7 +268,7 @@ class _Move(Function):
         return _taken(x, there)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _taken(grad, ctx.saved_tensors[0]), None, None
 
 
@@ -286,13 +299,13 @@ class _Places(NamedTuple):
 
     def spread(self, x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
         """``(tokens, parts * heads * d_kv)`` to ``parts`` tensors ``(rows, heads, length, d_kv)``."""
-        padded = cast(Tensor, _Move.apply(x, self.tokens, self.slots))
+        padded = apply(_Move, x, self.tokens, self.slots)
         return padded.view(*self.shape, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     def gather(self, x: Tensor) -> Tensor:
         """``(rows, heads, length, d_kv)`` back to ``(tokens, heads * d_kv)``."""
         padded = x.transpose(1, 2).reshape(self.shape[0] * self.shape[1], -1)
-        return cast(Tensor, _Move.apply(padded, self.slots, self.tokens))
+        return apply(_Move, padded, self.slots, self.tokens)
 
 
 def compute(
@@ -388,7 +401,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rate: float) -> Te
 
 
 class Program:
-    """A model's graph, as long as the model stays as it is (`support.Known`)."""
+    """A model's graph, as long as the model stays as it is."""
 
     def __init__(self, model: Any) -> None:
         self._weights: dict[torch.dtype | None, Weights] = {}
@@ -402,51 +415,114 @@ class Program:
             gated=hasattr(network, "wi_1"),
             act=network.act,
             buckets=(attention.relative_attention_num_buckets, attention.relative_attention_max_distance),
-            scale=config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0,
+            scale=into_head(model, torch.ones(())).item(),
             one_embedding=model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight,
             dtype=model.dtype,
         )
-        self._model = weakref.ref(model)
+        self.reason = self._reason_against(model)
 
-    def run(self, tasks: Sequence[TaskInputs], layout: Layout, *, states: bool) -> Outputs:
-        """All tasks' rows through the graph; ``states``: return all layers' states."""
-        model: Any = self._model()
-        device = model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if dtype not in self._weights:
-            self._weights[dtype] = Weights(model, dtype)
-        design = replace(self._design, dtype=dtype or self._design.dtype)
-        numbers = numbers_of(model, tasks, layout)
-        # a shape alone reaches the graph as symbols
-        sizes = numbers[:1].view(1, 1, 1, 1, 1).expand(layout.sizes)
-        for dimension in range(len(layout.sizes)):
-            torch._dynamo.maybe_mark_dynamic(sizes, dimension)
-        torch._dynamo.maybe_mark_dynamic(numbers, 0)
-        with torch.autocast(device, enabled=False), _config.patch(use_duck_shape=False):
-            return graph(device)(design, self._weights[dtype].current(), numbers, sizes, self.rate, states)
-
-    @property
-    def rate(self) -> float:
-        """The rate of dropout, of all places alike."""
-        (rate,) = self.rates
-        return rate
+    def _reason_against(self, model: Any) -> str | None:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            return "activation checkpointing is on"
+        for path, module in model.named_modules():
+            if path.rpartition(".")[2] in PROJECTIONS and (type(module) is not nn.Linear or module.bias is not None):
+                return f"{path} is a {type(module).__name__}, not torch's own without a bias"
+            if isinstance(module, nn.Embedding) and has_hooks(module):
+                return f"{path} has hooks"
+        return None
 
     @property
     def rates(self) -> set[float]:
-        """The rates of all places."""
+        """The rates of dropout in all places."""
         return {
             float(module.p if isinstance(module, nn.Dropout) else module.dropout) if module.training else 0.0
             for module in self._dropouts
         }
 
+    def __call__(self, model: Any, numbers: Tensor, sizes: Sizes, *, states: bool) -> Outputs:
+        """The graph's outputs for a batch of these numbers and sizes."""
+        device, (rate,) = numbers.device.type, self.rates
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype not in self._weights:
+            # a validation comes first, whose tensors no gradient may know
+            with torch.inference_mode(False):
+                self._weights[dtype] = Weights(model, dtype)
+        design = replace(self._design, dtype=dtype or self._design.dtype)
+        # a shape alone reaches the graph as symbols
+        shape = numbers[:1].view(1, 1, 1, 1, 1).expand(sizes)
+        for dimension in range(len(sizes)):
+            torch._dynamo.maybe_mark_dynamic(shape, dimension)
+        torch._dynamo.maybe_mark_dynamic(numbers, 0)
+        # sizes that are equal by chance are not equal for ever
+        with torch.autocast(device, enabled=False), _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return graph(device)(design, self._weights[dtype].current(), numbers, shape, rate, states)
+
+
+_PROGRAMS: weakref.WeakKeyDictionary[Known, Program] = weakref.WeakKeyDictionary()
+
+
+def _program(model: Any) -> Program:
+    found = known(model)
+    if found not in _PROGRAMS:
+        _PROGRAMS[found] = Program(model)
+    return _PROGRAMS[found]
+
+
+def reason_against(model: Any, tasks: Sequence[TaskInputs]) -> str | None:
+    """Why a model and a batch, which the packed path supports, have no graph; ``None`` if they have one."""
+    program = _program(model)
+    if program.reason is not None:
+        return program.reason
+    if len(program.rates) > 1:
+        return "its layers have several rates of dropout"
+    if not _layout(tasks).fits(model.config.num_heads, model.config.vocab_size):
+        return "for a batch, its rows are too long or too many for one graph"
+    return why_not_compiled(model.device.type)
+
+
+def _layout(tasks: Sequence[TaskInputs]) -> Layout:
+    return Layout(
+        [length for task in tasks for length in sources_of(task).ends],
+        [length for task in tasks for length in targets_of(task).ends],
+    )
+
+
+def run(model: Any, tasks: Sequence[TaskInputs], *, states: bool) -> tuple[Encoded, list[Tensor], Tensor, Tensor]:
+    """As `encode_and_decode`, and the loss of each target token, ``(target tokens,)``.
+
+    Args:
+        model: a T5.
+        tasks: their rows.
+        states: whether any states are returned.
+    """
+    layout = _layout(tasks)
+    numbers = numbers_of(model, tasks, layout)
+    losses, encoder, decoder = _program(model)(model, numbers, layout.sizes, states=states)
+    sources, targets = sum(layout.sources), sum(layout.targets)
+    first = layout.sizes.source_tokens * TOKENS + layout.sizes.target_tokens * TOKENS
+    encoder, decoder = [one[:sources] for one in encoder], [one[:targets] for one in decoder]
+    if not torch.is_grad_enabled() and numbers.is_cuda:
+        # the next replay of any CUDA graph overwrites them; with gradients PyTorch knows that they are needed
+        encoder, decoder, losses = [x.clone() for x in encoder], [x.clone() for x in decoder], losses.clone()
+    packing = Packing(layout.sources, numbers.device)
+    return Encoded(encoder, packing), decoder, numbers[first : first + targets], losses[:targets]
+
 
 @cache
 def graph(device: str) -> Callable[..., Outputs]:
-    """`compute`, compiled for a kind of device at its first call; a CUDA graph for each sizes on a GPU."""
-    # training and evaluation, with and without states, for each of a process's students
+    """`compute`, compiled for a kind of device at its first call; on a GPU with a CUDA graph for each of the sizes."""
+    # training and evaluation, with states and without, for each of a process's students
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # one recording each, but not a new one for each batch
+    # a recording for each of the sizes is meant
     torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
-    mode = "reduce-overhead" if device == "cuda" else "default"
-    compiled: Callable[..., Outputs] = torch.compile(compute, fullgraph=True, mode=mode)
-    return compiled
+    return cast(Callable[..., Outputs], torch.compile(compute, fullgraph=True, mode=MODES.get(device)))
+
+
+@cache
+def why_not_compiled(device: str) -> str | None:
+    """Why nothing can be compiled for a kind of device here, by trying; ``None`` if it can."""
+    try:
+        torch.compile(torch.sin, fullgraph=True)(torch.ones(16, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return f"nothing can be compiled here: {' '.join(str(error).split())[:200]}"
+    return None

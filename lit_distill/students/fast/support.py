@@ -2,8 +2,10 @@
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from functools import cache
+from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -25,12 +27,54 @@ _CALLED = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "act", "relative_atte
 _EMBEDDINGS = {"shared", "embed_tokens"}
 
 
+class Known:
+    """A model as it was looked at: its modules, parameters and hooks, and why it cannot use the fast path."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.reason = _reason_against(model)
+        modules = list(model.modules())
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks: list[Sized] = [getattr(module, name) for module in modules for name in hooks]
+        self._names = [vars(module) for module in modules]
+        self._children = [names[kind] for names in self._names for kind in ("_modules", "_parameters")]
+        # kept, so that no other object can have the identity of one of them
+        self._parts = list(chain.from_iterable(map(dict.values, self._children)))
+        self._parameters = list(model.parameters())
+        self._seen = self._look()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since."""
+        return self._look() == self._seen
+
+    def _look(self) -> tuple[list[int], ...]:
+        parts = list(map(id, chain.from_iterable(map(dict.values, self._children))))
+        # moved and converted parameters stay the same objects, with other data
+        places = list(map(torch.Tensor.data_ptr, self._parameters))
+        replaced = [number for number, names in enumerate(self._names) if "forward" in names]
+        return parts, places, list(map(len, self._hooks)), replaced
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedModel, Known] = WeakKeyDictionary()
+
+
+def known(model: PreTrainedModel) -> Known:
+    """What is known of a model, looked at again where it has changed: a walk through it takes milliseconds."""
+    found = _KNOWN.get(model)
+    if found is None or not found.holds():
+        found = _KNOWN[model] = Known(model)
+    return found
+
+
 def reason_against(model: PreTrainedModel) -> str | None:
     """Why a model cannot use the fast path; ``None`` if it can."""
-    if type(model) not in (T5ForConditionalGeneration, MT5ForConditionalGeneration):
-        return f"the student is a {type(model).__name__}"
     if torch.nn.modules.module._has_any_global_hook():
         return "every module has hooks"
+    return known(model).reason
+
+
+def _reason_against(model: PreTrainedModel) -> str | None:
+    if type(model) not in (T5ForConditionalGeneration, MT5ForConditionalGeneration):
+        return f"the student is a {type(model).__name__}"
     if model.dtype not in DTYPES:
         return f"the student's weights are {model.dtype}"
     for path, module in model.named_modules():

@@ -119,7 +119,7 @@ def plain(model: Any, tasks: Sequence[TaskInputs]) -> PlainPass:
     return PlainPass(as_student(model), {str(number): task for number, task in enumerate(tasks)})
 
 
-def as_student(model: Any, **settings: bool) -> Seq2SeqStudent:
+def as_student(model: Any, **settings: Any) -> Seq2SeqStudent:
     return Seq2SeqStudent(model, Tokens(make_tokenizer()), **settings)
 
 
