@@ -27,7 +27,6 @@ from tests.students.fast.examples import (
     plain_losses,
 )
 
-
 # compiling imports parts of torch that warn of other parts
 warns_of_itself = pytest.mark.filterwarnings("ignore")
 
