@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import count
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -265,11 +264,11 @@ class PackedPass(Seq2SeqPass):
         return greedy(self.model, *self._sources(task, rows), max_new_tokens, process)
 
     def stepper(self, task: str) -> Stepper:
-        start, positions = self._start(task), count()
+        start = self._start(task)
         decoder = Decoder(self.model.decoder, *self._sources(task, list(range(len(start)))))
 
         def step(ids: Tensor | None) -> Tensor:
-            states = decoder.step(start if ids is None else ids, next(positions))
+            states = decoder.step(start if ids is None else ids)
             return self.project(into_head(self.model, states))
 
         return step

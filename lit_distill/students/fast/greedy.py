@@ -1,6 +1,7 @@
-"""Greedy decoding from packed sources: rows that have ended leave, and the cache holds no more than is used."""
+"""Greedy decoding from packed sources, without waiting for an accelerator at each token."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor
 from lit_distill.students.fast.attention import FewQueries, projects_plainly
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.products import linear
-from lit_distill.students.fast.t5 import Encoded, feed_forward, into_head, norm
+from lit_distill.students.fast.t5 import Encoded, dtype_of, feed_forward, into_head, norm
 
-FIRST_CAPACITY = 16
-"""Positions of the first cache; it doubles when it is full."""
+FIRST_CAPACITY = 4
+"""Positions of the first cache; it doubles when it is full, so that a step has one of few shapes."""
 
 WORTH_LEAVING = 0.75
-"""Ended rows are taken out of the cache once no more than this share of it is still decoding."""
+"""On the CPU ended rows are taken out of the cache once no more than this share of it is still decoding."""
+
+STEPS_BEHIND = 8
+"""The host waits for what an accelerator has found where that is more than so many steps behind."""
 
 
 @torch.no_grad()
@@ -29,33 +33,67 @@ def greedy(
 ) -> list[list[int]]:
     """The tokens that ``model.generate`` gives in evaluation mode for these source rows, up to each end-of-sequence.
 
+    An accelerator decodes all rows until the host has heard that each has ended, and is never waited for at its last
+    steps; on the CPU ended rows leave.
+
     ``process_logits`` is ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``.
     """
     settings, device = model.generation_config, model.device
     eos = settings.eos_token_id
-    ends = torch.tensor([] if eos is None else eos, device=device).view(-1)
-    found: list[list[int]] = [[] for _ in rows]
+    stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    ends = torch.tensor(sorted(stops), dtype=torch.long, device=device)
+    tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     numbers = torch.arange(len(rows), device=device)
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     ids = torch.full((len(rows),), settings.decoder_start_token_id, device=device)
     decoder = Decoder(model.decoder, encoded, rows)
+    looks: deque[HostCopy] = deque()
     for step in range(max_new_tokens):
-        scores = linear(model.lm_head, into_head(model, decoder.step(ids, step))).float()
+        scores = linear(model.lm_head, into_head(model, decoder.step(ids))).float()
         if process_logits is not None:
             scores = process_logits(scores, step, numbers)
         ids = scores.argmax(dim=-1)
-        for row, token, going in zip(numbers.tolist(), ids.tolist(), alive.tolist(), strict=True):
-            if going:
-                found[row].append(token)
-        alive = alive & ~torch.isin(ids, ends)
-        left = int(alive.sum())
+        tokens[numbers, step] = ids
+        alive = alive & (ids[:, None] != ends).all(1)
+        looks.append(HostCopy(alive))
+        left = len(rows)
+        while looks and (looks[0].arrived() or len(looks) > STEPS_BEHIND):
+            going = looks.popleft().wait()
+            left = int(going.sum())
         if left == 0:
             break
-        if left <= WORTH_LEAVING * len(alive):
+        if device.type == "cpu" and left <= WORTH_LEAVING * len(alive):
             stay = alive.nonzero().squeeze(1)
             ids, numbers, alive = ids[stay], numbers[stay], alive[stay]
             decoder.keep(stay)
-    return found
+    return [until(stops, row) for row in HostCopy(tokens).wait().tolist()]
+
+
+def until(stops: Container[int], tokens: list[int]) -> list[int]:
+    """The tokens up to the first of these, which is included."""
+    first = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: first + 1]
+
+
+class HostCopy:
+    """A tensor's copy on the host, which an accelerator makes once it has computed the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=tensor.is_cuda)
+        self._event: Any = None
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def arrived(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> Tensor:
+        """The copy, when it is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy
 
 
 class Decoder:
@@ -69,28 +107,38 @@ class Decoder:
             present, self._packing = self._packing.compact()
             states = states.index_select(0, present)
         self._states = states
-        # where keys and values of the sources are more than a product with a weight (LoRA, say), they are made once
+        # keys and values of the sources are made once where they are more than a product with a weight (LoRA, say), or
+        # where a kernel costs more than a product
         layers = [block.layer[1].EncDecAttention for block in stack.block]
         self._projected = [
-            None if projects_plainly(block) else (linear(layer.k, states), linear(layer.v, states))
+            None
+            if states.device.type == "cpu" and projects_plainly(block)
+            else (linear(layer.k, states), linear(layer.v, states))
             for block, layer in zip(stack.block, layers, strict=True)
         ]
+        self._dtype = dtype_of(states)
         self._take_sources()
-        # keys and values of each layer, `(2, rows, heads, capacity, d_kv)`
-        shape = 2, len(rows), stack.config.num_heads, FIRST_CAPACITY, stack.config.d_kv
-        self._caches = [states.new_zeros(shape) for _ in layers]
-        self._bias = self._position_bias(FIRST_CAPACITY)
+        # keys and values of each layer, `(2, rows, capacity, heads * d_kv)`
+        shape = 2, len(rows), 0, stack.config.num_heads * stack.config.d_kv
+        self._caches = [states.new_zeros(shape, dtype=self._dtype) for _ in layers]
+        self._steps = 0
+        self._position = torch.zeros(1, dtype=torch.long, device=states.device)
 
-    def _position_bias(self, capacity: int) -> Tensor:
-        """Of all positions that there is room for, ``(1, heads, capacity, capacity)``; the first layer has it."""
+    def _grow(self, capacity: int) -> None:
+        """Make room for so many positions."""
+        for number, cache in enumerate(self._caches):
+            self._caches[number] = F.pad(cache, (0, 0, 0, capacity - cache.shape[2]))
+        # the first layer has the position bias; a token does not attend to later ones, `(1, heads, capacity, capacity)`
         first = self._stack.block[0].layer[0].SelfAttention
-        bias: Tensor = first.compute_bias(capacity, capacity, device=self._states.device)
-        return bias
+        bias: Tensor = first.compute_bias(capacity, capacity, device=self._position.device)
+        later = torch.ones(capacity, capacity, dtype=torch.bool, device=bias.device).triu(1)
+        self._bias = bias.masked_fill(later, float("-inf")).to(self._dtype)
 
     def _take_sources(self) -> None:
         queries = Packing([1] * len(self._packing.lengths), self._states.device)
         rows = range(len(self._packing.lengths))
         self._few = FewQueries(queries, self._packing, rows, self._stack.config.num_heads, self._states)
+        self._mask = self._few.mask[:, None].to(self._dtype)
         self._sources = [pair and (self._by_head(pair[0]), self._by_head(pair[1])) for pair in self._projected]
 
     def _by_head(self, packed: Tensor) -> Tensor:
@@ -105,41 +153,42 @@ class Decoder:
         for number, cache in enumerate(self._caches):
             self._caches[number] = cache[:, rows]
 
-    def step(self, ids: Tensor, position: int) -> Tensor:
-        """The decoder's states ``(rows, d_model)`` at a position, for its token ids ``(rows,)``."""
-        capacity = self._bias.shape[-1]
-        if position == capacity:
-            for number, cache in enumerate(self._caches):
-                self._caches[number] = F.pad(cache, (0, 0, 0, capacity))
-            self._bias = self._position_bias(2 * capacity)
+    def step(self, ids: Tensor) -> Tensor:
+        """The decoder's states ``(rows, d_model)`` at its next position, for its token ids ``(rows,)``."""
+        capacity = self._caches[0].shape[2]
+        if self._steps == capacity:
+            self._grow(2 * capacity or FIRST_CAPACITY)
+        states = self._step(ids)
+        self._position += 1
+        self._steps += 1
+        return states
+
+    def _step(self, ids: Tensor) -> Tensor:
+        """One step, of few shapes: the position is a tensor, so that this can be compiled or captured in a graph."""
+        bias = self._bias.index_select(2, self._position).expand(len(ids), -1, -1, -1)
         x: Tensor = self._stack.embed_tokens(ids)
         for block, cache, sources in zip(self._stack.block, self._caches, self._sources, strict=True):
             own, cross, feed = block.layer
-            x = x + self._attend_to_targets(own.SelfAttention, norm(own.layer_norm, x), cache, position)
+            x = x + self._attend_to_targets(own.SelfAttention, norm(own.layer_norm, x), cache, bias)
             x = x + self._attend_to_sources(cross.EncDecAttention, norm(cross.layer_norm, x), sources)
             x = x + feed_forward(feed.DenseReluDense, norm(feed.layer_norm, x))
         return norm(self._stack.final_layer_norm, x)
 
-    def _attend_to_targets(self, layer: Any, x: Tensor, cache: Tensor, position: int) -> Tensor:
-        heads = len(x), self._few.heads, -1
-        cache[0, :, :, position], cache[1, :, :, position] = (
-            linear(layer.k, x).view(heads),
-            linear(layer.v, x).view(heads),
+    def _attend_to_targets(self, layer: Any, x: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = (linear(own, x).unsqueeze(1) for own in (layer.q, layer.k, layer.v))
+        cache[0].index_copy_(1, self._position, key)
+        cache[1].index_copy_(1, self._position, value)
+        query, keys, values = (
+            own.unflatten(2, (self._few.heads, -1)).transpose(1, 2) for own in (query, cache[0], cache[1])
         )
-        query = linear(layer.q, x).view(heads).unsqueeze(2)
-        keys, values = cache[:, :, :, : position + 1].to(query.dtype)
-        bias = self._bias[:, :, position : position + 1, : position + 1].to(query.dtype).expand(len(x), -1, -1, -1)
         found = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)
-        out: Tensor = linear(layer.o, found.reshape(len(x), -1))
-        return out
+        return linear(layer.o, found.reshape(len(x), -1))
 
     def _attend_to_sources(self, layer: Any, x: Tensor, sources: tuple[Tensor, Tensor] | None) -> Tensor:
         query = linear(layer.q, x)
         if sources is None:
             found = self._few.attend(layer, query, 0.0)
         else:
-            mask, (keys, values) = self._few.mask[:, None].to(query.dtype), sources
             by_head = query.view(len(x), self._few.heads, 1, -1)
-            found = F.scaled_dot_product_attention(by_head, keys, values, attn_mask=mask, scale=1.0)
-        out: Tensor = linear(layer.o, found.reshape(len(x), -1))
-        return out
+            found = F.scaled_dot_product_attention(by_head, *sources, attn_mask=self._mask, scale=1.0)
+        return linear(layer.o, found.reshape(len(x), -1))

@@ -93,9 +93,12 @@ def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None
     return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def dtype_of(x: Tensor) -> torch.dtype:
+    """What a layer makes of it: autocast's dtype, or its own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # there is none on meta
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:
@@ -105,13 +108,13 @@ def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:
 
 
 def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:
-    attend = SelfAttention(model.encoder, packing, _dtype(embedded), causal=False)
+    attend = SelfAttention(model.encoder, packing, dtype_of(embedded), causal=False)
     return Encoded(_run(model.encoder, embedded, attend, None), packing)
 
 
 def _decode(model: Any, embedded: Tensor, targets: Packing, encoded: Encoded, rows: Sequence[int]) -> list[Tensor]:
-    attend = SelfAttention(model.decoder, targets, _dtype(embedded), causal=True)
-    cross = CrossAttention(model.decoder, targets, encoded.packing.rows(rows), encoded.states, _dtype(embedded))
+    attend = SelfAttention(model.decoder, targets, dtype_of(embedded), causal=True)
+    cross = CrossAttention(model.decoder, targets, encoded.packing.rows(rows), encoded.states, dtype_of(embedded))
     return _run(model.decoder, embedded, attend, cross)
 
 

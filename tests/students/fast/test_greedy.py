@@ -1,7 +1,7 @@
 """Greedy decoding against `generate` of the same student."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalGeneration
 
 from lit_distill.students.fast import greedy as greedy_module
-from lit_distill.students.fast.greedy import FIRST_CAPACITY, greedy
-from lit_distill.students.fast.t5 import encode
+from lit_distill.students.fast import products
+from lit_distill.students.fast.greedy import FIRST_CAPACITY, STEPS_BEHIND, Decoder, HostCopy, greedy
+from lit_distill.students.fast.packing import Packing
+from lit_distill.students.fast.t5 import Encoded, encode
 from tests.students.fast.examples import VARIANTS, make_student, make_task
 
-TASK = make_task([7, 1, 12, 5, 12, 3, 2, 20, 9], [1] * 9, seed=6)
+SOURCES = [7, 1, 12, 5, 12, 3, 2, 20, 9]
+TASK = make_task(SOURCES, [1] * 9, seed=6)
 ROWS = list(range(9))
 
 
@@ -230,3 +233,84 @@ def test_only_rows_that_are_asked_for_are_projected() -> None:
     attend.k.register_forward_hook(lambda m, i, o: tokens.append(len(i[0])))
     ours(student, [8, 0, 4, 0], 24)
     assert tokens == [9 + 7 + 12]
+
+
+class Late(HostCopy):
+    """A copy that is never there before it is waited for."""
+
+    waited: ClassVar[list[Tensor]] = []
+
+    def arrived(self) -> bool:
+        return False
+
+    def wait(self) -> Tensor:
+        self.waited.append(self._copy)
+        return super().wait()
+
+
+class Unknown(Late):
+    """A copy of a tensor without data."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(torch.ones(tensor.shape, dtype=tensor.dtype))
+
+
+@pytest.mark.parametrize("rows", [ROWS, [8, 0, 4, 0]], ids=str)
+def test_ends_that_are_heard_of_late(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+    student, steps = make(2, 1), []
+
+    def end(scores: Tensor, step: int, numbers: Tensor) -> Tensor:
+        steps.append(step)
+        ended = step >= 2 * numbers
+        return scores.masked_fill(ended[:, None] & (torch.arange(60) == 1), torch.inf)
+
+    expected = ours(student, rows, 40, process_logits=end)
+    longest = max(len(row) for row in expected)
+    assert steps == list(range(longest))
+    assert longest <= 17
+    steps.clear()
+    monkeypatch.setattr(greedy_module, "HostCopy", Late)
+    # no rows leave, as on an accelerator
+    monkeypatch.setattr(greedy_module, "WORTH_LEAVING", 0.0)
+    assert ours(student, rows, 40, process_logits=end) == expected
+    assert steps == list(range(longest + STEPS_BEHIND))
+
+
+@pytest.mark.parametrize("steps", [3, 30])
+@pytest.mark.parametrize("kind", ["v1.1", "original", "wide heads"])
+def test_a_token_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, steps: int, kind: str) -> None:
+    # a tensor on meta has no data, so that whatever needs some fails: item, tolist, nonzero, a copy to the host
+    monkeypatch.setattr(greedy_module, "HostCopy", Unknown)
+    waited: list[Tensor] = []
+    monkeypatch.setattr(Unknown, "waited", waited)
+    student = make(2, list(range(2, 9)), **VARIANTS[kind])
+    nn.Module.to(student, "meta")
+    encoded = Encoded([torch.empty(71, student.config.d_model, device="meta")], Packing(SOURCES, "meta"))
+    found = greedy(student, encoded, ROWS, steps, lambda scores, step, numbers: scores.roll(1, 0))
+    assert found == [[1] * steps] * 9
+    # what is waited for is what was launched eight tokens before, and at the end the tokens
+    assert [len(copy.shape) for copy in waited] == [1] * max(steps - STEPS_BEHIND, 0) + [2]
+    with pytest.raises(NotImplementedError, match="meta"):
+        torch.empty(3, device="meta").tolist()
+
+
+# torch.compile makes an instance of an autograd function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_steps_of_one_capacity_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    student, graphs = make(3, None), []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        encoded = encode(student, [TASK])
+        plain, compiled = (Decoder(student.decoder, encoded, ROWS) for _ in range(2))
+        run: Any = torch.compile(compiled._step, backend=backend, fullgraph=True, dynamic=False)
+        monkeypatch.setattr(compiled, "_step", run)
+        for position in range(2 * FIRST_CAPACITY):
+            ids = torch.arange(9) + position
+            torch.testing.assert_close(compiled.step(ids), plain.step(ids), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2
+    torch.compiler.reset()
