@@ -73,10 +73,12 @@ class RemotePath:
 
     def glob(self, pattern: str) -> list["RemotePath"]:
         """The files below it that match a pattern, in order."""
-        below = str(self / pattern)
-        found = self._call(lambda files, _: files.glob(files._strip_protocol(below)))
-        unstrip = self._call(lambda files, _: files.unstrip_protocol)
-        return [RemotePath(unstrip(path)) for path in sorted(found or ())]
+        return (self / pattern).matching()
+
+    def matching(self) -> list["RemotePath"]:
+        """The files that match it as a pattern, in order."""
+        found = self._call(lambda files, path: [files.unstrip_protocol(name) for name in files.glob(path)])
+        return [RemotePath(url) for url in sorted(found or ())]
 
     def _call(self, use: Callable[[Any, str], Any]) -> Any:
         """What ``use`` of the file system and the path in it gives; ``None`` if there is no such file."""

@@ -1,5 +1,6 @@
 """Runs that are broken off and resumed, through the command line."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,17 @@ import pytest
 import torch
 import yaml
 
-from tests.runs import at_work_in, metric_rows, refusal, run, run_folders, small_model, small_trainer, toy_data
+from tests.runs import (
+    at_work_in,
+    metric_rows,
+    refusal,
+    run,
+    run_folders,
+    small_model,
+    small_trainer,
+    toy_data,
+    write_lines,
+)
 from tests.students import make_student_folder
 
 STEPS = 6
@@ -116,6 +127,29 @@ def test_a_broken_run_that_is_resumed_ends_as_the_unbroken_one(
         assert found == str(student)
     assert second["hyper_parameters"]["student"] == str(student)
     assert f"# {student.name} trained on toy" in (resumed / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_streamed_rows_goes_on_exactly(workers: int, student_folder: Path, here: Path) -> None:
+    lines = [{"id": str(i), "input": f"{i} and 1?", "label": "yes", "rationale": f"{i} is so"} for i in range(23)]
+    for number, start in enumerate((0, 2, 14)):
+        write_lines(here / "shards" / f"{number}.jsonl", lines[start : (2, 14, 23)[number]])
+    write_lines(here / "val.jsonl", lines[:2])
+    data = ["--data=JSONLDataModule", "--data.train=shards/*.jsonl", "--data.val=val.jsonl", "--data.batch_size=3"]
+    data += ["--data.streaming=true", "--data.shuffle_buffer=5", f"--data.num_workers={workers}"]
+    own = [*arguments(student_folder), *data]
+    own = [one for one in own if not re.match(r"--data(=Toy|\.\w+_size=(10|4|5)$)", one)]
+    run("fit", own)
+    with pytest.raises(FloatingPointError):
+        # inside the fourth step's window, in the second pass over the shards
+        run("fit", own, interrupt(9))
+    broken = run_folders()[-1]
+    run("fit", own, f"--ckpt_path={broken / 'checkpoints' / 'last.ckpt'}")
+    first, _, resumed = run_folders()
+    assert last(first)["global_step"] == last(resumed)["global_step"] == STEPS
+    for name, weight in last(first)["state_dict"].items():
+        assert torch.equal(weight, last(resumed)["state_dict"][name]), name
+    assert losses(broken, resumed) == losses(first)
 
 
 def test_a_resumed_run_keeps_the_earlier_best(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def write_results(run: Run, folder: Path, steps: int) -> None:
         train_fraction=arguments["train_fraction"],
         seed=run.config["seed_everything"],
         data_seed=arguments["seed"],
-        train_rows=len(used["train"]),
+        train_rows=data.counts["train"]["used"],
         test_rows=len(tested.answers) if tested else 0,
         steps=steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},

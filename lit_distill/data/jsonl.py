@@ -1,15 +1,23 @@
 """A user's own data: files, saved folders or a hub dataset."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.batches import collate
 from lit_distill.data.outputs import RELEASED
+from lit_distill.data.selection import teacher_counts, train_rows
 from lit_distill.data.sources import Table, read_file, read_hub
+from lit_distill.data.streaming import Reading, ShardStream, StreamLoader, find_shards, parse_row, shard_rows
+from lit_distill.data.tokenize import TokenRows, cut_counts, encode_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName
@@ -17,6 +25,8 @@ from lit_distill.reading import parse_json
 from lit_distill.remote import AnyPath, RemotePath, as_path
 from lit_distill.shipped import shipped
 from lit_distill.tasks import Row, TeacherOutput
+
+HEAD = 1_000  # streamed rows that are read for `inspect` and checks
 
 
 class JSONLDataModule(RationaleDataModule):
@@ -44,6 +54,9 @@ class JSONLDataModule(RationaleDataModule):
         label_set: the closed set of labels, ordered by their numbers in the data.
         metric: how answers are compared: ``exact_match``, or ``equation`` by value.
         predict_split: the split for ``predict``; by default ``predict`` if given, else ``test``.
+        streaming: read training rows while training, and keep none: ``train`` is a path, URL or pattern of shards (JSON
+            lines or Parquet), or a list of them. ``inspect`` and checks read the first 1,000 rows.
+        shuffle_buffer: with ``streaming``, the number of rows that a loader process shuffles at a time.
         **kwargs: as in `RationaleDataModule`.
     """
 
@@ -51,7 +64,7 @@ class JSONLDataModule(RationaleDataModule):
 
     def __init__(
         self,
-        train: str | Path | None = None,
+        train: str | Path | list[str] | None = None,
         val: str | Path | None = None,
         test: str | Path | None = None,
         predict: str | Path | None = None,
@@ -68,10 +81,20 @@ class JSONLDataModule(RationaleDataModule):
         label_set: Sequence[str] | None = None,
         metric: MetricName = "exact_match",
         predict_split: Split | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         **kwargs: Any,
     ) -> None:
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
-        given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.streaming = checks.check_bool("streaming", streaming)
+        self.shuffle_buffer = checks.check_int("shuffle_buffer", shuffle_buffer, 1)
+        self._patterns = [str(one) for one in (train if isinstance(train, list) else [train]) if one is not None]
+        if isinstance(train, list) and not (streaming and train):
+            raise UserError(f"train: a list of shards is for streaming: true, and not empty, got {train!r}")
+        if streaming:
+            _check_streaming(hub, train, val, kwargs)
+        joined = ", ".join(self._patterns) or None
+        given: dict[Split, str | Path | None] = {"train": joined, "val": val, "test": test, "predict": predict}
         self.sources: dict[Split, str] = {split: str(source) for split, source in given.items() if source is not None}
         if not self.sources:
             raise UserError("train, val, test or predict must be given: a file, a folder, or a split's name with hub")
@@ -96,6 +119,7 @@ class JSONLDataModule(RationaleDataModule):
         self.hub_name = None if hub is None or Path(hub).exists() else hub
         super().__init__(predict_split=predict_split or ("predict" if predict is not None else "test"), **kwargs)
         own |= {str(split): source for split, source in self.sources.items()}
+        own |= {"train": self._patterns} if isinstance(train, list) else {}
         own |= {"predict_split": self.predict_split, "label_set": label_set and list(label_set)}
         self.save_hyperparameters(own)
 
@@ -103,7 +127,9 @@ class JSONLDataModule(RationaleDataModule):
         """Check early that every file exists, and download hub data."""
         super().prepare_data()
         for split in self.sources:
-            if self._hub is not None:
+            if split == "train" and self.streaming:
+                find_shards(self._patterns, self.data_dir)
+            elif self._hub is not None:
                 self._table(split)
             else:
                 self._existing_file(split)
@@ -112,6 +138,8 @@ class JSONLDataModule(RationaleDataModule):
         """The file or folder of a split; ``None`` if not given, or on the hub."""
         if self._hub is not None or split not in self.sources:
             return None
+        if self.streaming and split == "train":
+            return find_shards(self._patterns, self.data_dir)[0]
         path = as_path(shipped(self.sources[split]))
         if isinstance(path, RemotePath):
             return path
@@ -126,7 +154,8 @@ class JSONLDataModule(RationaleDataModule):
 
     def describe(self) -> dict[str, Any]:
         """As the base class, with the source of the data."""
-        return super().describe() | {"sources": dict(self.sources), "hub": self._hub}
+        own = {"streaming": True, "shuffle_buffer": self.shuffle_buffer} if self.streaming else {}
+        return super().describe() | {"sources": dict(self.sources), "hub": self._hub} | own
 
     def load_rows(self, split: Split) -> list[Row] | None:
         """The rows of a split; ``None`` if not given."""
@@ -144,7 +173,82 @@ class JSONLDataModule(RationaleDataModule):
     def _table(self, split: Split) -> Table:
         if self._hub is not None:
             return read_hub(self._hub, self._hub_config, self.sources[split])
+        if self.streaming and split == "train":
+            first = find_shards(self._patterns, self.data_dir)[0]
+            rows = [parse_row(first, *row) for row in islice(shard_rows(first), HEAD)]
+            return Table(list(dict.fromkeys(key for _, row in rows for key in row)), rows, {})
         return read_file(self._existing_file(split), split)
+
+    def setup(self, stage: str) -> None:
+        """As the base class; with ``streaming``, check what a trainer has to have."""
+        trainer = self.trainer if self.streaming and str(getattr(stage, "value", stage)) == "fit" else None
+        if trainer is not None and trainer.max_steps == -1:
+            raise UserError("max_steps: must be given with streaming, whose training rows have no end")
+        if trainer is not None and trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise UserError("limit_train_batches: not with streaming, which knows no epochs; give max_steps")
+        super().setup(stage)
+
+    def rows_to_ask(self, split: Split) -> list[Row] | None:
+        """As the base class. Raises a ``UserError`` for rows that are streamed."""
+        if self.streaming and split == "train":
+            raise UserError("streaming: annotate asks rows of files; give one shard after another, without streaming")
+        return super().rows_to_ask(split)
+
+    def token_rows(self, split: Split) -> TokenRows:
+        """As the base class. Raises a ``UserError`` for rows that are streamed."""
+        if self.streaming and split == "train":
+            raise UserError(
+                "streaming: keeps no tokenised training rows, which captured distributions are checked with"
+            )
+        return super().token_rows(split)
+
+    def train_dataloader(self) -> Any:
+        """As the base class; with ``streaming``, batches without an end."""
+        return self._stream() if self.streaming and "train" in self._tokenized else super().train_dataloader()
+
+    def _stream(self) -> StreamLoader:
+        tasks, settings = tuple(self.tasks.values()), self.token_settings
+        columns = {part: column or part for part, column in self._columns.items()}
+        choose = partial(self.targets, "train")
+
+        def select(found: list[tuple[str, dict[str, Any]]]) -> tuple[Sequence[Row], dict[str, int]]:
+            rows = self.read_rows(found, partial(self._row, columns=columns), "train")
+            used = train_rows(
+                rows,
+                tasks=tasks,
+                teacher_labels=self.label_source == "teacher",
+                keep=self._keep,
+                fraction=1.0,
+                seed=0,
+                agree=self.teacher_agrees,
+            )
+            return used.rows, teacher_counts(rows, self.teacher_agrees, self.label_set) | used.counts
+
+        def encode(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], dict[str, int]]:
+            encoded = encode_rows(rows, self.tokens, settings, choose)
+            return encoded, cut_counts(encoded.__getitem__, settings)
+
+        def on_pass(number: int, counts: dict[str, int]) -> None:
+            told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
+            rank_zero_info(f"{self.name} train, pass {number + 1}: {told}")
+
+        if self.num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        pad_token_id = int(self.tokenizer.pad_token_id)
+        together = partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=False)
+        sampled = [task.name for task in tasks if task.select == "sample"]
+        trainer = self.trainer
+        stream = ShardStream(
+            find_shards(self._patterns, self.data_dir),
+            Reading(select, encode, together, sampled),
+            batch_size=self.batch_size,
+            buffer=self.shuffle_buffer,
+            seed=self.seed,
+            rank=0 if trainer is None else trainer.global_rank,
+            world=1 if trainer is None else trainer.world_size,
+            streams=max(self.num_workers, 1),
+        )
+        return StreamLoader(stream, self.num_workers, on_pass, self.counts["train"])
 
     def _existing_file(self, split: Split) -> AnyPath:
         path = self.split_file(split)
@@ -203,6 +307,25 @@ class JSONLDataModule(RationaleDataModule):
         if int(text) == -1:
             return None  # hub datasets mark missing labels by -1
         return self.label_set[int(text)] if 0 <= int(text) < len(self.label_set) else text
+
+
+def _check_streaming(hub: str | None, train: Any, val: Any, settings: Mapping[str, Any]) -> None:
+    """Raise a ``UserError`` for what streaming cannot do."""
+    if train is None:
+        raise UserError("train: must be given with streaming: a path, URL or pattern of shards, or a list of them")
+    if hub is not None:
+        raise UserError("hub: not with streaming; give the shards as train: hf://datasets/USER/NAME/*.parquet")
+    if val is None:
+        raise UserError("val: must be given with streaming, which takes no rows from train")
+    needs: dict[str, tuple[list[Any], str]] = {
+        "train_fraction": ([1], "draws from all rows; give fewer shards"),
+        "rationale_pairing": (["own"], "pairs all rows with one another"),
+        "batching": (["shuffled"], "sorts many rows"),
+        "rationales": ([None, RELEASED, [RELEASED]], "looks for all ids; put rationales into a column of the shards"),
+    }
+    for name, (allowed, why) in needs.items():
+        if name in settings and settings[name] not in allowed:
+            raise UserError(f"{name}: {settings[name]!r} is not for streaming, as it {why}")
 
 
 def _fields(template: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 
 from lit_distill.batch import TaskBatch, target_tokens
@@ -101,9 +102,10 @@ class WindowLoader(CombinedLoader):
         while True:
             self._before = (position, super()._state_dicts())
             size = self._size()
-            if self._iterator is not None and (length := len(self)) != float("inf"):
+            # without one, a stream
+            if self._iterator is not None and (length := sized_len(self)) is not None:
                 # a resumed epoch's iterator would run past the full epoch's length
-                size = min(size, int(length) - position)
+                size = min(size, length - position)
             items: list[Any] = list(islice(iter(super().__next__, None), max(size, 1)))
             if not items:
                 return
@@ -166,4 +168,14 @@ def rewind(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     validation["is_last_batch"] = False
     state["state_dict"].pop("combined_loader", None)
     if (states := windows.states_at(boundary)) and not between:
-        state["state_dict"]["combined_loader"] = states
+        state["state_dict"]["combined_loader"] = _of_ranks(states, trainer.world_size)
+
+
+def _of_ranks(states: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
+    """The loaders' states, of all ranks where each reads its own shards: rank 0 alone writes a checkpoint."""
+    if world == 1 or not any("streams" in state for state in states):
+        return states
+    gathered: list[Any] = [None] * world
+    # like the barrier after saving, on all ranks
+    torch.distributed.all_gather_object(gathered, states)
+    return [{"ranks": list(of_loader)} for of_loader in zip(*gathered, strict=True)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_distill.callbacks import GradientShares
+from lit_distill.data import JSONLDataModule
 from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
@@ -25,6 +26,7 @@ from tests.modules.batches import Row, Rows, RowsData, collate, random_rows
 from tests.modules.running import Steps, make_trainer
 from tests.modules.test_resume import StopAt, Stopped
 from tests.ranks import WORLD
+from tests.runs import write_lines
 from tests.test_gradient_shares import Lines
 from tests.variants.fixed_text import FixedText
 
@@ -182,6 +184,10 @@ def all_runs(rank: int, out: Path, folder: Path, teacher: Path) -> dict[str, Any
         )
         for name in ("whole", "stopped", "resumed")
     }  # fmt: skip
+    (out / "streamed").mkdir(exist_ok=True)
+    found["streamed"] = {
+        name: resumed(folder, out / "streamed", rank, name, streamed=True) for name in ("whole", "stopped", "resumed")
+    }
     found["taught"] = taught(folder, str(teacher), rank)
     found["diverged"] = diverged(folder, rank)
     return found
@@ -205,19 +211,33 @@ def shaped(folder: Path, teacher: Path, trainer: Any, rank: int = 0, batch_size:
     return {"gradients": gradients[0], "weights": dict(module.objectives.state_dict())}  # type: ignore[attr-defined]
 
 
-def resumed(folder: Path, out: Path, rank: int, part: str, **arguments: Any) -> dict[str, Tensor]:
+def streamed_rows(out: Path, module: DistillModule, rank: int) -> JSONLDataModule:
+    """Shards of unequal sizes, an odd number of them, so that the ranks are at different places of them."""
+    rows = [{"input": f"{i} and 1?", "label": "yes", "rationale": f"{i} is so"} for i in range(23)]
+    if rank == 0:
+        for number, (start, end) in enumerate(((0, 2), (2, 14), (14, 23))):
+            write_lines(out / "shards" / f"{number}.jsonl", rows[start:end])
+    return JSONLDataModule(
+        train=out / "shards" / "*", val=out / "shards" / "0.jsonl", streaming=True, shuffle_buffer=4, batch_size=2,
+        tasks=module.tasks, tokenizer=module.student.tokens,
+    )  # fmt: skip
+
+
+def resumed(
+    folder: Path, out: Path, rank: int, part: str, streamed: bool = False, **arguments: Any
+) -> dict[str, Tensor]:
     module = make_module(folder, dropout=0.1, **arguments)
     # each rank has its own seed, as without `seed_everything`: the run's is the first rank's
     seed_everything(40 + rank if part == "resumed" else 20 + rank, verbose=False)
     path = out / "stopped.ckpt"
     # after four steps: in the middle of the second epoch, an epoch having three
     stop = [StopAt("on_before_zero_grad", 5, path)] if part == "stopped" else []
-    trainer = ddp_trainer(accumulate_grad_batches=3, use_distributed_sampler=False, max_epochs=3, callbacks=stop)
+    limit = {"max_epochs": -1, "max_steps": 9, "check_val_every_n_epoch": None} if streamed else {"max_epochs": 3}
+    trainer = ddp_trainer(accumulate_grad_batches=3, use_distributed_sampler=False, callbacks=stop, **limit)
+    data = streamed_rows(out, module, rank) if streamed else Resumable(ROWS, 2, module.tasks)
     resume = path if part == "resumed" else None
     with suppress(Stopped):
-        trainer.fit(
-            module, datamodule=Resumable(ROWS, 2, module.tasks), ckpt_path=resume, weights_only=True if resume else None
-        )
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 

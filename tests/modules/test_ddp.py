@@ -116,7 +116,7 @@ def test_samples_come_from_all_ranks_in_order(ranks: list[Found], sampler: str) 
 
 
 # with samples of the student, which the ranks share
-@pytest.mark.parametrize("run", ["resume", "own text"])
+@pytest.mark.parametrize("run", ["resume", "own text", "streamed"])
 def test_both_ranks_end_with_the_same_weights(ranks: list[Found], run: str) -> None:
     for part in ("whole", "resumed"):
         assert identical(ranks[0][run][part], ranks[1][run][part])
@@ -140,7 +140,7 @@ def test_both_ranks_have_the_same_stage_and_the_similarities_of_the_first(ranks:
     assert similarities != pytest.approx(second["own"], rel=1e-3)
 
 
-@pytest.mark.parametrize("run", ["resume", "own text"])
+@pytest.mark.parametrize("run", ["resume", "own text", "streamed"])
 def test_resumed_in_the_middle_of_an_epoch(ranks: list[Found], run: str) -> None:
     found = ranks[0][run]
     assert not identical(found["stopped"], found["whole"])
