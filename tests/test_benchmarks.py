@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_distill.batch import IGNORE_INDEX
+from lit_distill.data import ESNLIDataModule
 from lit_distill.errors import UserError
 from tests.runs import REPOSITORY, write_release
 
@@ -560,3 +561,31 @@ def test_goals_are_for_one_setting(bench: Callable[[str], Any], settings: Settin
     is_goal_setting = bench("report").is_goal_setting
     assert is_goal_setting(settings, small)
     assert not is_goal_setting(settings, SimpleNamespace(**vars(small) | {"d_model": 768}))
+
+
+# ---------------------------------------------------------------- many rows
+
+
+def test_rows_are_repeated_with_other_inputs(bench: Callable[[str], Any], release: Path, tmp_path: Path) -> None:
+    scale = bench("data_scale")
+    scale.make_release(release / "esnli", tmp_path / "esnli", 60)
+    rows = ESNLIDataModule(data_dir=tmp_path).released("train")
+    assert rows is not None
+    assert len({row.input for row in rows}) == 60
+    assert [row.outputs for row in rows] == [rows[i % 24].outputs for i in range(60)]
+    assert rows[0].rationale == "because 0 ."
+    assert len(ESNLIDataModule(data_dir=tmp_path).released("val") or ()) == 24
+
+
+def test_the_order_of_many_rows_is_measured_and_right(
+    bench: Callable[[str], Any], release: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bench("data_scale").main([f"--data_dir={release}", "--rows=1000", "--stages", "order"])
+    found = last_line(capfd)
+    assert found["rows"] == 1000
+    assert found["same_order"] is True
+    assert found["order_s"] > 0
+    assert found["rss_mb"] < 50
+    with pytest.raises(SystemExit):
+        bench("data_scale").main(["--rows=3"])
+    assert "argument --rows: at least 64, got 3" in capfd.readouterr().err
