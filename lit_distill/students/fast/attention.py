@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lit_distill.batch import pad
 from lit_distill.students.fast.functions import apply, dropout, dropout_mask
 from lit_distill.students.fast.packing import AttentionPlan, Packing
 from lit_distill.students.fast.products import linear
@@ -87,6 +89,44 @@ class SelfAttention:
         """A layer's attention, ``(tokens, d_model)``."""
         q, k, v = (linear(own, x) for own in (layer.q, layer.k, layer.v))
         return linear(layer.o, attention(q, k, v, self._plan, _rate(layer)))
+
+
+def causal_bias(stack: Any, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A stack's position bias, and -inf where a position would attend to later ones, ``(1, heads, length, length)``."""
+    bias: Tensor = stack.block[0].layer[0].SelfAttention.compute_bias(length, length, device=device)
+    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return bias.masked_fill(later, float("-inf")).to(dtype)
+
+
+class PrefixAttention:
+    """A decoder's self-attention for targets that share what they begin with, whose tokens are there once.
+
+    ``paths`` are each target's tokens among the packed ones.
+    """
+
+    def __init__(self, decoder: Any, paths: Sequence[Sequence[int]], packing: Packing, dtype: torch.dtype) -> None:
+        padded, device = pad(paths, -1), packing.device
+        self._shape = *padded.shape, decoder.config.num_heads
+        self._mask = causal_bias(decoder, padded.shape[1], device, dtype).expand(len(paths), -1, -1, -1)
+        self._tokens = padded.clamp(min=0).flatten().to(device, non_blocking=True)
+        real = (padded.flatten() >= 0).nonzero().squeeze(1)
+        # a token's is the same on each of its paths
+        places = torch.zeros(packing.tokens, dtype=torch.long)
+        places[padded.flatten()[real]] = real
+        self._places = places.to(device, non_blocking=True)
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+        """A layer's attention, ``(tokens, d_model)``."""
+        q, k, v = (
+            linear(own, x)
+            .index_select(0, self._tokens)
+            .unflatten(1, (self._shape[2], -1))
+            .unflatten(0, self._shape[:2])
+            .transpose(1, 2)
+            for own in (layer.q, layer.k, layer.v)
+        )
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, dropout_p=_rate(layer), scale=1.0)
+        return linear(layer.o, found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self._places))
 
 
 class CrossAttention:

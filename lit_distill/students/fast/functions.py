@@ -179,3 +179,22 @@ def token_losses(head: nn.Linear, states: Tensor, labels: Tensor) -> Tensor:
         states, weight = states.to(dtype), weight.to(dtype)
     with torch.autocast(states.device.type, enabled=False):
         return apply(_TokenLosses, states, weight, labels)
+
+
+def log_probabilities(head: nn.Linear, states: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+    """Those of labels in nats, each given the one of the states ``(tokens, d_model)`` at its place, in float32.
+
+    ``places`` and ``labels``, ``(labels,)``, are on the host. Only one chunk of logits exists at a time; for inference.
+    """
+    device, weight = states.device, head.weight
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        states, weight = states.to(dtype), weight.to(dtype)
+    found = torch.empty(len(labels), device=device)
+    size = max(1, CHUNK_BYTES // (4 * len(weight)))
+    for start in range(0, len(states), size):
+        logs = torch.log_softmax(product(states[start : start + size], weight), dim=-1, dtype=torch.float32)
+        own = ((places >= start) & (places < start + size)).nonzero().squeeze(1)
+        place, label = (places[own] - start).to(device), labels[own].to(device)
+        found[own.to(device)] = logs[place, label]
+    return found

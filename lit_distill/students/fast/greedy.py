@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_distill.students.fast.attention import FewQueries, projects_plainly
+from lit_distill.students.fast.attention import FewQueries, causal_bias, projects_plainly
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.products import linear
 from lit_distill.students.fast.t5 import Encoded, dtype_of, feed_forward, into_head, norm
@@ -128,11 +128,7 @@ class Decoder:
         """Make room for so many positions."""
         for number, cache in enumerate(self._caches):
             self._caches[number] = F.pad(cache, (0, 0, 0, capacity - cache.shape[2]))
-        # the first layer has the position bias; a token does not attend to later ones, `(1, heads, capacity, capacity)`
-        first = self._stack.block[0].layer[0].SelfAttention
-        bias: Tensor = first.compute_bias(capacity, capacity, device=self._position.device)
-        later = torch.ones(capacity, capacity, dtype=torch.bool, device=bias.device).triu(1)
-        self._bias = bias.masked_fill(later, float("-inf")).to(self._dtype)
+        self._bias = causal_bias(self._stack, capacity, self._position.device, self._dtype)
 
     def _take_sources(self) -> None:
         queries = Packing([1] * len(self._packing.lengths), self._states.device)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
 from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
-from lit_distill.students.fast.attention import CrossAttention, SelfAttention
-from lit_distill.students.fast.functions import add_dropped, dropout, gated, rms_norm, token_losses
+from lit_distill.students.fast.attention import CrossAttention, PrefixAttention, SelfAttention
+from lit_distill.students.fast.functions import add_dropped, dropout, gated, log_probabilities, rms_norm
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.products import linear
 from lit_distill.students.fast.support import has_hooks
@@ -70,7 +70,7 @@ def activate(act: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh") if isinstance(act, NewGELUActivation) else act(x)
 
 
-def _block(block: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> Tensor:
+def _block(block: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None) -> Tensor:
     layer = block.layer[0]
     x = add_dropped(x, own(layer.SelfAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
     if cross is not None:
@@ -80,7 +80,7 @@ def _block(block: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | No
     return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
 
 
-def _run(stack: Any, x: Tensor, own: SelfAttention, cross: CrossAttention | None) -> list[Tensor]:
+def _run(stack: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None) -> list[Tensor]:
     """As Hugging Face's ``hidden_states``: what enters each block, and what the stack gives."""
     x = dropout(x, _rate(stack.dropout))
     hidden = []
@@ -112,10 +112,17 @@ def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:
     return Encoded(_run(model.encoder, embedded, attend, None), packing)
 
 
-def _decode(model: Any, embedded: Tensor, targets: Packing, encoded: Encoded, rows: Sequence[int]) -> list[Tensor]:
-    attend = SelfAttention(model.decoder, targets, dtype_of(embedded), causal=True)
+def _decode(
+    model: Any,
+    embedded: Tensor,
+    targets: Packing,
+    encoded: Encoded,
+    rows: Sequence[int],
+    attend: PrefixAttention | None = None,
+) -> list[Tensor]:
+    own = attend or SelfAttention(model.decoder, targets, dtype_of(embedded), causal=True)
     cross = CrossAttention(model.decoder, targets, encoded.packing.rows(rows), encoded.states, dtype_of(embedded))
-    return _run(model.decoder, embedded, attend, cross)
+    return _run(model.decoder, embedded, own, cross)
 
 
 def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, list[Tensor], Tensor]:
@@ -140,16 +147,32 @@ def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded,
 
 
 def log_likelihoods(model: Any, encoded: Encoded, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:
-    """The log-likelihood of each whole target given its source row, of which it may be one of several, in nats."""
+    """The log-likelihood of each whole target given its source row, of which it may be one of several, in nats.
+
+    What the targets of a source row begin with alike goes through the decoder and its output head once.
+    """
     device = encoded.states.device
+    # the decoder's inputs of each source row: what comes before some token of a target, and its number in the row
+    prefixes: dict[int, dict[tuple[int, ...], int]] = {row: {} for row in rows}
+    for row, ids in zip(rows, targets, strict=True):
+        for end in range(len(ids)):
+            prefixes[row].setdefault(tuple(ids[:end]), len(prefixes[row]))
+    packing = Packing([len(own) for own in prefixes.values()], device)
+    first = dict(zip(prefixes, packing.starts, strict=True))
+    paths = [
+        [first[row] + prefixes[row][tuple(ids[:end])] for end in range(len(ids))]
+        for row, ids in zip(rows, targets, strict=True)
+    ]
     start = model.config.decoder_start_token_id
-    inputs = torch.tensor([token for ids in targets for token in (start, *ids[:-1])], device=device)
-    labels = torch.tensor([token for ids in targets for token in ids], device=device)
-    packing = Packing([len(ids) for ids in targets], device)
-    hidden = _decode(model, model.decoder.embed_tokens(inputs), packing, encoded, rows)
-    losses = token_losses(model.lm_head, into_head(model, hidden[-1]), labels)
-    owner = torch.arange(len(targets), device=device).repeat_interleave(torch.tensor(packing.lengths, device=device))
-    return -sum_rows(losses, owner, len(targets))
+    inputs = torch.tensor([prefix[-1] if prefix else start for own in prefixes.values() for prefix in own])
+    embedded = model.decoder.embed_tokens(inputs.to(device, non_blocking=True))
+    attend = PrefixAttention(model.decoder, paths, packing, dtype_of(embedded))
+    hidden = _decode(model, embedded, packing, encoded, list(prefixes), attend)
+    places = torch.tensor([place for path in paths for place in path])
+    labels = torch.tensor([token for ids in targets for token in ids])
+    found = log_probabilities(model.lm_head, into_head(model, hidden[-1]), places, labels)
+    owner = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(ids) for ids in targets]))
+    return sum_rows(found, owner.to(device, non_blocking=True), len(targets))
 
 
 def pack_sources(tasks: Sequence[TaskInputs]) -> tuple[Tensor, Packing]:

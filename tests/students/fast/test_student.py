@@ -200,6 +200,23 @@ def test_log_likelihoods(student: T5ForConditionalGeneration) -> None:
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2, 1000])
+def test_what_targets_begin_with_is_decoded_once(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * 60 * rows_at_once)
+    student = make_student().eval()
+    seen: list[int] = []
+    first: Any = student.get_submodule("decoder.block.0.layer.0.SelfAttention.q")
+    first.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    # of row 0: start, 5, 5 9, 5 9 8 and 2; of row 2 the start alone, though row 0 has it too
+    rows, targets = [0, 2, 0, 0, 0], [[5, 9, 1], [1], [5, 9, 8, 1], [2, 1], [5, 9, 1]]
+    encoded = encode(student, TASKS)
+    found = log_likelihoods(student, encoded, rows, targets)
+    assert seen == [6]
+    alone = [log_likelihoods(student, encoded, [row], [ids])[0] for row, ids in zip(rows, targets, strict=True)]
+    assert seen[1:] == [len(ids) for ids in targets]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
 def test_log_likelihoods_by_hand() -> None:
     # a head of zeros: each token has the probability 1/60
     student = make_student()
