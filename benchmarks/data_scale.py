@@ -24,7 +24,7 @@ from typing import Any
 
 from options import OneLineParser
 
-STAGES = ("cold", "cached", "by_length", "inspect", "order")
+STAGES = ("cold", "cached", "by_length", "inspect", "order", "streaming")
 TASKS = ("label", "rationale")
 BATCH_SIZE = 64
 SHARED = Path(__file__).parents[2] / "shared"  # real data and tokenizers beside the repository, as for the tests
@@ -151,6 +151,8 @@ def measure(options: argparse.Namespace) -> None:
     check: Callable[[], dict[str, bool]] = dict
     if stage == "order":
         check = start_orders(options.rows)
+    elif stage == "streaming":
+        check = start_streaming(Path(options.data_dir) / "esnli", options.tokenizer)
     else:
         batching: Any = "by_length" if stage == "by_length" else "shuffled"
         data = ESNLIDataModule(options.data_dir, options.tokenizer, BATCH_SIZE, tasks=TASKS, batching=batching)
@@ -193,6 +195,34 @@ def start_orders(rows: int) -> Callable[[], dict[str, bool]]:
             middle = len(expected) // 2
             same &= list(sampler) == expected and list(sampler.after(middle)) == expected[middle:]
         return {"same_order": same}
+
+    return check
+
+
+def start_streaming(folder: Path, tokenizer: str) -> Callable[[], dict[str, bool]]:
+    """Stream the rows' labels from their file, one shard, up to the first batch."""
+    import torch
+
+    from lit_distill.data import JSONLDataModule
+
+    files: dict[str, Any] = {"train": folder / "esnli_train.json", "val": folder / "esnli_valid.json"}
+    template = "{premise} {hypothesis}"
+    data = JSONLDataModule(**files, input_template=template, streaming=True, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+    data.prepare_data()
+    data.setup("fit")
+    loader, resumed = data.train_dataloader(), data.train_dataloader()
+    batches = iter(loader)
+    next(batches)
+
+    def check() -> dict[str, bool]:
+        for _ in range(200):
+            next(batches)
+        resumed.load_state_dict(loader.state_dict())
+        same = [
+            torch.equal(one["label"]["input_ids"], other["label"]["input_ids"])
+            for one, other in zip(islice(batches, 20), resumed, strict=False)
+        ]
+        return {"same_streaming": all(same)}
 
     return check
 
