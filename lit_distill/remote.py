@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from lit_distill.errors import UserError
 
@@ -21,7 +21,18 @@ _COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 # a file's version, by the names that file systems give it; not its time of access
-_VERSION = ("etag", "mtime", "last_modified", "lastmodified", "updated", "created", "generation", "md5")
+_VERSION = {
+    "etag",
+    "mtime",
+    "last_modified",
+    "lastmodified",
+    "last-modified",
+    "modified",
+    "modificationtime",
+    "updated",
+}
+_VERSION |= {"created", "generation", "blob_id", "content-md5"}
+_BUFFER = 2**20  # bytes to read at once: fsspec's own files look for the end of each line in a block of megabytes
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,12 @@ class RemotePath:
     def is_dir(self) -> bool:
         return (self.info() or {}).get("type") == "directory"
 
-    def open(self, mode: str = "rb", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
+    def open(self, mode: Literal["rb"] = "rb") -> IO[bytes]:
         """Open it for reading. Raises a ``FileNotFoundError`` if it does not exist."""
-        file = self._call(lambda files, path: files.open(path, "rb"))
+        file = self._call(_open)
         if file is None:
             raise FileNotFoundError(2, "No such file or directory", self.url)
-        return cast(IO[Any], file if "b" in mode else io.TextIOWrapper(file, encoding, newline=newline))
+        return io.BufferedReader(file, _BUFFER)
 
     def glob(self, pattern: str) -> list["RemotePath"]:
         """The files below it that match a pattern, in order."""
@@ -92,6 +103,13 @@ class RemotePath:
             # each file system has exceptions of its own
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"{self.url} cannot be read ({reason})") from error
+
+
+def _open(files: Any, path: str) -> Any:
+    if path.startswith(("http://", "https://")) and not files.info(path).get("partial"):
+        # a server without byte ranges
+        return io.BytesIO(files.cat_file(path))
+    return files.open(path, "rb")
 
 
 AnyPath = Path | RemotePath

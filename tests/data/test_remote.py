@@ -3,7 +3,10 @@
 import bz2
 import gzip
 import lzma
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -89,6 +92,21 @@ def test_compressed_files(ending: str, pack: Callable[[bytes], bytes], url: str,
         assert [row["label"] for _, row in table.rows] == ["a", "b"]
         with pytest.raises(UserError, match=rf"torn\.csv\.{ending} is damaged \("):
             read_file(folder / f"torn.csv.{ending}", "train")
+
+
+def test_a_server(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
+    # without byte ranges
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        folder = as_path(f"http://127.0.0.1:{server.server_port}")
+        for name in ("rows.jsonl", "rows.jsonl.gz"):
+            assert list(read_lines(folder / name)) == LINES.splitlines(keepends=True)
+            assert version_of(folder / name) == version_of(folder / name) is not None
+        assert not (folder / "absent.jsonl").exists()
+        server.shutdown()
 
 
 def test_a_version_changes_with_the_content(url: str, tmp_path: Path) -> None:
