@@ -16,7 +16,7 @@ def quiet(threads: int | None) -> Iterator[list[str]]:
     """Run without the libraries' chatter and with so many threads; everything is as before afterwards.
 
     Yields:
-        What lit_distill has to say of its fast path: where that is off, something else is measured than was meant.
+        What lit_distill has to say of its fast path: where another is taken, something else is measured than was meant.
     """
     notes = _Notes()
     lightning, told = (

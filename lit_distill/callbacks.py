@@ -15,7 +15,6 @@ from lit_distill.checks import check_int
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation
 from lit_distill.modules.evaluating import Evaluating
-from lit_distill.modules.window import Window
 from lit_distill.tables import markdown_table
 
 _NEVER = sys.maxsize
@@ -113,9 +112,9 @@ class Throughput(Callback):
             self._started = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        window: Window | None = getattr(pl_module, "window", None)
-        if window is None or trainer.fit_loop.epoch_loop.batch_idx != window.last:
+        if not isinstance(pl_module, Evaluating) or trainer.fit_loop.epoch_loop.batch_idx != pl_module.window.last:
             return
+        window = pl_module.window
         world = trainer.world_size
         self._done.update(examples=window.examples * world, tokens=window.tokens * world, steps=1)
         # 0 stands for never; global_step has been raised by now
@@ -123,7 +122,9 @@ class Throughput(Callback):
         if not every or trainer.global_step % every:
             return
         now = time.perf_counter()
-        seconds = self._seconds + now - self._started
+        # a path was chosen before the first step
+        seconds = self._seconds + now - self._started - pl_module.choosing_seconds
+        pl_module.choosing_seconds = 0.0
         rates = {f"train/{name}_per_second": count / seconds for name, count in self._done.items()}
         pl_module.log_dict(rates, batch_size=1)
         self._done.clear()

@@ -70,6 +70,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)  # of this package, of Python and of the libraries
     git: dict[str, str | bool] = field(default_factory=dict)
     """Commit, and whether files differed from it, if the working directory is a repository."""
+    paths: dict[str, Any] = field(default_factory=dict)  # chosen with ``fast: auto``, by stage, with the timings
     started: str = ""  # when, in UTC
     wall_seconds: _Amount = 0  # with test and saving; of a resumed run all parts, without lost work
     peak_memory_mib: _Amount = 0  # of the accelerator, else of the process

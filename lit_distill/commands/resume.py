@@ -23,6 +23,8 @@ CONFIG = "config.yaml"
 
 _NOT_THE_RESULT = {
     "resume", "predictions", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    # a checkpoint keeps what it was trained with
+    "model.init_args.fast",
     # gone, but in the configs of runs that an earlier version began
     "model.init_args.compile", "model.init_args.evaluate_losses", "data.init_args.pad_to_multiple_of",
 }  # fmt: skip

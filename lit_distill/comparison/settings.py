@@ -19,7 +19,7 @@ NOT_THE_RESULT = re.compile(
     r"|checkpoint$|checkpoint\.(?!(monitor|mode)$)|(ckpt_path|predictions|weights_only|cpu_threads)\b"
     r"|(test_after_fit|baseline_after_fit|push_to_hub|resume)$"
     r"|data\.init_args\.(num_workers|eval_batch_size|predict_split)$"
-    r"|model\.init_args\.(num_samples|score_choices|evaluate_\w+)$"
+    r"|model\.init_args\.(num_samples|score_choices|evaluate_\w+|fast)$"
     r"|model\.init_args\.teachers\.[^.]+\.(device|offload)$"
     # seeds, and where files are
     r"|(seed_everything|data\.init_args\.seed)$"

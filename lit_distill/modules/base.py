@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,13 +25,15 @@ from lit_distill.objectives import Objective, build_objective, check_objectives
 from lit_distill.students.adapters import Adapter
 from lit_distill.students.files import CHECKPOINT_KEY, check_weights
 from lit_distill.students.models import Dtype
-from lit_distill.students.seq2seq import Fast
+from lit_distill.students.seq2seq import Fast, path_of
 from lit_distill.students.sharding import give_weights, is_deferred
+from lit_distill.students.timing import Choice
 from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
 from lit_distill.teachers.models import TeacherModel, Teachers
 
 _SEED_KEY = "lit_distill_seed"
 _TASKS_KEY = "lit_distill_tasks"
+_PATHS_KEY = "lit_distill_paths"
 _LIMITS_KEY = "lit_distill_target_limits"
 
 
@@ -69,7 +72,9 @@ class DistillModule(Evaluating):
             decoding included: the same mathematics, faster. ``plain`` (or false): by the student's own forward, which
             also runs where the packed one is not supported; the run says why. Second-order gradients need ``plain``.
             ``compiled``: the packed one as one graph of few kernels, for GPUs; its first steps take minutes, and no
-            adapter and no activation checkpointing are supported.
+            adapter and no activation checkpointing are supported. ``auto`` times these on a run's first batch and takes
+            the fastest; on a CPU ``packed``, unless ``plain`` takes at most 90 % of its time. A resumed run keeps it.
+            Two runs are the same to the last bit only on the same path.
         max_label_length: maximum generated tokens for a label; by default 1.5 times the longest label target in train.
             The paper uses 64.
         max_rationale_length: maximum generated tokens for a rationale; by default 1.5 times the longest in train.
@@ -98,7 +103,7 @@ class DistillModule(Evaluating):
         warmup_steps: int = 0,
         dropout: float | None = None,
         activation_checkpointing: bool = False,
-        fast: Fast = True,
+        fast: Fast = "auto",
         max_label_length: int | None = None,
         max_rationale_length: int | None = None,
         num_beams: int = 1,
@@ -223,6 +228,8 @@ class DistillModule(Evaluating):
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
         if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
+        if self.chosen_paths:
+            checkpoint[_PATHS_KEY] = {stage: asdict(choice) for stage, choice in self.chosen_paths.items()}
         if "loops" in checkpoint and self._trainer is not None:
             rewind(checkpoint, self.trainer)
 
@@ -241,6 +248,11 @@ class DistillModule(Evaluating):
             compared["optimizer"] = (before, self.hparams["optimizer"])
             groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
             check_numbers([*groups, *checkpoint.get("lr_schedulers", [])])
+            if self.hparams["fast"] == "auto":
+                fast = checkpoint.get("hyper_parameters", {}).get("fast", "auto")
+                named = {} if fast == "auto" else {"training": {"path": path_of(fast)}}
+                for stage, choice in checkpoint.get(_PATHS_KEY, named).items():
+                    self.take_path(stage, Choice(**choice))
         for name, (before, now) in compared.items():
             if before not in (None, now):
                 raise UserError(

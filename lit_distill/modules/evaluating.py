@@ -81,6 +81,14 @@ class Evaluating(Training):
     def on_validation_epoch_start(self) -> None:
         self._collected = _Collected()
 
+    def on_validation_batch_start(self, batch: TaskBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """On an accelerator, choose the path of evaluation.
+
+        On a CPU the default evaluates twice as many rows a second as plain with every student that was measured.
+        """
+        if self.device.type != "cpu":
+            self.choose_path("evaluation", batch)
+
     def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
         """Collect the losses and answers of a batch."""
         step, sums = self.step(batch), self._collected.sums
@@ -150,6 +158,7 @@ class Evaluating(Training):
 
     # test is evaluated as val is
     on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 

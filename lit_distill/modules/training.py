@@ -1,6 +1,7 @@
 """Training: the losses that define a method, exact over an optimizer step's micro-batches and ranks."""
 
 import copy
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from lit_distill.modules.optimization import clip_in_step, configure, skip_in_st
 from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
 from lit_distill.objectives import Objective, Step, check_stored
 from lit_distill.students import Student, Tokens
+from lit_distill.students.seq2seq import Seq2SeqStudent
+from lit_distill.students.timing import Choice, Stage, choose
 from lit_distill.tasks import Task
 from lit_distill.teachers.models import Progress, Teachers
 
@@ -37,6 +40,8 @@ class Training(pl.LightningModule):
     objectives: list[Objective]  # an `nn.ModuleList`
     teachers: Teachers
     window: Window  # the optimizer step in progress
+    chosen_paths: dict[Stage, Choice]  # with ``fast: auto``
+    choosing_seconds: float = 0.0  # that were spent on it in training, and not yet left out of the throughput
     scaled_terms: dict[str, Tensor]  # of the micro-batch in progress, its shares of the step's terms, with their graph
     _window_terms: dict[str, Tensor]  # the terms of the step so far
     _gradient_norm: Tensor | None = None  # before clipping; `None` if gradients are sharded or scaled
@@ -44,6 +49,7 @@ class Training(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.chosen_paths = {}
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
         self._resumed: Position = (0, [])  # where the run that is resumed stopped
         self._window_weights: dict[str, Tensor] = {}  # see `window_weights`; empty before a run
@@ -161,7 +167,7 @@ class Training(pl.LightningModule):
         if stage == "fit":
             check_stored(self.objectives, self.teachers, datamodule)
             # not those of an earlier run or `load_from_checkpoint`; a resumed run loads its own later
-            self._resumed, self._seed = (0, []), seed
+            self._resumed, self._seed, self.chosen_paths = (0, []), seed, {}
             source: Any = self.trainer.fit_loop._data_source
             # of the class: an earlier run has wrapped the object's
             source.dataloader = partial(self._read_ahead, partial(type(source).dataloader, source))
@@ -224,8 +230,36 @@ class Training(pl.LightningModule):
             for logger in self.trainer.loggers:
                 logger.log_hyperparams({f"teachers.{group.name}.cka": str(values)})
 
+    def choose_path(self, stage: Stage, batch: TaskBatch) -> None:
+        """With ``fast: auto``, time the paths of a T5's passes on a run's first batch and take the fastest.
+
+        All ranks take that of the first one.
+        """
+        student = self.student
+        if self.hparams["fast"] != "auto" or stage in self.chosen_paths or not isinstance(student, Seq2SeqStudent):
+            return
+        with self.trainer.precision_plugin.forward_context():
+            choice = choose(student, batch, stage)
+        self.take_path(stage, self.trainer.strategy.broadcast(choice))
+
+    def take_path(self, stage: Stage, choice: Choice) -> None:
+        """Compute the student's passes on this path from now on, and say and log so if it was chosen by timing."""
+        student: Any = self.student
+        self.chosen_paths[stage] = choice
+        if stage == "training":
+            student.path = choice.path
+        else:
+            student.evaluation_path = choice.path
+        if choice.seconds:
+            rank_zero_info(f"fast: {stage} on {choice}")
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams({f"fast_{stage}": str(choice)})
+
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """At the start of an optimizer step: seed it, and compute the weights of its terms."""
+        started = time.perf_counter()
+        self.choose_path("training", batch)
+        self.choosing_seconds += time.perf_counter() - started
         window = cast(WindowLoader, self.trainer.fit_loop._combined_loader).next_window()
         if batch_idx != window.start:
             return

@@ -21,7 +21,7 @@ def load(
     dropout: float | None = None,
     dtype: Dtype = "float32",
     adapter: Mapping[str, Any] | None = None,
-    fast: Fast = True,
+    fast: Fast = "auto",
     activation_checkpointing: bool = False,
     meta: bool = False,
 ) -> Student:

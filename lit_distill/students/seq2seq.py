@@ -25,26 +25,36 @@ from lit_distill.students.tokens import Tokens
 PathName = Literal["plain", "packed", "compiled"]
 """The ways to compute a pass, the most widely supported first; `PATHS` has their classes."""
 
-Fast = bool | PathName
+Fast = bool | Literal["auto"] | PathName
 """The setting: a path, or true for ``packed`` and false for ``plain``."""
+
+DEFAULT_PATH: PathName = "packed"
+"""The path of ``auto`` where none is chosen by timing."""
+
+
+def path_of(fast: Fast) -> PathName:
+    """The path that the setting names, or the default."""
+    named: dict[bool | str, PathName] = {True: "packed", False: "plain", "auto": DEFAULT_PATH}
+    return named.get(fast, cast(PathName, fast))
 
 
 class Seq2SeqStudent(Student):
     """A T5 (v1.0, v1.1, Flan), ByT5 or mT5.
 
-    ``path`` is the way its passes are computed, as ``fast`` says. Where a path does not support the student or a batch,
-    the one before it in `PATHS` is taken, and the run says why.
+    Passes are computed as ``fast`` says, in training mode on ``path`` and else on ``evaluation_path``; with ``auto`` a
+    run changes them. Where a path does not support the student or a batch, the one before it in `PATHS` is taken, and
+    the run says why.
     """
 
     attentions = ("encoder", "decoder", "cross")
 
-    def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: Fast = True) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: Fast = "auto") -> None:
         names = "pad_token_id", "eos_token_id", "decoder_start_token_id"
         special = GenerationConfig(**{name: getattr(model.config, name) for name in names})
         super().__init__(model, tokens, copy.deepcopy(special))
         self.generation = special
-        check_choice("fast", fast, (True, False, *get_args(PathName)))
-        self.path: PathName = ("packed" if fast else "plain") if isinstance(fast, bool) else fast
+        check_choice("fast", fast, (True, False, "auto", *get_args(PathName)))
+        self.path = self.evaluation_path = path_of(fast)
         self._warned: set[str] = set()
 
     def layers(self, stack: Stack) -> int:
@@ -62,7 +72,7 @@ class Seq2SeqStudent(Student):
 
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
         """The lazy pass over a batch."""
-        return PATHS[self.paths(batch, self.path)[-1]](self, batch)
+        return PATHS[self.paths(batch, self.path if self.training else self.evaluation_path)[-1]](self, batch)
 
     def paths(self, batch: TaskBatch, last: PathName) -> list[PathName]:
         """The paths up to ``last`` that support student and batch; each needs what those before it need."""

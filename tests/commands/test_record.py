@@ -41,6 +41,8 @@ def test_a_record_says_what_a_run_was_and_found(student_folder: Path) -> None:
     assert found.config == yaml.safe_load((folder / "config.yaml").read_text())
     assert found.data["splits"]["train"]["left_out_by_fraction"] == 6
     assert {"torch", "lit_distill", "python", "transformers"} <= found.versions.keys()
+    assert found.paths["training"]["seconds"]["packed"] > 0
+    assert " (a step of 2 rows: packed " in yaml.safe_load((folder / "hparams.yaml").read_text())["fast_training"]
     assert found.started
     assert 0 < found.wall_seconds < 600
     assert 50 < found.peak_memory_mib < 100_000

@@ -17,10 +17,11 @@ from lit_distill.data import JSONLDataModule
 from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
-from lit_distill.modules import DistillModule, StepByStepModule
+from lit_distill.modules import DistillModule, StepByStepModule, training
 from lit_distill.modules.window import Window
 from lit_distill.objectives import DistiLLM, ForwardKL, PredictionHeads, Progressive, Step
 from lit_distill.students import base
+from lit_distill.students.timing import Choice
 from lit_distill.teachers.groups import WeighedGroup
 from tests.modules.batches import Row, Rows, RowsData, collate, random_rows
 from tests.modules.running import Steps, make_trainer
@@ -188,6 +189,7 @@ def all_runs(rank: int, out: Path, folder: Path, teacher: Path) -> dict[str, Any
     found["streamed"] = {
         name: resumed(folder, out / "streamed", rank, name, streamed=True) for name in ("whole", "stopped", "resumed")
     }
+    found["paths"] = paths(folder, rank)
     found["taught"] = taught(folder, str(teacher), rank)
     found["diverged"] = diverged(folder, rank)
     return found
@@ -239,6 +241,22 @@ def resumed(
     with suppress(Stopped):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def paths(folder: Path, rank: int) -> list[str]:
+    """The paths of a run's passes where the ranks' own timings speak for different ones."""
+    module, found = make_module(folder), list[str]()
+    choice = Choice("packed" if rank else "plain", 2, {"packed": 1.0, "plain": 2.0 * rank})
+
+    def record(self: Any, trainer: Any, module: Any, *_: object) -> None:
+        found.append(module.student.path)
+
+    with (
+        mock.patch.object(training, "choose", return_value=choice),
+        mock.patch.object(Steps, "on_before_optimizer_step", record),
+    ):
+        ddp_trainer(max_steps=2, callbacks=[Steps()]).fit(module, datamodule=InOrder(ROWS, 2, module.tasks))
+    return found
 
 
 def taught(folder: Path, teacher: str, rank: int) -> dict[str, Any]:

@@ -115,6 +115,10 @@ def test_samples_come_from_all_ranks_in_order(ranks: list[Found], sampler: str) 
         assert all(sample["rationale"] is not None for sample in rank[sampler]["samples"])
 
 
+def test_ranks_take_the_path_of_the_first(ranks: list[Found]) -> None:
+    assert [rank["paths"] for rank in ranks] == [["plain"] * 2] * WORLD
+
+
 # with samples of the student, which the ranks share
 @pytest.mark.parametrize("run", ["resume", "own text", "streamed"])
 def test_both_ranks_end_with_the_same_weights(ranks: list[Found], run: str) -> None:

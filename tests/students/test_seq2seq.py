@@ -316,7 +316,13 @@ def test_which_pass_is_taken_and_why_is_said_once(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("fast", "path"), [(True, "packed"), (False, "plain"), *((name, name) for name in ("packed", "plain", "compiled"))]
+    ("fast", "path"),
+    [
+        (True, "packed"),
+        (False, "plain"),
+        ("auto", "packed"),
+        *((name, name) for name in ("packed", "plain", "compiled")),
+    ],
 )
 def test_the_setting_is_a_path(tmp_path: Path, fast: Any, path: str) -> None:
     student: Any = students.load(make_student_folder(tmp_path / "a"), from_scratch=True, fast=fast)
@@ -325,7 +331,7 @@ def test_the_setting_is_a_path(tmp_path: Path, fast: Any, path: str) -> None:
 
 def test_a_path_that_there_is_not(tmp_path: Path) -> None:
     wrong: Any = "quick"
-    with pytest.raises(UserError, match="fast must be one of True, False, plain, packed, compiled, got 'quick'"):
+    with pytest.raises(UserError, match="fast must be one of True, False, auto, plain, packed, compiled, got 'quick'"):
         students.load(make_student_folder(tmp_path / "a"), from_scratch=True, fast=wrong)
 
 

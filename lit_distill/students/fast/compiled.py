@@ -518,6 +518,13 @@ def graph(device: str) -> Callable[..., Outputs]:
     return cast(Callable[..., Outputs], torch.compile(compute, fullgraph=True, mode=MODES.get(device)))
 
 
+def free() -> None:
+    """Free all graphs and what they hold: for a run that takes another path after trying them."""
+    _PROGRAMS.clear()
+    graph.cache_clear()
+    torch._dynamo.reset()
+
+
 @cache
 def why_not_compiled(device: str) -> str | None:
     """Why nothing can be compiled for a kind of device here, by trying; ``None`` if it can."""
