@@ -267,6 +267,7 @@ class Training(pl.LightningModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         self.window, self._window_weights, self._window_terms = window, self.window_weights(window), {}
+        self.student.hold_weights(True)
 
     def window_weights(self, window: Window) -> dict[str, Tensor]:
         """Factors that turn a mean over one micro-batch into its share of the mean over the whole optimizer step.
@@ -334,6 +335,7 @@ class Training(pl.LightningModule):
         strategies, where each rank has a part of the gradient, and under loss scaling, which skips such steps by
         itself.
         """
+        self.student.hold_weights(False)
         self.check_finite()
         values = {f"{name} loss": term for name, term in self._window_terms.items()}
         self._gradient_norm = None

@@ -315,6 +315,9 @@ class Student(nn.Module, ABC):
     def _decoder_layers(self) -> tuple[nn.Module, str]:
         """The module that runs the decoder's layers, and the name of their list in it."""
 
+    def hold_weights(self, held: bool) -> None:
+        """No weight changes from a call with ``True`` to one with ``False``: what is computed from them may be kept."""
+
     @contextmanager
     def exit_at(self, layer: int) -> Iterator[None]:
         """In the context the decoder ends after this layer; the final norm and the output head stay."""

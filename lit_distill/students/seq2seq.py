@@ -16,6 +16,7 @@ from lit_distill.checks import check_choice
 from lit_distill.students.attention import Attention, Call, recording
 from lit_distill.students.base import Pass, ProcessLogits, Stack, Stepper, Student
 from lit_distill.students.fast import compiled
+from lit_distill.students.fast.casts import Casts
 from lit_distill.students.fast.functions import token_losses
 from lit_distill.students.fast.greedy import Decoder, greedy
 from lit_distill.students.fast.support import fits, keep_freed_memory, reason_against
@@ -47,6 +48,7 @@ class Seq2SeqStudent(Student):
     """
 
     attentions = ("encoder", "decoder", "cross")
+    casts: Casts | None = None
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: Fast = "auto") -> None:
         names = "pad_token_id", "eos_token_id", "decoder_start_token_id"
@@ -66,6 +68,10 @@ class Seq2SeqStudent(Student):
         stack: Any = self.network.decoder
         normed: Tensor = stack.dropout(stack.final_layer_norm(hidden))
         return normed
+
+    def hold_weights(self, held: bool) -> None:
+        """See `Student.hold_weights`: the passes in between share the casts of autocast."""
+        self.casts = Casts() if held else None
 
     def _decoder_layers(self) -> tuple[nn.Module, str]:
         return cast(nn.Module, self.network.decoder), "block"
@@ -216,15 +222,19 @@ class PackedPass(Seq2SeqPass):
         return tasks
 
     @cached_property
+    def _casts(self) -> Casts:
+        return self.student.casts or Casts()  # of this pass alone, if weights may change after it
+
+    @cached_property
     def _forward(self) -> tuple[Encoded, list[Tensor]]:
         self._deterministic = not self.model.training
-        encoded, hidden, self._labels = encode_and_decode(self.model, self._with_target())
+        encoded, hidden, self._labels = encode_and_decode(self.model, self._with_target(), self._casts)
         return encoded, hidden
 
     @cached_property
     def _losses(self) -> Tensor:
         _, hidden = self._forward
-        return token_losses(self.model.lm_head, into_head(self.model, hidden[-1]), self._labels)
+        return token_losses(self.model.lm_head, into_head(self.model, hidden[-1]), self._labels, self._casts)
 
     @cached_property
     def _places(self) -> dict[str, slice]:
@@ -261,7 +271,8 @@ class PackedPass(Seq2SeqPass):
         if "_forward" in self.__dict__ and self._deterministic:
             return self._forward[0], [self._first_rows[task] + row for row in rows]
         distinct = sorted(set(rows))
-        return encode(self.model, [take(self.inputs(task), distinct)]), [distinct.index(row) for row in rows]
+        encoded = encode(self.model, [take(self.inputs(task), distinct)], self._casts)
+        return encoded, [distinct.index(row) for row in rows]
 
     def _generate(
         self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
@@ -284,7 +295,7 @@ class PackedPass(Seq2SeqPass):
         return step
 
     def _likelihoods(self, task: str, rows: list[int], targets: Sequence[Sequence[int]]) -> Tensor:
-        return log_likelihoods(self.model, *self._sources(task, rows), targets)
+        return log_likelihoods(self.model, *self._sources(task, rows), targets, self._casts)
 
 
 class CompiledPass(PackedPass):

@@ -1,5 +1,6 @@
 """Learning rates, parameter groups and steps against other implementations of them."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
@@ -198,6 +200,32 @@ def test_a_clipped_run_in_any_precision(student_folder: Path, precision: Any) ->
     # the two take the norms of parameters in another order
     tolerance = 1e-5 if precision == "32-true" else 1e-12
     torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance)
+
+
+class Casts(TorchDispatchMode):
+    """Counts matrices that are cast to bfloat16, by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::copy_", "aten::_to_copy") and out.dtype == torch.bfloat16:
+            self.found[tuple(out.shape)] += 1
+        return out
+
+
+def test_autocast_casts_weights_once_an_optimizer_step(student_folder: Path) -> None:
+    torch.manual_seed(7)
+    module = StepByStepModule(student_folder, from_scratch=True)
+    trainer = make_trainer(max_epochs=1, accumulate_grad_batches=2, precision="bf16-mixed")
+    with Casts() as casts:
+        trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
+    # seven micro-batches
+    assert trainer.global_step == 4
+    head: torch.Tensor = module.student.model.lm_head.weight
+    assert casts.found[tuple(head.shape)] == 4
 
 
 class ClippedAtFirst(StepByStepModule):

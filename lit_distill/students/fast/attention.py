@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lit_distill.batch import pad
-from lit_distill.students.fast.functions import apply, dropout, dropout_mask
+from lit_distill.students.fast.casts import Casts, Shared, is_plain, project
+from lit_distill.students.fast.functions import apply, dropout, dropout_mask, masked
 from lit_distill.students.fast.packing import AttentionPlan, Packing
-from lit_distill.students.fast.products import linear
 
 WORTH = 0.5
 """Rows attend without keys and values where that costs no more than this share of the ordinary way."""
@@ -35,31 +35,32 @@ class _Attention(Function):
             if p:
                 mask, factor = dropout_mask(weights, p)
                 saved.append(mask)
-                weights = mask.to(weights.dtype).mul_(weights)
+                weights = masked(weights, mask)
             torch.baddbmm(out, weights, values, beta=0, alpha=factor, out=out)
         ctx.plan, ctx.p, ctx.factor = plan, p, factor
-        ctx.save_for_backward(flat_q, flat_k, flat_v, flat_out, *saved)
+        ctx.save_for_backward(flat_q, flat_k, flat_v, *saved)
         return plan.queries.gather(flat_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat_q, flat_k, flat_v, flat_out, *saved = ctx.saved_tensors
+        flat_q, flat_k, flat_v, *saved = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         flat_grad = plan.queries.clear(plan.queries.spread(grad))
-        # sum_j P_ij dP_ij of the softmax's backward pass, without its dropout: dO_i . O_i
-        flat_along = (flat_grad * flat_out).sum(-1, keepdim=True)
         grad_q, grad_k, grad_v = torch.empty_like(flat_q), torch.empty_like(flat_k), torch.empty_like(flat_v)
         bias_grad = None if plan.bias is None else flat_q.new_zeros(plan.bias.shape)
-        of_queries = zip(*map(plan.queries.groups, (flat_q, flat_grad, flat_along, grad_q)), strict=True)
+        of_queries = zip(*map(plan.queries.groups, (flat_q, flat_grad, grad_q)), strict=True)
         of_keys = zip(*map(plan.keys.groups, (flat_k, flat_v, grad_k, grad_v)), strict=True)
-        parts = iter(saved)
-        for (queries, out_grad, along, into_q), (keys, values, into_k, into_v) in zip(of_queries, of_keys, strict=True):
+        parts, wide = iter(saved), torch.promote_types(flat_q.dtype, torch.float32)
+        for (queries, out_grad, into_q), (keys, values, into_k, into_v) in zip(of_queries, of_keys, strict=True):
             weights = next(parts)
-            dropped = next(parts).to(weights.dtype).mul_(weights) if ctx.p else weights
+            dropped = masked(weights, next(parts)) if ctx.p else weights
             torch.baddbmm(into_v, dropped.transpose(1, 2), out_grad, beta=0, alpha=ctx.factor, out=into_v)
             scores_grad = torch.baddbmm(weights, out_grad, values.transpose(1, 2), beta=0, alpha=ctx.factor)
-            scores_grad.mul_(dropped).addcmul_(weights, along, value=-1.0)
+            # P_ij (dP_ij - sum_k P_ik dP_ik), whose two terms may be almost equal
+            scores_grad = scores_grad.to(wide).mul_(dropped)
+            scores_grad.addcmul_(weights, scores_grad.sum(-1, keepdim=True), value=-1.0)
+            scores_grad = scores_grad.to(weights.dtype)
             torch.bmm(scores_grad, keys, out=into_q)
             torch.bmm(scores_grad.transpose(1, 2), queries, out=into_k)
             if bias_grad is not None:
@@ -85,10 +86,10 @@ class SelfAttention:
         bias = first.compute_bias(longest, longest, device=packing.device)
         self._plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal, bias=bias, dtype=dtype)
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+    def __call__(self, layer: Any, x: Tensor, casts: Casts | None) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
-        q, k, v = (linear(own, x) for own in (layer.q, layer.k, layer.v))
-        return linear(layer.o, attention(q, k, v, self._plan, _rate(layer)))
+        q, k, v = project((layer.q, layer.k, layer.v), x, casts)
+        return project((layer.o,), attention(q, k, v, self._plan, _rate(layer)), casts)[0]
 
 
 def causal_bias(stack: Any, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -115,18 +116,18 @@ class PrefixAttention:
         places[padded.flatten()[real]] = real
         self._places = places.to(device, non_blocking=True)
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+    def __call__(self, layer: Any, x: Tensor, casts: Casts | None) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
         q, k, v = (
-            linear(own, x)
-            .index_select(0, self._tokens)
+            own.index_select(0, self._tokens)
             .unflatten(1, (self._shape[2], -1))
             .unflatten(0, self._shape[:2])
             .transpose(1, 2)
-            for own in (layer.q, layer.k, layer.v)
+            for own in project((layer.q, layer.k, layer.v), x, casts)
         )
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, dropout_p=_rate(layer), scale=1.0)
-        return linear(layer.o, found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self._places))
+        packed = found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self._places)
+        return project((layer.o,), packed, casts)[0]
 
 
 class CrossAttention:
@@ -148,12 +149,12 @@ class CrossAttention:
             self._parts.append(FewQueries(targets, sources, few, config.num_heads, encoded))
         self._order = torch.cat([part.tokens for part in self._parts]).argsort() if many and few else None
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+    def __call__(self, layer: Any, x: Tensor, casts: Casts | None) -> Tensor:
         """A layer's attention, ``(target tokens, d_model)``."""
-        q = linear(layer.q, x)
-        found = [part.attend(layer, q, _rate(layer)) for part in self._parts]
+        (q,) = project((layer.q,), x, casts)
+        found = [part.attend(layer, q, _rate(layer), casts) for part in self._parts]
         out = found[0] if self._order is None else torch.cat(found).index_select(0, self._order)
-        return linear(layer.o, out)
+        return project((layer.o,), out, casts)[0]
 
 
 def _rate(layer: Any) -> float:
@@ -163,7 +164,7 @@ def _rate(layer: Any) -> float:
 def projects_plainly(block: Any) -> bool:
     """Whether keys and values of the encoder's states are nothing but a matrix product with a weight."""
     layer = block.layer[1].EncDecAttention
-    return all(type(linear) is nn.Linear and linear.bias is None for linear in (layer.k, layer.v))
+    return is_plain(layer.k) and is_plain(layer.v)
 
 
 def few_queries(queries: Packing, keys: Packing, *, heads: int, d_model: int, d_kv: int) -> list[int]:
@@ -183,13 +184,14 @@ class _ManyQueries:
     ) -> None:
         self.tokens, own = queries.rows(rows).compact()
         present, sources = keys.rows(rows).compact()
-        self._encoded = encoded.index_select(0, present)
+        self._encoded = Shared(encoded.index_select(0, present))
         self._plan = AttentionPlan(own, sources, heads, dtype=dtype)
 
-    def attend(self, layer: Any, q: Tensor, p: float) -> Tensor:
+    def attend(self, layer: Any, q: Tensor, p: float, casts: Casts | None) -> Tensor:
         """As `FewQueries.attend`."""
         own = q if len(q) == len(self.tokens) else q.index_select(0, self.tokens)
-        return attention(own, linear(layer.k, self._encoded), linear(layer.v, self._encoded), self._plan, p)
+        k, v = project((layer.k, layer.v), self._encoded.read(casts), casts)
+        return attention(own, k, v, self._plan, p)
 
 
 class FewQueries:
@@ -214,26 +216,28 @@ class FewQueries:
         mask = torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
         self.mask = mask[:, None].to(device, non_blocking=True)
         """0 at the sources' tokens and -inf at their padding, ``(rows, 1, source_len)``."""
-        self._encoded = self.spread(encoded)
+        self._encoded = Shared(self.spread(encoded))
 
     def spread(self, packed: Tensor) -> Tensor:
         """What belongs to packed source tokens, such as their states, ``(rows, source_len, size)``; see `mask`."""
         return packed.index_select(0, self._source).view(self._shape[0], self._shape[2], -1)
 
-    def attend(self, layer: Any, q: Tensor, p: float) -> Tensor:
+    def attend(self, layer: Any, q: Tensor, p: float, casts: Casts | None = None) -> Tensor:
         """A layer's attention at `tokens`, ``(tokens, heads * d_kv)``, before its output projection.
 
         ``q`` are the queries of all targets' tokens, ``(all tokens, heads * d_kv)``; ``p`` is the dropout rate.
         """
         rows, length, _ = self._shape
-        d_model = self._encoded.shape[-1]
+        encoded = self._encoded.read(casts)
+        d_model = encoded.shape[-1]
         own = q.index_select(0, self._query).view(rows * length, self.heads, -1).transpose(0, 1)
-        key, value = layer.k.weight.view(self.heads, -1, d_model), layer.v.weight.view(self.heads, -1, d_model)
+        weights = [linear.weight if casts is None else casts.of(linear.weight) for linear in (layer.k, layer.v)]
+        key, value = (weight.view(self.heads, -1, d_model) for weight in weights)
         projected = torch.bmm(own, key).view(self.heads, rows, length, d_model)
         by_row = projected.transpose(0, 1).reshape(rows, self.heads * length, d_model)
-        scores = torch.bmm(by_row, self._encoded.transpose(1, 2))
-        weights = torch.softmax(scores + self.mask, dim=-1, dtype=torch.float32).to(scores.dtype)
-        found = torch.bmm(dropout(weights, p), self._encoded).view(rows, self.heads, length, d_model)
+        scores = torch.bmm(by_row, encoded.transpose(1, 2))
+        shares = torch.softmax(scores + self.mask, dim=-1, dtype=torch.float32).to(scores.dtype)
+        found = torch.bmm(dropout(shares, p), encoded).view(rows, self.heads, length, d_model)
         by_head = found.transpose(0, 1).reshape(self.heads, rows * length, d_model)
         out = torch.bmm(by_head, value.transpose(1, 2))
         return out.transpose(0, 1).reshape(rows * length, -1).index_select(0, self._real)

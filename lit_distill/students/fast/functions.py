@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lit_distill.batch import IGNORE_INDEX
+from lit_distill.students.fast.casts import Casts
 from lit_distill.students.fast.products import product
 
 CHUNK_BYTES = 64 * 2**20
@@ -24,10 +25,11 @@ _LANES = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """The dropout mask as booleans, and the scaling factor of what is not dropped.
+    """The dropout mask, for `masked`, and the scaling factor of what is not dropped.
 
     On the CPU one 64-bit draw of the global generator decides four elements by 16 bits each: ``p`` is rounded to
-    1/65536, and the factor uses the rounded rate.
+    1/65536, and the factor uses the rounded rate. There the mask of elements of 16 bits is theirs, all ones or all
+    zeros: a processor makes and applies it several times faster than booleans. Any other is of booleans.
     """
     if like.device.type != "cpu":
         return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p), 1 / (1 - p)
@@ -36,8 +38,17 @@ def dropout_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
         return torch.zeros(like.shape, dtype=torch.bool), 0.0
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[: like.numel()].view(like.shape)
-    mask: Tensor = lanes >= dropped - _LANES // 2
-    return mask, _LANES / (_LANES - dropped)
+    first, factor = dropped - _LANES // 2, _LANES / (_LANES - dropped)
+    if like.element_size() != 2 or not dropped:
+        return lanes >= first, factor
+    return lanes.clamp_(first - 1, first).sub_(first - 1).neg_(), factor
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` with 0 where a `dropout_mask` drops."""
+    if mask.dtype == torch.int16:
+        return x.view(torch.int16).bitwise_and(mask).view(x.dtype)
+    return mask.to(x.dtype).mul_(x)
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -53,14 +64,16 @@ class _AddDropped(Function):
         ctx.save_for_backward(mask)
         ctx.dtype, ctx.adds = x.dtype, residual is not None
         if residual is None:
-            return mask.to(x.dtype).mul_(ctx.factor).mul_(x)
-        return torch.addcmul(residual, mask.to(x.dtype), x, value=ctx.factor)
+            return masked(x, mask).mul_(ctx.factor)
+        if mask.dtype == torch.bool:
+            return torch.addcmul(residual, mask.to(x.dtype), x, value=ctx.factor)
+        return torch.add(residual, masked(x, mask), alpha=ctx.factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return grad if ctx.adds else None, mask.to(ctx.dtype).mul_(ctx.factor).mul_(grad), None
+        return grad if ctx.adds else None, masked((grad * ctx.factor).to(ctx.dtype), mask), None
 
 
 class _Gated(Function):
@@ -68,13 +81,13 @@ class _Gated(Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, p: float) -> Tensor:
         mask, ctx.factor = dropout_mask(a, p)
         ctx.save_for_backward(a, b, mask)
-        return mask.to(a.dtype).mul_(ctx.factor).mul_(a).mul_(b)
+        return masked(a, mask).mul_(b).mul_(ctx.factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b, mask = ctx.saved_tensors
-        grad = mask.to(grad.dtype).mul_(ctx.factor).mul_(grad)
+        grad = masked(grad, mask).mul_(ctx.factor)
         return grad * b, grad.mul_(a), None
 
 
@@ -95,18 +108,17 @@ def gated(a: Tensor, b: Tensor, p: float) -> Tensor:
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         # what each row is multiplied by, in float32 or finer
         wide = torch.promote_types(x.dtype, torch.float32)
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        scaled: Tensor = (x * scale).to(weight.dtype).mul_(weight)
-        return scaled
+        return (x * scale).to(weight.dtype).mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         wide, grad, factors = x.to(scale.dtype), grad.to(scale.dtype), weight.to(scale.dtype)
         product = wide * grad
@@ -114,82 +126,88 @@ class _RMSNorm(Function):
         weight_grad = (scale.t() @ product).squeeze_(0)
         along = (product @ factors).unsqueeze_(-1).mul_(scale.pow(3)).div_(-x.shape[-1])
         x_grad = (grad * factors).mul_(scale).addcmul_(wide, along)
-        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None
+        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    r"""T5's layer norm, :math:`w_i x_i / \sqrt{\text{mean}(x^2) + \epsilon}`, of ``(tokens, d_model)`` in float32."""
-    return apply(_RMSNorm, x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    r"""T5's layer norm, :math:`w_i x_i / \sqrt{\text{mean}(x^2) + \epsilon}`, of ``(tokens, d_model)`` in float32.
+
+    The result has ``dtype``, by default that of the weight.
+    """
+    return apply(_RMSNorm, x, weight, eps, dtype or weight.dtype)
 
 
 class _TokenLosses(Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, copy: Tensor, labels: Tensor) -> Tensor:
+        # products are of the copy, in the dtype of the states; all else has that of the weight
+        ctx.dtype, weight = weight.dtype, copy
         safe = labels.clamp(min=0).unsqueeze(1)
-        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        # equally many in each chunk: one of few rows reads the whole weight, too
+        chunks = -(-len(states) * 4 * len(weight) // CHUNK_BYTES)
+        size = max(1, -(-len(states) // max(1, chunks)))
         losses, saved, budget = [], [], KEPT_BYTES
         for start in range(0, len(states), size):
             logs = torch.log_softmax(product(states[start : start + size], weight), dim=-1, dtype=torch.float32)
             losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
-            budget -= 4 * logs.numel()
+            budget -= states.element_size() * logs.numel()
             if ctx.needs_input_grad[0] and budget >= 0:
-                saved.append(logs.exp_())
+                saved.append(logs.exp_().to(states.dtype))
         ctx.size = size
         ctx.save_for_backward(states, weight, labels, *saved)
         return torch.cat(losses).masked_fill_(labels == IGNORE_INDEX, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         states, weight, labels, *saved = ctx.saved_tensors
         safe = labels.clamp(min=0)
-        grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(states.dtype).unsqueeze(1)
+        grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(ctx.dtype).unsqueeze(1)
         # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product,
         # and the ones are rows of the weight that are added apart
         scaled = states * grad
-        states_grad = weight.index_select(0, safe).neg_()
+        narrow = scaled.to(states.dtype)
+        states_grad = weight.index_select(0, safe).to(ctx.dtype).neg_()
         weight_grad = None
         for number, start in enumerate(range(0, len(states), ctx.size)):
             part = slice(start, start + ctx.size)
             if number < len(saved):
                 likely = saved[number]
             else:
-                likely = torch.softmax(product(states[part], weight), dim=-1, dtype=torch.float32)
-            likely = likely.to(states.dtype)
+                likely = torch.softmax(product(states[part], weight), dim=-1, dtype=torch.float32).to(states.dtype)
             states_grad[part].add_(product(likely, weight.t()))
             if not ctx.needs_input_grad[1]:
                 continue
-            if weight_grad is None:
-                weight_grad = product(likely.t(), scaled[part].t())
-            else:
-                weight_grad.add_(product(likely.t(), scaled[part].t()))
+            own = product(likely.t(), narrow[part].t())
+            weight_grad = own.to(ctx.dtype) if weight_grad is None else weight_grad.add_(own)
         if weight_grad is not None:
             weight_grad.index_add_(0, safe, scaled, alpha=-1)
-        return states_grad.mul_(grad), weight_grad, None
+        return states_grad.mul_(grad).to(states.dtype), weight_grad, None, None
 
 
-def token_losses(head: nn.Linear, states: Tensor, labels: Tensor) -> Tensor:
+def token_losses(head: nn.Linear, states: Tensor, labels: Tensor, casts: Casts | None = None) -> Tensor:
     """The cross-entropy of states ``(targets, d_model)`` at each target in nats, ``(targets,)``, in float32.
 
     It is 0 where the label is ``IGNORE_INDEX``. Only one chunk of logits exists at a time.
     """
-    weight = head.weight
+    copy = head.weight.detach()
     if torch.is_autocast_enabled(states.device.type):
-        dtype = torch.get_autocast_dtype(states.device.type)
-        states, weight = states.to(dtype), weight.to(dtype)
+        states = states.to(torch.get_autocast_dtype(states.device.type))
+        copy = (casts or Casts()).copy(head.weight)
     with torch.autocast(states.device.type, enabled=False):
-        return apply(_TokenLosses, states, weight, labels)
+        return apply(_TokenLosses, states, head.weight, copy, labels)
 
 
-def log_probabilities(head: nn.Linear, states: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+def log_probabilities(
+    head: nn.Linear, states: Tensor, places: Tensor, labels: Tensor, casts: Casts | None = None
+) -> Tensor:
     """Those of labels in nats, each given the one of the states ``(tokens, d_model)`` at its place, in float32.
 
     ``places`` and ``labels``, ``(labels,)``, are on the host. Only one chunk of logits exists at a time; for inference.
     """
     device, weight = states.device, head.weight
     if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        states, weight = states.to(dtype), weight.to(dtype)
+        states, weight = states.to(torch.get_autocast_dtype(device.type)), (casts or Casts()).copy(weight)
     found = torch.empty(len(labels), device=device)
     size = max(1, CHUNK_BYTES // (4 * len(weight)))
     for start in range(0, len(states), size):

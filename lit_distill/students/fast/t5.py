@@ -3,7 +3,7 @@
 Every module of the Hugging Face model keeps its place, its weights and its name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from transformers.activations import NewGELUActivation
 
 from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, PrefixAttention, SelfAttention
+from lit_distill.students.fast.casts import Casts, project
 from lit_distill.students.fast.functions import add_dropped, dropout, gated, log_probabilities, rms_norm
 from lit_distill.students.fast.packing import Packing
-from lit_distill.students.fast.products import linear
 from lit_distill.students.fast.support import has_hooks
 
 
@@ -38,23 +38,24 @@ def _rate(module: nn.Dropout) -> float:
     return float(module.p) if module.training else 0.0
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    """T5's layer norm, ``(tokens, d_model)``."""
-    return rms_norm(x, module.weight, module.variance_epsilon)
+def norm(module: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """T5's layer norm, ``(tokens, d_model)``; see `rms_norm`."""
+    return rms_norm(x, module.weight, module.variance_epsilon, dtype)
 
 
-def feed_forward(module: Any, x: Tensor) -> Tensor:
+def feed_forward(module: Any, x: Tensor, casts: Casts | None = None) -> Tensor:
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
     rate = _rate(module.dropout)
     if hasattr(module, "wi_1"):
-        inner = gated(activate(module.act, linear(module.wi_0, x)), linear(module.wi_1, x), rate)
+        a, b = project((module.wi_0, module.wi_1), x, casts)
+        inner = gated(activate(module.act, a), b, rate)
     else:
-        inner = dropout(activate(module.act, linear(module.wi, x)), rate)
+        inner = dropout(activate(module.act, *project((module.wi,), x, casts)), rate)
     wanted = module.wo.weight.dtype
     if inner.dtype != wanted and wanted.is_floating_point and not torch.is_autocast_enabled(inner.device.type):
         # transformers keeps this one matrix in float32 where it loads the others in bfloat16
         inner = inner.to(wanted)
-    return linear(module.wo, inner)
+    return project((module.wo,), inner, casts)[0]
 
 
 def into_head(model: Any, states: Tensor) -> Tensor:
@@ -70,46 +71,55 @@ def activate(act: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh") if isinstance(act, NewGELUActivation) else act(x)
 
 
-def _block(block: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None) -> Tensor:
-    layer = block.layer[0]
-    x = add_dropped(x, own(layer.SelfAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
+def _block(
+    block: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None, casts: Casts | None
+) -> Tensor:
+    def add(layer: Any, module: Any, part: Callable[[Any, Tensor, Casts | None], Tensor]) -> Tensor:
+        # the sum of all layers stays in float32 under autocast, and what a layer reads of it is cast once
+        dtype = None if casts is None else torch.get_autocast_dtype(x.device.type)
+        return add_dropped(x, part(module, norm(layer.layer_norm, x, dtype), casts), _rate(layer.dropout))
+
+    layers = block.layer
+    x = add(layers[0], layers[0].SelfAttention, own)
     if cross is not None:
-        layer = block.layer[1]
-        x = add_dropped(x, cross(layer.EncDecAttention, norm(layer.layer_norm, x)), _rate(layer.dropout))
-    layer = block.layer[-1]
-    return add_dropped(x, feed_forward(layer.DenseReluDense, norm(layer.layer_norm, x)), _rate(layer.dropout))
+        x = add(layers[1], layers[1].EncDecAttention, cross)
+    return add(layers[-1], layers[-1].DenseReluDense, feed_forward)
 
 
-def _run(stack: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None) -> list[Tensor]:
+def _run(
+    stack: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None, casts: Casts | None
+) -> list[Tensor]:
     """As Hugging Face's ``hidden_states``: what enters each block, and what the stack gives."""
     x = dropout(x, _rate(stack.dropout))
     hidden = []
     for block in stack.block:
         hidden.append(x)
         if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
-            x = checkpoint(_block, block, x, own, cross, use_reentrant=False)
+            x = checkpoint(_block, block, x, own, cross, casts, use_reentrant=False)
         else:
-            x = _block(block, x, own, cross)
+            x = _block(block, x, own, cross, casts)
     return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
     """What a layer makes of it: autocast's dtype, or its own."""
-    device = x.device.type
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
+
+
+def _is_autocast(x: Tensor) -> bool:
     # there is none on meta
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts else x.dtype
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def encode(model: Any, tasks: Sequence[TaskInputs]) -> Encoded:
-    """All rows of several tasks through the encoder, task after task."""
+def encode(model: Any, tasks: Sequence[TaskInputs], casts: Casts | None = None) -> Encoded:
+    """All rows of several tasks through the encoder, task after task; ``casts`` are used under autocast."""
     ids, packing = pack_sources(tasks)
-    return _encode(model, model.encoder.embed_tokens(ids), packing)
+    return _encode(model, model.encoder.embed_tokens(ids), packing, casts)
 
 
-def _encode(model: Any, embedded: Tensor, packing: Packing) -> Encoded:
+def _encode(model: Any, embedded: Tensor, packing: Packing, casts: Casts | None) -> Encoded:
     attend = SelfAttention(model.encoder, packing, dtype_of(embedded), causal=False)
-    return Encoded(_run(model.encoder, embedded, attend, None), packing)
+    return Encoded(_run(model.encoder, embedded, attend, None, _used(casts, embedded)), packing)
 
 
 def _decode(
@@ -118,17 +128,24 @@ def _decode(
     targets: Packing,
     encoded: Encoded,
     rows: Sequence[int],
+    casts: Casts | None,
     attend: PrefixAttention | None = None,
 ) -> list[Tensor]:
     own = attend or SelfAttention(model.decoder, targets, dtype_of(embedded), causal=True)
     cross = CrossAttention(model.decoder, targets, encoded.packing.rows(rows), encoded.states, dtype_of(embedded))
-    return _run(model.decoder, embedded, own, cross)
+    return _run(model.decoder, embedded, own, cross, _used(casts, embedded))
 
 
-def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded, list[Tensor], Tensor]:
+def _used(casts: Casts | None, x: Tensor) -> Casts | None:
+    return (casts or Casts()) if _is_autocast(x) else None
+
+
+def encode_and_decode(
+    model: Any, tasks: Sequence[TaskInputs], casts: Casts | None = None
+) -> tuple[Encoded, list[Tensor], Tensor]:
     """Several tasks' sources and targets, of which there is at least one, under teacher forcing, task after task.
 
-    Every row of the tasks is encoded; a row without a target is not decoded.
+    Every row of the tasks is encoded; a row without a target is not decoded. ``casts`` are used under autocast.
 
     Returns:
         The sources; the decoder's embeddings and each layer's states, ``(target tokens, d_model)``; and the labels.
@@ -142,11 +159,13 @@ def encode_and_decode(model: Any, tasks: Sequence[TaskInputs]) -> tuple[Encoded,
     else:
         # one look-up: its gradient is as large as the vocabulary, and would be made and added twice
         source, target = F.embedding(torch.cat([ids, inputs]), encoder.weight).split([len(ids), len(inputs)])
-    encoded = _encode(model, source, packing)
-    return encoded, _decode(model, target, targets, encoded, rows), labels
+    encoded = _encode(model, source, packing, casts)
+    return encoded, _decode(model, target, targets, encoded, rows, casts), labels
 
 
-def log_likelihoods(model: Any, encoded: Encoded, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:
+def log_likelihoods(
+    model: Any, encoded: Encoded, rows: Sequence[int], targets: Sequence[Sequence[int]], casts: Casts | None = None
+) -> Tensor:
     """The log-likelihood of each whole target given its source row, of which it may be one of several, in nats.
 
     What the targets of a source row begin with alike goes through the decoder and its output head once.
@@ -167,10 +186,10 @@ def log_likelihoods(model: Any, encoded: Encoded, rows: Sequence[int], targets: 
     inputs = torch.tensor([prefix[-1] if prefix else start for own in prefixes.values() for prefix in own])
     embedded = model.decoder.embed_tokens(inputs.to(device, non_blocking=True))
     attend = PrefixAttention(model.decoder, paths, packing, dtype_of(embedded))
-    hidden = _decode(model, embedded, packing, encoded, list(prefixes), attend)
+    hidden = _decode(model, embedded, packing, encoded, list(prefixes), casts, attend)
     places = torch.tensor([place for path in paths for place in path])
     labels = torch.tensor([token for ids in targets for token in ids])
-    found = log_probabilities(model.lm_head, into_head(model, hidden[-1]), places, labels)
+    found = log_probabilities(model.lm_head, into_head(model, hidden[-1]), places, labels, casts)
     owner = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(ids) for ids in targets]))
     return sum_rows(found, owner.to(device, non_blocking=True), len(targets))
 
