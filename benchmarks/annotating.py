@@ -5,7 +5,7 @@ import gc
 import io
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class LoadedToy(ToyDataModule):
         super().__init__(train_size=train_size)
         self.loaded = super().rows_to_ask("train")
 
-    def rows_to_ask(self, split: Split) -> list[Row] | None:
+    def rows_to_ask(self, split: Split) -> Sequence[Row] | None:
         """The rows of train."""
         return self.loaded
 

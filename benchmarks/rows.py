@@ -69,7 +69,7 @@ class _Part(RationaleDataModule):
     part: tuple[Split, Sequence[int]] | None = None
     source: RationaleDataModule | None = None
 
-    def released(self, split: Split) -> list[Row] | None:
+    def released(self, split: Split) -> Sequence[Row] | None:
         """As the base's; read once for all parts."""
         return super().released(split) if self.source is None else self.source.released(split)
 

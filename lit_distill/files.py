@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from huggingface_hub.constants import HF_HOME
+
 CACHE = "LIT_DISTILL_CACHE"
 """Environment variable of the cache folder; by default inside Hugging Face datasets' cache."""
 
@@ -56,13 +58,12 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """The folder of tokenised rows and captured distributions."""
+    """The folder of prepared rows and captured distributions."""
     if given := os.environ.get(CACHE):
         return Path(given)
-    # imports pandas
-    from datasets.config import HF_DATASETS_CACHE  # type: ignore[import-untyped]
-
-    return Path(HF_DATASETS_CACHE) / "lit_distill"
+    # as in datasets, which imports pandas
+    given = os.environ.get("HF_DATASETS_CACHE")
+    return (Path(given) if given else Path(HF_HOME) / "datasets") / "lit_distill"
 
 
 def write_text(path: str | Path, text: str) -> None:

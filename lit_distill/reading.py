@@ -73,12 +73,7 @@ def json_lines(
     Raises:
         UserError: a line is no JSON object.
     """
-    for number, line in enumerate(read_lines(path), start=1):
-        if number == 1:
-            # some programs write a byte order mark
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.isspace():
-            continue
+    for number, line in numbered_lines(path):
         place = f"{path}:{number}"
         try:
             found = json_object(line, place, surrogates=surrogates)
@@ -88,6 +83,16 @@ def json_lines(
             on_torn(place)
         else:
             yield place, found
+
+
+def numbered_lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if number == 1:
+            # some programs write a byte order mark
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace():
+            yield number, line
 
 
 def read_small(path: str | Path) -> bytes:

@@ -140,7 +140,7 @@ def annotate(
         selection={"nearest": num_demonstrations} if nearest_demonstrations else None,
     )
     datamodule.prepare_data()
-    rows = (datamodule.rows_to_ask(split) or [])[:limit]
+    rows = list((datamodule.rows_to_ask(split) or [])[:limit])
     if not rows:
         raise UserError(f"split: {datamodule.absence(split)}")
     budget = Budget(max_tokens, max_cost)

@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from lit_distill.commands.loggers import names, run_folder
 from lit_distill.commands.parser import Parser, constructor_arguments
 from lit_distill.commands.report import chance_level, report
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.selection import teacher_accuracy
+from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.export import CardFacts, export_checkpoint, origin, push_folder
@@ -173,11 +174,12 @@ def write_results(run: Run, folder: Path, steps: int) -> None:
     module, data, tested = run.module, run.data, run.tested
     splits: tuple[Split, ...] = ("train", "val", "test")
     # training rows with rationales, evaluated rows with gold labels
-    used = {split: list(data.used_rows(split).rows) for split in splits if data.split_rows(split) is not None}
+    used = {split: data.used_rows(split).rows for split in splits if data.split_rows(split) is not None}
     if tested is not None:
         # a limited run tests only some
         used["test"] = [used["test"][answer.index] for answer in tested.answers]
         write_predictions_file(folder, (answer_row(answer, tested.key) for answer in tested.answers))
+    tally = Counter(flags_of(row, data.teacher_agrees, data.label_set) for row in used.get("test", ()))
     (dataset, method), arguments = names(run.config), data.hparams
     chance = chance_level(tested) if tested else None
     record = RunRecord(
@@ -195,7 +197,7 @@ def write_results(run: Run, folder: Path, steps: int) -> None:
         validation=_validation(run.selection),
         rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
-        teacher_accuracy=teacher_accuracy(used["test"], data.teacher_agrees) if "test" in used else None,
+        teacher_accuracy=teacher_accuracy(tally) if "test" in used else None,
         chance=chance[1] if chance else None,
         fingerprints={split: fingerprint(rows, rationales=split == "train") for split, rows in used.items()},
         config=run.plain,

@@ -1,6 +1,6 @@
 """``inspect``: a report on a dataset, its teacher outputs, and what a student will see."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,11 @@ from lit_distill.commands.parser import check_nulls, import_class
 from lit_distill.commands.settings import check_settings, linked
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
-from lit_distill.data.selection import teacher_accuracy, teacher_counts
-from lit_distill.data.tokenize import cut_counts, encode_rows
+from lit_distill.data.selection import Flag, having, teacher_accuracy, teacher_counts
+from lit_distill.data.tokenize import beyond, cut_counts, encode_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tables import console_table, text_panel
-from lit_distill.tasks import Row
 
 EXAMPLES = 3
 """Number of examples to show."""
@@ -53,7 +52,7 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and ``dropped_...`` lead to ``used``, to which the
     rest refers; lengths are in tokens before truncation. An absent split is ``{"present": false}``.
 
-    No student is built, and the cache is not written.
+    No student is built. What a run would read from the cache is read or made there.
     """
     datamodule.prepare_data()
     asked: list[Split] = ["train", "val", "test"]
@@ -75,48 +74,60 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
 
 def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, Any]:
     taken = split == "val" and "val" not in datamodule.splits
-    rows = datamodule.split_rows(split) if taken else datamodule.released(split)
-    if rows is None:
+    if (datamodule.split_rows(split) if taken else datamodule.released(split)) is None:
         return {"present": False}
-    agree, used = datamodule.teacher_agrees, datamodule.used_rows(split)
-    counts = teacher_counts(rows, agree, datamodule.label_set)
+    used, tally = datamodule.used_rows(split), datamodule.tally(split, released=not taken)
+    counts = teacher_counts(tally)
     del counts["teacher_correct"]
     if split == "train":
-        counts["taken_as_val"] = len(rows) - len(datamodule.split_rows(split) or ())
+        counts["taken_as_val"] = counts["rows"] - len(datamodule.split_rows(split) or ())
     return {
         "present": True,
         "released": not taken,
         **counts,
-        "without_label": sum(row.label is None for row in rows),
-        "teacher_label_accuracy": teacher_accuracy(rows, agree),
+        "without_label": having(tally, Flag.UNLABELLED),
+        "teacher_label_accuracy": teacher_accuracy(tally),
         **used.counts,
-        "used_rationales": sum(row.rationale is not None for row in used.rows),
-        **_lengths(datamodule, split, used.rows),
+        "used_rationales": used.rationales,
+        **_lengths(datamodule, split),
     }
 
 
-def _lengths(datamodule: RationaleDataModule, split: Split, rows: Sequence[Row]) -> dict[str, Any]:
-    settings = datamodule.token_settings
-    columns = encode_rows(rows, datamodule.tokens, settings, partial(datamodule.targets, split))
-    lengths = {}
-    for task in settings.tasks:
-        found = [length for several in columns[f"{task}.target_lengths"] for length in several]
-        lengths[task] = {
-            "input": _summary(columns[f"{task}.input_length"], settings.max_source_length),
-            "target": _summary(found, settings.max_target_length),
+def _lengths(datamodule: RationaleDataModule, split: Split) -> dict[str, Any]:
+    settings, found = datamodule.token_settings, datamodule.tokenized(split).lengths_of
+    lengths = {
+        task: {
+            "input": _summary(of_task.inputs, settings.max_source_length),
+            "target": _summary(of_task.targets, settings.max_target_length),
         }
-    return {**cut_counts(columns.__getitem__, settings), "lengths": lengths}
+        for task, of_task in found.items()
+    }
+    return {**cut_counts(found, settings), "lengths": lengths}
 
 
-def _summary(lengths: Sequence[int], limit: int) -> dict[str, int | float | None]:
-    median, p95 = np.percentile(lengths, [50, 95]).tolist() if lengths else (None, None)
-    longest, cut = max(lengths, default=None), sum(length > limit for length in lengths)
-    return {"rows": len(lengths), "median": median, "p95": p95, "max": longest, "truncated": cut}
+def _summary(lengths: Mapping[int, int], limit: int) -> dict[str, int | float | None]:
+    rows = sum(lengths.values())
+    longest = max(lengths, default=None)
+    found = (
+        {"median": _percentile(lengths, 0.5), "p95": _percentile(lengths, 0.95)}
+        if rows
+        else dict.fromkeys(("median", "p95"))
+    )
+    return {"rows": rows, **found, "max": longest, "truncated": beyond(lengths, limit)}
+
+
+def _percentile(counts: Mapping[int, int], fraction: float) -> float:
+    """Of the values that occur so often, interpolated linearly between two."""
+    values = sorted(counts)
+    ends = np.cumsum([counts[value] for value in values])
+    place = fraction * (ends[-1] - 1)
+    low, high = (values[ends.searchsorted(int(at), side="right")] for at in (place, np.ceil(place)))
+    return float(low + (high - low) * (place - int(place)))
 
 
 def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, Any]]:
     """The first used rows, decoded from their ids, so that truncation and unknown tokens show."""
-    rows = list(datamodule.used_rows(split).rows[:EXAMPLES])
+    rows = datamodule.used_rows(split).rows[:EXAMPLES]
     choose, decode = partial(datamodule.targets, split), datamodule.tokenizer.decode
     columns = encode_rows(rows, datamodule.tokens, datamodule.token_settings, choose)
     shown = []

@@ -123,14 +123,14 @@ class SaveConfig(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, self.text)
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        train = data.used_rows("train").rows
+        train = data.used_rows("train")
         dataset, method = names(self.config)
         flat = flatten(self.config.as_dict()).items()
         logged = {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat}
         # for comparing runs
-        logged |= {"dataset": dataset, "method": method, "train_rows": len(train)}
+        logged |= {"dataset": dataset, "method": method, "train_rows": len(train.rows)}
         if any(task.uses_output for task in data.tasks.values()):
-            logged["train_rationales"] = sum(row.rationale is not None for row in train)
+            logged["train_rationales"] = train.rationales
         if data.split_rows("val") is not None:
             logged["val_rows"] = len(data.used_rows("val").rows)
         for logger in trainer.loggers:

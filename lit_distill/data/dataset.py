@@ -1,22 +1,31 @@
 """What a dataset is: its files, how its rows and its teacher's texts are read, and how answers are compared."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 
 from lit_distill.annotation.record import Annotation, read_text
 from lit_distill.data.download import RELEASE_URL
-from lit_distill.data.outputs import RELEASED, output_of, read_released
-from lit_distill.data.selection import names_columns
+from lit_distill.data.outputs import RELEASED, output_of, read_released, released_files
+from lit_distill.data.sources import Lines, Placed, line_chunks
+from lit_distill.data.store import chunks
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
-from lit_distill.reading import json_lines
 from lit_distill.remote import AnyPath
 from lit_distill.tasks import RATIONALE_LABEL, Row, TeacherOutput
+
+
+class Source(NamedTuple):
+    """The rows of a file, before they are parsed."""
+
+    chunks: Iterable[Lines | list[Placed]]
+    read: Callable[[dict[str, Any]], Row]  # parses one
+    empty: str  # the message if there is none
 
 
 class Dataset(pl.LightningDataModule):
@@ -78,23 +87,54 @@ class Dataset(pl.LightningDataModule):
         """The message for an absent split, naming the argument of its place."""
         return f"data_dir: {self.name} has no {split} split ({self.split_file(split) or 'none is released'})"
 
-    def load_rows(self, split: Split) -> list[Row] | None:
+    def load_rows(self, split: Split) -> Iterable[Row] | None:
         """All rows of a split, with the teacher outputs in the same file, if any; ``None`` if the split is absent.
 
-        Override this for another layout. Raises a ``UserError`` if a file is invalid.
+        Override this for another layout; any iterable does. Raises a ``UserError`` if a file is invalid.
         """
+        source = self.row_source(split)
+        return None if source is None else list(self.parsed(source, split))
+
+    def row_source(self, split: Split) -> Source | None:
+        """The rows of a split before they are parsed; ``None`` if it is absent. Lets processes share the parsing."""
         path = self.split_file(split)
         if path is None or not path.is_file():
             return None
-        rows = self.read_rows(json_lines(path), self.read_row, split)
-        if not rows:
-            raise UserError(f"{split}: {path} is empty; give a file with rows, or remove it")
-        return rows
+        return Source(
+            line_chunks(path), self.read_row, f"{split}: {path} is empty; give a file with rows, or remove it"
+        )
+
+    def source_files(self, split: Split) -> list[AnyPath] | None:
+        """The files that decide what `load_rows` gives, and whose versions tell that it need not be called again.
+
+        ``None`` if they are unknown, as where it is overridden: then it is called at each start.
+        """
+        path = self.split_file(split)
+        return None if path is None or self.loads_itself else [path]
+
+    @property
+    def loads_itself(self) -> bool:
+        """Whether `load_rows` is overridden."""
+        return type(self).load_rows is not Dataset.load_rows
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the dataset's own outputs come with its rows."""
+        return self.loads_itself or type(self).row_source is not Dataset.row_source
+
+    def parsed(self, source: Source, split: Split) -> Iterator[Row]:
+        """The rows of a source."""
+        start = 0
+        for chunk in source.chunks:
+            yield from self.read_rows(chunk, source.read, split, start)
+            start += len(chunk)
+        if not start:
+            raise UserError(source.empty)
 
     def read_rows(
-        self, found: Iterable[tuple[str, dict[str, Any]]], read: Callable[[dict[str, Any]], Row], split: Split
+        self, found: Iterable[Placed], read: Callable[[dict[str, Any]], Row], split: Split, start: int = 0
     ) -> list[Row]:
-        """Parse rows, adding the place to errors, and the position to rows without an id."""
+        """Parse rows, adding the place to errors, and the position, from ``start``, to rows without an id."""
         rows: list[Row] = []
         for place, values in found:
             try:
@@ -103,27 +143,34 @@ class Dataset(pl.LightningDataModule):
                 raise UserError(f"{place}: no key {error}; there are {', '.join(values)}") from error
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
-            rows.append(row if row.id else replace(row, id=f"{self.name}-{split}-{len(rows)}"))
+            rows.append(row if row.id else replace(row, id=f"{self.name}-{split}-{start + len(rows)}"))
         return rows
 
-    def load_outputs(self, split: Split, rows: list[Row]) -> list[tuple[TeacherOutput, ...]]:
-        """The dataset's own outputs of each row: those of `load_rows`, else texts in ``llm/<split>_CoT_<k>.json``."""
-        if type(self).load_rows is not Dataset.load_rows:
-            return [row.outputs for row in rows]
-        word = self.splits[split]
+    def output_files(self, split: Split) -> list[AnyPath]:
+        """The files of the dataset's own outputs, if they do not come with its rows."""
+        if self.has_outputs or split not in self.splits:
+            return []
         folder = self.data_dir / self.name / "llm"
-        texts = read_released(folder, word)
-        if not texts:
-            return [()] * len(rows)
+        return [path for _, path in released_files(folder, self.splits[split])]
+
+    def load_outputs(self, split: Split, rows: Sequence[Row]) -> Iterator[list[str | None]]:
+        """The texts in ``llm/<split>_CoT_<k>.json``, in chunks as `chunks` makes them of the rows."""
+        folder, word = self.data_dir / self.name / "llm", self.splits[split]
+        texts, found = read_released(folder, word), 0
+        for positions in chunks(len(rows)):
+            some = list(islice(texts, len(positions)))
+            found += len(some)
+            if len(some) == len(positions):
+                yield [*some]
+            elif not found:
+                yield [None] * len(positions)
+        found += sum(1 for _ in texts)
         counted = f"{split}: {self.split_file(split)} has {len(rows)} rows, {folder}/{word}_CoT_*.json have"
-        counted += f" {len(texts)} outputs"
-        if len(texts) < len(rows):
+        counted += f" {found} outputs"
+        if 0 < found < len(rows):
             raise UserError(f"{counted}; they are joined by position and have to be as many")
-        if len(texts) > len(rows) and not self.allow_extra_outputs:
+        if found > len(rows) and not self.allow_extra_outputs:
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {len(rows)} of them")
-        with_columns = names_columns(self.rationale_filter)
-        # there may be more texts, so not strict
-        return [(self._output(row, text, with_columns),) for row, text in zip(rows, texts, strict=False)]
 
     def _output(self, row: Row, text: str, with_columns: bool) -> TeacherOutput:
         """A released output; with the columns that `annotate` writes, which take longer, if a filter names some."""
@@ -132,23 +179,3 @@ class Dataset(pl.LightningDataModule):
             return output_of(read_text(sample, row, self.parse_teacher, self.teacher_agrees))
         rationale, label = self.parse_teacher(text) or (None, None)
         return TeacherOutput(rationale, label, RELEASED)
-
-    def load_checked(self, split: Split) -> list[Row] | None:
-        """As `load_rows`, after checks that ids are unique and labels among the choices."""
-        rows = self.load_rows(split) if split in self.splits else None
-        seen: dict[str, int] = {}
-        outside = []
-        for position, row in enumerate(rows or ()):
-            if (first := seen.setdefault(row.id, position)) != position:
-                raise UserError(f"{self.name} {split}: rows {first} and {position} share the id {row.id!r}")
-            if row.choices is not None and row.label not in (None, *row.choices):
-                outside.append(f"{row.id!r} has {row.label!r} of {', '.join(row.choices) or 'none'}")
-        if outside:
-            told = f"the label of {len(outside)} of {len(seen)} rows is none of the row's choices ({outside[0]})"
-            raise UserError(f"{self.name} {split}: {told}")
-        return rows
-
-    def rows_to_ask(self, split: Split) -> list[Row] | None:
-        """The rows to annotate: a complete released split, without teacher outputs."""
-        rows = self.load_checked(split)
-        return None if rows is None else [replace(row, outputs=()) for row in rows]

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -13,11 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.batches import collate
+from lit_distill.data.dataset import Source
 from lit_distill.data.outputs import RELEASED
-from lit_distill.data.selection import teacher_counts, train_rows
+from lit_distill.data.selection import Selector, flags_of, select_rows, teacher_counts
 from lit_distill.data.sources import Table, read_file, read_hub
+from lit_distill.data.store import cut
 from lit_distill.data.streaming import Reading, ShardStream, StreamLoader, find_shards, parse_row, shard_rows
-from lit_distill.data.tokenize import TokenRows, cut_counts, encode_rows
+from lit_distill.data.tokenize import TokenRows, cut_counts, encode_rows, lengths_of
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName
@@ -110,7 +113,8 @@ class JSONLDataModule(RationaleDataModule):
             raise UserError(f"outputs must map columns to kinds, got {outputs!r}")
         self._outputs = dict(named)
         parts = ("id", "label", "rationale", "teacher_label", "choices")
-        self._columns: dict[str, str | None] = {part: own[f"{part}_column"] for part in parts}
+        self._named = [part for part in parts if own[f"{part}_column"] is not None]
+        self._columns: dict[str, str] = {part: own[f"{part}_column"] or part for part in parts}
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
         if hub is not None and not checks.check_text("hub", hub).strip("/\\. "):
@@ -157,18 +161,25 @@ class JSONLDataModule(RationaleDataModule):
         own = {"streaming": True, "shuffle_buffer": self.shuffle_buffer} if self.streaming else {}
         return super().describe() | {"sources": dict(self.sources), "hub": self._hub} | own
 
-    def load_rows(self, split: Split) -> list[Row] | None:
+    def source_files(self, split: Split) -> list[AnyPath] | None:
+        """The file, or those in the folder; unknown for hub data and streamed rows."""
+        files = None if self.streaming and split == "train" else super().source_files(split)
+        if not files or not files[0].is_dir():
+            return files
+        return [path for path in sorted(files[0].rglob("*")) if path.is_file()] if isinstance(files[0], Path) else None
+
+    def row_source(self, split: Split) -> Source | None:
         """The rows of a split; ``None`` if not given."""
         if split not in self.sources:
             return None
         table = self._table(split)
-        if not table.rows:
-            where = self.split_file(split) or f"{self.sources[split]!r} of {self._hub}"
+        where = self.split_file(split) or f"{self.sources[split]!r} of {self._hub}"
+        if next(table.chunks(), None) is None:
             raise UserError(f"{split}: {where} is empty; give one with rows, or leave {split} out")
-        columns = self._present_columns(table, split)
-        if (label := columns.get("label")) in table.class_names and self.label_set is None:
-            self.label_set = tuple(table.class_names[str(label)])
-        return self.read_rows(table.rows, partial(self._row, columns=columns), split)
+        self._check_columns(table, split)
+        if (names := table.class_names.get(self._columns["label"])) is not None and self.label_set is None:
+            self.label_set = tuple(names)
+        return Source(table.chunks(), self._row, f"{split}: {where} is empty")
 
     def _table(self, split: Split) -> Table:
         if self._hub is not None:
@@ -176,7 +187,7 @@ class JSONLDataModule(RationaleDataModule):
         if self.streaming and split == "train":
             first = find_shards(self._patterns, self.data_dir)[0]
             rows = [parse_row(first, *row) for row in islice(shard_rows(first), HEAD)]
-            return Table(list(dict.fromkeys(key for _, row in rows for key in row)), rows, {})
+            return Table(lambda: cut(rows))
         return read_file(self._existing_file(split), split)
 
     def setup(self, stage: str) -> None:
@@ -188,7 +199,7 @@ class JSONLDataModule(RationaleDataModule):
             raise UserError("limit_train_batches: not with streaming, which knows no epochs; give max_steps")
         super().setup(stage)
 
-    def rows_to_ask(self, split: Split) -> list[Row] | None:
+    def rows_to_ask(self, split: Split) -> Sequence[Row] | None:
         """As the base class. Raises a ``UserError`` for rows that are streamed."""
         if self.streaming and split == "train":
             raise UserError("streaming: annotate asks rows of files; give one shard after another, without streaming")
@@ -208,25 +219,18 @@ class JSONLDataModule(RationaleDataModule):
 
     def _stream(self) -> StreamLoader:
         tasks, settings = tuple(self.tasks.values()), self.token_settings
-        columns = {part: column or part for part, column in self._columns.items()}
+        select_row = Selector(tasks, self.label_source == "teacher", self._keep, self.teacher_agrees)
         choose = partial(self.targets, "train")
 
         def select(found: list[tuple[str, dict[str, Any]]]) -> tuple[Sequence[Row], dict[str, int]]:
-            rows = self.read_rows(found, partial(self._row, columns=columns), "train")
-            used = train_rows(
-                rows,
-                tasks=tasks,
-                teacher_labels=self.label_source == "teacher",
-                keep=self._keep,
-                fraction=1.0,
-                seed=0,
-                agree=self.teacher_agrees,
-            )
-            return used.rows, teacher_counts(rows, self.teacher_agrees, self.label_set) | used.counts
+            rows = self.read_rows(found, self._row, "train")
+            tally = Counter(flags_of(row, self.teacher_agrees, self.label_set) for row in rows)
+            counts = teacher_counts(tally) | select_rows(rows, select_row, 1.0, 0).counts
+            return select_row.rows(rows), counts
 
         def encode(rows: Sequence[Row]) -> tuple[dict[str, list[Any]], dict[str, int]]:
             encoded = encode_rows(rows, self.tokens, settings, choose)
-            return encoded, cut_counts(encoded.__getitem__, settings)
+            return encoded, cut_counts(lengths_of(encoded, settings), settings)
 
         def on_pass(number: int, counts: dict[str, int]) -> None:
             told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
@@ -256,21 +260,20 @@ class JSONLDataModule(RationaleDataModule):
             raise UserError(f"{split}: there is no {path}, nor {self.sources[split]!r} in {self.data_dir.absolute()}")
         return path
 
-    def _present_columns(self, table: Table, split: Split) -> dict[str, str]:
-        """Part of a row -> its column, where there is one. Columns that were named must be there."""
-        needed = [*self._input_columns, self._columns["id"]]
+    def _check_columns(self, table: Table, split: Split) -> None:
+        """Raise a ``UserError`` if a column that was named, or is needed, is not there."""
+        needed = [*self._input_columns, *(self._columns[part] for part in self._named if part == "id")]
         if split == "train":
-            needed += [*self._columns.values(), *self._outputs]
+            needed += [*(self._columns[part] for part in self._named), *self._outputs]
         elif split != "predict":
-            needed.append(self._columns["label"] or "label")
-        if missing := [repr(name) for name in dict.fromkeys(needed) if name not in (None, *table.columns)]:
-            there = ", ".join(table.columns) or "none"
+            needed.append(self._columns["label"])
+        columns = table.columns(needed)
+        if missing := [repr(name) for name in dict.fromkeys(needed) if name not in columns]:
+            there = ", ".join(columns) or "none"
             raise UserError(f"{split}: no column {', '.join(missing)} in {self.sources[split]}; there are {there}")
-        chosen = {part: column or part for part, column in self._columns.items()}
-        return {part: column for part, column in chosen.items() if column in table.columns}
 
-    def _row(self, found: dict[str, Any], columns: dict[str, str]) -> Row:
-        values = {part: found.get(columns[part]) if part in columns else None for part in self._columns}
+    def _row(self, found: dict[str, Any]) -> Row:
+        values = {part: found.get(column) for part, column in self._columns.items()}
         label, teacher_label = self._label(values["label"]), self._label(values["teacher_label"])
         if label is not None and self.label_set is not None and label not in self.label_set:
             raise UserError(f"the label {label!r} is not in label_set ({', '.join(self.label_set)})")

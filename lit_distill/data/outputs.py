@@ -1,16 +1,19 @@
 """Teacher outputs of rows: the released texts, and the samples in `annotate`'s folders, joined by id."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lit_distill.annotation.prompts import Parse
 from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, voted
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.selection import KEPT_COLUMNS
 from lit_distill.data.sources import read_json_list
+from lit_distill.data.store import chunks, hashes, read
 from lit_distill.errors import UserError
 from lit_distill.remote import AnyPath
 from lit_distill.tasks import Row, TeacherOutput
@@ -19,22 +22,24 @@ RELEASED = "released"
 """The teacher name, and the word in ``rationales``, of outputs that come with the dataset."""
 
 
-def read_released(folder: AnyPath, split: str) -> list[str]:
+def read_released(folder: AnyPath, split: str) -> Iterator[str]:
     """The teacher's texts in ``<split>_CoT_<k>.json``, each a JSON list of strings, by k.
 
     Raises a ``UserError`` if a file is damaged, or a number is missing, which would shift all later texts.
     """
-    pattern = re.compile(re.escape(split) + r"_CoT_(\d+)\.json")
-    numbered = {int(match[1]): path for path in folder.glob("*.json") if (match := pattern.fullmatch(path.name))}
-    texts: list[str] = []
-    for expected, (number, path) in enumerate(sorted(numbered.items())):
+    for expected, (number, path) in enumerate(released_files(folder, split)):
         if number != expected:
             raise UserError(f"{folder}: {split}_CoT_{expected}.json is missing, but {path.name} is there")
         for position, text in enumerate(read_json_list(path)):
             if not isinstance(text, str):
                 raise UserError(f"{path}: output {position} is not a string but {type(text).__name__}")
-            texts.append(text)
-    return texts
+            yield text
+
+
+def released_files(folder: AnyPath, split: str) -> list[tuple[int, AnyPath]]:
+    """The files ``<split>_CoT_<k>.json`` by k."""
+    pattern = re.compile(re.escape(split) + r"_CoT_(\d+)\.json")
+    return sorted((int(match[1]), path) for path in folder.glob("*.json") if (match := pattern.fullmatch(path.name)))
 
 
 def annotations_file(path: Path) -> Path:
@@ -67,7 +72,7 @@ def read_annotations(
     to any row.
     """
     path = annotations_file(path)
-    places = {row.id: position for position, row in enumerate(rows)}
+    place_of = _places(rows)
     found: dict[int, list[_Sample]] = {}
     groups: dict[tuple[str | None, ...], int] = {}
     outdated: dict[int, str] = {}
@@ -77,7 +82,7 @@ def read_annotations(
     for one, columns in read_rows(path, lambda where: notices.append(torn.format(where))):
         if one.split is not None and one.split != split:
             continue
-        place = places.get(one.id)
+        place = place_of(one.id)
         if place is None:
             # samples without a split belong to train
             unmatched += one.split is not None or split == "train"
@@ -105,6 +110,20 @@ def read_annotations(
             samples = _with_votes(samples, agree)
         outputs[place] = tuple(output_of(sample.annotation, sample.columns) for sample in samples)
     return outputs, notices
+
+
+def _places(rows: Sequence[Row]) -> Callable[[str], int | None]:
+    """Id -> position of its row."""
+    ids = np.concatenate([hashes([]), *(hashes(row.id for row in read(rows, some)) for some in chunks(len(rows)))])
+    order = ids.argsort()
+    ids = ids[order]
+
+    def place_of(row_id: str) -> int | None:
+        at = int(ids.searchsorted(hashes([row_id])[0]))
+        place = int(order[at]) if at < len(ids) else -1
+        return place if place >= 0 and rows[place].id == row_id else None
+
+    return place_of
 
 
 def _with_votes(samples: Sequence[_Sample], agree: Agree) -> list[_Sample]:

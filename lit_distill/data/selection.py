@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lit_distill.annotation.conditions import columns_of, condition, is_condition
 from lit_distill.annotation.record import COLUMNS, Agree, same_answer, vote
+from lit_distill.data.store import Array, Lazy, Rows, chunks, hashes, in_order, read
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
@@ -22,6 +23,19 @@ VAL_FRACTION = 0.1
 """Fraction of train used as val if none is released (as in the paper)."""
 
 
+class Flag:
+    """Bits for what is counted of a row and its first output; plain integers, as enums are slow."""
+
+    NO_OUTPUT = 1
+    UNPARSED = 2
+    ANSWERED = 4  # the teacher's label is there,
+    CORRECT = 8  # agrees with the row's,
+    OUTSIDE = 16  # is none of the choices
+    UNLABELLED = 32  # without a gold label
+    RATIONALE = 64
+    CHOICES = 128  # of its own
+
+
 @dataclass(frozen=True)
 class UsedRows:
     """The rows of a split that a run uses."""
@@ -29,6 +43,47 @@ class UsedRows:
     rows: Sequence[Row]  # with the label to train on, and the outputs that passed the filter
     gold: Sequence[str | None]  # their gold labels
     counts: dict[str, int]  # numbers of rows that were used, and left out for each reason
+
+    @property
+    def key(self) -> str | None:
+        """Of the content of the rows, if known."""
+        return self.rows.key if isinstance(self.rows, Rows | Selected) else None
+
+    @property
+    def rationales(self) -> int:
+        """The number of rows with a rationale."""
+        if isinstance(self.rows, Rows):
+            return having(self.rows.tally, Flag.RATIONALE)
+        if isinstance(self.rows, Selected):
+            return self.rows.selection.rationales
+        return sum(row.rationale is not None for row in self.rows)
+
+    @property
+    def majority_label(self) -> str | None:
+        """The most frequent label; ``None`` without any."""
+        if isinstance(self.rows, Selected):
+            most = self.rows.selection.majority
+            return None if most is None else self.rows[most].label
+        labels = Counter(row.label for row in self.rows if row.label is not None)
+        return labels.most_common(1)[0][0] if labels else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of train are used."""
+
+    positions: Array
+    counts: dict[str, int]
+    rationales: int  # rows with one
+    majority: int | None  # position, among the used, of the first row with the most frequent label
+
+
+class Selected(Lazy[Row]):
+    """The rows of a selection, with a key of their content if it is known."""
+
+    def __init__(self, read: Callable[[Array], list[Row]], selection: Selection, key: str | None = None) -> None:
+        super().__init__(len(selection.positions), read)
+        self.selection, self.key = selection, key
 
 
 class Target(NamedTuple):
@@ -73,80 +128,118 @@ def names_columns(rationale_filter: str) -> bool:
     return rationale_filter not in ("none", "label_agrees") and is_condition(rationale_filter)
 
 
-def check_columns(rationale_filter: str, rows: Sequence[Row]) -> None:
-    """Raise a ``UserError`` if a column in a filter's conditions does not exist."""
+def check_columns(rationale_filter: str, columns: Iterable[str]) -> None:
+    """Raise a ``UserError`` if a column in a filter's conditions is none of the outputs' columns."""
     if names_columns(rationale_filter):
-        known = dict.fromkeys(KEPT_COLUMNS)
-        known |= dict.fromkeys(name for row in rows for output in row.outputs for name in output.columns)
+        known = dict.fromkeys((*KEPT_COLUMNS, *columns))
         if missing := [name for name in columns_of(rationale_filter) if name not in known]:
             raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
 
 
-def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def hold_out(inputs: Array) -> tuple[Array, Array]:
     """Split train into train and val: a tenth of its inputs, rounded up, each with all of its rows.
 
     The permutation depends on the number of inputs alone, so that runs of any seed and fraction share their val. Raises
     a ``UserError`` if there are fewer than two inputs.
+
+    Args:
+        inputs: a hash of each row's input ``(rows,)``.
+
+    Returns:
+        The positions of the rows of train and of val, in order.
     """
-    groups: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        groups.setdefault(row.input, []).append(position)
-    if len(groups) < 2:
-        found = f"{len(rows)} row(s) with {len(groups)} different input(s)"
+    _, first, groups = np.unique(inputs, return_index=True, return_inverse=True)
+    if len(first) < 2:
+        found = f"{len(inputs)} row(s) with {len(first)} different input(s)"
         raise UserError(f"train has {found}: no validation split can be taken from it")
-    # RandomState's streams are stable, unlike those of newer generators
-    order = np.random.RandomState(0).permutation(len(groups)).tolist()
-    of_input, count = list(groups.values()), math.ceil(VAL_FRACTION * len(groups))
-    val = {position for group in order[:count] for position in of_input[group]}
-    train = [row for position, row in enumerate(rows) if position not in val]
-    return train, [rows[position] for position in sorted(val)]
+    # inputs are numbered as they occur; RandomState's streams are stable, unlike those of newer generators
+    order = np.random.RandomState(0).permutation(len(first))
+    held = np.zeros(len(first), bool)
+    held[first.argsort()[order[: math.ceil(VAL_FRACTION * len(first))]]] = True
+    return np.flatnonzero(~held[groups]), np.flatnonzero(held[groups])
 
 
-def subset(rows: int, fraction: float, seed: int) -> list[int]:
+def subset(rows: int, fraction: float, seed: int) -> Array:
     """Positions of a fraction of the rows, at least one; smaller fractions of a seed are subsets of larger ones."""
     count = max(1, round(fraction * rows)) if rows else 0
-    return sorted(np.random.RandomState(seed).permutation(rows)[:count].tolist())
+    return np.arange(rows) if count == rows else np.sort(np.random.RandomState(seed).permutation(rows)[:count])
 
 
-def train_rows(
-    rows: Sequence[Row],
-    *,
-    tasks: Sequence[Task],
-    teacher_labels: bool,
-    keep: RowFilter | None,
-    fraction: float,
-    seed: int,
-    agree: Agree = operator.eq,
-) -> UsedRows:
-    """The training rows: a fraction of the split, with labels and filtered teacher outputs.
+@dataclass(frozen=True)
+class Selector:
+    """What becomes of a row in training. ``keep`` gets a row with its gold label and one output."""
 
-    The fraction is drawn first, so that label sources and filters are compared on the same rows. With
-    ``teacher_labels`` the label is that of the first output with one that passes ``keep``, else of the first with one.
-    ``keep`` gets a row with its gold label and one output. Rows without a label or any target are left out.
-    """
-    drawn = [rows[position] for position in subset(len(rows), fraction, seed)]
-    names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
-    counts = dict.fromkeys(names, 0) | {"left_out_by_fraction": len(rows) - len(drawn)}
-    used: list[Row] = []
-    gold: list[str | None] = []
-    for original in drawn:
+    tasks: Sequence[Task]
+    teacher_labels: bool  # the label is that of the first output with one that passes `keep`, else of the first one
+    keep: RowFilter | None
+    agree: Agree = operator.eq
+
+    def __call__(self, original: Row) -> tuple[Row | None, str | None, bool]:
+        """The row to train on, or why it is left out; and whether none of its rationales passed ``keep``."""
         said = [output for output in original.outputs if output.text is not None]
-        kept = [output for output in said if keep is None or keep(replace(original, outputs=(output,)))]
-        counts["rationale_filtered"] += bool(said) and not kept
+        kept = [output for output in said if self.keep is None or self.keep(replace(original, outputs=(output,)))]
+        filtered = bool(said) and not kept
         if all(output.label is None for output in kept):
             # a label may be left where no rationale is
             kept += [replace(output, text=None) for output in original.outputs if output.label is not None]
         label = original.label
-        if teacher_labels and (label := next((one.label for one in kept if one.label is not None), None)) is None:
-            counts["dropped_without_teacher_label"] += 1
-            continue
+        if self.teacher_labels:
+            label = next((one.label for one in kept if one.label is not None), None)
+            if label is None:
+                return None, "dropped_without_teacher_label", filtered
         row = replace(original, label=label, outputs=tuple(kept))
-        if not any(targets(task, row, agree, teacher_labels=teacher_labels) for task in tasks):
-            counts["dropped_without_target"] += 1
-            continue
-        used.append(row)
-        gold.append(original.label)
-    return UsedRows(used, gold, counts | {"used": len(used)})
+        if not any(targets(task, row, self.agree, teacher_labels=self.teacher_labels) for task in self.tasks):
+            return None, "dropped_without_target", filtered
+        return row, None, filtered
+
+    def rows(self, originals: Iterable[Row]) -> list[Row]:
+        """The rows to train on."""
+        return [row for original in originals if (row := self(original)[0]) is not None]
+
+
+def select_rows(rows: Sequence[Row], select: Selector, fraction: float, seed: int) -> Selection:
+    """Which rows of train are used.
+
+    The fraction is drawn first, so that label sources and filters are compared on the same rows. Rows without a label
+    or any target are left out.
+    """
+    drawn = subset(len(rows), fraction, seed)
+
+    def some(places: Array) -> tuple[list[bool], Counter[str], int, Array]:
+        found = [select(row) for row in read(rows, drawn[places])]
+        reasons = Counter(reason for _, reason, _ in found if reason is not None)
+        reasons["rationale_filtered"] = sum(filtered for *_, filtered in found)
+        used = [row for row, *_ in found if row is not None]
+        # a label is not empty: that is none
+        labels = hashes("" if row.label is None else f"={row.label}" for row in used)
+        return [row is not None for row, *_ in found], reasons, sum(row.rationale is not None for row in used), labels
+
+    names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
+    counts: Counter[str] = Counter()
+    kept, rationales, labels = [], 0, [hashes([])]
+    for of_rows, reasons, having, hashed in in_order(some, chunks(len(drawn))):
+        kept.append(np.array(of_rows))
+        counts += reasons
+        rationales += having
+        labels.append(hashed)
+    positions = drawn[np.concatenate([np.zeros(0, bool), *kept])]
+    counts["left_out_by_fraction"], counts["used"] = len(rows) - len(drawn), len(positions)
+    return Selection(positions, {name: counts[name] for name in (*names, "used")}, rationales, _majority(labels))
+
+
+def _majority(labels: Sequence[Array]) -> int | None:
+    found, first, counts = np.unique(np.concatenate(labels), return_index=True, return_counts=True)
+    counts[found == hashes([""])] = 0
+    # the first of equals
+    return None if not counts.any() else int(first[counts == counts.max()].min())
+
+
+def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key: str | None = None) -> UsedRows:
+    """The selected training rows, with labels and filtered teacher outputs."""
+    positions = selection.positions
+    used = Selected(lambda at: select.rows(read(rows, positions[at])), selection, key)
+    gold = Lazy(len(positions), lambda at: [row.label for row in read(rows, positions[at])])
+    return UsedRows(used, gold, selection.counts)
 
 
 def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
@@ -155,15 +248,22 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels stay. Raises a
     ``UserError`` if fewer than two rows have a text.
     """
-    having = [position for position, row in enumerate(used.rows) if row.rationale is not None]
-    if len(having) < 2:
-        raise UserError(f"rationale_pairing: shuffled needs rationales of two rows or more, and {len(having)} has one")
-    ring = np.random.RandomState(seed).permutation(having).tolist()
-    rows = list(used.rows)
-    for giver, taker in zip(ring, [*ring[1:], ring[0]], strict=True):
-        outputs = (replace(output, label=rows[taker].label) for output in used.rows[giver].outputs)
-        rows[taker] = replace(rows[taker], outputs=tuple(outputs))
-    return UsedRows(rows, used.gold, used.counts | {"rationale_shuffled": len(having)})
+    found = np.array([position for position, row in enumerate(used.rows) if row.rationale is not None], np.int64)
+    if len(found) < 2:
+        raise UserError(f"rationale_pairing: shuffled needs rationales of two rows or more, and {len(found)} has one")
+    ring = np.random.RandomState(seed).permutation(found)
+    givers = np.arange(len(used.rows))
+    givers[np.roll(ring, -1)] = ring
+
+    def paired(row: Row, giver: Row) -> Row:
+        return replace(row, outputs=tuple(replace(output, label=row.label) for output in giver.outputs))
+
+    def some(at: Array) -> list[Row]:
+        both = zip(read(used.rows, at), read(used.rows, givers[at]), strict=True)
+        return [row if giver.id == row.id else paired(row, giver) for row, giver in both]
+
+    rows = Selected(some, used.rows.selection, used.key) if isinstance(used.rows, Selected) else Lazy(len(givers), some)
+    return UsedRows(rows, used.gold, used.counts | {"rationale_shuffled": len(found)})
 
 
 def targets(
@@ -195,32 +295,61 @@ def targets(
     return found
 
 
-def teacher_counts(rows: Sequence[Row], agree: Agree, label_set: tuple[str, ...] | None) -> dict[str, int]:
+def flags_of(row: Row, agree: Agree, label_set: tuple[str, ...] | None) -> int:
+    """What is counted of a row, see `Flag`."""
+    found, label, rationale = 0, row.teacher_label, row.rationale
+    if not row.outputs:
+        found |= Flag.NO_OUTPUT
+    elif rationale is None and label is None:
+        found |= Flag.UNPARSED
+    if label is not None:
+        found |= Flag.ANSWERED
+        if row.label is not None and agree(label, row.label):
+            found |= Flag.CORRECT
+        choices = row.choices or label_set
+        if choices is not None and label not in choices:
+            found |= Flag.OUTSIDE
+    found |= Flag.UNLABELLED * (row.label is None)
+    found |= Flag.RATIONALE * (rationale is not None)
+    return found | Flag.CHOICES * bool(row.choices)
+
+
+Tally = Mapping[int, int]
+"""Flags -> the number of rows that have just these."""
+
+
+def tally_of(flags: Array) -> dict[int, int]:
+    """How many rows have which flags."""
+    counts = np.bincount(flags)
+    return {int(found): int(counts[found]) for found in np.flatnonzero(counts)}
+
+
+def having(tally: Tally, flag: int) -> int:
+    """The number of rows with a flag."""
+    return sum(count for flags, count in tally.items() if flags & flag)
+
+
+def teacher_counts(tally: Tally) -> dict[str, int]:
     """Counts over each row's first output: ``rows = parsed + unparsed + no_output``."""
-    names = ("rows", "parsed", "unparsed", "no_output", "teacher_correct", "outside_label_set")
-    counts = Counter({"rows": len(rows)})
-    for row in rows:
-        label = row.teacher_label
-        counts["no_output" if not row.outputs else "unparsed" if _is_unparsed(row) else "parsed"] += 1
-        if label is not None:
-            counts["teacher_correct"] += row.label is not None and agree(label, row.label)
-            choices = row.choices or label_set
-            counts["outside_label_set"] += choices is not None and label not in choices
-    return {name: counts[name] for name in names}
+    rows, unparsed, no_output = sum(tally.values()), having(tally, Flag.UNPARSED), having(tally, Flag.NO_OUTPUT)
+    return {
+        "rows": rows,
+        "parsed": rows - unparsed - no_output,
+        "unparsed": unparsed,
+        "no_output": no_output,
+        "teacher_correct": having(tally, Flag.CORRECT),
+        "outside_label_set": having(tally, Flag.OUTSIDE),
+    }
 
 
-def teacher_accuracy(rows: Sequence[Row], agree: Agree) -> float | None:
+def teacher_accuracy(tally: Tally) -> float | None:
     """Fraction of correct labels among the rows' first outputs (unparsed is wrong); ``None`` without any.
 
     Rows without a gold label, and outputs of a rationale alone, do not count.
     """
-    judged = [
-        row.teacher_label is not None and agree(row.teacher_label, row.label)
-        for row in rows
-        if row.label is not None and (row.teacher_label is not None or _is_unparsed(row))
-    ]
-    return sum(judged) / len(judged) if judged else None
-
-
-def _is_unparsed(row: Row) -> bool:
-    return bool(row.outputs) and row.rationale is None and row.teacher_label is None
+    judged = {
+        flags: count
+        for flags, count in tally.items()
+        if not flags & Flag.UNLABELLED and flags & (Flag.ANSWERED | Flag.UNPARSED)
+    }
+    return having(judged, Flag.CORRECT) / sum(judged.values()) if judged else None

@@ -6,15 +6,19 @@ JSON and CSV are not read by Hugging Face datasets, whose readers infer types ov
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from lit_distill.data.store import cut
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.reading import json_lines, parse_json
+from lit_distill.reading import json_object, numbered_lines, parse_json
 from lit_distill.remote import AnyPath, format_of, open_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -23,12 +27,48 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SPLIT_NAMES = {"val": ("val", "validation", "valid", "dev"), "predict": ("predict", "test")}
 
 
-class Table(NamedTuple):
-    """A user's rows."""
+Placed = tuple[str, dict[str, Any]]
+"""A row and its place, for messages."""
 
-    columns: list[str]  # column names, in order
-    rows: list[tuple[str, dict[str, Any]]]  # `(place, row)`, the place for messages
-    class_names: dict[str, list[str]]  # column of class numbers -> names
+
+@dataclass(frozen=True)
+class Lines:
+    """Some lines of JSON, parsed as they are read."""
+
+    path: AnyPath
+    numbered: list[tuple[int, bytes]]
+
+    def __len__(self) -> int:
+        return len(self.numbered)
+
+    def __iter__(self) -> Iterator[Placed]:
+        for number, line in self.numbered:
+            place = f"{self.path}:{number}"
+            yield place, json_object(line, place)
+
+
+class Table(NamedTuple):
+    """A user's rows, read anew at each pass."""
+
+    chunks: Callable[[], Iterator[Lines | list[Placed]]]  # the rows, some at a time
+    header: list[str] | None = None  # column names, in order; not in JSON
+    class_names: Mapping[str, list[str]] = {}  # column of class numbers -> names
+
+    def columns(self, needed: Collection[str]) -> list[str]:
+        """Column names, in order; of JSON, whose writers may omit empty values, those of as many rows as it takes."""
+        if self.header is not None:
+            return self.header
+        found: dict[str, None] = {}
+        for _, row in chain.from_iterable(self.chunks()):
+            found |= dict.fromkeys(row)
+            if found.keys() >= set(needed):
+                break
+        return list(found)
+
+
+def line_chunks(path: AnyPath) -> Iterator[Lines]:
+    """The rows of JSON lines."""
+    return (Lines(path, some) for some in cut(numbered_lines(path)))
 
 
 def read_file(path: AnyPath, split: Split) -> Table:
@@ -47,9 +87,7 @@ def read_file(path: AnyPath, split: Split) -> Table:
         return _read_parquet(path)
     with open_bytes(path) as file:
         is_list = file.read(4096).lstrip()[:1] == b"["
-    rows = list(_json_objects(path) if is_list else json_lines(path))
-    # the union over rows: writers of JSON lines may omit empty values
-    return Table(list(dict.fromkeys(key for _, row in rows for key in row)), rows, {})
+    return Table(lambda: cut(_json_objects(path)) if is_list else line_chunks(path))
 
 
 def read_hub(name: str, config: str | None, split_name: str) -> Table:
@@ -88,21 +126,29 @@ def _json_objects(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_csv(path: AnyPath) -> Table:
     # a cell may be as long as an input is
     csv.field_size_limit(2**31 - 1)
-    rows: list[tuple[str, dict[str, Any]]] = []
+    with _csv_reader(path) as reader:
+        columns = list(reader.fieldnames or [])
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: a column is there twice: {', '.join(columns)}")
+    return Table(lambda: cut(_csv_rows(path, len(columns))), columns)
+
+
+def _csv_rows(path: AnyPath, columns: int) -> Iterator[Placed]:
+    with _csv_reader(path) as reader:
+        for row in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{place}: another number of cells than the {columns} columns")
+            yield place, {key: value if value != "" else None for key, value in row.items()}
+
+
+@contextmanager
+def _csv_reader(path: AnyPath) -> Iterator["csv.DictReader[str]"]:
     try:
         with open_bytes(path) as file:
-            reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-            columns = list(reader.fieldnames or [])
-            if len(set(columns)) < len(columns):
-                raise UserError(f"{path}: a column is there twice: {', '.join(columns)}")
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{place}: another number of cells than the {len(columns)} columns")
-                rows.append((place, {key: value if value != "" else None for key, value in row.items()}))
+            yield csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from error
-    return Table(columns, rows, {})
 
 
 def _read_parquet(path: AnyPath) -> Table:
@@ -141,5 +187,8 @@ def _from_dataset(rows: Any, place: str) -> Table:
     from datasets import ClassLabel
 
     names = {key: feature.names for key, feature in rows.features.items() if isinstance(feature, ClassLabel)}
-    placed = [(f"{place}, row {position}", dict(row)) for position, row in enumerate(rows)]
-    return Table(list(rows.column_names), placed, names)
+
+    def placed() -> Iterator[Placed]:
+        return ((f"{place}, row {position}", dict(row)) for position, row in enumerate(rows))
+
+    return Table(lambda: cut(placed()), list(rows.column_names), names)

@@ -1,38 +1,39 @@
-"""Tokenise a split once, into a cached Arrow file named by a hash of all that affects it."""
+"""Tokenise a split once, into a cached Arrow file."""
 
-import json
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from filelock import FileLock
 from torch.utils.data import Dataset
 
 from lit_distill.batch import PADDING_ROW
 from lit_distill.data.selection import Target
-from lit_distill.errors import UserError
-from lit_distill.files import atomic_write
+from lit_distill.data.store import (
+    Array,
+    Prepared,
+    Stored,
+    chunks,
+    in_order,
+    key_of,
+    of_ints,
+    of_lists,
+    prepare,
+    read,
+    writing,
+)
 from lit_distill.progress import ticker
 from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 
-FORMAT = 3  # version of the file layout
-BATCH = 1000  # rows to tokenise and write at a time
-
 _IDS = pa.list_(pa.int32())
-_COLUMNS = {
-    "input_ids": _IDS,
-    "input_length": pa.int32(),  # before truncation
-    "labels": pa.list_(_IDS),  # a possibly empty list of targets
-    "target_lengths": _IDS,  # before truncation
-    "labels_cut": pa.int32(),  # number of targets whose label was cut
-}
-"""The columns of each task, after its name and a dot."""
+_COLUMNS = {"input_ids": _IDS, "labels": pa.list_(_IDS)}
+"""The columns of each task in the cache, after its name and a dot; labels are a possibly empty list of targets."""
 
 Choose = Callable[[Task, Row], list[Target]]
 """Selects the targets of a row for a task."""
@@ -74,10 +75,15 @@ def encode_targets(
 
 
 def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose) -> dict[str, list[Any]]:
-    """The tokenised columns of some rows, see ``_COLUMNS``."""
+    """The tokenised columns of some rows: for each task, after its name and a dot, those of ``_COLUMNS`` and lengths.
+
+    ``input_length`` and ``target_lengths`` are before truncation; ``labels_cut`` is the number of targets whose label
+    was cut.
+    """
     columns: dict[str, list[Any]] = {}
-    for name, task in settings.tasks.items():
-        sources = tokens.sources([task.prefix + row.input for row in rows], settings.max_source_length)
+    prefixes, inputs = [task.prefix for task in settings.tasks.values()], [row.input for row in rows]
+    by_task = tokens.prefixed(prefixes, inputs, settings.max_source_length)
+    for (name, task), sources in zip(settings.tasks.items(), by_task, strict=True):
         found = [choose(task, row) for row in rows]
         flat = [target for several in found for target in several]
         encoded = zip(*encode_targets(tokens, task, flat, settings.max_target_length), strict=True)
@@ -90,131 +96,150 @@ def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
     return columns
 
 
-def cut_counts(column: Callable[[str], list[Any]], settings: TokenSettings) -> dict[str, int]:
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths in tokens of a task before truncation -> how many texts have them."""
+
+    inputs: Counter[int]
+    targets: Counter[int]
+    labels_cut: int  # targets whose label was cut
+
+    def __add__(self, other: "Lengths") -> "Lengths":
+        return Lengths(self.inputs + other.inputs, self.targets + other.targets, self.labels_cut + other.labels_cut)
+
+
+def lengths_of(columns: Mapping[str, list[Any]], settings: TokenSettings) -> dict[str, Lengths]:
+    """The lengths of each task in columns of `encode_rows`."""
+    return {
+        name: Lengths(
+            Counter(columns[f"{name}.input_length"]),
+            Counter(length for several in columns[f"{name}.target_lengths"] for length in several),
+            sum(columns[f"{name}.labels_cut"]),
+        )
+        for name in settings.tasks
+    }
+
+
+def cut_counts(lengths: Mapping[str, Lengths], settings: TokenSettings) -> dict[str, int]:
     """Numbers of truncated texts over all tasks; a cut label counts as target and as label."""
-    counts = dict.fromkeys(("truncated_inputs", "truncated_targets", "truncated_labels"), 0)
-    for name in settings.tasks:
-        lengths = [length for several in column(f"{name}.target_lengths") for length in several]
-        inputs = column(f"{name}.input_length")
-        counts["truncated_inputs"] += sum(length > settings.max_source_length for length in inputs)
-        counts["truncated_targets"] += sum(length > settings.max_target_length for length in lengths)
-        counts["truncated_labels"] += sum(column(f"{name}.labels_cut"))
-    return counts
+    of_tasks = lengths.values()
+    return {
+        "truncated_inputs": sum(beyond(one.inputs, settings.max_source_length) for one in of_tasks),
+        "truncated_targets": sum(beyond(one.targets, settings.max_target_length) for one in of_tasks),
+        "truncated_labels": sum(one.labels_cut for one in of_tasks),
+    }
 
 
-def fingerprint(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose) -> str:
-    """A hash of all that affects the tokens of a split."""
-    tasks = list(settings.tasks.values())
-    written = [[task.name, task.prefix, task.target] for task in tasks]
-    header = [FORMAT, tokens.fingerprint, written, settings.max_source_length, settings.max_target_length]
-    digest = sha256(json.dumps(header).encode())
-    for row in rows:
-        digest.update(json.dumps([row.id, row.input, *(choose(task, row) for task in tasks)]).encode())
-    return digest.hexdigest()
+def beyond(lengths: Mapping[int, int], limit: int) -> int:
+    """The number of texts that are longer."""
+    return sum(count for length, count in lengths.items() if length > limit)
+
+
+def row_lengths(columns: Mapping[str, list[Any]], settings: TokenSettings) -> Array:
+    """Source and target tokens of each row, summed over the tasks: in training and in evaluation ``(2, rows)``.
+
+    In training a source counts for each of its targets; if one is sampled, the longest counts.
+    """
+    rows = []
+    for name, task in settings.tasks.items():
+        sources = columns[f"{name}.input_ids"]
+        for_task = []
+        for source, found in zip(sources, columns[f"{name}.labels"], strict=True):
+            targets = [len(target) for target in found]
+            read = [max(targets)] if targets and task.select == "sample" else targets
+            for_task.append((len(source) * len(read) + sum(read), len(source) + sum(targets[:1])))
+        rows.append(np.array(for_task, np.int32).reshape(-1, 2).T)
+    summed: Array = np.stack(rows).sum(axis=0, dtype=np.int32)
+    return summed
 
 
 def tokenize_once(
-    name: str, rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose, root: Path
-) -> Any:
-    """The columns of `encode_rows` as a memory-mapped ``datasets.Dataset``, from the cache in ``root`` if possible."""
-    path = root / f"{name}-{fingerprint(rows, tokens, settings, choose)[:32]}.arrow"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # a second process waits and reads the file of the first
-        with FileLock(path.with_suffix(".lock")):
-            if (found := _cached(path, len(rows))) is not None:
-                return found
-            types = [(f"{task}.{column}", kind) for task in settings.tasks for column, kind in _COLUMNS.items()]
-            schema = pa.schema(types)
-            with (
-                ticker(f"Tokenising {name}", len(rows)) as advance,
-                atomic_write(path, "wb") as file,
-                pa.ipc.new_stream(file, schema) as writer,
-            ):
-                for start in range(0, len(rows), BATCH):
-                    batch = rows[start : start + BATCH]
-                    columns = encode_rows(batch, tokens, settings, choose)
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-                    advance(len(batch))
-            return _cached(path, len(rows))
-    except OSError as error:
-        raise UserError(f"tokenised rows cannot be kept in {str(root)!r} ({error}); set LIT_DISTILL_CACHE") from error
+    name: str, rows: Sequence[Row], key: str | None, tokens: Tokens, settings: TokenSettings, choose: Choose
+) -> Prepared:
+    """The columns of `encode_rows` in the cache, under a key of the rows and of how targets are chosen."""
+    columns = {f"{task}.{part}": kind for task in settings.tasks for part, kind in _COLUMNS.items()}
+    limits = [settings.max_source_length, settings.max_target_length]
 
+    def of_targets(targets: list[list[int]]) -> pa.Array:
+        return of_lists(targets, of_ints)
 
-def _cached(path: Path, count: int) -> Any:
-    """The table in a file; ``None`` if it is absent or damaged."""
-    from datasets import Dataset  # type: ignore[import-untyped]  # brings pandas, a tenth of the start
+    def encode(at: Array) -> tuple[list[pa.Array], Array, dict[str, Lengths]]:
+        found = encode_rows(read(rows, at), tokens, settings, choose)
+        kept = []
+        for task in settings.tasks:
+            kept += [of_lists(found[f"{task}.input_ids"], of_ints), of_lists(found[f"{task}.labels"], of_targets)]
+        return kept, row_lengths(found, settings), lengths_of(found, settings)
 
-    try:
-        found = Dataset.from_file(str(path))
-    except (OSError, ValueError, pa.ArrowException):
-        return None
-    return found if len(found) == count else None
+    def write(folder: Path) -> dict[str, Any]:
+        counted = {task: Lengths(Counter(), Counter(), 0) for task in settings.tasks}
+        sizes = [np.zeros((2, 0), np.int32)]
+        with (
+            ticker(f"Tokenising {name}", len(rows)) as advance,
+            writing(folder / "tokens.arrow", columns) as add,
+        ):
+            for values, own_sizes, lengths in in_order(encode, chunks(len(rows))):
+                add(values)
+                sizes.append(own_sizes)
+                counted = {task: counted[task] + lengths[task] for task in counted}
+                advance(own_sizes.shape[1])
+        np.save(folder / "lengths.npy", np.concatenate(sizes, axis=1))
+        return {
+            "tasks": {
+                task: [list(found.inputs.items()), list(found.targets.items()), found.labels_cut]
+                for task, found in counted.items()
+            }
+        }
+
+    return prepare(name, key_of(key, tokens.fingerprint, limits), write)
 
 
 class TokenRows(Dataset[TokenRow]):
-    """The rows of a tokenised split (the ``table`` of `tokenize_once`) by position.
+    """The rows of a tokenised split (of `tokenize_once`) by position.
 
     Position ``epoch * rows + i`` is row ``i`` in a later epoch, for tasks that ``sample`` a target: the sample depends
     on seed, epoch and row alone. ``PADDING_ROW`` is the first row without targets.
     """
 
-    def __init__(self, table: Any, settings: TokenSettings, seed: int = 0) -> None:
+    def __init__(self, found: Prepared, settings: TokenSettings, seed: int = 0) -> None:
         self.settings = settings
         self.seed = seed
+        self.lengths_of = {
+            task: Lengths(Counter(dict(inputs)), Counter(dict(targets)), labels_cut)
+            for task, (inputs, targets, labels_cut) in found.meta["tasks"].items()
+        }
         self._sampled = [name for name, task in settings.tasks.items() if task.select == "sample"]
-        self._columns = table.data
-        self._table = table.select_columns(
-            [f"{name}.{part}" for name in settings.tasks for part in ("input_ids", "labels")]
-        )
+        self._stored = Stored(found.folder / "tokens.arrow")
+        self._lengths = found.array("lengths")
 
     def __len__(self) -> int:
-        return len(self._table)
-
-    def column(self, name: str) -> list[Any]:
-        """A column of `encode_rows`."""
-        return cast(list[Any], self._columns[name].to_pylist())
+        return int(self._stored.rows)
 
     def sequences(self, task: str) -> pa.Table:
         """The token ids of each of a task's targets: ``source`` and ``target``."""
-        sources, targets = self._columns[f"{task}.input_ids"], self._columns[f"{task}.labels"].combine_chunks()
+        table = pa.Table.from_batches(self._stored.batches(), self._stored.schema).select(
+            [f"{task}.input_ids", f"{task}.labels"]
+        )
+        sources, targets = table[0], table[1].combine_chunks()
         return pa.table({"source": sources.take(pc.list_parent_indices(targets)), "target": targets.flatten()})
 
-    def target_lengths(self, task: str) -> list[list[int]]:
-        """Tokens of each row's targets, after truncation."""
-        limit = self.settings.max_target_length
-        return [[min(length, limit) for length in several] for several in self.column(f"{task}.target_lengths")]
-
-    def lengths(self, *, evaluation: bool) -> list[int]:
-        """Source and target tokens of each row, summed over the tasks.
-
-        In training a source counts for each of its targets; if one is sampled, the longest counts.
-        """
-        total = [0] * len(self)
-        for name, task in self.settings.tasks.items():
-            sources = self.column(f"{name}.input_length")
-            for position, (source, found) in enumerate(zip(sources, self.target_lengths(name), strict=True)):
-                source = min(source, self.settings.max_source_length)
-                if evaluation:
-                    total[position] += source + sum(found[:1])
-                else:
-                    read = [max(found)] if found and task.select == "sample" else found
-                    total[position] += source * len(read) + sum(read)
-        return total
+    def lengths(self, *, evaluation: bool) -> Array:
+        """Source and target tokens of each row, see `row_lengths`."""
+        found: Array = self._lengths[int(evaluation)]
+        return found
 
     def __getitem__(self, position: int) -> TokenRow:
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[TokenRow]:
         """Read the rows of a batch from Arrow at once; called by PyTorch's loader."""
-        columns = self._table[[max(position, 0) % len(self) for position in positions]]
         rows: list[TokenRow] = []
-        for i, position in enumerate(positions):
-            row: TokenRow = {name: values[i] for name, values in columns.items()}
+        for position in positions:
+            epoch, index = divmod(max(position, 0), len(self))
+            row: TokenRow = self._stored.row(index)
             if position == PADDING_ROW:
                 row |= {"index": PADDING_ROW} | {f"{name}.labels": [] for name in self.settings.tasks}
             else:
-                epoch, row["index"] = divmod(position, len(self))
+                row["index"] = index
                 for name in self._sampled:
                     targets = row[f"{name}.labels"]
                     draw = random.Random(f"{self.seed}-{epoch}-{row['index']}").random()  # noqa: S311 - no secret

@@ -36,6 +36,32 @@ class Tokens:
         """Inputs with the special tokens of the tokenizer; truncation keeps end-of-sequence."""
         return self._cut(self._ids(texts, special=True), max_length)
 
+    def prefixed(self, prefixes: Sequence[str], texts: Sequence[str], max_length: int) -> list[Encoded]:
+        """The texts as `sources` with each prefix; tokenised once where words do not depend on those before them."""
+        if len(prefixes) == 1 or not self._splits_words or not all(p.endswith(" ") or not p for p in prefixes):
+            return [self.sources([prefix + text for text in texts], max_length) for prefix in prefixes]
+        first = self._ids([prefixes[0] + text for text in texts], special=True)
+        heads = [self._ids([prefix], special=False)[0] if prefix else [] for prefix in prefixes]
+        # a mark at the beginning would join the space before it
+        shared = [text[:1].isascii() and text[:1].isalnum() for text in texts]
+        found = [first]
+        for prefix, head in zip(prefixes[1:], heads[1:], strict=True):
+            rest = iter(self._ids([prefix + t for t, one in zip(texts, shared, strict=True) if not one], special=True))
+            pairs = zip(first, shared, strict=True)
+            found.append([[*head, *row[len(heads[0]) :]] if one else next(rest) for row, one in pairs])
+        return [self._cut(ids, max_length) for ids in found]
+
+    @property
+    def _splits_words(self) -> bool:
+        """Whether the tokens of a word depend on nothing else, as T5's."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if self.family != "seq2seq" or backend is None or any(" " in one for one in self.tokenizer.get_added_vocab()):
+            return False
+        splits, *others = _steps(backend.pre_tokenizer, "pretokenizers")
+        kinds = {one["type"] for one in _steps(backend.normalizer, "normalizers")}
+        alone = all(one["type"] == "Metaspace" and one["prepend_scheme"] == "always" for one in others)
+        return splits["type"] == "WhitespaceSplit" and alone and kinds <= {"None", "Precompiled", "NFKC", "Lowercase"}
+
     def targets(self, texts: Sequence[str], max_length: int) -> Encoded:
         """Targets, always ending in end-of-sequence."""
         eos, ids = self.tokenizer.eos_token_id, self._ids(texts, special=self.family == "seq2seq")
@@ -70,9 +96,12 @@ class Tokens:
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
+        # labels are few
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         # `verbose=False`: a text beyond the tokenizer's own limit needs no warning here, cuts are counted
-        encoded = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return cast(list[list[int]], encoded["input_ids"])
+        encoded = self.tokenizer(list(places), add_special_tokens=special, return_attention_mask=False, verbose=False)
+        ids = cast(list[list[int]], encoded["input_ids"])
+        return [ids[places[text]] for text in texts]
 
     def _cut(self, ids: list[list[int]], max_length: int) -> Encoded:
         eos = self.tokenizer.eos_token_id
@@ -83,6 +112,12 @@ class Tokens:
             return [*row[: max_length - 1], eos] if row[-1] == eos else row[:max_length]
 
         return Encoded([cut(row) for row in ids], [len(row) for row in ids])
+
+
+def _steps(component: Any, several: str) -> list[dict[str, Any]]:
+    """The steps of a tokenizer's normalizer or pre-tokenizer, which may be a sequence."""
+    found = {"type": "None"} if component is None else json.loads(component.__getstate__())
+    return cast(list[dict[str, Any]], found[several] if found["type"] == "Sequence" else [found])
 
 
 class CausalTokens(Tokens):

@@ -80,7 +80,7 @@ def jsonl(tmp_path: Path, write_lines: WriteLines, say: Say) -> Make:
     return make
 
 
-def rows_of(module: RationaleDataModule, split: Split = "train") -> list[Row]:
+def rows_of(module: RationaleDataModule, split: Split = "train") -> Sequence[Row]:
     rows = module.released(split)
     assert rows is not None
     return rows

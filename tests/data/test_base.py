@@ -236,7 +236,7 @@ def test_the_cache_is_where_it_was_asked_for(
     CQADataModule(data_dir=data, tokenizer=tokenizer).setup("test")
     assert any(token_cache.glob("cqa-test-*"))
     monkeypatch.delenv("LIT_DISTILL_CACHE")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     CQADataModule(data_dir=data, tokenizer=tokenizer).setup("test")
     assert any((tmp_path / "hf" / "lit_distill").glob("cqa-test-*"))
 

@@ -1,13 +1,17 @@
 """From rows to batches, with tensors written by hand."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from datasets import Dataset  # type: ignore[import-untyped]
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch
 from lit_distill.data.batches import collate
-from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings
+from lit_distill.data.store import Prepared, writing
+from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings, row_lengths
 from lit_distill.tasks import tasks_from
 
 TASKS = ("label", "rationale")
@@ -25,17 +29,22 @@ def row(index: int, source: list[int], label: list[int] | None, rationale: list[
 
 def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenRows:
     """As they are read from the cache."""
+    settings = TokenSettings(tasks_from(tasks or {"label": {"prefix": "p"}, "rationale": {}}), 99, 99)
     found = []
     for one in rows:
         known: TokenRow = {}
-        for task in TASKS:
-            targets = one[f"{task}.labels"]
+        for task in settings.tasks:
             known |= {f"{task}.{part}": one[f"{task}.{part}"] for part in ("input_ids", "labels")}
-            known |= {f"{task}.input_length": len(one[f"{task}.input_ids"])}
-            known |= {f"{task}.target_lengths": [len(target) for target in targets]}
         found.append(known)
-    settings = TokenSettings(tasks_from(tasks or {"label": {"prefix": "p"}, "rationale": {}}), 99, 99)
-    return TokenRows(Dataset.from_list(found), settings, seed)
+    columns = {name: [one[name] for one in found] for name in found[0]}
+    ids = pa.list_(pa.int32())
+    types = {name: ids if name.endswith("input_ids") else pa.list_(ids) for name in columns}
+    # a mapped file outlives its name
+    with TemporaryDirectory() as folder:
+        with writing(Path(folder) / "tokens.arrow", types) as write:
+            write([pa.array(values, types[name]) for name, values in columns.items()])
+        np.save(Path(folder) / "lengths.npy", row_lengths(columns, settings))
+        return TokenRows(Prepared(Path(folder), "", {"tasks": {}}), settings, seed)
 
 
 ROWS = [row(0, [5, 1], [6, 1], None), row(1, [7, 0, 1], [8, 8, 1], [4, 1])]
@@ -83,11 +92,11 @@ def test_a_row_is_as_long_as_all_that_is_read_of_it() -> None:
     rows = [*ROWS, row(2, [5, 6, 7, 1], None, None), row(3, [1], None, [2, 1])]
     both = token_rows(rows)
     # label 2 + 2, rationale 3 + 2 and so on; a task without a target counts in evaluation alone, by its source
-    assert both.lengths(evaluation=False) == [4, 6 + 6, 0, 4]
-    assert both.lengths(evaluation=True) == [4 + 3, 6 + 6, 4 + 5, 1 + 4]
+    assert both.lengths(evaluation=False).tolist() == [4, 6 + 6, 0, 4]
+    assert both.lengths(evaluation=True).tolist() == [4 + 3, 6 + 6, 4 + 5, 1 + 4]
     label = token_rows(rows, {"label": {}})
-    assert label.lengths(evaluation=False) == [4, 6, 0, 0]
-    assert label.lengths(evaluation=True) == [4, 6, 4, 1]
+    assert label.lengths(evaluation=False).tolist() == [4, 6, 0, 0]
+    assert label.lengths(evaluation=True).tolist() == [4, 6, 4, 1]
 
 
 def test_padding_row_is_the_first_without_targets() -> None:
@@ -114,7 +123,7 @@ def test_all_outputs_are_rows_of_their_own() -> None:
     evaluated = batch_of(rows.__getitems__([0, 1, 2]), evaluation=True)
     assert evaluated["rationale"]["labels"].tolist() == [[0, 0], [1, 0], [IGNORE_INDEX] * 2]
     # a source is read once for each target
-    assert rows.lengths(evaluation=False) == [4 + 5 * 5, 4 + 5 * 5, 4]
+    assert rows.lengths(evaluation=False).tolist() == [4 + 5 * 5, 4 + 5 * 5, 4]
 
 
 def drawn(epoch: int, seed: int = 0) -> list[int]:

@@ -164,7 +164,7 @@ def test_two_ranks_draw_as_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
     rows = module.train_dataloader().dataset
     both = []
     for rank in range(2):
-        sampler = EpochSampler(rows, 2, rank, seed=module.seed)  # type: ignore[arg-type]
+        sampler = EpochSampler(rows, 2, rank, seed=module.seed)
         sampler.set_epoch(3)
         loader = DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=module.train_dataloader().collate_fn)
         both += [text for batch in loader for text in texts(batch, "rationale")]

@@ -182,7 +182,7 @@ def test_parquet_with_what_other_tools_left_in_its_metadata(tmp_path: Path, told
     path = as_parquet(tmp_path)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({"huggingface": told}), path)
-    assert len(read_file(path, "train").rows) == len(ROWS)
+    assert sum(map(len, read_file(path, "train").chunks())) == len(ROWS)
 
 
 @pytest.mark.parametrize("write", ["parquet", "saved"])
@@ -231,6 +231,7 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     as_jsonl(tmp_path / "set").rename(tmp_path / "set" / "train.jsonl")

@@ -125,11 +125,11 @@ def test_as_many_outputs_as_rows(count: int, admitted: bool, write_cqa: WriteCQA
 def test_a_bad_chunk(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x_CoT_0.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_released(tmp_path, "x")
+        list(read_released(tmp_path, "x"))
 
 
 def test_no_outputs_are_no_files(tmp_path: Path) -> None:
-    assert read_released(tmp_path / "absent", "train") == []
+    assert list(read_released(tmp_path / "absent", "train")) == []
     (tmp_path / "train_CoT_0.json.bak").touch()
     (tmp_path / "other_CoT_0.json").touch()
-    assert read_released(tmp_path, "train") == []
+    assert list(read_released(tmp_path, "train")) == []

@@ -1,0 +1,256 @@
+"""The cache: what is made once, when it is made again, and rows read from it."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lit_distill.data import CQADataModule, JSONLDataModule, RationaleDataModule, store
+from lit_distill.data.store import CHUNK, Lazy, Stored, in_order, pack, prepare, row_from, unpack
+from lit_distill.data.store import packed_row as packed
+from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
+from lit_distill.tasks import Row, TeacherOutput
+from tests.data.conftest import WriteCQA, WriteLines, cqa_output
+from tests.rows import make_row
+
+BOTH = ("label", "rationale")
+
+
+def write(folder: Path) -> dict[str, Any]:
+    with store.writing(folder / "x.arrow", {"x": pa.int64()}) as add:
+        add([pa.array([1, 2, 3])])
+    np.save(folder / "y.npy", np.arange(3))
+    return {"said": "yes"}
+
+
+def never(folder: Path) -> dict[str, Any]:
+    raise AssertionError("made again")
+
+
+def test_a_folder_is_made_once() -> None:
+    first, second = prepare("t", "key", write), prepare("t", "key", never)
+    assert first == second
+    assert (second.meta["said"], second.array("y").tolist()) == ("yes", [0, 1, 2])
+    assert Stored(second.folder / "x.arrow").values("x", np.array([2, 0])) == [3, 1]
+    with pytest.raises(AssertionError, match="made again"):
+        prepare("t", "other", never)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("x.arrow", lambda content: content[: len(content) // 2]),
+        ("x.arrow", lambda content: b""),
+        ("x.arrow", lambda content: b"x" * len(content)),
+        ("y.npy", lambda content: content + b"x"),
+        ("meta.json", lambda content: content[:-3]),
+        ("meta.json", lambda content: b"[]"),
+        ("y.npy", None),
+        ("meta.json", None),
+    ],
+)
+def test_a_damaged_folder_is_made_again(name: str, damage: Callable[[bytes], bytes] | None) -> None:
+    path = prepare("t", "key", write).folder / name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(AssertionError, match="made again"):
+        prepare("t", "key", never)
+    found = prepare("t", "key", write)
+    assert found.array("y").tolist() == [0, 1, 2]
+
+
+def test_without_a_key_the_content_is_one() -> None:
+    first = prepare("t", None, write)
+    assert prepare("t", None, write) == first == prepare("t", first.key, never)
+
+
+def test_what_a_killed_process_left_is_cleared(token_cache: Path) -> None:
+    def killed(folder: Path) -> dict[str, Any]:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("t", "key", killed)
+    (token_cache / f".t-key.{socket.gethostname().partition('.')[0]}.999999999.tmp").mkdir()
+    prepare("t", "key", write)
+    assert sorted(path.name for path in token_cache.iterdir()) == ["t-key", "t-key.lock"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIT_DISTILL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^prepared rows cannot be kept in .*; set LIT_DISTILL_CACHE$"):
+        prepare("t", "key", write)
+
+
+def test_two_that_start_together_make_it_once() -> None:
+    calls = []
+
+    def slow(folder: Path) -> dict[str, Any]:
+        calls.append(1)
+        time.sleep(0.05)
+        return write(folder)
+
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(prepare, "t", "key", slow) for _ in range(2)]
+        assert both[0].result() == both[1].result()
+    assert len(calls) == 1
+
+
+def test_processes_keep_the_order() -> None:
+    made = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    squares = in_order(lambda number: number**2, numbers())
+    assert next(squares) == 0
+    # so that what waits for its turn does not fill the memory
+    assert len(made) < 60
+    assert list(squares) == [number**2 for number in range(1, 100)]
+
+
+def test_an_error_comes_from_the_process_that_had_it() -> None:
+    def work(number: int) -> int:
+        if number > 20:
+            raise UserError(f"{number} is too many")
+        return number
+
+    with pytest.raises(UserError, match=r"^21 is too many$"):
+        list(in_order(work, range(100)))
+
+
+def test_a_lazy_sequence_reads_as_a_list() -> None:
+    plain = [number**2 for number in range(CHUNK + 3)]
+    lazy = Lazy(len(plain), lambda at: [plain[position] for position in at])
+    assert list(lazy) == plain
+    assert lazy == plain
+    assert (lazy[-1], lazy[2:7:2], lazy[-2:], lazy[:0]) == (plain[-1], plain[2:7:2], plain[-2:], [])
+    assert lazy != plain[:-1]
+    with pytest.raises(IndexError):
+        lazy[len(plain)]
+
+
+def test_a_row_comes_back() -> None:
+    outputs = (TeacherOutput("so \ud800", None, "t", "program", {"n": float("nan"), "list": [1]}), TeacherOutput(None))
+    row = Row("a", "\u00e9\u2028\n", None, ("x", "y"), outputs)
+    assert repr(row_from(unpack(pack(packed(row))))) == repr(row)
+
+
+def made_again(make: Callable[[], RationaleDataModule]) -> bool:
+    """Whether a start tokenises."""
+    with patch("lit_distill.data.tokenize.encode_rows", side_effect=AssertionError("made again")):
+        try:
+            make().setup("fit")
+        except AssertionError:
+            return True
+    return False
+
+
+def test_train_is_made_again_for_all_that_decides_it(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    data = write_cqa()
+
+    def start(kind: type[CQADataModule] = CQADataModule, **arguments: Any) -> Callable[[], RationaleDataModule]:
+        given: dict[str, Any] = {"data_dir": data, "tokenizer": tokenizer, "tasks": BOTH}
+        return lambda: kind(**given | arguments)
+
+    class Other(CQADataModule):
+        def read_row(self, row: dict[str, Any]) -> Row:
+            return super().read_row(row | {"question": f"other {row['question']}"})
+
+    start()().setup("fit")
+    same: list[dict[str, Any]] = [{}, {"seed": 1}, {"batch_size": 2}, {"batching": "by_length"}]
+    assert [made_again(start(**arguments)) for arguments in same] == [False] * len(same)
+    changed: list[dict[str, Any]] = [
+        {"tasks": ("label",)},
+        {"label_source": "teacher"},
+        {"rationale_filter": "label_agrees"},
+        {"train_fraction": 0.5},
+        {"rationale_pairing": "shuffled"},
+        {"max_source_length": 5},
+    ]
+    assert [made_again(start(**arguments)) for arguments in changed] == [True] * len(changed)
+    assert made_again(start(Other))
+
+
+def test_changed_files_are_read_again(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
+    data = write_cqa()
+
+    def rationales() -> set[str | None]:
+        return {row.rationale for row in CQADataModule(data_dir=data).used_rows("train").rows}
+
+    before = rationales()
+    path = data / "cqa" / "llm" / "train_CoT_0.json"
+    # as long as before, and perhaps at the same time by the file system's clock
+    path.write_text(path.read_text().replace("Because", "Whereas"))
+    assert {str(text)[:7] for text in rationales()} == {"Because", "Whereas"}
+    write_cqa(outputs=[cqa_output(i) for i in range(20)])
+    assert rationales() == before
+    for path in (data / "cqa" / "llm").iterdir():
+        path.unlink()
+    assert rationales() == {None}
+    (data / "cqa" / "cqa_train.json").unlink()
+    with pytest.raises(UserError, match="cqa has no train split"):
+        rationales()
+
+
+def test_rows_of_unknown_origin_are_loaded_at_each_start(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["a", "b"]
+
+    class Own(RationaleDataModule):
+        name = "own"
+
+        def load_rows(self, split: Split) -> Iterator[Row] | None:
+            return None if split == "test" else (make_row(f"{split} {text}", text, "yes") for text in texts)
+
+    def start() -> RationaleDataModule:
+        return Own(tokenizer=tokenizer)
+
+    start().setup("fit")
+    assert not made_again(start)
+    texts[0] = "c"
+    assert made_again(start)
+    assert [row.input for row in start().used_rows("train").rows] == ["c", "b"]
+
+
+def test_large_files_are_as_small_ones(tmp_path: Path, write_lines: WriteLines) -> None:
+    count = 8 * CHUNK + 7
+    lines = [
+        {"input": f"in {i % 5000}", "label": str(i % 3), "rationale": f"so {i}", "teacher_label": str(i % 2)}
+        for i in range(count)
+    ]
+    path = write_lines(tmp_path / "x.jsonl", lines)
+    module = JSONLDataModule(train=path, test=path, rationale_filter="label_agrees", tasks=BOTH)
+    rows, train, val = (module.split_rows(split) or [] for split in ("test", "train", "val"))
+    for i in (0, CHUNK, count - 1):
+        output = TeacherOutput(f"so {i}", str(i % 2), "released")
+        assert rows[i] == Row(f"jsonl-test-{i}", f"in {i % 5000}", str(i % 3), None, (output,))
+    held = {row.input for row in val}
+    assert (len(held), len(train) + len(val)) == (500, count)
+    expected = [i for i in range(count) if f"in {i % 5000}" not in held]
+    used = module.used_rows("train")
+    assert [row.id for row in used.rows] == [f"jsonl-train-{i}" for i in expected]
+    agreeing = [i for i in expected if i % 3 == i % 2]
+    assert (used.rationales, used.counts["rationale_filtered"]) == (len(agreeing), len(expected) - len(agreeing))
+    labels = [str(i % 3) for i in expected]
+    assert module.majority_label == max(sorted(set(labels), key=labels.index), key=labels.count)
+    assert module.repeated_rows("test") == len(expected)
+    lines[-1] = {"label": "x"}
+    with pytest.raises(UserError, match=rf"x\.jsonl:{count}: column 'input' is empty"):
+        JSONLDataModule(train=write_lines(path, lines)).released("train")
+    lines[-1] = lines[0] | {"id": "jsonl-train-5"}
+    with pytest.raises(UserError, match=f"rows 5 and {count - 1} share the id 'jsonl-train-5'"):
+        JSONLDataModule(train=write_lines(path, lines)).released("train")
