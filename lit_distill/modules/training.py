@@ -266,6 +266,8 @@ class Training(pl.LightningModule):
         # the step that loggers use, which Lightning increments once too often after resuming
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
+        # Lightning lets go of the last step's gradients only after this one's forward pass
+        self.zero_grad()
         self.window, self._window_weights, self._window_terms = window, self.window_weights(window), {}
         self.student.hold_weights(True)
 

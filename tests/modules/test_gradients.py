@@ -294,3 +294,15 @@ def test_gradient_clipping_sees_the_whole_steps_gradient(student_folder: Path) -
     assert max(differences(steps, windows(rows, 3), STEP_BY_STEP)) < 1e-5
     assert norms.norms
     assert max(norms.norms) <= 0.01 + 1e-6
+
+
+def test_a_steps_gradients_are_gone_in_the_next_forward_pass(student_folder: Path) -> None:
+    class Watching(StepByStepModule):
+        def loss_terms(self, step: Step) -> dict[str, Tensor]:
+            seen.append(any(parameter.grad is not None for parameter in self.parameters()))
+            return super().loss_terms(step)
+
+    seen: list[bool] = []
+    train(make_module(student_folder, Watching), random_rows(8, seed=2), accumulate=2)
+    # those of a step's own micro-batches add up
+    assert seen == [False, True, False, True]
