@@ -218,7 +218,7 @@ class Casts(TorchDispatchMode):
 
 def test_autocast_casts_weights_once_an_optimizer_step(student_folder: Path) -> None:
     torch.manual_seed(7)
-    module = StepByStepModule(student_folder, from_scratch=True)
+    module = StepByStepModule(student_folder, from_scratch=True, fast="packed")
     trainer = make_trainer(max_epochs=1, accumulate_grad_batches=2, precision="bf16-mixed")
     with Casts() as casts:
         trainer.fit(module, datamodule=RowsData(ROWS, 2, module.tasks))
