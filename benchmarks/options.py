@@ -37,6 +37,8 @@ class Settings:
     seed: int
     threads: int | None
     """Of PyTorch on CPU; ``None`` for PyTorch's own choice."""
+    fast: str | None = None
+    """How lit_distill computes; ``None`` for its default."""
 
     @property
     def from_scratch(self) -> bool:
@@ -97,6 +99,7 @@ def make_parser(program: str, description: str | None, *, batch_size: int, steps
     parser.add_argument("--pairs", type=int, default=10, help="measurements of each side, in turn")
     parser.add_argument("--seed", type=int, default=0, help="draws rows and weights")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on CPU; default: PyTorch's own")
+    parser.add_argument("--fast", help="how lit_distill computes: plain, packed or compiled; default: as it would")
     parser.add_argument("--peak_tflops", type=float, help="what the device's maker states, for a share of that as well")
     return parser
 
@@ -138,6 +141,7 @@ def read_settings(arguments: argparse.Namespace, steps: Callable[[int, str], int
         pairs=arguments.pairs,
         seed=arguments.seed,
         threads=arguments.threads,
+        fast=arguments.fast,
     )
 
 

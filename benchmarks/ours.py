@@ -64,6 +64,8 @@ class Ours:
     def __init__(self, settings: Settings, data: Any, *, every_loss: bool = True, **arguments: Any) -> None:
         self.settings = settings
         self.data = data
+        if settings.fast is not None:
+            arguments.setdefault("fast", settings.fast)
         self.module = BenchmarkModule(
             settings.student,
             from_scratch=settings.from_scratch,

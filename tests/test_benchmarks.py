@@ -589,3 +589,59 @@ def test_the_order_of_many_rows_is_measured_and_right(
     with pytest.raises(SystemExit):
         bench("data_scale").main(["--rows=3"])
     assert "argument --rows: at least 64, got 3" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ launches and GPUs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "depth", "expected"),
+    [
+        ([], 1, 0),
+        ([1] * 110, 1, 1),
+        ([1] * 111, 1, 2),
+        ([1] * 64, 2, 1),
+        ([65_536 * 320], 1, 1),
+        ([65_536 * 320 + 1], 1, 2),
+        ([65_536 * 300, 65_536 * 40], 4, 2),
+    ],
+)
+def test_kernels_over_lists(bench: Callable[[str], Any], sizes: list[int], depth: int, expected: int) -> None:
+    assert bench("launches").foreach_launches(sizes, depth) == expected
+
+
+def test_operations_are_launches_and_views_are_none(bench: Callable[[str], Any]) -> None:
+    x = torch.ones(3, 4, device="meta")
+    with bench("launches").Launches() as seen:
+        (x.t().reshape(3, 4)[1:] * 2 + 1).sum()
+        torch.ones(3).sum()
+        torch.ones(3).to("meta")
+        torch.ones(3).to("meta", non_blocking=True)
+    # the clone of the reshaped one, three operations, two copies; nothing of the host's
+    assert seen.kernels.total() == 6
+    assert seen.waits.total() == 1
+    with bench("launches").Launches() as seen:
+        assert x.sum().item() == 1
+        x[x > 0].sum()
+    assert dict(seen.waits) == {"_local_scalar_dense": 1, "index": 1}
+
+
+def test_eager_steps_are_counted_and_the_packed_one_waits_for_nothing(
+    bench: Callable[[str], Any], student_folder: Path
+) -> None:
+    launches = bench("launches")
+    batch = launches.drawn_batch(3, 0, 20)
+    with launches.autocast_of_meta(enabled=False):
+        plain, packed = (launches.eager_counts(student_folder, batch, path)[0] for path in ("plain", "packed"))
+    # the products of 2 encoder and 2 decoder layers and the head, forward and twice backward, are library calls
+    assert plain.kernels["mm"] >= 3 * (2 * 7 + 2 * 11 + 1) - 5
+    assert packed.waits.total() == 0
+
+
+def test_tables_of_a_gpu(bench: Callable[[str], Any], tmp_path: Path) -> None:
+    (tmp_path / "losses.txt").write_text('noise\n{"packed": {"largest": 0.004}}\n')
+    (tmp_path / "losses.code").write_text("exit code 0\n")
+    (tmp_path / "tests.txt").write_text("3 passed\n")
+    assert bench("gpu").tables(tmp_path) == {"losses": {"packed": {"largest": 0.004}}, "tests": "3 passed"}
+    assert "| losses | packed.largest | 0.004 |" in (tmp_path / "tables.md").read_text()
+    assert json.loads((tmp_path / "tables.json").read_text())["tests"] == "3 passed"

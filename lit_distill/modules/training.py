@@ -288,9 +288,10 @@ class Training(pl.LightningModule):
             totals = cast(Tensor, reduced).double()
         # float64 only for a student in float64: some accelerators lack it
         dtype = torch.promote_types(cast(torch.dtype, self.dtype), torch.float32)
-        scale = torch.where(totals > 0, accumulate * world / totals.clamp(min=1), 0.0).to(self.device, dtype)
-        weights = {name: scale[i] for i, name in enumerate(counts)}
-        return weights | {"": torch.tensor(accumulate / len(window.counts), device=self.device, dtype=dtype)}
+        scale = torch.where(totals > 0, accumulate * world / totals.clamp(min=1), 0.0)
+        # a copy that blocks would wait for the device
+        scale = torch.cat([scale, scale.new_tensor([accumulate / len(window.counts)])])
+        return dict(zip((*counts, ""), scale.to(self.device, dtype, non_blocking=True).unbind(), strict=True))
 
     def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the step's gradient is that of the whole step's loss."""

@@ -259,20 +259,44 @@ class Outputs(NamedTuple):
     decoder: list[Tensor]
 
 
-class _Move(Function):
-    """Rows of ``x`` ``(n, size)`` to other places: ``x[there]``, 0 where ``there`` is -1; ``back`` is the inverse."""
+class _Spread(Function):
+    """Packed ``(tokens, parts * heads * d_kv)`` to ``parts`` tensors ``(rows, heads, length, d_kv)``; see `_Places`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return _taken(x, there)
+    def forward(ctx: Any, x: Tensor, places: "_Places", parts: int, heads: int) -> tuple[Tensor, ...]:
+        ctx.places = places
+        return _by_head(_taken(x, places.tokens), places.shape, parts, heads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _taken(grad, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        # each gathered by itself, so that one kernel writes all of them
+        return torch.cat([_taken(_by_token(grad), ctx.places.slots) for grad in grads], dim=1), None, None, None
+
+
+class _Gather(Function):
+    """``(rows, heads, length, d_kv)`` back to ``(tokens, heads * d_kv)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: "_Places") -> Tensor:
+        ctx.places, ctx.heads = places, x.shape[1]
+        return _taken(_by_token(x), places.slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _by_head(_taken(grad, ctx.places.tokens), ctx.places.shape, 1, ctx.heads)[0], None
+
+
+def _by_head(padded: Tensor, shape: tuple[int, int], parts: int, heads: int) -> tuple[Tensor, ...]:
+    return padded.view(*shape, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    rows, heads, length, size = x.shape
+    return x.transpose(1, 2).reshape(rows * length, heads * size)
 
 
 def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of ``x`` ``(n, size)`` at these places, zeros for -1."""
     return torch.where(places[:, None] >= 0, x.index_select(0, places.clamp(min=0)), 0.0)
 
 
@@ -296,16 +320,6 @@ class _Places(NamedTuple):
     slots: Tensor
     tokens: Tensor
     shape: tuple[int, int]
-
-    def spread(self, x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-        """``(tokens, parts * heads * d_kv)`` to ``parts`` tensors ``(rows, heads, length, d_kv)``."""
-        padded = apply(_Move, x, self.tokens, self.slots)
-        return padded.view(*self.shape, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """``(rows, heads, length, d_kv)`` back to ``(tokens, heads * d_kv)``."""
-        padded = x.transpose(1, 2).reshape(self.shape[0] * self.shape[1], -1)
-        return apply(_Move, padded, self.slots, self.tokens)
 
 
 def compute(
@@ -376,13 +390,13 @@ def _stack(
     hidden = []
     for _ in range(layers):
         hidden.append(x)
-        q, k, v = places.spread(_linear(_norm(x, next(weight), eps), next(weight)), 3, heads)
-        x = x + _dropout(_linear(places.gather(_attention(q, k, v, bias, rate)), next(weight)), rate)
+        q, k, v = apply(_Spread, _linear(_norm(x, next(weight), eps), next(weight)), places, 3, heads)
+        x = x + _dropout(_linear(apply(_Gather, _attention(q, k, v, bias, rate), places), next(weight)), rate)
         if cross is not None:
             sources, mask, states = cross
-            (q,) = places.spread(_linear(_norm(x, next(weight), eps), next(weight)), 1, heads)
-            k, v = sources.spread(_linear(states, next(weight)), 2, heads)
-            x = x + _dropout(_linear(places.gather(_attention(q, k, v, mask, rate)), next(weight)), rate)
+            (q,) = apply(_Spread, _linear(_norm(x, next(weight), eps), next(weight)), places, 1, heads)
+            k, v = apply(_Spread, _linear(states, next(weight)), sources, 2, heads)
+            x = x + _dropout(_linear(apply(_Gather, _attention(q, k, v, mask, rate), places), next(weight)), rate)
         inner = _linear(_norm(x, next(weight), eps), next(weight))
         if design.gated:
             rising, gate = inner.chunk(2, dim=-1)
