@@ -43,7 +43,8 @@ def losses(model: Any, batch: TaskBatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["one layer", "original"])
 def test_losses_and_gradients_of_every_replay(kind: str) -> None:
-    model = make_student(1, **VARIANTS[kind]).cuda()
+    model: Any = make_student(1, **VARIANTS[kind])
+    model.cuda()
     sizes: list[Any] = [TASKS, [make_task([70, 3], [40, 7])], TASKS[:1]]
     # each is recorded, then replayed twice
     for tasks in sizes * 4:
@@ -53,7 +54,8 @@ def test_losses_and_gradients_of_every_replay(kind: str) -> None:
 
 
 def test_accumulated_gradients_are_not_overwritten() -> None:
-    model = make_student(1, **VARIANTS["one layer"]).cuda()
+    model: Any = make_student(1, **VARIANTS["one layer"])
+    model.cuda()
     batches = [sent(TASKS), sent([make_task([11, 3], [4, 7]), make_task([5], [6])])] * 3
     for batch in batches:
         torch.stack(losses(model, batch)).sum().backward()
@@ -66,7 +68,8 @@ def test_accumulated_gradients_are_not_overwritten() -> None:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_step_waits_for_nothing(precision: torch.dtype) -> None:
-    model = make_student(1, **VARIANTS["one layer"], dropout_rate=0.1).cuda()
+    model: Any = make_student(1, **VARIANTS["one layer"], dropout_rate=0.1)
+    model.cuda()
     batch = sent(TASKS)
     for number in range(6):
         # the first ones compile and record
