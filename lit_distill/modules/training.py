@@ -23,6 +23,7 @@ from lit_distill.modules.optimization import clip_in_step, configure, skip_in_st
 from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
 from lit_distill.objectives import Objective, Step, check_stored
 from lit_distill.students import Student, Tokens
+from lit_distill.students.precision import report_precision
 from lit_distill.students.seq2seq import Seq2SeqStudent
 from lit_distill.students.timing import Choice, Stage, choose
 from lit_distill.tasks import Task
@@ -192,7 +193,8 @@ class Training(pl.LightningModule):
         return [self.term_counts(batch) for batch in batches]
 
     def on_fit_start(self) -> None:
-        """Compute teachers' weights that depend on the data, and report the effective batch size."""
+        """Compute teachers' weights that depend on the data, and report a faster precision and the effective batch."""
+        report_precision(self.student, str(self.trainer.precision))
         self._weigh_teachers()
         if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
             return
