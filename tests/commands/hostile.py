@@ -225,8 +225,8 @@ def argument_cases(assets: Assets, draw: random.Random) -> Iterator[Case]:
                     yield Case(label, [command, *base, f"--{key}={text}"], key, others=(repr(value)[:300],))
                 else:
                     overlay = {"over.yaml": as_yaml(config)}
-                    # a teacher in this process looks for its model before all else
-                    others = (repr(value)[:300], *(["model: cannot load"] if group == "teacher" else []))
+                    # a teacher in this process looks for its model or tokenizer before all else
+                    others = (repr(value)[:300], *(["cannot load"] if group == "teacher" else []))
                     yield Case(label, [command, *base, "--config=over.yaml"], key, overlay, others)
             # no value, on the command line
             yield Case(f"{command} {key} without a value", [command, *base, f"--{key.replace('.init_args', '')}"], key)

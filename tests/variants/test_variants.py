@@ -122,11 +122,11 @@ def test_one_pass_of_each_model_a_micro_batch(
     student_folder: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     if variant == "smoothed":
-        module = make(student_folder, SmoothedModule)
+        module = make(student_folder, SmoothedModule, fast=True)
     else:
         wide = HiddenMatch(teacher="big", student_width=16, teacher_width=24)
         both = [KL(teacher="big"), wide] if variant == "hidden" else [KL(teacher="big")]
-        module = make(student_folder, objectives=both, teachers={"big": {"model": str(teacher_folder)}})
+        module = make(student_folder, objectives=both, teachers={"big": {"model": str(teacher_folder)}}, fast=True)
     seen: list[nn.Module] = []
     original = nn.Linear.forward
 
