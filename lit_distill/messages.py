@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "Compare finished runs: tables, figures and a report.",
     "inspect": "Report on a dataset as a config uses it: rows, labels, lengths.",
     "check": "Check that the losses of a config are computed right.",
+    "plan": "Tell memory, largest batch and hours of a config before it runs.",
     "configs": "List the configs that come with this, or copy them.",
 }
 """The commands with their help."""

@@ -40,6 +40,7 @@ LAYERS = (
     ("objectives",),
     ("modules", "callbacks", "checkpoints", "export"),
     ("checking",),
+    ("planning",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -22,7 +22,9 @@ from lit_distill.commands.check import check
 from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import experiment
 from lit_distill.commands.inspect import inspect
+from lit_distill.commands.memory import fit
 from lit_distill.commands.parser import Parser, call
+from lit_distill.commands.plan import plan
 from lit_distill.commands.train import TRAINER_COMMANDS, run_trainer, train_parser
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -68,12 +70,14 @@ def run_experiment(args: list[str]) -> dict[str, Any]:
 
 RUN: Mapping[str, Callable[[list[str]], object]] = {
     **{name: partial(run_trainer, name) for name in TRAINER_COMMANDS},
+    "fit": fit,
     "annotate": run_annotate,
     "capture": capture,
     "experiment": run_experiment,
     "compare": run_compare,
     "inspect": inspect,
     "check": check,
+    "plan": plan,
 }
 """Command -> what runs it, with the arguments after it."""
 

@@ -17,6 +17,7 @@ from lit_distill.errors import UserError
 from lit_distill.students import Pass, Student
 from lit_distill.students.files import StudentFiles, read_config
 from lit_distill.students.models import Dtype
+from lit_distill.students.sharding import is_deferred
 from lit_distill.teachers.store import is_store
 
 _FROM_FORWARD = frozenset(
@@ -43,7 +44,7 @@ class FrozenModel:
         check_device(device)
         check_run(name)
         self.device, self.offload = device, offload
-        self.student = students.load(name, dtype=dtype).eval().requires_grad_(False)
+        self.student = students.load(name, dtype=dtype, meta=is_deferred()).eval().requires_grad_(False)
         if difference := other_vocabulary(self.student.tokenizer, student.tokenizer):
             raise UserError(f"{name!r} has {difference}; distributions can only be compared over the same tokens")
         self._placed: torch.device | None = None
