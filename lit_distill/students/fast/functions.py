@@ -137,6 +137,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     return apply(_RMSNorm, x, weight, eps, dtype or weight.dtype)
 
 
+def _less_one(likely: Tensor, labels: Tensor) -> Tensor:
+    # before it is rounded to 16 bits: of a label that is almost sure little is left
+    return likely.scatter_add_(1, labels, likely.new_full(labels.shape, -1))
+
+
 class _TokenLosses(Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, copy: Tensor, labels: Tensor) -> Tensor:
@@ -152,7 +157,7 @@ class _TokenLosses(Function):
             losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
             budget -= states.element_size() * logs.numel()
             if ctx.needs_input_grad[0] and budget >= 0:
-                saved.append(logs.exp_().to(states.dtype))
+                saved.append(_less_one(logs.exp_(), safe[start : start + size]).to(states.dtype))
         ctx.size = size
         ctx.save_for_backward(states, weight, labels, *saved)
         return torch.cat(losses).masked_fill_(labels == IGNORE_INDEX, 0.0)
@@ -161,27 +166,23 @@ class _TokenLosses(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         states, weight, labels, *saved = ctx.saved_tensors
-        safe = labels.clamp(min=0)
+        safe = labels.clamp(min=0).unsqueeze(1)
         grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0).to(ctx.dtype).unsqueeze(1)
-        # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product,
-        # and the ones are rows of the weight that are added apart
-        scaled = states * grad
-        narrow = scaled.to(states.dtype)
-        states_grad = weight.index_select(0, safe).to(ctx.dtype).neg_()
-        weight_grad = None
+        # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product
+        scaled = (states * grad).to(states.dtype)
+        states_grad, weight_grad = torch.empty_like(states, dtype=ctx.dtype), None
         for number, start in enumerate(range(0, len(states), ctx.size)):
             part = slice(start, start + ctx.size)
             if number < len(saved):
-                likely = saved[number]
+                over = saved[number]
             else:
-                likely = torch.softmax(product(states[part], weight), dim=-1, dtype=torch.float32).to(states.dtype)
-            states_grad[part].add_(product(likely, weight.t()))
+                likely = torch.softmax(product(states[part], weight), dim=-1, dtype=torch.float32)
+                over = _less_one(likely, safe[part]).to(states.dtype)
+            states_grad[part] = product(over, weight.t())
             if not ctx.needs_input_grad[1]:
                 continue
-            own = product(likely.t(), narrow[part].t())
+            own = product(over.t(), scaled[part].t())
             weight_grad = own.to(ctx.dtype) if weight_grad is None else weight_grad.add_(own)
-        if weight_grad is not None:
-            weight_grad.index_add_(0, safe, scaled, alpha=-1)
         return states_grad.mul_(grad).to(states.dtype), weight_grad, None, None
 
 

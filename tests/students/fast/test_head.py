@@ -113,6 +113,23 @@ def test_autocast_takes_the_head_in_bfloat16() -> None:
         torch.testing.assert_close(x, y, rtol=0.03, atol=0.03)
 
 
+def test_a_label_that_is_almost_sure_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, states, _ = make(200)
+    with torch.no_grad():
+        states *= 20
+        labels = head(states).argmax(1)
+        sure = plain(head, states, labels) < 0.02
+    states, labels = states[sure].requires_grad_(), labels[sure]
+    assert len(labels) > 10
+    for kept in (0, 2**20):
+        monkeypatch.setattr(head_module, "KEPT_BYTES", kept)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = token_losses(head, states, labels), plain(head, states, labels)
+        found, expected = (torch.autograd.grad(own.sum(), (states, head.weight)) for own in losses)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0.01 * float(y.abs().max()))
+
+
 class Largest(TorchDispatchMode):
     """Records the largest tensor that any operation returns."""
 
