@@ -3,13 +3,12 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
@@ -18,64 +17,31 @@ from transformers import PreTrainedTokenizerBase
 from lit_distill import checks
 from lit_distill.batch import remember_rows
 from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
-from lit_distill.data.dataset import Dataset, Source
+from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
-from lit_distill.data.outputs import RELEASED, annotations_file, read_annotations
+from lit_distill.data.outputs import RELEASED, annotations_file
+from lit_distill.data.rows import counted, own_rows, with_outputs
 from lit_distill.data.selection import (
     Flag,
-    Selection,
     Selector,
     Tally,
     Target,
     UsedRows,
-    check_columns,
     filter_name,
-    flags_of,
     having,
-    hold_out,
     make_filter,
-    names_columns,
-    select_rows,
     shuffle_rationales,
-    tally_of,
     targets,
     teacher_counts,
-    train_rows,
 )
-from lit_distill.data.store import (
-    PACKED,
-    Array,
-    Lazy,
-    Rows,
-    Stored,
-    cached,
-    chunks,
-    code_of,
-    cut,
-    hashes,
-    in_order,
-    key_of,
-    numbered,
-    of_bytes,
-    outputs_from,
-    pack,
-    packed_outputs,
-    packed_row,
-    prepare,
-    read,
-    row_from,
-    unpack,
-    versions,
-    writing,
-    young,
-)
+from lit_distill.data.store import Rows, code_of, key_of, of_each
 from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
+from lit_distill.data.used import count_repeated, held_out, select_once
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
-from lit_distill.progress import ticker
-from lit_distill.remote import AnyPath, RemotePath, as_path
+from lit_distill.remote import RemotePath, as_path
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
-from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, rationale_task, tasks_from
+from lit_distill.tasks import Row, RowFilter, Task, rationale_task, tasks_from
 
 T = TypeVar("T")
 
@@ -190,16 +156,15 @@ class RationaleDataModule(Dataset):
     def released(self, split: Split) -> Sequence[Row] | None:
         """A complete released split with teacher outputs, read once; ``None`` if absent."""
         if split not in self._released:
-            rows = self._own_rows(split)
-            self._released[split] = None if rows is None else self._with_outputs(rows, split)
+            rows = own_rows(self, split, self._code())
+            joined = None if rows is None else with_outputs(self, rows, split, self._code(), self._warn)
+            self._released[split] = joined
         return self._released[split]
 
     def rows_to_ask(self, split: Split) -> Sequence[Row] | None:
         """The rows to annotate: a complete released split, without teacher outputs."""
-        rows = self._own_rows(split)
-        if rows is None:
-            return None
-        return Lazy(len(rows), lambda at: [replace(row, outputs=()) for row in read(rows, at)])
+        rows = own_rows(self, split, self._code())
+        return None if rows is None else of_each(rows, lambda row: replace(row, outputs=()))
 
     def _code(self) -> list[Any] | None:
         """What decides how rows are read, besides files: code, and attributes that subclasses add."""
@@ -211,222 +176,23 @@ class RationaleDataModule(Dataset):
         code = code_of(type(self))
         return None if code is None else [type(self).__qualname__, code, settings]
 
-    def _own_rows(self, split: Split) -> Rows | None:
-        """The rows of a split with the outputs in its own files, from the cache if possible; ``None`` if absent.
-
-        Raises a ``UserError`` if ids repeat, or a label is none of its row's choices.
-        """
-        files = self.source_files(split)
-        key = None if files is None else key_of("rows", split, self._code(), versions(files))
-        name = f"{self.name}-{split}-rows"
-        found = cached(name, key)
-        if found is None:
-            loaded = None
-            if split in self.splits:
-                loaded = self.load_rows(split) if self.loads_itself else self.row_source(split)
-            if loaded is None:
-                return None
-            found = prepare(name, key, partial(self._write_rows, split, loaded, files or []))
-        if found.meta["label_set"] is not None and self.label_set is None:
-            # told by the file
-            self.label_set = tuple(found.meta["label_set"])
-        stored = Stored(found.folder / "rows.arrow")
-        return Rows(
-            stored.rows,
-            lambda at: [row_from(unpack(one)) for one in stored.values("row", at)],
-            key=found.key,
-            tally={},
-            inputs=partial(found.array, "inputs"),
-            flags=lambda: np.zeros(stored.rows, np.uint8),
-        )
-
-    def _write_rows(
-        self, split: Split, loaded: Source | Iterable[Row], files: Sequence[AnyPath], folder: Path
-    ) -> dict[str, Any]:
-        def parse(task: tuple[int, Any]) -> tuple[list[bytes], Array, Array, list[str]]:
-            start, some = task
-            rows = self.read_rows(some, loaded.read, split, start) if isinstance(loaded, Source) else some
-            outside = [
-                f"{row.id!r} has {row.label!r} of {', '.join(row.choices) or 'none'}"
-                for row in rows
-                if row.choices is not None and row.label not in (None, *row.choices)
-            ]
-            packed = [pack(packed_row(row)) for row in rows]
-            return packed, hashes(row.id for row in rows), hashes(row.input for row in rows), outside
-
-        parts = loaded.chunks if isinstance(loaded, Source) else cut(loaded)
-        ids, inputs, count = [hashes([])], [hashes([])], 0
-        outside: list[str] = []
-        with (
-            ticker(f"Reading {self.name} {split}", None) as advance,
-            writing(folder / "rows.arrow", {"row": PACKED}) as write,
-        ):
-            for packed, own_ids, own_inputs, strange in in_order(parse, numbered(parts)):
-                write([of_bytes(packed)])
-                ids.append(own_ids)
-                inputs.append(own_inputs)
-                count += len(strange)
-                outside += strange[: 1 - len(outside)]
-                advance(len(packed))
-        if isinstance(loaded, Source) and len(ids) == 1:
-            raise UserError(loaded.empty)
-        np.save(folder / "inputs.npy", np.concatenate(inputs))
-        all_ids = np.concatenate(ids)
-        self._check_ids(split, all_ids, Stored(folder / "rows.arrow"))
-        if outside:
-            told = f"the label of {count} of {len(all_ids)} rows is none of the row's choices ({outside[0]})"
-            raise UserError(f"{self.name} {split}: {told}")
-        return {"label_set": self.label_set, "young": young(files)}
-
-    def _check_ids(self, split: Split, ids: Array, stored: Stored) -> None:
-        in_size = np.sort(ids)
-        if not (in_size[1:] == in_size[:-1]).any():
-            return
-        _, first, places = np.unique(ids, return_index=True, return_inverse=True)
-        for position in np.flatnonzero(first[places] != np.arange(len(ids))).tolist():
-            earlier = int(first[places[position]])
-            one, other = (row_from(unpack(row)).id for row in stored.values("row", np.array([earlier, position])))
-            if one == other:
-                raise UserError(f"{self.name} {split}: rows {earlier} and {position} share the id {one!r}")
-
-    def _with_outputs(self, rows: Rows, split: Split) -> Rows:
-        """The rows with the outputs of ``rationales``."""
-        files = [
-            file
-            for path in self.rationales
-            for file in (self.output_files(split) if str(path) == RELEASED else [annotations_file(path)])
-        ]
-        with_columns = names_columns(self.rationale_filter)
-        settings = [[str(path) for path in self.rationales], with_columns, self.allow_extra_outputs]
-        key = key_of("outputs", rows.key, self._code(), versions(files), self.label_set or [], *settings)
-        found = prepare(f"{self.name}-{split}-outputs", key, partial(self._write_outputs, split, rows, files))
-        for notice in found.meta["notices"]:
-            self._warn(f"{split}: {notice}")
-        names = found.meta["teachers"]
-        if len(names) > 1 and not any(task.teacher for task in self.tasks.values()):
-            self._warn(
-                f"{split}: samples of several teachers ({', '.join(map(str, names))}), the first of which comes"
-                " first; a task's teacher or rationale_filter: teacher == 'NAME' chooses"
-            )
-        if split == "train":
-            check_columns(self.rationale_filter, found.meta["columns"])
-        outputs = Stored(found.folder / "outputs.arrow")
-
-        def some(at: Array) -> list[Row]:
-            pairs = zip(rows.read(at), outputs.values("outputs", at), strict=True)
-            return [replace(row, outputs=outputs_from(unpack(of_row))) for row, of_row in pairs]
-
-        tally, flags = dict(found.meta["tally"]), partial(found.array, "flags")
-        return Rows(len(rows), some, key=found.key, tally=tally, inputs=rows.inputs, flags=flags)
-
-    def _write_outputs(self, split: Split, rows: Rows, files: Sequence[AnyPath], folder: Path) -> dict[str, Any]:
-        notices: list[str] = []
-        sources: list[Iterable[Sequence[Any]]] = []
-        for path in self.rationales:
-            if str(path) == RELEASED and self.has_outputs:
-                sources.append([True] * len(positions) for positions in chunks(len(rows)))
-            elif str(path) == RELEASED:
-                sources.append(self.load_outputs(split, rows))
-            else:
-                found, told = read_annotations(rows, path, split, self.teacher_agrees, self.parse_teacher)
-                notices += told
-                sources.append(cut(found))
-        with_columns = names_columns(self.rationale_filter)
-
-        # a text, none, outputs, or those that the row came with
-        def outputs(row: Row, given: str | bool | tuple[TeacherOutput, ...] | None) -> tuple[TeacherOutput, ...]:
-            if isinstance(given, str):
-                return (self._output(row, given, with_columns),)
-            return row.outputs if given is True else given or ()
-
-        def join(task: tuple[Array, tuple[Sequence[Any], ...]]) -> tuple[list[bytes], Array, list[Any], list[str]]:
-            at, given = task
-            joined = [
-                replace(row, outputs=sum((outputs(row, one) for one in of_row), ()))
-                for row, *of_row in zip(read(rows, at), *given, strict=True)
-            ]
-            flags = np.array([flags_of(row, self.teacher_agrees, self.label_set) for row in joined], np.uint8)
-            said = [output for row in joined for output in row.outputs]
-            packed = [pack(packed_outputs(row.outputs)) for row in joined]
-            columns = dict.fromkeys(name for output in said for name in output.columns)
-            return packed, flags, list(dict.fromkeys(output.teacher for output in said)), list(columns)
-
-        teachers: dict[str | None, None] = {}
-        columns: dict[str, None] = {}
-        flags = [np.zeros(0, np.uint8)]
-        tasks = zip(chunks(len(rows)), zip(*sources, strict=True), strict=True)
-        name = f"Joining outputs of {self.name} {split}"
-        with ticker(name, len(rows)) as advance, writing(folder / "outputs.arrow", {"outputs": PACKED}) as write:
-            for packed, own_flags, own_teachers, own_columns in in_order(join, tasks):
-                write([of_bytes(packed)])
-                flags.append(own_flags)
-                teachers |= dict.fromkeys(own_teachers)
-                columns |= dict.fromkeys(own_columns)
-                advance(len(packed))
-        of_all = np.concatenate(flags)
-        np.save(folder / "flags.npy", of_all)
-        known = {"teachers": list(teachers), "columns": list(columns), "notices": notices, "young": young(files)}
-        return {"tally": list(tally_of(of_all).items()), **known}
-
     def split_rows(self, split: Split) -> Sequence[Row] | None:
         """The rows of a split, train without val; ``None`` if absent."""
         if "val" in self.splits or split not in ("train", "val"):
             return self.released(split)
         if self._held_out is None and (released := self.released("train")) is not None:
-            rows = self._counted(released)
-
-            def write(folder: Path) -> dict[str, Any]:
-                tallies = {}
-                for name, positions in zip(("train", "val"), hold_out(rows.inputs()), strict=True):
-                    np.save(folder / f"{name}.npy", positions)
-                    tallies[name] = list(tally_of(rows.flags()[positions]).items())
-                return {"tallies": tallies}
-
-            found = prepare(f"{self.name}-held_out", key_of("held out", rows.key), write)
-            self._held_out = {
-                name: rows.part(found.array(name), key_of(name, found.key, rows.key), dict(tally))
-                for name, tally in found.meta["tallies"].items()
-            }
+            self._held_out = held_out(self.name, counted(self, released))
         return None if self._held_out is None else self._held_out[split]
-
-    def _counted(self, rows: Sequence[Row]) -> Rows:
-        """The rows with what is counted of them; those that a subclass made have none."""
-        if isinstance(rows, Rows):
-            return rows
-        flags = np.array([flags_of(row, self.teacher_agrees, self.label_set) for row in rows], np.uint8)
-        inputs = hashes(row.input for row in rows)
-        return Rows(
-            len(rows),
-            lambda at: read(rows, at),
-            key=None,
-            tally=tally_of(flags),
-            inputs=lambda: inputs,
-            flags=lambda: flags,
-        )
 
     def tally(self, split: Split, *, released: bool = False) -> Tally:
         """How many rows of a split, or with ``released`` of its file, have which flags; empty if it is absent."""
         rows = self.released(split) if released else self.split_rows(split)
-        return {} if rows is None else self._counted(rows).tally
+        return {} if rows is None else counted(self, rows).tally
 
     def repeated_rows(self, split: Split) -> int:
         """Number of rows of a split whose input also occurs in train (leakage)."""
-        train, rows = (self._counted(self.split_rows(name) or ()) for name in ("train", split))
-        key = key_of("repeated", train.key, rows.key)
-
-        def count(folder: Path | None = None) -> dict[str, Any]:
-            inputs = rows.inputs()
-            found, places = np.unique(inputs, return_inverse=True)
-            seen = np.zeros(len(found) + 1, bool)
-            of_train = train.inputs()
-            for positions in chunks(len(train)):
-                some = of_train[positions]
-                at = found.searchsorted(some)
-                seen[at[found[np.minimum(at, len(found) - 1)] == some] if len(found) else []] = True
-            return {"repeated": int(seen[places].sum())}
-
-        known = count() if key is None else prepare(f"{self.name}-{split}-repeated", key, count).meta
-        return int(known["repeated"])
+        train, rows = (counted(self, self.split_rows(name) or ()) for name in ("train", split))
+        return count_repeated(f"{self.name}-{split}-repeated", train, rows)
 
     def _written_tasks(self) -> list[Any]:
         """What of the tasks decides their targets."""
@@ -447,15 +213,7 @@ class RationaleDataModule(Dataset):
             self.seed if self.train_fraction < 1 or self.rationale_pairing == "shuffled" else 0,
         ]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
-
-        def write(folder: Path) -> dict[str, Any]:
-            found = select_rows(rows, select, self.train_fraction, self.seed)
-            np.save(folder / "positions.npy", found.positions)
-            return {name: value for name, value in vars(found).items() if name != "positions"}
-
-        found = prepare(f"{self.name}-train-used", key, write)
-        known = {name: found.meta[name] for name in ("counts", "rationales", "majority")}
-        used = train_rows(rows, Selection(found.array("positions"), **known), select, key)
+        used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
         if self.rationale_pairing == "shuffled" and any(task.uses_output for task in self.tasks.values()):
             return shuffle_rationales(used, self.seed)
         return used
@@ -466,12 +224,9 @@ class RationaleDataModule(Dataset):
             released = self.split_rows(split)
             if released is None:
                 raise UserError(self.absence(split))
-            rows = self._counted(released)
-            if split == "train":
-                used = self._select(rows)
-            else:
-                gold = Lazy(len(rows), lambda at: [row.label for row in rows.read(at)])
-                used = UsedRows(rows, gold, {"used": len(rows)})
+            rows = counted(self, released)
+            gold = of_each(rows, lambda row: row.label)
+            used = self._select(rows) if split == "train" else UsedRows(rows, gold, {"used": len(rows)}, rows.key)
             self.counts[split] = teacher_counts(rows.tally) | used.counts
             self._used[split] = used
         return self._used[split]
@@ -494,7 +249,7 @@ class RationaleDataModule(Dataset):
                 return next((text for text in texts if text is not None), None)
 
             def column(value: Callable[[Row], T]) -> Sequence[T]:
-                found = Lazy(len(rows), lambda at: [value(row) for row in read(rows, at)])
+                found = of_each(rows, value)
                 return list(found) if len(rows) <= LISTED else found
 
             has_choices = self.label_set is not None or having(self.tally(split), Flag.CHOICES) > 0

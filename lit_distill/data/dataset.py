@@ -8,16 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 
-from lit_distill.annotation.record import Annotation, read_text
 from lit_distill.data.download import RELEASE_URL
-from lit_distill.data.outputs import RELEASED, output_of, read_released, released_files
+from lit_distill.data.outputs import read_released, released_files
 from lit_distill.data.sources import Lines, Placed, line_chunks
 from lit_distill.data.store import chunks
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
 from lit_distill.remote import AnyPath
-from lit_distill.tasks import RATIONALE_LABEL, Row, TeacherOutput
+from lit_distill.tasks import RATIONALE_LABEL, Row, Task
 
 
 class Source(NamedTuple):
@@ -41,7 +40,10 @@ class Dataset(pl.LightningDataModule):
     prompt: ClassVar[str] = "default"  # prompt file in `data/prompts/`
     release_url: ClassVar[str] = RELEASE_URL  # the archive of the released data
 
+    # settings
     data_dir: AnyPath
+    tasks: dict[str, Task]
+    rationales: list[Path]
     rationale_filter: str
     allow_extra_outputs: bool
 
@@ -171,11 +173,3 @@ class Dataset(pl.LightningDataModule):
             raise UserError(f"{counted}; they are joined by position and have to be as many")
         if found > len(rows) and not self.allow_extra_outputs:
             raise UserError(f"{counted}; allow_extra_outputs: true joins the first {len(rows)} of them")
-
-    def _output(self, row: Row, text: str, with_columns: bool) -> TeacherOutput:
-        """A released output; with the columns that `annotate` writes, which take longer, if a filter names some."""
-        if with_columns:
-            sample = Annotation(row.id, teacher=RELEASED, text=text)
-            return output_of(read_text(sample, row, self.parse_teacher, self.teacher_agrees))
-        rationale, label = self.parse_teacher(text) or (None, None)
-        return TeacherOutput(rationale, label, RELEASED)

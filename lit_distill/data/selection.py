@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -43,29 +43,23 @@ class UsedRows:
     rows: Sequence[Row]  # with the label to train on, and the outputs that passed the filter
     gold: Sequence[str | None]  # their gold labels
     counts: dict[str, int]  # numbers of rows that were used, and left out for each reason
-
-    @property
-    def key(self) -> str | None:
-        """Of the content of the rows, if known."""
-        return self.rows.key if isinstance(self.rows, Rows | Selected) else None
+    key: str | None = None  # of the content of the rows, if known
+    selection: "Selection | None" = None  # of train
 
     @property
     def rationales(self) -> int:
         """The number of rows with a rationale."""
+        if self.selection is not None:
+            return self.selection.rationales
         if isinstance(self.rows, Rows):
             return having(self.rows.tally, Flag.RATIONALE)
-        if isinstance(self.rows, Selected):
-            return self.rows.selection.rationales
         return sum(row.rationale is not None for row in self.rows)
 
     @property
     def majority_label(self) -> str | None:
-        """The most frequent label; ``None`` without any."""
-        if isinstance(self.rows, Selected):
-            most = self.rows.selection.majority
-            return None if most is None else self.rows[most].label
-        labels = Counter(row.label for row in self.rows if row.label is not None)
-        return labels.most_common(1)[0][0] if labels else None
+        """The most frequent label of train; ``None`` without any."""
+        most = None if self.selection is None else self.selection.majority
+        return None if most is None else self.rows[most].label
 
 
 @dataclass(frozen=True)
@@ -76,14 +70,6 @@ class Selection:
     counts: dict[str, int]
     rationales: int  # rows with one
     majority: int | None  # position, among the used, of the first row with the most frequent label
-
-
-class Selected(Lazy[Row]):
-    """The rows of a selection, with a key of their content if it is known."""
-
-    def __init__(self, read: Callable[[Array], list[Row]], selection: Selection, key: str | None = None) -> None:
-        super().__init__(len(selection.positions), read)
-        self.selection, self.key = selection, key
 
 
 class Target(NamedTuple):
@@ -237,9 +223,9 @@ def _majority(labels: Sequence[Array]) -> int | None:
 def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key: str | None = None) -> UsedRows:
     """The selected training rows, with labels and filtered teacher outputs."""
     positions = selection.positions
-    used = Selected(lambda at: select.rows(read(rows, positions[at])), selection, key)
+    used = Lazy(len(positions), lambda at: select.rows(read(rows, positions[at])))
     gold = Lazy(len(positions), lambda at: [row.label for row in read(rows, positions[at])])
-    return UsedRows(used, gold, selection.counts)
+    return UsedRows(used, gold, selection.counts, key, selection)
 
 
 def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
@@ -262,8 +248,7 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
         both = zip(read(used.rows, at), read(used.rows, givers[at]), strict=True)
         return [row if giver.id == row.id else paired(row, giver) for row, giver in both]
 
-    rows = Selected(some, used.rows.selection, used.key) if isinstance(used.rows, Selected) else Lazy(len(givers), some)
-    return UsedRows(rows, used.gold, used.counts | {"rationale_shuffled": len(found)})
+    return replace(used, rows=Lazy(len(givers), some), counts=used.counts | {"rationale_shuffled": len(found)})
 
 
 def targets(

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import blake2b, file_digest, sha256
@@ -26,13 +25,14 @@ from filelock import FileLock
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder, cache_folder
+from lit_distill.progress import ticker
 from lit_distill.remote import AnyPath, version_of
-from lit_distill.tasks import Row, TeacherOutput
+from lit_distill.tasks import Row
 
 FORMAT = 4  # version of the files
 CHUNK = 2000  # rows that are read, tokenised and written together
 META = "meta.json"
-PACKED = pa.binary()  # of `pack`
+PACKED = pa.binary()  # of `of_json`
 TICK = 1.0  # seconds in which two versions of a file may have the same time
 
 _PACKAGE = Path(__file__).parents[1]
@@ -192,14 +192,13 @@ class Stored:
         self.batch = lru_cache(maxsize=256)(self._file.get_batch)
         count = self._file.num_record_batches
         self.rows = count and (count - 1) * CHUNK + self.batch(count - 1).num_rows
-        self.schema: pa.Schema = self._file.schema
 
     def __reduce__(self) -> Any:
         return type(self), (self._source,)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """All batches."""
-        return map(self._file.get_batch, range(self._file.num_record_batches))
+    def table(self) -> pa.Table:
+        """All rows."""
+        return self._file.read_all()
 
     def row(self, position: int) -> dict[str, Any]:
         """All columns at a position."""
@@ -263,7 +262,6 @@ class Rows(Lazy[Row]):
         self,
         count: int,
         read: Callable[[Array], list[Row]],
-        *,
         key: str | None,
         tally: dict[int, int],
         inputs: Callable[[], Array],
@@ -272,16 +270,15 @@ class Rows(Lazy[Row]):
         super().__init__(count, read)
         self.key, self.tally, self.inputs, self.flags = key, tally, inputs, flags
 
-    def part(self, positions: Array, key: str | None, tally: dict[int, int]) -> "Rows":
+    def part(self, at: Array, key: str | None, tally: dict[int, int]) -> "Rows":
         """The rows at some positions."""
-        return Rows(
-            len(positions),
-            lambda at: self.read(positions[at]),
-            key=key,
-            tally=tally,
-            inputs=lambda: self.inputs()[positions],
-            flags=lambda: self.flags()[positions],
-        )
+        inputs, flags = lambda: self.inputs()[at], lambda: self.flags()[at]
+        return Rows(len(at), lambda places: self.read(at[places]), key, tally, inputs, flags)
+
+
+def of_each(rows: Sequence[T], value: Callable[[T], U]) -> Lazy[U]:
+    """A value of each row, made as it is read."""
+    return Lazy(len(rows), lambda at: [value(row) for row in read(rows, at)])
 
 
 def chunks(count: int) -> Iterator[Array]:
@@ -308,10 +305,11 @@ def numbered(parts: Iterable[V]) -> Iterator[tuple[int, V]]:
 # pyarrow's own conversions import pandas, a tenth of a start
 
 
-def of_bytes(values: Sequence[bytes]) -> pa.Array:
-    """A column of bytes."""
-    parts = [pa.py_buffer(_offsets(values)), pa.py_buffer(b"".join(values))]
-    return pa.Array.from_buffers(PACKED, len(values), [None, *parts])
+def of_json(values: Iterable[Any]) -> pa.Array:
+    """A column of values as JSON; what JSON has no form for becomes text. Lone surrogates stay."""
+    packed = [json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") for value in values]
+    parts = [pa.py_buffer(_offsets(packed)), pa.py_buffer(b"".join(packed))]
+    return pa.Array.from_buffers(PACKED, len(packed), [None, *parts])
 
 
 def of_lists(values: Sequence[Sequence[Any]], of_items: Callable[[list[Any]], pa.Array]) -> pa.Array:
@@ -330,12 +328,16 @@ def _offsets(values: Sequence[Sized]) -> Array:
     return np.cumsum([0, *map(len, values)], dtype=np.int32)
 
 
-@contextmanager
-def writing(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[list[Any]], None]]:
-    """An Arrow file of columns of such types; yields the function that adds ``CHUNK`` rows."""
+def written(
+    path: Path, columns: Mapping[str, Any], parts: Iterable[tuple[list[Any], T]], title: str, total: int | None = None
+) -> Iterator[T]:
+    """Write an Arrow file of columns of such types, ``CHUNK`` rows a part; gives what else is known of each part."""
     schema = pa.schema(list(columns.items()))
-    with pa.ipc.new_file(str(path), schema) as writer:
-        yield lambda values: writer.write_batch(pa.record_batch(values, schema=schema))
+    with ticker(title, total) as advance, pa.ipc.new_file(str(path), schema) as writer:
+        for values, known in parts:
+            writer.write_batch(pa.record_batch(values, schema=schema))
+            advance(len(values[0]))
+            yield known
 
 
 def read(values: Sequence[T], positions: Array) -> list[T]:
@@ -343,40 +345,9 @@ def read(values: Sequence[T], positions: Array) -> list[T]:
     return values.read(positions) if isinstance(values, Lazy) else [values[position] for position in positions]
 
 
-def pack(value: Any) -> bytes:
-    """A value as JSON; what JSON has no form for becomes text. Lone surrogates stay."""
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-
-
 def unpack(packed: bytes) -> Any:
-    """What `pack` packed."""
+    """A value of `of_json`."""
     return json.loads(packed.decode("utf-8", "surrogatepass"))
-
-
-def packed_outputs(outputs: Sequence[TeacherOutput]) -> list[Any]:
-    """A row's outputs for `pack`."""
-    return [
-        # columns last, as most have none
-        [one.text, one.label, one.teacher, one.kind, *([dict(one.columns)] if one.columns else [])]
-        for one in outputs
-    ]
-
-
-def outputs_from(packed: list[Any]) -> tuple[TeacherOutput, ...]:
-    """The outputs from `packed_outputs`."""
-    return tuple(TeacherOutput(*values) for values in packed)
-
-
-def packed_row(row: Row) -> list[Any]:
-    """A row for `pack`."""
-    return [row.id, row.input, row.label, row.choices, packed_outputs(row.outputs)]
-
-
-def row_from(packed: list[Any], outputs: list[Any] | None = None) -> Row:
-    """The row from `packed_row`, with other outputs if given."""
-    row_id, text, label, choices, own = packed
-    of_row = outputs_from(own if outputs is None else outputs)
-    return Row(row_id, text, label, None if choices is None else tuple(choices), of_row)
 
 
 def hashes(texts: Iterable[str]) -> Array:

@@ -25,9 +25,8 @@ from lit_distill.data.store import (
     of_lists,
     prepare,
     read,
-    writing,
+    written,
 )
-from lit_distill.progress import ticker
 from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 
@@ -163,25 +162,21 @@ def tokenize_once(
     def of_targets(targets: list[list[int]]) -> pa.Array:
         return of_lists(targets, of_ints)
 
-    def encode(at: Array) -> tuple[list[pa.Array], Array, dict[str, Lengths]]:
+    def encode(at: Array) -> tuple[list[pa.Array], tuple[Array, dict[str, Lengths]]]:
         found = encode_rows(read(rows, at), tokens, settings, choose)
         kept = []
         for task in settings.tasks:
             kept += [of_lists(found[f"{task}.input_ids"], of_ints), of_lists(found[f"{task}.labels"], of_targets)]
-        return kept, row_lengths(found, settings), lengths_of(found, settings)
+        return kept, (row_lengths(found, settings), lengths_of(found, settings))
 
     def write(folder: Path) -> dict[str, Any]:
         counted = {task: Lengths(Counter(), Counter(), 0) for task in settings.tasks}
         sizes = [np.zeros((2, 0), np.int32)]
-        with (
-            ticker(f"Tokenising {name}", len(rows)) as advance,
-            writing(folder / "tokens.arrow", columns) as add,
-        ):
-            for values, own_sizes, lengths in in_order(encode, chunks(len(rows))):
-                add(values)
-                sizes.append(own_sizes)
-                counted = {task: counted[task] + lengths[task] for task in counted}
-                advance(own_sizes.shape[1])
+        parts = in_order(encode, chunks(len(rows)))
+        path, title = folder / "tokens.arrow", f"Tokenising {name}"
+        for own_sizes, lengths in written(path, columns, parts, title, len(rows)):
+            sizes.append(own_sizes)
+            counted = {task: counted[task] + lengths[task] for task in counted}
         np.save(folder / "lengths.npy", np.concatenate(sizes, axis=1))
         return {
             "tasks": {
@@ -216,9 +211,7 @@ class TokenRows(Dataset[TokenRow]):
 
     def sequences(self, task: str) -> pa.Table:
         """The token ids of each of a task's targets: ``source`` and ``target``."""
-        table = pa.Table.from_batches(self._stored.batches(), self._stored.schema).select(
-            [f"{task}.input_ids", f"{task}.labels"]
-        )
+        table = self._stored.table().select([f"{task}.input_ids", f"{task}.labels"])
         sources, targets = table[0], table[1].combine_chunks()
         return pa.table({"source": sources.take(pc.list_parent_indices(targets)), "target": targets.flatten()})
 

@@ -10,7 +10,7 @@ import torch
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch
 from lit_distill.data.batches import collate
-from lit_distill.data.store import Prepared, writing
+from lit_distill.data.store import Prepared, written
 from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings, row_lengths
 from lit_distill.tasks import tasks_from
 
@@ -41,8 +41,8 @@ def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenR
     types = {name: ids if name.endswith("input_ids") else pa.list_(ids) for name in columns}
     # a mapped file outlives its name
     with TemporaryDirectory() as folder:
-        with writing(Path(folder) / "tokens.arrow", types) as write:
-            write([pa.array(values, types[name]) for name, values in columns.items()])
+        arrays = [pa.array(values, types[name]) for name, values in columns.items()]
+        list(written(Path(folder) / "tokens.arrow", types, [(arrays, None)], "rows"))
         np.save(Path(folder) / "lengths.npy", row_lengths(columns, settings))
         return TokenRows(Prepared(Path(folder), "", {"tasks": {}}), settings, seed)
 

@@ -14,8 +14,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lit_distill.data import CQADataModule, JSONLDataModule, RationaleDataModule, store
-from lit_distill.data.store import CHUNK, Lazy, Stored, in_order, pack, prepare, row_from, unpack
-from lit_distill.data.store import packed_row as packed
+from lit_distill.data.rows import packed_row, row_from
+from lit_distill.data.store import CHUNK, Lazy, Stored, in_order, of_json, prepare, unpack
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row, TeacherOutput
@@ -26,8 +26,7 @@ BOTH = ("label", "rationale")
 
 
 def write(folder: Path) -> dict[str, Any]:
-    with store.writing(folder / "x.arrow", {"x": pa.int64()}) as add:
-        add([pa.array([1, 2, 3])])
+    assert list(store.written(folder / "x.arrow", {"x": pa.int64()}, [([pa.array([1, 2, 3])], "all")], "t")) == ["all"]
     np.save(folder / "y.npy", np.arange(3))
     return {"said": "yes"}
 
@@ -147,7 +146,7 @@ def test_a_lazy_sequence_reads_as_a_list() -> None:
 def test_a_row_comes_back() -> None:
     outputs = (TeacherOutput("so \ud800", None, "t", "program", {"n": float("nan"), "list": [1]}), TeacherOutput(None))
     row = Row("a", "\u00e9\u2028\n", None, ("x", "y"), outputs)
-    assert repr(row_from(unpack(pack(packed(row))))) == repr(row)
+    assert repr(row_from(unpack(of_json([packed_row(row)])[0].as_py()))) == repr(row)
 
 
 def made_again(make: Callable[[], RationaleDataModule]) -> bool:
