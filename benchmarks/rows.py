@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from operations import NOTHING, Batches, Content, Lengths
 from options import Settings
 from torch import Tensor
@@ -79,7 +80,8 @@ class _Part(RationaleDataModule):
         if self.part is None or split != self.part[0]:
             return used
         positions = self.part[1]
-        return UsedRows([used.rows[p] for p in positions], [used.gold[p] for p in positions], used.counts)
+        rows, gold = [used.rows[p] for p in positions], [used.gold[p] for p in positions]
+        return UsedRows(rows, gold, used.counts, np.flatnonzero(np.isin(positions, used.with_rationale)))
 
 
 class _Replay(RationaleDataModule):

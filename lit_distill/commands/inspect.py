@@ -88,7 +88,7 @@ def _split_report(datamodule: RationaleDataModule, split: Split) -> dict[str, An
         "without_label": having(tally, Flag.UNLABELLED),
         "teacher_label_accuracy": teacher_accuracy(tally),
         **used.counts,
-        "used_rationales": used.rationales,
+        "used_rationales": len(used.with_rationale),
         **_lengths(datamodule, split),
     }
 

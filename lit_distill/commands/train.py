@@ -130,7 +130,7 @@ class SaveConfig(Callback):
         # for comparing runs
         logged |= {"dataset": dataset, "method": method, "train_rows": len(train.rows)}
         if any(task.uses_output for task in data.tasks.values()):
-            logged["train_rationales"] = train.rationales
+            logged["train_rationales"] = len(train.with_rationale)
         if data.split_rows("val") is not None:
             logged["val_rows"] = len(data.used_rows("val").rows)
         for logger in trainer.loggers:

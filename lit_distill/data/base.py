@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
@@ -225,8 +226,12 @@ class RationaleDataModule(Dataset):
             if released is None:
                 raise UserError(self.absence(split))
             rows = counted(self, released)
-            gold = of_each(rows, lambda row: row.label)
-            used = self._select(rows) if split == "train" else UsedRows(rows, gold, {"used": len(rows)}, rows.key)
+            if split == "train":
+                used = self._select(rows)
+            else:
+                with_rationale = np.flatnonzero(rows.flags() & Flag.RATIONALE)
+                gold = of_each(rows, lambda row: row.label)
+                used = UsedRows(rows, gold, {"used": len(rows)}, with_rationale, rows.key)
             self.counts[split] = teacher_counts(rows.tally) | used.counts
             self._used[split] = used
         return self._used[split]
@@ -323,7 +328,7 @@ class RationaleDataModule(Dataset):
                 raise UserError(f"{split}: {unlabelled} of {len(rows)} rows have no label, which {stage} needs")
             return
         counts = {name: count for name, count in self.counts["train"].items() if count}
-        if self._keep is not None and not used.rationales:
+        if self._keep is not None and not len(used.with_rationale):
             raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
         for name, task in self.tasks.items():
             if any(self.targets("train", task, row) for row in used.rows):

@@ -12,7 +12,7 @@ import numpy as np
 
 from lit_distill.annotation.conditions import columns_of, condition, is_condition
 from lit_distill.annotation.record import COLUMNS, Agree, same_answer, vote
-from lit_distill.data.store import Array, Lazy, Rows, chunks, hashes, in_order, read
+from lit_distill.data.store import Array, Lazy, chunks, hashes, in_order, read
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
@@ -43,23 +43,14 @@ class UsedRows:
     rows: Sequence[Row]  # with the label to train on, and the outputs that passed the filter
     gold: Sequence[str | None]  # their gold labels
     counts: dict[str, int]  # numbers of rows that were used, and left out for each reason
+    with_rationale: Array  # positions of those with a rationale
     key: str | None = None  # of the content of the rows, if known
-    selection: "Selection | None" = None  # of train
-
-    @property
-    def rationales(self) -> int:
-        """The number of rows with a rationale."""
-        if self.selection is not None:
-            return self.selection.rationales
-        if isinstance(self.rows, Rows):
-            return having(self.rows.tally, Flag.RATIONALE)
-        return sum(row.rationale is not None for row in self.rows)
+    majority: int | None = None  # position of the first row with the most frequent label of train
 
     @property
     def majority_label(self) -> str | None:
         """The most frequent label of train; ``None`` without any."""
-        most = None if self.selection is None else self.selection.majority
-        return None if most is None else self.rows[most].label
+        return None if self.majority is None else self.rows[self.majority].label
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ class Selection:
 
     positions: Array
     counts: dict[str, int]
-    rationales: int  # rows with one
+    with_rationale: Array  # positions among the used
     majority: int | None  # position, among the used, of the first row with the most frequent label
 
 
@@ -191,26 +182,26 @@ def select_rows(rows: Sequence[Row], select: Selector, fraction: float, seed: in
     """
     drawn = subset(len(rows), fraction, seed)
 
-    def some(places: Array) -> tuple[list[bool], Counter[str], int, Array]:
+    def some(places: Array) -> tuple[list[bool], Counter[str], list[bool], Array]:
         found = [select(row) for row in read(rows, drawn[places])]
         reasons = Counter(reason for _, reason, _ in found if reason is not None)
         reasons["rationale_filtered"] = sum(filtered for *_, filtered in found)
         used = [row for row, *_ in found if row is not None]
         # a label is not empty: that is none
         labels = hashes("" if row.label is None else f"={row.label}" for row in used)
-        return [row is not None for row, *_ in found], reasons, sum(row.rationale is not None for row in used), labels
+        return [row is not None for row, *_ in found], reasons, [row.rationale is not None for row in used], labels
 
     names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
     counts: Counter[str] = Counter()
-    kept, rationales, labels = [], 0, [hashes([])]
-    for of_rows, reasons, having, hashed in in_order(some, chunks(len(drawn))):
+    kept, said, labels = [np.zeros(0, bool)], [np.zeros(0, bool)], [hashes([])]
+    for of_rows, reasons, of_used, hashed in in_order(some, chunks(len(drawn))):
         kept.append(np.array(of_rows))
+        said.append(np.array(of_used, bool))
         counts += reasons
-        rationales += having
         labels.append(hashed)
-    positions = drawn[np.concatenate([np.zeros(0, bool), *kept])]
+    positions, with_rationale = drawn[np.concatenate(kept)], np.flatnonzero(np.concatenate(said))
     counts["left_out_by_fraction"], counts["used"] = len(rows) - len(drawn), len(positions)
-    return Selection(positions, {name: counts[name] for name in (*names, "used")}, rationales, _majority(labels))
+    return Selection(positions, {name: counts[name] for name in (*names, "used")}, with_rationale, _majority(labels))
 
 
 def _majority(labels: Sequence[Array]) -> int | None:
@@ -225,7 +216,7 @@ def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key:
     positions = selection.positions
     used = Lazy(len(positions), lambda at: select.rows(read(rows, positions[at])))
     gold = Lazy(len(positions), lambda at: [row.label for row in read(rows, positions[at])])
-    return UsedRows(used, gold, selection.counts, key, selection)
+    return UsedRows(used, gold, selection.counts, selection.with_rationale, key, selection.majority)
 
 
 def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
@@ -234,7 +225,7 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels stay. Raises a
     ``UserError`` if fewer than two rows have a text.
     """
-    found = np.array([position for position, row in enumerate(used.rows) if row.rationale is not None], np.int64)
+    found = used.with_rationale
     if len(found) < 2:
         raise UserError(f"rationale_pairing: shuffled needs rationales of two rows or more, and {len(found)} has one")
     ring = np.random.RandomState(seed).permutation(found)

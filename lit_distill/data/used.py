@@ -32,11 +32,13 @@ def select_once(name: str, rows: Rows, key: str | None, select: Selector, fracti
     def write(folder: Path) -> dict[str, Any]:
         found = select_rows(rows, select, fraction, seed)
         np.save(folder / "positions.npy", found.positions)
-        return {name: value for name, value in vars(found).items() if name != "positions"}
+        np.save(folder / "with_rationale.npy", found.with_rationale)
+        return {"counts": found.counts, "majority": found.majority}
 
     found = prepare(name, key, write)
-    known = {name: found.meta[name] for name in ("counts", "rationales", "majority")}
-    return train_rows(rows, Selection(found.array("positions"), **known), select, key)
+    positions, with_rationale = found.array("positions"), found.array("with_rationale")
+    selection = Selection(positions, found.meta["counts"], with_rationale, found.meta["majority"])
+    return train_rows(rows, selection, select, key)
 
 
 def count_repeated(name: str, train: Rows, rows: Rows) -> int:

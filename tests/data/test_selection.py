@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,7 +179,7 @@ def test_teacher_counts_by_hand() -> None:
 @given(st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda has: sum(has) > 1), st.integers(0, 2**32 - 1))
 def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
     examples = [make_row(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
-    used = shuffle_rationales(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}), seed)
+    used = shuffle_rationales(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}, np.flatnonzero(has)), seed)
     assert [(one.id, one.input, one.label) for one in used.rows] == [(o.id, o.input, o.label) for o in examples]
     # the same rationales, in other places, and none where there was none
     assert sorted(filter(None, (one.rationale for one in used.rows))) == sorted(
@@ -190,14 +191,14 @@ def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
 
 
 def test_seeds_pair_differently() -> None:
-    used = UsedRows(rows(50), ["yes"] * 50, {})
+    used = UsedRows(rows(50), ["yes"] * 50, {}, np.arange(50))
     pairings = [tuple(one.rationale for one in shuffle_rationales(used, seed).rows) for seed in (0, 0, 1)]
     assert pairings[0] == pairings[1] != pairings[2]
 
 
 def test_one_rationale_cannot_be_exchanged() -> None:
     with pytest.raises(UserError, match="rationales of two rows or more, and 1 has one"):
-        shuffle_rationales(UsedRows(rows(1), ["yes"], {}), 0)
+        shuffle_rationales(UsedRows(rows(1), ["yes"], {}, np.arange(1)), 0)
 
 
 def only_long(row: Row) -> bool:
