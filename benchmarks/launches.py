@@ -421,7 +421,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["32", "bf16"], default="bf16", help="of the compiled path")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    with one_line_errors(parser.prog), quiet(1):
+    # sizes as they are: symbols for them would take minutes to trace
+    sizes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with one_line_errors(parser.prog), quiet(1), sizes:
         if arguments.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {arguments.batch_size}")
         if not (Path(arguments.student) / "config.json").is_file():
