@@ -269,7 +269,8 @@ class Training(pl.LightningModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         # Lightning lets go of the last step's gradients only after this one's forward pass
-        self.zero_grad()
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
         self.window, self._window_weights, self._window_terms = window, self.window_weights(window), {}
         self.student.hold_weights(True)
 
@@ -347,7 +348,9 @@ class Training(pl.LightningModule):
         # of the last step
         optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
         if not self.sharded:
-            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            # a walk through the modules would take milliseconds
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             self.log("train/grad_norm", norm, batch_size=1)
             if getattr(self.trainer.precision_plugin, "scaler", None) is None:
