@@ -1,8 +1,12 @@
 """Teacher outputs of rows: the released texts, and the samples in `annotate`'s folders, joined by id."""
 
+import pickle
 import re
+import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +19,7 @@ from lit_distill.data.selection import KEPT_COLUMNS
 from lit_distill.data.sources import read_json_list
 from lit_distill.data.store import chunks, hashes, read
 from lit_distill.errors import UserError
+from lit_distill.files import cache_folder
 from lit_distill.remote import AnyPath
 from lit_distill.tasks import Row, TeacherOutput
 
@@ -63,23 +68,50 @@ class _Sample(NamedTuple):
 
 
 def read_annotations(
-    rows: Sequence[Row], path: Path, split: str, agree: Agree, parse: Parse
-) -> tuple[list[tuple[TeacherOutput, ...]], list[str]]:
-    """Each row's outputs in a folder or file, and notices for the user.
+    rows: Sequence[Row], path: Path, split: str, agree: Agree, parse: Parse, notify: Callable[[str], None]
+) -> Iterator[list[tuple[TeacherOutput, ...]]]:
+    """Each row's outputs in a folder or file, in chunks as `chunks` makes them of the rows.
 
     Sorted by teacher, kind, prompt, settings and sample; samples of other splits are skipped. A sample with only a text
-    is parsed here. Raises a ``UserError`` if all samples of a row were asked with another input, or no sample belongs
-    to any row.
+    is parsed here. ``notify`` is called with notices for the user. Raises a ``UserError`` if all samples of a row were
+    asked with another input, or no sample belongs to any row.
     """
-    path = annotations_file(path)
+    # samples wait for their rows in a file without a name; of each, place, group, number and offset
+    with tempfile.TemporaryFile(dir=cache_folder()) as waiting:
+        entries = array("q")
+        for place, one in _placed(rows, annotations_file(path), split, agree, parse, notify):
+            entries.extend((place, one.group, one.annotation.sample, waiting.tell()))
+            pickle.dump(one, waiting)
+        places, groups, numbers, offsets = np.frombuffer(entries, np.int64).reshape(-1, 4).T
+        order = np.lexsort((numbers, groups, places))
+        places, offsets = places[order], offsets[order]
+        for at in chunks(len(rows)):
+            outputs: list[tuple[TeacherOutput, ...]] = [()] * len(at)
+            some = slice(*places.searchsorted([at[0], at[-1] + 1]))
+            for place, of_row in groupby(
+                zip(places[some].tolist(), offsets[some].tolist(), strict=True), itemgetter(0)
+            ):
+                samples = []
+                for _, offset in of_row:
+                    waiting.seek(offset)
+                    samples.append(pickle.load(waiting))  # noqa: S301 - written above
+                if any(sample.annotation.votes is None for sample in samples):
+                    samples = _with_votes(samples, agree)
+                outputs[place - at[0]] = tuple(output_of(sample.annotation, sample.columns) for sample in samples)
+            yield outputs
+
+
+def _placed(
+    rows: Sequence[Row], path: Path, split: str, agree: Agree, parse: Parse, notify: Callable[[str], None]
+) -> Iterator[tuple[int, _Sample]]:
+    """The samples in a file after the positions of their rows."""
     place_of = _places(rows)
-    found: dict[int, list[_Sample]] = {}
+    seen = np.zeros(len(rows), bool)
     groups: dict[tuple[str | None, ...], int] = {}
     outdated: dict[int, str] = {}
     joined = unmatched = 0
-    notices: list[str] = []
     torn = "{} is torn: its row may have no sample (annotate asks it again)"
-    for one, columns in read_rows(path, lambda where: notices.append(torn.format(where))):
+    for one, columns in read_rows(path, lambda where: notify(torn.format(where))):
         if one.split is not None and one.split != split:
             continue
         place = place_of(one.id)
@@ -94,22 +126,16 @@ def read_annotations(
             if (one.parsed, one.rationale, one.label) == (None, None, None):
                 one = read_text(one, rows[place], parse, agree)
             group = groups.setdefault((one.teacher, one.kind, one.prompt, one.settings), len(groups))
-            found.setdefault(place, []).append(_Sample(group, one, columns))
-    if alone := [name for place, name in outdated.items() if place not in found]:
+            seen[place] = True
+            yield place, _Sample(group, one, columns)
+    if alone := [name for place, name in outdated.items() if not seen[place]]:
         raise UserError(f"rationales: {path}: {alone[0]!r} was asked with another input than the row has now")
     if unmatched and not joined:
         raise UserError(f"rationales: none of the {unmatched} ids in {path} is one of {split}'s rows")
     if unmatched:
-        notices.append(f"{unmatched} samples in {path} are of rows that are not here")
+        notify(f"{unmatched} samples in {path} are of rows that are not here")
     if outdated:
-        notices.append(f"samples of earlier inputs of {len(outdated)} rows in {path} are left out")
-    outputs: list[tuple[TeacherOutput, ...]] = [()] * len(rows)
-    for place, samples in found.items():
-        samples.sort(key=lambda sample: (sample.group, sample.annotation.sample))
-        if any(sample.annotation.votes is None for sample in samples):
-            samples = _with_votes(samples, agree)
-        outputs[place] = tuple(output_of(sample.annotation, sample.columns) for sample in samples)
-    return outputs, notices
+        notify(f"samples of earlier inputs of {len(outdated)} rows in {path} are left out")
 
 
 def _places(rows: Sequence[Row]) -> Callable[[str], int | None]:

@@ -172,9 +172,8 @@ def _write_outputs(data: Dataset, rows: Rows, split: Split, files: Sequence[AnyP
         elif str(path) == RELEASED:
             sources.append(data.load_outputs(split, rows))
         else:
-            found, told = read_annotations(rows, path, split, data.teacher_agrees, data.parse_teacher)
-            notices += told
-            sources.append(cut(found))
+            agree, parse = data.teacher_agrees, data.parse_teacher
+            sources.append(read_annotations(rows, path, split, agree, parse, notices.append))
     with_columns = names_columns(data.rationale_filter)
 
     # a text, none, outputs, or those that the row came with

@@ -16,6 +16,7 @@ from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CQADataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.store import CHUNK
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row
@@ -116,6 +117,18 @@ def test_rows_and_samples_are_joined_by_id_not_by_place(tmp_path: Path, write_li
     ]
     # (0) of nought and nought included: by value
     assert counted(module)["teacher_correct"] == len(module.used_rows("train").rows) == 9
+
+
+def test_samples_of_many_rows_in_any_order(jsonl: Make, say: Say, tmp_path: Path, write_lines: WriteLines) -> None:
+    count = CHUNK + 500
+    train = write_lines(
+        tmp_path / "many.jsonl", [{"id": f"{i}", "input": f"in {i}", "label": "yes"} for i in range(count)]
+    )
+    lines = [said(f"{i}", sample, "no") for i in range(count) for sample in range(i % 3)]
+    random.Random(4).shuffle(lines)  # noqa: S311
+    for i, row in enumerate(rows_of(jsonl(say(lines), train=train))):
+        assert [output.text for output in row.outputs] == [f"R{sample} of {i}" for sample in range(i % 3)]
+        assert [output.columns["votes"] for output in row.outputs] == [i % 3] * (i % 3)
 
 
 def test_val_that_is_taken_off_train_keeps_its_samples(write_cqa: WriteCQA, say: Say) -> None:
