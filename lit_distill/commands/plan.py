@@ -154,7 +154,7 @@ def _notes(planner: Planner, measured: float | None) -> list[str]:
             f"Other, not seen by a GPU: {context} for CUDA's context and cuBLAS, {GPU_HOLES:.0%} of what comes and goes"
             " in a step for the allocator's rounding and holes."
         )
-    notes.append(f"Largest batch: the rows of a micro-batch that fit, up to {LARGEST:,}, by its tokens.")
+    notes.append(f"Largest batch: the rows of a micro-batch that fit, up to {LARGEST:,}, by their lengths.")
     if measured is not None:
         notes.append(
             f"Time: {measured:.3g} s for a median micro-batch here ({STEPS} steps); others by their operations."

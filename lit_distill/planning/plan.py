@@ -42,6 +42,7 @@ class Batch:
     """A batch of an epoch's."""
 
     tasks: TaskBatch
+    size: int  # real tokens, or positions with padding where these are computed, too
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -141,14 +142,13 @@ class Planner:
         median, largest = self.batches(size, variant)
         traced, parts = self._trace(variant, largest)
         accumulate = config["trainer"]["accumulate_grad_batches"]
-        share = sum(median.tokens.values()) / max(1, sum(largest.tokens.values()))
-        return Estimate(variant, size, accumulate, parts, int(traced.flops * accumulate * share))
+        return Estimate(variant, size, accumulate, parts, int(traced.flops * accumulate * median.size / largest.size))
 
     def needed(self, variant: Variant, batch: Batch) -> dict[str, int]:
-        """Bytes of each part with another batch: what comes and goes in a step grows with the tokens."""
+        """Bytes of each part with another batch: what comes and goes in a step grows with its size."""
         own = self.batches(self._size(variant), variant)[1]
         traced, _ = self._trace(variant, own)
-        return self._parts(traced.grown(sum(batch.tokens.values()) / sum(own.tokens.values())), variant)
+        return self._parts(traced.grown(batch.size / own.size), variant)
 
     def steps(self, variant: Variant) -> int | None:
         """Optimizer steps of the run; ``None`` if only its time is bounded."""
@@ -266,7 +266,7 @@ def _pick(data: Any, size: int, *, padded: bool) -> tuple[Batch, Batch]:
 
     batches.sort(key=measure)
     chosen = batches[len(batches) // 2], batches[-1]
-    median, largest = (Batch(loader.collate_fn(loader.dataset.__getitems__(rows))) for rows in chosen)
+    median, largest = (Batch(loader.collate_fn(loader.dataset.__getitems__(rows)), measure(rows)) for rows in chosen)
     return median, largest
 
 

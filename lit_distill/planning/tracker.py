@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 Part = Literal["weights", "gradients", "optimizer", "activations", "logits", "teacher", "temporary"]
@@ -106,15 +105,17 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:
+            # asked of fake tensors, a third of all calls
+            return torch.device("cpu")
         given = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((*args, *given.values()))
         found = self._run(func, args, given, tensors)
         if (attention := _ATTENTION.get(func.overloadpacket)) is not None:
             self.flops += attention(*args, **given)
         elif (count := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += count(*args, **given, out_val=found)
-        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-        for tensor in made:
+        for tensor in _tensors((found,)):
             if _key(tensor) not in self._sizes:
                 self._add(tensor, self._part(func, tensor, tensors))
         return found
@@ -178,6 +179,12 @@ class Tracker(TorchDispatchMode):
             del self._references[key]
             self.events.append((self._numbers.pop(key), 0))
             self._bytes[part] -= size
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operation's values, which are lists at most."""
+    lists = (value if isinstance(value, list | tuple) else (value,) for value in values)
+    return [each for each in chain.from_iterable(lists) if isinstance(each, Tensor)]
 
 
 def _key(tensor: Tensor) -> int:
