@@ -1,11 +1,14 @@
 """What is prepared of a split once: folders in the cache, rows mapped from them, and work on many rows."""
 
+import ast
 import gc
 import inspect
 import json
 import multiprocessing
 import os
 import shutil
+import sys
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -14,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import blake2b, file_digest, sha256
+from importlib.util import resolve_name
 from itertools import chain, groupby, islice
 from operator import eq
 from pathlib import Path
@@ -75,9 +79,10 @@ def package_hash() -> str:
 
 
 def code_of(code: Any) -> list[str] | None:
-    """Hashes of the files that a function, or a class and its bases, are defined in, without this package's.
+    """Hashes of the files that a function, or a class and its bases, are defined in, and of those that these import.
 
-    ``None`` if there is none, as in a notebook, or for a function within another one.
+    Without this package's, and installed ones that are imported. ``None`` if there is no file, as in a notebook, or for
+    a function within another one.
     """
     if not inspect.isclass(code) and (not inspect.isfunction(code) or code.__closure__):
         return None
@@ -92,8 +97,30 @@ def code_of(code: Any) -> list[str] | None:
             path = None
         if path is None or not Path(path).is_file():
             return None
-        found.append(f"{one.__qualname__} {sha256(Path(path).read_bytes()).hexdigest()}")
+        files = [path, *_imported(one.__module__)]
+        found.append(" ".join([one.__qualname__, *(_content(Path(file)) for file in files)]))
     return found
+
+
+@cache
+def _imported(name: str) -> list[str]:
+    """The files of a module and of those that it imports, and they in turn, without installed ones."""
+    installed, found, todo = Path(sysconfig.get_path("stdlib")), dict[str, str](), [name]
+    while todo:
+        module = sys.modules.get(name := todo.pop())
+        path = Path(getattr(module, "__file__", None) or "")
+        known = path.is_relative_to(_PACKAGE) or path.is_relative_to(installed)
+        known |= not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+        if module is None or name in found or known or path.suffix != ".py" or not path.is_file():
+            continue
+        found[name] = str(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = resolve_name("." * node.level + (node.module or ""), module.__package__ or "")
+                todo += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [path for _, path in sorted(found.items())]
 
 
 def prepare(name: str, key: str | None, write: Callable[[Path], dict[str, Any]]) -> Prepared:

@@ -1,6 +1,8 @@
 """The cache: what is made once, when it is made again, and rows read from it."""
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +185,24 @@ def test_train_is_made_again_for_all_that_decides_it(tokenizer: PreTrainedTokeni
     ]
     assert [made_again(start(**arguments)) for arguments in changed] == [True] * len(changed)
     assert made_again(start(Other))
+
+
+def test_code_that_a_class_imports_is_part_of_its_key(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "texts.py").write_text("from lit_distill import errors\nSUFFIX = 'one'\n")
+    (tmp_path / "own" / "parts.py").write_text("import numpy\nfrom .texts import SUFFIX\n")
+    (tmp_path / "own" / "rows.py").write_text("import own.parts\nimport json\nclass Own: ...\n")
+
+    def key() -> str:
+        code = "from own.rows import Own; from lit_distill.data.store import code_of; print(code_of(Own))"
+        return subprocess.run(  # noqa: S603 - our own program
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    before = key()
+    assert before == key() != "None\n"
+    (tmp_path / "own" / "texts.py").write_text("SUFFIX = 'two'\n")
+    assert key() != before
 
 
 def test_changed_files_are_read_again(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
