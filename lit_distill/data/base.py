@@ -204,15 +204,10 @@ class RationaleDataModule(Dataset):
         teacher_labels = self.label_source == "teacher"
         select = Selector(tuple(self.tasks.values()), teacher_labels, self._keep, self.teacher_agrees)
         own_filter = self._keep is not None and self._keep.__module__ != make_filter.__module__
-        settings = [
-            self._written_tasks(),
-            teacher_labels,
-            self.rationale_filter,
-            self.train_fraction,
-            self.rationale_pairing,
-            # what else does not depend on it is shared by the seeds
-            self.seed if self.train_fraction < 1 or self.rationale_pairing == "shuffled" else 0,
-        ]
+        # what does not depend on the seed is shared by the seeds
+        seed = self.seed if self.train_fraction < 1 or self.rationale_pairing == "shuffled" else 0
+        drawn = [self.train_fraction, self.rationale_pairing, seed]
+        settings = [self._written_tasks(), teacher_labels, self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
         if self.rationale_pairing == "shuffled" and any(task.uses_output for task in self.tasks.values()):
@@ -277,16 +272,8 @@ class RationaleDataModule(Dataset):
 
     def describe(self) -> dict[str, Any]:
         """Settings and row counts of the used splits, in plain values."""
-        names = (
-            "tasks",
-            "label_source",
-            "rationale_filter",
-            "rationales",
-            "rationale_pairing",
-            "train_fraction",
-            "seed",
-        )
-        settings = {name: self.hparams[name] for name in names}
+        names = ("tasks", "label_source", "rationale_filter", "rationales", "rationale_pairing", "train_fraction")
+        settings = {name: self.hparams[name] for name in (*names, "seed")}
         splits = {split: dict(counts) for split, counts in self.counts.items()}
         return {"dataset": self.name, "metric": self.metric, **settings, "splits": splits}
 
@@ -452,15 +439,8 @@ class RationaleDataModule(Dataset):
         limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
         is_whole = isinstance(limit, float) and limit == 1  # the integer is one batch
         by_length = is_whole if evaluation else self.batching == "by_length"
-        sampler = EpochSampler(
-            rows,
-            world,
-            rank,
-            shuffle=not evaluation,
-            seed=self.seed,
-            lengths=rows.lengths(evaluation=evaluation) if by_length else None,
-            batch_size=batch_size,
-        )
+        lengths = rows.lengths(evaluation=evaluation) if by_length else None
+        sampler = EpochSampler(rows, world, rank, not evaluation, self.seed, lengths=lengths, batch_size=batch_size)
         if self.num_workers:
             # avoids a warning in each worker, which is forked after the tokenizer used threads
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

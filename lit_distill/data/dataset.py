@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lit_distill.data.download import RELEASE_URL
 from lit_distill.data.outputs import read_released, released_files
 from lit_distill.data.sources import Lines, Placed, line_chunks
-from lit_distill.data.store import chunks
+from lit_distill.data.store import chunks, numbered
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
@@ -94,17 +94,20 @@ class Dataset(pl.LightningDataModule):
 
         Override this for another layout; any iterable does. Raises a ``UserError`` if a file is invalid.
         """
-        source = self.row_source(split)
-        return None if source is None else list(self.parsed(source, split))
+        if (source := self.row_source(split)) is None:
+            return None
+        parts = [self.read_rows(part, source.read, split, start) for start, part in numbered(source.chunks)]
+        if not parts:
+            raise UserError(source.empty)
+        return list(chain.from_iterable(parts))
 
     def row_source(self, split: Split) -> Source | None:
         """The rows of a split before they are parsed; ``None`` if it is absent. Lets processes share the parsing."""
         path = self.split_file(split)
         if path is None or not path.is_file():
             return None
-        return Source(
-            line_chunks(path), self.read_row, f"{split}: {path} is empty; give a file with rows, or remove it"
-        )
+        empty = f"{split}: {path} is empty; give a file with rows, or remove it"
+        return Source(line_chunks(path), self.read_row, empty)
 
     def source_files(self, split: Split) -> list[AnyPath] | None:
         """The files that decide what `load_rows` gives, and whose versions tell that it need not be called again.
@@ -123,15 +126,6 @@ class Dataset(pl.LightningDataModule):
     def has_outputs(self) -> bool:
         """Whether the dataset's own outputs come with its rows."""
         return self.loads_itself or type(self).row_source is not Dataset.row_source
-
-    def parsed(self, source: Source, split: Split) -> Iterator[Row]:
-        """The rows of a source."""
-        start = 0
-        for chunk in source.chunks:
-            yield from self.read_rows(chunk, source.read, split, start)
-            start += len(chunk)
-        if not start:
-            raise UserError(source.empty)
 
     def read_rows(
         self, found: Iterable[Placed], read: Callable[[dict[str, Any]], Row], split: Split, start: int = 0

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_distill.batch import TaskBatch
+from lit_distill.data.sources import Placed
 from lit_distill.data.tokenize import TokenRow
 from lit_distill.errors import UserError
 from lit_distill.reading import json_object
@@ -30,9 +31,6 @@ from lit_distill.shipped import shipped
 
 EMPTY = 100  # passes without any rows until a stream gives up
 SUFFIXES = (".jsonl", ".json", ".parquet")
-
-Found = tuple[str, dict[str, Any]]
-"""A row of a shard, after its place."""
 
 State = Mapping[str, Any]
 """Where a stream is: its ``pass``; the ``shard`` (of its own) and ``row`` at which its block starts; how many of the
@@ -97,7 +95,7 @@ def shard_rows(path: AnyPath, start: int = 0) -> Iterator[tuple[int, bytes | dic
         raise UserError(f"train: the shard {path} cannot be read ({error})") from error
 
 
-def parse_row(path: AnyPath, number: int, content: bytes | dict[str, Any]) -> Found:
+def parse_row(path: AnyPath, number: int, content: bytes | dict[str, Any]) -> Placed:
     """A row of `shard_rows`, parsed. Raises a ``UserError`` if it is no JSON object."""
     if isinstance(content, dict):
         return f"{path}, row {number}", content
@@ -108,7 +106,7 @@ def parse_row(path: AnyPath, number: int, content: bytes | dict[str, Any]) -> Fo
 class Reading(NamedTuple):
     """How rows become batches."""
 
-    select: Callable[[list[Found]], tuple[Sequence[Any], dict[str, int]]]  # rows to train on, and counts
+    select: Callable[[list[Placed]], tuple[Sequence[Any], dict[str, int]]]  # rows to train on, and counts
     encode: Callable[[Sequence[Any]], tuple[dict[str, list[Any]], dict[str, int]]]  # columns of tokens, and counts
     collate: Callable[[Sequence[TokenRow]], TaskBatch]
     sampled: Sequence[str]  # tasks that draw one of a row's targets
