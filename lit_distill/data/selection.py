@@ -164,7 +164,8 @@ class Selector:
             label = next((one.label for one in kept if one.label is not None), None)
             if label is None:
                 return None, "dropped_without_teacher_label", filtered
-        row = replace(original, label=label, outputs=tuple(kept))
+        unchanged = label == original.label and len(kept) == len(original.outputs) and kept == said
+        row = original if unchanged else replace(original, label=label, outputs=tuple(kept))
         if not any(targets(task, row, self.agree, teacher_labels=self.teacher_labels) for task in self.tasks):
             return None, "dropped_without_target", filtered
         return row, None, filtered

@@ -80,9 +80,8 @@ def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
     was cut.
     """
     columns: dict[str, list[Any]] = {}
-    prefixes, inputs = [task.prefix for task in settings.tasks.values()], [row.input for row in rows]
-    by_task = tokens.prefixed(prefixes, inputs, settings.max_source_length)
-    for (name, task), sources in zip(settings.tasks.items(), by_task, strict=True):
+    for name, task in settings.tasks.items():
+        sources = tokens.sources([task.prefix + row.input for row in rows], settings.max_source_length)
         found = [choose(task, row) for row in rows]
         flat = [target for several in found for target in several]
         encoded = zip(*encode_targets(tokens, task, flat, settings.max_target_length), strict=True)

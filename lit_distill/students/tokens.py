@@ -4,7 +4,9 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +17,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Family = Literal["seq2seq", "causal"]
+
+WORDS = 50_000
+"""Words whose tokens are kept: a process prepares many texts of few words."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +36,20 @@ class Tokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family = "seq2seq") -> None:
         self.tokenizer = tokenizer
         self.family = family
+        self._words: dict[str, list[int]] = {}  # ids of words, where a word's depend on nothing else
 
     def sources(self, texts: Sequence[str], max_length: int) -> Encoded:
         """Inputs with the special tokens of the tokenizer; truncation keeps end-of-sequence."""
         return self._cut(self._ids(texts, special=True), max_length)
 
-    def prefixed(self, prefixes: Sequence[str], texts: Sequence[str], max_length: int) -> list[Encoded]:
-        """The texts as `sources` with each prefix; tokenised once where words do not depend on those before them."""
-        if len(prefixes) == 1 or not self._splits_words or not all(p.endswith(" ") or not p for p in prefixes):
-            return [self.sources([prefix + text for text in texts], max_length) for prefix in prefixes]
-        first = self._ids([prefixes[0] + text for text in texts], special=True)
-        heads = [self._ids([prefix], special=False)[0] if prefix else [] for prefix in prefixes]
-        # a mark at the beginning would join the space before it
-        shared = [text[:1].isascii() and text[:1].isalnum() for text in texts]
-        found = [first]
-        for prefix, head in zip(prefixes[1:], heads[1:], strict=True):
-            rest = iter(self._ids([prefix + t for t, one in zip(texts, shared, strict=True) if not one], special=True))
-            pairs = zip(first, shared, strict=True)
-            found.append([[*head, *row[len(heads[0]) :]] if one else next(rest) for row, one in pairs])
-        return [self._cut(ids, max_length) for ids in found]
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        (bare,), (whole,) = (self._encode(["a"], special=special) for special in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
 
-    @property
+    @cached_property
     def _splits_words(self) -> bool:
         """Whether the tokens of a word depend on nothing else, as T5's."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -94,14 +92,34 @@ class Tokens:
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        found: dict[str, list[int]] = {}
+        # labels are few
+        rest = list(dict.fromkeys(texts))
+        if self._splits_words:
+            # nothing in such a text is normalised into a space, or away
+            plain = [text for text in rest if text.isascii() and text.isprintable()]
+            begin, end = self._frame if special else ([], [])
+            ids_of = self._of_words(set(chain.from_iterable(text.split(" ") for text in plain))).__getitem__
+            found = {text: [*begin, *chain.from_iterable(map(ids_of, text.split(" "))), *end] for text in plain}
+            rest = [text for text in rest if text not in found]
+        found |= zip(rest, self._encode(rest, special=special), strict=True)
+        return [found[text] for text in texts]
+
+    def _of_words(self, words: set[str]) -> dict[str, list[int]]:
+        """The ids of these words at least, each tokenised once."""
+        known = self._words
+        if missing := [word for word in words if word not in known]:
+            if len(known) > WORDS:
+                known = self._words = {word: known[word] for word in words if word in known}
+            known |= zip(missing, self._encode(missing, special=False), strict=True)
+        return known
+
+    def _encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
-        # labels are few
-        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         # `verbose=False`: a text beyond the tokenizer's own limit needs no warning here, cuts are counted
-        encoded = self.tokenizer(list(places), add_special_tokens=special, return_attention_mask=False, verbose=False)
-        ids = cast(list[list[int]], encoded["input_ids"])
-        return [ids[places[text]] for text in texts]
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return cast(list[list[int]], encoded["input_ids"])
 
     def _cut(self, ids: list[list[int]], max_length: int) -> Encoded:
         eos = self.tokenizer.eos_token_id

@@ -1,5 +1,6 @@
 """Tokens by hand (ids are character codes)."""
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from lit_distill.data.tokenize import (
     tokenize_once,
 )
 from lit_distill.students import Tokens, load_tokens
+from lit_distill.students import tokens as tokens_module
 from lit_distill.tasks import Row, Task, TeacherOutput, tasks_from
 from tests.data.conftest import character_tokenizer, wrap
 from tests.rows import make_row
@@ -83,27 +85,47 @@ def test_rows_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
     assert cut == {"truncated_inputs": 2, "truncated_targets": 0, "truncated_labels": 0}
 
 
-@pytest.mark.parametrize("prefixes", [["predict: ", "explain: "], ["", "a <extra_id_1> ", "x\u0301 "], ["p:", "q: "]])
-@pytest.mark.parametrize("limit", [5, 99])
-def test_prefixes_share_their_inputs_tokens(prefixes: list[str], limit: int, shared_tokenizer: Path) -> None:
-    texts = [
-        "A man</s>No man",
-        "e\u0301t\u00e9 here",
-        "",
-        " ",
-        " a",
-        "\u0301a",
-        "</s>x",
-        "<extra_id_0> a",
-        "\ufb01x",
-        "\nA",
+TEXTS = [
+    "A man</s>No man",
+    "e\u0301t\u00e9 here",
+    "",
+    " ",
+    " a",
+    "a  b ",
+    "\u0301a",
+    "</s>x",
+    "<extra_id_0> a <extra_id_1>",
+    "\ufb01x",
+    "\nA\tb",
+    "a\x7fb\x00c",
+    "a a " + "b" * 300,
+]
+
+
+def drawn_texts(count: int) -> list[str]:
+    draw = random.Random(0)  # noqa: S311 - no secret
+    pieces = [
+        *map(chr, range(32, 127)),
+        *" \u00e9\u0301\ufb01\u00a0\u200b\u3000\n",
+        "</s>",
+        "<extra_id_0>",
+        "premise: ",
+        "man ",
     ]
+    return ["".join(draw.choices(pieces, k=draw.randrange(30))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kept", [0, 50_000])
+def test_words_are_tokenised_as_whole_texts(kept: int, shared_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "WORDS", kept)
+    plain: Any
     for tokens in (load_tokens(shared_tokenizer), Tokens(character_tokenizer())):
-        found = tokens.prefixed(prefixes, texts, limit)
-        assert found == [tokens.sources([prefix + text for text in texts], limit) for prefix in prefixes]
+        texts, plain = [*TEXTS, *drawn_texts(300)], tokens.tokenizer
+        for some in (texts[:100], texts[100:], texts):
+            assert tokens.sources(some, 999).ids == [plain(text).input_ids for text in some]
 
 
-def test_prefixes_are_tokenised_with_one_of_them_alone(shared_tokenizer: Path) -> None:
+def test_a_word_is_tokenised_once(shared_tokenizer: Path) -> None:
     tokens = load_tokens(shared_tokenizer)
     seen: list[str] = []
     plain = type(tokens.tokenizer).__call__
@@ -113,8 +135,11 @@ def test_prefixes_are_tokenised_with_one_of_them_alone(shared_tokenizer: Path) -
         return plain(tokenizer, texts, **settings)
 
     with patch.object(type(tokens.tokenizer), "__call__", counted):
-        tokens.prefixed(["predict: ", "explain: "], ["in", "\u0301n"], 9)
-    assert seen == ["predict: in", "predict: \u0301n", "predict: ", "explain: ", "explain: \u0301n"]
+        for prefix in ("predict: ", "explain: "):
+            tokens.sources([prefix + "a man", prefix + "\u0301n", prefix + "a dog"], 9)
+    expected = ["predict:", "explain:", "a", "man", "dog", "predict: \u0301n", "explain: \u0301n"]
+    # two letters tell which special tokens are around a text
+    assert sorted(seen) == sorted([*expected, "a", "a"])
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, [1]), (3, [97, 98, 1]), (4, [97, 98, 99, 1])])
