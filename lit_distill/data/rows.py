@@ -75,9 +75,8 @@ def own_rows(data: Dataset, split: Split, code: list[Any] | None) -> Rows | None
     name = f"{data.name}-{split}-rows"
     found = cached(name, key)
     if found is None:
-        loaded = None
-        if split in data.splits:
-            loaded = data.load_rows(split) if data.loads_itself else data.row_source(split)
+        load = data.load_rows if data.loads_itself else data.row_source
+        loaded = load(split) if split in data.splits else None
         if loaded is None:
             return None
         found = prepare(name, key, partial(_write_rows, data, split, loaded, files or []))

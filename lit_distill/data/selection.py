@@ -183,23 +183,20 @@ def select_rows(rows: Sequence[Row], select: Selector, fraction: float, seed: in
     """
     drawn = subset(len(rows), fraction, seed)
 
-    def some(places: Array) -> tuple[list[bool], Counter[str], list[bool], Array]:
+    def some(places: Array) -> tuple[Array, Counter[str], Array, Array]:
         found = [select(row) for row in read(rows, drawn[places])]
         reasons = Counter(reason for _, reason, _ in found if reason is not None)
         reasons["rationale_filtered"] = sum(filtered for *_, filtered in found)
         used = [row for row, *_ in found if row is not None]
         # a label is not empty: that is none
         labels = hashes("" if row.label is None else f"={row.label}" for row in used)
-        return [row is not None for row, *_ in found], reasons, [row.rationale is not None for row in used], labels
+        kept, said = [row is not None for row, *_ in found], [row.rationale is not None for row in used]
+        return np.array(kept), reasons, np.array(said, bool), labels
 
     names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
-    counts: Counter[str] = Counter()
-    kept, said, labels = [np.zeros(0, bool)], [np.zeros(0, bool)], [hashes([])]
-    for of_rows, reasons, of_used, hashed in in_order(some, chunks(len(drawn))):
-        kept.append(np.array(of_rows))
-        said.append(np.array(of_used, bool))
-        counts += reasons
-        labels.append(hashed)
+    none = np.zeros(0, bool), Counter[str](), np.zeros(0, bool), hashes([])
+    kept, reasons, said, labels = zip(none, *in_order(some, chunks(len(drawn))), strict=True)
+    counts = sum(reasons, Counter[str]())
     positions, with_rationale = drawn[np.concatenate(kept)], np.flatnonzero(np.concatenate(said))
     counts["left_out_by_fraction"], counts["used"] = len(rows) - len(drawn), len(positions)
     return Selection(positions, {name: counts[name] for name in (*names, "used")}, with_rationale, _majority(labels))

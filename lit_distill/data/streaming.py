@@ -213,10 +213,9 @@ class ShardStream(IterableDataset[_Item | str]):
             number, at, ended, counts = number + 1, 0, dict(counts), Counter()
 
     def _collated(self, columns: Mapping[str, list[Any]], count: int, key: str) -> TaskBatch:
-        rows: list[TokenRow] = [{name: values[i] for name, values in columns.items()} for i in range(count)]
+        rows: list[TokenRow] = [{name: of[i] for name, of in columns.items()} | {"index": i} for i in range(count)]
         draw = random.Random(key)  # noqa: S311 - no secret
-        for i, row in enumerate(rows):
-            row["index"] = i
+        for row in rows:
             for task in self.reading.sampled:
                 targets = row[f"{task}.labels"]
                 row[f"{task}.labels"] = targets and [targets[int(draw.random() * len(targets))]]

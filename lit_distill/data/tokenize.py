@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,7 @@ def tokenize_once(
     """The columns of `encode_rows` in the cache, under a key of the rows and of how targets are chosen."""
     columns = {f"{task}.{part}": kind for task in settings.tasks for part, kind in _COLUMNS.items()}
     limits = [settings.max_source_length, settings.max_target_length]
-
-    def of_targets(targets: list[list[int]]) -> pa.Array:
-        return of_lists(targets, of_ints)
+    of_targets = partial(of_lists, of_items=of_ints)
 
     def encode(at: Array) -> tuple[list[pa.Array], tuple[Array, dict[str, Lengths]]]:
         found = encode_rows(read(rows, at), tokens, settings, choose)
@@ -177,11 +176,9 @@ def tokenize_once(
             sizes.append(own_sizes)
             counted = {task: counted[task] + lengths[task] for task in counted}
         np.save(folder / "lengths.npy", np.concatenate(sizes, axis=1))
+        of_tasks = counted.items()
         return {
-            "tasks": {
-                task: [list(found.inputs.items()), list(found.targets.items()), found.labels_cut]
-                for task, found in counted.items()
-            }
+            "tasks": {task: [[*one.inputs.items()], [*one.targets.items()], one.labels_cut] for task, one in of_tasks}
         }
 
     return prepare(name, key_of(key, tokens.fingerprint, limits), write)
