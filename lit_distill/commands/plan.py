@@ -47,6 +47,8 @@ def plan(args: list[str]) -> None:
     settle(config, "fit")
     machine = find_machine(config["trainer"]["accelerator"], config["memory"])
     planner = make_planner(parser, config, machine)
+    if (told := planner.too_small()) is not None:
+        raise UserError(f"memory: {told}")
     tflops, seconds = config["tflops"], None
     if config["measure"]:
         seconds, tflops = measure(parser, config, planner)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lit_distill.planning.plan import Planner, Variant
+from lit_distill.planning.plan import Planner, Variant, gib
 
 _MARGIN = 0.9
 """Share of the memory that a setting may need to be named: an estimate is within about 15 %."""
@@ -14,18 +14,18 @@ def advice(planner: Planner) -> str:
     """The part that does not fit, and a setting that would."""
     memory = planner.machine.memory
     parts = planner.estimate(Variant("", {})).parts
-    there = f"{_gib(memory)} of memory"
-    if (weights := parts["weights"]) > memory:
-        return f"the student's weights alone need {_gib(weights)}, and there are {there}; take a smaller student"
+    there = f"{gib(memory)} of memory"
+    if (told := planner.too_small()) is not None:
+        return told
     needed, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])
-    told = f"by its plan the run needs {_gib(needed)}, of which {largest} {_gib(parts[largest])}, and there are {there}"
+    told = f"by its plan the run needs {gib(needed)}, of which {largest} {gib(parts[largest])}, and there are {there}"
     if needed <= memory:
         told += ", so something else takes memory, too"
         memory = min(memory, needed)
     for variant in _savings(planner):
         total = planner.estimate(variant).total
         if total <= _MARGIN * memory:
-            return f"{told}; {variant.name} would fit, with {_gib(total)}"
+            return f"{told}; {variant.name} would fit, with {gib(total)}"
     return f"{told}; no setting here makes it fit: take a smaller student, or FSDP over several devices"
 
 
@@ -54,7 +54,3 @@ def _savings(planner: Planner) -> Iterator[Variant]:
         if all(key in named for key in keys):
             both = {name: value for key in keys for name, value in named[key].items()}
             yield Variant(before + name, {**base, **both})
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

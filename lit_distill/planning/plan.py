@@ -99,6 +99,14 @@ class Planner:
         """The module of the config as it is, without weights."""
         return self._build(self.config)
 
+    def too_small(self) -> str | None:
+        """That the weights alone, divided among the devices, need more than the memory; ``None`` if they do not."""
+        weights, memory = _bytes(self.module) // self.devices, self.machine.memory
+        if weights <= memory:
+            return None
+        there = f"{gib(weights)}{' a device' if self.devices > 1 else ''}, and there are {gib(memory)}"
+        return f"the student's weights alone need {there}; take a smaller student"
+
     def variants(self) -> list[Variant]:
         """The config as it is, and each saving that it lacks and its method allows."""
         trainer, model = self.config["trainer"], self.config["model"]["init_args"]
@@ -235,6 +243,11 @@ def settings_of(config: Namespace) -> dict[str, Any]:
         # of the same size, and known to the CPU
         settings["precision"] = "bf16-mixed"
     return settings
+
+
+def gib(size: int) -> str:
+    """A size in bytes, for a sentence."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _units(module: DistillModule) -> tuple[int, int]:

@@ -127,6 +127,11 @@ def test_bad_input(
     assert refusal(capsys, "plan", arguments(student_folder), more) == said
 
 
+def test_memory_smaller_than_the_student(student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "plan", arguments(student_folder), "--memory=2KiB")
+    assert line.startswith("memory: the student's weights alone need")
+
+
 def test_without_data(student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, "plan", small_model(student_folder), QUIET)
     assert line.startswith("data: must be given")
