@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py profile --student STUDENT --data_dir DATA --device cuda
 
-Parts: `compile` (seconds of the first steps of the compiled path, and of new sizes), `profile` (kernels, waits and the
-host's time for a step of each path, by PyTorch's profiler, with a table of the longest kernels), `losses` (each path's
-losses in bf16 beside the plain one's in float32, without dropout), `tables` (the last lines of a folder's parts as
-Markdown). The last line is a JSON object.
+Parts: `compile` (seconds of the first steps of the compiled path, and of new sizes), `profile` (kernels, waits and
+the host's time for a step of each path, by PyTorch's profiler, with a table of the longest kernels), `losses` (each
+path's, or that of `--fast` alone, in bf16 beside the plain one's in float32, without dropout), `tables` (the last
+lines of a folder's parts as Markdown). The last line is a JSON object.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from operations import Batches
@@ -125,7 +125,7 @@ def losses(training: Training, settings: Settings, batches: Batches) -> dict[str
 
     right = curve("plain", "32")
     figures: dict[str, Any] = {"steps": len(right), "float32_last": right[-1]}
-    for path in PATHS:
+    for path in PATHS if settings.fast is None else (cast(PathName, settings.fast),):
         own = curve(path, "bf16")
         distances = [abs(a - b) / b for a, b in zip(own, right, strict=True)]
         figures[path] = {"largest": max(distances), "mean": statistics.mean(distances), "met": max(distances) <= 1e-2}
