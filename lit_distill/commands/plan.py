@@ -197,6 +197,7 @@ def render(report: Mapping[str, Any], console: Console | None = None) -> None:
     timed = ["steps/s", "hours"] if report["tflops"] else []
     columns = ["states", "moving", "other", "in all", "largest batch", *timed]
     table = console_table(f"savings: memory of a device in {unit.name}", ["config"], columns)
+    table.columns[0].no_wrap = True
     for row in report["variants"]:
         states, moving = (sum(row["memory"].get(part, 0) for part in parts) for parts in (STATIC, _MOVING))
         cells = map(unit, [states, moving, row["total"] - states - moving])

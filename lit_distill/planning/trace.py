@@ -79,6 +79,10 @@ def trace(
         for group in module.teachers.groups.values():
             for model in group.models.values():
                 tracker.give(model.student, "teacher")
+        if module.student.adapter is not None and not sharded:
+            # `deferred` gives an adapter its student's dtype, which only sharding needs
+            for parameter in module.student.trained:
+                parameter.data = parameter.data.float()
         tracker.give(module, "weights")
         # without weights nothing is timed: `auto` is its default
         stack.enter_context(patch.multiple(module, prepare=lambda window: None, choose_path=lambda *_: None))

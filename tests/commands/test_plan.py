@@ -67,6 +67,8 @@ def test_numbers(student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPat
     assert rows["checkpointing"]["flops"] > plain["flops"]
     # of a student as small as this one the adapter is larger
     assert rows["LoRA"]["memory"]["weights"] > 8 * count
+    # the adapter is in float32
+    assert rows["LoRA, bfloat16"]["memory"]["optimizer"] == rows["LoRA"]["memory"]["optimizer"]
     assert rows["LoRA, bfloat16"]["memory"]["weights"] < rows["LoRA"]["memory"]["weights"]
     # more rows than there are need no looking
     assert plain["largest_batch_size"] == 12
@@ -107,6 +109,7 @@ def test_a_table_of_80_columns(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
+    assert "│ LoRA, bfloat16 │" in text
     assert "!: more than 100.0 MiB" in text
     assert "none" in text
 
