@@ -38,6 +38,7 @@ SETTINGS: dict[str, list[str]] = {
     "T5, LoRA, bfloat16": [*LORA, "model.dtype=bfloat16", "data.batch_size=8"],
     "T5, KL to a teacher": ["kl"],
     "Qwen2, batch 4": ["decoder", "data.batch_size=4"],
+    "Qwen2, LoRA": ["decoder", *LORA, "data.batch_size=8"],
     "Qwen2, LoRA, checkpointing": ["decoder", *LORA, "model.activation_checkpointing=true", "data.batch_size=8"],
 }
 """Name -> arguments without ``--``, beside ``decoder`` for that student and ``kl`` for a teacher."""
