@@ -4,6 +4,8 @@ They are the plain functions' mathematics: with dropout off they give the same n
 each element independently with the same probability. None can be differentiated twice.
 """
 
+from collections.abc import Iterator
+from itertools import accumulate, pairwise, starmap, zip_longest
 from typing import Any
 
 import torch
@@ -150,17 +152,24 @@ class _TokenLosses(Function):
         safe = labels.clamp(min=0).unsqueeze(1)
         # equally many in each chunk: one of few rows reads the whole weight, too
         chunks = -(-len(states) * 4 * len(weight) // CHUNK_BYTES)
-        size = max(1, -(-len(states) // max(1, chunks)))
-        losses, saved, budget = [], [], KEPT_BYTES
-        for start in range(0, len(states), size):
-            logs = torch.log_softmax(product(states[start : start + size], weight), dim=-1, dtype=torch.float32)
-            losses.append(logs.gather(1, safe[start : start + size]).squeeze(1).neg_())
-            budget -= states.element_size() * logs.numel()
-            if ctx.needs_input_grad[0] and budget >= 0:
-                saved.append(_less_one(logs.exp_(), safe[start : start + size]).to(states.dtype))
-        ctx.size = size
+        ctx.size = size = max(1, -(-len(states) // max(1, chunks)))
+        rows = KEPT_BYTES // (states.element_size() * len(weight)) // size * size if ctx.needs_input_grad[0] else 0
+        losses, saved = states.new_empty(len(states), dtype=torch.float32), []
+        if rows and states.dtype != ctx.dtype:
+            # all that is kept side by side: the products of several chunks would be cast to be added
+            saved.append(states.new_empty(min(rows, len(states)), len(weight)))
+        for part in _parts(0, len(states), size):
+            logs = torch.log_softmax(product(states[part], weight), dim=-1, dtype=torch.float32)
+            losses[part] = logs.gather(1, safe[part]).squeeze(1).neg_()
+            if part.start >= rows:
+                continue
+            over = _less_one(logs.exp_(), safe[part])
+            if states.dtype == ctx.dtype:
+                saved.append(over)
+            else:
+                saved[0][part] = over
         ctx.save_for_backward(states, weight, labels, *saved)
-        return torch.cat(losses).masked_fill_(labels == IGNORE_INDEX, 0.0)
+        return losses.masked_fill_(labels == IGNORE_INDEX, 0.0)
 
     @staticmethod
     @once_differentiable
@@ -171,19 +180,21 @@ class _TokenLosses(Function):
         # a row of the logits' gradient is grad * (p - onehot): the factor goes to the narrow side of each product
         scaled = (states * grad).to(states.dtype)
         states_grad, weight_grad = torch.empty_like(states, dtype=ctx.dtype), None
-        for number, start in enumerate(range(0, len(states), ctx.size)):
-            part = slice(start, start + ctx.size)
-            if number < len(saved):
-                over = saved[number]
-            else:
+        ends = list(accumulate(map(len, saved), initial=0))
+        parts = [*starmap(slice, pairwise(ends)), *_parts(ends[-1], len(states), ctx.size)]
+        for part, over in zip_longest(parts, saved):
+            if over is None:
                 likely = torch.softmax(product(states[part], weight), dim=-1, dtype=torch.float32)
                 over = _less_one(likely, safe[part]).to(states.dtype)
             states_grad[part] = product(over, weight.t())
-            if not ctx.needs_input_grad[1]:
-                continue
-            own = product(over.t(), scaled[part].t())
-            weight_grad = own.to(ctx.dtype) if weight_grad is None else weight_grad.add_(own)
+            if ctx.needs_input_grad[1]:
+                own = product(over.t(), scaled[part].t())
+                weight_grad = own.to(ctx.dtype) if weight_grad is None else weight_grad.add_(own)
         return states_grad.mul_(grad).to(states.dtype), weight_grad, None, None
+
+
+def _parts(start: int, end: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, end)) for at in range(start, end, size))
 
 
 def token_losses(head: nn.Linear, states: Tensor, labels: Tensor, casts: Casts | None = None) -> Tensor:

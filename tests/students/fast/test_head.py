@@ -100,6 +100,7 @@ def test_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([4.0, 4 / 3]).log())
 
 
+@pytest.mark.usefixtures("chunked")
 def test_autocast_takes_the_head_in_bfloat16() -> None:
     head, states, labels = make(12, (5,))
     with torch.autocast("cpu", torch.bfloat16):
