@@ -53,7 +53,11 @@ class Tokens:
     def _splits_words(self) -> bool:
         """Whether the tokens of a word depend on nothing else, as T5's."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if self.family != "seq2seq" or backend is None or any(" " in one for one in self.tokenizer.get_added_vocab()):
+        if self.family != "seq2seq" or backend is None:
+            return False
+        # T5's normalizer makes "▁" of an added token a space
+        normalize = str if backend.normalizer is None else backend.normalizer.normalize_str
+        if any(" " in one or " " in normalize(one) for one in self.tokenizer.get_added_vocab()):
             return False
         splits, *others = _steps(backend.pre_tokenizer, "pretokenizers")
         kinds = {one["type"] for one in _steps(backend.normalizer, "normalizers")}

@@ -125,6 +125,14 @@ def test_words_are_tokenised_as_whole_texts(kept: int, shared_tokenizer: Path, m
             assert tokens.sources(some, 999).ids == [plain(text).input_ids for text in some]
 
 
+@pytest.mark.parametrize("added", ["\u2581abqz", "a bqz", "abqz"])
+def test_added_tokens_are_found_in_whole_texts(added: str, shared_tokenizer: Path) -> None:
+    tokens = load_tokens(shared_tokenizer)
+    tokens.tokenizer.add_tokens([added])
+    texts = ["x abqz", "xabqz a bqz"]
+    assert tokens.sources(texts, 99).ids == [tokens.tokenizer(text).input_ids for text in texts]
+
+
 def test_a_word_is_tokenised_once(shared_tokenizer: Path) -> None:
     tokens = load_tokens(shared_tokenizer)
     seen: list[str] = []
