@@ -97,11 +97,15 @@ class RemotePath:
 
         try:
             return use(*url_to_fs(self.url))
-        except FileNotFoundError:
-            return None
         except Exception as error:
-            # each file system has exceptions of its own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            # each file system has exceptions of its own; that of HTTP finds no file on a server that is not there
+            found = error
+            if isinstance(error, FileNotFoundError):
+                cause = error.__cause__
+                if not type(cause).__module__.startswith("aiohttp") or getattr(cause, "status", None) == 404:
+                    return None
+                found = cast(Exception, cause)
+            reason = " ".join(str(found).split())[:300] or type(found).__name__
             raise UserError(f"{self.url} cannot be read ({reason})") from error
 
 

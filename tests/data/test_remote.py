@@ -111,6 +111,8 @@ def test_a_server(tmp_path: Path) -> None:
             assert version_of(folder / name) == version_of(folder / name) is not None
         assert not (folder / "absent.jsonl").exists()
         server.shutdown()
+    with pytest.raises(UserError, match=r"^http://127.* cannot be read \(Cannot connect to host "):
+        (folder / "rows.jsonl").exists()
 
 
 def test_a_version_changes_with_the_content(url: str, tmp_path: Path) -> None:
