@@ -29,15 +29,15 @@ from lit_distill.reading import json_object
 from lit_distill.remote import AnyPath, as_path, format_of, read_lines
 from lit_distill.shipped import shipped
 
-EMPTY = 100  # passes without any rows until a stream gives up
+EMPTY = 100  # passes without a row to train on until a stream gives up
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 State = Mapping[str, Any]
 """Where a stream is: its ``pass``; the ``shard`` (of its own) and ``row`` at which its block starts; how many of the
-block's rows are ``taken``; the ``counts`` of this pass, and those of the last (``ended``).
+block's rows are ``taken``; and the ``counts`` of this pass.
 """
 
-START: State = {"pass": 0, "shard": 0, "row": 0, "taken": 0, "counts": {}, "ended": {}}
+START: State = {"pass": 0, "shard": 0, "row": 0, "taken": 0, "counts": {}}
 
 
 def find_shards(patterns: Sequence[str], data_dir: AnyPath) -> list[AnyPath]:
@@ -63,7 +63,9 @@ def find_shards(patterns: Sequence[str], data_dir: AnyPath) -> list[AnyPath]:
 def _matching(place: str) -> Sequence[AnyPath]:
     path = as_path(place)
     if isinstance(path, Path):
-        return [Path(found).absolute() for found in sorted(glob.glob(str(path), recursive=True))]
+        # a name may hold brackets
+        names = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+        return [Path(name).absolute() for name in names]
     if glob.has_magic(place):
         return path.matching()
     return [path] if path.exists() else []
@@ -116,6 +118,7 @@ class _Item(NamedTuple):
     stream: int  # of this rank
     batch: TaskBatch
     state: State  # after the batch
+    ended: list[tuple[int, dict[str, int]]]  # passes that ended since the last batch, and their counts
 
 
 class ShardStream(IterableDataset[_Item | str]):
@@ -149,8 +152,7 @@ class ShardStream(IterableDataset[_Item | str]):
         worker = get_worker_info()
         stream = (self.next + (0 if worker is None else worker.id)) % len(self.states)
         try:
-            for batch, state in self._batches(stream, self.states[stream]):
-                yield _Item(stream, batch, state)
+            yield from self._items(stream, self.states[stream])
         except UserError as error:
             yield str(error)
 
@@ -173,20 +175,24 @@ class ShardStream(IterableDataset[_Item | str]):
                     block.append((shard, number, content))
         return block, len(own), 0
 
-    def _batches(self, stream: int, state: State) -> Iterator[tuple[TaskBatch, State]]:
-        """The batches of a stream from a state on, each with the state after it."""
+    def _items(self, stream: int, state: State) -> Iterator[_Item]:
+        """The batches of a stream from a state on."""
         number, at, row, taken = (int(state[name]) for name in ("pass", "shard", "row", "taken"))
         counts: Counter[str] = Counter(state["counts"])
-        ended = state["ended"]
+        ended: list[tuple[int, dict[str, int]]] = []
         chosen: list[Any] = []
-        empty = 0
+        # parts of shards that were read since the last row to train on, and in how many passes
+        barren, empty = set[tuple[int, int, int]](), 0
 
-        def batch() -> tuple[TaskBatch, State]:
+        def item() -> _Item:
             first = f"{self.seed}-{number}-{self.rank}-{stream}-{counts['used'] - len(chosen)}"
             columns, cut = self.reading.encode(chosen)
             counts.update(cut)
-            place = {"pass": number, "shard": at, "row": row, "taken": taken}
-            return self._collated(columns, len(chosen), first), {**place, "counts": dict(counts), "ended": ended}
+            place = {"pass": number, "shard": at, "row": row, "taken": taken, "counts": dict(counts)}
+            found = _Item(stream, self._collated(columns, len(chosen), first), place, [*ended])
+            chosen.clear()
+            ended.clear()
+            return found
 
         while True:
             own = self._own(number, stream)
@@ -200,17 +206,19 @@ class ShardStream(IterableDataset[_Item | str]):
                     counts.update(found)
                     chosen += rows
                     if len(chosen) == self.batch_size:
-                        yield batch()
-                        chosen.clear()
+                        yield item()
                 at, row, taken = after, after_row, 0
             if chosen:
-                yield batch()
-                chosen.clear()
-            # a stream may get none of few rows in one pass, and some in the next
-            empty = 0 if counts["used"] else empty + 1
-            if empty and (counts["rows"] or empty == EMPTY):
-                raise UserError(f"train: no row to train on in {self.shards[own[0][0]]} and {len(own) - 1} more shards")
-            number, at, ended, counts = number + 1, 0, dict(counts), Counter()
+                yield item()
+            # a stream may get none in one pass, and some in the next
+            barren, empty = (set(), 0) if counts["used"] else (barren | set(own), empty + 1)
+            nowhere = len(barren) == len(self.shards) * own[0][2]
+            if nowhere or empty == EMPTY:
+                why = f"train: no row to train on in {self.shards[0]} and {len(self.shards) - 1} more shards"
+                share = f" for one of {self.world * len(self.states)} loader processes; take fewer, or fewer devices"
+                raise UserError(why if nowhere else why + share)
+            ended.append((number, dict(counts)))
+            number, at, counts = number + 1, 0, Counter()
 
     def _collated(self, columns: Mapping[str, list[Any]], count: int, key: str) -> TaskBatch:
         rows: list[TokenRow] = [{name: of[i] for name, of in columns.items()} | {"index": i} for i in range(count)]
@@ -265,9 +273,9 @@ class StreamLoader:
         for item in loader:
             if isinstance(item, str):
                 raise UserError(item)
-            stream, batch, state = item
-            if state["pass"] > self._states[stream]["pass"]:
-                self._end_pass(state["pass"] - 1, state["ended"])
+            stream, batch, state, ended = item
+            for number, counts in ended:
+                self._end_pass(number, counts)
             self._states[stream], self._next = state, (stream + 1) % len(self._states)
             self.counts.clear()
             self.counts.update(sum((Counter(one) for one in self._all_counts()), Counter()))

@@ -101,6 +101,10 @@ def test_a_pass_has_each_row_once(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert passes[0][:7] != sorted(passes[0][:7], key=lambda name: int(name[1:]))
     again = open_loader(tmp_path / "shards", tokenizer)
     assert flat(first_pass(again, tokenizer)) == passes[0]
+    (tmp_path / "shards").rename(tmp_path / "shards [1]")
+    listed = open_loader(tmp_path, tokenizer, train=[str(file) for file in sorted((tmp_path / "shards [1]").iterdir())])
+    assert flat(first_pass(listed, tokenizer)) == passes[0]
+    (tmp_path / "shards [1]").rename(tmp_path / "shards")
     other = open_loader(tmp_path / "shards", tokenizer, seed=4)
     assert flat(first_pass(other, tokenizer)) != passes[0]
 
@@ -186,6 +190,28 @@ def test_dropped_rows_are_counted_and_said(
     counts = data.describe()["splits"]["train"]
     assert counts["used"] == 48 + 4
     assert counts["dropped_without_target"] == 1
+
+
+@pytest.mark.parametrize("extra", ["", '{"input": "no target"}\n'])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_without_rows_to_train_on(
+    workers: int, extra: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "shards", (0, 9))
+    (tmp_path / "shards" / "1.jsonl").write_text(extra)
+    data = build(tmp_path / "shards", tokenizer, num_workers=workers)
+    loader, passes = data.train_dataloader(), list[tuple[int, int]]()
+    loader.on_pass = lambda number, counts: passes.append((number, counts["used"]))
+    seen = [inputs(batch, tokenizer) for batch in islice(loader, 20)]
+    assert passes[:3] == [(0, 9), (1, 9), (2, 9)]
+    assert data.describe()["splits"]["train"]["used"] == len(flat(seen))
+
+
+def test_fewer_rows_than_streams(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", (0, 1))
+    told = r"^train: no row to train on in .*0\.jsonl and 0 more shards for one of 2 loader processes; take fewer"
+    with pytest.raises(UserError, match=told):
+        list(open_loader(tmp_path / "shards", tokenizer, num_workers=2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
