@@ -220,7 +220,7 @@ def log_probabilities(
     device, weight = states.device, head.weight
     if torch.is_autocast_enabled(device.type):
         states, weight = states.to(torch.get_autocast_dtype(device.type)), (casts or Casts()).copy(weight)
-    found = torch.empty(len(labels), device=device)
+    found = torch.empty(len(labels), dtype=torch.float32, device=device)
     size = max(1, CHUNK_BYTES // (4 * len(weight)))
     for start in range(0, len(states), size):
         logs = torch.log_softmax(product(states[start : start + size], weight), dim=-1, dtype=torch.float32)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.students.fast import functions as head_module
-from lit_distill.students.fast.functions import token_losses
+from lit_distill.students.fast.functions import log_probabilities, token_losses
 
 SIZE, VOCABULARY = 8, 50
 CHUNKS: dict[str, tuple[int, int]] = {
@@ -174,3 +174,17 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch, chunks_kept: i
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         token_losses(head, states, labels)
     assert sum(sizes) == min(chunks_kept, positions // chunk) * chunk * VOCABULARY
+
+
+def test_log_probabilities_where_the_default_is_bfloat16() -> None:
+    head, states, labels = make(5)
+    head, states = head.bfloat16(), states.detach().bfloat16()
+    expected = -plain(head, states, labels).float()
+    # as under a trainer whose precision is bf16-true
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = log_probabilities(head, states, torch.arange(5), labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
