@@ -31,7 +31,8 @@ MARGIN = 0.9
 """On a CPU, where timings vary, a path replaces the default if it takes at most this share of its time."""
 
 TOO_SHORT = 0.05
-"""Seconds of work; on a CPU shorter steps are not compared, as they vary by more than the paths differ."""
+"""Seconds of work; on a CPU shorter steps are not compared: they vary by more than the paths differ, and what each call
+costs beside its rows is larger in a part than in the batch."""
 
 
 EVALUATED_TOKENS = 8
@@ -100,7 +101,7 @@ def choose(student: Seq2SeqStudent, batch: TaskBatch, stage: Stage) -> Choice:
     started = time.perf_counter()
 
     def is_short() -> bool:
-        return on_cpu and growth * min(work, default=TOO_SHORT) < TOO_SHORT
+        return on_cpu and min(work, default=TOO_SHORT) < TOO_SHORT
 
     def is_enough() -> bool:
         spent, least = time.perf_counter() - started, min(seconds.get(DEFAULT_PATH, ()), default=0.0)
@@ -118,10 +119,12 @@ def choose(student: Seq2SeqStudent, batch: TaskBatch, stage: Stage) -> Choice:
             except (torch.OutOfMemoryError, TorchDynamoException) as error:
                 student.say_off(" ".join(str(error).split())[:200], f"not {name}")
                 del seconds[name]
+    if is_short():
+        return Choice(DEFAULT_PATH)
     first = {name: own[0] for name, own in seconds.items() if own}
     medians = {name: statistics.median(own[warm_up:] or own) for name, own in seconds.items() if own}
     best = min(medians, key=lambda name: medians[name], default=DEFAULT_PATH)
-    if is_short() or (on_cpu and medians[best] > MARGIN * medians[DEFAULT_PATH]):
+    if on_cpu and medians[best] > MARGIN * medians[DEFAULT_PATH]:
         best = DEFAULT_PATH
     if "compiled" in names and best != "compiled":
         compiled.free()

@@ -77,9 +77,13 @@ def test_a_batch_that_cannot_be_divided_costs_few_steps(
     assert clock.now <= 4 * seconds
 
 
-def test_steps_of_milliseconds_are_not_compared(monkeypatch: pytest.MonkeyPatch, student: Seq2SeqStudent) -> None:
-    clock = Clock(monkeypatch, packed=0.002, plain=0.001)
-    assert choose(student, BATCH, "training").path == DEFAULT_PATH
+@pytest.mark.parametrize(("batch", "packed"), [(BATCH, 0.002), (LARGE, 0.04)])
+def test_steps_of_milliseconds_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch, student: Seq2SeqStudent, batch: TaskBatch, packed: float
+) -> None:
+    # an eighth of LARGE takes so long
+    clock = Clock(monkeypatch, packed=packed, plain=packed / 2)
+    assert choose(student, batch, "training") == Choice(DEFAULT_PATH)
     assert clock.order == ["packed"]
 
 
