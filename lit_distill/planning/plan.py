@@ -101,7 +101,7 @@ class Planner:
 
     def too_small(self) -> str | None:
         """That the weights alone, divided among the devices, need more than the memory; ``None`` if they do not."""
-        weights, memory = _bytes(self.module) // self.devices, self.machine.memory
+        weights, memory = _bytes(self.module.student) // self.devices, self.machine.memory
         if weights <= memory:
             return None
         there = f"{gib(weights)}{' a device' if self.devices > 1 else ''}, and there are {gib(memory)}"
@@ -247,7 +247,7 @@ def settings_of(config: Namespace) -> dict[str, Any]:
 
 def gib(size: int) -> str:
     """A size in bytes, for a sentence."""
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 def _units(module: DistillModule) -> tuple[int, int]:

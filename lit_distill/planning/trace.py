@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from lit_distill.batch import TaskBatch
 from lit_distill.modules.base import DistillModule
@@ -27,6 +28,9 @@ from lit_distill.students.sharding import deferred
 
 STATIC = ("weights", "gradients", "optimizer", "teacher")
 """Parts that do not grow with the batch; a teacher's activations are small beside its weights."""
+
+TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
+"""Precisions in which the trainer converts the weights, and their dtypes."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ def trace(
             # `deferred` gives an adapter its student's dtype, which only sharding needs
             for parameter in module.student.trained:
                 parameter.data = parameter.data.float()
+        _shape(module)
+        if (dtype := TRUE.get(str(settings["precision"]))) is not None:
+            module.to(dtype)
         tracker.give(module, "weights")
         # without weights nothing is timed: `auto` is its default
         stack.enter_context(patch.multiple(module, prepare=lambda window: None, choose_path=lambda *_: None))
@@ -99,6 +106,17 @@ def trace(
         "update": tracker.peaks["update"],
     }
     return Traced(peaks, tracker.flops // accumulate, _heap(watch, keeps=packed) if with_heap else None)
+
+
+def _shape(module: DistillModule) -> None:
+    """Give the objectives' parameters their shapes, without weights."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                made: Any = UninitializedParameter
+                part._parameters[name] = made(parameter.requires_grad, device="meta")
+    for objective in module.objectives:
+        objective.setup(module.student, module.teachers)
 
 
 class _Watch(Callback):

@@ -1,13 +1,15 @@
 """What ``plan`` tells of a tiny student, and what ``fit`` says when memory runs out."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from lit_distill import students
+from lit_distill import objectives, students
 from lit_distill.commands.memory import ran_out
 from lit_distill.commands.plan import AS_IT_IS, make_planner
 from lit_distill.commands.train import train_parser
@@ -15,6 +17,7 @@ from lit_distill.modules.training import Training
 from lit_distill.planning import machine
 from lit_distill.planning.machine import Machine
 from lit_distill.planning.plan import Planner, Strategy, Variant
+from lit_distill.teachers.models import TeacherModel, Teachers
 from tests.runs import CONFIGS, QUIET, refusal, run, small_model, small_trainer, toy_data
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
@@ -101,6 +104,33 @@ def test_a_teacher(weights_folder: Path, teacher_folder: Path, here: Path) -> No
     assert weights <= memory["teacher"] < 2 * weights
 
 
+@pytest.mark.parametrize("name", ["hidden", "mi_alpha", "prediction_heads", "progressive"])
+def test_objectives_with_own_weights(name: str, weights_folder: Path, teacher_folder: Path, here: Path) -> None:
+    method = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text().replace("objectives+", "objectives"))
+    own = method["model"]["init_args"]
+    for settings in own["teachers"].values():
+        settings["model"] = [str(teacher_folder)] * 3 if isinstance(settings["model"], list) else str(teacher_folder)
+    Path("method.yaml").write_text(yaml.safe_dump(method))
+    given = [*small_model(weights_folder), *toy_data(), *small_trainer(), "--config=method.yaml"]
+    planner = planner_of(given, Machine("gpu", 2**30))
+    parts = planner.estimate(AS_IT_IS).parts
+    made = [getattr(objectives, one["class_path"])(**one["init_args"]) for one in own["objectives"]]
+    student = students.load(weights_folder)
+    teachers = Teachers({each: TeacherModel(**settings) for each, settings in own["teachers"].items()})
+    teachers.load(student)
+    for objective in made:
+        objective.setup(student, teachers)
+    modules = [student, *made]
+    assert parts["weights"] == 4 * sum(one.numel() for module in modules for one in module.parameters())
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16-true", 2), ("16-true", 2), ("64-true", 8)])
+def test_weights_in_the_precision_of_the_trainer(precision: str, size: int, student_folder: Path, here: Path) -> None:
+    own = [*arguments(student_folder), f"--trainer.precision={precision}"]
+    count = sum(one.numel() for one in students.load(student_folder, from_scratch=True).parameters())
+    assert planner_of(own, Machine("gpu", 2**30)).estimate(AS_IT_IS).parts["weights"] == size * count
+
+
 def test_a_table_of_80_columns(
     student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +162,7 @@ def test_bad_input(
 
 def test_memory_smaller_than_the_student(student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, "plan", arguments(student_folder), "--memory=2KiB")
-    assert line.startswith("memory: the student's weights alone need")
+    assert re.match(r"memory: the student's weights alone need [\d.]+ MiB, and there are 0.00195 MiB;", line)
 
 
 def test_without_data(student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
