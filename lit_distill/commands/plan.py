@@ -157,6 +157,8 @@ def _notes(planner: Planner, measured: float | None) -> list[str]:
             " in a step for the allocator's rounding and holes."
         )
     notes.append(f"Largest batch: the rows of a micro-batch that fit, up to {LARGEST:,}, by their lengths.")
+    if getattr(planner.module.student, "path", "") == "compiled":
+        notes.append("The compiled pass is planned as the packed one; its graphs' own memory is not in it.")
     if measured is not None:
         notes.append(
             f"Time: {measured:.3g} s for a median micro-batch here ({STEPS} steps); others by their operations."

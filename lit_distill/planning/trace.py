@@ -94,6 +94,9 @@ def trace(
         # without weights nothing is timed: `auto` is its default
         stack.enter_context(patch.multiple(module, prepare=lambda window: None, choose_path=lambda *_: None))
         stack.enter_context(patch.object(products, "onednn_is_faster", lambda: False))
+        if getattr(module.student, "path", "") == "compiled":
+            # nothing can be compiled in this mode
+            stack.enter_context(patch.object(module.student, "path", "packed"))
         if sharded:
             stack.enter_context(patch.object(Training, "sharded", True))
         stack.enter_context(tracker)

@@ -77,6 +77,14 @@ def test_numbers(student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPat
     assert plain["largest_batch_size"] == 12
 
 
+def test_the_compiled_pass_is_planned_as_the_packed_one(student_folder: Path, here: Path) -> None:
+    packed, compiled = (
+        planned(arguments(student_folder), f"--model.fast={fast}", "--memory=2GiB") for fast in ("packed", "compiled")
+    )
+    assert compiled["variants"][0]["memory"] == packed["variants"][0]["memory"]
+    assert "The compiled pass is planned as the packed one" in " ".join(compiled["notes"])
+
+
 def test_devices(student_folder: Path, here: Path) -> None:
     found = planner_of(arguments(student_folder), Machine("gpu", 24 * 2**30), devices=4)
     strategies: tuple[Strategy, ...] = ("one", "ddp", "fsdp")
