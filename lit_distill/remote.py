@@ -131,7 +131,8 @@ def version_of(path: AnyPath) -> list[str] | None:
     """Size and version of a file, which change with its content; ``None`` if its file system tells no version."""
     if isinstance(path, Path):
         found = path.stat()
-        return [str(found.st_size), str(found.st_mtime_ns)]
+        # a copy may keep the time of the content, not that of the file
+        return [str(found.st_size), str(found.st_mtime_ns), str(found.st_ctime_ns)]
     told = path.info() or {}
     version = [f"{key}={value}" for key, value in sorted(told.items()) if key.lower() in _VERSION]
     return [str(told.get("size")), *version] if version else None
