@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,11 @@ def _write_rows(
     def parse(task: tuple[int, Any]) -> tuple[list[Any], tuple[Array, Array, int, list[str]]]:
         start, some = task
         rows = data.read_rows(some, loaded.read, split, start) if isinstance(loaded, Source) else some
+        if (wrong := next(filterfalse(_is_valid, rows), None)) is not None:
+            told = (
+                "a row's id and input have to be texts, its label one or None, and its choices a tuple of texts or None"
+            )
+            raise UserError(f"{data.name} {split}: {told}, got {wrong!r:.300}")
         outside = [
             f"{row.id!r} has {row.label!r} of {', '.join(row.choices) or 'none'}"
             for row in rows
@@ -118,6 +123,12 @@ def _write_rows(
         told = f"the label of {sum(outside)} of {rows} rows is none of the row's choices ({label})"
         raise UserError(f"{data.name} {split}: {told}")
     return {"label_set": data.label_set, "young": young(files)}
+
+
+def _is_valid(row: Row) -> bool:
+    choices = () if row.choices is None else row.choices
+    texts = isinstance(row.id, str) and isinstance(row.input, str) and isinstance(row.label, str | None)
+    return texts and isinstance(choices, tuple | list) and all(isinstance(choice, str) for choice in choices)
 
 
 def _check_ids(name: str, ids: Array, stored: Stored) -> None:
