@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import blake2b, file_digest, sha256
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from itertools import chain, groupby, islice
 from operator import eq
 from pathlib import Path
@@ -81,10 +81,10 @@ def package_hash() -> str:
 def code_of(code: Any) -> list[str] | None:
     """Hashes of the files that a function, or a class and its bases, are defined in, and of those that these import.
 
-    Without this package's, and installed ones that are imported. ``None`` if there is no file, as in a notebook, or for
-    a function within another one.
+    Without this package's, and installed ones that are imported. ``None`` if there is no file, as in a notebook, or if
+    a function has variables of one that it is within.
     """
-    if not inspect.isclass(code) and (not inspect.isfunction(code) or code.__closure__):
+    if not inspect.isclass(code) and not inspect.isfunction(code):
         return None
     found = []
     for one in code.__mro__ if inspect.isclass(code) else (code,):
@@ -95,32 +95,65 @@ def code_of(code: Any) -> list[str] | None:
             path = inspect.getsourcefile(one)
         except TypeError:
             path = None
-        if path is None or not Path(path).is_file():
+        functions = filter(inspect.isfunction, vars(one).values() if inspect.isclass(one) else [one])
+        # `super()` makes a variable of the class
+        if (
+            path is None
+            or not Path(path).is_file()
+            or any({*f.__code__.co_freevars} - {"__class__"} for f in functions)
+        ):
             return None
-        files = [path, *_imported(one.__module__)]
-        found.append(" ".join([one.__qualname__, *(_content(Path(file)) for file in files)]))
+        files = {one.__module__: path} | _imported(one.__module__)
+        found.append(" ".join([one.__qualname__, *(_code_content(*file) for file in files.items())]))
     return found
 
 
+_code_hashes: dict[str, tuple[Any, str]] = {}  # path -> how its module was loaded, and a hash
+
+
+def _code_content(name: str, path: str) -> str:
+    """A hash of a module's file; of one that is loaded as it was at first, as that is what runs."""
+    if (module := sys.modules.get(name)) is None:
+        return _content(Path(path))
+    # made anew by a reload
+    spec = module.__spec__
+    if path not in _code_hashes or _code_hashes[path][0] is not spec:
+        _code_hashes[path] = spec, _content(Path(path))
+    return _code_hashes[path][1]
+
+
 @cache
-def _imported(name: str) -> list[str]:
+def _imported(name: str) -> dict[str, str]:
     """The files of a module and of those that it imports, and they in turn, without installed ones."""
     installed, found, todo = Path(sysconfig.get_path("stdlib")), dict[str, str](), [name]
     while todo:
-        module = sys.modules.get(name := todo.pop())
-        path = Path(getattr(module, "__file__", None) or "")
+        name = todo.pop()
+        path, package = _file_of(name)
         known = path.is_relative_to(_PACKAGE) or path.is_relative_to(installed)
         known |= not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
-        if module is None or name in found or known or path.suffix != ".py" or not path.is_file():
+        if name in found or known or path.suffix != ".py" or not path.is_file():
             continue
         found[name] = str(path)
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                base = resolve_name("." * node.level + (node.module or ""), module.__package__ or "")
+                base = resolve_name("." * node.level + (node.module or ""), package)
                 todo += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [path for _, path in sorted(found.items())]
+    return dict(sorted(found.items()))
+
+
+def _file_of(name: str) -> tuple[Path, str]:
+    """The file, if any, and the package of a module, which a function may import only when it is called."""
+    if (module := sys.modules.get(name)) is not None:
+        return Path(getattr(module, "__file__", None) or ""), module.__package__ or ""
+    parent = name.rpartition(".")[0]
+    try:
+        # of a package that is not loaded either, it would be
+        spec = find_spec(name) if not parent or parent in sys.modules else None
+    except (ImportError, ValueError):
+        spec = None
+    return (Path(), "") if spec is None else (Path(spec.origin or ""), spec.parent or "")
 
 
 def prepare(name: str, key: str | None, write: Callable[[Path], dict[str, Any]]) -> Prepared:

@@ -1,13 +1,14 @@
 """The cache: what is made once, when it is made again, and rows read from it."""
 
+import importlib
+import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_distill.data import CQADataModule, JSONLDataModule, RationaleDataModule, store
 from lit_distill.data.rows import packed_row, row_from
-from lit_distill.data.store import CHUNK, Lazy, Stored, in_order, of_json, prepare, unpack
+from lit_distill.data.store import CHUNK, Lazy, Stored, code_of, in_order, of_json, prepare, unpack
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.tasks import Row, TeacherOutput
@@ -187,22 +188,53 @@ def test_train_is_made_again_for_all_that_decides_it(tokenizer: PreTrainedTokeni
     assert made_again(start(Other))
 
 
-def test_code_that_a_class_imports_is_part_of_its_key(tmp_path: Path) -> None:
+def test_code_that_a_class_imports_is_part_of_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "texts.py").write_text("from lit_distill import errors\nSUFFIX = 'one'\n")
     (tmp_path / "own" / "parts.py").write_text("import numpy\nfrom .texts import SUFFIX\n")
-    (tmp_path / "own" / "rows.py").write_text("import own.parts\nimport json\nclass Own: ...\n")
+    (tmp_path / "late.py").write_text("from own import last\n")
+    (tmp_path / "own" / "last.py").write_text("")
+    own = "import own.parts\nimport json\nclass Own:\n def read(self):\n  from late import last"
+    (tmp_path / "own" / "rows.py").write_text(own)
 
-    def key() -> str:
-        code = "from own.rows import Own; from lit_distill.data.store import code_of; print(code_of(Own))"
-        return subprocess.run(  # noqa: S603 - our own program
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout
+    monkeypatch.syspath_prepend(tmp_path)
 
-    before = key()
-    assert before == key() != "None\n"
-    (tmp_path / "own" / "texts.py").write_text("SUFFIX = 'two'\n")
-    assert key() != before
+    def key() -> list[str] | None:
+        """As in another process."""
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("own", "late")]:
+            del sys.modules[name]
+        store._imported.cache_clear()
+        return code_of(importlib.import_module("own.rows").Own)
+
+    seen = [key()]
+    assert seen == [key()] != [None]
+    for name in ("own/texts.py", "late.py", "own/last.py"):
+        with (tmp_path / name).open("a") as file:
+            file.write("SUFFIX = 'two'\n")
+        assert key() not in seen
+        seen.append(key())
+
+
+def test_code_is_what_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "edited_rows.py"
+    path.write_text("class Own: ...\n")
+    module = importlib.import_module("edited_rows")
+    before = code_of(module.Own)
+    path.write_text("class Own: x = 1\n")
+    assert code_of(module.Own) == before
+    assert code_of(importlib.reload(module).Own) != before
+
+
+def test_a_class_with_variables_of_a_function_is_unknown() -> None:
+    def build(text: str) -> type:
+        class Own:
+            def read(self) -> str:
+                return text
+
+        return Own
+
+    assert code_of(build("a")) is None
 
 
 def test_changed_files_are_read_again(tokenizer: PreTrainedTokenizerFast, write_cqa: WriteCQA) -> None:
@@ -211,10 +243,12 @@ def test_changed_files_are_read_again(tokenizer: PreTrainedTokenizerFast, write_
     def rationales() -> set[str | None]:
         return {row.rationale for row in CQADataModule(data_dir=data).used_rows("train").rows}
 
-    before = rationales()
     path = data / "cqa" / "llm" / "train_CoT_0.json"
+    os.utime(path, (1e9, 1e9))
+    before = rationales()
     # as long as before, and perhaps at the same time by the file system's clock
     path.write_text(path.read_text().replace("Because", "Whereas"))
+    os.utime(path, (1e9, 1e9))
     assert {str(text)[:7] for text in rationales()} == {"Because", "Whereas"}
     write_cqa(outputs=[cqa_output(i) for i in range(20)])
     assert rationales() == before
@@ -227,22 +261,33 @@ def test_changed_files_are_read_again(tokenizer: PreTrainedTokenizerFast, write_
 
 
 def test_rows_of_unknown_origin_are_loaded_at_each_start(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = ["a", "b"]
-
     class Own(RationaleDataModule):
         name = "own"
+        texts: ClassVar = ["a", "b"]
 
         def load_rows(self, split: Split) -> Iterator[Row] | None:
-            return None if split == "test" else (make_row(f"{split} {text}", text, "yes") for text in texts)
+            return None if split == "test" else (make_row(f"{split} {text}", text, "yes") for text in self.texts)
 
     def start() -> RationaleDataModule:
         return Own(tokenizer=tokenizer)
 
     start().setup("fit")
     assert not made_again(start)
-    texts[0] = "c"
+    Own.texts[0] = "c"
     assert made_again(start)
     assert [row.input for row in start().used_rows("train").rows] == ["c", "b"]
+
+
+@pytest.mark.parametrize("row", [Row(1, "x", "a"), Row("", "x", 1), Row("", "x", "a", {"a"}), Row("", "x", "a", "a")])  # type: ignore[arg-type]
+def test_a_row_of_other_types_is_shown(row: Row, tokenizer: PreTrainedTokenizerFast) -> None:
+    class Own(RationaleDataModule):
+        name = "own"
+
+        def load_rows(self, split: Split) -> list[Row]:
+            return [row]
+
+    with pytest.raises(UserError, match=r"^own train: a row's id and input have to be texts, .* got Row\(id="):
+        Own(tokenizer=tokenizer).setup("fit")
 
 
 def test_large_files_are_as_small_ones(tmp_path: Path, write_lines: WriteLines) -> None:
