@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -44,6 +45,8 @@ def plan(args: list[str]) -> None:
         raise UserError("tflops: not with --measure, which finds it")
     if config.get("data") is None:
         raise UserError("data: must be given, in a config file or as --data: lengths are those of its rows")
+    if config["json"] is not None and not (folder := Path(config["json"]).absolute().parent).is_dir():
+        raise UserError(f"json: there is no folder {str(folder)!r} to write it in")
     settle(config, "fit")
     machine = find_machine(config["trainer"]["accelerator"], config["memory"])
     planner = make_planner(parser, config, machine)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import students
-from lit_distill.checks import check_range
+from lit_distill.checks import check_choice, check_range
 from lit_distill.errors import UserError
 from lit_distill.modules.evaluating import Evaluating
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
@@ -25,7 +25,7 @@ from lit_distill.objectives import Objective, build_objective, check_objectives
 from lit_distill.students.adapters import Adapter
 from lit_distill.students.files import CHECKPOINT_KEY, check_weights
 from lit_distill.students.models import Dtype
-from lit_distill.students.seq2seq import Fast, path_of
+from lit_distill.students.seq2seq import PATHS, Fast, path_of
 from lit_distill.students.sharding import give_weights, is_deferred
 from lit_distill.students.timing import Choice
 from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
@@ -252,6 +252,7 @@ class DistillModule(Evaluating):
                 fast = checkpoint.get("hyper_parameters", {}).get("fast", "auto")
                 named = {} if fast == "auto" else {"training": {"path": path_of(fast)}}
                 for stage, choice in checkpoint.get(_PATHS_KEY, named).items():
+                    check_choice("ckpt_path: path", choice["path"], tuple(PATHS))
                     self.take_path(stage, Choice(**choice))
         for name, (before, now) in compared.items():
             if before not in (None, now):

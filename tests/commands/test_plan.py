@@ -157,6 +157,7 @@ def test_a_table_of_80_columns(
     [
         (["--memory=24"], "memory: got '24'; allowed is a number above 0 with a unit, as 24GiB (MB, MiB, GB, ...)"),
         (["--devices=0"], "devices must be an integer at least 1 and below 65536, got 0"),
+        (["--json=/no/such/plan.json"], "json: there is no folder '/no/such' to write it in"),
         (["--tflops=0"], "tflops must be above 0, got 0.0"),
         (["--tflops=1", "--measure"], "tflops: not with --measure, which finds it"),
         (["--trainer.accelerator=gpu"], "memory: there is no GPU here to read it of; give it, as in --memory 24GiB"),

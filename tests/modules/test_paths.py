@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule, training
 from lit_distill.students import timing
 from lit_distill.students.timing import Choice
@@ -112,3 +113,14 @@ def test_an_accelerator_times_evaluation_too(
     module.on_validation_batch_start(batch, 0)
     module.on_test_batch_start(batch, 1)
     assert (module.student.path, module.student.evaluation_path) == ("packed", "plain")
+
+
+def test_an_unknown_path_of_a_checkpoint_is_refused(student_folder: Path, tmp_path: Path, chosen: list[Choice]) -> None:
+    chosen.append(Choice("plain"))
+    _, trainer = fit(student_folder, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    saved["lit_distill_paths"]["training"]["path"] = "warp"
+    torch.save(saved, tmp_path / "saved.ckpt")
+    with pytest.raises(UserError, match=r"ckpt_path: path.*warp"):
+        fit(student_folder, resume=tmp_path / "saved.ckpt")
