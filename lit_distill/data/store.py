@@ -212,6 +212,8 @@ def cached(name: str, key: str | None) -> Prepared | None:
                 return None
             if name.endswith(".arrow"):
                 Stored(folder / name)
+            elif name.endswith(".npy"):
+                np.load(folder / name, mmap_mode="r")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException):
         return None
     return None if key is None else Prepared(folder, key, meta)

@@ -54,6 +54,7 @@ def test_a_folder_is_made_once() -> None:
         ("x.arrow", lambda content: b""),
         ("x.arrow", lambda content: b"x" * len(content)),
         ("y.npy", lambda content: content + b"x"),
+        ("y.npy", lambda content: bytes(len(content))),
         ("meta.json", lambda content: content[:-3]),
         ("meta.json", lambda content: b"[]"),
         ("y.npy", None),
