@@ -120,7 +120,9 @@ class RationaleDataModule(Dataset):
         listed = given_paths if isinstance(given_paths, list | tuple) else [given_paths]
         if not listed or not all(isinstance(path, str | Path) for path in listed):
             raise UserError(f"rationales must be a path or a list of paths, got {rationales!r}")
-        self.rationales = [Path(path) for path in listed]
+        if remote := [path for path in listed if isinstance(as_path(path), RemotePath)]:
+            raise UserError(f"rationales: {remote[0]} is at a URL, and has to be a local file or folder")
+        self.rationales = [Path(str(as_path(path))) for path in listed]
         self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, ("own", "shuffled"))
         self._keep = make_filter(rationale_filter, self.teacher_agrees)
         self.rationale_filter = filter_name(rationale_filter)

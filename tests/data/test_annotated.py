@@ -514,6 +514,9 @@ def test_a_missing_file_is_said_before_anything_is_read(tmp_path: Path) -> None:
             module.prepare_data()
     with pytest.raises(UserError, match="no file or folder"):
         modules[1].released("train")
+    with pytest.raises(UserError, match=r"^rationales: s3://b/x is at a URL, and has to be a local file or folder$"):
+        ToyDataModule(rationales="s3://b/x")
+    assert ToyDataModule(rationales=f"file://{tmp_path}").rationales == [tmp_path]
 
 
 def test_a_file_of_another_kind_is_said(tmp_path: Path) -> None:
