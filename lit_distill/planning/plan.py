@@ -114,7 +114,7 @@ class Planner:
         bf16 = {"trainer.precision": "bf16-mixed"}
         again = {"model.init_args.activation_checkpointing": True}
         found = [Variant("as it is", {})]
-        is_wide = "bf16" not in str(trainer["precision"]) and model.get("dtype", "float32") == "float32"
+        is_wide = "16" not in str(trainer["precision"]) and model.get("dtype", "float32") == "float32"
         if is_wide:
             found.append(Variant("bf16-mixed", bf16))
         if model.get("activation_checkpointing") is False:

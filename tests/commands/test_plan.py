@@ -139,6 +139,13 @@ def test_weights_in_the_precision_of_the_trainer(precision: str, size: int, stud
     assert planner_of(own, Machine("gpu", 2**30)).estimate(AS_IT_IS).parts["weights"] == size * count
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true"])
+def test_a_run_in_16_bits_saves_nothing_by_them(precision: str, student_folder: Path, here: Path) -> None:
+    own = [*arguments(student_folder), f"--trainer.precision={precision}"]
+    names = [variant.name for variant in planner_of(own, Machine("gpu", 2**30)).variants()]
+    assert not any("bf16" in name for name in names)
+
+
 def test_a_table_of_80_columns(
     student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
