@@ -202,10 +202,10 @@ def test_an_exception_inside_the_optimizers_step_is_not_saved(
     def broken(self: torch.optim.AdamW, closure: Any = None) -> Any:
         found = step(self, closure)
         if next(calls) == 3:
-            raise MemoryError("the weights have moved, the moments of some have not")
+            raise ArithmeticError("the weights have moved, the moments of some have not")
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ArithmeticError):
         run("fit", arguments(student_folder))
     assert torch.load("kept/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2

@@ -206,7 +206,7 @@ def write_results(run: Run, folder: Path, steps: int) -> None:
         versions={"lit_distill": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _LIBRARIES},
         git=repository_state(),
-        paths={stage: asdict(choice) for stage, choice in module.chosen_paths.items() if choice.seconds},
+        paths={stage: asdict(choice) for stage, choice in module.chosen_paths.items()},
         started=run.history.started,
         wall_seconds=round(run.history.seconds, 2),
         peak_memory_mib=round(_peak_memory(), 1),

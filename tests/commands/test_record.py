@@ -13,12 +13,15 @@ from lit_distill.commands.finish import repository_state
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, read_record, write_record
+from lit_distill.students import timing
 from tests.runs import metric_rows, run, run_folders, small_model, small_toy, small_trainer, toy_data
 
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def test_a_record_says_what_a_run_was_and_found(student_folder: Path) -> None:
+def test_a_record_says_what_a_run_was_and_found(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # so that the paths of a small student are timed
+    monkeypatch.setattr(timing, "TOO_SHORT", 0.0)
     arguments = ["--data.train_fraction=0.5", "--data.seed=3", "--seed_everything=7", "--data.label_source=teacher"]
     run("fit", small_toy(student_folder, steps=3), arguments)
     [folder] = run_folders()

@@ -155,7 +155,7 @@ class _TokenLosses(Function):
         ctx.size = size = max(1, -(-len(states) // max(1, chunks)))
         rows = KEPT_BYTES // (states.element_size() * len(weight)) // size * size if ctx.needs_input_grad[0] else 0
         losses, saved = states.new_empty(len(states), dtype=torch.float32), []
-        if rows and states.dtype != ctx.dtype:
+        if rows and states.dtype != torch.float32:
             # all that is kept side by side: the products of several chunks would be cast to be added
             saved.append(states.new_empty(min(rows, len(states)), len(weight)))
         for part in _parts(0, len(states), size):
@@ -164,7 +164,7 @@ class _TokenLosses(Function):
             if part.start >= rows:
                 continue
             over = _less_one(logs.exp_(), safe[part])
-            if states.dtype == ctx.dtype:
+            if states.dtype == torch.float32:
                 saved.append(over)
             else:
                 saved[0][part] = over
