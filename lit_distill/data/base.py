@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_distill import checks
 from lit_distill.batch import remember_rows
 from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
+from lit_distill.data.cache import code_of, key_of
 from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
 from lit_distill.data.outputs import RELEASED, annotations_file
@@ -35,7 +36,7 @@ from lit_distill.data.selection import (
     targets,
     teacher_counts,
 )
-from lit_distill.data.store import Rows, code_of, key_of, of_each
+from lit_distill.data.store import Rows, of_each
 from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
 from lit_distill.data.used import count_repeated, held_out, select_once
 from lit_distill.errors import UserError

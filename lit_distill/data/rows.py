@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lit_distill.annotation.record import Annotation, read_text
+from lit_distill.data.cache import cached, key_of, prepare, versions, young
 from lit_distill.data.dataset import Dataset, Source
 from lit_distill.data.outputs import RELEASED, annotations_file, output_of, read_annotations
 from lit_distill.data.selection import check_columns, flags_of, names_columns, tally_of
@@ -18,21 +19,16 @@ from lit_distill.data.store import (
     Array,
     Rows,
     Stored,
-    cached,
     chunks,
     cut,
     hashes,
-    in_order,
-    key_of,
     numbered,
     of_json,
-    prepare,
     read,
     unpack,
-    versions,
     written,
-    young,
 )
+from lit_distill.data.workers import in_order
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.remote import AnyPath

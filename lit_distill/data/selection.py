@@ -12,7 +12,8 @@ import numpy as np
 
 from lit_distill.annotation.conditions import columns_of, condition, is_condition
 from lit_distill.annotation.record import COLUMNS, Agree, same_answer, vote
-from lit_distill.data.store import Array, Lazy, chunks, hashes, in_order, read
+from lit_distill.data.store import Array, Lazy, chunks, hashes, read
+from lit_distill.data.workers import in_order
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 

@@ -14,20 +14,10 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from torch.utils.data import Dataset
 
 from lit_distill.batch import PADDING_ROW
+from lit_distill.data.cache import Prepared, key_of, prepare
 from lit_distill.data.selection import Target
-from lit_distill.data.store import (
-    Array,
-    Prepared,
-    Stored,
-    chunks,
-    in_order,
-    key_of,
-    of_ints,
-    of_lists,
-    prepare,
-    read,
-    written,
-)
+from lit_distill.data.store import Array, Stored, chunks, of_ints, of_lists, read, written
+from lit_distill.data.workers import in_order
 from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from lit_distill.data.cache import key_of, prepare
 from lit_distill.data.selection import Selection, Selector, UsedRows, hold_out, select_rows, tally_of, train_rows
-from lit_distill.data.store import Rows, chunks, key_of, prepare
+from lit_distill.data.store import Rows, chunks
 
 
 def held_out(name: str, rows: Rows) -> dict[str, Rows]:

@@ -10,7 +10,8 @@ import torch
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch
 from lit_distill.data.batches import collate
-from lit_distill.data.store import Prepared, written
+from lit_distill.data.cache import Prepared
+from lit_distill.data.store import written
 from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings, row_lengths
 from lit_distill.tasks import tasks_from
 
