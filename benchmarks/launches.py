@@ -46,7 +46,7 @@ from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, pad_rows, rem
 from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule
 from lit_distill.modules.window import Window
-from lit_distill.students.fast import compiled
+from lit_distill.students.fast import compiled, packed_graph
 from lit_distill.students.seq2seq import PathName
 from lit_distill.students.sharding import deferred
 
@@ -219,8 +219,8 @@ def without_graph(losses: int) -> Iterator[None]:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
             return tuple(torch.empty_like(weight) for weight in ctx.saved_tensors)
 
-    def graph(device: str) -> Callable[..., compiled.Outputs]:
-        return lambda design, weights, *rest: compiled.Outputs(Nothing.apply(*weights), [], [])  # type: ignore[no-untyped-call]
+    def graph(device: str) -> Callable[..., packed_graph.Outputs]:
+        return lambda design, weights, *rest: packed_graph.Outputs(Nothing.apply(*weights), [], [])  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(compiled, "graph", graph))
@@ -293,7 +293,7 @@ def graph_counts(student: str, batch: TaskBatch, precision: str) -> dict[str, in
     tasks: list[TaskInputs] = list(batch.values())
     with ExitStack() as stack:
         for place, name, value in (
-            (compiled, "_attention", attention),
+            (packed_graph, "_attention", attention),
             (scheduler.Scheduler, "codegen", count),
             (torch._dynamo, "maybe_mark_dynamic", lambda *rest: None),
         ):
@@ -389,7 +389,7 @@ def host_ms(student: str, batch: TaskBatch, path: PathName) -> float:
         module.student.network.resize_token_embeddings(TINY_VOCABULARY)
         if path == "compiled":
             backend = aot_autograd(fw_compiler=replay, bw_compiler=replay)
-            program = torch.compile(compiled.compute, backend=backend, fullgraph=True)
+            program = torch.compile(packed_graph.compute, backend=backend, fullgraph=True)
             stack.enter_context(patch.object(compiled, "graph", lambda device: program))
             stack.enter_context(patch.object(compiled, "why_not_compiled", lambda device: None))
             stack.enter_context(patch.object(torch._dynamo, "maybe_mark_dynamic", lambda *rest: None))

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lit_distill.batch import TaskInputs, targets_of
-from lit_distill.students.fast import compiled
+from lit_distill.students.fast import compiled, packed_graph
 from lit_distill.students.fast.support import known
 from lit_distill.students.seq2seq import CompiledPass, PackedPass
 from tests.students.fast.examples import (
@@ -33,7 +33,7 @@ warns_of_itself = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "graph", lambda device: compiled.compute)
+    monkeypatch.setattr(compiled, "graph", lambda device: packed_graph.compute)
     monkeypatch.setattr(compiled, "why_not_compiled", lambda device: None)
 
 
@@ -237,7 +237,7 @@ def test_unequal_dropout_takes_the_packed_path() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_one_batch_of_rows_that_are_too_long_takes_the_packed_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_student(1)
-    monkeypatch.setattr(compiled, "MOST_SCORES", 16 * 2 * 48**2)
+    monkeypatch.setattr(packed_graph, "MOST_SCORES", 16 * 2 * 48**2)
     kind, why = taken(model, [make_task([49], [3])])
     assert kind is PackedPass
     assert why == {"for a batch, its rows are too long or too many for one graph"}
@@ -269,12 +269,12 @@ def test_a_machine_that_compiles_nothing_takes_the_packed_path(monkeypatch: pyte
 
 
 def test_sizes_grow_by_few_steps() -> None:
-    found = [compiled.round_up(number, 64, 8) * 64 for number in range(1, 20_000)]
+    found = [packed_graph.round_up(number, 64, 8) * 64 for number in range(1, 20_000)]
     assert all(number <= size for number, size in enumerate(found, start=1))
     assert found == sorted(found)
     assert all(size <= max(number * 1.125 + 64, 128) for number, size in enumerate(found, start=1))
     assert len(set(found)) < 60
-    assert [compiled.round_up(number, 16, 2) * 16 for number in (1, 33, 49, 64, 65, 97, 129)] == [
+    assert [packed_graph.round_up(number, 16, 2) * 16 for number in (1, 33, 49, 64, 65, 97, 129)] == [
         32, 48, 64, 64, 96, 128, 192,
     ]  # fmt: skip
 
