@@ -130,7 +130,7 @@ def _planner(arguments: list[str]) -> tuple[Any, Any, Any]:
 
 def plan_side(turn: Turn) -> None:
     """Tell the parts of each setting that is asked for, in MiB."""
-    from lit_distill.commands.plan import AS_IT_IS
+    from lit_distill.planning.plan import AS_IT_IS
 
     while True:
         _, _, planner = _planner(turn.wait())
@@ -141,9 +141,8 @@ def train_side(turn: Turn, arguments: list[str]) -> None:
     """Tell the peak of a setting's training, in MiB, above what was held before its student was built."""
     from lightning.pytorch.callbacks import Callback
 
-    from lit_distill.commands.plan import AS_IT_IS
     from lit_distill.commands.train import build
-    from lit_distill.planning.plan import settings_of
+    from lit_distill.planning.plan import AS_IT_IS, settings_of
     from lit_distill.planning.trainer import silent, take_steps
 
     parser, config, planner = _planner(arguments)

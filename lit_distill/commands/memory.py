@@ -1,7 +1,6 @@
 """A ``fit`` that runs out of memory: in one line the part that does not fit, and the setting that would."""
 
 import gc
-import logging
 
 import torch
 
@@ -11,6 +10,7 @@ from lit_distill.commands.train import run_trainer, train_parser
 from lit_distill.errors import UserError
 from lit_distill.planning.advice import advice
 from lit_distill.planning.machine import Machine, find_machine, free_memory
+from lit_distill.planning.trainer import silent
 
 
 def fit(args: list[str]) -> None:
@@ -35,19 +35,17 @@ def ran_out(error: BaseException) -> bool:
 
 
 def _explain(args: list[str], free: int) -> str:
-    logging.disable(logging.WARNING)
     try:
-        parser = train_parser("fit")
-        config = parser.parse_args(args)
-        check_settings(parser, args, config)
-        machine = find_machine(config["trainer"]["accelerator"], None)
-        # what was free before the run, as the C library keeps what it freed
-        machine = machine if machine.kind == "gpu" else Machine("cpu", free)
-        return advice(make_planner(parser, config, machine))
+        with silent():
+            parser = train_parser("fit")
+            config = parser.parse_args(args)
+            check_settings(parser, args, config)
+            machine = find_machine(config["trainer"]["accelerator"], None)
+            # what was free before the run, as the C library keeps what it freed
+            machine = machine if machine.kind == "gpu" else Machine("cpu", free)
+            return advice(make_planner(parser, config, machine))
     except Exception as error:  # noqa: BLE001 - a plan needs memory, too, and an error in it is not the user's
         return (
             f"lower data.batch_size and raise trainer.accumulate_grad_batches, or set model.activation_checkpointing"
             f" true ({type(error).__name__}: the run could not be planned)"
         )
-    finally:
-        logging.disable(logging.NOTSET)

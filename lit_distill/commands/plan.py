@@ -16,7 +16,7 @@ from lit_distill.errors import UserError
 from lit_distill.files import write_text
 from lit_distill.modules.base import DistillModule
 from lit_distill.planning.machine import GPU_FRAMEWORK, GPU_HOLES, Machine, find_machine
-from lit_distill.planning.plan import LARGEST, Planner, Variant, settings_of
+from lit_distill.planning.plan import AS_IT_IS, LARGEST, Planner, Variant, settings_of
 from lit_distill.planning.speed import STEPS, measure_step
 from lit_distill.planning.trace import STATIC
 from lit_distill.planning.trainer import SETTINGS, silent
@@ -25,8 +25,6 @@ from lit_distill.students.sharding import deferred
 from lit_distill.tables import console_table
 
 _MOVING = ("activations", "logits", "temporary")
-
-AS_IT_IS = Variant("as it is", {})
 
 
 def plan(args: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lit_distill.planning.plan import Planner, Variant, gib
+from lit_distill.planning.plan import AS_IT_IS, Planner, Variant, gib
 
 _MARGIN = 0.9
 """Share of the memory that a setting may need to be named: an estimate is within about 15 %."""
@@ -13,7 +13,7 @@ _CHECKPOINTING = "model.activation_checkpointing true"
 def advice(planner: Planner) -> str:
     """The part that does not fit, and a setting that would."""
     memory = planner.machine.memory
-    parts = planner.estimate(Variant("", {})).parts
+    parts = planner.estimate(AS_IT_IS).parts
     there = f"{gib(memory)} of memory"
     if (told := planner.too_small()) is not None:
         return told

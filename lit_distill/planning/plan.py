@@ -37,6 +37,9 @@ class Variant:
     strategy: Strategy = "one"
 
 
+AS_IT_IS = Variant("as it is", {})
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of an epoch's."""
@@ -113,7 +116,7 @@ class Planner:
         lora = {"model.init_args.adapter": {"r": 16, "alpha": 32}}
         bf16 = {"trainer.precision": "bf16-mixed"}
         again = {"model.init_args.activation_checkpointing": True}
-        found = [Variant("as it is", {})]
+        found = [AS_IT_IS]
         is_wide = "16" not in str(trainer["precision"]) and model.get("dtype", "float32") == "float32"
         if is_wide:
             found.append(Variant("bf16-mixed", bf16))

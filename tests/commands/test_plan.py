@@ -11,12 +11,12 @@ import yaml
 
 from lit_distill import objectives, students
 from lit_distill.commands.memory import ran_out
-from lit_distill.commands.plan import AS_IT_IS, make_planner
+from lit_distill.commands.plan import make_planner
 from lit_distill.commands.train import train_parser
 from lit_distill.modules.training import Training
 from lit_distill.planning import machine
 from lit_distill.planning.machine import Machine
-from lit_distill.planning.plan import Planner, Strategy, Variant
+from lit_distill.planning.plan import AS_IT_IS, Planner, Strategy, Variant
 from lit_distill.teachers.models import TeacherModel, Teachers
 from tests.runs import CONFIGS, QUIET, refusal, run, small_model, small_trainer, toy_data
 
