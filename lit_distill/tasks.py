@@ -92,6 +92,7 @@ class Task:
     parser: str | None = None
     """Import path of ``(text) -> label`` or ``(text) -> Parsed``; by default the template is inverted."""
     weight: float = 1.0  # of its cross-entropy in the total loss
+    final_weight: float | None = None  # of the last optimizer step, to which ``weight`` moves linearly
     max_new_tokens: int | None = None  # by default 1.5 times the longest target in train
     teacher: str | None = None  # use only the outputs of this teacher
     kind: str = "rationale"  # use only outputs of this kind
@@ -108,6 +109,7 @@ class Task:
                 raise UserError(f"{place}: {name} must be a text, got {value!r}")
         checks.check_choice(f"{place}: select", self.select, get_args(Select))
         checks.check_range(f"{place}: weight", self.weight, at_least=0)
+        checks.check_range(f"{place}: final_weight", self.final_weight, at_least=0)
         checks.check_range(f"{place}: max_new_tokens", self.max_new_tokens, at_least=1, below=10_001, whole=True)
         found = checks.check_format(f"{place}: target", self.target)
         if not found or not all(name.isidentifier() for name in found) or len(set(found)) < len(found):
@@ -119,6 +121,10 @@ class Task:
             find_function(f"{place}: parser", self.parser)
         elif any(not mark.strip() for mark in _split(self.target)[1][1:-1]):
             raise UserError(f"{place}: target {self.target!r} has no text between two fields: give a parser")
+
+    def weight_at(self, done: float) -> float:
+        """The weight after this share of the run's optimizer steps."""
+        return self.weight if self.final_weight is None else (1 - done) * self.weight + done * self.final_weight
 
     @property
     def template_fields(self) -> list[str]:

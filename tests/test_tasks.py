@@ -149,6 +149,7 @@ def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:
         ({"a": {"prefix": 3}}, "tasks: a: prefix must be a text, got 3"),
         ({"a": {"select": "best"}}, "tasks: a: select must be one of first, all, sample, vote, got 'best'"),
         ({"a": {"weight": -1}}, "tasks: a: weight must be"),
+        ({"a": {"final_weight": -1}}, "tasks: a: final_weight must be at least 0"),
         ({"a": {"max_new_tokens": 0}}, "tasks: a: max_new_tokens must be"),
         ({"a": {"target": "yes"}}, "tasks: a: target must name"),
         ({"a": {"target": "{label} {label}"}}, "each once"),

@@ -71,9 +71,26 @@ class Training(pl.LightningModule):
         By default their sum, each times the weight of its task or objective, or 1. It is applied to each micro-batch's
         share of the terms, and the results add up to the loss of the whole optimizer step.
         """
-        weights = {task.name: task.weight for task in self.tasks.values()}
-        weights |= {objective.name: objective.weight for objective in self.objectives}
+        weights = self.term_weights()
         return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each task and objective in this optimizer step, and in a validation after it."""
+        done = self._done if self._moving else 0.0
+        weights = {name: task.weight_at(done) for name, task in self.tasks.items()}
+        return weights | {objective.name: objective.weight for objective in self.objectives}
+
+    @property
+    def _moving(self) -> list[str]:
+        """The tasks whose weight changes in training."""
+        return [name for name, task in self.tasks.items() if task.final_weight is not None]
+
+    @property
+    def _done(self) -> float:
+        """The share of a run's steps that are done, 1 from the last one on; 0 outside of ``fit``."""
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return 0.0
+        return min(1.0, self._trainer.global_step / max(1, self._trainer.estimated_stepping_batches - 1))
 
     def term_counts(self, batch: TaskBatch) -> Counts:
         """What each term is a mean over; a term that is absent here is averaged plainly.
@@ -194,6 +211,8 @@ class Training(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compute teachers' weights that depend on the data, and report a faster precision and the effective batch."""
+        if self._moving and self.trainer.estimated_stepping_batches == float("inf"):
+            raise UserError(f"tasks: {self._moving[0]}: final_weight needs a run that ends; set trainer.max_steps")
         report_precision(self.student, str(self.trainer.precision))
         self._weigh_teachers()
         if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
@@ -329,6 +348,8 @@ class Training(pl.LightningModule):
                 cast(dict[str, Any], self.trainer._results).pop(f"training_step.train/{name}_loss", None)
                 continue
             self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
+        weights = self.term_weights()
+        self.log_dict({f"train/{name}_weight": weights[name] for name in self._moving}, batch_size=1)
         with torch.no_grad():
             total = self.total_loss(self._window_terms)
         self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)
