@@ -1,19 +1,19 @@
 """Evaluate arithmetic in text, safely.
 
-A student's text is untrusted: values are computed from a syntax tree in which only numbers, ``+ - * / // % **``, signs,
-parentheses and, in programs, assigned names are allowed.
+A model's text is untrusted: values are computed from a syntax tree in which only numbers, ``+ - * / // % **``, signs,
+parentheses and, in programs, assigned names and the functions ``int``, ``max``, ``min`` and ``round`` are allowed.
 """
 
 import ast
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from keyword import iskeyword
 from typing import Final
 
 MAX_LENGTH: Final = 512  # characters of an expression; a generation may not stop, and SVAMP's longest equation has 31
-MAX_LINES: Final = 64  # of a program
+MAX_STATEMENTS: Final = 64  # of a program
 # Nested parentheses and operations (each term of ``1 + 1 + 1 ...`` is one level): far below the limits of parser and
 # interpreter, so that the result does not depend on Python's version or the caller's stack.
 MAX_DEPTH: Final = 64
@@ -44,6 +44,15 @@ _BINARY: Final[dict[type[ast.operator], Callable[[float, float], float]]] = {
 }
 _UNARY: Final[dict[type[ast.unaryop], Callable[[float], float]]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
+# The functions of numbers in the 1,319 programs that PAL (Gao et al. 2022, arXiv 2211.10435) published for GSM-Hard: 7,
+# 4, 4 and 4 of them call these. `sum` and `len`, in 3 each, take lists; none calls `abs`.
+_FUNCTIONS: Final[dict[str, Callable[..., float]]] = {
+    "int": lambda number: float(int(number)),
+    "max": max,
+    "min": min,
+    "round": lambda number, digits=0.0: float(round(number, int(digits))),
+}
+
 
 def evaluate(text: str) -> float | None:
     """The value of an arithmetic expression, with Python's precedence and operators.
@@ -59,54 +68,83 @@ def evaluate(text: str) -> float | None:
     text = text.strip()
     if len(text) > MAX_LENGTH or not _CHARACTERS.issuperset(text):
         return None
-    return _evaluate(text, {})
+    return _evaluate(text, {}, {})
 
 
 def run_program(text: str) -> str | None:
-    r"""The last value of a program as text: lines of ``name = expression`` over numbers and earlier names.
+    r"""The value of a program as text, see `program_value`; ``None`` for anything that is no such program.
 
-    The last line may be an expression alone; comments are left out. ``None`` for anything that is no such program. It
-    never raises.
+    It never raises.
 
     >>> run_program("apples = 3 * 4\nleft = apples - 5  # eaten")
     '7'
     """
+    try:
+        return program_value(statements(text))
+    except ValueError:
+        return None
+
+
+def statements(text: str) -> list[str]:
+    r"""The statements of a program, one a line or parted by semicolons, without comments.
+
+    Raises a ``ValueError`` if there are more than ``MAX_STATEMENTS``, or none.
+
+    >>> statements("a = 3 * 4; b = a - 5  # left")
+    ['a = 3 * 4', 'b = a - 5']
+    """
+    if len(text) > MAX_STATEMENTS * MAX_LENGTH:
+        raise ValueError(f"longer than {MAX_STATEMENTS * MAX_LENGTH:,} characters")
+    lines = (line.partition("#")[0] for line in text.splitlines())
+    found = [part.strip() for line in lines for part in line.split(";") if part.strip()]
+    if not 0 < len(found) <= MAX_STATEMENTS:
+        raise ValueError(f"{len(found):,} statements; there have to be 1 to {MAX_STATEMENTS}")
+    return found
+
+
+def program_value(program: Sequence[str]) -> str:
+    """The value of a program's last statement as text.
+
+    A statement is ``name = expression`` over numbers, earlier names and the functions ``int``, ``max``, ``min`` and
+    ``round``; the last may be an expression alone. Raises a ``ValueError`` that quotes the first other statement.
+
+    >>> program_value(["boxes = 50 / 8", "full = int(boxes)", "max(full, 4)"])
+    '6'
+    """
     names: dict[str, float] = {}
     value = None
-    lines = [line for raw in text.splitlines() if (line := raw.partition("#")[0].strip())]
-    if len(lines) > MAX_LINES:
-        return None
-    for number, line in enumerate(lines, start=1):
-        *assigned, expression = map(str.strip, line.split("="))
-        if not (assigned or number == len(lines)) or not all(map(_is_name, assigned)):
-            return None
+    for number, statement in enumerate(program, start=1):
+        *assigned, expression = map(str.strip, statement.split("="))
+        allowed = (assigned or number == len(program)) and all(map(_is_name, assigned))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about `1or 2`
-            value = _evaluate(expression, names)
+            value = _evaluate(expression, names, _FUNCTIONS) if allowed else None
         if value is None:
-            return None
+            raise ValueError(f"statement {number} has no value: {statement:.60}")
         names |= dict.fromkeys(assigned, value)
-    return None if value is None else str(int(value) if value.is_integer() else value)
+    return str(int(value) if value is not None and value.is_integer() else value)
 
 
 def _is_name(text: str) -> bool:
     return text.isidentifier() and not iskeyword(text)
 
 
-def _evaluate(text: str, names: Mapping[str, float]) -> float | None:
+def _evaluate(text: str, names: Mapping[str, float], functions: Mapping[str, Callable[..., float]]) -> float | None:
     # counted here, as the syntax tree does not show redundant parentheses
     depths = accumulate((character == "(") - (character == ")") for character in text)
     if len(text) > MAX_LENGTH or max(depths, default=0) > MAX_DEPTH:
         return None
     try:
-        return _value(ast.parse(text, mode="eval").body, names)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        # RecursionError or MemoryError: deep nesting; ValueError: integers of too many digits
+        return _value(ast.parse(text, mode="eval").body, names, functions)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        # RecursionError or MemoryError: deep nesting; ValueError: integers of too many digits; TypeError: `round()`
         return None
 
 
-def _value(node: ast.expr, names: Mapping[str, float], depth: int = 1) -> float:
-    """The value of a tree. Raises ``ValueError`` or ``ArithmeticError`` if it has none."""
+def _value(
+    node: ast.expr, names: Mapping[str, float], functions: Mapping[str, Callable[..., float]], depth: int = 1
+) -> float:
+    """The value of a tree. Raises ``ValueError``, ``TypeError`` or ``ArithmeticError`` if it has none."""
     if depth > MAX_DEPTH:
         raise ValueError("nested beyond MAX_DEPTH")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -115,10 +153,14 @@ def _value(node: ast.expr, names: Mapping[str, float], depth: int = 1) -> float:
     elif isinstance(node, ast.Name) and node.id in names:
         value = names[node.id]
     elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        left, right = _value(node.left, names, depth + 1), _value(node.right, names, depth + 1)
+        left, right = (_value(side, names, functions, depth + 1) for side in (node.left, node.right))
         value = _BINARY[type(node.op)](left, right)
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        value = _UNARY[type(node.op)](_value(node.operand, names, depth + 1))
+        value = _UNARY[type(node.op)](_value(node.operand, names, functions, depth + 1))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:
+        if node.keywords:
+            raise ValueError("keyword arguments")
+        value = functions[node.func.id](*(_value(given, names, functions, depth + 1) for given in node.args))
     else:
         raise ValueError(f"{type(node).__name__} is no arithmetic")
     # `not <=` rather than `>`: nan fails it as well

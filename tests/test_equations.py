@@ -1,6 +1,7 @@
 import json
 import math
 import operator
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_distill.equations import MAX_DEPTH, MAX_EXPONENT, MAX_LENGTH, MAX_LINES, MAX_MAGNITUDE, evaluate, run_program
+from lit_distill.equations import (
+    MAX_DEPTH,
+    MAX_EXPONENT,
+    MAX_LENGTH,
+    MAX_MAGNITUDE,
+    MAX_STATEMENTS,
+    evaluate,
+    program_value,
+    run_program,
+    statements,
+)
 
 SVAMP = Path(__file__).parents[2] / "shared" / "data" / "svamp"
 
@@ -355,7 +366,24 @@ def test_any_text_gives_a_bounded_number_or_nothing_quickly(text: str) -> None:
         ("x", None),
         ("x = y", None),
         ("x = 1\nx = x / 0", None),
-        ("x = 1; y = 2", None),
+        ("x = 1; y = 2", "2"),
+        ("x = 5 - 1; x / 8;", "0.5"),
+        ("x = 9 / 2; y = int(x) + int(-x)", "0"),
+        ("round(2.5) + round(3.5) + round(2 / 3, 2)", "6.67"),
+        ("a = min(3, 4 - 2, 9)\nmax(a, 1) * max(1, a + 1)", "6"),
+        ("max = 3; max", "3"),
+        ("max(3)", None),
+        ("min()", None),
+        ("int(1, 2)", None),
+        ("round(1, 2, 3)", None),
+        ("round(number=1)", None),
+        ("max(*x)", None),
+        ("max(1, 2, key=abs)", None),
+        ("abs(-1)", None),
+        ("sum([1, 2])", None),
+        ("int('7')", None),
+        ("x = int; x(7 / 2)", None),
+        ("int(int)(3)", None),
         ("1 + 1\nx = 2", None),
         ("import os", None),
         ("x = __import__('os').system('true')", None),
@@ -372,13 +400,64 @@ def test_any_text_gives_a_bounded_number_or_nothing_quickly(text: str) -> None:
         ("x = 1 if 1 else 2", None),
         ("x = " + "(" * (MAX_DEPTH + 1) + "1" + ")" * (MAX_DEPTH + 1), None),
         ("x = " + "1 + " * MAX_LENGTH + "1", None),
-        ("x = 1\n" * (MAX_LINES + 1), None),
+        ("x = 1\n" * (MAX_STATEMENTS + 1), None),
         ("x = 10\n" + "x = x * x\n" * 10, None),
         ("x = 1\0", None),
     ],
 )
 def test_programs(program: str, answer: str | None) -> None:
     assert run_program(program) == answer
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "x = 9 ** 9\n" + "x = x ** x\n" * 60,
+        "x = " + "9**" * 100 + "9",
+        "x = " + "9" * 500,
+        "x = int(" + "9" * 400 + "e999)",
+        "round(1, 10 ** 15) + round(1, -10 ** 15)",
+        "x = " + "max(" * 60 + "1, 1" + ")" * 60,
+        "x = " + "max(" + "1," * 250 + "1)",
+        "x = " + "(" * 250 + "1" + ")" * 250,
+        "(" * 30_000,
+        "x = 1;" * 100_000,
+        "x = 1\n" * 2_000_000,
+        "x = " * 100_000 + "1",
+        "\n" * 10_000_000,
+        "#" * 10_000_000,
+        "\uff58 = 1; x",
+        "x\u0661 = 1; x1",
+        "x = \u0663 + 1",
+        "().__class__.__bases__[0].__subclasses__()",
+        "x = 1 .__class__",
+        "x = int.__subclasses__()",
+        "x = [i for i in range(10 ** 9)]",
+        "x = max(i for i in (1, 2))",
+        "exec('x = 1')",
+        "while 1: pass",
+        "import os; os.system('true')",
+    ],
+    ids=lambda program: ascii(program[:24]),
+)
+def test_hostile_programs_end_at_once(program: str) -> None:
+    start = time.perf_counter()
+    value = run_program(program)
+    assert time.perf_counter() - start < 0.1
+    assert value in (None, "1", "2")
+
+
+def test_why_a_program_does_not_run() -> None:
+    for text, reason in (
+        ("a = 3\nb = a / 0\nc = 1", "statement 2 has no value: b = a / 0"),
+        ("print(3)", "statement 1 has no value: print(3)"),
+        ("# nothing", "0 statements; there have to be 1 to 64"),
+        ("x = 1;" * 65, "65 statements; there have to be 1 to 64"),
+        ("x" * (MAX_STATEMENTS * MAX_LENGTH + 1), "longer than 32,768 characters"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(reason)) as error:
+            program_value(statements(text))
+        assert str(error.value) == reason
 
 
 @given(st.text(st.sampled_from("ab=+-*/%().e 0123456789\n#_'[]:"), max_size=200) | st.text(max_size=200))
