@@ -21,7 +21,7 @@ METRICS = {
     "val/rationale_loss", "val/scored_accuracy", "test/loss", "test/accuracy", "test/accuracy_low",
     "test/accuracy_high",
 }  # fmt: skip
-COLUMNS = ["id", "input", "label", "prediction", "correct", "rationale"]
+COLUMNS = ["id", "input", "label", "prediction", "correct", "rationale", "tokens"]
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def metric(name: str) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a fraction, shown in %."""
-    return not metric.endswith("loss")
+    return not metric.endswith(("loss", "tokens"))
 
 
 def size(parameters: int) -> str:

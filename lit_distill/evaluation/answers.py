@@ -52,6 +52,7 @@ class Answer:
     text: str
     rationale: str | None = None  # the generated rationale, if one was generated
     scored: str | None = None  # the most likely of the row's closed choices
+    tokens: int = 0  # generated for the prediction, with end-of-sequence
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Evaluation:
 
 
 def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
-    """An answer with its row: id, input, label, prediction, correct (``None`` without a label), rationale."""
+    """An answer with its row: id, input, label, prediction, correct (``None`` without a label), rationale, tokens."""
     label = key.labels[answer.index]
     return {
         "id": key.ids[answer.index],
@@ -79,6 +80,7 @@ def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
         "prediction": answer.prediction,
         "correct": None if label is None else judge(key.metric)(answer.prediction, label),
         "rationale": answer.rationale,
+        "tokens": answer.tokens,
     }
 
 
@@ -100,6 +102,8 @@ def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> lis
 
 def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool) -> dict[str, float]:
     """The metrics of an evaluation, of rationales too if asked for; accuracies are fractions in 0..1.
+
+    ``tokens`` is the mean number of tokens generated for an answer.
 
     ``intervals`` adds the ends of 95 % intervals as ``<name>_low`` and ``<name>_high``: Wilson's for accuracies, the
     percentile bootstrap over rows otherwise.
@@ -132,4 +136,6 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
             count, mean = len(scores), float(scores.mean())
             add("rouge_l", mean, lambda: bootstrap_interval(lambda rows: float(scores[rows].mean()), count))
         accuracy("rationale_ends_in_prediction", [ends_in(text, a.prediction, key.metric) for a, text in written])
+    if answers:
+        metrics["tokens"] = sum(answer.tokens for answer in answers) / len(answers)
     return metrics

@@ -182,9 +182,10 @@ class Evaluating(Training):
         task = self.tasks[self.answer_task]
         index = step.batch[task.name]["index"].tolist()
         found = []
-        for row, text in zip(index, self.generate_texts(step, task.name), strict=True):
+        written = self.generate_ids(step, task.name)
+        for row, ids, text in zip(index, written, self.student.tokens.decode(written), strict=True):
             parsed = task.read(text)
-            found.append(Answer(row, parsed.label or "", text, parsed.rationale))
+            found.append(Answer(row, parsed.label or "", text, parsed.rationale, tokens=len(ids)))
         if rationales and self.rationale_task not in (None, task.name):
             self._add_rationales(found, step)
         if self.hparams["score_choices"] and key.choices is not None and task.needs_label and not task.uses_output:
@@ -201,7 +202,11 @@ class Evaluating(Training):
         return [answer for answer in found if answer.index != PADDING_ROW]
 
     def generate_texts(self, step: Step, task: str) -> list[str]:
-        """The generated text of each row of a task, see `generation_settings`."""
+        """The generated text of each row of a task."""
+        return self.student.tokens.decode(self.generate_ids(step, task))
+
+    def generate_ids(self, step: Step, task: str) -> list[list[int]]:
+        """The generated tokens of each row of a task up to end-of-sequence, see `generation_settings`."""
         index = step.batch[task].get("index")
 
         def process_logits(scores: Tensor, number: int, rows: Tensor) -> Tensor:
@@ -209,13 +214,12 @@ class Evaluating(Training):
 
         overridden = type(self).process_logits is not Evaluating.process_logits
         settings = self.generation_settings(task)
-        ids = step.student.generate(
+        return step.student.generate(
             task,
             max_new_tokens=settings["max_new_tokens"],
             num_beams=settings["num_beams"],
             process_logits=process_logits if overridden else None,
         )
-        return self.student.tokens.decode(ids)
 
     def _add_rationales(self, answers: Sequence[Answer], step: Step) -> None:
         """Add the generated rationales to this batch's answers."""

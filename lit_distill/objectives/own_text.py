@@ -84,13 +84,12 @@ class OwnText(Divergence):
 
     def sample(self, step: Step, task: str) -> TaskInputs:
         """A task's rows with targets that the student samples, each up to its end-of-sequence."""
-        inputs, eos = step.batch[task], step.student.student.tokenizer.eos_token_id
-        found = step.student.generate(
+        inputs = step.batch[task]
+        targets = step.student.generate(
             task,
             max_new_tokens=self.max_new_tokens or inputs["labels"].shape[1],
             process_logits=self.sampler(step, task),
         )
-        targets = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in found]
         return {**inputs, "labels": pad(targets, IGNORE_INDEX).to(inputs["labels"].device)}
 
     def prepare(self, window: Sequence[Step]) -> None:

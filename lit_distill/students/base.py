@@ -19,12 +19,13 @@ from lit_distill.students.adapters import Adapter, merged
 from lit_distill.students.attention import Attention, Call, enable, reason_against
 from lit_distill.students.files import StudentRecord
 from lit_distill.students.models import record_model, save_model
-from lit_distill.students.tokens import Tokens, save_tokenizer
+from lit_distill.students.tokens import Tokens, end_tokens, save_tokenizer, until
 
 ProcessLogits = Callable[[Tensor, int, Tensor], Tensor]
 """``(scores (rows, vocabulary), step, rows (rows,)) -> scores``: changes the scores of the next token.
 
-``step`` is the number of tokens generated so far, ``rows`` are positions in the task's batch, repeated for each beam.
+``step`` is the number of tokens generated so far, ``rows`` are positions among the generated rows, repeated for each
+beam.
 """
 
 Stepper = Callable[[Tensor | None], Tensor]
@@ -159,29 +160,24 @@ class Pass(ABC):
 
         Args:
             task: whose sources to use; already encoded ones are not encoded again.
-            rows: rows of the task's batch; all by default.
+            rows: rows of the task's batch, also several times; all by default.
             max_new_tokens: maximum tokens of a target, including end-of-sequence.
             num_beams: 1 is greedy.
             process_logits: changes the scores of the next token.
 
         Returns:
-            The token ids of each row, possibly with padding, for `Tokens.decode`.
+            The token ids of each row up to end-of-sequence, for `Tokens.decode`.
         """
         chosen = list(range(len(self.inputs(task)["labels"])) if rows is None else rows)
         if not chosen:
             return []
-        numbers, process = torch.tensor(chosen, device=self.student.device), None
-        if process_logits is not None:
-
-            def process(scores: Tensor, step: int, own: Tensor) -> Tensor:
-                return process_logits(scores, step, numbers[own])
-
-        return self._generate(task, chosen, max_new_tokens, num_beams, process)
+        ends = end_tokens(self.student.network.generation_config)
+        return [until(ends, ids) for ids in self._generate(task, chosen, max_new_tokens, num_beams, process_logits)]
 
     def _generate(
         self, task: str, rows: list[int], max_new_tokens: int, num_beams: int, process: ProcessLogits | None
     ) -> list[list[int]]:
-        """Hugging Face's ``generate``; ``process`` numbers the rows from 0."""
+        """Hugging Face's ``generate``."""
         ids, mask, first = self._prompts(take(self.inputs(task), rows))
 
         def processor(seen: Tensor, scores: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 Family = Literal["seq2seq", "causal"]
 
@@ -134,6 +134,18 @@ class Tokens:
             return [*row[: max_length - 1], eos] if row[-1] == eos else row[:max_length]
 
         return Encoded([cut(row) for row in ids], [len(row) for row in ids])
+
+
+def end_tokens(config: GenerationConfig) -> set[int]:
+    """The ids of end-of-sequence."""
+    eos: Any = config.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+def until(ends: Container[int], tokens: list[int]) -> list[int]:
+    """The tokens up to the first of these, which is included."""
+    first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
 
 
 def _steps(component: Any, several: str) -> list[dict[str, Any]]:

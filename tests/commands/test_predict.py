@@ -21,7 +21,7 @@ from tests.runs import (
 )
 from tests.students import make_student_folder
 
-KEYS = ["id", "input", "label", "prediction", "correct", "rationale"]
+KEYS = ["id", "input", "label", "prediction", "correct", "rationale", "tokens"]
 
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -129,9 +129,9 @@ def test_each_metric_has_its_interval_in_test_only(overfitted: DistillModule) ->
     data = ItemData(overfitted)
     (found,) = make_trainer().test(overfitted, datamodule=data, verbose=False)
     ends = {f"{name}_{end}" for name in expected for end in ("low", "high")}
-    assert found.keys() == {f"test/{name}" for name in expected | ends | losses}
+    assert found.keys() == {f"test/{name}" for name in expected | ends | losses | {"tokens"}}
     (found,) = make_trainer(limit_val_batches=1.0).validate(overfitted, datamodule=data, verbose=False)
-    assert found.keys() == {f"val/{name}" for name in expected | losses}
+    assert found.keys() == {f"val/{name}" for name in expected | losses | {"tokens"}}
 
 
 def test_rows_without_labels(overfitted: DistillModule) -> None:
@@ -144,7 +144,7 @@ def test_rows_without_labels(overfitted: DistillModule) -> None:
     key = nothing.answer_key("test")
     row = answer_row(Answer(1, "no", "no"), key)
     assert row == {"id": "row 1", "input": "dog red", "label": None, "prediction": "no", "correct": None,
-                   "rationale": None}  # fmt: skip
+                   "rationale": None, "tokens": 0}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -315,16 +315,20 @@ def test_generation_is_the_plain_greedy_loop(student_folder: Path, fast: bool) -
     module = StandardModule(student_folder, from_scratch=True, max_label_length=6, fast=fast).eval()
     with torch.no_grad():
         module.student.model.lm_head.weight.mul_(8)
+        # so that some answers end early
+        module.student.model.lm_head.weight[1] = module.student.model.lm_head.weight[4:9].sum(0)
     data = ItemData(module, batch_size=5)
     batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
-        found = module.generate_texts(module.step(batch), "label")
-        for row, text in enumerate(found):
+        found = module.answers(module.step(batch), data.answer_key("val"), rationales=False)
+        for row, answer in enumerate(found):
             source, written = torch.tensor([data.rows[row]["label"][0]]), [0]
             while len(written) < 7 and written[-1] != 1:
                 logits = module.student.model(input_ids=source, decoder_input_ids=torch.tensor([written])).logits
                 written.append(int(logits[0, -1].argmax()))
-            assert text == " ".join(WORDS[i] for i in written if i > 2)
+            assert answer.text == " ".join(WORDS[i] for i in written if i > 2)
+            assert answer.tokens == len(written) - 1
+    assert len({answer.tokens for answer in found}) > 1
 
 
 @pytest.mark.parametrize(
@@ -370,7 +374,7 @@ def test_rows_that_pad_have_no_answer(student_folder: Path) -> None:
 
 def answers(predictions: Sequence[str], **fields: Sequence[str | None]) -> list[Answer]:
     return [
-        Answer(i, text, text, **{name: values[i] for name, values in fields.items()})
+        Answer(i, text, text, **cast(Any, {name: values[i] for name, values in fields.items()}))
         for i, text in enumerate(predictions)
     ]
 
@@ -392,7 +396,8 @@ def test_summary_by_hand() -> None:
     assert found["accuracy_high"] == pytest.approx(0.8500, abs=5e-4)
     assert 0 <= found["macro_f1_low"] <= 0.5 <= found["macro_f1_high"] <= 1
     assert found.keys() == {
-        f"{n}{e}" for n in ("accuracy", "scored_accuracy", "macro_f1") for e in ("", "_low", "_high")
+        "tokens",
+        *(f"{n}{e}" for n in ("accuracy", "scored_accuracy", "macro_f1") for e in ("", "_low", "_high")),
     }
 
 
@@ -403,10 +408,16 @@ def test_rationales_in_the_summary() -> None:
     # ROUGE-L's F by hand: 2 of 3 and 2 words, 1 of 2 and 1, 1 of 4 and 2; no reference and no text do not count
     assert found["rouge_l"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 3 + 2 * 1 / 6) / 3)
     assert found["rationale_ends_in_prediction"] == 3 / 4
-    assert found.keys() == {"accuracy", "rouge_l", "rationale_ends_in_prediction"}
+    assert found.keys() == {"accuracy", "rouge_l", "rationale_ends_in_prediction", "tokens"}
+
+
+def test_tokens_in_the_summary() -> None:
+    written = [dataclasses.replace(one, tokens=n) for one, n in zip(answers(["yes"] * 3), (1, 4, 5), strict=True)]
+    # rows without a label count, too
+    assert summarise(written, item_key([None, "no"] * 3), rationales=False, intervals=False)["tokens"] == 10 / 3
 
 
 def test_an_empty_summary() -> None:
     key = item_key([None] * 5, label_set=("yes", "no"))
     assert summarise([], key, rationales=True, intervals=True) == {}
-    assert summarise(answers(["yes"]), key, rationales=True, intervals=True) == {}
+    assert summarise(answers(["yes"]), key, rationales=True, intervals=True) == {"tokens": 0}

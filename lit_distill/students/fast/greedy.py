@@ -1,7 +1,7 @@
 """Greedy decoding from packed sources, without waiting for an accelerator at each token."""
 
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lit_distill.students.fast.attention import FewQueries, causal_bias, project
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.products import linear
 from lit_distill.students.fast.t5 import Encoded, dtype_of, feed_forward, into_head, norm
+from lit_distill.students.tokens import end_tokens, until
 
 FIRST_CAPACITY = 4
 """Positions of the first cache; it doubles when it is full, so that a step has one of few shapes."""
@@ -39,8 +40,7 @@ def greedy(
     ``process_logits`` is ``(scores (rows, vocabulary), step, row numbers (rows,)) -> scores``.
     """
     settings, device = model.generation_config, model.device
-    eos = settings.eos_token_id
-    stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    stops = end_tokens(settings)
     ends = torch.tensor(sorted(stops), dtype=torch.long, device=device)
     tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     numbers = torch.arange(len(rows), device=device)
@@ -67,12 +67,6 @@ def greedy(
             ids, numbers, alive = ids[stay], numbers[stay], alive[stay]
             decoder.keep(stay)
     return [until(stops, row) for row in HostCopy(tokens).wait().tolist()]
-
-
-def until(stops: Container[int], tokens: list[int]) -> list[int]:
-    """The tokens up to the first of these, which is included."""
-    first = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[: first + 1]
 
 
 class HostCopy:
