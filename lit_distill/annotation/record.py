@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
@@ -13,6 +14,8 @@ from lit_distill.errors import UserError, first_fault
 from lit_distill.tasks import Row
 
 _HALF = re.compile("[\ud800-\udfff]")
+_TERM = re.compile(r"[\d.,()+*/\s-]*")
+_NUMBER = re.compile(r"\s*[$€£]?\s*(-?\d(?:[\d,.]*\d)?)")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -38,6 +41,7 @@ class Annotation:
     majority_label: str | None = None  # the most frequent one; the first of equals
     vote_share: Annotated[float, Field(ge=0, le=1)] | None = None  # fraction of the votes with that label
     in_majority: bool | None = None
+    distinct: bool | None = None  # no earlier sample of the row by this teacher and of this kind says the same
     finish: str | None = None
     input_tokens: _Count | None = None
     output_tokens: _Count | None = None
@@ -169,11 +173,16 @@ def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]
     return winner, counts[winner] / len(labels)
 
 
-def voted(samples: Sequence[Annotation], agree: Agree) -> list[Annotation]:
-    """Samples of a row by one teacher, with the columns that need all of them."""
+def with_votes(samples: Sequence[Annotation], agree: Agree) -> list[Annotation]:
+    """The samples of a row with the columns of votes; each teacher's, prompt's, settings' and kind's are together."""
+    groups = groupby(samples, lambda one: (one.teacher, one.prompt, one.settings, one.kind))
+    return [one for _, group in groups for one in _voted(list(group), agree)]
+
+
+def _voted(samples: list[Annotation], agree: Agree) -> list[Annotation]:
     labels = [one.label for one in samples if (one.text, one.rationale, one.label) != (None, None, None)]
     if not labels:
-        return list(samples)
+        return samples
     winner, share = vote(labels, agree)
 
     def has_it(label: str | None) -> bool | None:
@@ -181,3 +190,39 @@ def voted(samples: Sequence[Annotation], agree: Agree) -> list[Annotation]:
 
     columns: dict[str, Any] = {"votes": len(labels), "majority_label": winner, "vote_share": share}
     return [replace(one, **columns, in_majority=has_it(one.label)) for one in samples]
+
+
+def with_distinct(samples: Sequence[Annotation], agree: Agree) -> list[Annotation]:
+    """The samples of a row with the column ``distinct``: does no earlier one of its teacher and kind say the same?
+
+    Two say the same if their labels are the same answer and their rationales have the same equations in the same order,
+    as in rejection sampling fine-tuning (Yuan et al. 2023, arXiv 2308.01825), or, without any, the same words. Its code
+    reads equations between ``<<`` and ``>>``, drops a rationale with a wrong one, and keeps of equals the one furthest
+    in edits from the others; here equations are found in plain text and are not checked, and the first one counts.
+    """
+    labels: dict[Any, list[str | None]] = {}
+
+    def distinct(one: Annotation) -> bool | None:
+        if one.rationale is None:
+            return None
+        earlier = labels.setdefault((one.teacher, one.kind, said(one.rationale)), [])
+        own = one.label
+        found = any(
+            label == own or (None not in (label, own) and same_answer(str(label), str(own), agree)) for label in earlier
+        )
+        earlier.append(own)
+        return not found
+
+    return [replace(one, distinct=distinct(one)) for one in samples]
+
+
+def said(rationale: str) -> str:
+    """What a rationale says: its equations, such as ``7*30=210``, else its words and signs of arithmetic."""
+    found = []
+    for left, right in pairwise(rationale.split("=")):
+        # reversed: a search for the last of these characters would take the square of the length
+        ending, result = _TERM.match(left[::-1]), _NUMBER.match(right)
+        term = re.sub(r"[\s,]", "", ending[0][::-1]) if ending else ""
+        if result and re.search(r"\d[^\d]*[-+*/]", term):
+            found.append(f"{term.lstrip('.')}={result[1].replace(',', '')}")
+    return "|".join(found) or " ".join(re.findall(r"[^\W_]+|[-+*/%=]", rationale.lower()))

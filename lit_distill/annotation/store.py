@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from jinja2 import Template
 
 from lit_distill import __version__
-from lit_distill.annotation.record import COLUMNS, Agree, Annotation, from_row, to_line, voted
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, from_row, to_line, with_distinct, with_votes
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write, write_text
 from lit_distill.reading import json_lines, json_object, parse_json
@@ -188,7 +188,7 @@ class AnnotationStore:
             group = groups.setdefault((found.teacher, found.prompt, found.settings, found.kind), len(groups))
             entries.append((at, group, found.sample, offset))
         with self.path.open("rb") as file:
-            for _, of_row in groupby(sorted(entries), key=itemgetter(0, 1)):
+            for _, of_row in groupby(sorted(entries), key=itemgetter(0)):
                 # if a question was asked again, the last answer counts
                 kept: dict[str | int, tuple[Annotation, dict[str, Any]]] = {}
                 for *_, offset in of_row:
@@ -196,7 +196,7 @@ class AnnotationStore:
                     sample, row = _parse(file.readline(), str(self.path))
                     others = {name: value for name, value in row.items() if name not in COLUMNS}
                     kept[sample.key or offset] = self._read(sample), others
-                samples = voted([sample for sample, _ in kept.values()], agree)
+                samples = with_distinct(with_votes([sample for sample, _ in kept.values()], agree), agree)
                 yield from zip(samples, (others for _, others in kept.values()), strict=True)
 
     def _count(self, sample: Annotation) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_distill.annotation.prompts import Parse
-from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, voted
+from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, with_distinct, with_votes
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
 from lit_distill.data.selection import KEPT_COLUMNS
 from lit_distill.data.sources import read_json_list
@@ -95,9 +95,14 @@ def read_annotations(
                 for _, offset in of_row:
                     waiting.seek(offset)
                     samples.append(pickle.load(waiting))  # noqa: S301 - written above
-                if any(sample.annotation.votes is None for sample in samples):
-                    samples = _with_votes(samples, agree)
-                outputs[place - at[0]] = tuple(output_of(sample.annotation, sample.columns) for sample in samples)
+                annotations = [sample.annotation for sample in samples]
+                # a job adds these columns when it ends; earlier versions did not add the second one
+                if any(one.votes is None for one in annotations):
+                    annotations = with_votes(annotations, agree)
+                if any(one.rationale is not None and one.distinct is None for one in annotations):
+                    annotations = with_distinct(annotations, agree)
+                columns = (sample.columns for sample in samples)
+                outputs[place - at[0]] = tuple(map(output_of, annotations, columns))
             yield outputs
 
 
@@ -150,16 +155,6 @@ def _places(rows: Sequence[Row]) -> Callable[[str], int | None]:
         return place if place >= 0 and rows[place].id == row_id else None
 
     return place_of
-
-
-def _with_votes(samples: Sequence[_Sample], agree: Agree) -> list[_Sample]:
-    """Samples of a row with the columns that need all of them, which a job adds when it ends."""
-    filled: list[_Sample] = []
-    for _, group in groupby(samples, key=lambda sample: sample.group):
-        same = list(group)
-        annotations = voted([sample.annotation for sample in same], agree)
-        filled += [sample._replace(annotation=one) for sample, one in zip(same, annotations, strict=True)]
-    return filled
 
 
 def output_of(annotation: Annotation, columns: Mapping[str, Any] | None = None) -> TeacherOutput:

@@ -214,7 +214,7 @@ def _released_output(data: Dataset, row: Row, text: str, with_columns: bool) -> 
     """A released output; with the columns that `annotate` writes, which take longer, if a filter names some."""
     if with_columns:
         sample = Annotation(row.id, teacher=RELEASED, text=text)
-        return output_of(read_text(sample, row, data.parse_teacher, data.teacher_agrees))
+        return output_of(replace(read_text(sample, row, data.parse_teacher, data.teacher_agrees), distinct=True))
     rationale, label = data.parse_teacher(text) or (None, None)
     return TeacherOutput(rationale, label, RELEASED)
 

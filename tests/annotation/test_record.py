@@ -22,8 +22,10 @@ from lit_distill.annotation.record import (
     from_row,
     parse_structured,
     read_text,
+    said,
     to_line,
     vote,
+    with_distinct,
 )
 from lit_distill.data import SVAMPDataModule, ToyDataModule
 from lit_distill.errors import UserError
@@ -48,6 +50,7 @@ FULL = Annotation(
     majority_label="no",
     vote_share=0.75,
     in_majority=False,
+    distinct=True,
     finish="stop",
     input_tokens=310,
     output_tokens=12,
@@ -250,7 +253,7 @@ def test_a_row_needs_an_id(row: dict[str, Any]) -> None:
 KINDS = {
     **dict.fromkeys(("sample", "length", "votes", "input_tokens", "output_tokens"), "int"),
     **dict.fromkeys(("logprob", "vote_share", "cost"), "float"),
-    **dict.fromkeys(("parsed", "agrees", "contains_label", "in_majority", "structured"), "bool"),
+    **dict.fromkeys(("parsed", "agrees", "contains_label", "in_majority", "distinct", "structured"), "bool"),
 }
 WRONG: dict[str, list[Any]] = {
     "str": [3, True, ["x"]],
@@ -380,3 +383,53 @@ def test_a_schema_asks_for_the_rationale_first() -> None:
 def test_a_number_that_no_sample_has_is_refused(name: str, wrong: float, allowed: str) -> None:
     with pytest.raises(UserError, match=f": {name}: Input should be {allowed}"):
         from_row({"id": "q", name: wrong}, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("rationale", "same"),
+    [
+        ("He has 63 - 27 = 36 left.", "63-27=36"),
+        ("(1) 9 * 12 = 108 atlases. Then 108 - 15 = 93.", "(1)9*12=108|108-15=93"),
+        ("So 1,200 + 30 = $1,230.", "1200+30=1230"),
+        ("The sum is: .5 * 3 = 1.5", "5*3=1.5"),
+        ("a = 3 * 4; left = a - 5", "a = 3 * 4 left = a - 5"),
+        ("x = y and 3 = 3 = three", "x = y and 3 = 3 = three"),
+        ("7 * 36 is 252", "7 * 36 is 252"),
+        ("Birds  FLY, don't they?\n", "birds fly don t they"),
+        ("= = 5 = 6", "= = 5 = 6"),
+        ("", ""),
+    ],
+)
+def test_what_a_rationale_says(rationale: str, same: str) -> None:
+    assert said(rationale) == same
+
+
+@pytest.mark.parametrize("text", ["1+" * 200_000, "=" * 200_000, "1 + 1 = " * 50_000, "(" * 200_000 + "=1"])
+def test_what_is_said_is_found_in_linear_time(text: str) -> None:
+    began = time.perf_counter()
+    said(text)
+    assert time.perf_counter() - began < 1
+
+
+def test_samples_that_say_the_same_are_not_distinct() -> None:
+    of_a_row = [
+        # teacher, kind, rationale, label, whether it is distinct
+        ("T", "rationale", "Take 27 away: 63 - 27 = 36.", "(63 + 27)", True),
+        ("T", "rationale", "63-27 = 36 are left.", "(63 - 27)", True),  # an earlier one has another answer
+        ("T", "rationale", "There are 63 - 27 = 36 of them.", "( 63.0 - 27.0 )", False),
+        ("T", "rationale", "63 - 20 = 43, and 43 - 7 = 36.", "(63 - 27)", True),
+        ("T", "rationale", None, None, None),
+        ("U", "rationale", "63 - 27 = 36 stay.", "(63 - 27)", True),  # another teacher
+        ("T", "program", "a = 63 - 27", "36", True),  # another kind
+        ("T", "program", "A = 63 - 27;", "36", False),
+        ("T", "program", "a = 63 + 27", "90", True),
+        ("T", "rationale", "Most stay.", "(63 - 27)", True),
+        ("T", "rationale", "most stay", "(36)", False),
+    ]
+    samples = [
+        Annotation("q", teacher=teacher, kind=kind, rationale=rationale, label=label)
+        for teacher, kind, rationale, label, _ in of_a_row
+    ]
+    marked = with_distinct(samples, SVAMP.teacher_agrees)
+    assert [one.distinct for one in marked] == [expected for *_, expected in of_a_row]
+    assert [replace(one, distinct=None) for one in marked] == samples

@@ -85,7 +85,7 @@ def raw(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_votes(samples: Iterable[Annotation]) -> list[Annotation]:
-    nothing: dict[str, Any] = dict.fromkeys(("votes", "majority_label", "vote_share", "in_majority"))
+    nothing: dict[str, Any] = dict.fromkeys(("votes", "majority_label", "vote_share", "in_majority", "distinct"))
     return [replace(sample, **nothing) for sample in samples]
 
 
@@ -479,7 +479,7 @@ def test_parquet_s_columns_have_their_types(exported: Path) -> None:
     types = {field.name: str(field.type) for field in pq.read_schema(exported / PARQUET)}
     whole = ("sample", "length", "votes", "input_tokens", "output_tokens")
     numbers = ("logprob", "vote_share", "cost")
-    yes_or_no = ("parsed", "agrees", "contains_label", "in_majority", "structured")
+    yes_or_no = ("parsed", "agrees", "contains_label", "in_majority", "distinct", "structured")
     expected = dict.fromkeys(COLUMNS, "string") | dict.fromkeys(whole, "int64") | dict.fromkeys(numbers, "double")
     assert types == expected | dict.fromkeys(yes_or_no, "bool")
 

@@ -296,7 +296,8 @@ def test_an_example_s_columns_are_the_line_s_but_for_its_texts(jsonl: Make) -> N
     (row, *_) = rows_of(jsonl([line]))
     known = {key: line[key] for key in line if key not in ("text", "rationale", "input", "key")}
     known |= {"kind": "rationale", "structured": False}
-    assert row.columns == known | {"votes": 1, "majority_label": "yes", "vote_share": 1.0, "in_majority": True}
+    votes = {"votes": 1, "majority_label": "yes", "vote_share": 1.0, "in_majority": True}
+    assert row.columns == known | votes | {"distinct": True}
     assert (row.label, row.teacher_label) == ("yes", "yes")
 
 
@@ -411,6 +412,18 @@ def test_votes_are_there_whether_the_job_has_ended_or_not(ended: bool, tmp_path:
         for example in rows[2].outputs
     ]
     assert votes == [[4, "(4)", 0.5, inside] for inside in (True, True, None, False)]
+
+
+@pytest.mark.parametrize("old", [{}, {"votes": 3, "majority_label": "no", "vote_share": 1.0, "in_majority": True}])
+def test_distinct_right_answers_alone(old: dict[str, Any], jsonl: Make) -> None:
+    """Also of a folder that was written before there was a column for it, whose votes stay."""
+    texts = [("no", "1 + 1 = 2"), ("yes", "1 + 1 = 2."), ("yes", "so 1+1=2"), ("yes", "2 - 0 = 2"), ("yes", "2 it is")]
+    lines = [said("a", i, label, rationale=text, agrees=label == "yes", **old) for i, (label, text) in enumerate(texts)]
+    module = jsonl([*lines, said("b"), said("c")], rationale_filter="agrees and distinct")
+    (row, *_) = module.used_rows("train").rows
+    assert [output.text for output in row.outputs] == ["1 + 1 = 2.", "2 - 0 = 2", "2 it is"]
+    assert {output.columns["votes"] for output in row.outputs} == {3 if old else 5}
+    assert {output.columns["in_majority"] for output in row.outputs} == {True}
 
 
 def test_votes_of_an_earlier_job_are_counted_anew(jsonl: Make) -> None:
