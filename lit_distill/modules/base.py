@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,6 +20,7 @@ from lit_distill.errors import UserError
 from lit_distill.modules.evaluating import Evaluating
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
 from lit_distill.modules.training import task_texts
+from lit_distill.modules.weighting import UncertaintyWeighting, WeightingName
 from lit_distill.modules.window import rewind
 from lit_distill.objectives import Objective, build_objective, check_objectives
 from lit_distill.students.adapters import Adapter
@@ -54,6 +55,8 @@ class DistillModule(Evaluating):
         tasks: further tasks, or changed settings of the method's own, by name: ``{rationale: {weight: 0.5,
             max_new_tokens: 200}}``.
         objectives: losses in addition to those of the tasks.
+        weighting: ``uncertainty`` trains a factor beside each task's and objective's weight, inverse to its loss in the
+            end (`UncertaintyWeighting`), which is logged, saved in checkpoints, and no part of the exported student.
         teachers: frozen models, by the names that objectives use.
         from_scratch: initialise the weights randomly from the student's configuration.
         dtype: of the student's weights. ``bfloat16`` loses small updates; use it for a large student of which only an
@@ -92,6 +95,7 @@ class DistillModule(Evaluating):
         *,
         tasks: dict[str, Any] | None = None,
         objectives: list[Objective] | None = None,
+        weighting: WeightingName = "fixed",
         teachers: dict[str, TeacherModel] | None = None,
         from_scratch: bool = False,
         dtype: Dtype = "float32",
@@ -128,6 +132,8 @@ class DistillModule(Evaluating):
         self.teachers = Teachers(teachers)
         self.objectives = nn.ModuleList(objectives or [])  # type: ignore[assignment]
         check_objectives(objectives or [], list(self.tasks), self.teachers)
+        check_choice("weighting", weighting, get_args(WeightingName))
+        self.weighting = self._trained_weighting() if weighting == "uncertainty" else None
         # plain types only: a checkpoint is read with `weights_only=True`
         plain_tasks = tasks and {
             name: given.plain() if isinstance(given, Task) else dict(given or {}) for name, given in tasks.items()
@@ -152,6 +158,15 @@ class DistillModule(Evaluating):
         )
         if evaluate_rationales and self.rationale_task is None:
             rank_zero_warn(f"evaluate_rationales: {type(self).__name__} writes no rationales, none are scored")
+
+    def _trained_weighting(self) -> UncertaintyWeighting:
+        if type(self).total_loss is not Evaluating.total_loss:
+            raise UserError(f"weighting: {type(self).__name__} weighs its terms itself (total_loss); use fixed")
+        if negative := [objective.name for objective in self.objectives if objective.may_be_negative]:
+            raise UserError(
+                f"weighting: {negative[0]} can be below 0, and its weight would grow without end; use fixed"
+            )
+        return UncertaintyWeighting(len(self.tasks) + len(self.objectives))
 
     def configure_model(self) -> None:
         """Initialise or load the weights of a student that was built without them, as the strategy needs."""

@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from transformers.optimization import Adafactor, get_scheduler
 
 from lit_distill.errors import UserError
+from lit_distill.modules import weighting
 
 OptimizerName = Literal["adamw", "adafactor"]
 ScheduleName = Literal["linear", "constant"]
@@ -45,17 +46,20 @@ def configure(module: pl.LightningModule) -> OptimizerLRScheduler:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: with weight decay, and without (biases and norms).
+    """Trainable parameters in groups: with weight decay, without (biases and norms), and trained weights of terms.
 
     Told apart by name, since sharding strategies flatten every parameter.
     """
-    decaying: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": 0.0, "lr": weighting.LEARNING_RATE},
+    ]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (spared if "norm" in name or ".ln_" in name or name.endswith(".bias") else decaying).append(parameter)
-    groups = ((decaying, weight_decay), (spared, 0.0))
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+            spared = "norm" in name or ".ln_" in name or name.endswith(".bias")
+            groups[2 if name.startswith("weighting.") else int(spared)]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def clip_in_step(optimizer: Optimizer, max_norm: float, norm: Tensor) -> bool:

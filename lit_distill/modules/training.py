@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lit_distill.batch import TaskBatch, target_tokens
 from lit_distill.errors import UserError
 from lit_distill.modules.optimization import clip_in_step, configure, skip_in_step
+from lit_distill.modules.weighting import UncertaintyWeighting
 from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
 from lit_distill.objectives import Objective, Step, check_stored
 from lit_distill.students import Student, Tokens
@@ -40,6 +41,7 @@ class Training(pl.LightningModule):
     tasks: dict[str, Task]  # the tasks that the module trains on, by name; the data module must build the same
     objectives: list[Objective]  # an `nn.ModuleList`
     teachers: Teachers
+    weighting: UncertaintyWeighting | None  # of the terms, if it is trained
     window: Window  # the optimizer step in progress
     chosen_paths: dict[Stage, Choice]  # with ``fast: auto``
     choosing_seconds: float = 0.0  # that were spent on it in training, and not yet left out of the throughput
@@ -68,14 +70,18 @@ class Training(pl.LightningModule):
     def total_loss(self, terms: dict[str, Tensor]) -> Tensor:
         """Combine the terms into the loss that is minimised; must be linear in them.
 
-        By default their sum, each times the weight of its task or objective, or 1. It is applied to each micro-batch's
-        share of the terms, and the results add up to the loss of the whole optimizer step.
+        By default their sum, each times its weight in `term_weights`, or 1. It is applied to each micro-batch's share
+        of the terms, and the results add up to the loss of the whole optimizer step.
         """
         weights = self.term_weights()
         return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
-    def term_weights(self) -> dict[str, float]:
+    def term_weights(self) -> Mapping[str, float | Tensor]:
         """The weight of each task and objective in this optimizer step, and in a validation after it."""
+        fixed = self._fixed_weights()
+        return fixed if self.weighting is None else self.weighting.weights(fixed)
+
+    def _fixed_weights(self) -> dict[str, float]:
         done = self._done if self._moving else 0.0
         weights = {name: task.weight_at(done) for name, task in self.tasks.items()}
         return weights | {objective.name: objective.weight for objective in self.objectives}
@@ -136,11 +142,15 @@ class Training(pl.LightningModule):
         """
         # a parameter that has no shape yet cannot be detached
         both = state_dict, self.state_dict(keep_vars=True)
-        kept, own = ({name for name in found if name.startswith(("objectives.", "teachers."))} for found in both)
+        kept, own = (
+            {name for name in found if name.startswith(("objectives.", "teachers.", "weighting."))} for found in both
+        )
         if strict and kept != own and (own or (self._trainer is not None and self._trainer.training)):
             name = min(kept ^ own)
             told = f"has {name}, which these have not" if name in kept else f"has no {name}, which these have"
-            raise UserError(f"ckpt_path: its objectives or teachers are others: it {told}; give them as they were")
+            raise UserError(
+                f"ckpt_path: its objectives, teachers or weighting are others: it {told}; give them as they were"
+            )
         # which no answer needs
         needed = {name: value for name, value in state_dict.items() if name in own or name not in kept}
         return super().load_state_dict(needed, strict=strict, assign=assign)
@@ -173,6 +183,8 @@ class Training(pl.LightningModule):
                 f" {self.student.tokens.family}; give the data module tokenizer=module.student.tokens"
             )
         self.student.sharded = self.sharded
+        if self.weighting is not None and self.sharded:
+            raise UserError("weighting: under a sharded strategy no rank has the trained weights; use ddp, or fixed")
         # the same on all ranks: rank 0 writes it into the checkpoint
         seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
         if stage != "predict":
@@ -332,7 +344,12 @@ class Training(pl.LightningModule):
             self._window_terms[name] = self._window_terms.get(name, 0.0) + share
         if batch_idx == self.window.last:
             self._log_step()
-        return self.total_loss(scaled)
+        total = self.total_loss(scaled)
+        if self.weighting is None:
+            return total
+        # once a step: plainly averaged, as it is the same in all micro-batches
+        present = {name: weights[name] > 0 for name in counts}
+        return total + weights[""] * self.weighting.penalty(self._fixed_weights(), present)
 
     def on_after_backward(self) -> None:
         """Let go of the graph, which a copy of the module could not hold."""
@@ -349,7 +366,8 @@ class Training(pl.LightningModule):
                 continue
             self.log(f"train/{name}_loss", term, sync_dist=distributed, batch_size=examples)
         weights = self.term_weights()
-        self.log_dict({f"train/{name}_weight": weights[name] for name in self._moving}, batch_size=1)
+        for name in self._moving if self.weighting is None else weights:
+            self.log(f"train/{name}_weight", weights[name], batch_size=1)
         with torch.no_grad():
             total = self.total_loss(self._window_terms)
         self.log("train/loss", total, sync_dist=distributed, batch_size=examples, prog_bar=True)

@@ -77,6 +77,8 @@ class Objective(HyperparametersMixin, nn.Module):
     """Whether the term is 0 for a student that equals its teacher."""
     of_whole_batch = False
     """Whether a row's term depends on the other rows of its micro-batch, as with negatives in the batch."""
+    may_be_negative = False
+    """Whether the term can be below 0."""
     exits: Sequence[int] = ()
     """Decoder layers after which an evaluation answers too, as if there were no further ones."""
 

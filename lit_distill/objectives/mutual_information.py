@@ -74,6 +74,7 @@ class MutualInformation(LayerPairs):
 
     term = "mi_alpha"
     of_whole_batch = True
+    may_be_negative = True
 
     def __init__(
         self,

@@ -328,6 +328,7 @@ class MiniLLM(OwnText):
     """
 
     term = "minillm"
+    may_be_negative = True
 
     def __init__(
         self, *, teacher_share: float = 0.2, clip: float | None = 0.2, length_norm: bool = True, **kwargs: Any

@@ -26,6 +26,7 @@ from lit_distill.teachers.groups import WeighedGroup
 from tests.modules.batches import Row, Rows, RowsData, collate, random_rows
 from tests.modules.running import Steps, make_trainer
 from tests.modules.test_resume import StopAt, Stopped
+from tests.modules.test_weights import LogVariances
 from tests.ranks import WORLD
 from tests.runs import write_lines
 from tests.test_gradient_shares import Lines
@@ -121,10 +122,12 @@ def ddp_trainer(**settings: Any) -> Any:
     return make_trainer(**({"strategy": "ddp", "devices": WORLD} | settings))
 
 
-def gradients(folder: Path, accumulate: int, epochs: int = 1, **arguments: Any) -> dict[str, Any]:
+def gradients(
+    folder: Path, accumulate: int, epochs: int = 1, callbacks: Sequence[Callback] = (), **arguments: Any
+) -> dict[str, Any]:
     steps = Steps()
     module = make_module(folder, **arguments)
-    trainer = ddp_trainer(accumulate_grad_batches=accumulate, max_epochs=epochs, callbacks=[steps])
+    trainer = ddp_trainer(accumulate_grad_batches=accumulate, max_epochs=epochs, callbacks=[steps, *callbacks])
     trainer.fit(module, datamodule=InOrder(ROWS, 2, module.tasks))
     return {
         "gradients": steps.gradients,
@@ -172,6 +175,9 @@ def all_runs(rank: int, out: Path, folder: Path, teacher: Path) -> dict[str, Any
     found["gradient shares"] = gradient_shares(
         make_module(folder), strategy="ddp", devices=WORLD, accumulate_grad_batches=3
     )
+    caught = LogVariances()
+    found["weighted"] = gradients(folder, 3, callbacks=[caught], weighting="uncertainty")
+    found["log-variances"] = caught.found
     found["forward passes"] = forward_passes(folder)
     found["one rank's rationales"] = unevenly_measured(folder)
 

@@ -276,7 +276,9 @@ def test_a_checkpoint_is_evaluated_without_its_objectives(
     assert torch.equal(logits(alone), logits(module))
     again = StepByStepModule.load_from_checkpoint(path)
     assert torch.equal(again.state_dict()["objectives.0.maps"], module.state_dict()["objectives.0.maps"])
-    told = r"^ckpt_path: its objectives or teachers are others: it has objectives.0.maps, which these have not"
+    told = (
+        r"^ckpt_path: its objectives, teachers or weighting are others: it has objectives.0.maps, which these have not"
+    )
     with pytest.raises(UserError, match=told):
         make_trainer(max_epochs=2).fit(alone, data, ckpt_path=path, weights_only=True)
     other = StepByStepModule(student_folder, from_scratch=True, objectives=[PredictionHeads()], teachers=teachers)

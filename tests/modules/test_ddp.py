@@ -9,6 +9,7 @@ from tests.modules import ddp_runs
 from tests.modules.batches import Row
 from tests.modules.ddp_runs import ACCUMULATES, EVALUATION_ROWS, ROWS, WEIGHT, make_module
 from tests.modules.running import difference, identical, make_trainer, plain_gradients, plain_terms
+from tests.modules.test_weights import check_steps
 from tests.ranks import WORLD, Found, on_ranks
 from tests.variants.fixed_text import with_fixed_text
 
@@ -79,6 +80,15 @@ def test_gradient_shares_are_those_of_all_rows(student_folder: Path, ranks: list
     found = ddp_runs.gradient_shares(make_module(student_folder), ROWS[:size], size)
     assert len(found[0]) == 4
     assert ranks[0]["gradient shares"][0] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_trained_weights_have_the_gradients_of_all_rows(student_folder: Path, ranks: list[Found]) -> None:
+    for rank in ranks:
+        run = rank["weighted"]
+        students = [make_module(student_folder).student.model.eval() for _ in run["weights"]]
+        for student, weights in zip(students, run["weights"], strict=True):
+            student.load_state_dict(weights)
+        check_steps(rank["log-variances"], run["gradients"], students, [ROWS[:12], ROWS[12:24], ROWS[24:]], WEIGHT)
 
 
 def test_metrics_are_those_of_one_process(student_folder: Path, ranks: list[Found]) -> None:
