@@ -85,9 +85,15 @@ class Task:
 
     name: str = ""  # key of its batch and its loss term
     prefix: str = ""  # put before each input
+    input: str = "{input}"
+    """Template of the student's input: the fields of ``target`` but ``{label}``, and ``{candidates}``, what all of the
+    row's outputs say. A field is empty in evaluation if there is no output; in training there is no target then.
+    """
+    after: str | None = None
+    """In evaluation the input has the text that the student writes for this task, in place of the teacher output."""
     target: str = "{label}"
-    """Template over ``{label}``, ``{rationale}`` (the text of the teacher output), ``{input}`` and columns of that
-    output.
+    """Template over ``{label}``, ``{rationale}`` (the text of the teacher output), ``{teacher_label}`` (its label),
+    ``{input}`` and columns of that output.
     """
     parser: str | None = None
     """Import path of ``(text) -> label`` or ``(text) -> Parsed``; by default the template is inverted."""
@@ -100,17 +106,31 @@ class Task:
     """Of a row's outputs use the ``first``, ``all`` (each as a target), a random ``sample`` in each epoch, or by
     ``vote`` the first one with the most frequent label. Evaluation uses the first where training uses several.
     """
+    draws: int = 1  # different outputs in a random ``sample``
 
     def __post_init__(self) -> None:
         place = f"tasks: {self.name}" if self.name else "tasks"
-        for name in ("name", "prefix", "target", "kind", "parser", "teacher"):
+        for name in ("name", "prefix", "input", "after", "target", "kind", "parser", "teacher"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name in ("parser", "teacher")):
+            if not isinstance(value, str) and not (value is None and name in ("after", "parser", "teacher")):
                 raise UserError(f"{place}: {name} must be a text, got {value!r}")
         checks.check_choice(f"{place}: select", self.select, get_args(Select))
         checks.check_range(f"{place}: weight", self.weight, at_least=0)
         checks.check_range(f"{place}: final_weight", self.final_weight, at_least=0)
         checks.check_range(f"{place}: max_new_tokens", self.max_new_tokens, at_least=1, below=10_001, whole=True)
+        checks.check_range(f"{place}: draws", self.draws, at_least=1, whole=True)
+        if self.draws > 1 and self.select != "sample":
+            raise UserError(f"{place}: draws is for select: sample, got select: {self.select}")
+        read = checks.check_format(f"{place}: input", self.input)
+        if not all(name.isidentifier() for name in read) or "label" in read or not {"input", "candidates"} & {*read}:
+            raise UserError(
+                f"{place}: input must name {{input}} or {{candidates}}, and may name {{rationale}}, {{teacher_label}}"
+                f" and columns in braces, but not {{label}}, got {self.input!r:.200}"
+            )
+        if self.after is not None and "rationale" not in read:
+            raise UserError(
+                f"{place}: after: {self.after} needs an input that names {{rationale}}, got {self.input!r:.200}"
+            )
         found = checks.check_format(f"{place}: target", self.target)
         if not found or not all(name.isidentifier() for name in found) or len(set(found)) < len(found):
             raise UserError(
@@ -133,13 +153,19 @@ class Task:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of a teacher output that targets need."""
-        return [name for name in self.template_fields if name not in ("label", "rationale", "input")]
+        """The columns of a teacher output that inputs and targets need."""
+        named = [*_split(self.input)[0], *self.template_fields]
+        return [name for name in named if name not in ("label", *_FIELDS)]
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the student's input has something of a teacher output."""
+        return any(name != "input" for name in _split(self.input)[0])
 
     @property
     def uses_output(self) -> bool:
-        """Whether targets need a teacher output."""
-        return bool(self.columns) or self.gives_rationale
+        """Whether inputs or targets need a teacher output."""
+        return self.reads_output or any(name not in ("label", "input") for name in self.template_fields)
 
     @property
     def needs_label(self) -> bool:
@@ -157,6 +183,11 @@ class Task:
         return "rationale" in self.template_fields
 
     @property
+    def scores_labels(self) -> bool:
+        """Whether a label alone makes a target, so that closed choices can be scored."""
+        return self.needs_label and set(self.template_fields) <= {"label", "input"}
+
+    @property
     def ends_in_label(self) -> bool:
         """Whether the label is the last of several fields."""
         return len(self.template_fields) > 1 and self.template_fields[-1] == "label"
@@ -166,13 +197,30 @@ class Task:
         return output.kind == self.kind and self.teacher in (None, output.teacher)
 
     def render(self, row: Row, output: TeacherOutput | None = None) -> str | None:
-        """The target for a row and a teacher output; ``None`` where a field is missing."""
-        values: dict[str, Any] = {"label": row.label, "input": row.input}
-        if output is not None:
-            values = {**output.columns, **values, "rationale": output.text}
-        if any(values.get(name) is None for name in self.template_fields):
+        """The target for a row and a teacher output; ``None`` where a field of it or of the input is missing."""
+        values = {**self._fields(row, output), "label": row.label}
+        if any(values.get(name) is None for name in (*self.template_fields, *_split(self.input)[0])):
             return None
         return self.target.format_map(values)
+
+    def source(self, row: Row, output: TeacherOutput | None = None) -> str:
+        """The student's input for a row and a teacher output, with the prefix; a missing field is empty."""
+        if self.input == "{input}":
+            return self.prefix + row.input
+        known = self._fields(row, output)
+        names = _split(self.input)[0]
+        return self.prefix + self.input.format_map({name: known.get(name) or "" for name in names}).strip()
+
+    def _fields(self, row: Row, output: TeacherOutput | None) -> dict[str, Any]:
+        """The fields of templates but the label."""
+        values: dict[str, Any] = {"input": row.input}
+        if output is not None:
+            values = {**output.columns, **values, "rationale": output.text, "teacher_label": output.label}
+        said = [one for one in row.outputs if self.accepts(one) and one.text is not None]
+        if "candidates" in self.input and said:
+            whole = [RATIONALE_LABEL.target.format(rationale=one.text, label=one.label or "unknown") for one in said]
+            values["candidates"] = "\n".join(f"({number}) {text}" for number, text in enumerate(whole, start=1))
+        return values
 
     def read(self, text: str) -> Parsed:
         """Parse a student's text.
@@ -233,6 +281,9 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern, re.DOTALL)
 
 
+_FIELDS = ("input", "rationale", "teacher_label", "candidates")
+"""The fields of an input's template, besides columns."""
+
 LABEL = Task("label")
 RATIONALE = Task("rationale", target="{rationale}")
 RATIONALE_LABEL = Task("rationale_label", target="{rationale} So the answer is {label}")
@@ -266,6 +317,13 @@ def tasks_from(value: Any) -> dict[str, Task]:
         other = seen.setdefault(" ".join(task.prefix.split()), name)
         if other != name:
             raise UserError(f"tasks: {other} and {name} both have the prefix {task.prefix!r}; give each its own")
+        before = None if task.after is None else tasks.get(task.after)
+        if task.after is not None and (before is None or before.after is not None or not before.gives_rationale):
+            giving = [name for name, one in tasks.items() if one.gives_rationale and one.after is None]
+            raise UserError(
+                f"tasks: {name}: after must name a task that writes a rationale from the input alone"
+                f" ({', '.join(giving) or 'there is none'}), got {task.after!r}"
+            )
     return tasks
 
 

@@ -51,8 +51,6 @@ LACKING = {
     "strategy/fsdp.yaml": (torch.cuda.is_available, "gpu"),
     "strategy/deepspeed.yaml": (torch.cuda.is_available, "gpu"),
     "strategy/tpu.yaml": (lambda: "TPU_NAME" in os.environ, "torch_xla"),
-    # what a teacher has to be asked for first
-    **{f"overlay/{name}.yaml": (lambda: False, "annotations") for name in ("program", "samples", "styles")},
 }
 
 

@@ -144,13 +144,23 @@ def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:
         (["label", "label"], "tasks must have different names, got ['label', 'label']"),
         ({"": {"prefix": "a"}}, "a task's name must be a text"),
         ({"a": {}, "b": {"prefix": " "}}, "a and b both have the prefix"),
-        ({"a": {"perfix": "x"}}, "tasks: a: unexpected 'perfix'; allowed are prefix, target"),
-        ({"a": 3}, "tasks: a must map prefix, target"),
+        ({"a": {"perfix": "x"}}, "tasks: a: unexpected 'perfix'; allowed are prefix, input"),
+        ({"a": 3}, "tasks: a must map prefix, input"),
         ({"a": {"prefix": 3}}, "tasks: a: prefix must be a text, got 3"),
         ({"a": {"select": "best"}}, "tasks: a: select must be one of first, all, sample, vote, got 'best'"),
         ({"a": {"weight": -1}}, "tasks: a: weight must be"),
         ({"a": {"final_weight": -1}}, "tasks: a: final_weight must be at least 0"),
         ({"a": {"max_new_tokens": 0}}, "tasks: a: max_new_tokens must be"),
+        ({"a": {"input": "{label}"}}, "tasks: a: input must name {input} or {candidates}"),
+        ({"a": {"input": "{rationale}"}}, "tasks: a: input must name {input} or {candidates}"),
+        ({"a": {"input": "{input:>9}"}}, "tasks: a: input"),
+        ({"a": {"draws": 2}}, "tasks: a: draws is for select: sample, got select: first"),
+        ({"a": {"draws": 0, "select": "sample"}}, "tasks: a: draws must be"),
+        ({"a": {"after": "b"}}, "tasks: a: after: b needs an input that names {rationale}"),
+        (
+            {"label": {"input": "{input} {rationale}", "after": "why"}, "rationale": {"prefix": "explain: "}},
+            "tasks: label: after must name a task that writes a rationale from the input alone (rationale), got 'why'",
+        ),
         ({"a": {"target": "yes"}}, "tasks: a: target must name"),
         ({"a": {"target": "{label} {label}"}}, "each once"),
         ({"a": {"target": "{label"}}, "tasks: a: target"),
@@ -167,6 +177,40 @@ def test_what_is_refused(value: Any, says: str) -> None:
         tasks_from(value)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SAID = TeacherOutput("red", "no", columns={"sure": 2})
+ASKED = Row("a", "cat ?", "yes", outputs=(SAID, TeacherOutput("blue"), TeacherOutput("1 + 1", kind="program")))
+
+
+@pytest.mark.parametrize(
+    ("template", "source"),
+    [
+        ("{input}", "p: cat ?"),
+        ("{input} {rationale}", "p: cat ? red"),
+        ("{rationale} ({teacher_label}, {sure}) {input}", "p: red (no, 2) cat ?"),
+        ("{input} {candidates}", "p: cat ? (1) red So the answer is no\n(2) blue So the answer is unknown"),
+    ],
+)
+def test_the_input_of_an_output(template: str, source: str) -> None:
+    task = Task("t", "p: ", template)
+    assert task.source(ASKED, SAID) == source
+    assert task.render(ASKED, SAID) == "yes"
+    assert task.uses_output is task.reads_output is (template != "{input}")
+
+
+def test_an_input_without_an_output_lacks_what_it_says() -> None:
+    task, bare = Task("t", "p: ", "{input} because {rationale}"), Row("a", "cat ?", "yes")
+    assert task.source(bare) == "p: cat ? because"
+    # in training there is no target then
+    assert task.render(bare) is None
+
+
+def test_the_teachers_label_is_a_field_of_targets() -> None:
+    task = Task("t", target="{teacher_label}")
+    assert task.render(ASKED, SAID) == "no"
+    assert task.render(ASKED, TeacherOutput("blue")) is None
+    assert (task.uses_output, task.gives_label, task.scores_labels) == (True, False, False)
 
 
 def test_the_task_that_answers() -> None:

@@ -136,7 +136,7 @@ def _examples(datamodule: RationaleDataModule, split: Split) -> list[dict[str, A
         for task in datamodule.tasks:
             found = [str(decode(ids)) for ids in columns[f"{task}.labels"][position]]
             tasks[task] = {
-                "input": decode(columns[f"{task}.input_ids"][position]),
+                "input": "\n".join(str(decode(ids)) for ids in columns[f"{task}.input_ids"][position]),
                 "target": "\n".join(found) if found else None,
             }
         shown.append({"id": row.id, "label": row.label, "rationale": row.rationale, "tasks": tasks})

@@ -24,6 +24,7 @@ from lit_distill.data.download import fetch_release
 from lit_distill.data.outputs import RELEASED, annotations_file
 from lit_distill.data.rows import counted, own_rows, with_outputs
 from lit_distill.data.selection import (
+    LABEL_SOURCES,
     Flag,
     Selector,
     Tally,
@@ -32,6 +33,7 @@ from lit_distill.data.selection import (
     filter_name,
     having,
     make_filter,
+    permute_rationales,
     shuffle_rationales,
     targets,
     teacher_counts,
@@ -43,7 +45,7 @@ from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.remote import RemotePath, as_path
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
-from lit_distill.tasks import Row, RowFilter, Task, rationale_task, tasks_from
+from lit_distill.tasks import Row, RowFilter, Select, Task, rationale_task, tasks_from
 
 T = TypeVar("T")
 
@@ -69,7 +71,8 @@ class RationaleDataModule(Dataset):
         batch_size: training examples per batch and device.
         eval_batch_size: evaluation examples per batch and device; ``batch_size`` by default.
         tasks: task name -> settings, or a list of ``label``, ``rationale``, ``rationale_label``, ``label_rationale``.
-        label_source: train on the data's labels (``gold``) or on the teacher's; val and test are always gold.
+        label_source: train on the data's labels (``gold``), on the ``teacher``'s, or on the teacher's where the data
+            has none (``gold_or_teacher``); val and test are always gold.
         rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
             label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
             ``agrees and not contains_label``, those that meet them.
@@ -84,8 +87,10 @@ class RationaleDataModule(Dataset):
             less padding; batches are in random order either way.
         rationales: teacher outputs in place of the dataset's own, joined by ``id``: a folder of ``annotate``, its JSON
             lines or Parquet file, or a list of them, in which ``released`` means the dataset's own.
-        rationale_pairing: train on each row's ``own`` rationale, or, as a control, on ``shuffled`` ones: the same
-            rationales paired with other rows by ``seed``.
+        select: in place of the ``select`` of each task that uses teacher outputs: ``first``, ``all``, ``sample`` or
+            ``vote``.
+        rationale_pairing: train on each row's ``own`` rationale, or, as a control, by ``seed`` on ``shuffled`` ones
+            (the same rationales paired with other rows) or ``permuted`` ones (the words of each in random order).
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class RationaleDataModule(Dataset):
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         tasks: Mapping[str, Any] | Sequence[Any] = ("label",),
-        label_source: Literal["gold", "teacher"] = "gold",
+        label_source: Literal["gold", "teacher", "gold_or_teacher"] = "gold",
         rationale_filter: str | RowFilter = "none",
         train_fraction: float = 1.0,
         seed: int = 0,
@@ -106,7 +111,8 @@ class RationaleDataModule(Dataset):
         predict_split: Split = "test",
         batching: Literal["shuffled", "by_length"] = "shuffled",
         rationales: list[str | Path] | str | Path | None = None,
-        rationale_pairing: Literal["own", "shuffled"] = "own",
+        rationale_pairing: Literal["own", "shuffled", "permuted"] = "own",
+        select: Select | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         earlier = {*vars(self)}
@@ -116,7 +122,11 @@ class RationaleDataModule(Dataset):
         eval_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_batch_size = checks.check_int("eval_batch_size", eval_size, 1)
         self.tasks = tasks_from(tasks)
-        self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
+        if select is not None:
+            checks.check_choice("select", select, get_args(Select))
+            own = {name: replace(task, select=select) for name, task in self.tasks.items() if task.uses_output}
+            self.tasks |= own
+        self.label_source = checks.check_choice("label_source", label_source, LABEL_SOURCES)
         given_paths = RELEASED if rationales is None else rationales
         listed = given_paths if isinstance(given_paths, list | tuple) else [given_paths]
         if not listed or not all(isinstance(path, str | Path) for path in listed):
@@ -124,7 +134,8 @@ class RationaleDataModule(Dataset):
         if remote := [path for path in listed if isinstance(as_path(path), RemotePath)]:
             raise UserError(f"rationales: {remote[0]} is at a URL, and has to be a local file or folder")
         self.rationales = [Path(str(as_path(path))) for path in listed]
-        self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, ("own", "shuffled"))
+        pairings = ("own", "shuffled", "permuted")
+        self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, pairings)
         self._keep = make_filter(rationale_filter, self.teacher_agrees)
         self.rationale_filter = filter_name(rationale_filter)
         self.train_fraction = checks.check_fraction("train_fraction", train_fraction)
@@ -200,22 +211,23 @@ class RationaleDataModule(Dataset):
 
     def _written_tasks(self) -> list[Any]:
         """What of the tasks decides their targets."""
-        return [[t.name, t.prefix, t.target, t.teacher, t.kind, t.select] for t in self.tasks.values()]
+        return [[t.name, t.prefix, t.input, t.target, t.teacher, t.kind, t.select] for t in self.tasks.values()]
 
     def _select(self, rows: Rows) -> UsedRows:
         """The rows of train that are used."""
-        teacher_labels = self.label_source == "teacher"
-        select = Selector(tuple(self.tasks.values()), teacher_labels, self._keep, self.teacher_agrees)
+        select = Selector(tuple(self.tasks.values()), self.label_source, self._keep, self.teacher_agrees)
         own_filter = self._keep is not None and self._keep.__module__ != make_filter.__module__
         # what does not depend on the seed is shared by the seeds
-        seed = self.seed if self.train_fraction < 1 or self.rationale_pairing == "shuffled" else 0
+        seed = self.seed if self.train_fraction < 1 or self.rationale_pairing != "own" else 0
         drawn = [self.train_fraction, self.rationale_pairing, seed]
-        settings = [self._written_tasks(), teacher_labels, self.rationale_filter, *drawn]
+        settings = [self._written_tasks(), self.label_source, self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
-        if self.rationale_pairing == "shuffled" and any(task.uses_output for task in self.tasks.values()):
-            return shuffle_rationales(used, self.seed)
-        return used
+        if self.rationale_pairing == "own" or not any(task.uses_output for task in self.tasks.values()):
+            return used
+        if self.rationale_pairing == "permuted":
+            return permute_rationales(used, self.seed)
+        return shuffle_rationales(used, self.seed, teacher_labels=self.label_source == "teacher")
 
     def used_rows(self, split: Split) -> UsedRows:
         """The rows of a split that this run uses. Raises a ``UserError`` if the split is absent."""
@@ -265,6 +277,7 @@ class RationaleDataModule(Dataset):
                 label_set=self.label_set,
                 choices=column(lambda row: row.choices or self.label_set or ()) if has_choices else None,
                 majority_label=self.majority_label,
+                max_source_length=self.max_source_length,
             )
         return self._keys[split]
 
@@ -323,15 +336,18 @@ class RationaleDataModule(Dataset):
         for name, task in self.tasks.items():
             if any(self.targets("train", task, row) for row in used.rows):
                 continue
-            needs = [{"gold": "labels", "teacher": "labels of the teacher"}[self.label_source]] * task.needs_label
+            wanted = {"gold": "labels", "teacher": "labels of the teacher"}.get(self.label_source, "labels of either")
+            needs = [wanted] * task.needs_label
             if task.uses_output:
                 needs.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
             outputs = (output for row in rows for output in row.outputs if output.text is not None)
-            known = ", ".join(dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)) or "none"
+            kinds = dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)
+            made = "" if task.kind == "rationale" else f" --kind {task.kind}"
+            makes = f"; `lit-distill annotate{made} --out FOLDER` makes them for data.rationales: [released, FOLDER]"
             raise UserError(
                 f"tasks: {name} has no target in train: {task.target!r} (select: {task.select}) needs"
-                f" {' and '.join(needs)}; there are outputs of kind {known}; rationale_filter: {self.rationale_filter};"
-                f" {counts}"
+                f" {' and '.join(needs)}; there are outputs of kind {', '.join(kinds) or 'none'}"
+                f"{makes * task.uses_output}; rationale_filter: {self.rationale_filter}; {counts}"
             )
         if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
             self._warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lit_distill.batch import PADDING_ROW, TaskBatch, pad_rows
-from lit_distill.data.tokenize import TokenRow, TokenRows
+from lit_distill.data.tokenize import TokenRow, TokenRows, paired
 from lit_distill.errors import UserError
 from lit_distill.files import cache_folder
 
@@ -157,14 +157,15 @@ def collate(rows: Sequence[TokenRow], *, tasks: Sequence[str], pad_token_id: int
     """
     batch: TaskBatch = {}
     for task in tasks:
-        pairs = [
-            (row, target)
-            for row in rows
-            for target in ((row[f"{task}.labels"] or [[]])[:1] if evaluation else row[f"{task}.labels"])
-        ]
-        sources = [row[f"{task}.input_ids"] for row, _ in pairs]
-        batch[task] = pad_rows(sources, [target for _, target in pairs], pad_token_id)
-        batch[task]["index"] = torch.tensor([row["index"] for row, _ in pairs], dtype=torch.long)
+        pairs: list[tuple[list[int], list[int]]] = []
+        index: list[int] = []
+        for row in rows:
+            sources, targets = row[f"{task}.input_ids"], row[f"{task}.labels"]
+            own = [(sources[0], (targets or [[]])[0])] if evaluation else paired(sources, targets)
+            pairs += own
+            index += [row["index"]] * (len(pairs) - len(index))
+        batch[task] = pad_rows([source for source, _ in pairs], [target for _, target in pairs], pad_token_id)
+        batch[task]["index"] = torch.tensor(index, dtype=torch.long)
     return batch
 
 

@@ -219,7 +219,7 @@ class JSONLDataModule(RationaleDataModule):
 
     def _stream(self) -> StreamLoader:
         tasks, settings = tuple(self.tasks.values()), self.token_settings
-        select_row = Selector(tasks, self.label_source == "teacher", self._keep, self.teacher_agrees)
+        select_row = Selector(tasks, self.label_source, self._keep, self.teacher_agrees)
         choose = partial(self.targets, "train")
 
         def select(found: list[tuple[str, dict[str, Any]]]) -> tuple[Sequence[Row], dict[str, int]]:
@@ -240,7 +240,7 @@ class JSONLDataModule(RationaleDataModule):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         pad_token_id = int(self.tokenizer.pad_token_id)
         together = partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=False)
-        sampled = [task.name for task in tasks if task.select == "sample"]
+        sampled = [task for task in tasks if task.select == "sample"]
         trainer = self.trainer
         stream = ShardStream(
             find_shards(self._patterns, self.data_dir),
@@ -322,7 +322,7 @@ def _check_streaming(hub: str | None, train: Any, val: Any, settings: Mapping[st
         raise UserError("val: must be given with streaming, which takes no rows from train")
     needs: dict[str, tuple[list[Any], str]] = {
         "train_fraction": ([1], "draws from all rows; give fewer shards"),
-        "rationale_pairing": (["own"], "pairs all rows with one another"),
+        "rationale_pairing": (["own"], "needs all rows at once"),
         "batching": (["shuffled"], "sorts many rows"),
         "rationales": ([None, RELEASED, [RELEASED]], "looks for all ids; put rationales into a column of the shards"),
     }

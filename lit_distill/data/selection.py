@@ -2,6 +2,7 @@
 
 import math
 import operator
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
 KEPT_COLUMNS = tuple(name for name in COLUMNS if name not in ("text", "rationale", "input", "key"))
 """The columns of a sample that its output has, too; the others are fields of an output, or of the file alone."""
+
+LABEL_SOURCES = ("gold", "teacher", "gold_or_teacher")
 
 VAL_FRACTION = 0.1
 """Fraction of train used as val if none is released (as in the paper)."""
@@ -67,6 +70,7 @@ class Selection:
 class Target(NamedTuple):
     """One target of a task."""
 
+    source: str  # the student's input, with the prefix
     text: str
     label: str | None  # the label in it, which truncation keeps
 
@@ -148,7 +152,9 @@ class Selector:
     """What becomes of a row in training. ``keep`` gets a row with its gold label and one output."""
 
     tasks: Sequence[Task]
-    teacher_labels: bool  # the label is that of the first output with one that passes `keep`, else of the first one
+    # one of `LABEL_SOURCES`; a teacher's label is that of the first output with one that passes `keep`, else of the
+    # first one
+    labels: str
     keep: RowFilter | None
     agree: Agree = operator.eq
 
@@ -161,13 +167,14 @@ class Selector:
             # a label may be left where no rationale is
             kept += [replace(output, text=None) for output in original.outputs if output.label is not None]
         label = original.label
-        if self.teacher_labels:
+        if self.labels == "teacher" or (self.labels == "gold_or_teacher" and label is None):
             label = next((one.label for one in kept if one.label is not None), None)
             if label is None:
                 return None, "dropped_without_teacher_label", filtered
         unchanged = label == original.label and len(kept) == len(original.outputs) and kept == said
         row = original if unchanged else replace(original, label=label, outputs=tuple(kept))
-        if not any(targets(task, row, self.agree, teacher_labels=self.teacher_labels) for task in self.tasks):
+        teacher_labels = self.labels == "teacher"
+        if not any(targets(task, row, self.agree, teacher_labels=teacher_labels) for task in self.tasks):
             return None, "dropped_without_target", filtered
         return row, None, filtered
 
@@ -218,11 +225,31 @@ def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key:
     return UsedRows(used, gold, selection.counts, selection.with_rationale, key, selection.majority)
 
 
-def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
+def permute_rationales(used: UsedRows, seed: int) -> UsedRows:
+    """Control: the same teacher outputs, the words of each text in a random order (by ``seed``).
+
+    The permutation of tokens of arXiv 2406.14511, with words for tokens.
+    """
+
+    def permuted(row: Row) -> Row:
+        draw = random.Random(f"{seed}-{row.id}")  # noqa: S311 - no secret
+
+        def of(output: TeacherOutput) -> TeacherOutput:
+            words = (output.text or "").split()
+            draw.shuffle(words)
+            return output if output.text is None else replace(output, text=" ".join(words))
+
+        return replace(row, outputs=tuple(map(of, row.outputs)))
+
+    rows = Lazy(len(used.rows), lambda at: [permuted(row) for row in read(used.rows, at)])
+    return replace(used, rows=rows, counts=used.counts | {"rationale_permuted": len(used.with_rationale)})
+
+
+def shuffle_rationales(used: UsedRows, seed: int, *, teacher_labels: bool = False) -> UsedRows:
     """Control: the same teacher outputs, each paired with another row's input.
 
-    The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels stay. Raises a
-    ``UserError`` if fewer than two rows have a text.
+    The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels to train on stay.
+    Raises a ``UserError`` if fewer than two rows have a text.
     """
     found = used.with_rationale
     if len(found) < 2:
@@ -232,7 +259,9 @@ def shuffle_rationales(used: UsedRows, seed: int) -> UsedRows:
     givers[np.roll(ring, -1)] = ring
 
     def paired(row: Row, giver: Row) -> Row:
-        return replace(row, outputs=tuple(replace(output, label=row.label) for output in giver.outputs))
+        # with a teacher's labels, that of an output would be the target's
+        given = [replace(one, label=row.label) if teacher_labels else one for one in giver.outputs]
+        return replace(row, outputs=tuple(given))
 
     def some(at: Array) -> list[Row]:
         both = zip(read(used.rows, at), read(used.rows, givers[at]), strict=True)
@@ -266,7 +295,7 @@ def targets(
         label = output.label if teacher_labels and output is not None and output.label is not None else row.label
         text = task.render(row if label == row.label else replace(row, label=label), output)
         if text is not None:
-            found.append(Target(text, label))
+            found.append(Target(task.source(row, output), text, label))
     return found
 
 

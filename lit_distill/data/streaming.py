@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_distill.batch import TaskBatch
 from lit_distill.data.sources import Placed
-from lit_distill.data.tokenize import TokenRow
+from lit_distill.data.tokenize import TokenRow, draw_targets
 from lit_distill.errors import UserError
 from lit_distill.reading import json_object
 from lit_distill.remote import AnyPath, as_path, format_of, read_lines
 from lit_distill.shipped import shipped
+from lit_distill.tasks import Task
 
 EMPTY = 100  # passes without a row to train on until a stream gives up
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -111,7 +112,7 @@ class Reading(NamedTuple):
     select: Callable[[list[Placed]], tuple[Sequence[Any], dict[str, int]]]  # rows to train on, and counts
     encode: Callable[[Sequence[Any]], tuple[dict[str, list[Any]], dict[str, int]]]  # columns of tokens, and counts
     collate: Callable[[Sequence[TokenRow]], TaskBatch]
-    sampled: Sequence[str]  # tasks that draw one of a row's targets
+    sampled: Sequence[Task]  # tasks that draw some of a row's targets
 
 
 class _Item(NamedTuple):
@@ -225,8 +226,7 @@ class ShardStream(IterableDataset[_Item | str]):
         draw = random.Random(key)  # noqa: S311 - no secret
         for row in rows:
             for task in self.reading.sampled:
-                targets = row[f"{task}.labels"]
-                row[f"{task}.labels"] = targets and [targets[int(draw.random() * len(targets))]]
+                draw_targets(row, task, draw)
         return self.reading.collate(rows)
 
 

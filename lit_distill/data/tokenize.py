@@ -2,11 +2,12 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -21,9 +22,13 @@ from lit_distill.data.workers import in_order
 from lit_distill.students.tokens import Tokens
 from lit_distill.tasks import Row, Task
 
+T = TypeVar("T")
+
 _IDS = pa.list_(pa.int32())
-_COLUMNS = {"input_ids": _IDS, "labels": pa.list_(_IDS)}
-"""The columns of each task in the cache, after its name and a dot; labels are a possibly empty list of targets."""
+_COLUMNS = {"input_ids": pa.list_(_IDS), "labels": pa.list_(_IDS)}
+"""The columns of each task in the cache, after its name and a dot: the sources, one for all targets or one for each,
+and a possibly empty list of targets.
+"""
 
 Choose = Callable[[Task, Row], list[Target]]
 """Selects the targets of a row for a task."""
@@ -67,18 +72,24 @@ def encode_targets(
 def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, choose: Choose) -> dict[str, list[Any]]:
     """The tokenised columns of some rows: for each task, after its name and a dot, those of ``_COLUMNS`` and lengths.
 
-    ``input_length`` and ``target_lengths`` are before truncation; ``labels_cut`` is the number of targets whose label
+    ``input_lengths`` and ``target_lengths`` are before truncation; ``labels_cut`` is the number of targets whose label
     was cut.
     """
     columns: dict[str, list[Any]] = {}
     for name, task in settings.tasks.items():
-        sources = tokens.sources([task.prefix + row.input for row in rows], settings.max_source_length)
         found = [choose(task, row) for row in rows]
         flat = [target for several in found for target in several]
         encoded = zip(*encode_targets(tokens, task, flat, settings.max_target_length), strict=True)
         by_row = [[next(encoded) for _ in several] for several in found]
-        columns[f"{name}.input_ids"] = sources.ids
-        columns[f"{name}.input_length"] = sources.lengths
+        texts = [
+            # without a target, an evaluation needs a source yet
+            [target.source for target in several] if task.reads_output and several else [task.source(row)]
+            for row, several in zip(rows, found, strict=True)
+        ]
+        sources = tokens.sources([text for several in texts for text in several], settings.max_source_length)
+        ids, lengths = iter(sources.ids), iter(sources.lengths)
+        columns[f"{name}.input_ids"] = [[next(ids) for _ in several] for several in texts]
+        columns[f"{name}.input_lengths"] = [[next(lengths) for _ in several] for several in texts]
         columns[f"{name}.labels"] = [[ids for ids, _, _ in several] for several in by_row]
         columns[f"{name}.target_lengths"] = [[length for _, length, _ in several] for several in by_row]
         columns[f"{name}.labels_cut"] = [sum(cut for _, _, cut in several) for several in by_row]
@@ -101,8 +112,8 @@ def lengths_of(columns: Mapping[str, list[Any]], settings: TokenSettings) -> dic
     """The lengths of each task in columns of `encode_rows`."""
     return {
         name: Lengths(
-            Counter(columns[f"{name}.input_length"]),
-            Counter(length for several in columns[f"{name}.target_lengths"] for length in several),
+            Counter(chain.from_iterable(columns[f"{name}.input_lengths"])),
+            Counter(chain.from_iterable(columns[f"{name}.target_lengths"])),
             sum(columns[f"{name}.labels_cut"]),
         )
         for name in settings.tasks
@@ -127,19 +138,37 @@ def beyond(lengths: Mapping[int, int], limit: int) -> int:
 def row_lengths(columns: Mapping[str, list[Any]], settings: TokenSettings) -> Array:
     """Source and target tokens of each row, summed over the tasks: in training and in evaluation ``(2, rows)``.
 
-    In training a source counts for each of its targets; if one is sampled, the longest counts.
+    In training a source counts for each of its targets; if some are sampled, the longest count.
     """
     rows = []
     for name, task in settings.tasks.items():
-        sources = columns[f"{name}.input_ids"]
+        both = zip(columns[f"{name}.input_ids"], columns[f"{name}.labels"], strict=True)
         for_task = []
-        for source, found in zip(sources, columns[f"{name}.labels"], strict=True):
-            targets = [len(target) for target in found]
-            read = [max(targets)] if targets and task.select == "sample" else targets
-            for_task.append((len(source) * len(read) + sum(read), len(source) + sum(targets[:1])))
+        for sources, targets in both:
+            pairs = [len(source) + len(target) for source, target in paired(sources, targets)]
+            read = sorted(pairs)[-task.draws :] if task.select == "sample" else pairs
+            for_task.append((sum(read), pairs[0] if pairs else len(sources[0])))
         rows.append(np.array(for_task, np.int32).reshape(-1, 2).T)
     summed: Array = np.stack(rows).sum(axis=0, dtype=np.int32)
     return summed
+
+
+def paired(sources: Sequence[T], targets: Sequence[T]) -> Iterator[tuple[T, T]]:
+    """Each target with its source: the one of all, or its own."""
+    return zip(sources if len(sources) > 1 else repeat(sources[0]), targets, strict=False)
+
+
+def draw_targets(row: TokenRow, task: Task, draw: random.Random) -> None:
+    """Leave of a row a random sample of a task's targets, with their sources."""
+    sources, targets = row[f"{task.name}.input_ids"], row[f"{task.name}.labels"]
+    if not targets:
+        return
+    if task.draws == 1:
+        places = [int(draw.random() * len(targets))]
+    else:
+        places = draw.sample(range(len(targets)), min(task.draws, len(targets)))
+    row[f"{task.name}.labels"] = [targets[place] for place in places]
+    row[f"{task.name}.input_ids"] = [sources[place] for place in places] if len(sources) > 1 else sources
 
 
 def tokenize_once(
@@ -154,7 +183,7 @@ def tokenize_once(
         found = encode_rows(read(rows, at), tokens, settings, choose)
         kept = []
         for task in settings.tasks:
-            kept += [of_lists(found[f"{task}.input_ids"], of_ints), of_lists(found[f"{task}.labels"], of_targets)]
+            kept += [of_lists(found[f"{task}.{part}"], of_targets) for part in _COLUMNS]
         return kept, (row_lengths(found, settings), lengths_of(found, settings))
 
     def write(folder: Path) -> dict[str, Any]:
@@ -188,7 +217,7 @@ class TokenRows(Dataset[TokenRow]):
             task: Lengths(Counter(dict(inputs)), Counter(dict(targets)), labels_cut)
             for task, (inputs, targets, labels_cut) in found.meta["tasks"].items()
         }
-        self._sampled = [name for name, task in settings.tasks.items() if task.select == "sample"]
+        self._sampled = [task for task in settings.tasks.values() if task.select == "sample"]
         self._stored = Stored(found.folder / "tokens.arrow")
         self._lengths = found.array("lengths")
 
@@ -198,8 +227,14 @@ class TokenRows(Dataset[TokenRow]):
     def sequences(self, task: str) -> pa.Table:
         """The token ids of each of a task's targets: ``source`` and ``target``."""
         table = self._stored.table().select([f"{task}.input_ids", f"{task}.labels"])
-        sources, targets = table[0], table[1].combine_chunks()
-        return pa.table({"source": sources.take(pc.list_parent_indices(targets)), "target": targets.flatten()})
+        sources, targets = (column.combine_chunks() for column in table)
+        rows = pc.list_parent_indices(targets).to_numpy()
+        numbers = sources.value_lengths().to_numpy()
+        starts = np.cumsum(numbers) - numbers
+        # the number of a target in its row, up to that of the last source
+        own = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        places = starts[rows] + np.minimum(own, numbers[rows] - 1)
+        return pa.table({"source": sources.flatten().take(pa.array(places)), "target": targets.flatten()})
 
     def lengths(self, *, evaluation: bool) -> Array:
         """Source and target tokens of each row, see `row_lengths`."""
@@ -219,9 +254,7 @@ class TokenRows(Dataset[TokenRow]):
                 row |= {"index": PADDING_ROW} | {f"{name}.labels": [] for name in self.settings.tasks}
             else:
                 row["index"] = index
-                for name in self._sampled:
-                    targets = row[f"{name}.labels"]
-                    draw = random.Random(f"{self.seed}-{epoch}-{row['index']}").random()  # noqa: S311 - no secret
-                    row[f"{name}.labels"] = targets and [targets[int(draw * len(targets))]]
+                for task in self._sampled:
+                    draw_targets(row, task, random.Random(f"{self.seed}-{epoch}-{row['index']}"))  # noqa: S311 - no secret
             rows.append(row)
         return rows

@@ -38,6 +38,7 @@ class AnswerKey:
     label_set: tuple[str, ...] | None  # the closed label set that all rows share, if there is one
     choices: Sequence[tuple[str, ...]] | None  # each row's closed choices (its own, or the shared set), if any
     majority_label: str | None  # the most frequent training label: the majority-class baseline
+    max_source_length: int = 1024  # tokens that an input is cut to
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs, join, take
+from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs, join, pad_rows, take
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation, Split, gather_answers, summarise
 from lit_distill.modules.training import Training, last_good_checkpoint
 from lit_distill.objectives import Step
-from lit_distill.tasks import Row, answer_task, rationale_task
+from lit_distill.tasks import Row, TeacherOutput, answer_task, rationale_task
 
 
 @dataclass
@@ -181,25 +181,47 @@ class Evaluating(Training):
         """
         task = self.tasks[self.answer_task]
         index = step.batch[task.name]["index"].tolist()
-        found = []
-        written = self.generate_ids(step, task.name)
-        for row, ids, text in zip(index, written, self.student.tokens.decode(written), strict=True):
+        own, before = self.follow(step, task.name, key)
+        found, ids = [], self.generate_ids(own, task.name)
+        for row, first, last, text in zip(index, before, ids, self.student.tokens.decode(ids), strict=True):
             parsed = task.read(text)
-            found.append(Answer(row, parsed.label or "", text, parsed.rationale, tokens=len(ids)))
-        if rationales and self.rationale_task not in (None, task.name):
+            found.append(Answer(row, parsed.label or "", text, parsed.rationale, tokens=len(first) + len(last)))
+        if task.after is not None and task.after == self.rationale_task:
+            for answer, text in zip(found, self.student.tokens.decode(before), strict=True):
+                answer.rationale = self.tasks[task.after].read(text).rationale
+        elif rationales and self.rationale_task not in (None, task.name):
             self._add_rationales(found, step)
-        if self.hparams["score_choices"] and key.choices is not None and task.needs_label and not task.uses_output:
+        if self.hparams["score_choices"] and key.choices is not None and task.scores_labels:
             # a row that pads gets those of the first
             rows = [max(row, 0) for row in index]
             choices = [key.choices[row] for row in rows]
             targets = [
-                tuple(task.render(Row("", key.inputs[row], choice)) or "" for choice in key.choices[row])
+                tuple(task.target.format(label=choice, input=key.inputs[row]) for choice in key.choices[row])
                 for row in rows
             ]
-            scores = step.student.score(task.name, targets)
-            for answer, own, likelihoods in zip(found, choices, scores, strict=True):
-                answer.scored = own[likelihoods.index(max(likelihoods))] if own else None
+            scores = own.student.score(task.name, targets)
+            for answer, of_row, likelihoods in zip(found, choices, scores, strict=True):
+                answer.scored = of_row[likelihoods.index(max(likelihoods))] if of_row else None
         return [answer for answer in found if answer.index != PADDING_ROW]
+
+    def follow(self, step: Step, task: str, key: AnswerKey) -> tuple[Step, list[list[int]]]:
+        """A step in which a task's sources have what the student writes for the task that it comes after, if any.
+
+        Returns that step, and the tokens that were generated for each row.
+        """
+        own, inputs = self.tasks[task], step.batch[task]
+        if own.after is None:
+            return step, [[] for _ in inputs["labels"]]
+        ids, tokens = self.generate_ids(step, own.after), self.student.tokens
+        written = [self.tasks[own.after].read(text) for text in tokens.decode(ids)]
+        # a row that pads gets the input of the first
+        rows = [Row("", key.inputs[max(row, 0)], None) for row in inputs["index"].tolist()]
+        outputs = [TeacherOutput(one.rationale, one.label) for one in written]
+        texts = [own.source(row, output) for row, output in zip(rows, outputs, strict=True)]
+        sources = tokens.sources(texts, key.max_source_length).ids
+        made = pad_rows(sources, [[] for _ in sources], int(tokens.tokenizer.pad_token_id))
+        made["index"] = inputs["index"]
+        return self.step({task: made}), ids
 
     def generate_texts(self, step: Step, task: str) -> list[str]:
         """The generated text of each row of a task."""

@@ -457,5 +457,9 @@ def last_good_checkpoint(trainer: pl.Trainer) -> str:
 
 
 def task_texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
-    """Prefixes and targets in plain types, to compare with those of the data module or a checkpoint."""
-    return {name: [task.prefix, task.target] for name, task in tasks.items()}
+    """Prefixes, inputs and targets in plain types, to compare with those of the data module or a checkpoint."""
+    return {
+        # older checkpoints have no input
+        name: [task.prefix, *([] if task.input == "{input}" else [task.input]), task.target]
+        for name, task in tasks.items()
+    }

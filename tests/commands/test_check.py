@@ -8,7 +8,7 @@ import pytest
 
 from lit_distill.checking import Checker, Finding
 from lit_distill.commands.check import end_ranks, make_checker, rank_findings, save_step, start_ranks
-from tests.objectives.test_overlays import FAMILIES, OVERLAYS, REFUSED, arguments, models, name_of
+from tests.objectives.test_overlays import FAMILIES, OVERLAYS, REFUSED, arguments, models, name_of, write_outputs
 from tests.runs import CONFIGS, refusal, run, small_model, toy_data, write_lines
 
 PRESETS = [f"{name}Module" for name in ("Standard", "StepByStep", "SingleTask")]
@@ -38,12 +38,14 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         write_lines(folder / "cqa" / f"cqa_{split}.json", rows)
         (folder / "cqa" / "llm").mkdir(exist_ok=True)
         (folder / "cqa" / "llm" / f"{split}_CoT_0.json").write_text(json.dumps(outputs))
+    write_outputs(folder, 24)
     return [f"--data.data_dir={folder}", "--data.batch_size=12"]
 
 
 def command(student: Path, data: list[str], overlay: Path | None = None, teacher: Path | None = None) -> list[str]:
     base = CONFIGS / "cqa" / "step_by_step.yaml"
-    more = arguments(overlay, teacher) if overlay and teacher else []
+    outputs = Path(data[0].partition("=")[2]) / "outputs.jsonl"
+    more = arguments(overlay, teacher, outputs) if overlay and teacher else []
     return [f"--config={base}", *more, f"--model.student={student}", *data]
 
 

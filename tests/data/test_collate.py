@@ -21,9 +21,9 @@ TASKS = ("label", "rationale")
 def row(index: int, source: list[int], label: list[int] | None, rationale: list[int] | None) -> TokenRow:
     return {
         "index": index,
-        "label.input_ids": source,
+        "label.input_ids": [source],
         "label.labels": [] if label is None else [label],
-        "rationale.input_ids": [9, *source],
+        "rationale.input_ids": [[9, *source]],
         "rationale.labels": [] if rationale is None else [rationale],
     }
 
@@ -39,7 +39,7 @@ def token_rows(rows: list[TokenRow], tasks: Any = None, seed: int = 0) -> TokenR
         found.append(known)
     columns = {name: [one[name] for one in found] for name in found[0]}
     ids = pa.list_(pa.int32())
-    types = {name: ids if name.endswith("input_ids") else pa.list_(ids) for name in columns}
+    types = dict.fromkeys(columns, pa.list_(ids))
     # a mapped file outlives its name
     with TemporaryDirectory() as folder:
         arrays = [pa.array(values, types[name]) for name, values in columns.items()]
@@ -125,6 +125,26 @@ def test_all_outputs_are_rows_of_their_own() -> None:
     assert evaluated["rationale"]["labels"].tolist() == [[0, 0], [1, 0], [IGNORE_INDEX] * 2]
     # a source is read once for each target
     assert rows.lengths(evaluation=False).tolist() == [4 + 5 * 5, 4 + 5 * 5, 4]
+
+
+def test_several_outputs_are_drawn_without_repetition() -> None:
+    tasks = {"label": {"prefix": "p"}, "rationale": {"select": "sample", "draws": 2}}
+    # with a source for each target
+    several = [one | {"rationale.input_ids": [[9, k] for k in range(5)]} for one in SEVERAL]
+    rows = token_rows([*several, SEVERAL[0] | {"rationale.labels": [[0, 7]]}], tasks)
+    seen = set()
+    for position in range(len(several)):
+        found = rows[position]
+        assert len(found["rationale.labels"]) == 2
+        # each with its own source
+        assert [k for _, k in found["rationale.labels"]] == [k for _, k in found["rationale.input_ids"]]
+        seen.add(tuple(k for _, k in found["rationale.labels"]))
+    assert all(first != second for first, second in seen)
+    assert len(seen) > 10
+    assert rows[40]["rationale.labels"] == [[0, 7]]
+    batch = batch_of(rows.__getitems__([0, 40]))
+    assert batch["rationale"]["index"].tolist() == [0, 0, 40]
+    assert rows.lengths(evaluation=False).tolist() == [4 + 2 * 4] * 40 + [4 + 5]
 
 
 def drawn(epoch: int, seed: int = 0) -> list[int]:

@@ -22,7 +22,7 @@ PAIR = ["label", "rationale"]
 
 def overlay(name: str) -> dict[str, Any]:
     """The tasks of an overlay."""
-    found: dict[str, Any] = yaml.safe_load((CONFIGS / "overlay" / f"{name}.yaml").read_text())["model"]["init_args"][
+    found: dict[str, Any] = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())["model"]["init_args"][
         "tasks"
     ]
     return found
@@ -42,7 +42,7 @@ def test_chain_of_thought_and_program(
         for i in range(ROWS)
     ]
     train = write_lines(tmp_path / "train.jsonl", lines)
-    tasks = {"label": {"prefix": "predict: "}, "rationale": {"prefix": "explain: "}, **overlay("program")}
+    tasks = {"label": {"prefix": "predict: "}, "rationale": {"prefix": "explain: "}, **overlay("mixed")}
     module = JSONLDataModule(
         train=train, val=train, outputs={"code": "program"}, metric="equation", tokenizer=tokenizer, tasks=tasks
     )
@@ -121,8 +121,8 @@ def sampled(
     """Rows of five samples each."""
     lines = [{"input": f"in {i}", "label": "yes", "rationale": [f"{i}:{k}" for k in range(5)]} for i in range(ROWS)]
     train = write_lines(folder / "train.jsonl", lines)
-    tasks = {"label": {"prefix": "predict: "}, "rationale": {"prefix": "explain: ", **overlay("samples")["rationale"]}}
-    module = JSONLDataModule(train=train, val=train, tokenizer=tokenizer, tasks=tasks, batch_size=4, **arguments)
+    arguments = {"tasks": PAIR, "select": "sample"} | arguments
+    module = JSONLDataModule(train=train, val=train, tokenizer=tokenizer, batch_size=4, **arguments)
     module.setup("fit")
     return module
 
@@ -185,13 +185,13 @@ def test_they_train(
             "init_args": {
                 "student": str(student_folder),
                 "from_scratch": True,
-                "tasks": overlay("samples") | overlay("program"),
+                "tasks": overlay("mixed"),
             },
         },
         "data": {
             "class_path": "JSONLDataModule",
             "init_args": dict.fromkeys(("train", "val", "test"), str(train))
-            | {"outputs": {"code": "program"}, "batch_size": 3},
+            | {"outputs": {"code": "program"}, "batch_size": 3, "select": "sample"},
         },
         "trainer": {"max_steps": 4, "accelerator": "cpu"},
     }

@@ -44,8 +44,9 @@ def tokens(module: RationaleDataModule, split: Split) -> str:
     rows = module._tokenized[split]
     columns = [f"{task}.{part}" for task in TASKS for part in ("input_ids", "labels")]
     found = [[row[name] for name in columns] for row in map(rows.__getitem__, range(len(rows)))]
-    # one target a row, or none
+    # one source a row, and one target or none
     for row in found:
+        row[::2] = [source for (source,) in row[::2]]
         row[1::2] = [targets[0] if targets else None for targets in row[1::2]]
     return digest(found)
 
@@ -316,7 +317,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "annotated-agrees": {
         "train": (
-            "4d04ec23e10ff324",
+            "3f89240727518922",
             {
                 "rows": 36,
                 "parsed": 21,

@@ -18,6 +18,7 @@ from lit_distill.data.selection import (
     flags_of,
     hold_out,
     make_filter,
+    permute_rationales,
     select_rows,
     shuffle_rationales,
     subset,
@@ -95,7 +96,10 @@ ROWS = [GOLD_YES, GOLD_NO, UNPARSED, OUTSIDE, UNLABELLED]
 
 def used(*tasks: str, teacher_labels: bool = False, keep: RowFilter | None = None, fraction: float = 1.0) -> UsedRows:
     built = tuple(tasks_from({task: {"prefix": task} for task in tasks}).values())
-    return selected(ROWS, Selector(built, teacher_labels, keep), fraction)
+    return selected(ROWS, Selector(built, "teacher" if teacher_labels else "gold", keep), fraction)
+
+
+LABEL_TASK = tuple(tasks_from(["label"]).values())
 
 
 def selected(found: Sequence[Row], select: Selector, fraction: float = 1.0) -> UsedRows:
@@ -121,11 +125,11 @@ def test_a_teacher_label_counts_whichever_output_has_it() -> None:
     program = TeacherOutput("x + 2", None, kind="program")
     row = Row("a", "in", "yes", outputs=(TeacherOutput(None, "no"), program))
     tasks = tuple(tasks_from({"label": {}, "p": {"prefix": "p", "target": "{rationale}", "kind": "program"}}).values())
-    (found,) = selected([row], Selector(tasks, True, None)).rows
+    (found,) = selected([row], Selector(tasks, "teacher", None)).rows
     assert found.label == "no"
     assert [[target.text for target in targets(task, found)] for task in tasks] == [["no"], ["x + 2"]]
     swapped = replace(row, outputs=(program, TeacherOutput("because", "no")))
-    (found,) = selected([swapped], Selector(tasks, True, None)).rows
+    (found,) = selected([swapped], Selector(tasks, "teacher", None)).rows
     assert found.label == "no"
 
 
@@ -188,6 +192,25 @@ def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
     assert [one.rationale is not None for one in used.rows] == has
     assert all(one.rationale is None or one.rationale != f"because {one.id}" for one in used.rows)
     assert used.counts == {"used": len(has), "rationale_shuffled": sum(has)}
+
+
+def test_permuted_rationales_have_the_same_words() -> None:
+    row = Row("a", "in", "yes", outputs=(TeacherOutput("a b c d e f g", "no"), TeacherOutput(None, "yes")))
+    used = UsedRows([row, replace(row, id="b")], ["yes"] * 2, {}, np.arange(2))
+    one, other = permute_rationales(used, 0).rows
+    for found in (one, other):
+        assert sorted(str(found.rationale).split()) == list("abcdefg")
+        assert [output.label for output in found.outputs] == ["no", "yes"]
+        assert found.outputs[1].text is None
+    assert len({str(one.rationale), str(other.rationale), row.rationale}) == 3
+    assert permute_rationales(used, 0).rows[0] == one != permute_rationales(used, 1).rows[0]
+
+
+def test_the_teachers_label_stands_in_where_there_is_no_gold_one() -> None:
+    gold = make_row("a", "in", "yes", None, "so", "no")
+    found = selected([gold, UNLABELLED, make_row("c", "in", None)], Selector(LABEL_TASK, "gold_or_teacher", None))
+    assert [(one.id, one.label) for one in found.rows] == [("a", "yes"), ("e", "no")]
+    assert found.counts["dropped_without_teacher_label"] == 1
 
 
 def test_seeds_pair_differently() -> None:

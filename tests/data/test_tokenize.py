@@ -60,16 +60,16 @@ def test_rows_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
     assert all_of(rows) == [
         {
             "index": 0,
-            "label.input_ids": [*codes("p:ab"), 1],
+            "label.input_ids": [[*codes("p:ab"), 1]],
             "label.labels": [[*codes("no"), 1]],
-            "rationale.input_ids": [*codes("ab"), 1],
+            "rationale.input_ids": [[*codes("ab"), 1]],
             "rationale.labels": [[*codes("why"), 1]],
         },
         {
             "index": 1,
-            "label.input_ids": [*codes("p:long "), 1],
+            "label.input_ids": [[*codes("p:long "), 1]],
             "label.labels": [[*codes("yes"), 1]],
-            "rationale.input_ids": [*codes("long in"), 1],
+            "rationale.input_ids": [[*codes("long in"), 1]],
             "rationale.labels": [],
         },
     ]
@@ -219,7 +219,7 @@ def test_many_batches_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> No
     rows = once(examples, tokenizer, settings_of({"label": ""}, 8, 8))
     assert len(rows) == count
     for i in (0, CHUNK - 1, CHUNK, count - 1):
-        assert rows[i]["label.input_ids"] == [*codes(str(i)), 1]
+        assert rows[i]["label.input_ids"] == [[*codes(str(i)), 1]]
         assert rows[i]["label.labels"] == [[*codes(str(i % 7)), 1]]
 
 

@@ -78,4 +78,24 @@ def test_students_tokenizer_knows_every_word() -> None:
 @pytest.mark.parametrize("name", ["train_size", "val_size", "test_size"])
 def test_sizes_are_checked(name: str) -> None:
     with pytest.raises(UserError, match=name):
-        ToyDataModule(**{name: 0})
+        ToyDataModule(**{name: 0})  # type: ignore[arg-type]  # a name that mypy cannot know
+
+
+def test_variety() -> None:
+    rows = [toy_example(0, "train", position, variety=True) for position in range(400)]
+    plain = [toy_example(0, "train", position) for position in range(400)]
+    assert [(row.input, row.label, row.outputs[:1]) for row in rows] == [(o.input, o.label, o.outputs) for o in plain]
+    wrong = 0
+    for row in rows:
+        first, second, third, brief, against = row.outputs
+        assert (first.label, second.label, brief.label) == (row.label,) * 3
+        wrong += third.label != row.label
+        assert against.label in (row.choices or ())
+        assert against.label != row.label
+        assert (brief.teacher, against.kind) == ("brief", "counterfactual")
+        for output in (first, second, third, against):
+            # the one word whose kind is named once is the output's label
+            kinds = {word: kind for kind, _, word, _ in zip(*[iter(str(output.text).split())] * 4, strict=True)}
+            assert sorted(kinds) == sorted(row.choices or ())
+            assert [w for w, kind in kinds.items() if list(kinds.values()).count(kind) == 1] == [output.label]
+    assert 70 < wrong < 130

@@ -12,10 +12,14 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Answer, AnswerKey, Split, answer_row, summarise
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.objectives import Step
+from lit_distill.students.seq2seq import Seq2SeqPass
+from lit_distill.tasks import Row as TaskRow
+from lit_distill.tasks import TeacherOutput
 from tests.modules.batches import PADDING_ROW, Row, RowsData, random_rows
 from tests.modules.running import make_trainer, plain_terms
 from tests.students import WORDS
@@ -421,3 +425,42 @@ def test_an_empty_summary() -> None:
     key = item_key([None] * 5, label_set=("yes", "no"))
     assert summarise([], key, rationales=True, intervals=True) == {}
     assert summarise(answers(["yes"]), key, rationales=True, intervals=True) == {"tokens": 0}
+
+
+def test_an_answer_after_a_rationale_follows_what_the_student_wrote(weights_folder: Path, here: Path) -> None:
+    tasks = {"label": {"input": "{input} because {rationale}", "after": "rationale"}}
+    module = StepByStepModule(str(weights_folder), tasks=tasks, num_samples=0)
+    # the teacher's rationales are in val's sources, and what the student writes is another text
+    rows = [TaskRow(f"{i}", f"cat {i} ?", "yes", ("yes", "no"), (TeacherOutput("the dog"),)) for i in range(5)]
+
+    class Data(RationaleDataModule):
+        name = "rows"
+
+        def load_rows(self, split: str) -> list[TaskRow] | None:
+            return rows if split == "val" else None
+
+    read: dict[str, list[str]] = {"label": [], "rationale": []}
+    scored: list[str] = []
+    blue = module.tokenizer.convert_tokens_to_ids("blue")
+
+    def recorded(step: Step, task: str) -> list[list[int]]:
+        sources = step.batch[task]["input_ids"].tolist()
+        read[task] += module.student.tokens.decode(sources)
+        # the word and the row's number
+        return [[blue, source[2], 1] for source in sources]
+
+    module.generate_ids = recorded  # type: ignore[method-assign]
+    score = Seq2SeqPass.score
+
+    def recorded_score(self: Any, task: str, choices: Any) -> Any:
+        scored.extend(module.student.tokens.decode(self.batch[task]["input_ids"].tolist()))
+        return score(self, task, choices)
+
+    data = Data(tokenizer=module.student.tokens, tasks=module.tasks, eval_batch_size=2, predict_split="val")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Seq2SeqPass, "score", recorded_score)
+        answers = make_trainer(limit_predict_batches=2).predict(module, datamodule=data)
+    assert read["rationale"] == [f"explain: cat {i} ?" for i in range(4)]
+    assert read["label"] == scored == [f"predict: cat {i} ? because blue {i}" for i in range(4)]
+    first = cast(list[list[Answer]], answers)[0][0]
+    assert (first.prediction, first.rationale, first.tokens) == ("blue 0", "blue 0", 6)

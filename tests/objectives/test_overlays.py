@@ -16,6 +16,7 @@ from tests.runs import (
     small_model,
     small_trainer,
     toy_data,
+    write_lines,
     write_release,
 )
 from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
@@ -30,7 +31,12 @@ _SEVERAL = "--model.teachers.several.model=[{teacher}, {teacher}]"
 # the second of two steps is of the last stage
 _SEQUENCE = ["--model.teachers.sequence.model=[{teacher}, {teacher}]", "--model.teachers.sequence.at=[1]"]
 
+# of several teachers and kinds
+_OUTPUTS = ["--data.rationales=[released, {outputs}]"]
+
 MORE: dict[str, list[str]] = {
+    **dict.fromkeys(("correct", "counterfactual", "mixed", "several_rationales"), _OUTPUTS),
+    **dict.fromkeys(("several_teachers", "styles"), _OUTPUTS),
     "baby_llama": [_SEVERAL],
     "backtrack": _SEQUENCE,
     "distill_nearest": [_SEVERAL],
@@ -40,7 +46,7 @@ MORE: dict[str, list[str]] = {
     "gkd": ["--model.objectives.share=1.0"],
     "progressive": [*_SEQUENCE, "--model.teachers.sequence.by=step"],
 }
-"""Arguments that an overlay needs on such small models; ``{teacher}`` is the teacher's folder."""
+"""Arguments that an overlay needs on such small models: the folder of its teacher, the file of further outputs."""
 
 REFUSED: dict[tuple[str, str], str] = {}
 """An overlay and a family that it refuses, with what its error says."""
@@ -71,14 +77,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
+    folder = write_release(tmp_path_factory.mktemp("release"))
+    write_outputs(folder, 12)
+    return folder
 
 
-def arguments(path: Path, teacher: Path) -> list[str]:
+def write_outputs(folder: Path, rows: int) -> Path:
+    """Outputs of CommonsenseQA's rows by another teacher, and of all kinds that overlays name."""
+    kinds = ["program", "counterfactual", *content(METHODS / "styles.yaml")["model"]["init_args"]["tasks"]]
+    made = [("rationale", "TEACHER"), *((kind, "released") for kind in kinds)]
+    outputs = [
+        {"id": f"{split}{i}", "split": split, "teacher": teacher, "kind": kind, "rationale": f"{i} is", "label": "dog"}
+        for split in ("train", "test")
+        for i in range(rows)
+        for kind, teacher in made
+    ]
+    return write_lines(folder / "outputs.jsonl", outputs)
+
+
+def arguments(path: Path, teacher: Path, outputs: Path) -> list[str]:
     """The overlay with the tiny teacher in the place of each that it names."""
     named = content(path)["model"]["init_args"].get("teachers", {})
     models = [f"--model.teachers.{name}.model={teacher}" for name in named]
-    return [f"--config={path}", *models, *(more.format(teacher=teacher) for more in MORE.get(name_of(path), []))]
+    more = [one.format(teacher=teacher, outputs=outputs) for one in MORE.get(name_of(path), [])]
+    return [f"--config={path}", *models, *more]
 
 
 def test_there_are_overlays_and_datasets() -> None:
@@ -100,7 +122,7 @@ def test_an_overlay_trains(
     base, (student, teacher) = CONFIGS / "cqa" / "step_by_step.yaml", models[family]
     small = [argument for argument in shrink(base, student, release) if "from_scratch" not in argument]
     quick = ["--test_after_fit=false", "--validation.every_n_steps=2"]
-    command = ["fit", f"--config={base}", *arguments(path, teacher), *small, *quick]
+    command = ["fit", f"--config={base}", *arguments(path, teacher, release / "outputs.jsonl"), *small, *quick]
     if (name_of(path), family) in REFUSED:
         assert REFUSED[name_of(path), family] in refusal(capsys, *command)
         return
@@ -108,7 +130,9 @@ def test_an_overlay_trains(
     [folder] = run_folders()
     rows = [row for row in metric_rows(folder) if "train/loss" in row]
     assert len(rows) == 2
-    assert all(term_name(objective) in {name for row in rows for name in row} for objective in configured(folder))
+    logged = {name for row in rows for name in row}
+    assert all(term_name(objective) in logged for objective in configured(folder))
+    assert all(f"train/{task}_loss" in logged for task in content(path)["model"]["init_args"].get("tasks", {}))
 
 
 def configured(folder: Path) -> list[dict[str, Any]]:
