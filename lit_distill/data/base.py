@@ -24,7 +24,6 @@ from lit_distill.data.download import fetch_release
 from lit_distill.data.outputs import RELEASED, annotations_file
 from lit_distill.data.rows import counted, own_rows, with_outputs
 from lit_distill.data.selection import (
-    LABEL_SOURCES,
     Flag,
     Selector,
     Tally,
@@ -71,8 +70,9 @@ class RationaleDataModule(Dataset):
         batch_size: training examples per batch and device.
         eval_batch_size: evaluation examples per batch and device; ``batch_size`` by default.
         tasks: task name -> settings, or a list of ``label``, ``rationale``, ``rationale_label``, ``label_rationale``.
-        label_source: train on the data's labels (``gold``), on the ``teacher``'s, or on the teacher's where the data
-            has none (``gold_or_teacher``); val and test are always gold.
+        label_source: train on the data's labels (``gold``) or on the teacher's; val and test are always gold.
+        pseudo_labels: train on the rows without a gold label, too, and on those that ``train_fraction`` leaves out,
+            with the labels and rationales of this teacher alone (Lee 2013; self-training if it is an earlier student).
         rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
             label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
             ``agrees and not contains_label``, those that meet them.
@@ -100,7 +100,7 @@ class RationaleDataModule(Dataset):
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         tasks: Mapping[str, Any] | Sequence[Any] = ("label",),
-        label_source: Literal["gold", "teacher", "gold_or_teacher"] = "gold",
+        label_source: Literal["gold", "teacher"] = "gold",
         rationale_filter: str | RowFilter = "none",
         train_fraction: float = 1.0,
         seed: int = 0,
@@ -113,6 +113,7 @@ class RationaleDataModule(Dataset):
         rationales: list[str | Path] | str | Path | None = None,
         rationale_pairing: Literal["own", "shuffled", "permuted"] = "own",
         select: Select | None = None,
+        pseudo_labels: str | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         earlier = {*vars(self)}
@@ -126,7 +127,8 @@ class RationaleDataModule(Dataset):
             checks.check_choice("select", select, get_args(Select))
             own = {name: replace(task, select=select) for name, task in self.tasks.items() if task.uses_output}
             self.tasks |= own
-        self.label_source = checks.check_choice("label_source", label_source, LABEL_SOURCES)
+        self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
+        self.pseudo_labels = None if pseudo_labels is None else checks.check_text("pseudo_labels", pseudo_labels)
         given_paths = RELEASED if rationales is None else rationales
         listed = given_paths if isinstance(given_paths, list | tuple) else [given_paths]
         if not listed or not all(isinstance(path, str | Path) for path in listed):
@@ -215,19 +217,20 @@ class RationaleDataModule(Dataset):
 
     def _select(self, rows: Rows) -> UsedRows:
         """The rows of train that are used."""
-        select = Selector(tuple(self.tasks.values()), self.label_source, self._keep, self.teacher_agrees)
+        teacher_labels, pseudo = self.label_source == "teacher", self.pseudo_labels
+        select = Selector(tuple(self.tasks.values()), teacher_labels, self._keep, self.teacher_agrees, pseudo)
         own_filter = self._keep is not None and self._keep.__module__ != make_filter.__module__
         # what does not depend on the seed is shared by the seeds
         seed = self.seed if self.train_fraction < 1 or self.rationale_pairing != "own" else 0
         drawn = [self.train_fraction, self.rationale_pairing, seed]
-        settings = [self._written_tasks(), self.label_source, self.rationale_filter, *drawn]
+        settings = [self._written_tasks(), teacher_labels, pseudo, self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
         if self.rationale_pairing == "own" or not any(task.uses_output for task in self.tasks.values()):
             return used
         if self.rationale_pairing == "permuted":
             return permute_rationales(used, self.seed)
-        return shuffle_rationales(used, self.seed, teacher_labels=self.label_source == "teacher")
+        return shuffle_rationales(used, self.seed, teacher_labels=teacher_labels)
 
     def used_rows(self, split: Split) -> UsedRows:
         """The rows of a split that this run uses. Raises a ``UserError`` if the split is absent."""
@@ -331,13 +334,14 @@ class RationaleDataModule(Dataset):
                 raise UserError(f"{split}: {unlabelled} of {len(rows)} rows have no label, which {stage} needs")
             return
         counts = {name: count for name, count in self.counts["train"].items() if count}
+        if counts.get("pseudo_labelled", 0) == 0 and self.pseudo_labels is not None:
+            raise UserError(f"pseudo_labels: {self.pseudo_labels!r} labels no row of train ({counts})")
         if self._keep is not None and not len(used.with_rationale):
             raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
         for name, task in self.tasks.items():
             if any(self.targets("train", task, row) for row in used.rows):
                 continue
-            wanted = {"gold": "labels", "teacher": "labels of the teacher"}.get(self.label_source, "labels of either")
-            needs = [wanted] * task.needs_label
+            needs = [{"gold": "labels", "teacher": "labels of the teacher"}[self.label_source]] * task.needs_label
             if task.uses_output:
                 needs.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
             outputs = (output for row in rows for output in row.outputs if output.text is not None)

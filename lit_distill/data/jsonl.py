@@ -219,7 +219,9 @@ class JSONLDataModule(RationaleDataModule):
 
     def _stream(self) -> StreamLoader:
         tasks, settings = tuple(self.tasks.values()), self.token_settings
-        select_row = Selector(tasks, self.label_source, self._keep, self.teacher_agrees)
+        select_row = Selector(
+            tasks, self.label_source == "teacher", self._keep, self.teacher_agrees, self.pseudo_labels
+        )
         choose = partial(self.targets, "train")
 
         def select(found: list[tuple[str, dict[str, Any]]]) -> tuple[Sequence[Row], dict[str, int]]:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,6 @@ from lit_distill.tasks import Row, RowFilter, Task, TeacherOutput, find_function
 
 KEPT_COLUMNS = tuple(name for name in COLUMNS if name not in ("text", "rationale", "input", "key"))
 """The columns of a sample that its output has, too; the others are fields of an output, or of the file alone."""
-
-LABEL_SOURCES = ("gold", "teacher", "gold_or_teacher")
 
 VAL_FRACTION = 0.1
 """Fraction of train used as val if none is released (as in the paper)."""
@@ -63,6 +62,7 @@ class Selection:
 
     positions: Array
     counts: dict[str, int]
+    drawn: Array  # whether each is of the fraction
     with_rationale: Array  # positions among the used
     majority: int | None  # position, among the used, of the first row with the most frequent label
 
@@ -152,14 +152,20 @@ class Selector:
     """What becomes of a row in training. ``keep`` gets a row with its gold label and one output."""
 
     tasks: Sequence[Task]
-    # one of `LABEL_SOURCES`; a teacher's label is that of the first output with one that passes `keep`, else of the
-    # first one
-    labels: str
+    teacher_labels: bool  # the label is that of the first output with one that passes `keep`, else of the first one
     keep: RowFilter | None
     agree: Agree = operator.eq
+    pseudo: str | None = None  # the teacher whose outputs alone a row without a gold label has, and its label
 
-    def __call__(self, original: Row) -> tuple[Row | None, str | None, bool]:
+    def is_labelled(self, row: Row, drawn: bool) -> bool:
+        """Whether a row keeps its gold label; with ``pseudo`` only if it has one and is among the drawn."""
+        return self.pseudo is None or (drawn and row.label is not None)
+
+    def __call__(self, original: Row, drawn: bool = True) -> tuple[Row | None, str | None, bool]:
         """The row to train on, or why it is left out; and whether none of its rationales passed ``keep``."""
+        if not (labelled := self.is_labelled(original, drawn)):
+            own = (output for output in original.outputs if output.teacher == self.pseudo)
+            original = replace(original, label=None, outputs=tuple(own))
         said = [output for output in original.outputs if output.text is not None]
         kept = [output for output in said if self.keep is None or self.keep(replace(original, outputs=(output,)))]
         filtered = bool(said) and not kept
@@ -167,34 +173,41 @@ class Selector:
             # a label may be left where no rationale is
             kept += [replace(output, text=None) for output in original.outputs if output.label is not None]
         label = original.label
-        if self.labels == "teacher" or (self.labels == "gold_or_teacher" and label is None):
+        if self.teacher_labels or not labelled:
             label = next((one.label for one in kept if one.label is not None), None)
             if label is None:
                 return None, "dropped_without_teacher_label", filtered
         unchanged = label == original.label and len(kept) == len(original.outputs) and kept == said
         row = original if unchanged else replace(original, label=label, outputs=tuple(kept))
-        teacher_labels = self.labels == "teacher"
-        if not any(targets(task, row, self.agree, teacher_labels=teacher_labels) for task in self.tasks):
+        if not any(targets(task, row, self.agree, teacher_labels=self.teacher_labels) for task in self.tasks):
             return None, "dropped_without_target", filtered
         return row, None, filtered
 
-    def rows(self, originals: Iterable[Row]) -> list[Row]:
+    def rows(self, originals: Iterable[Row], drawn: Iterable[bool] = repeat(True)) -> list[Row]:
         """The rows to train on."""
-        return [row for original in originals if (row := self(original)[0]) is not None]
+        both = zip(originals, drawn, strict=False)
+        return [row for original, known in both if (row := self(original, known)[0]) is not None]
 
 
 def select_rows(rows: Sequence[Row], select: Selector, fraction: float, seed: int) -> Selection:
     """Which rows of train are used.
 
     The fraction is drawn first, so that label sources and filters are compared on the same rows. Rows without a label
-    or any target are left out.
+    or any target are left out. With pseudo-labels the others are used, too.
     """
     drawn = subset(len(rows), fraction, seed)
+    places_of = drawn if select.pseudo is None else np.arange(len(rows))
+    of_fraction = np.isin(places_of, drawn)
 
     def some(places: Array) -> tuple[Array, Counter[str], Array, Array]:
-        found = [select(row) for row in read(rows, drawn[places])]
+        both = zip(read(rows, places_of[places]), of_fraction[places].tolist(), strict=True)
+        asked = [(row, known, select(row, known)) for row, known in both]
+        found = [one for *_, one in asked]
         reasons = Counter(reason for _, reason, _ in found if reason is not None)
         reasons["rationale_filtered"] = sum(filtered for *_, filtered in found)
+        reasons["pseudo_labelled"] = sum(
+            one[0] is not None and not select.is_labelled(row, known) for row, known, one in asked
+        )
         used = [row for row, *_ in found if row is not None]
         # a label is not empty: that is none
         labels = hashes("" if row.label is None else f"={row.label}" for row in used)
@@ -203,11 +216,12 @@ def select_rows(rows: Sequence[Row], select: Selector, fraction: float, seed: in
 
     names = ("left_out_by_fraction", "rationale_filtered", "dropped_without_teacher_label", "dropped_without_target")
     none = np.zeros(0, bool), Counter[str](), np.zeros(0, bool), hashes([])
-    kept, reasons, said, labels = zip(none, *in_order(some, chunks(len(drawn))), strict=True)
-    counts = sum(reasons, Counter[str]())
-    positions, with_rationale = drawn[np.concatenate(kept)], np.flatnonzero(np.concatenate(said))
-    counts["left_out_by_fraction"], counts["used"] = len(rows) - len(drawn), len(positions)
-    return Selection(positions, {name: counts[name] for name in (*names, "used")}, with_rationale, _majority(labels))
+    kept, reasons, said, labels = zip(none, *in_order(some, chunks(len(places_of))), strict=True)
+    counts, used = sum(reasons, Counter[str]()), np.concatenate(kept)
+    positions, with_rationale = places_of[used], np.flatnonzero(np.concatenate(said))
+    counts["left_out_by_fraction"], counts["used"] = len(rows) - len(places_of), len(positions)
+    told = {name: counts[name] for name in (*names, *(["pseudo_labelled"] if select.pseudo else []), "used")}
+    return Selection(positions, told, of_fraction[used], with_rationale, _majority(labels))
 
 
 def _majority(labels: Sequence[Array]) -> int | None:
@@ -220,7 +234,7 @@ def _majority(labels: Sequence[Array]) -> int | None:
 def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key: str | None = None) -> UsedRows:
     """The selected training rows, with labels and filtered teacher outputs."""
     positions = selection.positions
-    used = Lazy(len(positions), lambda at: select.rows(read(rows, positions[at])))
+    used = Lazy(len(positions), lambda at: select.rows(read(rows, positions[at]), selection.drawn[at].tolist()))
     gold = Lazy(len(positions), lambda at: [row.label for row in read(rows, positions[at])])
     return UsedRows(used, gold, selection.counts, selection.with_rationale, key, selection.majority)
 

@@ -33,12 +33,13 @@ def select_once(name: str, rows: Rows, key: str | None, select: Selector, fracti
     def write(folder: Path) -> dict[str, Any]:
         found = select_rows(rows, select, fraction, seed)
         np.save(folder / "positions.npy", found.positions)
+        np.save(folder / "drawn.npy", found.drawn)
         np.save(folder / "with_rationale.npy", found.with_rationale)
         return {"counts": found.counts, "majority": found.majority}
 
     found = prepare(name, key, write)
-    positions, with_rationale = found.array("positions"), found.array("with_rationale")
-    selection = Selection(positions, found.meta["counts"], with_rationale, found.meta["majority"])
+    positions, drawn, with_rationale = map(found.array, ("positions", "drawn", "with_rationale"))
+    selection = Selection(positions, found.meta["counts"], drawn, with_rationale, found.meta["majority"])
     return train_rows(rows, selection, select, key)
 
 

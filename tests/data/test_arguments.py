@@ -35,6 +35,7 @@ ARGUMENTS = [
     "rationales",
     "rationale_pairing",
     "select",
+    "pseudo_labels",
 ]
 MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataModule"]
 
@@ -57,7 +58,7 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
         ({"max_target_length": None}, "max_target_length must be an integer >= 1, got None"),
         ({"num_workers": -1}, "num_workers must be an integer in [0, 256], got -1"),
         ({"allow_extra_outputs": "yes"}, "allow_extra_outputs must be true or false, got 'yes'"),
-        ({"label_source": "human"}, "label_source must be one of gold, teacher, gold_or_teacher, got 'human'"),
+        ({"label_source": "human"}, "label_source must be one of gold, teacher, got 'human'"),
         ({"batching": "sorted"}, "batching must be one of shuffled, by_length, got 'sorted'"),
         ({"predict_split": "valid"}, "predict_split must be one of train, val, test, predict, got 'valid'"),
         (

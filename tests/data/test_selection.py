@@ -96,7 +96,7 @@ ROWS = [GOLD_YES, GOLD_NO, UNPARSED, OUTSIDE, UNLABELLED]
 
 def used(*tasks: str, teacher_labels: bool = False, keep: RowFilter | None = None, fraction: float = 1.0) -> UsedRows:
     built = tuple(tasks_from({task: {"prefix": task} for task in tasks}).values())
-    return selected(ROWS, Selector(built, "teacher" if teacher_labels else "gold", keep), fraction)
+    return selected(ROWS, Selector(built, teacher_labels, keep), fraction)
 
 
 LABEL_TASK = tuple(tasks_from(["label"]).values())
@@ -125,11 +125,11 @@ def test_a_teacher_label_counts_whichever_output_has_it() -> None:
     program = TeacherOutput("x + 2", None, kind="program")
     row = Row("a", "in", "yes", outputs=(TeacherOutput(None, "no"), program))
     tasks = tuple(tasks_from({"label": {}, "p": {"prefix": "p", "target": "{rationale}", "kind": "program"}}).values())
-    (found,) = selected([row], Selector(tasks, "teacher", None)).rows
+    (found,) = selected([row], Selector(tasks, True, None)).rows
     assert found.label == "no"
     assert [[target.text for target in targets(task, found)] for task in tasks] == [["no"], ["x + 2"]]
     swapped = replace(row, outputs=(program, TeacherOutput("because", "no")))
-    (found,) = selected([swapped], Selector(tasks, "teacher", None)).rows
+    (found,) = selected([swapped], Selector(tasks, True, None)).rows
     assert found.label == "no"
 
 
@@ -206,11 +206,26 @@ def test_permuted_rationales_have_the_same_words() -> None:
     assert permute_rationales(used, 0).rows[0] == one != permute_rationales(used, 1).rows[0]
 
 
-def test_the_teachers_label_stands_in_where_there_is_no_gold_one() -> None:
-    gold = make_row("a", "in", "yes", None, "so", "no")
-    found = selected([gold, UNLABELLED, make_row("c", "in", None)], Selector(LABEL_TASK, "gold_or_teacher", None))
-    assert [(one.id, one.label) for one in found.rows] == [("a", "yes"), ("e", "no")]
-    assert found.counts["dropped_without_teacher_label"] == 1
+def test_pseudo_labels_are_for_rows_without_a_gold_one() -> None:
+    said = [TeacherOutput(f"so {i}", "no", "student") for i in range(40)]
+    released = TeacherOutput("because", "maybe", "released")
+    found = [Row(str(i), "in", "yes" if i % 4 else None, outputs=(released, said[i])) for i in range(40)]
+    drawn = set(subset(40, 0.5, 1).tolist())
+    # one of which the student said nothing
+    silent = min(set(range(40)) - drawn)
+    found[silent] = replace(found[silent], outputs=(released,))
+    select = Selector(LABEL_TASK, False, None, pseudo="student")
+    used = train_rows(found, select_rows(found, select, 0.5, 1), select)
+    for row in used.rows:
+        number = int(row.id)
+        if number in drawn and number % 4:
+            assert (row.label, row.outputs) == ("yes", found[number].outputs)
+        else:
+            # its own label is not seen, and nor is what other teachers said
+            assert (row.label, row.outputs) == ("no", (said[number],))
+    assert ids(used) == [str(i) for i in range(40) if i != silent]
+    assert used.counts["pseudo_labelled"] == 39 - sum(number % 4 > 0 for number in drawn)
+    assert (used.counts["left_out_by_fraction"], used.counts["dropped_without_teacher_label"]) == (0, 1)
 
 
 def test_seeds_pair_differently() -> None:

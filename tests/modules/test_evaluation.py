@@ -441,10 +441,10 @@ def test_an_answer_after_a_rationale_follows_what_the_student_wrote(weights_fold
 
     read: dict[str, list[str]] = {"label": [], "rationale": []}
     scored: list[str] = []
-    blue = module.tokenizer.convert_tokens_to_ids("blue")
+    blue = cast(int, module.tokenizer.convert_tokens_to_ids("blue"))
 
     def recorded(step: Step, task: str) -> list[list[int]]:
-        sources = step.batch[task]["input_ids"].tolist()
+        sources: list[list[int]] = step.batch[task]["input_ids"].tolist()
         read[task] += module.student.tokens.decode(sources)
         # the word and the row's number
         return [[blue, source[2], 1] for source in sources]
