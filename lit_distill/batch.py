@@ -129,11 +129,10 @@ def remember_rows(host: TaskBatch, moved: TaskBatch) -> None:
     Valid for these very tensors until they are written to.
     """
     for task, inputs in moved.items():
-        for name in ("input_ids", "attention_mask", "labels"):
-            tensor = inputs[name]
+        for name, tensor in cast(dict[str, Tensor], inputs).items():
             # inference tensors do not count how often they are written to
             if tensor.device.type != "cpu" and not tensor.is_inference():
-                _HOST_COPIES[tensor] = tensor._version, host[task][name]
+                _HOST_COPIES[tensor] = tensor._version, cast(dict[str, Tensor], host[task])[name]
 
 
 def on_host(tensor: Tensor) -> Tensor:

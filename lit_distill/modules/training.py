@@ -210,8 +210,7 @@ class Training(pl.LightningModule):
 
     def _prepare_and_count(self, batches: list[TaskBatch]) -> list[Counts]:
         """Call `prepare`, restore the random and training state after it, and count the targets."""
-        own = any(type(objective).prepare is not Objective.prepare for objective in self.objectives)
-        if own or type(self).prepare is not Training.prepare:
+        if any(objective.prepares for objective in self.objectives) or type(self).prepare is not Training.prepare:
             modes = [(module, module.training) for module in self.modules()]
             with isolate_rng(), torch.no_grad():
                 seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank, preparing=True)

@@ -22,6 +22,7 @@ from lit_distill.objectives.distributions import (
 from lit_distill.objectives.exits import MultiExit
 from lit_distill.objectives.hidden import HiddenStates, PredictionHeads, ProjectorLadder
 from lit_distill.objectives.mutual_information import MutualInformation
+from lit_distill.objectives.mutual_information_cot import MutualInformationCoT
 from lit_distill.objectives.own_text import GKD, DistiLLM, MiniLLM
 from lit_distill.objectives.progressive import Progressive
 from lit_distill.objectives.teacher_dropping import TeacherDropping
@@ -38,6 +39,7 @@ __all__ = [
     "MiniLLM",
     "MultiExit",
     "MutualInformation",
+    "MutualInformationCoT",
     "Objective",
     "PredictionHeads",
     "Progressive",

@@ -136,6 +136,11 @@ class Objective(HyperparametersMixin, nn.Module):
         """
         return sum(target_tokens(batch[task]) for task in self.about(batch))
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` may change something."""
+        return type(self).prepare is not Objective.prepare
+
     def prepare(self, window: Sequence[Step]) -> None:
         """Change an optimizer step's batches in place, before their targets are counted.
 

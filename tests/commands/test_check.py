@@ -16,7 +16,7 @@ PRESETS = [f"{name}Module" for name in ("Standard", "StepByStep", "SingleTask")]
 SURELY = {"gkd": ["--model.objectives.share=1.0"], "distillm": ["--model.objectives.share=1.0"]}
 """Arguments with which an overlay does in the one step what it does in some."""
 
-TWO_RANKS = [("kl", "llama"), ("hidden", "t5"), ("minillm", "t5")]
+TWO_RANKS = [("kl", "llama"), ("hidden", "t5"), ("minillm", "t5"), ("mi_cot", "t5")]
 """Overlays and families whose step two processes take, too: with parameters and samples of an objective's own."""
 
 __all__ = ["models"]
@@ -105,6 +105,19 @@ def test_two_processes(models: dict[str, tuple[Path, Path]], ragged: list[str], 
         findings = list(rank_findings(checker, folder))
         assert findings
         assert not failed(findings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_term_of_the_padding(
+    family: str, models: dict[str, tuple[Path, Path]], ragged: list[str], here: Path
+) -> None:
+    student, teacher = models[family]
+    path = CONFIGS / "method" / "mi_cot.yaml"
+    checker, _ = make_checker([*command(student, ragged, path, teacher), "--model.objectives.published=true"])
+    findings = list(checker.run())
+    assert not failed(findings)
+    told = [finding.found for finding in findings if finding.passed is None]
+    assert told == ["mi_cot: depends on its micro-batch"] * 3
 
 
 def test_captured_distributions(models: dict[str, tuple[Path, Path]], ragged: list[str], here: Path) -> None:
