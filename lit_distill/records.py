@@ -18,7 +18,7 @@ RECORD = "run.json"
 """The record; written last, so its presence marks a finished run."""
 
 PREDICTIONS = "test_predictions.jsonl"
-"""One object per test row, in the data's order: id, input, label, prediction, correct, rationale, tokens."""
+"""One object per test row, in the data's order, of `lit_distill.evaluation.answers.answer_row`."""
 
 
 def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:

@@ -156,21 +156,25 @@ def same_answer(label: str, other: str, agree: Agree) -> bool:
     return label == other or agree(label, other) or agree(other, label)
 
 
-def vote(labels: Sequence[str | None], agree: Agree) -> tuple[str | None, float]:
+def vote(
+    labels: Sequence[str | None], agree: Agree, weights: Sequence[float] | None = None
+) -> tuple[str | None, float]:
     """The majority label of a row's samples, as first written, and its share in 0..1 (Wang et al. 2022, 2203.11171).
 
-    A label is ``None`` if its text does not parse; so is the majority if none does.
+    A label is ``None`` if its text does not parse; so is the majority if none does. ``weights`` are of the samples, by
+    default equal.
     """
-    counts: dict[str, int] = {}
-    for label in labels:
+    counts: dict[str, float] = {}
+    weights = weights or [1] * len(labels)
+    for label, weight in zip(labels, weights, strict=True):
         if label is not None:
             like = (known for known in counts if same_answer(label, known, agree))
             answer = label if label in counts else next(like, label)
-            counts[answer] = counts.get(answer, 0) + 1
+            counts[answer] = counts.get(answer, 0) + weight
     if not counts:
         return None, 0.0
     winner = max(counts, key=lambda label: counts[label])
-    return winner, counts[winner] / len(labels)
+    return winner, counts[winner] / sum(weights)
 
 
 def with_votes(samples: Sequence[Annotation], agree: Agree) -> list[Annotation]:

@@ -113,7 +113,7 @@ def train_baseline(run: Run, folder: Path) -> dict[str, float] | None:
     config = run.config
     arguments = {**run.parser.instantiate_classes(Namespace(trainer=config["trainer"]))["trainer"]}
     pl.seed_everything(config["seed_everything"], workers=True, verbose=False)
-    shared = constructor_arguments(DistillModule).keys() - {"tasks", "objectives", "teachers"}
+    shared = constructor_arguments(DistillModule).keys() - {"tasks", "objectives", "teachers", "vote"}
     settings = {name: value for name, value in config["model"]["init_args"].as_dict().items() if name in shared}
     try:
         module = StandardModule(**settings)

@@ -113,7 +113,7 @@ def write_predictions(
 ) -> None:
     """Predict the data module's ``predict_split``: one JSON object per row, whose label may be absent.
 
-    Its keys are id, input, label, prediction, correct, rationale and tokens; ``kwargs`` are for ``Trainer.predict``.
+    Its keys are those of `answer_row`; ``kwargs`` are for ``Trainer.predict``.
     """
     # before the work: whether it can be written
     path.parent.mkdir(parents=True, exist_ok=True)

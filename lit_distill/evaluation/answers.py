@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import lightning.pytorch as pl
 import numpy as np
@@ -44,6 +44,17 @@ class AnswerKey:
         return len(self.ids)
 
 
+class VotePath(TypedDict):
+    """One of a student's texts that vote on a row's answer."""
+
+    task: str  # that the text was generated for
+    text: str
+    label: str | None  # parsed from it, if there is one
+    rationale: str | None  # parsed from it, or from the text of the task that this one comes after
+    log_probability: float  # of all tokens, those of the task before included, in nats
+    tokens: int  # number of these, with end-of-sequence
+
+
 @dataclass
 class Answer:
     """A student's answer to one row."""
@@ -54,6 +65,9 @@ class Answer:
     rationale: str | None = None  # the generated rationale, if one was generated
     scored: str | None = None  # the most likely of the row's closed choices
     tokens: int = 0  # generated for the prediction, with end-of-sequence
+    vote: str | None = None  # the label that won a vote, empty if there was none; `None` without a vote
+    vote_tokens: int = 0  # generated for all paths
+    paths: list[VotePath] | None = None  # of the vote, in predictions
 
 
 @dataclass(frozen=True)
@@ -72,17 +86,24 @@ class Evaluation:
 
 
 def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
-    """An answer with its row: id, input, label, prediction, correct (``None`` without a label), rationale, tokens."""
-    label = key.labels[answer.index]
-    return {
+    """An answer with its row: id, input, label, prediction, correct (``None`` without a label), rationale, tokens.
+
+    With a vote also vote, vote_correct and vote_tokens, and paths if they were kept.
+    """
+    label, judged = key.labels[answer.index], judge(key.metric)
+    row: dict[str, Any] = {
         "id": key.ids[answer.index],
         "input": key.inputs[answer.index],
         "label": label,
         "prediction": answer.prediction,
-        "correct": None if label is None else judge(key.metric)(answer.prediction, label),
+        "correct": None if label is None else judged(answer.prediction, label),
         "rationale": answer.rationale,
         "tokens": answer.tokens,
     }
+    if answer.vote is not None:
+        row |= {"vote": answer.vote, "vote_correct": None if label is None else judged(answer.vote, label)}
+        row |= {"vote_tokens": answer.vote_tokens} | ({} if answer.paths is None else {"paths": answer.paths})
+    return row
 
 
 def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> list[Answer]:
@@ -104,7 +125,7 @@ def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> lis
 def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool) -> dict[str, float]:
     """The metrics of an evaluation, of rationales too if asked for; accuracies are fractions in 0..1.
 
-    ``tokens`` is the mean number of tokens generated for an answer.
+    ``tokens`` is the mean number of tokens generated for an answer, ``vote_tokens`` that for a vote.
 
     ``intervals`` adds the ends of 95 % intervals as ``<name>_low`` and ``<name>_high``: Wilson's for accuracies, the
     percentile bootstrap over rows otherwise.
@@ -124,6 +145,7 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
             add(name, sum(outcomes) / count, lambda: wilson_interval(sum(outcomes), count))
 
     accuracy("accuracy", [judged(answer.prediction, label) for answer, label in labelled])
+    accuracy("vote_accuracy", [judged(a.vote, label) for a, label in labelled if a.vote is not None])
     accuracy("scored_accuracy", [judged(a.scored, label) for a, label in labelled if a.scored is not None])
     if key.label_set is not None and labelled:
         of_rows = macro_f1([answer.prediction for answer, _ in labelled], [y for _, y in labelled], key.label_set)
@@ -139,4 +161,6 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
         accuracy("rationale_ends_in_prediction", [ends_in(text, a.prediction, key.metric) for a, text in written])
     if answers:
         metrics["tokens"] = sum(answer.tokens for answer in answers) / len(answers)
+    if voted := [answer.vote_tokens for answer in answers if answer.vote is not None]:
+        metrics["vote_tokens"] = sum(voted) / len(voted)
     return metrics

@@ -20,6 +20,7 @@ from lit_distill.errors import UserError
 from lit_distill.modules.evaluating import Evaluating
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
 from lit_distill.modules.training import task_texts
+from lit_distill.modules.voting import Vote
 from lit_distill.modules.weighting import UncertaintyWeighting, WeightingName
 from lit_distill.modules.window import rewind
 from lit_distill.objectives import Objective, build_objective, check_objectives
@@ -84,6 +85,8 @@ class DistillModule(Evaluating):
         num_beams: beams in generation; 1 is greedy.
         evaluate_rationales: generate and score the rationale of every row in evaluation.
         score_choices: with closed choices, also answer by the most likely choice.
+        vote: also answer by the vote of several texts in ``test`` and ``predict``: ``{samples: 8}`` of the answer task,
+            or ``{tasks: [label, program]}``, each task's greedy text.
         num_samples: rows of an evaluation whose generated rationales are shown.
         effective_batch_size: examples per optimizer step that the settings were tuned for; a run with another size
             warns.
@@ -113,6 +116,7 @@ class DistillModule(Evaluating):
         num_beams: int = 1,
         evaluate_rationales: bool = False,
         score_choices: bool = True,
+        vote: Vote | None = None,
         num_samples: int = 8,
         effective_batch_size: int | None = None,
     ) -> None:
@@ -129,6 +133,10 @@ class DistillModule(Evaluating):
         # Lightning finds the subclass's arguments from here, too
         self.save_hyperparameters()
         self.tasks = self.all_tasks(self.hparams)
+        # a checkpoint holds plain types
+        self.vote = Vote(**vote) if isinstance(vote, Mapping) else vote
+        if self.vote is not None:
+            self.vote.check(self.tasks, num_beams)
         self.teachers = Teachers(teachers)
         self.objectives = nn.ModuleList(objectives or [])  # type: ignore[assignment]
         check_objectives(objectives or [], list(self.tasks), self.teachers)
@@ -144,6 +152,7 @@ class DistillModule(Evaluating):
             objectives=objectives and [objective.plain() for objective in objectives],
             teachers=teachers and self.teachers.plain(),
             adapter=adapter and dict(adapter),
+            vote=self.vote and asdict(self.vote),
         )
         self._student_source = student
         self._model_settings: dict[str, Any] = {

@@ -11,8 +11,11 @@ from torch import Tensor
 from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs, join, pad_rows, take
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation, Split, gather_answers, summarise
+from lit_distill.evaluation.metrics import judge
 from lit_distill.modules.training import Training, last_good_checkpoint
+from lit_distill.modules.voting import Vote, vote_paths
 from lit_distill.objectives import Step
+from lit_distill.students.base import ProcessLogits
 from lit_distill.tasks import Row, TeacherOutput, answer_task, rationale_task
 
 
@@ -31,6 +34,7 @@ class Evaluating(Training):
 
     evaluation: Evaluation | None = None
     """The last complete evaluation, sanity checks excluded."""
+    vote: Vote | None = None
     _collected: _Collected
 
     def process_logits(self, task: str, scores: Tensor, step: int, rows: Tensor) -> Tensor:
@@ -49,6 +53,11 @@ class Evaluating(Training):
     def rationale_task(self) -> str | None:
         """The task whose text contains the rationale: the answer task if it does, else the first that does."""
         return found.name if (found := rationale_task(self.tasks)) is not None else None
+
+    @property
+    def sampling_seed(self) -> int:
+        """The seed of samples in evaluation: that of training, or without one that of the first process."""
+        return self._seed if self._seed >= 0 else self._given_seed
 
     def generation_settings(self, task: str) -> dict[str, int]:
         """``generate``'s arguments for a task.
@@ -99,7 +108,10 @@ class Evaluating(Training):
             total = term.detach().float() * number if number else torch.zeros_like(term, dtype=torch.float32)
             sums[name] = sums.get(name, 0.0) + torch.stack([total, total.new_tensor(number)])
         key = self.answer_key(self._split)
-        self._collected.answers += self.answers(step, key, rationales=self.hparams["evaluate_rationales"])
+        answers = self.answers(step, key, rationales=self.hparams["evaluate_rationales"])
+        if self._split == "test":
+            self._add_votes(answers, step, key)
+        self._collected.answers += answers
         for layer in sorted({layer for objective in self.objectives for layer in objective.exits}):
             with self.student.exit_at(layer):
                 self._collected.exits.setdefault(layer, []).extend(self.answers(step, key, rationales=False))
@@ -167,12 +179,15 @@ class Evaluating(Training):
         return "test" if self.trainer.testing else "val"
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> list[Answer]:
-        """Answers of a batch, with rationales.
+        """Answers of a batch, with rationales and the paths of a vote.
 
         Rows are sorted by length, longest first; ``Answer.index`` is the row's number.
         """
         key = self.answer_key(cast(Split, getattr(self.trainer.datamodule, "predict_split", "predict")))  # type: ignore[attr-defined]
-        return self.answers(self.step(batch), key, rationales=True)
+        step = self.step(batch)
+        found = self.answers(step, key, rationales=True)
+        self._add_votes(found, step, key, keep_paths=True)
+        return found
 
     def answers(self, step: Step, key: AnswerKey, *, rationales: bool) -> list[Answer]:
         """The student's answer to each row of an evaluation batch, without rows that pad a distributed sampler.
@@ -204,44 +219,76 @@ class Evaluating(Training):
                 answer.scored = of_row[likelihoods.index(max(likelihoods))] if of_row else None
         return [answer for answer in found if answer.index != PADDING_ROW]
 
-    def follow(self, step: Step, task: str, key: AnswerKey) -> tuple[Step, list[list[int]]]:
+    def follow(
+        self,
+        step: Step,
+        task: str,
+        key: AnswerKey,
+        rows: Sequence[int] | None = None,
+        then: ProcessLogits | None = None,
+    ) -> tuple[Step, list[list[int]]]:
         """A step in which a task's sources have what the student writes for the task that it comes after, if any.
 
-        Returns that step, and the tokens that were generated for each row.
+        Returns that step, of these rows alone, and the tokens that were generated for each; without such a task the
+        same step. ``rows`` and ``then`` as in `generate_ids`.
         """
-        own, inputs = self.tasks[task], step.batch[task]
+        own, index = self.tasks[task], step.batch[task]["index"]
+        index = index if rows is None else index[list(rows)]
         if own.after is None:
-            return step, [[] for _ in inputs["labels"]]
-        ids, tokens = self.generate_ids(step, own.after), self.student.tokens
+            return step, [[] for _ in index]
+        ids, tokens = self.generate_ids(step, own.after, rows, then), self.student.tokens
         written = [self.tasks[own.after].read(text) for text in tokens.decode(ids)]
         # a row that pads gets the input of the first
-        rows = [Row("", key.inputs[max(row, 0)], None) for row in inputs["index"].tolist()]
+        asked = [Row("", key.inputs[max(row, 0)], None) for row in index.tolist()]
         outputs = [TeacherOutput(one.rationale, one.label) for one in written]
-        texts = [own.source(row, output) for row, output in zip(rows, outputs, strict=True)]
+        texts = [own.source(row, output) for row, output in zip(asked, outputs, strict=True)]
         sources = tokens.sources(texts, key.max_source_length).ids
         made = pad_rows(sources, [[] for _ in sources], int(tokens.tokenizer.pad_token_id))
-        made["index"] = inputs["index"]
+        made["index"] = index
         return self.step({task: made}), ids
 
     def generate_texts(self, step: Step, task: str) -> list[str]:
         """The generated text of each row of a task."""
         return self.student.tokens.decode(self.generate_ids(step, task))
 
-    def generate_ids(self, step: Step, task: str) -> list[list[int]]:
-        """The generated tokens of each row of a task up to end-of-sequence, see `generation_settings`."""
-        index = step.batch[task].get("index")
+    def generate_ids(
+        self, step: Step, task: str, rows: Sequence[int] | None = None, then: ProcessLogits | None = None
+    ) -> list[list[int]]:
+        """The generated tokens of each row of a task up to end-of-sequence, see `generation_settings`.
 
-        def process_logits(scores: Tensor, number: int, rows: Tensor) -> Tensor:
-            return self.process_logits(task, scores, number, rows if index is None else index[rows])
+        ``rows`` are positions in the batch, also several times; ``then`` changes the scores after `process_logits`.
+        """
+        index = step.batch[task].get("index")
+        if index is not None and rows is not None:
+            index = index[list(rows)]
+
+        def process_logits(scores: Tensor, number: int, own: Tensor) -> Tensor:
+            if overridden:
+                scores = self.process_logits(task, scores, number, own if index is None else index[own])
+            return scores if then is None else then(scores, number, own)
 
         overridden = type(self).process_logits is not Evaluating.process_logits
         settings = self.generation_settings(task)
         return step.student.generate(
             task,
+            rows=rows,
             max_new_tokens=settings["max_new_tokens"],
             num_beams=settings["num_beams"],
-            process_logits=process_logits if overridden else None,
+            process_logits=process_logits if overridden or then else None,
         )
+
+    def _add_votes(self, answers: Sequence[Answer], step: Step, key: AnswerKey, *, keep_paths: bool = False) -> None:
+        """Add the votes of several paths, if the module has them vote, to this batch's answers."""
+        if self.vote is None:
+            return
+        found = dict(
+            zip(step.batch[self.answer_task]["index"].tolist(), vote_paths(self, step, key, self.vote), strict=True)
+        )
+        for answer in answers:
+            paths = found[answer.index]
+            answer.vote = self.vote.winner(paths, judge(key.metric))
+            answer.vote_tokens = sum(path["tokens"] for path in paths)
+            answer.paths = paths if keep_paths else None
 
     def _add_rationales(self, answers: Sequence[Answer], step: Step) -> None:
         """Add the generated rationales to this batch's answers."""

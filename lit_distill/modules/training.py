@@ -54,6 +54,7 @@ class Training(pl.LightningModule):
         super().__init__()
         self.chosen_paths = {}
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
+        self._given_seed = 0  # of the first process, as the trainer's last command found it
         self._resumed: Position = (0, [])  # where the run that is resumed stopped
         self._window_weights: dict[str, Tensor] = {}  # see `window_weights`; empty before a run
         self._target_limits: dict[str, int] = {}  # of generated tokens of each task, from the targets in train
@@ -186,7 +187,7 @@ class Training(pl.LightningModule):
         if self.weighting is not None and self.sharded:
             raise UserError("weighting: under a sharded strategy no rank has the trained weights; use ddp, or fixed")
         # the same on all ranks: rank 0 writes it into the checkpoint
-        seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+        self._given_seed = seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**32))
         if stage != "predict":
             self.teachers.load(self.student)
             with isolate_rng():

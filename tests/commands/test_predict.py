@@ -11,6 +11,7 @@ from lit_distill.data.toy import toy_example
 from lit_distill.students.models import build_model
 from tests.runs import (
     read_lines,
+    refusal,
     run,
     run_folders,
     small_model,
@@ -73,6 +74,31 @@ def test_predictions_agree_with_plain_transformers(here: Path, student_folder: P
             texts[prefix] = str(tokenizer.decode(output[0], skip_special_tokens=True))
         assert row["prediction"] == texts["predict: "].strip()
         assert row["rationale"] == texts["explain: "].strip()
+
+
+def test_paths_that_voted(here: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*small_toy(student_folder), "--model.vote.samples=3", "--model.vote.by=likelihood"]
+    run("fit", arguments)
+    printed = capsys.readouterr().out
+    assert "vote accuracy" in printed
+    assert "vote tokens" in printed
+    [folder] = run_folders()
+    tested = read_lines(folder / "test_predictions.jsonl")
+    assert [list(row) for row in tested] == [[*KEYS, "vote", "vote_correct", "vote_tokens"]] * 5
+    best = next((folder / "checkpoints").glob("best*.ckpt"))
+    run("predict", arguments, f"--ckpt_path={best}", "--seed_everything=7", "--predictions=put.jsonl")
+    for row, expected in zip(read_lines(here / "put.jsonl"), tested, strict=True):
+        # the samples of a checkpoint are those of its run
+        assert {key: row[key] for key in ("prediction", "vote", "vote_tokens")} == {
+            key: expected[key] for key in ("prediction", "vote", "vote_tokens")
+        }
+        assert row["vote_correct"] is (row["vote"] == row["label"])
+        assert [list(path) for path in row["paths"]] == [
+            ["task", "text", "label", "rationale", "log_probability", "tokens"]
+        ] * 3
+        assert sum(path["tokens"] for path in row["paths"]) == row["vote_tokens"]
+    refused = refusal(capsys, "fit", small_toy(student_folder), "--model.vote.temperature=0.5")
+    assert refused.startswith("vote: one greedy text is no vote")
 
 
 def test_rows_without_labels(here: Path, weights_folder: Path) -> None:

@@ -18,6 +18,7 @@ from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.modules import DistillModule, StepByStepModule, training
+from lit_distill.modules.voting import Vote
 from lit_distill.modules.window import Window
 from lit_distill.objectives import DistiLLM, ForwardKL, PredictionHeads, Progressive, Step
 from lit_distill.students import base
@@ -68,6 +69,13 @@ class RankData(RowsData):
 class PaddedRows(Rows):
     def __getitem__(self, index: int) -> tuple[int, Row]:
         return index, self.rows[max(index, 0)]
+
+
+class TestedData(RankData):
+    """Tests what `RankData` validates."""
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.val_dataloader()
 
 
 class Repeated(RankData):
@@ -178,6 +186,7 @@ def all_runs(rank: int, out: Path, folder: Path, teacher: Path) -> dict[str, Any
     caught = LogVariances()
     found["weighted"] = gradients(folder, 3, callbacks=[caught], weighting="uncertainty")
     found["log-variances"] = caught.found
+    found["voted"] = voted(folder, ddp_trainer(use_distributed_sampler=False), 2)
     found["forward passes"] = forward_passes(folder)
     found["one rank's rationales"] = unevenly_measured(folder)
 
@@ -336,6 +345,14 @@ def unevenly_measured(folder: Path) -> list[str]:
     DistillModule.term_counts = right  # type: ignore[method-assign]
     assert module.evaluation is not None
     return sorted(name for name in module.evaluation.metrics if "loss" in name)
+
+
+def voted(folder: Path, trainer: Any, batch_size: int) -> list[dict[str, Any]]:
+    """The answers of a test in which samples vote."""
+    module = make_module(folder, vote=Vote(samples=3, temperature=1.5, by="likelihood"))
+    trainer.test(module, datamodule=TestedData(EVALUATION_ROWS, batch_size, module.tasks), verbose=False)
+    assert module.evaluation is not None
+    return [vars(answer) for answer in module.evaluation.answers]
 
 
 def one_process(folder: Path) -> dict[str, float]:

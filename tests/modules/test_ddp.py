@@ -98,6 +98,12 @@ def test_metrics_are_those_of_one_process(student_folder: Path, ranks: list[Foun
         assert rank["padded"]["metrics"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_votes_are_those_of_one_process(student_folder: Path, ranks: list[Found]) -> None:
+    expected = ddp_runs.voted(student_folder, make_trainer(), 3)
+    assert len({answer["vote"] for answer in expected}) > 3
+    assert [rank["voted"] for rank in ranks] == [expected] * 2
+
+
 def test_rows_that_are_there_twice_count_once(student_folder: Path, ranks: list[Found]) -> None:
     expected = ddp_runs.one_process(student_folder)
     for rank in ranks:

@@ -443,13 +443,13 @@ def test_an_answer_after_a_rationale_follows_what_the_student_wrote(weights_fold
     scored: list[str] = []
     blue = cast(int, module.tokenizer.convert_tokens_to_ids("blue"))
 
-    def recorded(step: Step, task: str) -> list[list[int]]:
+    def recorded(step: Step, task: str, *rest: object) -> list[list[int]]:
         sources: list[list[int]] = step.batch[task]["input_ids"].tolist()
         read[task] += module.student.tokens.decode(sources)
         # the word and the row's number
         return [[blue, source[2], 1] for source in sources]
 
-    module.generate_ids = recorded  # type: ignore[method-assign]
+    module.generate_ids = recorded  # type: ignore[assignment, method-assign]
     score = Seq2SeqPass.score
 
     def recorded_score(self: Any, task: str, choices: Any) -> Any:
