@@ -1,5 +1,6 @@
 """What is minimised beside the tasks' cross-entropy: pure functions of tensors, and objectives that YAML can list."""
 
+from lit_distill.objectives.answer_consistency import AnswerConsistency
 from lit_distill.objectives.attention import AttentionScores
 from lit_distill.objectives.base import Objective, Step, build_objective, check_objectives, check_stored
 from lit_distill.objectives.chunks import divergence, sum_of_logits
@@ -29,6 +30,7 @@ from lit_distill.objectives.teacher_dropping import TeacherDropping
 
 __all__ = [
     "GKD",
+    "AnswerConsistency",
     "AttentionScores",
     "Contrastive",
     "DistiLLM",

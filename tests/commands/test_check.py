@@ -16,7 +16,7 @@ PRESETS = [f"{name}Module" for name in ("Standard", "StepByStep", "SingleTask")]
 SURELY = {"gkd": ["--model.objectives.share=1.0"], "distillm": ["--model.objectives.share=1.0"]}
 """Arguments with which an overlay does in the one step what it does in some."""
 
-TWO_RANKS = [("kl", "llama"), ("hidden", "t5"), ("minillm", "t5"), ("mi_cot", "t5")]
+TWO_RANKS = [("kl", "llama"), ("hidden", "t5"), ("minillm", "t5"), ("mi_cot", "t5"), ("answer_consistency", "llama")]
 """Overlays and families whose step two processes take, too: with parameters and samples of an objective's own."""
 
 __all__ = ["models"]

@@ -35,7 +35,7 @@ _SEQUENCE = ["--model.teachers.sequence.model=[{teacher}, {teacher}]", "--model.
 _OUTPUTS = ["--data.rationales=[released, {outputs}]"]
 
 MORE: dict[str, list[str]] = {
-    **dict.fromkeys(("correct", "counterfactual", "mixed", "several_rationales"), _OUTPUTS),
+    **dict.fromkeys(("answer_consistency", "correct", "counterfactual", "mixed", "several_rationales"), _OUTPUTS),
     **dict.fromkeys(("several_teachers", "styles"), _OUTPUTS),
     "baby_llama": [_SEVERAL],
     "backtrack": _SEQUENCE,
