@@ -26,7 +26,15 @@ from tests.runs import CONFIGS, REPOSITORY, at_work_in, run
 from tests.runs import refusal as command_refusal
 
 READY = sorted((CONFIGS / "experiments").rglob("*.yaml"))
-COUNTS = {"learning_curve": 80, "model_size": 80, "ablation": 28, "reproduce": 12, "distiller": 18, "smoke": 8}
+COUNTS = {
+    "learning_curve": 80,
+    "model_size": 80,
+    "ablation": 28,
+    "reproduce": 12,
+    "distiller": 18,
+    "rationale_weight": 36,
+    "smoke": 8,
+}
 DATASETS = {"cqa": "CQA", "svamp": "SVAMP", "esnli": "ESNLI", "anli1": "ANLI"}
 
 
