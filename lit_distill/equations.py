@@ -54,6 +54,10 @@ _FUNCTIONS: Final[dict[str, Callable[..., float]]] = {
 }
 
 
+class ProgramError(ValueError):
+    """A program does not run."""
+
+
 def evaluate(text: str) -> float | None:
     """The value of an arithmetic expression, with Python's precedence and operators.
 
@@ -81,24 +85,24 @@ def run_program(text: str) -> str | None:
     """
     try:
         return program_value(statements(text))
-    except ValueError:
+    except ProgramError:
         return None
 
 
 def statements(text: str) -> list[str]:
     r"""The statements of a program, one a line or parted by semicolons, without comments.
 
-    Raises a ``ValueError`` if there are more than ``MAX_STATEMENTS``, or none.
+    Raises a `ProgramError` if there are more than ``MAX_STATEMENTS``, or none.
 
     >>> statements("a = 3 * 4; b = a - 5  # left")
     ['a = 3 * 4', 'b = a - 5']
     """
     if len(text) > MAX_STATEMENTS * MAX_LENGTH:
-        raise ValueError(f"longer than {MAX_STATEMENTS * MAX_LENGTH:,} characters")
+        raise ProgramError(f"longer than {MAX_STATEMENTS * MAX_LENGTH:,} characters")
     lines = (line.partition("#")[0] for line in text.splitlines())
     found = [part.strip() for line in lines for part in line.split(";") if part.strip()]
     if not 0 < len(found) <= MAX_STATEMENTS:
-        raise ValueError(f"{len(found):,} statements; there have to be 1 to {MAX_STATEMENTS}")
+        raise ProgramError(f"{len(found):,} statements; there have to be 1 to {MAX_STATEMENTS}")
     return found
 
 
@@ -106,7 +110,7 @@ def program_value(program: Sequence[str]) -> str:
     """The value of a program's last statement as text.
 
     A statement is ``name = expression`` over numbers, earlier names and the functions ``int``, ``max``, ``min`` and
-    ``round``; the last may be an expression alone. Raises a ``ValueError`` that quotes the first other statement.
+    ``round``; the last may be an expression alone. Raises a `ProgramError` that quotes the first other statement.
 
     >>> program_value(["boxes = 50 / 8", "full = int(boxes)", "max(full, 4)"])
     '6'
@@ -120,7 +124,7 @@ def program_value(program: Sequence[str]) -> str:
             warnings.simplefilter("ignore")  # of the parser, about `1or 2`
             value = _evaluate(expression, names, _FUNCTIONS) if allowed else None
         if value is None:
-            raise ValueError(f"statement {number} has no value: {statement:.60}")
+            raise ProgramError(f"statement {number} has no value: {statement:.60}")
         names |= dict.fromkeys(assigned, value)
     return str(int(value) if value is not None and value.is_integer() else value)
 

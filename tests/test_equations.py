@@ -19,6 +19,7 @@ from lit_distill.equations import (
     MAX_LENGTH,
     MAX_MAGNITUDE,
     MAX_STATEMENTS,
+    ProgramError,
     evaluate,
     program_value,
     run_program,
@@ -455,7 +456,7 @@ def test_why_a_program_does_not_run() -> None:
         ("x = 1;" * 65, "65 statements; there have to be 1 to 64"),
         ("x" * (MAX_STATEMENTS * MAX_LENGTH + 1), "longer than 32,768 characters"),
     ):
-        with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        with pytest.raises(ProgramError, match=re.escape(reason)) as error:
             program_value(statements(text))
         assert str(error.value) == reason
 

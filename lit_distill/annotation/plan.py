@@ -1,7 +1,7 @@
 """The prompt and the questions about each row, and their keys, by which each is asked only once."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ class Plan:
     kind: str = "rationale"  # what the prompt asks for besides the label
     structured: bool = False  # whether answers follow a JSON schema
     label_set: tuple[str, ...] = ()  # the closed choices of rows that have none of their own
+    wrong_label: Callable[[Row], str | None] = lambda row: None  # the answer that the prompt may ask to argue for
     selection: Any = None  # how demonstrations are selected, in plain values; `None` for the first ones
 
     @cached_property
@@ -52,7 +53,7 @@ class Plan:
         instruction = instruction.strip()
         shown = [(self._question(one.row), self._answer(one)) for one in self.choose(row)]
         # never reveal the gold label
-        asked = self._question(replace(row, label=None))
+        asked = self._question(replace(row, label=self.wrong_label(row) if "wrong" in template.needs else None))
         if self.layout == "chat":
             turns = [Message("system", instruction)] if instruction else []
             for question, answer in shown:

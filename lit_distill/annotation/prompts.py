@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 from lit_distill.checks import check_format
+from lit_distill.equations import ProgramError
 from lit_distill.errors import UserError, first_fault
 from lit_distill.reading import json_lines, parse_yaml, read_small
 from lit_distill.tasks import Row, TeacherOutput
@@ -23,16 +25,19 @@ class Demonstration(BaseModel, frozen=True, extra="forbid"):
     rationale: _Text
     label: _Text
     choices: tuple[str, ...] | None = None
+    given_rationale: _Text | None = None  # with the next: an earlier answer, which this one judges
+    given_label: _Text | None = None
 
     @property
     def row(self) -> Row:
         """The same as a row of a dataset."""
-        return Row("", self.input, self.label, self.choices, (TeacherOutput(self.rationale),))
+        return Row("", self.input, self.label, self.choices, (TeacherOutput(self.given_rationale, self.given_label),))
 
 
 Fields = Callable[[Row], Mapping[str, str]]  # the template fields of a row
 Parse = Callable[[str], tuple[str, str] | None]  # a teacher's text as `(rationale, label)`, or `None`
 Choose = Callable[[Row], Sequence[Demonstration]]  # the demonstrations for a row, in order
+Reads = Literal["answer", "program", "verdict"]  # how an answer is read, see `data.styles`
 
 
 class PromptTemplate(BaseModel, frozen=True, extra="forbid"):
@@ -41,6 +46,7 @@ class PromptTemplate(BaseModel, frozen=True, extra="forbid"):
     version: Literal[1] = 1
     instruction: str = ""  # first: the system turn of a chat, or the first paragraph of a text
     question: _Text  # template of a question over the dataset's fields (always including `{input}`)
+    reads: Reads = "answer"
     answer: _Text  # template of a demonstration's answer over `{rationale}`, `{label}` and the dataset's fields
     question_cue: str = ""  # put before each question in a text for completion (not in a chat)
     answer_cue: str = ""  # put before each answer in a text for completion, and at its end
@@ -50,9 +56,20 @@ class PromptTemplate(BaseModel, frozen=True, extra="forbid"):
     @property
     def hash(self) -> str:
         """12 hexadecimal digits."""
-        shown = [(one.input, one.choices, one.rationale, one.label) for one in self.demonstrations]
-        content = self.model_dump(exclude={"version", "demonstrations"}) | {"demonstrations": shown}
+        # later keys count where they are given, so that earlier prompts keep their hashes
+        shown = [
+            (one.input, one.choices, one.rationale, one.label, *filter(None, (one.given_rationale, one.given_label)))
+            for one in self.demonstrations
+        ]
+        content = self.model_dump(exclude={"version", "reads", "demonstrations"}) | {"demonstrations": shown}
+        content |= {} if self.reads == "answer" else {"reads": self.reads}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of its question that not each row has."""
+        named = check_format("question", self.question)
+        return frozenset(named) & {"wrong", "given_rationale", "given_label"}
 
 
 def load_prompt(path: str | Path) -> PromptTemplate:
@@ -123,9 +140,19 @@ def check_template(template: PromptTemplate, fields: Fields, parse: Parse, where
                 raise UserError(f"{place} asks for {{{field}}}, and there are {offered}")
     for position, one in enumerate(template.demonstrations, start=1):
         text = written_answer(template, fields, one)
-        if (found := parse(text)) != (one.rationale.strip(), one.label.strip()):
+        found: tuple[str, str] | str | None
+        try:
+            found = parse(text)
+        except ProgramError as error:
+            found = str(error)
+        if not isinstance(found, tuple) or _one_line(*found) != _one_line(one.rationale, one.label):
             answer = f"the answer of demonstration {position}, {text!r}"
             raise UserError(f"prompt: {where}: {answer}, is read by the dataset as {found!r}")
+
+
+def _one_line(*texts: str) -> list[str]:
+    """Texts without line breaks, which semicolons replace where a program is read."""
+    return [" ".join(re.split(r"[;\s]+", text.strip())) for text in texts]
 
 
 def written_answer(template: PromptTemplate, fields: Fields, shown: Demonstration) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
+from lit_distill.equations import ProgramError
 from lit_distill.errors import UserError, first_fault
 from lit_distill.tasks import Row
 
@@ -93,12 +94,19 @@ def from_row(row: Mapping[str, Any], place: str) -> Annotation:
 def read_text(
     annotation: Annotation, row: Row, parse: Callable[[str], tuple[str, str] | None], agree: Agree
 ) -> Annotation:
-    """Fill in the columns that follow from a sample's text and its row's gold label, if any."""
+    """Fill in the columns that follow from a sample's text and its row's gold label, if any.
+
+    If ``parse`` raises a `ProgramError`, that is the sample's error.
+    """
     if annotation.text is None:
         return annotation
-    found = (parse_structured if annotation.structured else parse)(annotation.text)
+    error = None
+    try:
+        found = (parse_structured if annotation.structured else parse)(annotation.text)
+    except ProgramError as raised:
+        found, error = None, f"the program does not run: {raised}"
     if found is None:
-        return replace(unread(annotation), parsed=False, agrees=None if row.label is None else False)
+        return replace(unread(annotation, error), parsed=False, agrees=None if row.label is None else False)
     rationale, label = found
     return replace(
         annotation,

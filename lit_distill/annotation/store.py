@@ -120,14 +120,15 @@ class AnnotationStore:
                 lines.writelines(to_line(sample, others) for sample, others in chunk)
 
     def note(self, job: Mapping[str, Any]) -> None:
-        """Write a job to the metadata, in place of what was written when it started."""
+        """Write what a teacher is asked to the metadata, in place of what was written when the job started."""
         path = self.folder / METADATA
         empty: dict[str, Any] = {"format": 1, "jobs": []}
         found = json_object(path.read_bytes(), str(path), surrogates=True) if path.exists() else empty
         jobs = found.get("jobs")
         if not isinstance(jobs, list) or not all(isinstance(one, dict) for one in jobs):
             raise UserError(f"{path}: jobs must be a list of objects")
-        self.jobs = [*(one for one in jobs if one.get("started") != job["started"]), job]
+        same = ("started", "teacher", "kind")
+        self.jobs = [*(one for one in jobs if any(one.get(name) != job.get(name) for name in same)), job]
         write_text(path, json.dumps(found | {"jobs": self.jobs}, indent=2) + "\n")
 
     def write_card(self) -> None:
@@ -138,10 +139,10 @@ class AnnotationStore:
         path, mark = self.folder / CARD, "<!-- written by lit_distill annotate, "
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
             return
-        names = ["split", "teacher", "error", "parsed", "agrees", "contains_label"]
+        names = ["split", "teacher", "kind", "error", "parsed", "agrees", "contains_label", "distinct"]
         samples = pd.read_parquet(self.folder / PARQUET, columns=names)
-        flags = samples[names[3:]].eq(True).assign(samples=True, errors=samples.error.notna())
-        by = [samples.split.fillna("any"), samples.teacher.fillna("unknown")]
+        flags = samples[names[4:]].eq(True).assign(samples=True, errors=samples.error.notna())
+        by = [samples.split.fillna("any"), samples.teacher.fillna("unknown"), samples.kind]
         text = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).render(
             counts=flags.groupby(by, sort=False).sum().reset_index().to_dict("records"),
             jobs=self.jobs,
@@ -179,12 +180,15 @@ class AnnotationStore:
     ) -> Iterator[tuple[Annotation, dict[str, Any]]]:
         """Each sample and a user's own columns, by row, teacher and number, with the columns that need all of a row."""
         unmatched: dict[Any, int] = {}
+        # in the order in which they were asked for; answers come in any
         groups: dict[Any, int] = {}
+        for job in self.jobs:
+            own = job.get("teacher"), job.get("prompt"), job.get("settings"), job.get("kind", "rationale")
+            groups.setdefault(own, len(groups))
         entries: list[tuple[int, int, int, int]] = []
         for offset, found, _ in self._samples():
             if (at := place(found)) is None:
-                own = (found.split, found.id, found.input)
-                at = unmatched.setdefault(own, _UNMATCHED + len(unmatched))
+                at = unmatched.setdefault((found.split, found.id, found.input), _UNMATCHED + len(unmatched))
             group = groups.setdefault((found.teacher, found.prompt, found.settings, found.kind), len(groups))
             entries.append((at, group, found.sample, offset))
         with self.path.open("rb") as file:

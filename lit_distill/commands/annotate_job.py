@@ -1,10 +1,12 @@
-"""One job of ``annotate``: a teacher is asked about the rows of a split; its answers go to a folder."""
+"""One job of ``annotate``: teachers are asked about the rows of a split; their answers go to a folder."""
 
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import yaml
 
 from lit_distill import __version__
 from lit_distill.annotation.plan import Plan
-from lit_distill.annotation.record import Annotation, input_hash, read_text, unread
+from lit_distill.annotation.prompts import Reads, load_prompt
+from lit_distill.annotation.record import Annotation, input_hash, unread
 from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.styles import read_answer
 from lit_distill.files import write_text
 from lit_distill.progress import ticker
 from lit_distill.questions import Reply
@@ -24,24 +28,44 @@ from lit_distill.teachers.base import Teacher, TeacherError
 from lit_distill.teachers.runner import Budget, RequestRunner, queued_interrupts
 
 
-class Job:
-    """The plan's questions about rows, asked of a teacher; the data module reads and judges the answers."""
+@dataclass(frozen=True)
+class Ask:
+    """What one teacher is asked in one style."""
 
-    def __init__(self, datamodule: RationaleDataModule, teacher: Teacher, plan: Plan, rows: list[Row]) -> None:
-        self.datamodule, self.teacher, self.plan, self.rows = datamodule, teacher, plan, rows
+    teacher: Teacher
+    plan: Plan
+    rows: Sequence[Row]  # those that have what the prompt names
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The columns of its samples that tell them from others."""
+        return self.plan.columns
+
+
+class Job:
+    """Questions about rows, asked of one teacher after the other; the data module reads and judges the answers."""
+
+    def __init__(self, datamodule: RationaleDataModule, asks: Sequence[Ask], rows: Sequence[Row]) -> None:
+        self.datamodule, self.asks, self.rows = datamodule, asks, rows
+        self.split = asks[0].plan.split
         self.places = {row.id: place for place, row in enumerate(rows)}
         self.hashes = {row.id: input_hash(row) for row in rows}
         self.faults: Counter[str] = Counter()  # of the user's own comparison of labels
+        self._asks = {tuple(ask.own.values()): (ask, {row.id: row for row in ask.rows}) for ask in asks}
+        self._reads: dict[str, Reads] = {}  # prompt of earlier jobs -> how its answers are read
 
-    def run(self, folder: Path, concurrency: int, budget: Budget, *, ask_failed: bool) -> dict[str, Any]:
+    def run(self, folder: Path, concurrency: int | None, budget: Budget, *, ask_failed: bool) -> dict[str, Any]:
         """Ask all questions that have no answer in the folder; return a summary."""
         started, began = now(), time.monotonic()
         counts: Counter[str] = Counter()
+        busy: Counter[str] = Counter()
+        stopped: str | None = None
+        self._reads = {path.stem: load_prompt(path).reads for path in (folder / "prompts").glob("*.yaml")}
 
         def count(sample: Annotation) -> None:
-            if self.is_asked(sample):
+            if (asked := self.asked(sample)) is not None:
                 counts.update(samples=1, errors=sample.text is None, parsed=bool(sample.parsed))
-                self.teacher.has_answered |= sample.text is not None
+                asked[0].teacher.has_answered |= sample.text is not None
             if (budget.max_tokens, budget.max_cost) != (None, None):
                 budget.use(*self.used(sample))
 
@@ -57,52 +81,74 @@ class Job:
             AnnotationStore(folder, count, ask_failed=ask_failed, read=self.read) as store,
             queued_interrupts() as interrupts,
         ):
-            self.note(store, started)
-            runner = RequestRunner(self.teacher, concurrency, on_result, budget)
-            total = len(self.rows) * self.plan.num_samples
+            for ask in self.asks:
+                self.note(store, ask, started)
+            total = sum(len(ask.rows) * ask.plan.num_samples for ask in self.asks)
             try:
-                with ticker(self.teacher.name, total, min(counts["samples"], total)) as advance:
-                    runner.run((self.plan.questions(row, store.answered) for row in self.rows), interrupts)
+                with ticker("annotate", total, min(counts["samples"], total)) as advance:
+                    for teacher, group in groupby(self.asks, lambda ask: ask.teacher):
+                        asks = list(group)
+                        runner = RequestRunner(teacher, concurrency or teacher.concurrency, on_result, budget)
+                        try:
+                            runner.run(
+                                (ask.plan.questions(row, store.answered) for ask in asks for row in ask.rows),
+                                interrupts,
+                            )
+                        finally:
+                            busy, stopped = busy + runner.busy, runner.stopped
+                        if stopped is not None:
+                            break
             finally:
-                self.note(store, started, runner.stopped)
+                for ask in self.asks:
+                    self.note(store, ask, started, stopped)
                 store.finish(self.place, self.agree)
                 store.write_card()
         return self.summary(folder) | {
-            "not answered now": runner.busy.total(),
-            "why not": most_common(runner.busy),
+            "not answered now": busy.total(),
+            "why not": most_common(busy),
             "labels not compared": most_common(self.faults),
-            "stopped": runner.stopped,
+            "stopped": stopped,
             "seconds": round(time.monotonic() - began, 1),
             "file": str(folder / FILE),
         }
 
     def place(self, sample: Annotation) -> int | None:
         """The position of a sample's row; ``None`` for an unknown row or another input."""
-        known = sample.split == self.plan.split and sample.input in (None, self.hashes.get(sample.id))
+        known = sample.split == self.split and sample.input in (None, self.hashes.get(sample.id))
         return self.places.get(sample.id) if known else None
 
-    def is_asked(self, sample: Annotation) -> bool:
-        """Whether a sample belongs to this job's questions."""
-        own = self.plan.columns.items()
-        return self.place(sample) is not None and all(getattr(sample, name) == value for name, value in own)
+    def asked(self, sample: Annotation) -> tuple[Ask, Row] | None:
+        """What a sample answers in this job, and the row; ``None`` for another job's questions."""
+        ask, rows = self._asks.get(tuple(getattr(sample, name) for name in self.asks[0].own), (None, {}))
+        row = rows.get(sample.id)
+        return None if ask is None or row is None or self.place(sample) is None else (ask, row)
 
     def answered(self, sample: Annotation, reply: Reply) -> Annotation:
         """A sample with the teacher's answer."""
+        asked = self.asked(sample)
         read, written, logprob = reply.input_tokens, reply.output_tokens, reply.logprob
         # a file with such numbers could not be read again
         read, written = (None if number is None or not 0 <= number < 1 << 63 else number for number in (read, written))
         logprob = None if logprob is None or not math.isfinite(logprob) else logprob
-        cost = None if read is written is None else self.teacher.cost(read or 0, written or 0)
+        cost = None if asked is None or read is written is None else asked[0].teacher.cost(read or 0, written or 0)
         sample = replace(sample, text=reply.text, finish=reply.finish, logprob=logprob, cost=cost)
         return replace(sample, input_tokens=read, output_tokens=written)
 
     def read(self, sample: Annotation) -> Annotation:
-        """Fill in the columns that follow from a sample's text; its error says why the user's parser fails."""
-        place = self.place(sample)
-        if place is None:
+        """Fill in the columns that follow from a sample's text; its error says why the user's parser fails.
+
+        A verdict is read once, since a later job may have another answer to judge.
+        """
+        if (asked := self.asked(sample)) is not None:
+            row, reads = asked[1], asked[0].plan.template.reads
+        elif (place := self.place(sample)) is not None:
+            row, reads = self.rows[place], self._reads.get(sample.prompt or "", "answer")
+        else:
+            return sample
+        if reads == "verdict" and (sample.parsed is not None or not row.outputs):
             return sample
         try:
-            return read_text(sample, self.rows[place], self.datamodule.parse_teacher, self.datamodule.teacher_agrees)
+            return read_answer(sample, row, reads, self.datamodule)
         except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
             return unread(sample, _words(error))
 
@@ -119,62 +165,75 @@ class Job:
         read, written = sample.input_tokens, sample.output_tokens
         if sample.text is None or (read is not None and written is not None):
             return (read or 0) + (written or 0), sample.cost or 0.0
+        asked = self.asked(sample)
+        teacher = self.asks[0].teacher if asked is None else asked[0].teacher
         if read is None:
-            place = self.place(sample)
-            read = 0 if place is None else self.teacher.count_tokens(self.plan.prompt(self.rows[place]))
+            read = 0 if asked is None else teacher.count_tokens(asked[0].plan.prompt(asked[1]))
         if written is None:
             written = len(sample.text) // 4 + 1
-        return read + written, self.teacher.cost(read, written) or 0.0
+        return read + written, teacher.cost(read, written) or 0.0
 
-    def note(self, store: AnnotationStore, started: str, stopped: str | None = None) -> None:
+    def note(self, store: AnnotationStore, ask: Ask, started: str, stopped: str | None = None) -> None:
         """Write what is asked, and how, to the metadata, and the prompt beside it."""
-        plan = self.plan
-        about = {"dataset": self.datamodule.name, "rows": len(self.rows), "demonstrations": plan.selection or "fixed"}
+        plan = ask.plan
+        about = {"dataset": self.datamodule.name, "rows": len(ask.rows), "demonstrations": plan.selection or "fixed"}
         names = ("teacher_settings", "structured", "layout", "num_samples", "until_agrees")
         settings = {name: getattr(plan, name) for name in names} | {"sampling": asdict(plan.sampling)}
         times = {"started": started, "ended": now(), "stopped": stopped, "version": __version__}
-        store.note(about | plan.columns | settings | times)
-        prompt = store.folder / "prompts" / f"{plan.columns['prompt']}.yaml"
+        store.note(about | ask.own | settings | times)
+        prompt = store.folder / "prompts" / f"{ask.own['prompt']}.yaml"
         prompt.parent.mkdir(exist_ok=True)
         if not prompt.exists():
             content = plan.template.model_dump(mode="json", exclude_none=True)
             write_text(prompt, yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110))
 
     def summary(self, folder: Path) -> dict[str, Any]:
-        """Counts of the samples of this job's questions, whenever they were asked."""
+        """Counts of the samples of this job's questions, whenever they were asked; ``styles`` has those of each ask."""
         # slow to import
         import pandas as pd  # type: ignore[import-untyped]
 
-        read = ["id", "input", "error", "label", "majority_label", "parsed", "agrees", "contains_label", "finish"]
-        read += ["input_tokens", "output_tokens", "cost", *self.plan.columns]
+        own = self.asks[0].own
+        read = ["id", "input", "error", "label", "majority_label", "parsed", "agrees", "contains_label", "distinct"]
+        read += ["finish", "input_tokens", "output_tokens", "cost", *own]
         samples = pd.read_parquet(folder / PARQUET, columns=read, dtype_backend="numpy_nullable")
-        for name, value in self.plan.columns.items():
-            samples = samples[samples[name] == value]
         samples = samples[samples.input == samples.id.map(self.hashes)]
-        answers = samples[samples.error.isna()]
-        judged = answers[answers.agrees.notna()]
-        right = judged[judged.agrees]
-        majority = right[right.label == right.majority_label]
-        uncounted = answers.input_tokens.isna() | answers.output_tokens.isna()
-        found = {
-            "rows": len(self.rows),
-            "rows answered": answers.id.nunique(),
-            "answers": len(answers),
-            "errors": len(samples) - len(answers),
-            "most frequent errors": most_common(Counter(samples.error.dropna())),
-            "parsed": answers.parsed.fillna(False).mean(),
-            "agree with gold": judged.agrees.mean(),
-            "rationale contains the label": answers.contains_label.mean(),
-            "cut at max_new_tokens": answers.finish.eq("length").sum(),
-            "prompt tokens": answers.input_tokens.sum(min_count=1),
-            "answer tokens": answers.output_tokens.sum(min_count=1),
-            "answers without their tokens": uncounted.sum() or None,
-            "cost": answers.cost.sum(min_count=1),
-            "majority agrees": majority.id.nunique() / judged.id.nunique() if len(judged) else None,
-        }
-        # plain values, which JSON takes
-        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
-        return {name: None if pd.isna(value) else value for name, value in plain.items()}
+        keys = pd.MultiIndex.from_frame(samples[list(own)])
+        parts = {id(ask): samples[keys == tuple(ask.own.values())] for ask in self.asks}
+        of_all = {"rows": len(self.rows)} | counted(pd.concat(parts.values()))
+        styles = [{"teacher": ask.plan.teacher, "kind": ask.plan.kind, **counted(parts[id(ask)])} for ask in self.asks]
+        return of_all | {"styles": styles}
+
+
+def counted(samples: Any) -> dict[str, Any]:
+    """What there is to say of a data frame of samples, in plain values, which JSON takes."""
+    import pandas as pd
+
+    # a program that does not run is an answer
+    answers = samples[samples.error.isna() | samples.parsed.notna()]
+    judged = answers[answers.agrees.notna()]
+    right = judged[judged.agrees]
+    majority = right[right.label == right.majority_label]
+    uncounted = answers.input_tokens.isna() | answers.output_tokens.isna()
+    found = {
+        "rows answered": answers.id.nunique(),
+        "answers": len(answers),
+        "errors": len(samples) - len(answers),
+        "programs that do not run": answers.error.notna().sum() or None,
+        "most frequent errors": most_common(Counter(samples.error.dropna())),
+        "parsed": answers.parsed.fillna(False).mean(),
+        "agree with gold": judged.agrees.mean(),
+        "distinct": answers.distinct.mean(),
+        "agree and distinct": right.distinct.sum() if len(judged) else None,
+        "rationale contains the label": answers.contains_label.mean(),
+        "cut at max_new_tokens": answers.finish.eq("length").sum(),
+        "prompt tokens": answers.input_tokens.sum(min_count=1),
+        "answer tokens": answers.output_tokens.sum(min_count=1),
+        "answers without their tokens": uncounted.sum() or None,
+        "cost": answers.cost.sum(min_count=1),
+        "majority agrees": majority.id.nunique() / judged.id.nunique() if len(judged) else None,
+    }
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
+    return {name: None if pd.isna(value) else value for name, value in plain.items()}
 
 
 def now() -> str:

@@ -1,5 +1,7 @@
 """What a dataset is: its files, how its rows and its teacher's texts are read, and how answers are compared."""
 
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -12,6 +14,7 @@ from lit_distill.data.download import RELEASE_URL
 from lit_distill.data.outputs import read_released, released_files
 from lit_distill.data.sources import Lines, Placed, line_chunks
 from lit_distill.data.store import chunks, numbered
+from lit_distill.equations import evaluate
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
@@ -25,6 +28,10 @@ class Source(NamedTuple):
     chunks: Iterable[Lines | list[Placed]]
     read: Callable[[dict[str, Any]], Row]  # parses one
     empty: str  # the message if there is none
+
+
+# between two operands, and so no sign
+_OPERATOR = re.compile(r"(?<=[\d)])\s*([-+*/])(?=\s*[\d(.])")
 
 
 class Dataset(pl.LightningDataModule):
@@ -75,10 +82,29 @@ class Dataset(pl.LightningDataModule):
     def prompt_fields(self, row: Row) -> dict[str, str]:
         """The fields of a row for prompt templates.
 
-        ``input``; ``choices``, joined by commas; ``options``, a line that lists them, or empty.
+        ``input``; ``choices``, joined by commas; ``options``, a line that lists them, or empty; ``wrong``, the row's
+        label, which is a wrong one where a prompt names it; ``given_rationale`` and ``given_label``, those of the first
+        output.
         """
         choices = ", ".join(row.choices or self.label_set or ())
-        return {"input": row.input, "choices": choices, "options": f"\nOptions: {choices}" if choices else ""}
+        options = f"\nOptions: {choices}" if choices else ""
+        given = {"given_rationale": row.rationale or "", "given_label": row.teacher_label or ""}
+        return {"input": row.input, "choices": choices, "options": options, "wrong": row.label or "", **given}
+
+    def wrong_label(self, row: Row) -> str | None:
+        """A wrong answer to a row, always the same; ``None`` without a gold label or any.
+
+        Another choice; where an equation is the answer, the gold one with another operator, which has another value.
+        """
+        if row.label is None:
+            return None
+        wrong = [choice for choice in row.choices or self.label_set or () if choice != row.label]
+        if not wrong and self.metric == "equation":
+            places = [at.span(1) for at in _OPERATOR.finditer(row.label)]
+            changed = [row.label[:start] + sign + row.label[end:] for start, end in places for sign in "+-*/"]
+            wrong = [one for one in changed if evaluate(one) is not None and not self.teacher_agrees(one, row.label)]
+        number = int(hashlib.sha256(f"{row.id}\n{row.input}".encode("utf-8", "surrogatepass")).hexdigest(), 16)
+        return wrong[number % len(wrong)] if wrong else None
 
     def split_file(self, split: Split) -> AnyPath | None:
         """The file of a split, existing or not; ``None`` if none is released."""

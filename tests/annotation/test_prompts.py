@@ -20,6 +20,7 @@ from lit_distill.annotation.prompts import (
     written_answer,
 )
 from lit_distill.data import ToyDataModule
+from lit_distill.data.styles import parse_program
 from lit_distill.errors import UserError
 from lit_distill.questions import Layout, Message, Prompt
 from lit_distill.tasks import Row, TeacherOutput
@@ -191,7 +192,11 @@ def test_a_good_template_passes() -> None:
         ({"question": "{}"}, "question", "asks for {}, and there are {input}"),
         ({"question": "{rationale}"}, "question", "asks for {rationale}, and there are {input}, {choices}, {options}"),
         ({"question": "{input"}, "question: ", "expected '}'"),
-        ({"answer": "{letter}"}, "answer", "asks for {letter}, and there are {input}, {choices}, {options}, {rat"),
+        (
+            {"answer": "{letter}"},
+            "answer",
+            "asks for {letter}, and there are {input}, {choices}, {options}, {wrong}, {given_r",
+        ),
         ({"answer": "{rationale} }"}, "answer: ", "Single '}'"),
         ({"question": "{input:>2000000000}"}, "question: ", "{input} must stand without ':' and '!'"),
         ({"question": "{input:{label}}"}, "question: ", "{input} must stand without ':' and '!'"),
@@ -276,13 +281,37 @@ def test_a_hash_changes_with_anything() -> None:
         {"demonstrations": ()},
         {"demonstrations": (FIG, OAK)},
         {"demonstrations": (OAK,)},
+        {"reads": "program"},
+        {"reads": "verdict"},
     ]
     assert {name for change in changes for name in change} == PromptTemplate.model_fields.keys() - {"version"}
     others: list[dict[str, Any]] = [{"input": "oáks"}, {"label": "oáks"}, {"rationale": "oáks"}]
+    others += [{"given_rationale": "oáks"}, {"given_label": "oák"}]
     others += [{"choices": ("oak", "owl", "crow")}, {"choices": None}]
     changes += [{"demonstrations": (OAK.model_copy(update=other), FIG)} for other in others]
     hashes = {changed(**change).hash for change in changes} | {TEMPLATE.hash}
     assert len(hashes) == len(changes) + 1
+
+
+BOXES = Demonstration(input="two boxes of 3", rationale="a = 2 * 3\nanswer = a", label="6")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"rationale": "a = 2 * 3; answer = a"}, None),
+        ({"label": "7"}, "is read by the dataset as ('a = 2 * 3; answer = a', '6')"),
+        ({"rationale": "print(6)"}, "is read by the dataset as 'statement 1 has no value: print(6)'"),
+    ],
+)
+def test_a_demonstrated_program_runs(change: dict[str, str], says: str | None) -> None:
+    shown = BOXES.model_copy(update=change)
+    template = PromptTemplate(question="{input}", answer="{rationale}", reads="program", demonstrations=(shown,))
+    if says is None:
+        return check_template(template, TOY.prompt_fields, parse_program, "mine.yaml")
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_template(template, TOY.prompt_fields, parse_program, "mine.yaml")
 
 
 SHOWN = [

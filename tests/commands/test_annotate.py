@@ -726,15 +726,15 @@ def test_the_folder_is_a_dataset_with_a_card(here: Path) -> None:
         rows = datasets.load_dataset("out", split="train", cache_dir=str(here / "cache")).to_list()
         assert rows == rows_of()
         assert card.data.to_dict()["license"] == "other"
-        assert f"| jsonl | train | 4 | tiny | 2 |  | {rows[0]['prompt']} |" in card.text
-        # samples, errors, parsed, agreeing, with the label in the rationale
-        assert "| train | tiny | 8 | 2 | 6 | 6 | 6 |" in card.text
+        assert f"| jsonl | train | 4 | tiny | rationale | 2 |  | {rows[0]['prompt']} |" in card.text
+        # samples, errors, parsed, agreeing, with the label in the rationale, distinct
+        assert "| train | tiny | rationale | 8 | 2 | 6 | 6 | 6 | 3 |" in card.text
         assert [line.split("`")[1] for line in card.text.splitlines() if line.startswith("| `")] == list(rows[0])
         assert "| `vote_share` | float | Fraction of them with that label. |" in card.text
         assert "The licence of the source data and the terms of the teacher" in card.text
         # a user's own words stay, those of an earlier start do not
         run("annotate", own(numbered(here, 5), server, "--num_samples=2"))
-        assert "| train | tiny | 10 | 2 | 8 | 8 | 8 |" in Path("out/README.md").read_text()
+        assert "| train | tiny | rationale | 10 | 2 | 8 | 8 | 8 | 4 |" in Path("out/README.md").read_text()
         Path("out/README.md").write_text("my own")
         run("annotate", own(numbered(here, 5), server, "--num_samples=2"))
     assert Path("out/README.md").read_text() == "my own"

@@ -20,6 +20,7 @@ from lit_distill.data import (
     SVAMPDataModule,
 )
 from lit_distill.data.paper import NLI_LABELS, SEPARATOR
+from lit_distill.data.styles import VERDICTS, parse_program, reader, styles_of
 from lit_distill.data.toy import KINDS
 from lit_distill.equations import evaluate
 from lit_distill.questions import Message
@@ -193,6 +194,48 @@ def test_toy_demonstrations_are_as_the_toy_writes() -> None:
     assert all(kind in load_prompt(PROMPTS / "toy.yaml").instruction for kind in KINDS)
 
 
+STYLES = {
+    "anli": {"counterfactual", "self_evaluation"},
+    "cqa": {"counterfactual", "self_evaluation"},
+    "default": {"counterfactual", "program", "self_evaluation"},
+    "esnli": {"counterfactual", "self_evaluation"},
+    "svamp": {"counterfactual", "program", "self_evaluation"},
+    "toy": {"counterfactual", "self_evaluation"},
+}
+STYLE_FILES = sorted(PROMPTS.glob("*/*.yaml"))
+
+
+def test_each_dataset_has_its_styles() -> None:
+    assert {path.stem: {*styles_of(module_of(path))} - {"rationale"} for path in FILES} == STYLES
+    assert len(STYLE_FILES) == sum(map(len, STYLES.values()))
+
+
+@pytest.mark.parametrize("path", STYLE_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_style_is_read_back_and_needs_what_it_names(path: Path) -> None:
+    module, template = module_of(path.parent.with_suffix(".yaml")), load_prompt(path)
+    parse, _ = reader(template.reads, module)
+    check_template(template, module.prompt_fields, parse, str(path))
+    assert template.stop == load_prompt(module.prompt_file).stop
+    needs = {"counterfactual": {"wrong"}, "self_evaluation": {"given_rationale", "given_label"}}
+    assert template.needs == needs.get(path.stem, set())
+    if path.stem == "self_evaluation":
+        assert {shown.label for shown in template.demonstrations} in (set(), {*VERDICTS})
+        assert all(shown.given_rationale and shown.given_label for shown in template.demonstrations)
+    if path.stem == "counterfactual":
+        usual = load_prompt(module.prompt_file)
+        assert template.answer == usual.answer
+        # what is argued for is named in the question, as in the answer
+        for shown in template.demonstrations:
+            fields = module.prompt_fields(shown.row)
+            assert shown.label in template.question.format_map(fields)
+            assert shown.choices is None or shown.label in shown.choices
+    if path.stem == "program":
+        for shown in template.demonstrations:
+            assert parse_program(shown.rationale)[1] == shown.label
+            numbers = set(re.findall(r"\d+", shown.rationale))
+            assert numbers <= set(re.findall(r"\d+", shown.input))
+
+
 def known_by(text: str) -> set[str]:
     """What an input is recognised by: a question, a problem, a premise, a premise with its hypothesis."""
     if SEPARATOR in text:
@@ -207,5 +250,6 @@ def test_no_demonstration_is_a_row_of_the_data(dataset: type[RationaleDataModule
     assert len(inputs) >= 1000
     known = set().union(*map(known_by, inputs))
     assert known_by(inputs[0]) <= known
-    for example in demonstrations(dataset.prompt):
-        assert known_by(example.input).isdisjoint(known), example.input
+    for path in styles_of(module).values():
+        for example in load_prompt(path).demonstrations:
+            assert known_by(example.input).isdisjoint(known), example.input
