@@ -38,6 +38,7 @@ class Row:
     label: str | None  # the gold label, or the one to train on
     choices: tuple[str, ...] | None = None  # the row's own closed choices
     outputs: tuple[TeacherOutput, ...] = ()
+    group: str | None = None  # in evaluation, the group that it counts in
 
     @property
     def rationale(self) -> str | None:

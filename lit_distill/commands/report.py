@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gather_answers
+from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gather_answers, worst_group
 from lit_distill.evaluation.metrics import judge
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
@@ -49,7 +49,9 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
     # the losses last
     shown = sorted((name.endswith("loss"), name) for name in metrics if not name.endswith(("_low", "_high")))
     rows: list[tuple[str, Mapping[str, float], str]]
-    rows = [(name.replace("_", " "), metrics, name) for _, name in shown]
+    worst = worst_group(evaluation.answers, evaluation.key)
+    titles = {"worst_group_accuracy": f"worst group accuracy ({worst[0]})"} if worst else {}
+    rows = [(titles.get(name, name.replace("_", " ")), metrics, name) for _, name in shown]
     if chance := chance_level(evaluation):
         rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
     if baseline is not None:

@@ -280,6 +280,7 @@ class RationaleDataModule(Dataset):
                 label_set=self.label_set,
                 choices=column(lambda row: row.choices or self.label_set or ()) if has_choices else None,
                 majority_label=self.majority_label,
+                groups=column(lambda row: row.group),
                 max_source_length=self.max_source_length,
             )
         return self._keys[split]

@@ -54,6 +54,7 @@ class JSONLDataModule(RationaleDataModule):
         teacher_label_column: column of the teacher's labels; by default ``teacher_label``.
         outputs: further columns of teacher outputs (each a text or a list) -> their kind.
         choices_column: column of each row's choices; by default ``choices``.
+        group_column: column of groups, texts or numbers, by which evaluation tells rows apart, too.
         label_set: the closed set of labels, ordered by their numbers in the data.
         metric: how answers are compared: ``exact_match``, or ``equation`` by value.
         predict_split: the split for ``predict``; by default ``predict`` if given, else ``test``.
@@ -81,6 +82,7 @@ class JSONLDataModule(RationaleDataModule):
         teacher_label_column: str | None = None,
         outputs: dict[str, str] | None = None,
         choices_column: str | None = None,
+        group_column: str | None = None,
         label_set: Sequence[str] | None = None,
         metric: MetricName = "exact_match",
         predict_split: Split | None = None,
@@ -115,6 +117,7 @@ class JSONLDataModule(RationaleDataModule):
         parts = ("id", "label", "rationale", "teacher_label", "choices")
         self._named = [part for part in parts if own[f"{part}_column"] is not None]
         self._columns: dict[str, str] = {part: own[f"{part}_column"] or part for part in parts}
+        self._group_column = None if group_column is None else checks.check_text("group_column", group_column)
         self._input_column, self._template = input_column, input_template
         self._input_columns = _fields(input_template) if input_template is not None else [input_column]
         if hub is not None and not checks.check_text("hub", hub).strip("/\\. "):
@@ -268,7 +271,7 @@ class JSONLDataModule(RationaleDataModule):
         if split == "train":
             needed += [*(self._columns[part] for part in self._named), *self._outputs]
         elif split != "predict":
-            needed.append(self._columns["label"])
+            needed += [self._columns["label"], *filter(None, [self._group_column])]
         columns = table.columns(needed)
         if missing := [repr(name) for name in dict.fromkeys(needed) if name not in columns]:
             there = ", ".join(columns) or "none"
@@ -286,7 +289,10 @@ class JSONLDataModule(RationaleDataModule):
         for column, kind in self._outputs.items():
             outputs += [TeacherOutput(text, None, RELEASED, kind) for text in _output_texts(column, found.get(column))]
         row_id = "" if values["id"] is None else str(values["id"])
-        return Row(row_id, self._input(found), label, _choices(values["choices"]), tuple(outputs))
+        group = None if self._group_column is None else found.get(self._group_column)
+        # NaN is not equal to itself
+        group = None if group is None or group != group else _text(str(self._group_column), group)
+        return Row(row_id, self._input(found), label, _choices(values["choices"]), tuple(outputs), group)
 
     def _input(self, row: dict[str, Any]) -> str:
         for column in self._input_columns:

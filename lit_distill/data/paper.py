@@ -67,8 +67,9 @@ class SVAMPDataModule(RationaleDataModule):
     metric: MetricName = "equation"
 
     def read_row(self, row: dict[str, Any]) -> Row:
-        """Body and question; the label is the equation."""
-        return Row("", _text(row, "input"), _text(row, "label"))
+        """Body and question; the label is the equation, and the group SVAMP's own ``Type`` if the file has it."""
+        group = _text(row, "Type") if row.get("Type") is not None else None
+        return Row("", _text(row, "input"), _text(row, "label"), group=group)
 
     def parse_teacher(self, text: str) -> tuple[str, str] | None:
         """``... The answer is (84 / 2).``: from the first parenthesis after the mark to the last.

@@ -51,13 +51,15 @@ def outputs_from(packed: list[Any]) -> tuple[TeacherOutput, ...]:
 
 def packed_row(row: Row) -> list[Any]:
     """A row as a list."""
-    return [row.id, row.input, row.label, row.choices, packed_outputs(row.outputs)]
+    # the group last, as most have none
+    group = [] if row.group is None else [row.group]
+    return [row.id, row.input, row.label, row.choices, packed_outputs(row.outputs), *group]
 
 
 def row_from(packed: list[Any]) -> Row:
     """The row from `packed_row`."""
-    row_id, text, label, choices, outputs = packed
-    return Row(row_id, text, label, None if choices is None else tuple(choices), outputs_from(outputs))
+    row_id, text, label, choices, outputs, *group = packed
+    return Row(row_id, text, label, None if choices is None else tuple(choices), outputs_from(outputs), *group)
 
 
 def own_rows(data: Dataset, split: Split, code: list[Any] | None) -> Rows | None:
@@ -95,7 +97,8 @@ def _write_rows(
         rows = data.read_rows(some, loaded.read, split, start) if isinstance(loaded, Source) else some
         if (wrong := next(filterfalse(_is_valid, rows), None)) is not None:
             told = (
-                "a row's id and input have to be texts, its label one or None, and its choices a tuple of texts or None"
+                "a row's id and input have to be texts, its label and group texts or None, and its choices a tuple of"
+                " texts or None"
             )
             raise UserError(f"{data.name} {split}: {told}, got {wrong!r:.300}")
         outside = [
@@ -123,7 +126,8 @@ def _write_rows(
 
 def _is_valid(row: Row) -> bool:
     choices = () if row.choices is None else row.choices
-    texts = isinstance(row.id, str) and isinstance(row.input, str) and isinstance(row.label, str | None)
+    texts = isinstance(row.id, str) and isinstance(row.input, str)
+    texts = texts and isinstance(row.label, str | None) and isinstance(row.group, str | None)
     return texts and isinstance(choices, tuple | list) and all(isinstance(choice, str) for choice in choices)
 
 

@@ -38,6 +38,7 @@ class AnswerKey:
     label_set: tuple[str, ...] | None  # the closed label set that all rows share, if there is one
     choices: Sequence[tuple[str, ...]] | None  # each row's closed choices (its own, or the shared set), if any
     majority_label: str | None  # the most frequent training label: the majority-class baseline
+    groups: Sequence[str | None] | None = None  # that rows are also evaluated by, if they have one
     max_source_length: int = 1024  # tokens that an input is cut to
 
     def __len__(self) -> int:
@@ -85,10 +86,18 @@ class Evaluation:
         return [answer_row(answer, self.key) for answer in self.samples]
 
 
+def _macro_f1_within(pairs: Sequence[tuple[str, str]], label_set: Sequence[str]) -> float:
+    """Of a group's predictions and labels, over the labels of the set that are among either."""
+    predictions, labels = zip(*pairs, strict=True)
+    present = {text.strip() for text in (*predictions, *labels)}
+    classes = [label for label in label_set if label.strip() in present]
+    return macro_f1(predictions, labels, classes or label_set)(np.arange(len(pairs)))
+
+
 def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
     """An answer with its row: id, input, label, prediction, correct (``None`` without a label), rationale, tokens.
 
-    With a vote also vote, vote_correct and vote_tokens, and paths if they were kept.
+    Also the group, if the row has one; and with a vote vote, vote_correct, vote_tokens, and paths if they were kept.
     """
     label, judged = key.labels[answer.index], judge(key.metric)
     row: dict[str, Any] = {
@@ -100,10 +109,33 @@ def answer_row(answer: Answer, key: AnswerKey) -> dict[str, Any]:
         "rationale": answer.rationale,
         "tokens": answer.tokens,
     }
+    if key.groups is not None and (group := key.groups[answer.index]) is not None:
+        row["group"] = group
     if answer.vote is not None:
         row |= {"vote": answer.vote, "vote_correct": None if label is None else judged(answer.vote, label)}
         row |= {"vote_tokens": answer.vote_tokens} | ({} if answer.paths is None else {"paths": answer.paths})
     return row
+
+
+def by_group(answers: Sequence[Answer], key: AnswerKey) -> dict[str, list[tuple[str, str]]]:
+    """Predictions with their labels, of each group; without rows that have no group or no label."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    if key.groups is None:
+        return found
+    for answer in answers:
+        label, group = key.labels[answer.index], key.groups[answer.index]
+        if group is not None and label is not None:
+            found.setdefault(group, []).append((answer.prediction, label))
+    return found
+
+
+def worst_group(answers: Sequence[Answer], key: AnswerKey) -> tuple[str, float] | None:
+    """The group with the lowest accuracy, and its accuracy; ``None`` without groups."""
+    judged = judge(key.metric)
+    found = {
+        group: sum(judged(*pair) for pair in pairs) / len(pairs) for group, pairs in by_group(answers, key).items()
+    }
+    return min(found.items(), key=lambda item: item[1], default=None)
 
 
 def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> list[Answer]:
@@ -124,6 +156,9 @@ def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> lis
 
 def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, intervals: bool) -> dict[str, float]:
     """The metrics of an evaluation, of rationales too if asked for; accuracies are fractions in 0..1.
+
+    Rows with groups give ``worst_group_accuracy``, and with a label set ``group_macro_f1``: the mean over groups of the
+    macro-F1 within each, over the labels that the group has or was given.
 
     ``tokens`` is the mean number of tokens generated for an answer, ``vote_tokens`` that for a vote.
 
@@ -151,6 +186,11 @@ def summarise(answers: Sequence[Answer], key: AnswerKey, *, rationales: bool, in
         of_rows = macro_f1([answer.prediction for answer, _ in labelled], [y for _, y in labelled], key.label_set)
         count = len(labelled)
         add("macro_f1", of_rows(np.arange(count)), lambda: bootstrap_interval(of_rows, count))
+    if (worst := worst_group(answers, key)) is not None:
+        metrics["worst_group_accuracy"] = worst[1]
+        if key.label_set is not None:
+            of_groups = [_macro_f1_within(pairs, key.label_set) for pairs in by_group(answers, key).values()]
+            metrics["group_macro_f1"] = sum(of_groups) / len(of_groups)
     if rationales:
         written = [(a, a.rationale) for a in answers if a.rationale is not None]
         pairs = [(text, other) for a, text in written if (other := key.rationales[a.index]) is not None]

@@ -1,5 +1,6 @@
 """How ``fit`` ends: one test of the best checkpoint, the saved student, the table."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -278,6 +279,13 @@ def test_the_table_says_how_many_rows_were_evaluated() -> None:
     assert table.title == "test (2 of 3 rows)"
     assert list(table.columns[0].cells) == ["accuracy", "chance: always 'b'"]
     assert list(table.columns[1].cells) == ["0.500", "0.000"]
+
+
+def test_the_table_names_the_worst_group() -> None:
+    key = dataclasses.replace(answer_key(["a", "b", "", "c"], None, None), groups=["x", "[y]", "x", "[y]"])
+    table = metrics_table(evaluation(key, worst_group_accuracy=0.0), None)
+    # the answers are empty: right in one of two rows of x, and in none of [y]
+    assert list(table.columns[0].cells) == ["worst group accuracy (\\[y])"]
 
 
 def test_the_table_shows_intervals_once_and_the_baseline_beside() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_predict_without_labels(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
 def test_columns_by_argument(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     row = {"n": 7, "q": "Why?", "ctx": "It is {so}.", "gold": "x", "why": " since ", "said": "y", "opts": ["x", "y"]}
+    row |= {"region": 3}
     path.write_text(json.dumps(row))
     module = JSONLDataModule(
         test=path,
@@ -146,11 +148,14 @@ def test_columns_by_argument(tmp_path: Path) -> None:
         rationale_column="why",
         teacher_label_column="said",
         choices_column="opts",
+        group_column="region",
     )
     rows = module.released("train")
     assert rows is not None
-    assert rows == [make_row("7", "Why?\nIt is {so}.", "x", ("x", "y"), "since", "y", teacher="released")]
+    expected = make_row("7", "Why?\nIt is {so}.", "x", ("x", "y"), "since", "y", teacher="released")
+    assert rows == [replace(expected, group="3")]
     assert module.answer_key("test").choices == [("x", "y")]
+    assert module.answer_key("test").groups == ["3"]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +306,9 @@ def read_all(**arguments: Any) -> None:
         ),
         ({"train": "rows.jsonl", "label_column": "gold"}, "^train: no column 'gold'"),
         ({"test": "rows.jsonl", "label_column": "gold"}, "^test: no column 'gold'"),
+        ({"test": "rows.jsonl", "group_column": "region"}, "^test: no column 'region'"),
+        ({"test": "rows.jsonl", "group_column": "l2"}, r"^.*rows\.jsonl:1: 'l2' must be a text, got \['x'\]"),
+        ({"test": "rows.jsonl", "group_column": ""}, "^group_column must be a text, got ''"),
         ({"train": "rows.jsonl", "rationale_column": "why"}, "^train: no column 'why'"),
         ({"train": "rows.jsonl", "id_column": "nr"}, "^train: no column 'nr'"),
         ({"train": "rows.jsonl", "input_column": "l2"}, r"^.*rows\.jsonl:1: 'l2' must be a text, got \['x'\]"),

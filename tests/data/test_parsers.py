@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_distill.data import ANLIDataModule, CQADataModule, ESNLIDataModule, RationaleDataModule, SVAMPDataModule
+from lit_distill.errors import UserError
 
 CQA, SVAMP, ESNLI, ANLI = CQADataModule(), SVAMPDataModule(), ESNLIDataModule(), ANLIDataModule()
 
@@ -176,3 +177,11 @@ def test_brackets_without_end_are_read_at_once(answer: str) -> None:
     SVAMP.parse_teacher(f"So. The answer is {answer}")
     # a search from every bracket on takes minutes
     assert time.monotonic() - began < 5
+
+
+def test_the_type_of_a_problem_is_its_group() -> None:
+    row = {"input": "5 and 4?", "label": "( 5.0 + 4.0 )"}
+    assert SVAMP.read_row(row).group is None
+    assert SVAMP.read_row(row | {"Type": "Addition"}).group == "Addition"
+    with pytest.raises(UserError, match="'Type' must be a string, got 3"):
+        SVAMP.read_row(row | {"Type": 3})

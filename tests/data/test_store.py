@@ -20,5 +20,6 @@ def test_a_lazy_sequence_reads_as_a_list() -> None:
 
 def test_a_row_comes_back() -> None:
     outputs = (TeacherOutput("so \ud800", None, "t", "program", {"n": float("nan"), "list": [1]}), TeacherOutput(None))
-    row = Row("a", "\u00e9\u2028\n", None, ("x", "y"), outputs)
-    assert repr(row_from(unpack(of_json([packed_row(row)])[0].as_py()))) == repr(row)
+    for group in (None, "", "g \ud800"):
+        row = Row("a", "\u00e9\u2028\n", None, ("x", "y"), outputs, group)
+        assert repr(row_from(unpack(of_json([packed_row(row)])[0].as_py()))) == repr(row)

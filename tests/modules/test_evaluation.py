@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.evaluation.answers import Answer, AnswerKey, Split, answer_row, summarise
+from lit_distill.evaluation.answers import Answer, AnswerKey, Split, answer_row, summarise, worst_group
 from lit_distill.modules import DistillModule, SingleTaskModule, StandardModule, StepByStepModule
 from lit_distill.objectives import Step
 from lit_distill.students.seq2seq import Seq2SeqPass
@@ -413,6 +414,52 @@ def test_rationales_in_the_summary() -> None:
     assert found["rouge_l"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 3 + 2 * 1 / 6) / 3)
     assert found["rationale_ends_in_prediction"] == 3 / 4
     assert found.keys() == {"accuracy", "rouge_l", "rationale_ends_in_prediction", "tokens"}
+
+
+def test_groups_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import accuracy_score, f1_score  # type: ignore[import-untyped]
+
+    random, count = np.random.default_rng(3), 200
+    labels = random.choice(["yes", "no", "maybe"], count, p=[0.5, 0.4, 0.1]).tolist()
+    predictions = random.choice(["yes", "no", "maybe", "cat"], count, p=[0.5, 0.3, 0.1, 0.1]).tolist()
+    # of one group no row is `maybe`, and three rows have no group or no label
+    groups = [None, *random.choice(["a", "b", "c"], count - 1).tolist()]
+    known = [(group, y, p) for group, y, p in zip(groups, labels, predictions, strict=True)][3:]
+    known = [(group, "no" if group == "c" and y == "maybe" else y, p) for group, y, p in known]
+    known = [(group, y, "no" if group == "c" and p == "maybe" else p) for group, y, p in known]
+    key = item_key(
+        [labels[0], None, None, *(y for _, y, _ in known)],
+        groups=["a", "b", "c", *(group for group, _, _ in known)],
+        label_set=("yes", "no", "maybe"),
+    )
+    key = dataclasses.replace(key, groups=[None, *cast(list[str], key.groups)[1:]])
+    given = answers(["yes", "yes", "yes", *(p for _, _, p in known)])
+    found = summarise(given, key, rationales=False, intervals=True)
+    accuracies, scores = {}, []
+    for name, present in {"a": ["yes", "no", "maybe"], "b": ["yes", "no", "maybe"], "c": ["yes", "no"]}.items():
+        y, p = zip(*((y, p) for group, y, p in known if group == name), strict=True)
+        accuracies[name] = accuracy_score(y, p)
+        scores.append(f1_score(y, p, labels=present, average="macro", zero_division=0))
+    assert len(set(accuracies.values())) == 3
+    assert found["worst_group_accuracy"] == pytest.approx(min(accuracies.values()))
+    assert worst_group(given, key) == pytest.approx(min(accuracies.items(), key=lambda one: one[1]))
+    assert found["group_macro_f1"] == pytest.approx(np.mean(scores))
+    rows = [answer_row(answer, key) for answer in given[:4]]
+    assert [row.get("group") for row in rows] == [None, "b", "c", known[0][0]]
+
+
+def test_without_groups_there_is_no_worst_one() -> None:
+    key = item_key(["yes", "no", "yes", None, "no"], groups=[None] * 5, label_set=("yes", "no"))
+    found = summarise(answers(["yes"] * 5), key, rationales=False, intervals=True)
+    assert "worst_group_accuracy" not in found
+    assert worst_group(answers(["yes"] * 5), key) is None
+    # a label set is needed for the other
+    key = item_key(["yes", "no", "yes", None, "no"], groups=["x"] * 5)
+    assert summarise(answers(["yes"] * 5), key, rationales=False, intervals=False).keys() == {
+        "accuracy",
+        "worst_group_accuracy",
+        "tokens",
+    }
 
 
 def test_tokens_in_the_summary() -> None:
