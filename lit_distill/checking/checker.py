@@ -354,7 +354,7 @@ class Checker:
     def _factor(self, name: str) -> float:
         """By how much a term counts in the total."""
         terms = {each: torch.tensor(float(each == name)) for each in self.reference.terms}
-        return float(self.module.total_loss(terms))
+        return float(self.module.total_loss(terms).detach())
 
     def _weighing(self, name: str, weight: float) -> AbstractContextManager[Any]:
         """With another weight of a term, where it has one."""

@@ -95,9 +95,10 @@ class Training(pl.LightningModule):
     @property
     def _done(self) -> float:
         """The share of a run's steps that are done, 1 from the last one on; 0 outside of ``fit``."""
-        if self._trainer is None or self._trainer.state.fn != "fit":
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit" or trainer.state.finished:
             return 0.0
-        return min(1.0, self._trainer.global_step / max(1, self._trainer.estimated_stepping_batches - 1))
+        return min(1.0, trainer.global_step / max(1, trainer.estimated_stepping_batches - 1))
 
     def term_counts(self, batch: TaskBatch) -> Counts:
         """What each term is a mean over; a term that is absent here is averaged plainly.

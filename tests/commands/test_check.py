@@ -107,6 +107,13 @@ def test_two_processes(models: dict[str, tuple[Path, Path]], ragged: list[str], 
         assert not failed(findings)
 
 
+@pytest.mark.parametrize("overlay", ["falling_weight", "uncertainty"])
+def test_weights_that_change(overlay: str, models: dict[str, tuple[Path, Path]], ragged: list[str], here: Path) -> None:
+    path = CONFIGS / "overlay" / f"{overlay}.yaml"
+    checker, _ = make_checker([*command(models["t5"][0], ragged), f"--config={path}"])
+    assert not failed(list(checker.run()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_term_of_the_padding(
     family: str, models: dict[str, tuple[Path, Path]], ragged: list[str], here: Path
