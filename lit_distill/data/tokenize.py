@@ -236,6 +236,12 @@ class TokenRows(Dataset[TokenRow]):
         places = starts[rows] + np.minimum(own, numbers[rows] - 1)
         return pa.table({"source": sources.flatten().take(pa.array(places)), "target": targets.flatten()})
 
+    def most_targets(self, task: str) -> int:
+        """The largest number of a task's targets that a row has in a batch of training."""
+        own, column = self.settings.tasks[task], self._stored.table()[f"{task}.labels"]
+        most = int(pc.max(pc.list_value_length(column)).as_py() or 0)
+        return min(most, own.draws) if own.select == "sample" else most
+
     def lengths(self, *, evaluation: bool) -> Array:
         """Source and target tokens of each row, see `row_lengths`."""
         found: Array = self._lengths[int(evaluation)]

@@ -198,6 +198,8 @@ class Training(pl.LightningModule):
         self.student.losses_only = type(self).loss_terms is Training.loss_terms and not self.objectives
         if stage == "fit":
             check_stored(self.objectives, self.teachers, datamodule)
+            for objective in self.objectives:
+                objective.check_data(datamodule)
             # not those of an earlier run or `load_from_checkpoint`; a resumed run loads its own later
             self._resumed, self._seed, self.chosen_paths = (0, []), seed, {}
             source: Any = self.trainer.fit_loop._data_source

@@ -1,10 +1,13 @@
 """Agreement of the answers to a row under different rationales."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_distill.batch import IGNORE_INDEX, PADDING_ROW, TaskBatch, TaskInputs, on_host
+from lit_distill.errors import UserError
 from lit_distill.objectives.base import Objective, Step
 from lit_distill.objectives.chunks import sum_of_logits
 from lit_distill.objectives.distributions import forward_kl, reverse_kl
@@ -24,6 +27,16 @@ class AnswerConsistency(Objective):
     """
 
     term = "answer_consistency"
+
+    def check_data(self, data: Any) -> None:
+        if not hasattr(data, "token_rows") or getattr(data, "streaming", False):
+            return
+        rows, tasks = data.token_rows("train"), self.tasks or []
+        if all(rows.most_targets(task) < 2 for task in tasks):
+            raise UserError(
+                f"objectives: {self.name}: no row of train has two rationales for {' or '.join(tasks)}; ask for several"
+                " (annotate --num_samples 5), and give the task select: sample and draws: 2"
+            )
 
     def counts(self, batch: TaskBatch) -> int:
         """Target tokens of the pairs."""

@@ -106,6 +106,9 @@ class Objective(HyperparametersMixin, nn.Module):
         numbers are the same on all ranks.
         """
 
+    def check_data(self, data: Any) -> None:
+        """Raise a ``UserError``, at the start of ``fit``, if a data module lacks what the objective needs."""
+
     def forward(self, step: Step) -> Tensor:
         """The unweighted term, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(step)")

@@ -12,6 +12,7 @@ from lit_distill.modules import StepByStepModule
 from lit_distill.objectives import AnswerConsistency
 from tests.modules.batches import Row, collate
 from tests.modules.running import difference, gradients_of
+from tests.runs import CONFIGS, metric_rows, refusal, run, run_folders, small_model, small_trainer, toy_data
 from tests.students import make_causal_folder, make_student_folder
 
 # three rationales of row 4, one of row 0, two of row 9, two of row 2 with other labels, two that pad, two of row 7
@@ -91,6 +92,22 @@ def test_without_a_pair_it_is_0(folder: Path, rows: list[int]) -> None:
     assert float(found.detach()) == 0
     found.backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in module.student.parameters())
+
+
+def test_data_without_a_second_rationale_is_refused(
+    student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlay = f"--config={CONFIGS / 'method' / 'answer_consistency.yaml'}"
+    small = [*small_model(student_folder), overlay, *toy_data(), *small_trainer(1), "--test_after_fit=false"]
+    line = refusal(capsys, "fit", *small)
+    assert line.startswith(
+        "objectives: answer_consistency: no row of train has two rationales for label; ask for several"
+    )
+    # there are, but one is drawn
+    assert refusal(capsys, "fit", *small, "--data.variety=true", "--model.tasks.label.draws=1") == line
+    run("fit", *small, "--data.variety=true")
+    [folder] = run_folders()
+    assert "train/answer_consistency_loss" in metric_rows(folder)[0]
 
 
 def test_several_tasks_count_together(folder: Path) -> None:
