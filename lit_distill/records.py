@@ -57,6 +57,7 @@ class RunRecord:
     metrics: _Metrics  # test metrics by their logged names (``test/accuracy``, ...); accuracies in 0..1
     validation: _Metrics = field(default_factory=dict)  # the metric that selected the tested checkpoint, and its step
     rationales: str | None = None  # `own` or `shuffled`; `None` if no task uses rationales
+    train_tokens: _Count = 0  # source and target tokens read in training, on all devices; 0 if unknown
     parameters: _Count = 0  # the student's parameters
     teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
     chance: _Share | None = None  # test accuracy of the better of a uniform guess and the majority class of train

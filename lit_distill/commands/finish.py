@@ -69,11 +69,14 @@ def finish_fit(run: Run) -> None:
     """Test the best checkpoint, export its student, write the record and print the results."""
     config, trainer, module, data = run.config, run.trainer, run.module, run.data
     folder, steps, fast_dev_run = run_folder(trainer), trainer.global_step, config["trainer"]["fast_dev_run"]
+    tokens = max(module.train_tokens(), 0)
     if steps == 0:
         raise UserError(
             "trainer: not one step was taken, so that nothing is tested or saved;"
             " see max_steps, max_epochs, max_time and limit_train_batches"
         )
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"train_tokens": tokens})
     best = Path(run.selection.best_model_path) if run.selection else None
     # for a resumed run it may be gone
     best = best if best is not None and best.exists() else None
@@ -97,7 +100,7 @@ def finish_fit(run: Run) -> None:
         # whatever becomes of the test
         student = save_student(run, best, folder / "student", baseline or {})
     if not fast_dev_run:
-        write_results(run, folder, steps)
+        write_results(run, folder, steps, tokens)
     report(module, student=student, baseline=baseline)
     if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
         push_folder(student, config["push_to_hub"])
@@ -169,8 +172,8 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
 
 
 @rank_zero_only
-def write_results(run: Run, folder: Path, steps: int) -> None:
-    """Write any test predictions, and the record of a run that ended after ``steps`` optimizer steps."""
+def write_results(run: Run, folder: Path, steps: int, tokens: int) -> None:
+    """Write any test predictions, and the record of a run of so many optimizer steps and training tokens."""
     module, data, tested = run.module, run.data, run.tested
     splits: tuple[Split, ...] = ("train", "val", "test")
     # training rows with rationales, evaluated rows with gold labels
@@ -195,6 +198,7 @@ def write_results(run: Run, folder: Path, steps: int) -> None:
         steps=steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
         validation=_validation(run.selection),
+        train_tokens=tokens,
         rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=teacher_accuracy(tally) if "test" in used else None,

@@ -54,7 +54,7 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
         record, config = run.record, flatten(run.record.config) | {"test rows": run.test}
         row = {name: value for name, value in vars(record).items() if not isinstance(value, dict | list)}
         # 0 in a record where it is not known
-        unknown = ("parameters", "train_rows", "test_rows", "wall_seconds", "peak_memory_mib")
+        unknown = ("parameters", "train_rows", "train_tokens", "test_rows", "wall_seconds", "peak_memory_mib")
         row |= {name: row[name] or None for name in unknown}
         row |= {key: as_text(config[key]) for key in (STUDENT, WEIGHT, *comparison.keys) if key in config}
         row |= record.metrics | flatten({"validation": record.validation, "fingerprint": record.fingerprints})

@@ -25,7 +25,7 @@ _UNFINISHED = {
 """File of an unfinished run -> what it means; the first match counts."""
 
 # what ``fit`` logs in addition to its config
-_LOGGED = ("dataset", "method", "train_rows", "train_rationales", "val_rows", "test_rows")
+_LOGGED = ("dataset", "method", "train_tokens", "train_rows", "train_rationales", "val_rows", "test_rows")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +168,7 @@ def _record(run: Any) -> RunRecord:
         test_rows=int(config.get("test_rows", 0)),
         steps=int(summary.get("trainer/global_step", 0)),
         metrics={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
+        train_tokens=int(config.get("train_tokens", 0)),
         rationales=None if method == "Standard" else str(config.get("data.init_args.rationale_pairing", "own")),
         config={name: value for name, value in config.items() if name not in _LOGGED},
         wall_seconds=float(summary.get("_runtime", 0)),

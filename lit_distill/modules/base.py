@@ -37,6 +37,7 @@ _SEED_KEY = "lit_distill_seed"
 _TASKS_KEY = "lit_distill_tasks"
 _PATHS_KEY = "lit_distill_paths"
 _LIMITS_KEY = "lit_distill_target_limits"
+_TOKENS_KEY = "lit_distill_train_tokens"
 
 
 class DistillModule(Evaluating):
@@ -250,6 +251,7 @@ class DistillModule(Evaluating):
         checkpoint[CHECKPOINT_KEY] = self.student.record()
         checkpoint[_TASKS_KEY] = task_texts(self.tasks)
         checkpoint[_LIMITS_KEY] = dict(self._target_limits)
+        checkpoint[_TOKENS_KEY] = self.train_tokens()
         if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
         if self.chosen_paths:
@@ -268,6 +270,9 @@ class DistillModule(Evaluating):
             "tasks (prefix and target)": (checkpoint.get(_TASKS_KEY), task_texts(self.tasks)),
         }
         if self._trainer is not None and self._trainer.training:
+            # of all ranks together; older checkpoints do not tell
+            self._tokens = 0 if self.global_rank else checkpoint.get(_TOKENS_KEY, -(2**62))
+            self._opened = (0, 0)
             before = checkpoint.get("hyper_parameters", {}).get("optimizer")
             compared["optimizer"] = (before, self.hparams["optimizer"])
             groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]

@@ -54,6 +54,8 @@ class Training(pl.LightningModule):
         super().__init__()
         self.chosen_paths = {}
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
+        self._tokens = 0  # read by this rank before the open window; on the first rank also in resumed parts of the run
+        self._opened = (0, 0)  # the optimizer step of that window, and its tokens
         self._given_seed = 0  # of the first process, as the trainer's last command found it
         self._resumed: Position = (0, [])  # where the run that is resumed stopped
         self._window_weights: dict[str, Tensor] = {}  # see `window_weights`; empty before a run
@@ -202,6 +204,7 @@ class Training(pl.LightningModule):
                 objective.check_data(datamodule)
             # not those of an earlier run or `load_from_checkpoint`; a resumed run loads its own later
             self._resumed, self._seed, self.chosen_paths = (0, []), seed, {}
+            self._tokens, self._opened = 0, (0, 0)
             source: Any = self.trainer.fit_loop._data_source
             # of the class: an earlier run has wrapped the object's
             source.dataloader = partial(self._read_ahead, partial(type(source).dataloader, source))
@@ -301,12 +304,25 @@ class Training(pl.LightningModule):
             return
         # the step that loggers use, which Lightning increments once too often after resuming
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        self._tokens, self._opened = self._own_tokens(), (self.trainer.global_step, window.tokens)
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         # Lightning lets go of the last step's gradients only after this one's forward pass
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
         self.window, self._window_weights, self._window_terms = window, self.window_weights(window), {}
         self.student.hold_weights(True)
+
+    def train_tokens(self) -> int:
+        """Source and target tokens that all ranks have read in complete optimizer steps, padding not counted.
+
+        Negative if a part of the run is resumed from a checkpoint that does not tell. Call it on all ranks.
+        """
+        own = torch.tensor(self._own_tokens(), device=self.device)
+        return int(cast(Tensor, self.all_gather(own)).sum()) if self.trainer.world_size > 1 else int(own)
+
+    def _own_tokens(self) -> int:
+        step, tokens = self._opened
+        return self._tokens + (tokens if self.trainer.global_step > step else 0)
 
     def window_weights(self, window: Window) -> dict[str, Tensor]:
         """Factors that turn a mean over one micro-batch into its share of the mean over the whole optimizer step.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForSeq2SeqLM
 
@@ -30,6 +31,9 @@ def test_a_record_says_what_a_run_was_and_found(student_folder: Path, monkeypatc
     assert (found.label_source, found.train_fraction, found.rationales) == ("teacher", 0.5, "own")
     assert (found.seed, found.data_seed, found.steps) == (7, 3, 3)
     assert (found.train_rows, found.test_rows) == (6, 5)
+    assert found.train_tokens > 0
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert found.train_tokens == last["lit_distill_train_tokens"]
     [tested] = [row for row in metric_rows(folder) if "test/accuracy" in row]
     logged = {name: float(value) for name, value in tested.items() if name.startswith("test/")}
     assert found.metrics == pytest.approx(logged)

@@ -141,6 +141,7 @@ def gradients(
         "gradients": steps.gradients,
         "weights": [student.state_dict() for student in steps.students],
         "logged": steps.logged,
+        "tokens": module.train_tokens(),
     }
 
 
@@ -255,7 +256,8 @@ def resumed(
     resume = path if part == "resumed" else None
     with suppress(Stopped):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    tokens = torch.tensor(module.train_tokens())
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()} | {"tokens": tokens}
 
 
 def paths(folder: Path, rank: int) -> list[str]:

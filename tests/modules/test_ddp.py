@@ -50,6 +50,12 @@ def test_targets_that_an_objective_prepares_are_counted(
         assert max(differences(student_folder, run, accumulate, rows=rows, weight=WEIGHT + 0.5)) < 1e-5
 
 
+def test_tokens_of_both_ranks_are_counted(ranks: list[Found]) -> None:
+    # two epochs
+    expected = 2 * sum(len(ids) for row in ROWS for task in row.values() for ids in task)
+    assert [rank[f"right {k}"]["tokens"] for rank in ranks for k in ACCUMULATES] == [expected] * 4
+
+
 def test_without_the_other_rank_s_counts_they_are_not(student_folder: Path, ranks: list[Found]) -> None:
     assert min(differences(student_folder, ranks[0]["own counts"], 3)) > 1e-3
 

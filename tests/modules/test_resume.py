@@ -91,6 +91,7 @@ def end_state(module: StepByStepModule, trainer: pl.Trainer) -> dict[str, Any]:
         "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict()["last_epoch"],
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
+        "tokens": module.train_tokens(),
     }
 
 
@@ -98,6 +99,8 @@ def end_state(module: StepByStepModule, trainer: pl.Trainer) -> dict[str, Any]:
 def unbroken(student_folder: Path) -> dict[str, Any]:
     state = end_state(*run(student_folder))
     assert state["step"] == 6
+    # each row twice, its sources and targets
+    assert state["tokens"] == 2 * sum(len(ids) for row in ROWS for task in row.values() for ids in task)
     return state
 
 
@@ -128,6 +131,17 @@ def test_stopped_anywhere_and_resumed(
     torch.load(path, weights_only=True)
     # another seed: what it decides has to come from the checkpoint
     assert identical(end_state(*run(student_folder, resume=path, seed=99)), unbroken)
+
+
+def test_the_tokens_before_an_older_checkpoint_are_unknown(student_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    with pytest.raises(Stopped):
+        run(student_folder, [StopAt("on_train_batch_end", 7, path)])
+    kept = torch.load(path, weights_only=True)
+    del kept["lit_distill_train_tokens"]
+    torch.save(kept, path)
+    module, _ = run(student_folder, resume=path)
+    assert module.train_tokens() < 0
 
 
 @pytest.mark.parametrize("count", [2, 10])
