@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_distill.checks import check_int
@@ -92,6 +93,29 @@ class ValidateEverySteps(Callback):
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         epoch_ends: bool = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         return trainer.global_step == trainer.max_steps or (last_epoch and epoch_ends)
+
+
+class TokenBudget(Callback):
+    """Train for as many optimizer steps as read about so many tokens, to compare methods that read more or less.
+
+    Source and target tokens without padding count; their number in a step is the mean over the training rows.
+
+    Args:
+        tokens: of all devices.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = check_int("max_tokens", tokens, 1)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Set the trainer's ``max_steps``. Raises a ``UserError`` if the number of tokens is not known."""
+        if stage != "fit":
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # not declared by Lightning
+        lengths = data.token_rows("train").lengths(evaluation=False)
+        in_step = lengths.mean() * data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        trainer.fit_loop.epoch_loop.max_steps = max(1, round(self.tokens / in_step))
+        rank_zero_info(f"max_tokens: {trainer.max_steps:,} steps of {in_step:,.0f} tokens")
 
 
 class Throughput(Callback):

@@ -153,6 +153,23 @@ def test_rates_count_examples_and_tokens_and_leave_all_but_training_out(
     assert float(second["train/steps_per_second"]) == pytest.approx(0.5)
 
 
+def test_a_run_ends_after_so_many_tokens(student_folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(student_folder)
+    tokens = 0
+    for row in (toy_example(0, "train", position) for position in range(12)):
+        texts = ["predict: " + row.input, str(row.label), "explain: " + row.input, str(row.rationale)]
+        tokens += sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    # two micro-batches of 4 of 12 rows a step
+    budget = f"--max_tokens={round(3.2 * tokens * 8 / 12)}"
+    for method in ("StepByStepModule", "StandardModule"):
+        small = [*small_model(student_folder, method), *toy_data(12, 4), *small_trainer(50, 100)]
+        run("fit", small, budget, "--trainer.accumulate_grad_batches=2", "--test_after_fit=false")
+    standard, both = (max(int(row["step"]) for row in metric_rows(folder)) + 1 for folder in run_folders())
+    assert both == 3
+    # a step without rationales reads less than half
+    assert standard > 6
+
+
 def test_early_stopping_stops(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_distill.modules.evaluating.summarise", lambda *args, **kwargs: {"accuracy": 0.5})
     overlay = f"--config={CONFIGS / 'overlay' / 'early_stopping.yaml'}"

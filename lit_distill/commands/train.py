@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_distill.callbacks import SampleTable, Throughput, ValidateEverySteps
+from lit_distill.callbacks import SampleTable, Throughput, TokenBudget, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
 from lit_distill.commands.finish import Run, finish_fit
 from lit_distill.commands.loggers import (
@@ -50,6 +50,7 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("seed_everything", bool | int, 0, "Seed of initialisation and dropout; true draws one."),
     ("ckpt_path", str | None, None, "Checkpoint to go on from or to evaluate."),
     ("weights_only", bool, True, "Load plain data only from a checkpoint; anything else would be code to run."),
+    ("max_tokens", int | None, None, "Train until about so many tokens are read, in place of trainer.max_steps."),
     ("cpu_threads", int | None, None, "Threads of one operation on the CPU; a tiny student is fastest with 1."),
     ("test_after_fit", bool, True, "End fit with one test of the best checkpoint."),
     ("baseline_after_fit", bool, False, "After fit, train the label-only baseline for as many steps, too."),
@@ -261,6 +262,8 @@ def build(
             own += [built["checkpoint"], LastCheckpoint(dirpath=built["checkpoint"].dirpath)]
         if arguments["enable_progress_bar"] is not False:
             own.append(progress_bar())
+        if config["max_tokens"] is not None:
+            own.append(TokenBudget(config["max_tokens"]))
         own += [*callbacks, Throughput(), SampleTable()]
         arguments["callbacks"] = [*(given if isinstance(given, list) else [given]), *own]
         trainer = pl.Trainer(**arguments)

@@ -212,7 +212,7 @@ class JSONLDataModule(RationaleDataModule):
         """As the base class. Raises a ``UserError`` for rows that are streamed."""
         if self.streaming and split == "train":
             raise UserError(
-                "streaming: keeps no tokenised training rows, which captured distributions are checked with"
+                "streaming: keeps no tokenised training rows, which captured distributions and max_tokens need"
             )
         return super().token_rows(split)
 
