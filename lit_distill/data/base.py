@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from lit_distill import checks
 from lit_distill.batch import remember_rows
 from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
-from lit_distill.data.cache import code_of, key_of
+from lit_distill.data.cache import code_of, key_of, versions
 from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
-from lit_distill.data.outputs import RELEASED, annotations_file
+from lit_distill.data.outputs import RELEASED, annotations_file, read_weights
 from lit_distill.data.rows import counted, own_rows, with_outputs
 from lit_distill.data.selection import (
     Flag,
@@ -36,6 +36,7 @@ from lit_distill.data.selection import (
     shuffle_rationales,
     targets,
     teacher_counts,
+    weigh_rows,
 )
 from lit_distill.data.store import Rows, of_each
 from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
@@ -73,6 +74,7 @@ class RationaleDataModule(Dataset):
         label_source: train on the data's labels (``gold``) or on the teacher's; val and test are always gold.
         pseudo_labels: train on the rows without a gold label, too, and on those that ``train_fraction`` leaves out,
             with the labels and rationales of this teacher alone (Lee 2013; self-training if it is an earlier student).
+        row_weights: JSON lines with ``id`` and ``weight`` of each training row, in proportion to which rows occur.
         rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
             label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
             ``agrees and not contains_label``, those that meet them.
@@ -114,6 +116,7 @@ class RationaleDataModule(Dataset):
         rationale_pairing: Literal["own", "shuffled", "permuted"] = "own",
         select: Select | None = None,
         pseudo_labels: str | None = None,
+        row_weights: str | Path | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         earlier = {*vars(self)}
@@ -128,6 +131,7 @@ class RationaleDataModule(Dataset):
             own = {name: replace(task, select=select) for name, task in self.tasks.items() if task.uses_output}
             self.tasks |= own
         self.label_source = checks.check_choice("label_source", label_source, ("gold", "teacher"))
+        self.row_weights = None if row_weights is None else Path(row_weights)
         self.pseudo_labels = None if pseudo_labels is None else checks.check_text("pseudo_labels", pseudo_labels)
         given_paths = RELEASED if rationales is None else rationales
         listed = given_paths if isinstance(given_paths, list | tuple) else [given_paths]
@@ -166,6 +170,7 @@ class RationaleDataModule(Dataset):
             "tasks": {name: task.plain() for name, task in self.tasks.items()},
             "rationale_filter": self.rationale_filter,
             "rationales": [str(path) for path in listed] if len(listed) > 1 else rationales and str(listed[0]),
+            "row_weights": row_weights and str(row_weights),
         }
         self.save_hyperparameters(given | plain)
         self._base_names: set[str] = {"_base_names", *vars(self)} - earlier
@@ -226,6 +231,10 @@ class RationaleDataModule(Dataset):
         settings = [self._written_tasks(), teacher_labels, pseudo, self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
+        if self.row_weights is not None:
+            used = weigh_rows(used, read_weights(self.row_weights), self.seed)
+            version = versions([self.row_weights])
+            used = replace(used, key=key_of("weighed", used.key, version, self.seed))
         if self.rationale_pairing == "own" or not any(task.uses_output for task in self.tasks.values()):
             return used
         if self.rationale_pairing == "permuted":

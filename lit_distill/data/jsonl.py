@@ -332,6 +332,7 @@ def _check_streaming(hub: str | None, train: Any, val: Any, settings: Mapping[st
         "train_fraction": ([1], "draws from all rows; give fewer shards"),
         "rationale_pairing": (["own"], "needs all rows at once"),
         "batching": (["shuffled"], "sorts many rows"),
+        "row_weights": ([None], "needs all rows at once"),
         "rationales": ([None, RELEASED, [RELEASED]], "looks for all ids; put rationales into a column of the shards"),
     }
     for name, (allowed, why) in needs.items():

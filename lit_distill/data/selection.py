@@ -239,6 +239,37 @@ def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key:
     return UsedRows(used, gold, selection.counts, selection.with_rationale, key, selection.majority)
 
 
+def weigh_rows(used: UsedRows, weights: Mapping[str, float], seed: int) -> UsedRows:
+    """As many rows, in which each occurs about in proportion to its weight: boosting by resampling.
+
+    A row of n whose weight is w times the mean occurs w times, rounded up or down by chance (by ``seed``). Raises a
+    ``UserError`` if a row has no weight, or all weights are 0.
+
+    Args:
+        used: the rows.
+        weights: of rows by id, at least 0.
+        seed: of the rounding.
+    """
+    known = [(row.id, row.label) for row in used.rows]
+    if lacking := [row_id for row_id, _ in known if row_id not in weights]:
+        raise UserError(f"row_weights: {len(lacking)} of {len(known)} rows have no weight, such as {lacking[0]!r}")
+    found = np.array([weights[row_id] for row_id, _ in known])
+    if not found.any():
+        raise UserError("row_weights: all weights are 0")
+    # the places of n evenly spaced points in the cumulative weights, shifted by chance
+    points = (np.random.RandomState(seed).random_sample() + np.arange(len(found))) / len(found)
+    at = np.minimum(np.searchsorted(found.cumsum() / found.sum(), points, side="right"), len(found) - 1)
+    majority = (number for number, place in enumerate(at) if known[place][1] == used.majority_label)
+    return replace(
+        used,
+        rows=Lazy(len(at), lambda places: read(used.rows, at[places])),
+        gold=Lazy(len(at), lambda places: read(used.gold, at[places])),
+        with_rationale=np.flatnonzero(np.isin(at, used.with_rationale)),
+        counts=used.counts | {"left_out_by_weight": len(at) - len(np.unique(at))},
+        majority=next(majority, None),
+    )
+
+
 def permute_rationales(used: UsedRows, seed: int) -> UsedRows:
     """Control: the same teacher outputs, the words of each text in a random order (by ``seed``).
 

@@ -36,6 +36,7 @@ ARGUMENTS = [
     "rationale_pairing",
     "select",
     "pseudo_labels",
+    "row_weights",
 ]
 MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataModule"]
 
