@@ -15,6 +15,7 @@ COMMANDS = {
     "annotate": "Ask a teacher for a rationale and a label of every row.",
     "capture": "Store a teacher's distributions, to train without it.",
     "experiment": "Run a grid of fits, each a plain config of its own.",
+    "rounds": "Fit again and again, each on what the last student wrote.",
     "compare": "Compare finished runs: tables, figures and a report.",
     "inspect": "Report on a dataset as a config uses it: rows, labels, lengths.",
     "check": "Check that the losses of a config are computed right.",

@@ -25,6 +25,7 @@ from lit_distill.commands.inspect import inspect
 from lit_distill.commands.memory import fit
 from lit_distill.commands.parser import Parser, call
 from lit_distill.commands.plan import plan
+from lit_distill.commands.rounds import INTERRUPTED, rounds
 from lit_distill.commands.train import TRAINER_COMMANDS, run_trainer, train_parser
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -34,7 +35,6 @@ from lit_distill.teachers.base import Teacher
 if TYPE_CHECKING:
     from lit_distill.comparison.comparing import Comparison
 
-_INTERRUPTED = 130  # exit code after Ctrl-C
 _RUNS = "Folders of runs, or folders that are searched for runs; wandb://entity/project for metrics only."
 
 
@@ -42,7 +42,7 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
     """Run ``annotate``; ends with code 130 after Ctrl-C, with 1 if there is no answer or some questions are left."""
     summary = call("annotate", annotate, args, classes={"data": RationaleDataModule, "teacher": Teacher})
     if summary.get("stopped") == "interrupted":
-        raise SystemExit(_INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
     unanswered = summary.get("answers") == 0 and summary["stopped"] is None
     if unanswered or summary.get("not answered now"):
         reasons = [summary[name] for name in ("most frequent errors", "why not") if summary.get(name)]
@@ -61,7 +61,7 @@ def run_experiment(args: list[str]) -> dict[str, Any]:
     """Run ``experiment``; ends with code 130 after Ctrl-C, with 1 if a cell is not done."""
     summary = call("experiment", experiment, args)
     if summary.get("interrupted"):
-        raise SystemExit(_INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
     # after a dry run or printed commands, pending cells are no failure
     if "interrupted" in summary and summary["done"] < len(summary["cells"]):
         raise SystemExit(1)
@@ -74,6 +74,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "annotate": run_annotate,
     "capture": capture,
     "experiment": run_experiment,
+    "rounds": rounds,
     "compare": run_compare,
     "inspect": inspect,
     "check": check,

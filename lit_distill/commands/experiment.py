@@ -211,11 +211,11 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
             # check one of the cells that differ only in their seed
             like = config if "seed" not in point else merge(config, nested(fit_keys({"seed": 0})), accepted_arguments)
             if repr(like) not in checked:
-                check.parsed(_with_location(like, folder / name))
+                check.parsed(with_location(like, folder / name))
                 checked.add(repr(like))
         except UserError as error:
             raise UserError(f"{error} (in the cell {name} of {path})") from error
-        cells.append(Cell(name, folder / name, _with_location(config, folder / name)))
+        cells.append(Cell(name, folder / name, with_location(config, folder / name)))
     return cells
 
 
@@ -242,7 +242,7 @@ def _read(given: str, key: str) -> dict[str, Any]:
     return content
 
 
-def _with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def with_location(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A config that runs in a folder of its own, and resumes there."""
     trainer, checkpoint = config.get("trainer") or {}, config.get("checkpoint") or {}
     if not isinstance(trainer, Mapping) or not isinstance(checkpoint, Mapping):
