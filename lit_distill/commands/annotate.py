@@ -15,6 +15,7 @@ from rich.text import Text
 from lit_distill import checks
 from lit_distill.annotation.plan import Plan
 from lit_distill.annotation.prompts import (
+    Choose,
     PromptTemplate,
     check_template,
     fixed,
@@ -149,37 +150,36 @@ def annotate(
         if structured:
             one.check_schema()
     prompts = _prompts(datamodule, kind, prompt, styles, demonstrations)
-    templates: dict[str, PromptTemplate] = {}
+    chosen: dict[str, tuple[PromptTemplate, Choose]] = {}
     for name, (argument, path) in prompts.items():
         template, where = load_prompt(path), demonstrations or str(path)
         if demonstrations is not None:
             num_demonstrations = 8 if num_demonstrations is None else num_demonstrations
             template = template.model_copy(update={"demonstrations": load_demonstrations(demonstrations)})
-        count = len(template.demonstrations)
-        if num_demonstrations is not None and num_demonstrations > count:
-            raise UserError(f"num_demonstrations must be at most {count}, got {num_demonstrations}")
+        known = template.demonstrations
+        if num_demonstrations is not None and num_demonstrations > len(known):
+            raise UserError(f"num_demonstrations must be at most {len(known)}, got {num_demonstrations}")
         check_template(template, datamodule.prompt_fields, reader(template.reads, datamodule)[0], where)
         if structured and template.reads != "answer":
             raise UserError(f"structured: not with {argument}: {where}, whose answers are each a {template.reads}")
         if until_agrees is not None and "wrong" in template.needs:
             raise UserError(f"until_agrees: not with {argument}: {where}, whose answers are to be wrong")
-        templates[name] = template
-    datamodule.prepare_data()
-    rows = list((datamodule.rows_to_ask(split) or [])[:limit])
-    if not rows:
-        raise UserError(f"split: {datamodule.absence(split)}")
-    asks: list[Ask] = []
-    of_kind = {
-        name: rows_with_needs(template, datamodule, split, rows, prompts[name][0])
-        for name, template in templates.items()
-    }
-    for one, (name, template) in product(teachers, templates.items()):
-        known = template.demonstrations
         if nearest_demonstrations:
             choose = nearest(known, len(known) if num_demonstrations is None else num_demonstrations)
         else:
             template = template.model_copy(update={"demonstrations": known[:num_demonstrations]})
             choose = fixed(template.demonstrations, num_demonstrations)
+        chosen[name] = template, choose
+    datamodule.prepare_data()
+    rows = list((datamodule.rows_to_ask(split) or [])[:limit])
+    if not rows:
+        raise UserError(f"split: {datamodule.absence(split)}")
+    of_kind = {
+        name: rows_with_needs(template, datamodule, split, rows, prompts[name][0])
+        for name, (template, _) in chosen.items()
+    }
+    asks: list[Ask] = []
+    for one, (name, (template, choose)) in product(teachers, chosen.items()):
         plan = Plan(
             template=template,
             choose=choose,
@@ -204,8 +204,8 @@ def annotate(
         if too_small := budget.exhausted(sum(tokens), ask.teacher.cost(*tokens) or 0.0):
             raise UserError(too_small)
     if dry_run:
-        for ask in asks[: len(templates)]:
-            for row in ask.rows[: 2 if len(templates) == 1 else 1]:
+        for ask in asks[: len(chosen)]:
+            for row in ask.rows[: 2 if len(chosen) == 1 else 1]:
                 title = Text(f"{row.id}, {ask.plan.kind} ({ask.plan.layout})")
                 Console().print(Panel(Text(shown(ask.plan.prompt(row))), title=title, title_align="left"))
         return show("what would be asked", estimate(asks))

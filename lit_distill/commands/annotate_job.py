@@ -36,11 +36,6 @@ class Ask:
     plan: Plan
     rows: Sequence[Row]  # those that have what the prompt names
 
-    @property
-    def own(self) -> dict[str, Any]:
-        """The columns of its samples that tell them from others."""
-        return self.plan.columns
-
 
 class Job:
     """Questions about rows, asked of one teacher after the other; the data module reads and judges the answers."""
@@ -51,7 +46,8 @@ class Job:
         self.places = {row.id: place for place, row in enumerate(rows)}
         self.hashes = {row.id: input_hash(row) for row in rows}
         self.faults: Counter[str] = Counter()  # of the user's own comparison of labels
-        self._asks = {tuple(ask.own.values()): (ask, {row.id: row for row in ask.rows}) for ask in asks}
+        of_ids = {id(ask.rows): {row.id: row for row in ask.rows} for ask in asks}
+        self._asks = {tuple(ask.plan.columns.values()): (ask, of_ids[id(ask.rows)]) for ask in asks}
         self._reads: dict[str, Reads] = {}  # prompt of earlier jobs -> how its answers are read
 
     def run(self, folder: Path, concurrency: int | None, budget: Budget, *, ask_failed: bool) -> dict[str, Any]:
@@ -119,7 +115,7 @@ class Job:
 
     def asked(self, sample: Annotation) -> tuple[Ask, Row] | None:
         """What a sample answers in this job, and the row; ``None`` for another job's questions."""
-        ask, rows = self._asks.get(tuple(getattr(sample, name) for name in self.asks[0].own), (None, {}))
+        ask, rows = self._asks.get(tuple(getattr(sample, name) for name in self.asks[0].plan.columns), (None, {}))
         row = rows.get(sample.id)
         return None if ask is None or row is None or self.place(sample) is None else (ask, row)
 
@@ -180,8 +176,8 @@ class Job:
         names = ("teacher_settings", "structured", "layout", "num_samples", "until_agrees")
         settings = {name: getattr(plan, name) for name in names} | {"sampling": asdict(plan.sampling)}
         times = {"started": started, "ended": now(), "stopped": stopped, "version": __version__}
-        store.note(about | ask.own | settings | times)
-        prompt = store.folder / "prompts" / f"{ask.own['prompt']}.yaml"
+        store.note(about | plan.columns | settings | times)
+        prompt = store.folder / "prompts" / f"{plan.columns['prompt']}.yaml"
         prompt.parent.mkdir(exist_ok=True)
         if not prompt.exists():
             content = plan.template.model_dump(mode="json", exclude_none=True)
@@ -192,13 +188,13 @@ class Job:
         # slow to import
         import pandas as pd  # type: ignore[import-untyped]
 
-        own = self.asks[0].own
+        own = self.asks[0].plan.columns
         read = ["id", "input", "error", "label", "majority_label", "parsed", "agrees", "contains_label", "distinct"]
         read += ["finish", "input_tokens", "output_tokens", "cost", *own]
         samples = pd.read_parquet(folder / PARQUET, columns=read, dtype_backend="numpy_nullable")
         samples = samples[samples.input == samples.id.map(self.hashes)]
         keys = pd.MultiIndex.from_frame(samples[list(own)])
-        parts = {id(ask): samples[keys == tuple(ask.own.values())] for ask in self.asks}
+        parts = {id(ask): samples[keys == tuple(ask.plan.columns.values())] for ask in self.asks}
         of_all = {"rows": len(self.rows)} | counted(pd.concat(parts.values()))
         styles = [{"teacher": ask.plan.teacher, "kind": ask.plan.kind, **counted(parts[id(ask)])} for ask in self.asks]
         return of_all | {"styles": styles}

@@ -147,6 +147,28 @@ def test_an_interruption_finishes_what_is_under_way(
     assert len(server.requests) == asked
 
 
+@pytest.mark.parametrize("asked", [50, 350])
+def test_an_interruption_of_several_teachers(asked: int, forked: Forked, server: Server, tmp_path: Path) -> None:
+    """While the first is asked, or the second: nothing is lost, and nothing is asked twice."""
+    path = tmp_path / "out" / "rationales.jsonl"
+    second = {"class_path": "OpenAITeacher", "init_args": {"base_url": server.url, "model": "second"}}
+    arguments = job(tmp_path, server, 300, f"--more_teachers={json.dumps([second])}")
+    child = forked.start(arguments, str(tmp_path / "log"))
+    wait_for(lambda: len(server.requests) >= asked)
+    os.kill(child, signal.SIGINT)
+    assert forked.wait() == 130
+    before = read_lines(path)
+    assert len(before) == len(server.requests) < 600
+    assert {row["teacher"] for row in before} == ({"tiny", "second"} if asked > 300 else {"tiny"})
+    jobs = json.loads((tmp_path / "out" / "metadata.json").read_text())["jobs"]
+    assert [(job["teacher"], job["stopped"]) for job in jobs] == [("tiny", "interrupted"), ("second", "interrupted")]
+    forked.start(arguments, str(tmp_path / "log"))
+    assert forked.wait() == 0
+    rows = read_lines(path)
+    assert len(rows) == len({row["key"] for row in rows}) == len(server.requests) == 600
+    assert {row["key"]: row["text"] for row in before}.items() <= {row["key"]: row["text"] for row in rows}.items()
+
+
 def test_two_interruptions_at_once_keep_what_was_answered(forked: Forked, server: Server, tmp_path: Path) -> None:
     path = tmp_path / "out" / "rationales.jsonl"
     for _ in range(3):
