@@ -174,7 +174,10 @@ class Selector:
             kept += [replace(output, text=None) for output in original.outputs if output.label is not None]
         label = original.label
         if self.teacher_labels or not labelled:
-            label = next((one.label for one in kept if one.label is not None), None)
+            # not the wrong answer, or the verdict, that another kind of output has
+            asking = [task for task in self.tasks if task.needs_label]
+            own = (one for one in kept if not asking or any(task.accepts(one) for task in asking))
+            label = next((one.label for one in own if one.label is not None), None)
             if label is None:
                 return None, "dropped_without_teacher_label", filtered
         unchanged = label == original.label and len(kept) == len(original.outputs) and kept == said

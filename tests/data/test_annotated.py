@@ -260,6 +260,19 @@ def test_the_teacher_s_label_is_that_of_the_sample(jsonl: Make) -> None:
     assert jsonl(SEVERAL, label_source="teacher").answer_key("train").labels == ["yes", "no", "yes"]
 
 
+def test_the_teacher_s_label_is_of_a_kind_that_answers(jsonl: Make) -> None:
+    """Not the wrong answer that a counterfactual rationale argues for, though that one alone is kept."""
+    lines = [said("a", 0, "no"), said("a", 0, "yes", kind="counterfactual"), said("b", 0, "no", kind="counterfactual")]
+
+    def labels(**arguments: Any) -> dict[str, str | None]:
+        module = jsonl([*lines, said("c", 0, "yes")], label_source="teacher", **arguments)
+        return {example.id: example.label for example in module.used_rows("train").rows}
+
+    assert labels() == {"a": "no", "c": "yes"}
+    assert labels(rationale_filter="label == yes") == {"c": "yes"}
+    assert labels(tasks={"label": {"kind": "counterfactual"}}) == {"a": "yes", "b": "no"}
+
+
 def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
     lines = [said("b", teacher="U"), said("a", 0, "no", teacher="T"), said("a", 1, teacher="U"), said("b", teacher="T")]
     module = jsonl(lines)
