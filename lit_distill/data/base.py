@@ -228,7 +228,7 @@ class RationaleDataModule(Dataset):
         # what does not depend on the seed is shared by the seeds
         seed = self.seed if self.train_fraction < 1 or self.rationale_pairing != "own" else 0
         drawn = [self.train_fraction, self.rationale_pairing, seed]
-        settings = [self._written_tasks(), teacher_labels, pseudo, self.rationale_filter, *drawn]
+        settings = [self._written_tasks(), teacher_labels, pseudo or "", self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
         if self.row_weights is not None:
