@@ -116,7 +116,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return found.out
 
 
-ALLOWED = "fit, validate, test, predict, annotate, capture, experiment, compare, inspect, check, plan, configs"
+ALLOWED = "fit, validate, test, predict, annotate, capture, experiment, rounds, compare, inspect, check, plan, configs"
 
 
 @pytest.mark.parametrize(

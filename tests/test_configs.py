@@ -104,7 +104,7 @@ def test_there_is_a_config_for_each_dataset_and_method() -> None:
         f"{dataset}/annotate.yaml" for dataset in (*DATASETS, "tickets", "toy")
     }
     assert OVERLAYS
-    assert len(EXPERIMENTS) == 25
+    assert len(EXPERIMENTS) == 30
     assert {relative(path) for path in OVERLAYS} >= {
         "strategy/ddp.yaml", "strategy/fsdp.yaml", "strategy/deepspeed.yaml", "strategy/tpu.yaml",
         "logger/wandb.yaml", "logger/tensorboard.yaml", "logger/csv.yaml",
