@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from lit_distill.annotation.prompts import Choose, Demonstration, Fields, PromptTemplate, written_answer
+from lit_distill.annotation.prompts import GIVEN, Choose, Demonstration, Fields, PromptTemplate, written_answer
 from lit_distill.annotation.record import Annotation, answer_schema, digest, input_hash
 from lit_distill.questions import Layout, Message, Prompt, Question, Sampling
 from lit_distill.tasks import Row
@@ -87,7 +87,8 @@ class Plan:
         # one hash for what all samples share, then a short one for each sample
         asked_of = (self.teacher, self.settings, stop, schema)
         shared = digest(self.split, row.id, row.input, written, *asked_of, *more, length=32)
-        common = Annotation(row.id, structured=self.structured, input=input_hash(row), **self.columns)
+        given: dict[str, Any] = {name: self.fields(row)[name] for name in self.template.needs & GIVEN}
+        common = Annotation(row.id, structured=self.structured, input=input_hash(row), **self.columns, **given)
         rounds = [range(self.num_samples)]
         if self.until_agrees is not None and row.label is not None:
             rounds += [range(sample, sample + 1) for sample in range(self.num_samples, self.until_agrees)]

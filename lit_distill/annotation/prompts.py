@@ -37,6 +37,7 @@ class Demonstration(BaseModel, frozen=True, extra="forbid"):
 Fields = Callable[[Row], Mapping[str, str]]  # the template fields of a row
 Parse = Callable[[str], tuple[str, str] | None]  # a teacher's text as `(rationale, label)`, or `None`
 Choose = Callable[[Row], Sequence[Demonstration]]  # the demonstrations for a row, in order
+GIVEN = frozenset({"given_rationale", "given_label"})  # the fields of an answer to judge
 Reads = Literal["answer", "program", "verdict"]  # how an answer is read, see `data.styles`
 
 
@@ -68,8 +69,8 @@ class PromptTemplate(BaseModel, frozen=True, extra="forbid"):
     @property
     def needs(self) -> frozenset[str]:
         """The fields of its question that not each row has."""
-        named = check_format("question", self.question)
-        return frozenset(named) & {"wrong", "given_rationale", "given_label"}
+        named = frozenset(check_format("question", self.question))
+        return (named & {"wrong"}) | (GIVEN if named & GIVEN else frozenset())
 
 
 def load_prompt(path: str | Path) -> PromptTemplate:

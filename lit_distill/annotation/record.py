@@ -29,6 +29,8 @@ class Annotation:
     sample: _Count = 0
     teacher: str | None = None
     kind: str = "rationale"
+    given_rationale: str | None = None  # with the next: the answer that was to be judged, if any
+    given_label: str | None = None
     text: str | None = None  # absent after an error
     rationale: str | None = None
     label: str | None = None

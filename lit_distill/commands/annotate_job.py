@@ -131,20 +131,13 @@ class Job:
         return replace(sample, input_tokens=read, output_tokens=written)
 
     def read(self, sample: Annotation) -> Annotation:
-        """Fill in the columns that follow from a sample's text; its error says why the user's parser fails.
-
-        A verdict is read once, since a later job may have another answer to judge.
-        """
-        if (asked := self.asked(sample)) is not None:
-            row, reads = asked[1], asked[0].plan.template.reads
-        elif (place := self.place(sample)) is not None:
-            row, reads = self.rows[place], self._reads.get(sample.prompt or "", "answer")
-        else:
+        """Fill in the columns that follow from a sample's text; its error says why the user's parser fails."""
+        place, asked = self.place(sample), self.asked(sample)
+        if place is None:
             return sample
-        if reads == "verdict" and (sample.parsed is not None or not row.outputs):
-            return sample
+        reads = self._reads.get(sample.prompt or "", "answer") if asked is None else asked[0].plan.template.reads
         try:
-            return read_answer(sample, row, reads, self.datamodule)
+            return read_answer(sample, self.rows[place], reads, self.datamodule)
         except Exception as error:  # noqa: BLE001 - a fault of a user's own code loses no answer
             return unread(sample, _words(error))
 

@@ -9,7 +9,7 @@ says how an answer is read: as the dataset's own, as a program that is run, or a
 from dataclasses import replace
 from pathlib import Path
 
-from lit_distill.annotation.prompts import Parse, PromptTemplate, Reads, load_prompt
+from lit_distill.annotation.prompts import GIVEN, Parse, PromptTemplate, Reads, load_prompt
 from lit_distill.annotation.record import Agree, Annotation, read_text
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.equations import program_value, statements
@@ -19,11 +19,8 @@ from lit_distill.evaluation.metrics import equations_agree
 from lit_distill.tasks import Row, TeacherOutput
 
 VERDICTS = ("correct", "wrong")  # as in the published data of Mind's Mirror
-NEEDS = {
-    "wrong": "a gold label and other choices, or a gold equation with an operator",
-    "given_rationale": "a teacher's rationale with a label, see data.rationales",
-    "given_label": "the same",
-}
+NEEDS = {"wrong": "a gold label and other choices, or a gold equation with an operator"}
+NEEDS |= dict.fromkeys(GIVEN, "a teacher's rationale with a label (data.rationales)")
 """Field that not each row has -> what it needs."""
 
 
@@ -54,7 +51,7 @@ def rows_with_needs(
     if found := _fit(template, data, split, rows):
         return found
     offered = [name for name, path in styles_of(data).items() if _fit(load_prompt(path), data, split, rows)]
-    missing = ", ".join(f"{{{name}}}: {NEEDS[name]}" for name in sorted(template.needs))
+    missing = " and ".join(dict.fromkeys(NEEDS[name] for name in sorted(template.needs)))
     raise UserError(
         f"{argument}: no row of {data.name} {split} has {missing}; styles that it has: {', '.join(offered)}"
     )
@@ -63,7 +60,7 @@ def rows_with_needs(
 def _fit(template: PromptTemplate, data: RationaleDataModule, split: Split, rows: list[Row]) -> list[Row]:
     if "wrong" in template.needs:
         rows = [row for row in rows if data.wrong_label(row) is not None]
-    if template.needs & {"given_rationale", "given_label"}:
+    if template.needs & GIVEN:
         known = {row.id for row in rows}
         given = ((row, given_output(row)) for row in data.released(split) or () if row.id in known)
         rows = [replace(row, outputs=output) for row, output in given if output]
@@ -80,12 +77,12 @@ def read_answer(sample: Annotation, row: Row, reads: Reads, data: RationaleDataM
     """Fill in the columns that follow from a sample's text, read as its prompt says.
 
     A program is stored in one line, as T5's tokenizer knows no other, and its label is its value, which agrees with a
-    gold label by value. A verdict agrees if it is right about the row's output.
+    gold label by value. A verdict agrees if it is right about the given label.
     """
     parse, agree = reader(reads, data)
 
     def right(verdict: str, gold: str) -> bool:
-        return (verdict == VERDICTS[0]) is data.teacher_agrees(str(row.outputs[0].label), gold)
+        return (verdict == VERDICTS[0]) is data.teacher_agrees(str(sample.given_label), gold)
 
     return read_text(sample, row, parse, right if reads == "verdict" else agree)
 

@@ -37,7 +37,8 @@ def test_nothing_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copytree(FROZEN, tmp_path / "job")
     before = [json.loads(line) | {"kind": "rationale"} for line in (FROZEN / "out" / FILE).read_text().splitlines()]
     # of what is parsed nothing is said twice by one teacher
-    before = [line | {"distinct": True if line["parsed"] else None} for line in before]
+    given = {"given_rationale": None, "given_label": None}
+    before = [line | given | {"distinct": True if line["parsed"] else None} for line in before]
     with at_work_in(tmp_path / "job", monkeypatch), serving() as server:
         asked = ["--data=JSONLDataModule", "--data.train=rows.jsonl", "--teacher=OpenAITeacher", "--out=out"]
         asked += [f"--teacher.base_url={server.url}", "--teacher.model=org/tiny", "--teacher.input_price=1"]

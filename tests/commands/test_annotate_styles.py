@@ -155,6 +155,8 @@ def test_a_verdict_agrees_if_it_is_right(release: Path) -> None:
         }
         expected = [("correct", True), ("wrong", False), ("correct", False), ("wrong", True)]
         assert [(row["label"], row["agrees"]) for row in rows_of()] == expected
+        given = [(row["given_rationale"], row["given_label"]) for row in rows_of()]
+        assert given == [("R", f"({n} + {1 + n // 2})") for n in range(4)]
         # a job of another style leaves them
         run("annotate", svamp(release, server, "--limit=5", styles=("rationale",)))
     assert [(row["label"], row["agrees"]) for row in rows_of() if row["kind"] == "self_evaluation"] == expected
@@ -263,7 +265,7 @@ def test_the_same_in_yaml(release: Path) -> None:
         (("program",), ["--structured"], "structured: not with styles.program: "),
         (("counterfactual",), ["--until_agrees=3"], "until_agrees: not with styles.counterfactual: "),
         (("program",), ["--num_demonstrations=4"], "num_demonstrations must be at most 3, got 4"),
-        (("self_evaluation",), ["--split=test"], "styles.self_evaluation: no row of svamp test has {given_label}: "),
+        (("self_evaluation",), ["--split=test"], "styles.self_evaluation: no row of svamp test has a teacher"),
         ((), ["--teacher.name=other-1"], "more_teachers.0: another teacher has the name 'other-1', too"),
         ((), ["--teacher.input_price=1", "--max_cost=1"], "max_cost needs more_teachers.0.input_price and "),
     ],
@@ -293,6 +295,6 @@ def test_a_style_that_the_data_cannot_have_names_those_that_it_can(
     ]
     line = refusal(capsys, "annotate", [*own, "--styles.x=counterfactual"])
     assert line == (
-        "styles.x: no row of jsonl train has {wrong}: a gold label and other choices, or a gold equation with an"
-        " operator; styles that it has: rationale, program"
+        "styles.x: no row of jsonl train has a gold label and other choices, or a gold equation with an operator;"
+        " styles that it has: rationale, program"
     )

@@ -62,6 +62,15 @@ def test_a_program_agrees_by_value_whatever_the_metric() -> None:
         assert (read.label, read.agrees) == ("42", agrees)
 
 
+def test_a_verdict_is_about_the_given_label() -> None:
+    data, row = SVAMPDataModule(), Row("r", "q", "( 84.0 / 2.0 )")
+    for given, verdict, agrees in (("(42)", "correct", True), ("(42)", "wrong", False), ("(43)", "wrong", True)):
+        answer = Annotation("r", given_label=given, text=f"Well. So the solution is {verdict}.")
+        read = read_answer(answer, row, "verdict", data)
+        assert (read.rationale, read.label, read.agrees) == ("Well.", verdict, agrees)
+        assert read_answer(answer, replace(row, label=None), "verdict", data).agrees is None
+
+
 def test_the_answer_to_judge_is_the_first_whole_rationale() -> None:
     outputs = (
         TeacherOutput("a = 1", "1", kind="program"),
