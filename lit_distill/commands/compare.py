@@ -31,7 +31,8 @@ def compare(
         out: folder of the report: ``report.html``, ``report.md``, ``runs.csv``, ``runs.parquet``, ``figures/``.
         baseline: the setting to compare with, as in ``method=StepByStep,rationales=shuffled``; student, labels and
             fraction are those of the compared setting unless given. By default standard finetuning.
-        metric: the logged name of the metric. Only ``test/accuracy`` has intervals over test rows.
+        metric: the logged name of the metric. ``test/accuracy`` and ``test/vote_accuracy`` have intervals over
+            test rows.
         allow_different_tests: compare runs of a dataset even if their test rows differ.
         resamples: of the bootstrap; at most 100,000.
         seed: of the bootstrap.
@@ -70,13 +71,17 @@ def compare(
 def _show(comparison: "Comparison", report: Path) -> None:
     """Print a table for each dataset and label source, and what was left out."""
     from lit_distill.comparison import names
-    from lit_distill.comparison.report import cells, notes
+    from lit_distill.comparison.report import cells, further_cells, notes
 
     console = Console()
     lines = [remark for remarks in comparison.remarks.values() for remark in remarks]
     for (dataset, labels), settings in comparison.settings.groupby(["dataset", "label_source"]):
         title = f"{names.dataset(dataset)}, {names.labels(labels)}: {names.metric(comparison.metric)}"
         console.print(_table(title, cells(settings, comparison.metric)))
+        if further := further_cells(settings, comparison.metric):
+            console.print(
+                _table(f"{names.dataset(dataset)}, {names.labels(labels)}: costs and further metrics", further)
+            )
         lines += notes(settings, comparison)
     lines += [f"skipped {source}: {reason}" for source, reason in comparison.skipped.items()]
     lines += [f"left out {old}: repeated as {new}" for old, new in sorted(comparison.repeated.items())]
@@ -90,10 +95,13 @@ def _table(title: str, rows: list[dict[str, str]]) -> Table:
     table = Table(title=title, title_justify="left", show_lines=True)
     stacks = [["setting", "student", "training rows"], ["n"], ["mean ± se", "published"]]
     stacks += [["difference", "95 % interval"], ["p", "by seed ± se (n)"]]
+    stacks += [["training tokens", "tokens a row", "tokens of a vote"]]
+    stacks += [["accuracy by vote", "worst group", "group macro-F1"]]
+    stacks += [[name for name in rows[0] if name.startswith("lost at ")]]
     stacks = [found for stack in stacks if (found := [name for name in stack if name in rows[0]])]
     for stack in stacks:
         numeric = stack[0] != "setting"
         table.add_column("\n".join(stack), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("\n".join(row[name] for name in stack if row[name])) for stack in stacks))
+        table.add_row(*(Text("\n".join(row[name] for name in stack).rstrip()) for stack in stacks))
     return table

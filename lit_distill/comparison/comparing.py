@@ -10,13 +10,15 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from lit_distill.comparison import names
 from lit_distill.comparison.published import ROWS, TEACHER, published_row
-from lit_distill.comparison.runs import Run
+from lit_distill.comparison.runs import ACCURACY, VOTE, Run
 from lit_distill.comparison.settings import as_text
 from lit_distill.comparison.statistics import Difference, paired_bootstrap, standard_error
 from lit_distill.comparison.table import IDENTITY, runs_table
 from lit_distill.errors import UserError
 
-ACCURACY = "test/accuracy"  # the metric that predictions give per row, and that was published
+TRAIN_TOKENS, TOKENS, VOTE_TOKENS = "train_tokens", "test/tokens", "test/vote_tokens"
+FURTHER = (TRAIN_TOKENS, TOKENS, VOTE_TOKENS, VOTE, "test/worst_group_accuracy", "test/group_macro_f1")
+"""What is shown of a setting beside the metric: a field of the record, and further metrics."""
 
 _DIFFERENCES = [*Difference._fields, "seed_difference", "seed_error", "seed_n"]
 
@@ -37,6 +39,9 @@ class Comparison:
       there is none.
     - ``seed_difference``, ``seed_error``, ``seed_n``: to the baseline's runs with the same seeds; ``left_out``: both
       differences leave out runs whose seeds only one side has.
+    - ``further``: each of `FURTHER` that all of its runs have -> its mean and standard error.
+    - ``lost``: of a setting with all training rows, what it loses with a tenth of them (or the smallest fraction): that
+      fraction, the mean difference of runs with the same seeds, its standard error, and the number of seeds.
     - ``published_row``, ``published``: of the paper.
     - ``chance``, ``teachers``: of the dataset: accuracy without reading the input, and those of the teachers' labels.
     """
@@ -91,6 +96,8 @@ def compare_runs(
             remarks[row["dataset"]].append(f"{row['name']}: trained on different rows with the same data seed")
         rows.append(row | facts[row["dataset"]] | _results(_without_repeated(own.run, repeated), metric))
     rows.sort(key=_order)
+    for row in rows:
+        row["lost"] = _lost(row, rows, metric)
     wanted = read_baseline(baseline, rows, keys)
     for row in rows:
         other, remark = find_baseline(row, rows, wanted, keys)
@@ -123,7 +130,7 @@ def _facts(dataset: str, runs: Sequence[Run], metric: str) -> dict[str, Any]:
     chances = [run.record.chance for run in runs if run.record.chance is not None]
     teachers = {run.record.teacher_accuracy for run in runs} - {None} or {TEACHER.get(dataset)}
     return {
-        "chance": max(chances, default=None) if metric in (ACCURACY, "test/scored_accuracy") else None,
+        "chance": max(chances, default=None) if metric in (ACCURACY, VOTE, "test/scored_accuracy") else None,
         "teachers": sorted(level for level in teachers if level is not None),
     }
 
@@ -156,9 +163,31 @@ def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
         "n": len(values),
         "mean": float(np.mean(values)),
         "error": standard_error(values),
+        "further": {name: found for name in FURTHER if (found := _mean_of(runs, name)) is not None},
         "published_row": row,
         "published": ROWS[row][runs[0].record.dataset] if row else None,
     }
+
+
+def _mean_of(runs: Sequence[Run], name: str) -> tuple[float, float | None] | None:
+    """Mean and standard error of a metric or the training tokens; ``None`` unless all runs have it."""
+    values = [run.record.train_tokens or None if name == TRAIN_TOKENS else run.record.metrics.get(name) for run in runs]
+    known = [float(value) for value in values if value is not None]
+    return (float(np.mean(known)), standard_error(known)) if len(known) == len(values) else None
+
+
+def _lost(
+    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str
+) -> tuple[float, float, float | None, int] | None:
+    """See ``lost`` in `Comparison`; ``None`` if there is no such fraction or no seed in common, or it is of a loss."""
+    same = ("dataset", "label_source", "student", "name")
+    fewer = {other["train_fraction"]: other for other in rows if all(other[name] == row[name] for name in same)}
+    fraction = 0.1 if 0.1 in fewer else min(fewer)
+    if row["train_fraction"] < 1 or fraction == 1 or not names.is_share(metric):
+        return None
+    values = {run.seeds: run.record.metrics[metric] for run in fewer[fraction]["runs"]}
+    lost = [run.record.metrics[metric] - values[run.seeds] for run in row["runs"] if run.seeds in values]
+    return (fraction, float(np.mean(lost)), standard_error(lost), len(lost)) if lost else None
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -230,20 +259,21 @@ def _difference(
         found |= {"seed_difference": float(np.mean(values)), "seed_error": standard_error(values)}
         found |= {"seed_n": len(values)}
     if not remark:
-        found |= paired_bootstrap(_answers(own), _answers(other), resamples=resamples, seed=seed)._asdict()
+        answers = (_answers(some, metric) for some in (own, other))
+        found |= paired_bootstrap(*answers, resamples=resamples, seed=seed)._asdict()
     return found
 
 
 def _why_unpaired(runs: Sequence[Run], metric: str) -> str:
     """Why there is no difference over test rows; empty if there is one."""
-    if metric != ACCURACY:
+    if metric not in (ACCURACY, VOTE):
         return f"predictions say nothing about {metric}"
-    if any(run.correct is None for run in runs):
+    if any(run.outcomes(metric) is None for run in runs):
         return "without predictions"
     tests = {run.test for run in runs}
     return "tested on different or unknown rows" if len(tests) > 1 or "" in tests else ""
 
 
-def _answers(runs: Sequence[Run]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _answers(runs: Sequence[Run], metric: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """``(runs, labelled test rows)``: 1 where right."""
-    return np.stack([run.correct[~np.isnan(run.correct)] for run in runs if run.correct is not None])
+    return np.stack([found[~np.isnan(found)] for run in runs if (found := run.outcomes(metric)) is not None])

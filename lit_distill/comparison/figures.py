@@ -16,9 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lit_distill.comparison import names
-from lit_distill.comparison.comparing import ACCURACY, Comparison
+from lit_distill.comparison.comparing import TOKENS, TRAIN_TOKENS, VOTE_TOKENS, Comparison
+from lit_distill.comparison.runs import ACCURACY, VOTE
 
 _GREY: Final = "#5a5a5a"
 # Okabe and Ito (2008), without the yellow that is hard to see on white
@@ -71,7 +73,7 @@ class Plot:
 
 
 def draw(comparison: Comparison) -> list[Plot]:
-    """Plot the metric against training rows and student size, and for all variants, per dataset and labels."""
+    """Plot the metric against training rows, student size and tokens, and for all variants, per dataset and labels."""
     # a setting's name looks the same in all figures
     looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_STROKES), strict=False)
     styles = dict(zip(dict.fromkeys([*_FIRST, *comparison.settings.name]), looks, strict=False))
@@ -103,6 +105,18 @@ def _plots(settings: pd.DataFrame, metric: str) -> Iterator[Plot]:
         if len(several):
             variants, part = _most_rows(several)
             yield _variants(variants, metric, f"{student} · {part}", f"{student}-methods")
+    for student, own in settings.groupby("student"):
+        largest, part = _most_rows(own)
+        generated = VOTE_TOKENS if metric == VOTE else TOKENS
+        for cost, file in ((TRAIN_TOKENS, "training_tokens"), (generated, "inference_tokens")):
+            known = largest[[cost in further for further in largest.further]]
+            if len(known) > 1 or (cost == TOKENS and _voted(known, metric)):
+                yield _costs(known, cost, metric, f"{student} · {part}", f"{student}-{file}")
+
+
+def _voted(settings: pd.DataFrame, metric: str) -> bool:
+    """Whether an accuracy by vote stands beside that of one text for a setting."""
+    return metric == ACCURACY and any({VOTE, VOTE_TOKENS} <= further.keys() for further in settings.further)
 
 
 def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -173,6 +187,39 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
         axes.axvline(chance, color=_GREY, linestyle=":", zorder=1)
         notes.append("dotted: chance")
     return _finish(figure, settings, what, file, notes)
+
+
+def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str) -> Plot:
+    """The metric against tokens, a point a setting; a vote is a further point, joined to its setting."""
+    figure, axes = _sheet(4.5)
+    heights: dict[Any, float] = {}
+    xs: list[float] = []
+    voted = cost == TOKENS and _voted(settings, metric)
+    for row in settings.to_dict("records"):
+        further, (colour, _, stroke) = row["further"], row["style"]
+        xs.append(further[cost][0])
+        bars = _bars(row["style"])
+        handle = axes.errorbar(xs[-1], row["mean"], row["error"] or 0, label=fill(row["name"], 26), **bars)
+        heights[handle] = row["mean"]
+        if voted and {VOTE, VOTE_TOKENS} <= further.keys():
+            vote, error = further[VOTE]
+            xs.append(further[VOTE_TOKENS][0])
+            axes.plot(xs[-2:], [row["mean"], vote], color=colour, linestyle=stroke, linewidth=1)
+            axes.errorbar(xs[-1], vote, error or 0, **bars | {"mfc": "white", "mec": colour})
+    if (chance := settings.chance.iloc[0]) is not None:
+        heights[axes.axhline(chance, color=_GREY, linestyle=":", label="chance")] = chance
+    if max(xs) > 3 * min(xs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_xticks([], minor=True)
+    # equal numbers stay equal
+    axes.set_xlim(min(xs) / 1.15, max(xs) * 1.15)
+    axes.xaxis.set_major_formatter(lambda x, _: names.size(x))
+    what_read = "source and target tokens read in training"
+    axes.set_xlabel(what_read if cost == TRAIN_TOKENS else "tokens generated for a row, with end-of-sequence")
+    _show_metric(axes.yaxis, metric)
+    figure.legend(handles=sorted(heights, key=heights.__getitem__, reverse=True), loc="outside right center")
+    return _finish(figure, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
 
 
 def _sheet(height: float) -> tuple[Figure, Axes]:

@@ -40,10 +40,10 @@ def is_share(metric: str) -> bool:
     return not metric.endswith(("loss", "tokens"))
 
 
-def size(parameters: int) -> str:
-    """A number of parameters, such as 248M or 2.85B."""
-    unit, sign = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= pair[0]), (1, ""))
-    number = parameters / unit
+def size(count: float) -> str:
+    """A number of parameters or tokens, such as 248M or 2.85B."""
+    unit, sign = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= pair[0]), (1, ""))
+    number = count / unit
     return f"{round(number, 2 if number < 10 else 0):g}{sign}"
 
 

@@ -16,8 +16,9 @@ from markupsafe import Markup
 from pyarrow import csv, parquet
 
 from lit_distill.comparison import names, published
-from lit_distill.comparison.comparing import ACCURACY, Comparison
+from lit_distill.comparison.comparing import FURTHER, TOKENS, TRAIN_TOKENS, VOTE_TOKENS, Comparison
 from lit_distill.comparison.figures import Plot, draw
+from lit_distill.comparison.runs import ACCURACY, VOTE
 from lit_distill.comparison.settings import STUDENT, WEIGHT, as_text
 from lit_distill.comparison.statistics import FEW
 from lit_distill.files import flatten, write_text
@@ -25,6 +26,19 @@ from lit_distill.tables import markdown_table
 
 DAGGER = "\u2020"  # marks a p-value based on few rows
 DOUBLE_DAGGER = "\u2021"  # marks a difference without some seeds
+
+
+_NAMED = ("setting", "student", "training rows")
+"""The columns that name a row of a table."""
+
+_TITLES = {
+    TRAIN_TOKENS: "training tokens",
+    TOKENS: "tokens a row",
+    VOTE_TOKENS: "tokens of a vote",
+    VOTE: "accuracy by vote",
+    "test/worst_group_accuracy": "worst group",
+    "test/group_macro_f1": "group macro-F1",
+}
 
 
 class Markdown(str):
@@ -118,6 +132,37 @@ def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
     }
 
 
+def further_cells(settings: pd.DataFrame, metric: str) -> list[dict[str, str]]:
+    """A table as `cells`, of what else is known of the settings; empty if nothing is."""
+    rows = [_further_cells(row, metric) for row in settings.to_dict("records")]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    known = [name for name in columns if any(row.get(name) for row in rows)]
+    if not set(known) - set(_NAMED):
+        return []
+    # the only student is named in the first table
+    shown = [name for name in known if name != "student" or settings.student.nunique() > 1]
+    return [{name: row.get(name, "") for name in shown} for row in rows]
+
+
+def _further_cells(row: dict[str, Any], metric: str) -> dict[str, str]:
+    whole = _cells(row, metric)
+    found = {name: whole[name] for name in _NAMED}
+    for name in FURTHER:
+        mean, error = row["further"].get(name, (None, None))
+        if mean is None or name == metric:
+            text = ""
+        elif name in (TRAIN_TOKENS, TOKENS, VOTE_TOKENS):
+            text = names.size(mean) if name == TRAIN_TOKENS else f"{mean:.1f}"
+        else:
+            text = with_error(number(mean, name), error, name)
+        found[_TITLES[name]] = text
+    if row["lost"] is not None:
+        fraction, lost, error, seeds = row["lost"]
+        text = with_error(number(lost, metric).replace("-", "\u2212"), error, metric)
+        found[f"lost at {names.fraction(fraction)}"] = f"{text} ({seeds})"
+    return found
+
+
 def notes(settings: pd.DataFrame, comparison: Comparison) -> list[str]:
     """What a table's reader has to know: the baseline, missing differences, and the meaning of marks."""
     baselines = sorted(set(comparison.settings.name[settings.baseline.dropna()]))
@@ -155,6 +200,7 @@ def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
         names=names,
         in_points=names.is_share(metric),
         table=lambda settings: _table(cells(settings, metric)),
+        further=lambda settings: _table(rows) if (rows := further_cells(settings, metric)) else "",
         notes=notes,
         plots=plots,
         commands=_commands(comparison),

@@ -17,6 +17,9 @@ from lit_distill.records import PREDICTIONS, RECORD, RunRecord, check_values, re
 
 WANDB = "wandb://"  # prefix of a W&B project address
 
+ACCURACY, VOTE = "test/accuracy", "test/vote_accuracy"
+"""The metrics that predictions give per row: of their keys ``correct`` and ``vote_correct``."""
+
 _UNFINISHED = {
     "failed.txt": "failed",
     "config.yaml": "the run has not ended",
@@ -37,11 +40,16 @@ class Run:
     correct: NDArray[np.float64] | None = None
     """``(test rows,)`` sorted by id: 1 right, 0 wrong, NaN unlabelled; ``None`` without predictions."""
     remark: str = ""  # why `correct` is missing
+    voted: NDArray[np.float64] | None = None  # as `correct`, of the votes; `None` if there was no vote
 
     @property
     def seeds(self) -> tuple[int, int]:
         """Seed and data seed, to pair runs of two settings."""
         return self.record.seed, self.record.data_seed
+
+    def outcomes(self, metric: str) -> NDArray[np.float64] | None:
+        """`correct` or `voted`."""
+        return {ACCURACY: self.correct, VOTE: self.voted}.get(metric)
 
     @property
     def test(self) -> str:
@@ -110,11 +118,14 @@ def _read_run(folder: Path) -> Run:
     rows = read_predictions_file(folder)
     if len(rows) != record.test_rows:
         raise UserError(f"{path}: {len(rows)} rows, but {RECORD} says {record.test_rows}")
-    if any(not isinstance(row["correct"], bool | None) for row in rows):
-        raise UserError(f"{path}: correct must be true, false or null")
+    if any(not isinstance(row.get(name), bool | None) for row in rows for name in ("correct", "vote_correct")):
+        raise UserError(f"{path}: correct and vote_correct must be true, false or null")
     rows.sort(key=lambda row: str(row["id"]))
     ids = [str(row["id"]) for row in rows]
-    correct = np.array([np.nan if row["correct"] is None else row["correct"] for row in rows], dtype=np.float64)
+    correct, voted = (
+        np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
+        for name in ("correct", "vote_correct")
+    )
     remark = ""
     if np.isnan(correct).all():
         remark = "no test row has a label"
@@ -122,11 +133,15 @@ def _read_run(folder: Path) -> Run:
         remark = f"the id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {PREDICTIONS}"
     else:
         found = float(np.nanmean(correct))
-        recorded = record.metrics.get("test/accuracy", found)
+        recorded = record.metrics.get(ACCURACY, found)
         # recorded in single precision
         if abs(recorded - found) > 1e-4:
             raise UserError(f"{path}: its accuracy is {found:.4f}, but {RECORD} says {recorded:.4f}: another run's?")
-    return Run(source, record, None if remark else correct, remark)
+    if remark:
+        return Run(source, record, remark=remark)
+    # votes of all rows that have a label, or of none
+    whole = np.array_equal(np.isnan(voted), np.isnan(correct))
+    return Run(source, record, correct, voted=voted if whole else None)
 
 
 def _read_project(address: str, runs: list[Run], skipped: dict[str, str]) -> None:

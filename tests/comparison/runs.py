@@ -64,6 +64,8 @@ def write_run(
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     predictions: bool = True,
+    further: Mapping[str, float] | None = None,
+    votes: Sequence[bool] | None = None,
     **more: Any,
 ) -> Path:
     """One run.
@@ -72,6 +74,8 @@ def write_run(
         folder: the run's; it is made.
         correct: of each test row.
         predictions: also write them.
+        further: metrics, by their logged names.
+        votes: of each test row, whether the vote was right.
         **more: further fields of the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,9 @@ def write_run(
         "train_rows": round(8766 * train_fraction),
         "test_rows": len(correct),
         "steps": 10_000,
-        "metrics": {"test/accuracy": float(np.float32(np.mean(correct))), "test/loss": 0.25 + 0.001 * seed},
+        "metrics": {"test/accuracy": float(np.float32(np.mean(correct))), "test/loss": 0.25 + 0.001 * seed}
+        | ({} if votes is None else {"test/vote_accuracy": float(np.mean(votes))})
+        | dict(further or {}),
         "validation": {"val/accuracy": 0.6, "step": 2000},
         "rationales": rationales,
         "parameters": SIZES.get(student, 1_000_000),
@@ -123,6 +129,7 @@ def write_run(
                     "prediction": "yes" if right else "no",
                 }
                 | {"correct": right, "rationale": None}
+                | ({} if votes is None else {"vote": "yes" if votes[i] else "no", "vote_correct": votes[i]})
                 for i, right in enumerate(correct)
             ),
         )

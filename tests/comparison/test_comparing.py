@@ -98,6 +98,53 @@ def test_other_metrics_have_no_interval_over_rows(tmp_path: Path) -> None:
     assert (ours.mean, ours.seed_n) == (0.25, 1)
 
 
+def test_votes_are_compared_row_by_row(tmp_path: Path) -> None:
+    for name, method, votes in (("a", "Standard", [True, False] * 50), ("b", "StepByStep", [True, True] * 50)):
+        write_run(tmp_path / name, method=method, correct=[False] * 100, votes=votes)
+    ours = results_of(compared(tmp_path, metric="test/vote_accuracy"))["step-by-step"]
+    assert (ours.difference, ours.differing, ours.remark) == (0.5, 50, "")
+    # accuracy itself is the same
+    assert results_of(compared(tmp_path))["step-by-step"].difference == 0
+    # predictions of an earlier version have no votes
+    write_run(tmp_path / "b", method="StepByStep", further={"test/vote_accuracy": 1.0}, correct=[False] * 100)
+    ours = results_of(compared(tmp_path, metric="test/vote_accuracy"))["step-by-step"]
+    assert (ours.difference, ours.remark) == (None, "without predictions")
+
+
+def test_what_fewer_rows_cost(tmp_path: Path) -> None:
+    # of seeds 1 and 2, which both fractions have: 60 - 55 and 62 - 51
+    values = {1.0: {0: 70, 1: 60, 2: 62}, 0.5: {1: 58, 2: 58}, 0.1: {1: 55, 2: 51, 3: 20}, 0.05: {1: 10}}
+    for fraction, own in values.items():
+        for seed, right in own.items():
+            correct = [row < right for row in range(100)]
+            write_run(tmp_path / f"{fraction} {seed}", correct=correct, train_fraction=fraction, seed=seed)
+    for seed in (1, 2):
+        how: Any = {"method": "StepByStep", "correct": [True] * 100}
+        write_run(tmp_path / f"other {seed}", seed=seed, **how)
+        write_run(tmp_path / f"some {seed}", seed=seed + 5, train_fraction=0.25, **how)
+    found = {(row.name, row.train_fraction): row.lost for row in compared(tmp_path).settings.itertuples(index=False)}
+    fraction, mean, error, number = found["standard finetuning", 1.0]
+    assert (fraction, number) == (0.1, 2)
+    assert mean == pytest.approx(0.08)
+    # half the difference of two values
+    assert error == pytest.approx(0.03)
+    # no seed in common
+    assert [lost for key, lost in found.items() if key != ("standard finetuning", 1.0)] == [None] * 5
+    assert compared(tmp_path, metric="test/loss").settings.lost.isna().all()
+
+
+def test_further_metrics_are_of_settings_whose_runs_all_have_them(tmp_path: Path) -> None:
+    for seed, tokens in ((0, 4.0), (1, 6.0)):
+        further = {"test/tokens": tokens} | ({"test/worst_group_accuracy": 0.5} if seed else {})
+        write_run(tmp_path / f"a{seed}", seed=seed, further=further, train_tokens=1000 * (1 + seed))
+        write_run(tmp_path / f"b{seed}", method="StepByStep", seed=seed, train_tokens=seed)
+    found = results_of(compared(tmp_path))
+    further = found["standard finetuning"].further
+    assert list(further) == ["train_tokens", "test/tokens"]
+    assert [*further["train_tokens"], *further["test/tokens"]] == pytest.approx([1500, 500, 5, 1])
+    assert found["step-by-step"].further == {}
+
+
 def test_a_run_that_was_done_again_counts_once(tmp_path: Path) -> None:
     write_run(tmp_path / "old", started="2026-01-01T00:00:00+00:00")
     write_run(tmp_path / "new", started="2026-02-01T00:00:00+00:00", correct=answers(0.7, 200, 5))

@@ -76,7 +76,24 @@ def extremes(root: Path) -> None:
         write_run(root / f"o{fraction}", method="StepByStep", train_fraction=fraction, correct=[True])
 
 
-CASES = [few, like_the_paper, many, tiny, extremes]
+def costs(root: Path) -> None:
+    """Tokens of training and inference, and votes of two methods, of which one needs many tokens."""
+    settings = [("Standard", 0.6, 2e6, 4.0, 0), ("StepByStep", 0.63, 9e6, 4.2, 8), ("SingleTask", 0.64, 8e6, 61.5, 8)]
+    for method, accuracy, read, written, samples in settings:
+        for fraction in (0.1, 0.5, 1.0):
+            for seed in (0, 1):
+                own = accuracy - 0.1 * (1 - fraction) + 0.01 * seed
+                votes = answers(own + 0.03, 400, seed + 9) if samples else None
+                metrics = {"test/tokens": written, "test/worst_group_accuracy": own - 0.2, "test/group_macro_f1": own}
+                metrics |= {"test/vote_tokens": written * samples} if samples else {}
+                write_run(
+                    root / f"{method}{fraction}{seed}", correct=answers(own, 400, seed), votes=votes, further=metrics,
+                    method=method, train_fraction=fraction, seed=seed, train_tokens=int(read),
+                    model={"vote": {"samples": samples}} if samples else {},
+                )  # fmt: skip
+
+
+CASES = [few, like_the_paper, many, tiny, extremes, costs]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +176,29 @@ def test_there_is_a_figure_for_each_question_that_runs_answer(drawn: Drawn) -> N
     of_loss = draw(compare_runs(comparison.runs, metric="test/loss"))
     assert labels_of(of_loss[1])[0] != "teacher's labels, 77.2 %"
     assert of_loss[0].figure.axes[0].get_ylabel() == "test loss"
+
+
+def test_costs_have_a_figure_each_and_votes_a_point_each(drawn: Drawn) -> None:
+    comparison, plots = drawn(costs)
+    names = [plot.name.removeprefix("cqa-gold-t5-v1_1-base-") for plot in plots]
+    assert names == ["training_rows", "methods", "training_tokens", "inference_tokens"]
+    whole = comparison.settings[comparison.settings.train_fraction == 1]
+    for plot, tokens in zip(plots[2:], ("train_tokens", "test/tokens"), strict=True):
+        expected = {(further[tokens][0], mean) for further, mean in zip(whole.further, whole["mean"], strict=True)}
+        if tokens == "test/tokens":
+            expected |= {
+                (further["test/vote_tokens"][0], further["test/vote_accuracy"][0])
+                for further in whole.further
+                if "test/vote_tokens" in further
+            }
+            assert len(expected) == 5
+        lines: list[Any] = list(plot.figure.axes[0].get_lines())
+        points = {
+            (float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines if line.get_marker() in "os^"
+        }
+        assert points == expected
+    # a line from each setting to its vote
+    assert len([line for line in lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 1]) == 2
 
 
 def test_the_points_and_bars_are_the_results(drawn: Drawn) -> None:

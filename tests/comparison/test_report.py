@@ -12,9 +12,19 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from lit_distill.comparison.comparing import Comparison, compare_runs
-from lit_distill.comparison.report import DAGGER, DOUBLE_DAGGER, cells, change, number, to_markdown, write_report
+from lit_distill.comparison.report import (
+    DAGGER,
+    DOUBLE_DAGGER,
+    cells,
+    change,
+    further_cells,
+    number,
+    to_markdown,
+    write_report,
+)
 from lit_distill.comparison.runs import find_runs
 from tests.comparison.runs import answers, write_run, write_runs
+from tests.comparison.test_figures import costs
 
 
 def two_datasets(root: Path) -> None:
@@ -155,6 +165,31 @@ def test_chance_is_in_table_and_notes(tmp_path: Path) -> None:
     assert list(found.settings.chance) == [0.34, 0.34]
     # a loss has no chance
     assert compare_runs(*find_runs([tmp_path / "runs"]), metric="test/loss").settings.chance.count() == 0
+
+
+def test_costs_and_further_metrics_have_a_table(tmp_path: Path) -> None:
+    costs(tmp_path)
+    comparison = compare_runs(*find_runs([tmp_path]), resamples=100)
+    rows = further_cells(comparison.settings, "test/accuracy")
+    assert list(rows[0]) == [
+        "setting", "training rows", "training tokens", "tokens a row", "tokens of a vote", "accuracy by vote",
+        "worst group", "group macro-F1", "lost at 10 %",
+    ]  # fmt: skip
+    (row,) = [row for row in rows if row["setting"] == "step-by-step" and row["training rows"].startswith("100 %")]
+    assert list(row.values())[2:] == [
+        "9M", "4.2", "33.6", "66.50 ± 0.50", "43.50 ± 0.50", "63.50 ± 0.50", "9.00 ± 0.00 (2)"
+    ]  # fmt: skip
+    # the votes of a method that has none, and a fraction of its own
+    assert [row["accuracy by vote"] for row in rows if row["setting"] == "standard finetuning"] == [""] * 3
+    text = to_markdown(comparison)
+    assert "- tokens: of training" in text
+    assert "- worst group:" in text
+    assert "- lost at:" in text
+
+
+def test_without_costs_there_is_no_such_table(comparison: Comparison, out: Path) -> None:
+    assert further_cells(comparison.settings, "test/accuracy") == []
+    assert "worst group" not in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_page_needs_no_other_file(figures: list[Path], out: Path) -> None:
