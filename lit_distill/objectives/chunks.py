@@ -140,8 +140,14 @@ def _parts(student: Pass, tokens: int) -> list[slice]:
     if student.student.sharded:
         # the head may be a collective, which each rank must run as often
         return [slice(None)]
-    size = max(1, CHUNK_BYTES // (4 * student.student.network.config.get_text_config().vocab_size))
+    size = chunk_size(student)
     return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
+
+
+def chunk_size(student: Pass) -> int:
+    """The number of tokens in a chunk."""
+    ids: int = student.student.network.config.get_text_config().vocab_size
+    return max(1, CHUNK_BYTES // (4 * ids))
 
 
 def wide(values: Tensor) -> Tensor:

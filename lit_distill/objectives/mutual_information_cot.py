@@ -1,6 +1,7 @@
 """A link of each row's rationale prediction to its label prediction."""
 
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, on_host, targets_of
 from lit_distill.errors import UserError
 from lit_distill.objectives.base import Objective, Step
-from lit_distill.objectives.chunks import wide
+from lit_distill.objectives.chunks import chunk_size, wide
 from lit_distill.students import Pass, Student
 from lit_distill.teachers.models import Teachers
 
@@ -33,7 +34,7 @@ class MutualInformationCoT(Objective):
     ``published`` does just that, and so changes with the batch. For the padding, rows go through the student once more,
     with other dropout masks than the tasks' losses; in evaluation the term is then absent.
 
-    The mean is over rationales of rows that have a label. No more than one row's logits are in memory at a time.
+    The mean is over rationales of rows that have a label. The logits of some rows at a time are in memory.
 
     Args:
         tasks: that of p and that of q.
@@ -52,7 +53,9 @@ class MutualInformationCoT(Objective):
         if len(self.tasks or ()) != 2:
             raise UserError(f"{who}: it needs two tasks, as tasks: [label, rationale]; got {self.tasks}")
         if student.sharded:
-            raise UserError(f"{who}: its logits are read row by row, which a sharded strategy does not allow; use ddp")
+            raise UserError(
+                f"{who}: the head is applied to some rows at a time, which a sharded strategy does not allow; use ddp"
+            )
 
     @property
     def prepares(self) -> bool:
@@ -94,13 +97,18 @@ class MutualInformationCoT(Objective):
     def maxima(self, student: Pass, task: str, rows: Sequence[int]) -> Tensor:
         """The largest probability, or its logarithm, of each id over a row's tokens, ``(rows, vocabulary)``."""
 
-        def of_row(states: Tensor) -> Tensor:
+        def of_rows(states: Tensor, lengths: list[int]) -> Tensor:
             logits = wide(student.project(states))
             values = logits.softmax(-1) if self.published else logits.log_softmax(-1)
             # 0 times the finite is 0
-            return values.amax(0).clamp(min=torch.finfo(values.dtype).min)
+            return torch.stack([own.amax(0) for own in values.split(lengths)]).clamp(min=torch.finfo(values.dtype).min)
 
-        lengths = (on_host(student.inputs(task)["labels"]) != IGNORE_INDEX).sum(1).tolist()
-        parts = student.states(task).split(lengths)
-        found = [checkpoint(of_row, parts[row], use_reentrant=False, preserve_rng_state=False) for row in rows]
-        return torch.stack(cast(list[Tensor], found))
+        numbers = (on_host(student.inputs(task)["labels"]) != IGNORE_INDEX).sum(1).tolist()
+        parts = student.states(task).split(numbers)
+        ends, size = list(accumulate(numbers[row] for row in rows)), chunk_size(student)
+        found = []
+        for _, places in groupby(range(len(rows)), key=lambda place: ends[place] // size):
+            own = [parts[rows[place]] for place in places]
+            chunk = torch.cat(own), [len(part) for part in own]
+            found.append(checkpoint(of_rows, *chunk, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(cast(list[Tensor], found))
