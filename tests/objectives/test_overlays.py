@@ -36,7 +36,7 @@ _OUTPUTS = ["--data.rationales=[released, {outputs}]"]
 
 MORE: dict[str, list[str]] = {
     **dict.fromkeys(("answer_consistency", "correct", "counterfactual", "mixed", "several_rationales"), _OUTPUTS),
-    **dict.fromkeys(("several_teachers", "styles"), _OUTPUTS),
+    **dict.fromkeys(("self_evaluation", "several_teachers", "styles"), _OUTPUTS),
     "baby_llama": [_SEVERAL],
     "backtrack": _SEQUENCE,
     "distill_nearest": [_SEVERAL],
@@ -84,10 +84,24 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_outputs(folder: Path, rows: int) -> Path:
     """Outputs of CommonsenseQA's rows by another teacher, and of all kinds that overlays name."""
-    kinds = ["program", "counterfactual", *content(METHODS / "styles.yaml")["model"]["init_args"]["tasks"]]
+    kinds = [
+        "program",
+        "counterfactual",
+        "self_evaluation",
+        *content(METHODS / "styles.yaml")["model"]["init_args"]["tasks"],
+    ]
     made = [("rationale", "TEACHER"), *((kind, "released") for kind in kinds)]
     outputs = [
-        {"id": f"{split}{i}", "split": split, "teacher": teacher, "kind": kind, "rationale": f"{i} is", "label": "dog"}
+        {
+            "id": f"{split}{i}",
+            "split": split,
+            "teacher": teacher,
+            "kind": kind,
+            "rationale": f"{i} is",
+            "label": "dog",
+            "given_rationale": f"{i}",
+            "given_label": "dog",
+        }
         for split in ("train", "test")
         for i in range(rows)
         for kind, teacher in made

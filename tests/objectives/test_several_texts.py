@@ -35,6 +35,13 @@ ROWS = [
         outputs=(
             TeacherOutput("the dog is red . so no", "no", "released"),
             TeacherOutput("b = 3", None, "released", "program"),
+            TeacherOutput(
+                "the dog is blue",
+                "wrong",
+                "released",
+                "self_evaluation",
+                {"given_rationale": "the dog is red", "given_label": "no"},
+            ),
         ),
     ),
     # without any output it keeps its label
@@ -84,6 +91,15 @@ EXPECTED: dict[str, dict[str, tuple[float, Texts]]] = {
         "label": (1.0, LABELS),
         "rationale": (1.0, FIRST),
         "counterfactual": (1.0, [("counterfactual: cat is red ? the cat is blue", "no")]),
+    },
+    # Mind's Mirror: what is right or wrong with an answer, given that
+    "self_evaluation": {
+        "label": (1.0, LABELS),
+        "rationale": (1.0, FIRST),
+        "self_evaluation": (
+            1.0,
+            [("evaluate: dog is blue ? the dog is red no", "the dog is blue So the solution is wrong.")],
+        ),
     },
     # LMCor: the label, given all that the teacher said
     "correct": {
