@@ -170,6 +170,8 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--model.rationale_weigh=3", ["model.rationale_weigh: no such argument", "rationale_weight"]),
     # classes
     ("--model=StepByStepModul", ["model: unknown class 'StepByStepModul'", "did you mean StepByStepModule?", "Single"]),
+    ("--model.vote=3", ["model.vote: got 3; allowed are settings, as {KEY: VALUE}"]),
+    ("--model.vote.sample=3", ["model.vote.sample: no such argument (did you mean samples?)"]),
     ("--data=CQADataModul", ["data: unknown class 'CQADataModul'", "did you mean CQADataModule?", "ESNLIDataModule"]),
     ("--data=SquadDataModule", ["data: unknown class 'SquadDataModule'", "allowed are ANLIDataModule, CQADataModule"]),
     ("--model=no_such_file.Own", ["model: cannot use the class 'no_such_file.Own'", "No module named 'no_such_file'"]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.annotation.record import vote
-from lit_distill.checks import check_choice, check_range
+from lit_distill.checks import check_choice, check_int, check_range
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, VotePath
 from lit_distill.objectives import Step
@@ -51,8 +51,9 @@ class Vote:
 
     def check(self, tasks: Mapping[str, Task], num_beams: int) -> None:
         """Raise a ``UserError`` for settings without a meaning for a module's tasks."""
-        check_range("vote: samples", self.samples, at_least=0, below=10_001, whole=True)
-        check_range("vote: temperature", self.temperature, above=0)
+        check_int("vote: samples", self.samples, 0, 10_000)
+        # null would pass as not set
+        check_range("vote: temperature", self.temperature or 0, above=0)
         check_choice("vote: by", self.by, get_args(By))
         if self.tasks is not None and (not self.tasks or len(set(self.tasks)) < len(self.tasks)):
             raise UserError(f"vote: tasks must be different names, got {self.tasks}")

@@ -315,9 +315,11 @@ def test_texts_of_several_tasks_vote(student_folder: Path) -> None:
     [
         (StandardModule, Vote(), {}, "vote: one greedy text is no vote; give samples of at least 1, or several tasks"),
         (StandardModule, Vote(tasks=["label"]), {}, "vote: one greedy text is no vote"),
-        (StandardModule, Vote(samples=-1), {}, "vote: samples must be an integer at least 0"),
+        (StandardModule, Vote(samples=-1), {}, r"vote: samples must be an integer in \[0, 10000\]"),
         (StandardModule, Vote(samples=3, temperature=0.0), {}, "vote: temperature must be above 0"),
         (StandardModule, Vote(samples=3, temperature=float("nan")), {}, "vote: temperature must be above 0"),
+        (StandardModule, Vote(samples=None), {}, r"vote: samples must be an integer in \[0, 10000\], got None"),  # type: ignore[arg-type]
+        (StandardModule, Vote(samples=3, temperature=None), {}, "vote: temperature must be above 0"),  # type: ignore[arg-type]
         (StandardModule, Vote(samples=3, by="mean"), {}, "vote: by must be one of majority, likelihood"),  # type: ignore[arg-type]
         (StandardModule, Vote(samples=3), {"num_beams": 4}, "vote: .* num_beams must be 1, got 4"),
         (StandardModule, Vote(samples=3, tasks=[]), {}, "vote: tasks must be different names"),
