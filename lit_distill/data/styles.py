@@ -27,10 +27,10 @@ NEEDS |= dict.fromkeys(GIVEN, "a teacher's rationale with a label (data.rational
 def find_style(given: str, data: RationaleDataModule, argument: str) -> Path:
     """The prompt file: a path, or the name of one of the dataset's styles. Raises a ``UserError`` for other names."""
     styles = styles_of(data)
-    if given in styles and not Path(given).exists():
-        return styles[given]
-    if Path(given).suffix or Path(given).exists():
+    if Path(given).suffix or Path(given).is_file():
         return Path(given)
+    if given in styles:
+        return styles[given]
     raise UserError(f"{argument}: {data.name} has no style {given!r}; there are {', '.join(styles)}, or give a file")
 
 

@@ -237,6 +237,8 @@ def test_a_dry_run_shows_each_style(release: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_same_in_yaml(release: Path) -> None:
+    # a folder is no prompt
+    Path("program").mkdir()
     with serving(answering()) as server:
         Path("own.yaml").write_text(
             f"data: {{class_path: SVAMPDataModule, init_args: {{data_dir: {release}}}}}\n"
