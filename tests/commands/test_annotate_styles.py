@@ -12,6 +12,7 @@ import pytest
 from lit_distill.data import SVAMPDataModule
 from lit_distill.equations import evaluate
 from tests.runs import at_work_in, read_lines, refusal, run, write_lines, write_release
+from tests.teachers.models import make_talker
 from tests.teachers.servers import Act, Request, Server, completion, fail, lists_models, serving
 
 ALL = ("rationale", "program", "counterfactual", "self_evaluation")
@@ -220,6 +221,27 @@ def test_a_teacher_that_is_gone_leaves_the_answers_of_others(release: Path, caps
         run("annotate", svamp(release, server, styles=("rationale",), teachers=2))
     assert Counter(row["teacher"] for row in rows_of()) == {"tiny": 12, "other-1": 12}
     assert Counter(request.body["model"] for request in server.requests)["org/tiny"] == 12
+
+
+def test_models_in_this_process_answer_one_after_the_other(here: Path) -> None:
+    """Each is loaded when it is asked; a style whose answers it cannot give is counted."""
+    said = {"one": "fish : carp . So the answer is owl .", "two": "No . So the solution is wrong ."}
+    folders = [make_talker(here / name, text) for name, text in said.items()]
+    others = [{"class_path": "TransformersTeacher", "init_args": {"model": str(folders[1]), "layout": "completion"}}]
+    arguments = ["--data=ToyDataModule", "--data.train_size=6", "--num_demonstrations=1", "--max_new_tokens=16"]
+    arguments += ["--teacher=TransformersTeacher", f"--teacher.model={folders[0]}", "--teacher.layout=completion"]
+    styles = ["--styles.rationale=rationale", "--styles.self_evaluation=self_evaluation"]
+    run("annotate", arguments, styles, f"--more_teachers={json.dumps(others)}", "--out=out")
+    rows = rows_of()
+    assert Counter((row["teacher"], row["kind"], row["label"]) for row in rows) == {
+        ("one", "rationale", "owl"): 6,
+        ("one", "self_evaluation", None): 6,
+        ("two", "rationale", None): 6,
+        ("two", "self_evaluation", "wrong"): 6,
+    }
+    # the toy's own teacher, which is judged, is always right
+    assert {row["agrees"] for row in rows if row["kind"] == "self_evaluation"} == {False}
+    assert all(row["given_label"] in str(row["given_rationale"]) for row in rows if row["kind"] == "self_evaluation")
 
 
 def test_a_dry_run_shows_each_style(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
