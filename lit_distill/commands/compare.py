@@ -83,7 +83,11 @@ def _show(comparison: "Comparison", report: Path) -> None:
                 _table(f"{names.dataset(dataset)}, {names.labels(labels)}: costs and further metrics", further)
             )
         lines += notes(settings, comparison)
-    lines += [f"skipped {source}: {reason}" for source, reason in comparison.skipped.items()]
+    places: dict[str, list[str]] = {}
+    for source, reason in comparison.skipped.items():
+        places.setdefault(reason, []).append(source)
+    for reason, (first, *others) in places.items():
+        lines.append(f"skipped {first}{f' and {len(others)} more' if others else ''}: {reason}")
     lines += [f"left out {old}: repeated as {new}" for old, new in sorted(comparison.repeated.items())]
     # unwrapped, so that a path can be copied; without rich's markup
     for line in [*dict.fromkeys(lines), "Report:", f"  {report}"]:

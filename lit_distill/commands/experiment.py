@@ -206,7 +206,8 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
         name = cell_name(point)
         try:
             settings = grid.settings(point)
-            overlay = _read(str(settings.pop("overlay")), "overlay") if "overlay" in settings else {}
+            laid = str(settings.pop("overlay", ""))
+            overlay = {**_read(laid, "overlay"), "variant": Path(laid).stem} if laid else {}
             config = merge(merge(base, overlay, accepted_arguments), nested(settings), accepted_arguments)
             # check one of the cells that differ only in their seed
             like = config if "seed" not in point else merge(config, nested(fit_keys({"seed": 0})), accepted_arguments)

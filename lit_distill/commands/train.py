@@ -50,6 +50,7 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("seed_everything", bool | int, 0, "Seed of initialisation and dropout; true draws one."),
     ("ckpt_path", str | None, None, "Checkpoint to go on from or to evaluate."),
     ("weights_only", bool, True, "Load plain data only from a checkpoint; anything else would be code to run."),
+    ("variant", str | None, None, "What comparisons call this run beside its method; a grid's overlay sets it."),
     ("max_tokens", int | None, None, "Train until about so many tokens are read, in place of trainer.max_steps."),
     ("cpu_threads", int | None, None, "Threads of one operation on the CPU; a tiny student is fastest with 1."),
     ("test_after_fit", bool, True, "End fit with one test of the best checkpoint."),

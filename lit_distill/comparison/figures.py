@@ -156,7 +156,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
     _show_metric(axes.yaxis, metric)
-    figure.legend(handles=sorted(heights, key=heights.__getitem__, reverse=True), loc="outside right center")
+    _legend(figure, heights)
     return _finish(figure, settings, what, file, [])
 
 
@@ -218,7 +218,7 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
     what_read = "source and target tokens read in training"
     axes.set_xlabel(what_read if cost == TRAIN_TOKENS else "tokens generated for a row, with end-of-sequence")
     _show_metric(axes.yaxis, metric)
-    figure.legend(handles=sorted(heights, key=heights.__getitem__, reverse=True), loc="outside right center")
+    _legend(figure, heights)
     return _finish(figure, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
 
 
@@ -226,6 +226,15 @@ def _sheet(height: float) -> tuple[Figure, Axes]:
     figure = Figure((9, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure, heights: dict[Any, float]) -> None:
+    """A legend in the order of heights; the figure grows with it."""
+    handles = sorted(heights, key=heights.__getitem__, reverse=True)
+    # in inches, beside title and notes
+    needed = 1.0 + sum(0.08 + 0.17 * len(handle.get_label().splitlines()) for handle in handles)
+    figure.set_figheight(max(figure.get_figheight(), needed))
+    figure.legend(handles=handles, loc="outside right center")
 
 
 def _show_metric(axis: Axis, metric: str) -> None:

@@ -12,6 +12,7 @@ WEIGHT = "model.init_args.rationale_weight"
 LABELS = "data.init_args.label_source"
 FRACTION = "data.init_args.train_fraction"
 PAIRING = "data.init_args.rationale_pairing"
+VARIANT = "variant"
 
 NOT_THE_RESULT = re.compile(
     r"trainer\.(logger|enable_\w+|log_every_n_steps|profiler|strategy|accelerator)\b"

@@ -6,7 +6,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from lit_distill.comparison import names
 from lit_distill.comparison.runs import Run
-from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, as_text, config_text
+from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, VARIANT, as_text, config_text
 
 IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction", "method", "rationales"]
 """Columns that tell settings apart, besides the config keys in which a dataset's runs differ."""
@@ -67,11 +67,16 @@ def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str
     words = {key: text.replace("_", " ") for key, text in names.short_keys(differing).items()}
     values = {key: names.short_values(differing[key].dropna().unique()) for key in differing}
     known, remarks = identity.copy(), []
+    # a variant is the name of what else differs
+    if VARIANT in differing:
+        known[VARIANT] = differing[VARIANT]
+        of_variant = [key for key in differing if _follows(differing[key], known[["method", VARIANT]])]
+        differing = differing.drop(columns=of_variant)
     for key in differing:
         if not _follows(differing[key], known):
             known[key] = differing[key]
         # a prefix is part of a method, and a run without a teacher has none of its settings
-        elif not key.endswith("prefix") and not _is_of_teachers(key, differing[key]):
+        elif not (key.endswith("prefix") or _is_of_teachers(key, differing[key])):
             remarks.append(_remark(key, differing[key], known, words))
     found = []
     for row in known.to_dict("records"):
@@ -80,7 +85,8 @@ def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str
             parts.append(f"{row['rationales']} rationales")
         for key in known.columns.difference(IDENTITY):
             if text := values[key].get(row[key], ""):
-                parts.append(words[key] if text == "true" else f"{words[key]} {text}")
+                named_so = text.replace("_", " ") if key == VARIANT else f"{words[key]} {text}"
+                parts.append(words[key] if text == "true" else named_so)
         found.append(", ".join(parts))
     return found, remarks
 

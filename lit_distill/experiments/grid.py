@@ -38,8 +38,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Short name -> the keys of ``fit`` that it sets; also their order in cell names."""
 
-LOCATION = ("checkpoint.dirpath", "ckpt_path", "trainer.logger", "resume")
-"""Keys of where a run writes, which the experiment sets."""
+LOCATION = ("checkpoint.dirpath", "ckpt_path", "trainer.logger", "resume", "variant")
+"""Keys of where a run writes and of its name, which the experiment sets."""
 
 MAX_CELLS = 2000  # each is checked before any runs
 

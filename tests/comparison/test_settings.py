@@ -93,6 +93,21 @@ def test_what_follows_from_the_rest_is_said_once(tmp_path: Path) -> None:
     assert remarks_of(runs) == ["batch size differs with student (t5-v1_1-base: 4, t5-v1_1-small: 8)"]
 
 
+def test_a_variant_names_what_else_differs(tmp_path: Path) -> None:
+    tasks: dict[str, Any] = {"rationale": {"select": "all"}}
+    runs = runs_of(tmp_path, {}, {"model": {"tasks": tasks}}, {"model": {"tasks": tasks, "learning_rate": 0.5}})
+    for number in (1, 2):
+        config = runs[number].record.config | {"variant": "several_rationales"}
+        edit(tmp_path / f"run{number:02d}", config=config)
+    found, _ = find_runs([tmp_path])
+    assert names_of(found) == [
+        "standard finetuning, learning rate 5e-05",
+        "standard finetuning, learning rate 5e-05, several rationales",
+        "standard finetuning, learning rate 0.5, several rationales",
+    ]
+    assert remarks_of(found) == []
+
+
 def test_remarks_on_teachers_are_short(tmp_path: Path) -> None:
     def how(kind: str, steps: int, dtype: str) -> dict[str, Any]:
         objectives = [{"class_path": f"lit_distill.objectives.{kind}", "init_args": {"teacher": "big"}}]
