@@ -266,7 +266,7 @@ def show(title: str, summary: dict[str, Any]) -> dict[str, Any]:
     """Print a summary, with a row for each teacher and style if there are several, and return it."""
     # as `Text`, so that names are no markup
     heading: Text | None = Text(title, style="table.title")
-    styles, facts = summary["styles"], summary
+    styles, facts = summary.get("styles", ()), summary
     if len(styles) > 1:
         known = {name for style in styles for name, value in style.items() if value is not None}
         names = [name for name in _COLUMNS if name in known]
