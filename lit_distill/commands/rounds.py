@@ -22,7 +22,7 @@ from lit_distill.commands.settings import check_settings, settle
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.outputs import RELEASED
-from lit_distill.data.selection import subset
+from lit_distill.data.selection import check_columns, subset
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.experiments.cells import Cell, State
@@ -31,7 +31,7 @@ from lit_distill.experiments.launch import Board, Local, run_cells
 from lit_distill.experiments.report import show_event, summary_table
 from lit_distill.files import atomic_write, write_text
 from lit_distill.reading import json_lines
-from lit_distill.tasks import Row
+from lit_distill.tasks import Row, answer_task, rationale_task
 
 _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("rounds", int, 3, "Number of runs; the first has no student before it."),
@@ -77,17 +77,29 @@ def rounds(args: list[str]) -> None:
     check_int("rounds", config["rounds"], 1, 100)
     check_int("samples", config["samples"], 2, 10_000)
     check_range("temperature", config["temperature"], above=0)
-    for name, condition in (
-        ("keep", config["keep"]),
-        ("data.rationale_filter", config["data"]["init_args"]["rationale_filter"]),
+    arguments = config["data"]["init_args"]
+    for name, condition, others in (
+        ("keep", config["keep"], ("none",)),
+        ("data.rationale_filter", arguments["rationale_filter"], ("none", "label_agrees")),
     ):
-        if condition not in ("none", "label_agrees") and not is_condition(condition):
-            raise UserError(f"{name}: got {condition!r}; allowed in rounds is a condition on columns")
+        if condition not in others and (not is_condition(condition) or condition in ("none", "label_agrees")):
+            raise UserError(
+                f"{name}: got {condition!r}; allowed in rounds is {', '.join(others)}, or a condition on columns"
+            )
+    check_columns(config["keep"], (), "keep")
+    for name in ("pseudo_labels", "row_weights"):
+        if arguments[name] is not None:
+            raise UserError(f"data.{name}: rounds sets it itself, got {arguments[name]!r}")
+    if arguments.get("streaming"):
+        raise UserError("data.streaming: rounds needs all rows at once")
     if (config["model"]["init_args"].get("adapter") or {}).get("export") == "adapter":
         raise UserError("rounds: needs whole students: model.adapter.export: merged")
     base = yaml.safe_load(parser.dump(config, skip_unset=False))
     own = {name: base.pop(name) for name, *_ in _OPTIONS}
     data = build_data(config)
+    for task in filter(None, (answer_task(data.tasks), rationale_task(data.tasks))):
+        if task.reads_output and task.after is None:
+            raise UserError(f"tasks: {task.name}: rounds asks rows that no teacher answered, got input {task.input!r}")
     asked = rows_to_ask(data, own["by"]) if own["rounds"] > 1 else []
     cells = [cell_of(base, own, number) for number in range(own["rounds"])]
     for cell in cells:
@@ -160,11 +172,12 @@ def cell_of(base: Mapping[str, Any], own: Mapping[str, Any], number: int) -> Cel
         more = {"row_weights": str(written / WEIGHTS)}
     elif number and data["label_source"] == "teacher":
         # the student takes the teacher's place
-        more = {"rationales": str(written), "rationale_filter": own["keep"]}
+        more = {"rationales": str(written), "rationale_filter": own["keep"], "pseudo_labels": teacher}
     elif number:
         rule = {"none": "", "label_agrees": " and agrees"}.get(data["rationale_filter"])
         rule = f" and ({data['rationale_filter']})" if rule is None else rule
-        kept = f"(teacher == '{teacher}' and ({own['keep']})) or (teacher != '{teacher}'{rule})"
+        keep = "" if own["keep"] == "none" else f" and ({own['keep']})"
+        kept = f"(teacher == '{teacher}'{keep}) or (teacher != '{teacher}'{rule})"
         rationales = [*as_list(data["rationales"] or RELEASED), str(written)]
         more = {"rationales": rationales, "rationale_filter": kept, "pseudo_labels": teacher}
     config = merge(base, {"data": {"init_args": more}}, accepted_arguments)
@@ -172,18 +185,19 @@ def cell_of(base: Mapping[str, Any], own: Mapping[str, Any], number: int) -> Cel
 
 
 def answer_rows(cell: Cell, base: Mapping[str, Any], own: Mapping[str, Any], given: Rows | Split) -> Path:
-    """Let a round's student answer rows of train, or a split, unless it has; return the file of predictions."""
+    """Let a round's student answer rows of train, or a split, unless it has; return the file of predictions.
+
+    Raises a ``UserError`` if it has answered other rows, or with other samples.
+    """
     folder = cell.folder / LABELS
     name = given if isinstance(given, str) else "train"
     path = folder / f"{name}.predictions.jsonl"
-    if path.exists():
-        return path
-    folder.mkdir(exist_ok=True)
+    files = {}
     data = merge(base["data"], {"init_args": {"predict_split": name}}, accepted_arguments)
     if not isinstance(given, str):
         module, rows = given
         asked = [{"id": row.id, "input": row.input, "choices": row.choices} for row in rows]
-        write_text(folder / "rows.jsonl", "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in asked))
+        files["rows.jsonl"] = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in asked)
         same = ("max_source_length", "max_target_length", "batch_size", "eval_batch_size", "num_workers")
         alone = {
             "predict": str(folder / "rows.jsonl"),
@@ -200,8 +214,16 @@ def answer_rows(cell: Cell, base: Mapping[str, Any], own: Mapping[str, Any], giv
     }
     config = merge(base, {"model": {"init_args": student}}, accepted_arguments)
     config |= {"data": data, "trainer": {**base["trainer"], "logger": False}, "predictions": str(path)}
-    write_text(folder / "predict.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "lit_distill", "predict", "--config", str(folder / "predict.yaml")]
+    files[f"{name}.yaml"] = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    if path.exists():
+        for file, text in files.items():
+            if (folder / file).exists() and (folder / file).read_text(encoding="utf-8") != text:
+                raise UserError(f"{folder / file}: would be another one; give another out, or delete {folder}")
+        return path
+    folder.mkdir(exist_ok=True)
+    for file, text in files.items():
+        write_text(folder / file, text)
+    command = [sys.executable, "-m", "lit_distill", "predict", "--config", str(folder / f"{name}.yaml")]
     with (folder / "log.txt").open("ab") as log:
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)  # noqa: S603 - our own program
     if ended.returncode:

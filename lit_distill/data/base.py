@@ -73,7 +73,8 @@ class RationaleDataModule(Dataset):
         tasks: task name -> settings, or a list of ``label``, ``rationale``, ``rationale_label``, ``label_rationale``.
         label_source: train on the data's labels (``gold``) or on the teacher's; val and test are always gold.
         pseudo_labels: train on the rows without a gold label, too, and on those that ``train_fraction`` leaves out,
-            with the labels and rationales of this teacher alone (Lee 2013; self-training if it is an earlier student).
+            with the labels and rationales of this teacher alone that pass ``rationale_filter`` (Lee 2013; self-training
+            if it is an earlier student); with ``label_source: teacher`` on all rows.
         row_weights: JSON lines with ``id`` and ``weight`` of each training row, in proportion to which rows occur.
         rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
             label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
@@ -346,7 +347,7 @@ class RationaleDataModule(Dataset):
         counts = {name: count for name, count in self.counts["train"].items() if count}
         if counts.get("pseudo_labelled", 0) == 0 and self.pseudo_labels is not None:
             raise UserError(f"pseudo_labels: {self.pseudo_labels!r} labels no row of train ({counts})")
-        if self._keep is not None and not len(used.with_rationale):
+        if self._keep is not None and not len(used.with_rationale) and any(t.uses_output for t in self.tasks.values()):
             raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
         for name, task in self.tasks.items():
             if any(self.targets("train", task, row) for row in used.rows):

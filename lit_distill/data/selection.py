@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,7 +91,15 @@ def make_filter(rationale_filter: str | RowFilter, agree: Agree) -> RowFilter | 
             except UserError as error:
                 raise UserError(f"{error}; {allowed}") from error
         test = condition(rationale_filter)
-        return lambda row: test(row.columns)
+
+        def holds(row: Row) -> bool:
+            (output,) = row.outputs
+            known: dict[str, Any] = {"teacher": output.teacher or "", "kind": output.kind}
+            if row.label is not None and output.label is not None:
+                known["agrees"] = agree(output.label, row.label)
+            return test(known | dict(output.columns))
+
+        return holds
     if not callable(rationale_filter):
         raise UserError(f"rationale_filter: got {rationale_filter!r}; {allowed}")
     return rationale_filter
@@ -110,12 +118,12 @@ def names_columns(rationale_filter: str) -> bool:
     return rationale_filter not in ("none", "label_agrees") and is_condition(rationale_filter)
 
 
-def check_columns(rationale_filter: str, columns: Iterable[str]) -> None:
+def check_columns(rationale_filter: str, columns: Iterable[str], argument: str = "rationale_filter") -> None:
     """Raise a ``UserError`` if a column in a filter's conditions is none of the outputs' columns."""
     if names_columns(rationale_filter):
         known = dict.fromkeys((*KEPT_COLUMNS, *columns))
         if missing := [name for name in columns_of(rationale_filter) if name not in known]:
-            raise UserError(f"rationale_filter: no column {missing[0]!r}; there are {', '.join(known)}")
+            raise UserError(f"{argument}: no column {missing[0]!r}; there are {', '.join(known)}")
 
 
 def hold_out(inputs: Array) -> tuple[Array, Array]:
@@ -155,11 +163,11 @@ class Selector:
     teacher_labels: bool  # the label is that of the first output with one that passes `keep`, else of the first one
     keep: RowFilter | None
     agree: Agree = operator.eq
-    pseudo: str | None = None  # the teacher whose outputs alone a row without a gold label has, and its label
+    pseudo: str | None = None  # the teacher whose outputs alone that pass a row without a gold label has, and its label
 
     def is_labelled(self, row: Row, drawn: bool) -> bool:
-        """Whether a row keeps its gold label; with ``pseudo`` only if it has one and is among the drawn."""
-        return self.pseudo is None or (drawn and row.label is not None)
+        """Whether a row keeps its gold label; with ``pseudo`` only one that is drawn and trains on it."""
+        return self.pseudo is None or (drawn and row.label is not None and not self.teacher_labels)
 
     def __call__(self, original: Row, drawn: bool = True) -> tuple[Row | None, str | None, bool]:
         """The row to train on, or why it is left out; and whether none of its rationales passed ``keep``."""
@@ -170,8 +178,11 @@ class Selector:
         kept = [output for output in said if self.keep is None or self.keep(replace(original, outputs=(output,)))]
         filtered = bool(said) and not kept
         if all(output.label is None for output in kept):
-            # a label may be left where no rationale is
-            kept += [replace(output, text=None) for output in original.outputs if output.label is not None]
+            # a label may be left where no rationale is; a pseudo-label has to pass by itself
+            left = [output for output in original.outputs if output.label is not None]
+            if not labelled and self.keep is not None:
+                left = [output for output in left if self.keep(replace(original, outputs=(output,)))]
+            kept += [replace(output, text=None) for output in left]
         label = original.label
         if self.teacher_labels or not labelled:
             # not the wrong answer, or the verdict, that another kind of output has

@@ -47,6 +47,7 @@ def test_the_configs_of_the_rounds() -> None:
     assert changed(1, {"label_source": "teacher", "rationales": "annotations/weak"}) == {
         "rationales": "out/round-0/labels",
         "rationale_filter": "vote_share > 0.5",
+        "pseudo_labels": "round-0",
     }
     assert changed(1, by="complementary") == {"row_weights": "out/round-0/labels/weights.jsonl"}
     cell = cell_of(BASE, OWN, 1)
@@ -140,6 +141,9 @@ def test_two_rounds(student_folder: Path, here: Path, capsys: pytest.CaptureFixt
     run("rounds", *command)
     assert times == {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json*")}
     assert "2 of 2 done" in capsys.readouterr().out
+    # samples that are there are not those of another temperature
+    told = refusal(capsys, "rounds", *command, "--temperature=0.2")
+    assert "out/round-0/labels/train.yaml: would be another one; give another out, or delete" in told
     # another config is refused
     assert "holds a run of another config" in refusal(capsys, "rounds", *command, "--model.learning_rate=0.5")
 
@@ -150,7 +154,14 @@ def test_two_rounds(student_folder: Path, here: Path, capsys: pytest.CaptureFixt
         (["--rounds=0"], "rounds must be"),
         (["--samples=1"], "samples must be"),
         (["--temperature=0"], "temperature must be"),
-        (["--keep=os.getcwd"], "keep: got 'os.getcwd'; allowed in rounds is a condition on columns"),
+        (["--keep=os.getcwd"], "keep: got 'os.getcwd'; allowed in rounds is none, or a condition on columns"),
+        (["--keep=label_agrees"], "keep: got 'label_agrees'; allowed in rounds is none, or"),
+        (["--keep=vote_shar > 0.5"], "keep: no column 'vote_shar'; there are"),
+        (["--data.row_weights=w.jsonl"], "data.row_weights: rounds sets it itself, got 'w.jsonl'"),
+        (
+            ["--model.tasks={label: {input: '{input} {candidates}'}, rationale: {}}"],
+            "tasks: label: rounds asks rows that no teacher answered, got input '{input} {candidates}'",
+        ),
         (["--data.rationale_filter=os.getcwd"], "data.rationale_filter: got 'os.getcwd'"),
         (["--by=boosting"], "boosting"),
         ([], "rounds: all rows of train have a gold label"),

@@ -1,6 +1,7 @@
 """Which rows are used, with what became of the others."""
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -227,6 +228,29 @@ def test_pseudo_labels_are_for_rows_without_a_gold_one() -> None:
     assert ids(used) == [str(i) for i in range(40) if i != silent]
     assert used.counts["pseudo_labelled"] == 39 - sum(number % 4 > 0 for number in drawn)
     assert (used.counts["left_out_by_fraction"], used.counts["dropped_without_teacher_label"]) == (0, 1)
+
+
+def test_a_pseudo_label_has_to_pass_the_filter() -> None:
+    def said(label: str, share: float, text: str | None) -> TeacherOutput:
+        return TeacherOutput(text, label, "student", columns={"vote_share": share})
+
+    keep = make_filter("(teacher == student and vote_share > 0.5) or (teacher != student and agrees)", operator.eq)
+    for text in ("so", None):
+        unsure, sure = [said("no", 0.3, text)], [said("no", 0.3, text), said("maybe", 0.7, text)]
+        for teacher_labels in (False, True):
+            select = Selector(LABEL_TASK, teacher_labels, keep, pseudo="student")
+            assert select(Row("a", "in", "yes", outputs=(*unsure,)), False)[:2] == (
+                None,
+                "dropped_without_teacher_label",
+            )
+            row, *_ = select(Row("a", "in", "yes", outputs=(*sure,)), teacher_labels)
+            assert row is not None
+            assert (row.label, row.outputs) == ("maybe", (sure[1],))
+    # columns that an output does not bring are known from itself
+    own = Row("a", "in", "yes", outputs=(TeacherOutput("a", "yes"), TeacherOutput("b", "no")))
+    row, *_ = Selector(LABEL_TASK, False, keep, pseudo="student")(own)
+    assert row is not None
+    assert [output.text for output in row.outputs] == ["a"]
 
 
 def test_rows_occur_in_proportion_to_their_weights() -> None:
