@@ -325,6 +325,9 @@ def tasks_from(value: Any) -> dict[str, Task]:
                 f"tasks: {name}: after must name a task that writes a rationale from the input alone"
                 f" ({', '.join(giving) or 'there is none'}), got {task.after!r}"
             )
+        known = ("input", "rationale", *["teacher_label"] * bool(before and before.gives_label))
+        if task.after is not None and (strange := [field for field in _split(task.input)[0] if field not in known]):
+            raise UserError(f"tasks: {name}: after {task.after}, input may name {', '.join(known)}, got {strange[0]!r}")
     return tasks
 
 

@@ -158,6 +158,13 @@ def test_tasks_in_each_form(value: Any, prefixes: list[str]) -> None:
         ({"a": {"draws": 0, "select": "sample"}}, "tasks: a: draws must be"),
         ({"a": {"after": "b"}}, "tasks: a: after: b needs an input that names {rationale}"),
         (
+            {
+                "label": {"input": "{input} {rationale} {teacher_label}", "after": "r"},
+                "r": {"prefix": "r: ", "target": "{rationale}"},
+            },
+            "tasks: label: after r, input may name input, rationale, got 'teacher_label'",
+        ),
+        (
             {"label": {"input": "{input} {rationale}", "after": "why"}, "rationale": {"prefix": "explain: "}},
             "tasks: label: after must name a task that writes a rationale from the input alone (rationale), got 'why'",
         ),

@@ -218,8 +218,9 @@ class RationaleDataModule(Dataset):
         return count_repeated(f"{self.name}-{split}-repeated", train, rows)
 
     def _written_tasks(self) -> list[Any]:
-        """What of the tasks decides their targets."""
-        return [[t.name, t.prefix, t.input, t.target, t.teacher, t.kind, t.select] for t in self.tasks.values()]
+        """What of the tasks decides their targets, and the lengths of rows."""
+        names = ("name", "prefix", "input", "target", "teacher", "kind", "select", "draws")
+        return [[getattr(task, name) for name in names] for task in self.tasks.values()]
 
     def _select(self, rows: Rows) -> UsedRows:
         """The rows of train that are used."""
@@ -232,15 +233,18 @@ class RationaleDataModule(Dataset):
         settings = [self._written_tasks(), teacher_labels, pseudo or "", self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
+        if not any(task.uses_output for task in self.tasks.values()):
+            pass
+        elif self.rationale_pairing == "permuted":
+            used = permute_rationales(used, self.seed)
+        elif self.rationale_pairing == "shuffled":
+            used = shuffle_rationales(used, self.seed, teacher_labels=teacher_labels)
         if self.row_weights is not None:
+            # last, so that a row that occurs twice has no rationale of its own
             used = weigh_rows(used, read_weights(self.row_weights), self.seed)
             version = versions([self.row_weights])
             used = replace(used, key=key_of("weighed", used.key, version, self.seed))
-        if self.rationale_pairing == "own" or not any(task.uses_output for task in self.tasks.values()):
-            return used
-        if self.rationale_pairing == "permuted":
-            return permute_rationales(used, self.seed)
-        return shuffle_rationales(used, self.seed, teacher_labels=teacher_labels)
+        return used
 
     def used_rows(self, split: Split) -> UsedRows:
         """The rows of a split that this run uses. Raises a ``UserError`` if the split is absent."""

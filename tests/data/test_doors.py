@@ -200,3 +200,48 @@ def test_they_train(
     (folder,) = run_folders()
     losses = [row for row in metric_rows(folder) if row.get("val/program_loss")]
     assert losses
+
+
+def test_rows_without_a_label_have_their_teacher_s_text_in_the_input(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    rows = [{"input": f"in {i}", "label": "yes", "rationale": f"why {i}"} for i in range(3)]
+    asked = [{name: value for name, value in row.items() if name != "label"} for row in rows]
+    module = JSONLDataModule(
+        train=write_lines(tmp_path / "train.jsonl", rows),
+        predict=write_lines(tmp_path / "asked.jsonl", asked),
+        tokenizer=tokenizer,
+        tasks={"label": {"input": "{input}: {rationale}"}},
+    )
+    module.setup("predict")
+    sources = next(iter(module.predict_dataloader()))["label"]["input_ids"].tolist()
+    assert sorted(tokenizer.batch_decode(sources, skip_special_tokens=True)) == [f"in {i}: why {i}" for i in range(3)]
+
+
+def test_a_row_that_occurs_often_has_no_rationale_of_its_own(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    rows = [{"id": str(i), "input": f"in {i}", "label": "yes", "rationale": f"why {i}"} for i in range(20)]
+    weights = [{"id": str(i), "weight": 20 if i == 3 else 1} for i in range(20)]
+    module = JSONLDataModule(
+        train=write_lines(tmp_path / "train.jsonl", rows),
+        tokenizer=tokenizer,
+        tasks=PAIR,
+        row_weights=write_lines(tmp_path / "weights.jsonl", weights),
+        rationale_pairing="shuffled",
+    )
+    assert all(row.input[3:] != str(row.rationale)[4:] for row in module.used_rows("train").rows)
+
+
+def test_other_draws_have_other_lengths(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    lines = [{"input": "in", "label": "yes", "rationale": ["so", "why"]} for _ in range(3)]
+    train, found = write_lines(tmp_path / "train.jsonl", lines), []
+    for draws in (1, 2):
+        tasks = {"rationale": {"select": "sample", "draws": draws}, "label": {"prefix": "predict: "}}
+        module = JSONLDataModule(train=train, val=train, tokenizer=tokenizer, tasks=tasks)
+        module.setup("fit")
+        found.append(module.tokenized("train").lengths(evaluation=False)[0])
+    # the source "in" with each of the samples, one of which is the longer one
+    assert found[1] - found[0] == len("in") + 1 + len("so") + 1
