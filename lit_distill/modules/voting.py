@@ -143,7 +143,9 @@ def _paths(
             numbers = torch.from_numpy(np.array(drawn).reshape(-1, length))
         return Sampler((len(rows), length), numbers, settings.temperature, module.device)
 
-    first, last = sampler(task.after or task.name), sampler(task.name)
+    last = sampler(task.name)
+    # without a task before, it has no tokens
+    first = last if task.after is None else sampler(task.after)
     own, before = module.follow(step, task.name, key, rows, first)
     ids = module.generate_ids(own, task.name, rows if own is step else None, last)
     texts = decode(ids)
