@@ -36,9 +36,9 @@ class Features(Dataset[Feature]):
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.features: list[Feature] = [
             {
-                "input_ids": row["label.input_ids"],
+                "input_ids": row["label.input_ids"][0],
                 "labels": row["label.labels"][0] if row["label.labels"] else None,
-                "rationale_input_ids": row["rationale.input_ids"],
+                "rationale_input_ids": row["rationale.input_ids"][0],
                 "rationale_labels": row["rationale.labels"][0] if row["rationale.labels"] else None,
             }
             for row in rows

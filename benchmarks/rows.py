@@ -144,9 +144,9 @@ def row_lengths(rows: Sequence[Mapping[str, Any]]) -> list[Lengths]:
 
     return [
         (
-            len(row["label.input_ids"]),
+            len(row["label.input_ids"][0]),
             first(row, "label") or 0,
-            None if first(row, "rationale") is None else len(row["rationale.input_ids"]),
+            None if first(row, "rationale") is None else len(row["rationale.input_ids"][0]),
             first(row, "rationale"),
         )
         for row in rows
