@@ -317,12 +317,14 @@ class Training(pl.LightningModule):
 
         Negative if a part of the run is resumed from a checkpoint that does not tell. Call it on all ranks.
         """
-        own = torch.tensor(self._own_tokens(), device=self.device)
-        return int(cast(Tensor, self.all_gather(own)).sum()) if self.trainer.world_size > 1 else int(own)
+        if self._trainer is None or self.trainer.world_size == 1:
+            return self._own_tokens()
+        return int(cast(Tensor, self.all_gather(torch.tensor(self._own_tokens(), device=self.device))).sum())
 
     def _own_tokens(self) -> int:
         step, tokens = self._opened
-        return self._tokens + (tokens if self.trainer.global_step > step else 0)
+        open_still = self._trainer is not None and self.trainer.global_step <= step
+        return self._tokens + (0 if open_still else tokens)
 
     def window_weights(self, window: Window) -> dict[str, Tensor]:
         """Factors that turn a mean over one micro-batch into its share of the mean over the whole optimizer step.
