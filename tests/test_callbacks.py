@@ -168,6 +168,10 @@ def test_a_run_ends_after_so_many_tokens(student_folder: Path) -> None:
     assert both == 3
     # a step without rationales reads less than half
     assert standard > 6
+    small = [*small_model(student_folder), *toy_data(12, 4), *small_trainer(50, 100)]
+    run("fit", *small, budget, "--trainer.accumulate_grad_batches=2", "--baseline_after_fit=true")
+    # the baseline takes as many steps
+    [_] = run_folders()[-1].glob("baseline/checkpoints/*step=3.ckpt")
 
 
 def test_early_stopping_stops(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

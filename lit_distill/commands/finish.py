@@ -127,6 +127,8 @@ def train_baseline(run: Run, folder: Path) -> dict[str, float] | None:
     best = ModelCheckpoint(folder / "checkpoints", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
     callbacks = [ValidateEverySteps(config["validation"]["every_n_steps"]), best]
     bar = [] if arguments["enable_progress_bar"] is False else [progress_bar()]
+    if config["max_tokens"] is not None:
+        arguments["max_steps"] = run.trainer.max_steps
     own = {"logger": False, "callbacks": [*callbacks, *bar], "enable_model_summary": False}
     trainer = pl.Trainer(**arguments | own | {"enable_checkpointing": True})
     save_atomically(trainer)
