@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import httpx2
@@ -52,8 +53,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
     adapter = record.get("adapter") if facts.adapter_alone else None
     student = load(checkpoint, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
     network: Any = student.network
-    first = dict(next(iter(facts.tasks.values())))
-    network.config.prefix = first.pop("prefix")
+    first = generation_of(next(iter(facts.tasks.values())))
+    network.config.prefix = next(iter(facts.tasks.values()))["prefix"]
     network.config.task_specific_params = {name: dict(settings) for name, settings in facts.tasks.items()}
     # greedy: the pretrained model's sampling settings would contradict it
     network.generation_config.update(**first, do_sample=False)
@@ -62,6 +63,11 @@ def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
     with atomic_folder(folder) as tmp_path:
         student.save(tmp_path)
         write_text(tmp_path / "README.md", model_card(facts))
+
+
+def generation_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a task that are arguments of ``generate``."""
+    return {name: value for name, value in settings.items() if name not in ("prefix", "input", "after")}
 
 
 def model_card(facts: CardFacts) -> str:
@@ -86,9 +92,9 @@ def model_card(facts: CardFacts) -> str:
         version=__version__,
         facts=facts,
         kind="Seq2SeqLM" if facts.family == "seq2seq" else "CausalLM",
-        prefix=repr(first["prefix"]),
+        source=_source_code(first),
         max_new_tokens=first["max_new_tokens"],
-        tasks=markdown_table(("task", "prefix", "generation"), map(_task_row, facts.tasks, facts.tasks.values())),
+        tasks=markdown_table(("task", "input", "generation"), map(_task_row, facts.tasks, facts.tasks.values())),
         metrics=markdown_table(("metric", "value", "95 % interval"), _metric_rows(facts)) if facts.metrics else "",
         settings=_settings_table(facts.settings),
         rows=_settings_table(facts.data),
@@ -96,9 +102,23 @@ def model_card(facts: CardFacts) -> str:
     return f"{card}\n"
 
 
+def _source_code(settings: Mapping[str, Any]) -> str:
+    """Python that makes an input of a task."""
+    if "input" not in settings:
+        return f'{settings["prefix"]!r} + "your input"'
+    fields = dict.fromkeys(name for _, name, _, _ in Formatter().parse(settings["input"]) if name is not None)
+    given = {name: f"your {name}" for name in fields}
+    if "after" in settings:
+        given["rationale"] = f"its text for {settings['after']}"
+    values = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f"{settings['prefix']!r} + {settings['input']!r}.format({values})"
+
+
 def _task_row(name: str, settings: Mapping[str, Any]) -> tuple[str, str, str]:
-    generation = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "prefix")
-    return name, f"`{json.dumps(settings['prefix'])}`", generation
+    generation = ", ".join(f"{key} {value}" for key, value in generation_of(settings).items())
+    after = f"; {{rationale}} is its text for {settings['after']}" if "after" in settings else ""
+    source = settings["prefix"] + settings.get("input", "{input}")
+    return name, f"`{json.dumps(source, ensure_ascii=False)}`{after}", generation
 
 
 def _measured(metrics: Mapping[str, float]) -> Iterator[tuple[str, float, tuple[float, float] | None]]:

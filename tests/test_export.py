@@ -54,6 +54,22 @@ def test_the_card_says_what_it_was_given() -> None:
     assert label.endswith("max_new_tokens 7, num_beams 2 |")
 
 
+def test_the_card_says_what_the_student_reads() -> None:
+    plain = model_card(FACTS)
+    assert "inputs = tokenizer('say|it: ' + \"your input\", return" in plain
+    own = TASKS | {"label": TASKS["label"] | {"input": "{input}\n{rationale}", "after": "rationale"}}
+    lines = model_card(CardFacts("StepByStep", "toy", "t5", own, settings={})).splitlines()
+    [code] = [line for line in lines if line.startswith("inputs = ")]
+    known = {"tokenizer": lambda text, return_tensors: text}
+    made = eval(code.removeprefix("inputs = "), known)  # noqa: S307 - the card's own
+    assert made == "say|it: your input\nits text for rationale"
+    [row] = [line for line in lines if line.startswith("| label |")]
+    assert row.endswith(
+        '{input}\\n{rationale}"`; {rationale} is its text for rationale | max_new_tokens 7, num_beams 2 |'
+    )
+    assert '| rationale | `"why: {input}"` | max_new_tokens 9, num_beams 2 |' in lines
+
+
 def test_the_card_leaves_out_what_is_not_known() -> None:
     card = model_card(CardFacts("Standard", "toy", "t5", TASKS, settings={}))
     assert "## Metrics" not in card

@@ -155,7 +155,12 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
             student=Path(str(settings["student"])).name,
             settings=settings,
             tasks={
-                name: {"prefix": task.prefix, **module.generation_settings(name)} for name, task in module.tasks.items()
+                name: {
+                    "prefix": task.prefix,
+                    **{key: value for key, value in task.plain().items() if key in ("input", "after")},
+                    **module.generation_settings(name),
+                }
+                for name, task in module.tasks.items()
             },
             data=data.describe(),
             metrics=tested.metrics if tested else {},
