@@ -147,7 +147,10 @@ def test_label_agrees_is_by_the_dataset_s_metric(tmp_path: Path, write_lines: Wr
             "tasks: label_rationale has no target in train: .*needs labels and teacher outputs of kind rationale",
         ),
         ({"label_source": "teacher"}, "tasks: label has no target in train: .*needs labels of the teacher"),
-        ({"rationale_filter": "label_agrees"}, "rationale_filter: label_agrees leaves no rationale"),
+        (
+            {"rationale_filter": "label_agrees", "tasks": ("label", "rationale")},
+            "rationale_filter: label_agrees leaves no rationale",
+        ),
     ],
 )
 def test_train_without_teacher_outputs(
