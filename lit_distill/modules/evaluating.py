@@ -120,7 +120,12 @@ class Evaluating(Training):
     def _sample_rationales(self, batch: TaskBatch) -> None:
         """Generate the rationales of all sample rows at once, with the evaluation's last batch."""
         task, number, samples = self.rationale_task, self.hparams["num_samples"], self._collected.samples
-        if task in (None, self.answer_task) or self.hparams["evaluate_rationales"] or self.trainer.sanity_checking:
+        # an answer that comes after a rationale has it already
+        if (
+            task in (None, self.answer_task, self.tasks[self.answer_task].after)
+            or self.hparams["evaluate_rationales"]
+            or self.trainer.sanity_checking
+        ):
             return
         rows = [i for i, row in enumerate(batch[task]["index"].tolist()) if 0 <= row < number]
         last = self.trainer._evaluation_loop.batch_progress.is_last_batch

@@ -511,3 +511,8 @@ def test_an_answer_after_a_rationale_follows_what_the_student_wrote(weights_fold
     assert read["label"] == scored == [f"predict: cat {i} ? because blue {i}" for i in range(4)]
     first = cast(list[list[Answer]], answers)[0][0]
     assert (first.prediction, first.rationale, first.tokens) == ("blue 0", "blue 0", 6)
+    # samples of validation have the rationales of the answers, and none is written twice
+    read["rationale"].clear()
+    module.hparams["num_samples"] = 5
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=data)
+    assert sorted(read["rationale"]) == [f"explain: cat {i} ?" for i in range(5)]
