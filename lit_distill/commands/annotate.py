@@ -25,7 +25,7 @@ from lit_distill.annotation.prompts import (
 )
 from lit_distill.commands.annotate_job import Ask, Job
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.styles import find_style, reader, rows_with_needs
+from lit_distill.data.styles import find_style, reader, rows_with_needs, styles_of
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.export import check_hub, push_folder
@@ -101,11 +101,12 @@ def annotate(
         seed: of the first sample; each further one has the next.
         until_agrees: sample a row until the label agrees with the gold label (rejection sampling), at most so often.
         prompt: YAML file of another prompt, or a style of the dataset (``program``, ``counterfactual``,
-            ``self_evaluation``).
+            ``self_evaluation``); by default the style named as ``kind``, or the usual one.
         demonstrations: JSON lines file of other demonstrations (``input``, ``rationale``, ``label``, ``id``).
         num_demonstrations: how many to show; by default all of the prompt's, or 8 of a file's.
         nearest_demonstrations: show those with inputs most similar to the row's, not the first ones.
-        kind: what the prompt asks for besides the label, by default ``rationale``; tasks select answers by it.
+        kind: what the prompt asks for besides the label; tasks select answers by it. By default the style's name, for a
+            file ``rationale``.
         styles: several kinds -> their prompts, in place of ``kind`` and ``prompt``; ``rationale`` is the usual one.
         structured: constrain answers to a JSON schema, if the teacher can.
         concurrency: questions in flight; by default what suits each teacher.
@@ -229,8 +230,11 @@ def _prompts(
 ) -> dict[str, tuple[str, Path]]:
     """Kind -> the argument that names its prompt, and the prompt's file."""
     if styles is None:
-        name = "rationale" if kind is None else checks.check_text("kind", kind)
-        return {name: ("prompt", find_style(prompt or "rationale", datamodule, "prompt"))}
+        own = styles_of(datamodule)
+        path = find_style(prompt or (kind if kind in own else None) or "rationale", datamodule, "prompt")
+        # a file may be named as a style is
+        usual = next((name for name, file in own.items() if file == path), "rationale")
+        return {usual if kind is None else checks.check_text("kind", kind): ("prompt", path)}
     for option, given in (("kind", kind), ("prompt", prompt), ("demonstrations", demonstrations)):
         if given is not None:
             raise UserError(f"{option}: is for one style; leave it out, or styles: {', '.join(styles) or 'none'}")

@@ -361,7 +361,9 @@ class RationaleDataModule(Dataset):
                 needs.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
             outputs = (output for row in rows for output in row.outputs if output.text is not None)
             kinds = dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)
-            made = "" if task.kind == "rationale" else f" --kind {task.kind}"
+            shipped = (self.prompt_file.with_suffix("") / f"{task.kind}.yaml").exists()
+            more = f" --prompt {task.kind}" if shipped else f" --kind {task.kind} --prompt FILE"
+            made = "" if task.kind == "rationale" else more
             makes = f"; `lit-distill annotate{made} --out FOLDER` makes them for data.rationales: [released, FOLDER]"
             raise UserError(
                 f"tasks: {name} has no target in train: {task.target!r} (select: {task.select}) needs"

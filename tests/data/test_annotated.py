@@ -370,8 +370,11 @@ def write_lines_to(folder: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
     [
         (
             {"kind": "proof"},
-            "tasks: x has no target in train: .*needs teacher outputs of kind proof; .* rationale by",
+            "tasks: x has no target in train: .*needs teacher outputs of kind proof; .* rationale by .*; `lit-distill"
+            " annotate --kind proof --prompt FILE --out FOLDER` makes them",
         ),
+        # a shipped style
+        ({"kind": "counterfactual"}, "tasks: x has .*; `lit-distill annotate --prompt counterfactual --out FOLDER`"),
         ({"teacher": "B"}, "tasks: x has no target in train: .*needs teacher outputs of kind rationale by B;"),
         (
             {"target": "{column}"},
