@@ -64,7 +64,7 @@ def short_keys(names: Iterable[str], separator: str = ".") -> dict[str, str]:
     for name, text in whole.items():
         others = [f"{separator}{other}" for other in whole.values() if other != text]
         # what a user named is not left out
-        own = re.match(r"model\.(?:tasks|teachers)\.(.+)|data\.(outputs\..+)", text)
+        own = re.match(r"model\.(?:tasks|teachers)\.(.+)|(?:data|model)\.((?:outputs|vote)\..+)", text)
         parts = [own[1] or own[2]] if own else text.split(separator)
         ends = (separator.join(parts[i:]) for i in reversed(range(len(parts))))
         short[name] = next((end for end in ends if not any(one.endswith(separator + end) for one in others)), text)

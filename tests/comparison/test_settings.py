@@ -142,11 +142,13 @@ def test_columns_of_their_own_are_named_for_themselves(tmp_path: Path) -> None:
 
 def test_a_key_is_named_by_as_much_as_tells_it_apart() -> None:
     keys = ["model.init_args.order", "data.init_args.rationale_order", "data.init_args.size", "model.init_args.size"]
+    keys.append("model.init_args.vote.samples")
     assert names.short_keys(keys) == {
         "model.init_args.order": "order",
         "data.init_args.rationale_order": "rationale_order",
         "data.init_args.size": "data.size",
         "model.init_args.size": "model.size",
+        "model.init_args.vote.samples": "vote.samples",
     }
 
 
