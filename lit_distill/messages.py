@@ -50,7 +50,8 @@ def _line(key: str, text: str, options: Sequence[str]) -> str | None:
     if key and (found := re.search(inner, text)):
         return f"{key}.{found[1]}".replace(" as --", f" as --{key}.")
     given = re.search(r"Given value: (.+)", text, flags=re.DOTALL)
-    if given and key in ("tasks", "teachers", "vote"):
+    # the tasks of a vote are a list
+    if given and key in ("tasks", "teachers", "vote") and "[list[" not in text:
         form = "settings, as {KEY: VALUE}" if key == "vote" else "settings by name, as {NAME: {KEY: VALUE}}"
         return f"{key}: got {given[1]}; allowed are {form}"
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and (allowed := _classes(text)):

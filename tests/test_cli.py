@@ -162,6 +162,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--model.rationale_wieght=1", ["model.rationale_wieght", "did you mean rationale_weight?", "label_prefix"]),
     ("--data.batchsize=3", ["data.batchsize: no such argument", "did you mean batch_size?", "train_size"]),
     ("--model.tasks=[label]", ["model.tasks: got ['label']; allowed are settings by name, as {NAME: {KEY: VALUE}}"]),
+    ("--model.vote.tasks=label", ["model.vote.tasks: got label; allowed is list, or null"]),
     ("--model.tasks={x: 3}", ["tasks: x must map prefix, input", "to values, got 3"]),
     ("--model.tasks={label: {target: '{rationale}'}}", ["tasks: none of label, rationale gives a label"]),
     ("stray", ["unexpected argument 'stray'"]),
