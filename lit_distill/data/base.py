@@ -19,9 +19,10 @@ from lit_distill import checks
 from lit_distill.batch import remember_rows
 from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
 from lit_distill.data.cache import code_of, key_of, versions
+from lit_distill.data.controls import permute_rationales, shuffle_rationales
 from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
-from lit_distill.data.outputs import RELEASED, annotations_file, read_weights
+from lit_distill.data.outputs import RELEASED, annotations_file
 from lit_distill.data.rows import counted, own_rows, with_outputs
 from lit_distill.data.selection import (
     Flag,
@@ -32,15 +33,13 @@ from lit_distill.data.selection import (
     filter_name,
     having,
     make_filter,
-    permute_rationales,
-    shuffle_rationales,
     targets,
     teacher_counts,
-    weigh_rows,
 )
 from lit_distill.data.store import Rows, of_each
 from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
 from lit_distill.data.used import count_repeated, held_out, select_once
+from lit_distill.data.weights import read_weights, weigh_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.remote import RemotePath, as_path

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_distill import checks
 from lit_distill.annotation.prompts import Parse
 from lit_distill.annotation.record import COLUMNS, Agree, Annotation, input_hash, read_text, with_distinct, with_votes
 from lit_distill.annotation.store import FILE, PARQUET, read_rows
@@ -21,7 +20,6 @@ from lit_distill.data.sources import read_json_list
 from lit_distill.data.store import chunks, hashes, read
 from lit_distill.errors import UserError
 from lit_distill.files import cache_folder
-from lit_distill.reading import json_lines
 from lit_distill.remote import AnyPath
 from lit_distill.tasks import Row, TeacherOutput
 
@@ -61,20 +59,6 @@ def annotations_file(path: Path) -> Path:
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"rationales: {str(path)!r} ends neither in .jsonl nor in .parquet")
     return path
-
-
-def read_weights(path: Path) -> dict[str, float]:
-    """The weights of rows by id. Raises a ``UserError`` if the file is absent, or a line holds no weight."""
-    if not path.is_file():
-        raise UserError(f"row_weights: no file {str(path)!r}")
-    found = {}
-    for place, row in json_lines(path):
-        weight = row.get("weight")
-        if not isinstance(row.get("id"), str) or isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise UserError(f"row_weights: {place}: must have an id and a weight")
-        checks.check_range(f"row_weights: {place}: weight", weight, at_least=0, at_most=1e9)
-        found[row["id"]] = float(weight)
-    return found
 
 
 class _Sample(NamedTuple):

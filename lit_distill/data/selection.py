@@ -2,7 +2,6 @@
 
 import math
 import operator
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -251,82 +250,6 @@ def train_rows(rows: Sequence[Row], selection: Selection, select: Selector, key:
     used = Lazy(len(positions), lambda at: select.rows(read(rows, positions[at]), selection.drawn[at].tolist()))
     gold = Lazy(len(positions), lambda at: [row.label for row in read(rows, positions[at])])
     return UsedRows(used, gold, selection.counts, selection.with_rationale, key, selection.majority)
-
-
-def weigh_rows(used: UsedRows, weights: Mapping[str, float], seed: int) -> UsedRows:
-    """As many rows, in which each occurs about in proportion to its weight: boosting by resampling.
-
-    A row of n whose weight is w times the mean occurs w times, rounded up or down by chance (by ``seed``). Raises a
-    ``UserError`` if a row has no weight, or all weights are 0.
-
-    Args:
-        used: the rows.
-        weights: of rows by id, at least 0.
-        seed: of the rounding.
-    """
-    known = [(row.id, row.label) for row in used.rows]
-    if lacking := [row_id for row_id, _ in known if row_id not in weights]:
-        raise UserError(f"row_weights: {len(lacking)} of {len(known)} rows have no weight, such as {lacking[0]!r}")
-    found = np.array([weights[row_id] for row_id, _ in known])
-    if not found.any():
-        raise UserError("row_weights: all weights are 0")
-    # the places of n evenly spaced points in the cumulative weights, shifted by chance
-    points = (np.random.RandomState(seed).random_sample() + np.arange(len(found))) / len(found)
-    at = np.minimum(np.searchsorted(found.cumsum() / found.sum(), points, side="right"), len(found) - 1)
-    majority = (number for number, place in enumerate(at) if known[place][1] == used.majority_label)
-    return replace(
-        used,
-        rows=Lazy(len(at), lambda places: read(used.rows, at[places])),
-        gold=Lazy(len(at), lambda places: read(used.gold, at[places])),
-        with_rationale=np.flatnonzero(np.isin(at, used.with_rationale)),
-        counts=used.counts | {"left_out_by_weight": len(at) - len(np.unique(at))},
-        majority=next(majority, None),
-    )
-
-
-def permute_rationales(used: UsedRows, seed: int) -> UsedRows:
-    """Control: the same teacher outputs, the words of each text in a random order (by ``seed``).
-
-    The permutation of tokens of arXiv 2406.14511, with words for tokens.
-    """
-
-    def permuted(row: Row) -> Row:
-        draw = random.Random(f"{seed}-{row.id}")  # noqa: S311 - no secret
-
-        def of(output: TeacherOutput) -> TeacherOutput:
-            words = (output.text or "").split()
-            draw.shuffle(words)
-            return output if output.text is None else replace(output, text=" ".join(words))
-
-        return replace(row, outputs=tuple(map(of, row.outputs)))
-
-    rows = Lazy(len(used.rows), lambda at: [permuted(row) for row in read(used.rows, at)])
-    return replace(used, rows=rows, counts=used.counts | {"rationale_permuted": len(used.with_rationale)})
-
-
-def shuffle_rationales(used: UsedRows, seed: int, *, teacher_labels: bool = False) -> UsedRows:
-    """Control: the same teacher outputs, each paired with another row's input.
-
-    The rows with a text form a random cycle (by ``seed``), along which outputs move by one. Labels to train on stay.
-    Raises a ``UserError`` if fewer than two rows have a text.
-    """
-    found = used.with_rationale
-    if len(found) < 2:
-        raise UserError(f"rationale_pairing: shuffled needs rationales of two rows or more, and {len(found)} has one")
-    ring = np.random.RandomState(seed).permutation(found)
-    givers = np.arange(len(used.rows))
-    givers[np.roll(ring, -1)] = ring
-
-    def paired(row: Row, giver: Row) -> Row:
-        # with a teacher's labels, that of an output would be the target's
-        given = [replace(one, label=row.label) if teacher_labels else one for one in giver.outputs]
-        return replace(row, outputs=tuple(given))
-
-    def some(at: Array) -> list[Row]:
-        both = zip(read(used.rows, at), read(used.rows, givers[at]), strict=True)
-        return [row if giver.id == row.id else paired(row, giver) for row, giver in both]
-
-    return replace(used, rows=Lazy(len(givers), some), counts=used.counts | {"rationale_shuffled": len(found)})
 
 
 def targets(

@@ -108,7 +108,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
     "cqa-teacher": {
         "train": (
-            "a5679fb03299a6f4",
+            "9519213aaf39e72d",
             {
                 "rows": 8766,
                 "parsed": 8763,

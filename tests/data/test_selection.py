@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,14 +18,11 @@ from lit_distill.data.selection import (
     flags_of,
     hold_out,
     make_filter,
-    permute_rationales,
     select_rows,
-    shuffle_rationales,
     subset,
     targets,
     teacher_counts,
     train_rows,
-    weigh_rows,
 )
 from lit_distill.data.store import hashes
 from lit_distill.errors import UserError
@@ -182,32 +178,6 @@ def test_teacher_counts_by_hand() -> None:
     assert teacher_counts(tally([WITHOUT, WITHOUT]))["no_output"] == 2
 
 
-@given(st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda has: sum(has) > 1), st.integers(0, 2**32 - 1))
-def test_no_rationale_stays_with_its_row(has: list[bool], seed: int) -> None:
-    examples = [make_row(str(i), f"in {i}", "yes", None, f"because {i}" if one else None) for i, one in enumerate(has)]
-    used = shuffle_rationales(UsedRows(examples, ["yes"] * len(has), {"used": len(has)}, np.flatnonzero(has)), seed)
-    assert [(one.id, one.input, one.label) for one in used.rows] == [(o.id, o.input, o.label) for o in examples]
-    # the same rationales, in other places, and none where there was none
-    assert sorted(filter(None, (one.rationale for one in used.rows))) == sorted(
-        filter(None, (one.rationale for one in examples))
-    )
-    assert [one.rationale is not None for one in used.rows] == has
-    assert all(one.rationale is None or one.rationale != f"because {one.id}" for one in used.rows)
-    assert used.counts == {"used": len(has), "rationale_shuffled": sum(has)}
-
-
-def test_permuted_rationales_have_the_same_words() -> None:
-    row = Row("a", "in", "yes", outputs=(TeacherOutput("a b c d e f g", "no"), TeacherOutput(None, "yes")))
-    used = UsedRows([row, replace(row, id="b")], ["yes"] * 2, {}, np.arange(2))
-    one, other = permute_rationales(used, 0).rows
-    for found in (one, other):
-        assert sorted(str(found.rationale).split()) == list("abcdefg")
-        assert [output.label for output in found.outputs] == ["no", "yes"]
-        assert found.outputs[1].text is None
-    assert len({str(one.rationale), str(other.rationale), row.rationale}) == 3
-    assert permute_rationales(used, 0).rows[0] == one != permute_rationales(used, 1).rows[0]
-
-
 def test_pseudo_labels_are_for_rows_without_a_gold_one() -> None:
     said = [TeacherOutput(f"so {i}", "no", "student") for i in range(40)]
     released = TeacherOutput("because", "maybe", "released")
@@ -251,43 +221,6 @@ def test_a_pseudo_label_has_to_pass_the_filter() -> None:
     row, *_ = Selector(LABEL_TASK, False, keep, pseudo="student")(own)
     assert row is not None
     assert [output.text for output in row.outputs] == ["a"]
-
-
-def test_rows_occur_in_proportion_to_their_weights() -> None:
-    some = [make_row(str(i), "in", "no" if i < 5 else "yes", None, "so" if i % 2 else None) for i in range(10)]
-    used = UsedRows(some, [row.label for row in some], {"used": 10}, np.arange(1, 10, 2), majority=0)
-    weights = {str(i): float(w) for i, w in enumerate([0, 1, 1, 1, 1, 1, 1, 1, 1, 3.5])}
-    expected = {row: 10 * weight / 11.5 for row, weight in weights.items()}
-    totals = Counter[str]()
-    for seed in range(300):
-        weighed = weigh_rows(used, weights, seed)
-        numbers = Counter(ids(weighed))
-        assert sum(numbers.values()) == len(weighed.gold) == 10
-        for row, number in expected.items():
-            assert math.floor(number) <= numbers[row] <= math.ceil(number)
-        assert list(weighed.gold) == [row.label for row in weighed.rows]
-        assert [place in weighed.with_rationale for place in range(10)] == [bool(r.rationale) for r in weighed.rows]
-        assert weighed.majority_label == "no"
-        assert weighed.counts["left_out_by_weight"] == 10 - len(numbers)
-        totals += numbers
-    for row, number in expected.items():
-        assert totals[row] / 300 == pytest.approx(number, abs=0.1)
-    assert ids(weigh_rows(used, weights, 1)) == ids(weigh_rows(used, weights, 1))
-    with pytest.raises(UserError, match=r"row_weights: 1 of 10 rows have no weight, such as '9'"):
-        weigh_rows(used, {row: 1.0 for row in weights if row != "9"}, 0)
-    with pytest.raises(UserError, match="row_weights: all weights are 0"):
-        weigh_rows(used, dict.fromkeys(weights, 0.0), 0)
-
-
-def test_seeds_pair_differently() -> None:
-    used = UsedRows(rows(50), ["yes"] * 50, {}, np.arange(50))
-    pairings = [tuple(one.rationale for one in shuffle_rationales(used, seed).rows) for seed in (0, 0, 1)]
-    assert pairings[0] == pairings[1] != pairings[2]
-
-
-def test_one_rationale_cannot_be_exchanged() -> None:
-    with pytest.raises(UserError, match="rationales of two rows or more, and 1 has one"):
-        shuffle_rationales(UsedRows(rows(1), ["yes"], {}, np.arange(1)), 0)
 
 
 def only_long(row: Row) -> bool:
