@@ -571,7 +571,7 @@ def test_a_damaged_line_is_named(jsonl: Make, say: Say) -> None:
             {"tasks": ["label"], "label_source": "teacher"},
             "tasks: label has no target in train: .*needs labels of the teacher;",
         ),
-        ({"tasks": ["label"], "rationale_filter": "parsed"}, "rationale_filter: parsed leaves no rationale"),
+        ({"rationale_filter": "parsed"}, "rationale_filter: parsed leaves no rationale"),
     ],
 )
 def test_where_nothing_was_said_it_is_named(
