@@ -34,6 +34,10 @@ _OBSERVER = re.compile(
 """A callback that changes nothing in training."""
 
 
+_ADDED = {"model.init_args.weighting": "fixed"}
+"""Keys that older configs lack -> the value that means the same."""
+
+
 def as_text(value: object) -> str:
     """A config value as text, for comparing and showing."""
     if isinstance(value, float):
@@ -49,7 +53,7 @@ def identifying(config: Mapping[str, Any]) -> dict[str, str]:
 
 def config_text(config: Mapping[str, Any]) -> dict[str, str]:
     """The keys that may influence results, dotted, with values as text; devices count only through the batch size."""
-    flat = flatten(config)
+    flat = {key: None if _ADDED.get(key) == value else value for key, value in flatten(config).items()}
     if isinstance(callbacks := flat.get("trainer.callbacks"), list):
         flat["trainer.callbacks"] = [one for one in callbacks if not _OBSERVER.match(as_text(one))] or None
     of_batch = flat.get("model.init_args.effective_batch_size") is None

@@ -253,6 +253,16 @@ def test_a_key_that_came_later_is_as_if_not_set(tmp_path: Path) -> None:
     assert keys_of(find_runs([tmp_path])[0]) == ["model.init_args.compile"]
 
 
+def test_a_default_that_came_later_is_as_if_not_set(tmp_path: Path) -> None:
+    how = [{"model": given} for given in ({}, {"weighting": "fixed", "vote": None}, {"weighting": "uncertainty"})]
+    found = runs_of(tmp_path, *how)
+    assert names_of(found) == [
+        "standard finetuning",
+        "standard finetuning",
+        "standard finetuning, weighting uncertainty",
+    ]
+
+
 def test_keys_that_only_look_like_paths_are_differences(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, {"data": {"rationales_file": "a"}}, {"data": {"rationales_file": "b", "noise_seed": 1}})
     assert keys_of(runs) == ["data.init_args.noise_seed", "data.init_args.rationales_file"]
