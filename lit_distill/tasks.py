@@ -41,19 +41,25 @@ class Row:
     group: str | None = None  # in evaluation, the group that it counts in
 
     @property
+    def first(self) -> TeacherOutput | None:
+        """The first output, of kind ``rationale`` if there is one: other kinds may be wrong by design."""
+        usual = (output for output in self.outputs if output.kind == "rationale")
+        return next(usual, self.outputs[0] if self.outputs else None)
+
+    @property
     def rationale(self) -> str | None:
-        """The text of the first output."""
-        return self.outputs[0].text if self.outputs else None
+        """The text of the `first` output."""
+        return self.first.text if self.first else None
 
     @property
     def teacher_label(self) -> str | None:
-        """The label of the first output."""
-        return self.outputs[0].label if self.outputs else None
+        """The label of the `first` output."""
+        return self.first.label if self.first else None
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """The columns of the first output."""
-        return self.outputs[0].columns if self.outputs else {}
+        """The columns of the `first` output."""
+        return self.first.columns if self.first else {}
 
 
 RowFilter = Callable[[Row], bool]

@@ -316,7 +316,7 @@ def having(tally: Tally, flag: int) -> int:
 
 
 def teacher_counts(tally: Tally) -> dict[str, int]:
-    """Counts over each row's first output: ``rows = parsed + unparsed + no_output``."""
+    """Counts over each row's `Row.first` output: ``rows = parsed + unparsed + no_output``."""
     rows, unparsed, no_output = sum(tally.values()), having(tally, Flag.UNPARSED), having(tally, Flag.NO_OUTPUT)
     return {
         "rows": rows,
@@ -329,7 +329,7 @@ def teacher_counts(tally: Tally) -> dict[str, int]:
 
 
 def teacher_accuracy(tally: Tally) -> float | None:
-    """Fraction of correct labels among the rows' first outputs (unparsed is wrong); ``None`` without any.
+    """Fraction of correct labels among the rows' `Row.first` outputs (unparsed is wrong); ``None`` without any.
 
     Rows without a gold label, and outputs of a rationale alone, do not count.
     """

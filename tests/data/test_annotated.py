@@ -16,6 +16,7 @@ from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CQADataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.selection import teacher_counts
 from lit_distill.data.store import CHUNK
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
@@ -271,6 +272,13 @@ def test_the_teacher_s_label_is_of_a_kind_that_answers(jsonl: Make) -> None:
     assert labels() == {"a": "no", "c": "yes"}
     assert labels(rationale_filter="label == yes") == {"c": "yes"}
     assert labels(tasks={"label": {"kind": "counterfactual"}}) == {"a": "yes", "b": "no"}
+
+
+def test_a_wrong_answer_by_design_is_no_fault_of_the_teacher(jsonl: Make) -> None:
+    wrong, right = [said(row, 0, "maybe", kind="counterfactual") for row in "abc"], [said(row, 0) for row in "abc"]
+    counts = teacher_counts(jsonl([*wrong, *right]).tally("train"))
+    assert counts == teacher_counts(jsonl(right).tally("train"))
+    assert counts["teacher_correct"] == 2
 
 
 def test_several_teachers_stand_in_the_order_of_the_file(jsonl: Make, caplog: pytest.LogCaptureFixture) -> None:
