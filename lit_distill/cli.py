@@ -17,7 +17,10 @@ _LONGEST = 2000
 """Maximum length of an error line."""
 _ALONE = ("help", "version", "print_completion")
 """Options that stand without a command."""
-SHORT_HELP = {"fit": 1, "validate": 1, "test": 1, "predict": 1, "inspect": 2, "check": 3, "capture": 4, "plan": 5}
+SHORT_HELP = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), 1),
+    **{"inspect": 2, "check": 3, "capture": 4, "plan": 5, "rounds": 6},
+}
 """Command -> the part of ``help.txt`` that its ``--help`` shows; the whole help is mostly the trainer's."""
 
 
