@@ -139,6 +139,8 @@ def check_template(template: PromptTemplate, fields: Fields, parse: Parse, where
             if field not in known:
                 offered = ", ".join(f"{{{key}}}" for key in known)
                 raise UserError(f"{place} asks for {{{field}}}, and there are {offered}")
+    if template.reads == "verdict" and not template.needs & GIVEN:
+        raise UserError(f"prompt: {where}: question: a verdict needs {{given_rationale}} or {{given_label}} to judge")
     for position, one in enumerate(template.demonstrations, start=1):
         text = written_answer(template, fields, one)
         found: tuple[str, str] | str | None

@@ -202,6 +202,7 @@ def test_a_good_template_passes() -> None:
         ({"question": "{input:{label}}"}, "question: ", "{input} must stand without ':' and '!'"),
         ({"answer": "{rationale} {label!r}"}, "answer: ", "{label} must stand without ':' and '!'"),
         ({"question": "{input.__class__}"}, "question", "asks for {input.__class__}, and there are {input}"),
+        ({"reads": "verdict"}, "question", "a verdict needs {given_rationale} or {given_label} to judge"),
         ({"question": "{input[0]}"}, "question", "asks for {input[0]}, and there are {input}"),
     ],
 )
