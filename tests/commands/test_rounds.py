@@ -1,6 +1,7 @@
 """Rounds of students: the configs of the rounds, what a student gives to the next one, and whole runs."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lit_distill.annotation.store import read_rows
 from lit_distill.commands import rounds
 from lit_distill.commands.rounds import cell_of, sureness, together, write_labels, write_weights
 from lit_distill.data import ToyDataModule
+from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State
 from tests.runs import read_lines, refusal, run, small_model, small_trainer, toy_data, write_lines
 
@@ -175,12 +177,8 @@ def test_what_is_refused(
     assert not Path("runs").exists()
 
 
-def test_a_round_that_fails_is_told(student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*small_model(student_folder), *toy_data(12, 4), *small_trainer(2), "--data.train_fraction=0.5"]
-    with pytest.raises(SystemExit) as stopped:
-        run("rounds", *command, "--rounds=1", "--out=out", "--trainer.max_time=nonsense")
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("lit_distill: error: round-0: exit code 2: ")
-    assert "nonsense" in last
-    assert Cell("round-0", Path("out/round-0"), {}).state is State.FAILED
+def test_a_round_that_fails_is_told(tmp_path: Path) -> None:
+    cell = Cell("round-0", tmp_path / "round-0", {}, (sys.executable, "-c", "raise SystemExit('no room')"))
+    with pytest.raises(UserError, match=r"^round-0: exit code 1: no room$"):
+        rounds.run(cell, {cell: cell.state})
+    assert cell.state is State.FAILED
