@@ -129,6 +129,7 @@ def test_training_is_compared(bench: Callable[[str], Any], short: list[str], cap
         assert found[f"{side}_length_grouped"]["memory"] is None
 
 
+@pytest.mark.slow
 def test_an_objective_is_compared_with_the_plain_method(
     bench: Callable[[str], Any], release: Path, student_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ def test_an_objective_is_compared_with_the_plain_method(
 @pytest.mark.parametrize(
     ("arguments", "losses"), [([], "answer"), pytest.param(["--rationales"], "all", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_evaluation_is_compared_and_says_the_same(
     bench: Callable[[str], Any],
     short: list[str],

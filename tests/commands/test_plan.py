@@ -77,6 +77,7 @@ def test_numbers(student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPat
     assert plain["largest_batch_size"] == 12
 
 
+@pytest.mark.slow
 def test_the_compiled_pass_is_planned_as_the_packed_one(student_folder: Path, here: Path) -> None:
     packed, compiled = (
         planned(arguments(student_folder), f"--model.fast={fast}", "--memory=2GiB") for fast in ("packed", "compiled")
