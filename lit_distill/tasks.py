@@ -203,6 +203,10 @@ class Task:
         """Whether an output has the task's teacher and kind."""
         return output.kind == self.kind and self.teacher in (None, output.teacher)
 
+    def said(self, row: Row) -> list[TeacherOutput]:
+        """The outputs of a row that it accepts and that have a text."""
+        return [output for output in row.outputs if self.accepts(output) and output.text is not None]
+
     def render(self, row: Row, output: TeacherOutput | None = None) -> str | None:
         """The target for a row and a teacher output; ``None`` where a field of it or of the input is missing."""
         values = {**self._fields(row, output), "label": row.label}
@@ -223,8 +227,7 @@ class Task:
         values: dict[str, Any] = {"input": row.input}
         if output is not None:
             values = {**output.columns, **values, "rationale": output.text, "teacher_label": output.label}
-        said = [one for one in row.outputs if self.accepts(one) and one.text is not None]
-        if "candidates" in self.input and said:
+        if "candidates" in self.input and (said := self.said(row)):
             whole = [RATIONALE_LABEL.target.format(rationale=one.text, label=one.label or "unknown") for one in said]
             values["candidates"] = "\n".join(f"({number}) {text}" for number, text in enumerate(whole, start=1))
         return values

@@ -232,11 +232,10 @@ class RationaleDataModule(Dataset):
         settings = [self._written_tasks(), teacher_labels, pseudo or "", self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
-        if not any(task.uses_output for task in self.tasks.values()):
-            pass
-        elif self.rationale_pairing == "permuted":
+        pairing = self.rationale_pairing if any(task.uses_output for task in self.tasks.values()) else "own"
+        if pairing == "permuted":
             used = permute_rationales(used, self.seed)
-        elif self.rationale_pairing == "shuffled":
+        elif pairing == "shuffled":
             used = shuffle_rationales(used, self.seed, teacher_labels=teacher_labels)
         if self.row_weights is not None:
             # last, so that a row that occurs twice has no rationale of its own

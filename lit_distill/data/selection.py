@@ -259,12 +259,12 @@ def targets(
 
     With ``teacher_labels`` a target has the label of its own output.
     """
-    accepted = [output for output in row.outputs if task.accepts(output)]
     chosen: Sequence[TeacherOutput | None]
     if task.uses_output:
-        chosen = [output for output in accepted if output.text is not None]
+        chosen = task.said(row)
     else:
-        chosen = [output for output in accepted if teacher_labels and output.label is not None] or [None]
+        accepted = (output for output in row.outputs if teacher_labels and task.accepts(output))
+        chosen = [output for output in accepted if output.label is not None] or [None]
     if task.select == "vote" and chosen != [None]:
         labels = [output.label for output in chosen if output is not None]
         winner, _ = vote(labels, agree)

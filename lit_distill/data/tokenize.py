@@ -85,9 +85,7 @@ def encode_rows(rows: Sequence[Row], tokens: Tokens, settings: TokenSettings, ch
             # without a target, an evaluation needs a source yet
             [target.source for target in several]
             if task.reads_output and several
-            else [
-                task.source(row, next((one for one in row.outputs if task.accepts(one) and one.text is not None), None))
-            ]
+            else [task.source(row, next(iter(task.said(row)), None))]
             for row, several in zip(rows, found, strict=True)
         ]
         sources = tokens.sources([text for several in texts for text in several], settings.max_source_length)
