@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill.annotation.conditions import is_condition
@@ -74,26 +75,7 @@ def rounds(args: list[str]) -> None:
     config = parser.parse_args(args)
     check_settings(parser, args, config)
     settle(config, "fit")
-    check_int("rounds", config["rounds"], 1, 100)
-    check_int("samples", config["samples"], 2, 10_000)
-    check_range("temperature", config["temperature"], above=0)
-    arguments = config["data"]["init_args"]
-    for name, condition, others in (
-        ("keep", config["keep"], ("none",)),
-        ("data.rationale_filter", arguments["rationale_filter"], ("none", "label_agrees")),
-    ):
-        if condition not in others and (not is_condition(condition) or condition in ("none", "label_agrees")):
-            raise UserError(
-                f"{name}: got {condition!r}; allowed in rounds is {', '.join(others)}, or a condition on columns"
-            )
-    check_columns(config["keep"], (), "keep")
-    for name in ("pseudo_labels", "row_weights"):
-        if arguments[name] is not None:
-            raise UserError(f"data.{name}: rounds sets it itself, got {arguments[name]!r}")
-    if arguments.get("streaming"):
-        raise UserError("data.streaming: rounds needs all rows at once")
-    if (config["model"]["init_args"].get("adapter") or {}).get("export") == "adapter":
-        raise UserError("rounds: needs whole students: model.adapter.export: merged")
+    _check(config)
     base = yaml.safe_load(parser.dump(config, skip_unset=False))
     own = {name: base.pop(name) for name, *_ in _OPTIONS}
     data = build_data(config)
@@ -120,6 +102,30 @@ def rounds(args: list[str]) -> None:
     # where each round has the labels of another teacher, there is no first one to compare with
     plain = len(cells) == 1 or (own["by"] == "self_training" and data.label_source == "teacher")
     compare([own["out"]], str(Path(own["out"]) / "report"), None if plain else f"{changed}=null")
+
+
+def _check(config: Namespace) -> None:
+    """Raise a ``UserError`` for what rounds cannot do, before any of them begins."""
+    check_int("rounds", config["rounds"], 1, 100)
+    check_int("samples", config["samples"], 2, 10_000)
+    check_range("temperature", config["temperature"], above=0)
+    arguments = config["data"]["init_args"]
+    for name, condition, others in (
+        ("keep", config["keep"], ("none",)),
+        ("data.rationale_filter", arguments["rationale_filter"], ("none", "label_agrees")),
+    ):
+        if condition not in others and (not is_condition(condition) or condition in ("none", "label_agrees")):
+            raise UserError(
+                f"{name}: got {condition!r}; allowed in rounds is {', '.join(others)}, or a condition on columns"
+            )
+    check_columns(config["keep"], (), "keep")
+    for name in ("pseudo_labels", "row_weights"):
+        if arguments[name] is not None:
+            raise UserError(f"data.{name}: rounds sets it itself, got {arguments[name]!r}")
+    if arguments.get("streaming"):
+        raise UserError("data.streaming: rounds needs all rows at once")
+    if (config["model"]["init_args"].get("adapter") or {}).get("export") == "adapter":
+        raise UserError("rounds: needs whole students: model.adapter.export: merged")
 
 
 def run(cell: Cell, board: Board) -> None:
