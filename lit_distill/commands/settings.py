@@ -52,8 +52,10 @@ def settle(config: Namespace, command: str) -> None:
     bounded = [name for name in ("max_steps", "max_epochs") if trainer[name] not in (None, -1)]
     for name in bounded if fit else ():
         check_range(f"trainer.{name}", trainer[name], at_least=1, below=2**31, whole=True)
-    if fit and not bounded and trainer["max_time"] is None:
-        raise UserError("trainer.max_steps: -1 needs trainer.max_epochs or trainer.max_time, or fit never ends")
+    if fit and not bounded and trainer["max_time"] is None and config["max_tokens"] is None:
+        raise UserError(
+            "trainer.max_steps: -1 needs trainer.max_epochs, trainer.max_time or max_tokens, or fit never ends"
+        )
     if not fit and config["ckpt_path"] is None:
         model = config["model"]["init_args"]
         if model.get("from_scratch"):
