@@ -19,6 +19,7 @@ from lit_distill import __version__
 from lit_distill.checks import check_int, check_range
 from lit_distill.commands.annotate import show
 from lit_distill.commands.inspect import build_data
+from lit_distill.commands.parser import Option
 from lit_distill.commands.settings import check_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
@@ -42,7 +43,7 @@ from lit_distill.teachers.store import (
     write_header,
 )
 
-_OPTIONS: Sequence[tuple[str, Any, object, str]] = (
+_OPTIONS: Sequence[Option] = (
     ("teacher", str | None, None, "The teacher: a run, a folder, a checkpoint or a hub name."),
     ("out", str | None, None, "Folder of the distributions, old and new. A dry run needs none."),
     ("splits", list[Literal["train", "val"]], ["train", "val"], "What to capture; without val there is no val loss."),
@@ -54,16 +55,13 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("ray", int, 0, "Number of workers on a Ray cluster, in place of the trainer's devices."),
     ("dry_run", bool, False, "Only say how many rows, bytes and hours it would be."),
 )
-"""Options of the command itself: name, type, default, help."""
 
 
 @interruptible()
 def capture(args: list[str]) -> None:
     """Run ``capture``: parse what ``fit`` parses, build the data and the teacher, and store distributions."""
     parser = train_parser("capture", model=False)
-    for name, kind, default, text in _OPTIONS:
-        flag: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text, **flag)
+    parser.add_options(_OPTIONS)
     config = parser.parse_args(args)
     check_settings(parser, args, config)
     _check(config)

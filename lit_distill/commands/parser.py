@@ -4,7 +4,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import lightning.pytorch as pl
@@ -23,6 +23,9 @@ from lit_distill.reading import check_yaml
 from lit_distill.teachers.base import Teacher
 
 T = TypeVar("T")
+
+Option = tuple[str, Any, object, str]
+"""Of a command itself: name, type, default, help."""
 
 _load_yaml = get_loader("yaml")
 
@@ -75,6 +78,12 @@ class Parser(LightningArgumentParser):
             raise ex.__context__
         known = sorted(word.lstrip("-") for word in self._option_string_actions if word.startswith("--"))
         raise UserError(one_line(message, known)) from ex
+
+    def add_options(self, options: Sequence[Option]) -> None:
+        """Add options of a command itself; one that is false by default may be given without a value."""
+        for name, kind, default, text in options:
+            flag: dict[str, Any] = {"nargs": "?", "const": True} if default is False else {}
+            self.add_argument(f"--{name}", type=kind, default=default, help=text, **flag)
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""

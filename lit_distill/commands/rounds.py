@@ -19,6 +19,7 @@ from lit_distill.commands.annotate import show
 from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import accepted_arguments, with_location
 from lit_distill.commands.inspect import build_data
+from lit_distill.commands.parser import Option
 from lit_distill.commands.settings import check_settings, settle
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
@@ -34,7 +35,7 @@ from lit_distill.files import atomic_write, write_text
 from lit_distill.reading import json_lines
 from lit_distill.tasks import Row, answer_task, rationale_task
 
-_OPTIONS: Sequence[tuple[str, Any, object, str]] = (
+_OPTIONS: Sequence[Option] = (
     ("rounds", int, 3, "Number of runs; the first has no student before it."),
     ("by", Literal["self_training", "complementary"], "self_training", "What a student gives to the next one."),
     ("out", str, "runs/rounds", "Folder of the rounds, finished and new."),
@@ -42,7 +43,6 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("temperature", float, 0.7, "Of these samples."),
     ("keep", str, "in_majority and vote_share >= 0.6", "Condition on which samples the next student learns from."),
 )
-"""Options of the command itself: name, type, default, help."""
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -70,8 +70,7 @@ def rounds(args: list[str]) -> None:
     Finished rounds are skipped, a stopped one resumes.
     """
     parser = train_parser("rounds")
-    for name, kind, default, text in _OPTIONS:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_options(_OPTIONS)
     config = parser.parse_args(args)
     check_settings(parser, args, config)
     settle(config, "fit")

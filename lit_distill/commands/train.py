@@ -30,7 +30,7 @@ from lit_distill.commands.loggers import (
     names,
     run_folder,
 )
-from lit_distill.commands.parser import Parser, Raised, constructor_arguments
+from lit_distill.commands.parser import Option, Parser, Raised, constructor_arguments
 from lit_distill.commands.report import report, write_predictions
 from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training, check_unused, find_run, read_progress
 from lit_distill.commands.settings import check_settings, linked_tasks, settle
@@ -46,7 +46,7 @@ from lit_distill.students.sharding import deferred
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
-_OPTIONS: Sequence[tuple[str, Any, object, str]] = (
+_OPTIONS: Sequence[Option] = (
     ("seed_everything", bool | int, 0, "Seed of initialisation and dropout; true draws one."),
     ("ckpt_path", str | None, None, "Checkpoint to go on from or to evaluate."),
     ("weights_only", bool, True, "Load plain data only from a checkpoint; anything else would be code to run."),
@@ -58,7 +58,6 @@ _OPTIONS: Sequence[tuple[str, Any, object, str]] = (
     ("push_to_hub", str | None, None, "Hugging Face repository that fit uploads its student to, as in user/name."),
     ("predictions", str | None, None, "JSON lines file that predict writes; by default in the run's folder."),
 )
-"""Options of the command itself: name, type, default, help."""
 
 _DEFAULTS = {
     "trainer.check_val_every_n_epoch": None,
@@ -85,8 +84,7 @@ def train_parser(command: str, *, model: bool = True) -> Parser:
     parser.add_lightning_class_args(ValidateEverySteps, "validation")
     parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
     parser.set_defaults(_DEFAULTS)
-    for name, kind, default, text in _OPTIONS:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_options(_OPTIONS)
     text = "Go on with the newest run of this configuration, in its folder, unless it is finished; fit only."
     parser.add_argument("--resume", action="store_true", help=text)
     if model:
