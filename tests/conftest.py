@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.runs import at_work_in
+from tests.runs import at_work_in, write_release
 from tests.students import add_weights, make_student_folder
 
 # the students are tiny: a second thread only waits, several times as long where cores are shared
@@ -46,6 +46,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of the test's own to work in."""
+    """A folder of the test's own to work in, where no teacher but its own can be asked."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     with at_work_in(tmp_path, monkeypatch) as folder:
         yield folder
+
+
+@pytest.fixture
+def release(here: Path) -> Path:
+    """Data in the released layout."""
+    return write_release(here / "data")

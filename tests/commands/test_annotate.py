@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,11 @@ from lit_distill.commands import annotate as command
 from lit_distill.data import JSONLDataModule, ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.teachers import OpenAITeacher, Teacher
-from tests.runs import at_work_in, read_lines, refusal, run, small_model, small_trainer, write_lines, write_release
+from tests.runs import read_lines, refusal, run, small_model, small_trainer, write_lines
 from tests.teachers.models import make_talker
 from tests.teachers.servers import Act, Behaviour, Request, Server, completion, fail, lists_models, serving
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
-
-
-@pytest.fixture
-def release(here: Path) -> Path:
-    return write_release(here / "data")
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def number_of(request: Request) -> int:

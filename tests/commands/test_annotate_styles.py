@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,14 @@ import pytest
 
 from lit_distill.data import SVAMPDataModule
 from lit_distill.equations import evaluate
-from tests.runs import at_work_in, read_lines, refusal, run, write_lines, write_release
+from tests.runs import read_lines, refusal, run, write_lines
 from tests.teachers.models import make_talker
 from tests.teachers.servers import Act, Request, Server, completion, fail, lists_models, serving
 
 ALL = ("rationale", "program", "counterfactual", "self_evaluation")
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
-
-
-@pytest.fixture
-def release(here: Path) -> Path:
-    return write_release(here / "data")
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def style_of(request: Request) -> str:

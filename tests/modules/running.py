@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -98,6 +99,18 @@ def difference(found: Gradients, expected: Gradients) -> float:
     distance = sum(float((found[name] - expected[name]).double().square().sum()) for name in found)
     size = sum(float(gradient.double().square().sum()) for gradient in expected.values())
     return float((distance / size) ** 0.5)
+
+
+def check_same(module: Any, found: Tensor, expected: Tensor) -> None:
+    """Check that a loss in float64 is another one, in value and gradient, and that it trains the student."""
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
+    gradients = []
+    for each in (found, expected):
+        module.zero_grad()
+        each.backward()
+        gradients.append(gradients_of(module.student.model))
+    assert difference(*gradients) < 1e-9
+    assert max(float(gradient.abs().max()) for gradient in gradients[1].values()) > 1e-6
 
 
 def identical(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
