@@ -47,11 +47,7 @@ class Asked:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark.
-
-    Args:
-        argv: the arguments; by default the process's.
-    """
+    """Run the benchmark; ``argv`` are its arguments, by default the process's."""
     parser = OneLineParser(
         prog="annotate_throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -409,11 +409,7 @@ def host_ms(student: str, batch: TaskBatch, path: PathName) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark.
-
-    Args:
-        argv: the arguments; by default the process's.
-    """
+    """Run the benchmark; ``argv`` are its arguments, by default the process's."""
     parser = OneLineParser(prog="launches", description=__doc__)
     parser.add_argument("--student", required=True, help="folder of a T5, with weights or without")
     parser.add_argument("--batch_size", type=int, default=64)

@@ -57,11 +57,7 @@ class Blocks:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark.
-
-    Args:
-        argv: the arguments; by default the process's.
-    """
+    """Run the benchmark; ``argv`` are its arguments, by default the process's."""
     parser = make_parser(
         "train_throughput",
         __doc__,
