@@ -2,13 +2,14 @@
 
 import logging
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import transformers
+from lightning.pytorch.utilities.seed import isolate_rng
 
 
 @contextmanager
@@ -23,25 +24,18 @@ def quiet(threads: int | None) -> Iterator[list[str]]:
         logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
     )
     told_before = told.level, told.propagate
-    before = (
-        lightning.level,
-        transformers.logging.get_verbosity(),
-        torch.get_num_threads(),
-        torch.random.get_rng_state(),
-    )
-    python_random = random.getstate()
-    variable = os.environ.get("TOKENIZERS_PARALLELISM")
+    before = lightning.level, transformers.logging.get_verbosity(), torch.get_num_threads()
     lightning.setLevel(logging.ERROR)
     told.addHandler(notes)
     told.setLevel(logging.INFO)
     told.propagate = False
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with warnings.catch_warnings():
+        variables = patch.dict(os.environ, TOKENIZERS_PARALLELISM="false")
+        with warnings.catch_warnings(), variables, isolate_rng(include_cuda=False):
             # torch says so of Lightning's own code
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
             warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging")
@@ -55,11 +49,6 @@ def quiet(threads: int | None) -> Iterator[list[str]]:
         lightning.setLevel(before[0])
         transformers.logging.set_verbosity(before[1])
         torch.set_num_threads(before[2])
-        torch.random.set_rng_state(before[3])
-        random.setstate(python_random)
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if variable is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = variable
 
 
 class _Notes(logging.Handler):
