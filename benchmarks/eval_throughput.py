@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from measure import rotated, spread
-from operations import evaluation_flops, tokens_a_batch
-from options import SIDES, Settings, contenders, make_parser, one_line_errors, read_settings
+from operations import Texts, evaluation_flops, tokens_a_batch
+from options import SIDES, Asked, Settings, contenders, make_parser, one_line_errors, read_settings
 from report import (
     Figures,
     Goal,
@@ -38,16 +38,9 @@ GOAL = 3.5
 EXAMPLES = 192
 """About as many rows a measurement evaluates unless told otherwise."""
 
-Texts = list[tuple[str, ...]]
-"""The generated texts of each row, label first."""
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark.
-
-    Args:
-        argv: the arguments; by default the process's.
-    """
+    """Run the benchmark; ``argv`` are its arguments, by default the process's."""
     parser = make_parser(
         "eval_throughput",
         __doc__,
@@ -72,42 +65,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = read_settings(
             arguments, lambda size, device: max(1, (EXAMPLES if device == "cpu" else 10**6) // size)
         )
-        stop_at_gold, rationales = arguments.stop == "gold", arguments.rationales
-        every_loss = rationales or arguments.losses == "all"
+        every_loss = arguments.rationales or arguments.losses == "all"
+        asked = Asked(arguments.stop == "gold", arguments.rationales, every_loss)
         with tempfile.TemporaryDirectory() as folder:
             sides = {
-                name: (
-                    "evaluating:evaluate_side",
-                    settings,
-                    side,
-                    precision,
-                    folder,
-                    stop_at_gold,
-                    rationales,
-                    every_loss,
-                )
+                name: ("evaluating:evaluate_side", settings, side, precision, folder, asked)
                 for name, (side, precision) in contenders(settings).items()
             }
             with running(sides | {"ceiling": ("ceiling:ceiling_process", settings, False)}) as workers:
-                run(
-                    workers,
-                    settings,
-                    stop_at_gold=stop_at_gold,
-                    rationales=rationales,
-                    every_loss=every_loss,
-                    peak_tflops=arguments.peak_tflops,
-                )
+                run(workers, settings, asked, peak_tflops=arguments.peak_tflops)
 
 
-def run(
-    workers: Mapping[str, Worker],
-    settings: Settings,
-    *,
-    stop_at_gold: bool,
-    rationales: bool,
-    every_loss: bool,
-    peak_tflops: float | None,
-) -> None:
+def run(workers: Mapping[str, Worker], settings: Settings, asked: Asked, *, peak_tflops: float | None) -> None:
     """Measure, compare, and print.
 
     Raises:
@@ -118,11 +87,11 @@ def run(
     ready = {name: workers[name].answer() for name in names}
     shape, lengths = ready["recipe"]["shape"], ready["recipe"]["lengths"]
     rows, batches = len(lengths), -(-len(lengths) // settings.batch_size)
-    stop = "ended at the gold length" if stop_at_gold else "ended by the student alone"
+    stop = "ended at the gold length" if asked.stop_at_gold else "ended by the student alone"
     print_head(
         settings,
         ready["recipe"]["machine"],
-        f"{settings.pairs} pairs, {rows} rows of val, {'all losses' if every_loss else 'loss of the label'},"
+        f"{settings.pairs} pairs, {rows} rows of val, {'all losses' if asked.every_loss else 'loss of the label'},"
         f" {stop}, seed {settings.seed}",
     )
     workers["ceiling"].tell((shape, tokens_a_batch(lengths, batches)))
@@ -142,7 +111,7 @@ def run(
         print(f"pair {pair + 1:2d}, seconds: {told}", flush=True)
 
     ceiling = statistics.median(ceilings)
-    flops = evaluation_flops(shape, lengths, rationales=rationales)
+    flops = evaluation_flops(shape, lengths, rationales=asked.rationales)
     figures: dict[str, Figures] = {}
     for name in names:
         held, usual = ready[name]["content"], statistics.median(seconds[name])
@@ -171,7 +140,7 @@ def run(
     print_ceiling(ceiling, at_ceiling, "an evaluation")
     print(f"predictions: {said - len(differing)} of {said} identical, over {len(texts['recipe'])} passes")
     goals = []
-    if is_goal_setting(settings, shape) and stop_at_gold and not every_loss:
+    if is_goal_setting(settings, shape) and asked.stop_at_gold and not asked.every_loss:
         goals.append(Goal("ratio of evaluation", ratios["ratio"]["median"], GOAL))
         goals.append(Goal("share of identical predictions", 1 - len(differing) / said, 1))
     print_goals(goals)
@@ -187,7 +156,7 @@ def run(
         figures,
         goals,
         identical=not differing,
-        losses="all" if every_loss else "answer",
+        losses="all" if asked.every_loss else "answer",
         ceiling={"gflops": ceiling / 1e9, "ratio": at_ceiling},
         seconds=seconds,
         notes=notes,

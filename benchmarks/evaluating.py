@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from measure import MemoryProbe, seconds_of
-from operations import NOTHING, Content, shape_of
-from options import Precision, Settings, Side
+from operations import NOTHING, Content, Texts, shape_of
+from options import Asked, Precision, Settings, Side
 from ours import Ours
 from quiet import quiet
 from recipe import Features, Recipe
@@ -14,13 +13,10 @@ from report import machine
 from rows import choose, content, open_data, row_lengths
 from workers import Turn
 
-from lit_distill.students import load_model, load_tokenizer
+from lit_distill.students import load_tokenizer
 
 LONGEST = {"label": 64, "rationale": 256}
 """Tokens that a text has at most, unless a gold one is longer."""
-
-Texts = list[tuple[str, ...]]
-"""The generated texts of each row, label first."""
 
 
 class Evaluating:
@@ -28,16 +24,12 @@ class Evaluating:
 
     Args:
         settings: the benchmark's.
-        stop_at_gold: end each row at the length of its gold target.
-        rationales: also generate rationales.
-        every_loss: also compute the rationales' loss.
+        asked: what is evaluated.
     """
 
-    def __init__(self, settings: Settings, *, stop_at_gold: bool, rationales: bool, every_loss: bool) -> None:
+    def __init__(self, settings: Settings, asked: Asked) -> None:
         self.settings = settings
-        self.every_loss = every_loss
-        self.stop_at_gold = stop_at_gold
-        self.rationales = rationales
+        self.asked = asked
         self.tokenizer = load_tokenizer(settings.student)
         whole = open_data(settings)
         whole.prepare_data()
@@ -54,52 +46,27 @@ class Evaluating:
             "label": [own[1] for own in self.lengths],
             "rationale": [own[3] or 1 for own in self.lengths],
         }
-        if not every_loss:
+        if not asked.every_loss:
             # what the rationale task holds is read by nobody
             self.lengths = [(source, target, None, None) for source, target, _, _ in self.lengths]
         self.longest = {task: max(limit, *self.gold[task]) for task, limit in LONGEST.items()}
 
     def ours(self) -> Ours:
         """lit_distill."""
-        torch.manual_seed(self.settings.seed)
         return Ours(
             self.settings,
             self.data,
-            every_loss=self.every_loss,
-            evaluate_rationales=self.rationales,
+            every_loss=self.asked.every_loss,
+            evaluate_rationales=self.asked.rationales,
             max_label_length=self.longest["label"],
             max_rationale_length=self.longest["rationale"],
-        )
-
-    def recipe(self, precision: Precision, folder: str) -> Recipe:
-        """The recipe, with a student of the same weights.
-
-        Args:
-            precision: of its trainer.
-            folder: where its trainer may write.
-        """
-        torch.manual_seed(self.settings.seed)
-        return Recipe(
-            load_model(self.settings.student, from_scratch=self.settings.from_scratch),
-            self.tokenizer,
-            batch_size=self.settings.batch_size,
-            bf16=precision == "bf16",
-            device=self.settings.device,
-            seed=self.settings.seed,
-            folder=folder,
         )
 
     def evaluator(self, side: Ours | Recipe) -> Callable[[], Texts]:
         """A ready trainer's evaluation."""
         if isinstance(side, Ours):
-            return side.evaluator(self.gold if self.stop_at_gold else None)
-        return side.evaluator(
-            self.features,
-            stop_at_gold=self.stop_at_gold,
-            max_new_tokens=self.longest,
-            rationales=self.rationales,
-            every_loss=self.every_loss,
-        )
+            return side.evaluator(self.gold if self.asked.stop_at_gold else None)
+        return side.evaluator(self.features, self.asked, self.longest)
 
     def content(self, side: Ours | Recipe) -> Content:
         """What a side's batches of all rows hold."""
@@ -110,19 +77,10 @@ class Evaluating:
         return sum((content(self._used(side.collator(batch))) for batch in batches), NOTHING)
 
     def _used(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch if self.every_loss else {"label": batch["label"]}
+        return batch if self.asked.every_loss else {"label": batch["label"]}
 
 
-def evaluate_side(
-    turn: Turn,
-    settings: Settings,
-    side: Side,
-    precision: Precision,
-    folder: str,
-    stop_at_gold: bool,
-    rationales: bool,
-    every_loss: bool,
-) -> None:
+def evaluate_side(turn: Turn, settings: Settings, side: Side, precision: Precision, folder: str, asked: Asked) -> None:
     """Prepare one side, say what there is to evaluate, and evaluate it each time when told to.
 
     Args:
@@ -131,14 +89,12 @@ def evaluate_side(
         side: which.
         precision: the recipe's.
         folder: where a trainer may write.
-        stop_at_gold: end each row at the length of its gold target.
-        rationales: also generate rationales.
-        every_loss: also compute the rationales' loss.
+        asked: what is evaluated.
     """
     with quiet(settings.threads) as notes:
-        evaluating = Evaluating(settings, stop_at_gold=stop_at_gold, rationales=rationales, every_loss=every_loss)
+        evaluating = Evaluating(settings, asked)
         probe = MemoryProbe(settings.device)
-        built = evaluating.recipe(precision, folder) if side == "recipe" else evaluating.ours()
+        built = Recipe(settings, evaluating.tokenizer, precision, folder) if side == "recipe" else evaluating.ours()
         student = built.student if isinstance(built, Recipe) else built.module.student.model
         turn.answer(
             {

@@ -27,6 +27,7 @@ from rows import taken
 from torch.profiler import ProfilerActivity, profile
 from training import Training
 
+from lit_distill.files import flatten
 from lit_distill.students.seq2seq import PathName
 
 PARTS = ("compile", "profile", "losses", "tables")
@@ -40,7 +41,6 @@ def train(
     training: Training, settings: Settings, batches: Batches, on_step: Callable[[int, Ours], None], **arguments: Any
 ) -> None:
     """Train the same student anew on these batches, one a step."""
-    torch.manual_seed(settings.seed)
     ours = Ours(settings, training.data, **arguments)
     ours.train(batches, lambda done: on_step(done, ours))
 
@@ -146,24 +146,17 @@ def tables(folder: Path) -> dict[str, Any]:
             # tests, and parts that failed
             found[path.stem] = last
         lines.append(f"| {path.stem} | | {status} |")
-        lines += [f"| {path.stem} | {name} | {value} |" for name, value in _flat(found[path.stem])]
+        whole = found[path.stem]
+        for name, value in (flatten(whole) if isinstance(whole, dict) else {"": whole}).items():
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)[:200]
+            lines.append(f"| {path.stem} | {name} | {shown} |")
     (folder / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
     return found
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [pair for key, own in value.items() for pair in _flat(own, f"{name}.{key}".strip("."))]
-    return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)[:200])]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a part.
-
-    Args:
-        argv: the arguments; by default the process's.
-    """
+    """Run a part; ``argv`` are its arguments, by default the process's."""
     parser = make_parser("gpu", __doc__, batch_size=64, steps="of compiling and of losses; default: 20")
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path(), help="the folder of `tables`")

@@ -11,6 +11,9 @@ Batches = list[list[int]]
 Lengths = tuple[int, int, int | None, int | None]
 """Tokens of a row: source and target of the label task, then of the rationale task (``None`` without a rationale)."""
 
+Texts = list[tuple[str, ...]]
+"""The generated texts of each row, label first."""
+
 Tokens = Literal["source", "target"]
 
 

@@ -46,6 +46,18 @@ class Settings:
         return lacks_weights(self.student)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation does."""
+
+    stop_at_gold: bool = False
+    """End each text at the length of its gold target."""
+    rationales: bool = False
+    """Also generate rationales, which goes with their loss."""
+    every_loss: bool = False
+    """Also compute the rationales' loss."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Refuses arguments in one line, without the usage."""
 

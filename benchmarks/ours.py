@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from ceiling import as_run
 from lightning.pytorch.callbacks import Callback
-from operations import Batches
+from operations import Batches, Texts
 from options import Settings
 from torch import Tensor
 
@@ -64,6 +64,8 @@ class Ours:
     def __init__(self, settings: Settings, data: Any, *, every_loss: bool = True, **arguments: Any) -> None:
         self.settings = settings
         self.data = data
+        # the weights of both sides
+        torch.manual_seed(settings.seed)
         if settings.fast is not None:
             arguments.setdefault("fast", settings.fast)
         self.module = BenchmarkModule(
@@ -89,14 +91,14 @@ class Ours:
         with as_run():
             trainer.fit(self.module, datamodule=self.data)
 
-    def evaluator(self, gold_lengths: Mapping[str, Sequence[int]] | None) -> Callable[[], list[tuple[str, ...]]]:
+    def evaluator(self, gold_lengths: Mapping[str, Sequence[int]] | None) -> Callable[[], Texts]:
         """A ready trainer's validation: each call gives the generated texts of each row, label first."""
         trainer = self._trainer()
         self.module.gold_lengths = None
         if gold_lengths is not None:
             self.module.gold_lengths = {task: torch.tensor(own) for task, own in gold_lengths.items()}
 
-        def evaluate() -> list[tuple[str, ...]]:
+        def evaluate() -> Texts:
             self.module.texts = {}
             with as_run():
                 trainer.validate(self.module, datamodule=self.data, verbose=False)

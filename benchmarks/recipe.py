@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from operations import Texts
+from options import Asked, Precision, Settings
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import (
@@ -20,12 +22,13 @@ from transformers import (
     PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5ForConditionalGeneration,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+
+from lit_distill.students import load_model
 
 Feature = dict[str, Any]
 
@@ -94,11 +97,9 @@ class RecipeTrainer(Seq2SeqTrainer):
     rationale_weight = 1.0
     order: Sequence[int] | None = None
     """Row positions to train on in this order, in place of the sampler's: what makes a measurement comparable."""
-    stop_at_gold = False
+    asked = Asked()
+    """Of an evaluation; the published code computes the rationale's loss only where it generates rationales."""
     max_new_tokens: Mapping[str, int] = {}
-    generate_rationales = False
-    rationale_loss = False
-    """Whether an evaluation computes it; the published code does only where it generates rationales."""
 
     def compute_loss(
         self,
@@ -129,9 +130,9 @@ class RecipeTrainer(Seq2SeqTrainer):
         loss, texts, labels = super().prediction_step(
             model, inputs["label"], False, ignore_keys, **self._generation("label", inputs)
         )
-        if "rationale" not in inputs or not (self.rationale_loss or self.generate_rationales):
+        if "rationale" not in inputs or not self.asked.every_loss:
             return loss, (texts,), (labels,)
-        if not self.generate_rationales:
+        if not self.asked.rationales:
             with torch.no_grad(), self.compute_loss_context_manager():
                 explained = model(**self._prepare_inputs(inputs["rationale"])).loss
             return loss + self.rationale_weight * explained, (texts,), (labels,)
@@ -142,7 +143,7 @@ class RecipeTrainer(Seq2SeqTrainer):
 
     def _generation(self, task: str, inputs: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens[task], "do_sample": False}
-        if self.stop_at_gold:
+        if self.asked.stop_at_gold:
             lengths = (inputs[task]["labels"] != -100).sum(dim=1).to(self.model.device)
             end = self.model.config.eos_token_id
             settings["logits_processor"] = LogitsProcessorList([EndAtGold(lengths, end)])
@@ -164,35 +165,26 @@ class Recipe:
     """A student with its settings, which is trained or evaluated once in a process.
 
     Args:
-        student: the model; the trainer leaves its own wrappers around it.
-        tokenizer: its tokenizer.
-        batch_size: examples in a batch.
-        bf16: autocast to bfloat16.
-        device: ``cpu`` or ``cuda``.
-        seed: the trainer's.
+        settings: the benchmark's.
+        tokenizer: the student's.
+        precision: of the trainer.
         folder: where a trainer may write.
     """
 
     def __init__(
-        self,
-        student: T5ForConditionalGeneration,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        bf16: bool,
-        device: str,
-        seed: int,
-        folder: str,
+        self, settings: Settings, tokenizer: PreTrainedTokenizerBase, precision: Precision, folder: str
     ) -> None:
-        self.student = student
+        # the weights of both sides
+        torch.manual_seed(settings.seed)
+        self.student = load_model(settings.student, from_scratch=settings.from_scratch)
         self.tokenizer = tokenizer
-        self.collator = RecipeCollator(tokenizer, model=student)
+        self.collator = RecipeCollator(tokenizer, model=self.student)
         self.settings: dict[str, Any] = {
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": batch_size,
-            "bf16": bf16,
-            "use_cpu": device == "cpu",
-            "seed": seed,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.batch_size,
+            "bf16": precision == "bf16",
+            "use_cpu": settings.device == "cpu",
+            "seed": settings.seed,
             "output_dir": folder,
         }
 
@@ -216,25 +208,9 @@ class Recipe:
         assert sampler is not None  # noqa: S101 - for the type checker
         return list(sampler)
 
-    def evaluator(
-        self,
-        rows: Features,
-        *,
-        stop_at_gold: bool,
-        max_new_tokens: Mapping[str, int],
-        rationales: bool = False,
-        every_loss: bool = False,
-    ) -> Callable[[], list[tuple[str, ...]]]:
-        """A ready trainer's evaluation: each call gives the generated texts of each row, label first.
-
-        Args:
-            rows: the rows.
-            stop_at_gold: end each text at the length of its gold target.
-            max_new_tokens: tokens of each task's text at most.
-            rationales: also generate rationales.
-            every_loss: also compute the rationales' loss.
-        """
-        texts: list[tuple[str, ...]] = []
+    def evaluator(self, rows: Features, asked: Asked, max_new_tokens: Mapping[str, int]) -> Callable[[], Texts]:
+        """A ready trainer's evaluation, of at most so many tokens a task: each call gives the texts of each row."""
+        texts = Texts()
 
         def compute_metrics(found: EvalPrediction) -> dict[str, float]:
             columns = [self._decode(ids) for ids in found.predictions]
@@ -244,12 +220,10 @@ class Recipe:
 
         trainer = self._trainer(eval_dataset=rows, predict_with_generate=True)
         trainer.compute_metrics = compute_metrics
-        trainer.stop_at_gold = stop_at_gold
+        trainer.asked = asked
         trainer.max_new_tokens = max_new_tokens
-        trainer.generate_rationales = rationales
-        trainer.rationale_loss = every_loss
 
-        def evaluate() -> list[tuple[str, ...]]:
+        def evaluate() -> Texts:
             trainer.evaluate()
             return list(texts)
 

@@ -14,7 +14,7 @@ from report import machine
 from rows import content, drawn, open_data, row_lengths, taken, whole_batches
 from workers import Turn
 
-from lit_distill.students import load_model, load_tokenizer
+from lit_distill.students import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
 
 
 class Training:
-    """The rows, and either side's student for them.
+    """The rows, and what either side is trained on.
 
     Args:
         settings: the benchmark's.
@@ -52,34 +52,6 @@ class Training:
         everything = self.rows.__getitems__(list(range(len(self.rows))))
         self.features = Features(everything)
         self.lengths = row_lengths(everything)
-
-    # ------------------------------------------------------------------ the two sides
-
-    def ours(self) -> Ours:
-        """lit_distill."""
-        torch.manual_seed(self.settings.seed)
-        return Ours(self.settings, self.data)
-
-    def recipe(self, precision: Precision, folder: str) -> Recipe:
-        """The recipe, with a student of the same weights.
-
-        Args:
-            precision: of its trainer.
-            folder: where its trainer may write.
-        """
-        torch.manual_seed(self.settings.seed)
-        student = load_model(self.settings.student, from_scratch=self.settings.from_scratch)
-        return Recipe(
-            student,
-            self.tokenizer,
-            batch_size=self.settings.batch_size,
-            bf16=precision == "bf16",
-            device=self.settings.device,
-            seed=self.settings.seed,
-            folder=folder,
-        )
-
-    # ------------------------------------------------------------------ what is trained on
 
     def shuffled(self) -> tuple[Batches, list[Batches]]:
         """Warm-up batches, and the blocks of all pairs: lit_distill's own shuffled batches of an epoch."""
@@ -133,13 +105,13 @@ def train_side(turn: Turn, settings: Settings, side: Side, precision: Precision,
         recipe: Recipe | None = None
         if side == "recipe":
             probe = MemoryProbe(settings.device)
-            recipe = training.recipe(precision, folder)
+            recipe = Recipe(settings, training.tokenizer, precision, folder)
             plan = Plan(warmup, shuffled, training.grouped(recipe))
             student: Any = recipe.student
         else:
             plan = Plan(warmup, shuffled, [training.regrouped(block) for block in turn.wait()])
             probe = MemoryProbe(settings.device)
-            ours = training.ours()
+            ours = Ours(settings, training.data)
             student = ours.module.student.model
         counted = [*plan.shuffled, *plan.grouped]
         turn.answer(

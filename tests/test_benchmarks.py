@@ -203,12 +203,7 @@ def test_other_predictions_are_a_fault(
     }
     with pytest.raises(SystemExit) as stopped:
         bench("eval_throughput").run(
-            workers,
-            replace(settings, pairs=1),
-            stop_at_gold=True,
-            rationales=False,
-            every_loss=False,
-            peak_tflops=None,
+            workers, replace(settings, pairs=1), bench("options").Asked(stop_at_gold=True), peak_tflops=None
         )
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
@@ -428,7 +423,7 @@ def test_the_recipes_loss_is_the_two_mean_cross_entropies(
 ) -> None:
     with bench("quiet").quiet(None):
         training = bench("training").Training(settings)
-        recipe = training.recipe("32", str(tmp_path))
+        recipe = bench("recipe").Recipe(settings, training.tokenizer, "32", str(tmp_path))
         features = [dict(training.features[row]) for row in (0, 1, 2)]
         # one row without a rationale is left out of that loss, and stays in the other
         features[1]["rationale_labels"] = None
@@ -512,7 +507,8 @@ def test_operations_are_counted(bench: Callable[[str], Any]) -> None:
 
 def test_linear_layers_are_those_of_the_model(bench: Callable[[str], Any], settings: Settings, tmp_path: Path) -> None:
     with bench("quiet").quiet(None):
-        student = bench("training").Training(settings).recipe("32", str(tmp_path)).student
+        tokenizer = bench("training").Training(settings).tokenizer
+        student = bench("recipe").Recipe(settings, tokenizer, "32", str(tmp_path)).student
     layers = [tuple(m.weight.shape) for m in student.modules() if isinstance(m, torch.nn.Linear)]
     counted = bench("operations").linears(student.config)
     assert sum(counted.values()) == len(layers)
