@@ -116,14 +116,13 @@ def _planner(arguments: list[str]) -> tuple[Any, Any, Any]:
     """The parser, the config and a planner for the CPU."""
     from lit_distill.commands.dispatch import quieten
     from lit_distill.commands.plan import make_planner
-    from lit_distill.commands.settings import check_settings, settle
+    from lit_distill.commands.settings import parse_settings, settle
     from lit_distill.commands.train import train_parser
     from lit_distill.planning.machine import Machine
 
     quieten()
     parser = train_parser("plan")
-    config = parser.parse_args(arguments)
-    check_settings(parser, arguments, config)
+    config = parse_settings(parser, arguments)
     settle(config, "fit")
     return parser, config, make_planner(parser, config, Machine("cpu", 2**40))
 

@@ -20,7 +20,7 @@ from lit_distill.checks import check_int, check_range
 from lit_distill.commands.annotate import show
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import check_settings
+from lit_distill.commands.settings import parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
@@ -62,8 +62,7 @@ def capture(args: list[str]) -> None:
     """Run ``capture``: parse what ``fit`` parses, build the data and the teacher, and store distributions."""
     parser = train_parser("capture", model=False)
     parser.add_options(_OPTIONS)
-    config = parser.parse_args(args)
-    check_settings(parser, args, config)
+    config = parse_settings(parser, args)
     _check(config)
     fabric = _fabric(config)
     data = build_data(config)

@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessContext, spawn
 from lit_distill.batch import target_tokens
 from lit_distill.checking import Checker, Finding, Measured, Precision, pick_rows
 from lit_distill.checks import check_range
-from lit_distill.commands.settings import check_settings, settle
+from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import build, train_parser
 from lit_distill.tables import console_table
 
@@ -58,8 +58,7 @@ def make_checker(args: list[str], *, on_rank: bool = False) -> tuple[Checker, bo
     parser.add_argument("--two_ranks", type=bool, default=True, help="Also train a step on two processes.")
     text = "Precision of the checks: float64 tells rounding from a wrong loss best."
     parser.add_argument("--dtype", type=Precision, default="float64", help=text)
-    config = parser.parse_args(args)
-    check_settings(parser, args, config)
+    config = parse_settings(parser, args)
     check_range("rows", config["rows"], at_least=2, below=1025, whole=True)
     settle(config, "fit")
     seed = config["seed_everything"]

@@ -17,7 +17,7 @@ from rich.console import Console
 import lit_distill.data
 import lit_distill.modules  # noqa: F401
 from lit_distill.commands.parser import constructor_arguments, import_class
-from lit_distill.commands.settings import check_settings, settle
+from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import train_parser
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State
@@ -154,9 +154,7 @@ class FitCheck:
 
     def parsed(self, config: Mapping[str, Any]) -> Namespace:
         """A config as ``fit`` parses it. Raises a ``UserError`` if ``fit`` would refuse it."""
-        given = copy.deepcopy(dict(config))
-        found: Namespace = self.parser.parse_object(given)
-        check_settings(self.parser, given, found)
+        found = parse_settings(self.parser, copy.deepcopy(dict(config)))
         settle(found, "fit")
         _try_classes(found)
         return found

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill.commands.parser import check_nulls, import_class
-from lit_distill.commands.settings import check_settings, linked
+from lit_distill.commands.settings import linked, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.selection import Flag, having, teacher_accuracy, teacher_counts
@@ -25,8 +25,7 @@ EXAMPLES = 3
 def inspect(args: list[str]) -> None:
     """Run ``inspect``: parse what ``fit`` parses, build the data alone, and print a report."""
     parser = train_parser("inspect", model=False)
-    config = parser.parse_args(args)
-    check_settings(parser, args, config)
+    config = parse_settings(parser, args)
     datamodule = build_data(config)
     render(inspect_data(datamodule))
     if config.get("model") and datamodule.split_rows("train") is not None:

@@ -5,7 +5,7 @@ import gc
 import torch
 
 from lit_distill.commands.plan import make_planner
-from lit_distill.commands.settings import check_settings
+from lit_distill.commands.settings import parse_settings
 from lit_distill.commands.train import run_trainer, train_parser
 from lit_distill.errors import UserError
 from lit_distill.planning.advice import advice
@@ -38,8 +38,7 @@ def _explain(args: list[str], free: int) -> str:
     try:
         with silent():
             parser = train_parser("fit")
-            config = parser.parse_args(args)
-            check_settings(parser, args, config)
+            config = parse_settings(parser, args)
             machine = find_machine(config["trainer"]["accelerator"], None)
             # what was free before the run, as the C library keeps what it freed
             machine = machine if machine.kind == "gpu" else Machine("cpu", free)

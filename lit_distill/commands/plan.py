@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lit_distill.checks import check_range
 from lit_distill.commands.parser import Parser
-from lit_distill.commands.settings import check_settings, settle
+from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import build, train_parser
 from lit_distill.errors import UserError
 from lit_distill.files import write_text
@@ -35,8 +35,7 @@ def plan(args: list[str]) -> None:
     parser.add_argument("--tflops", type=float | None, default=None, help="Throughput of a device, in 10^12 a second.")
     parser.add_argument("--measure", action="store_true", help="Measure the throughput here, by a few real steps.")
     parser.add_argument("--json", type=str | None, default=None, help="File for the same numbers.")
-    config = parser.parse_args(args)
-    check_settings(parser, args, config)
+    config = parse_settings(parser, args)
     check_range("devices", config["devices"], at_least=1, below=2**16, whole=True)
     check_range("tflops", config["tflops"], above=0)
     if config["measure"] and config["tflops"] is not None:

@@ -20,7 +20,7 @@ from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import accepted_arguments, with_location
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import check_settings, settle
+from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.outputs import RELEASED
@@ -71,8 +71,7 @@ def rounds(args: list[str]) -> None:
     """
     parser = train_parser("rounds")
     parser.add_options(_OPTIONS)
-    config = parser.parse_args(args)
-    check_settings(parser, args, config)
+    config = parse_settings(parser, args)
     settle(config, "fit")
     _check(config)
     base = yaml.safe_load(parser.dump(config, skip_unset=False))

@@ -1,4 +1,4 @@
-"""Checks of a parsed config: bounds, contradictions, and data arguments set by the model."""
+"""A parsed config and its checks: bounds, contradictions, and data arguments set by the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +23,10 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 """Bounds of trainer arguments beyond their types."""
 
 
-def check_settings(parser: Parser, given: list[str] | Mapping[str, Any], config: Namespace) -> None:
-    """Check bounds beyond types, and that none of the arguments or the config ``given`` is one that the model sets."""
+def parse_settings(parser: Parser, given: list[str] | Mapping[str, Any]) -> Namespace:
+    """Parse arguments or a config; check bounds beyond types, and that nothing is given that the model sets."""
+    parse: Any = parser.parse_args if isinstance(given, list) else parser.parse_object
+    config: Namespace = parse(given)
     for group in ("trainer", "validation", "checkpoint"):
         if not isinstance(config[group], Namespace):
             raise UserError(f"{group}: got {config[group]!r}; allowed is a mapping of the keys that --help lists")
@@ -34,14 +36,14 @@ def check_settings(parser: Parser, given: list[str] | Mapping[str, Any], config:
     check_range("seed_everything", config["seed_everything"], at_least=0, below=2**32)
     check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
     if (model := config.get("model")) is None:
-        return
-    parse: Any = parser.parse_args if isinstance(given, list) else parser.parse_object
+        return config
     with skip_apply_links():
         alone = parse(given, defaults=False)
     settings = (alone.get("data") or Namespace()).get("init_args") or Namespace()
     for name, value in linked(model).items():
         if settings.get(name) not in (None, value):
             raise UserError(f"data.{name}: {settings[name]!r} is decided by the model, as {value!r}; leave it out")
+    return config
 
 
 def settle(config: Namespace, command: str) -> None:

@@ -33,7 +33,7 @@ from lit_distill.commands.loggers import (
 from lit_distill.commands.parser import Option, Parser, Raised, constructor_arguments
 from lit_distill.commands.report import report, write_predictions
 from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training, check_unused, find_run, read_progress
-from lit_distill.commands.settings import check_settings, linked_tasks, settle
+from lit_distill.commands.settings import linked_tasks, parse_settings, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.export import check_hub
@@ -143,8 +143,7 @@ def run_trainer(command: str, args: list[str]) -> None:
     # TF32 matrix products where supported: several times faster than float32, and good enough for T5
     torch.set_float32_matmul_precision("high")
     fit, parser = command == "fit", train_parser(command)
-    config = parser.parse_args(args)
-    check_settings(parser, args, config)
+    config = parse_settings(parser, args)
     if config["resume"] and not fit:
         raise UserError("resume: only fit goes on with a run; to evaluate one give --ckpt_path")
     if config["resume"] and config["ckpt_path"] is not None:
