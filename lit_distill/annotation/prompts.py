@@ -96,9 +96,9 @@ def load_demonstrations(path: str | Path) -> tuple[Demonstration, ...]:
     return tuple(found)
 
 
-def fixed(demonstrations: Sequence[Demonstration], count: int | None) -> Choose:
-    """Select the first ``count`` (by default all), never the row itself."""
-    return lambda row: [one for one in demonstrations if one.input != row.input][:count]
+def fixed(demonstrations: Sequence[Demonstration]) -> Choose:
+    """Select all in their order, never the row itself."""
+    return lambda row: [one for one in demonstrations if one.input != row.input]
 
 
 def nearest(demonstrations: Sequence[Demonstration], count: int) -> Choose:

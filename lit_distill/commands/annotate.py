@@ -169,7 +169,7 @@ def annotate(
             choose = nearest(known, len(known) if num_demonstrations is None else num_demonstrations)
         else:
             template = template.model_copy(update={"demonstrations": known[:num_demonstrations]})
-            choose = fixed(template.demonstrations, num_demonstrations)
+            choose = fixed(template.demonstrations)
         chosen[name] = template, choose
     datamodule.prepare_data()
     rows = list((datamodule.rows_to_ask(split) or [])[:limit])

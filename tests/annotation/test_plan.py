@@ -35,7 +35,7 @@ def changed(**values: Any) -> PromptTemplate:
 ROW = make_row("r1", "carp , saw ?", "saw", ("carp", "saw"))
 PLAN = Plan(
     template=TEMPLATE,
-    choose=fixed(TEMPLATE.demonstrations, None),
+    choose=fixed(TEMPLATE.demonstrations),
     fields=ToyDataModule().prompt_fields,
     layout="completion",
     teacher="T",
@@ -162,8 +162,8 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "choices": ({}, {"choices": ("saw", "carp")}),
     "instruction": ({"template": changed(instruction="Find it !")}, {}),
     "stop": ({"template": changed(stop=("\nQ",))}, {}),
-    "demonstrations": ({"choose": fixed(TEMPLATE.demonstrations, 1)}, {}),
-    "their order": ({"choose": fixed((FIG, OAK), None)}, {}),
+    "demonstrations": ({"choose": fixed(TEMPLATE.demonstrations[:1])}, {}),
+    "their order": ({"choose": fixed((FIG, OAK))}, {}),
     "layout": ({"layout": "chat"}, {}),
     "teacher": ({"teacher": "U"}, {}),
     "teacher_settings": ({"teacher_settings": {"model": "T-7b", "quantization": "fp8"}}, {}),
@@ -192,7 +192,7 @@ def test_a_row_with_other_choices_is_another_question_though_its_prompt_shows_no
 def test_a_key_is_the_same_in_another_plan() -> None:
     again = Plan(
         template=changed(demonstrations=(OAK.model_copy(), FIG.model_copy())),
-        choose=fixed([OAK, FIG], 2),
+        choose=fixed([OAK, FIG]),
         fields=ToyDataModule(train_size=1).prompt_fields,
         layout="completion",
         teacher="T",

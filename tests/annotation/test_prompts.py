@@ -95,7 +95,7 @@ def changed(**values: Any) -> PromptTemplate:
 
 
 def written(layout: Layout, template: PromptTemplate = TEMPLATE, row: Row = ROW) -> Prompt:
-    return Plan(template, fixed(template.demonstrations, None), TOY.prompt_fields, layout).prompt(row)
+    return Plan(template, fixed(template.demonstrations), TOY.prompt_fields, layout).prompt(row)
 
 
 WritePrompt = Callable[..., Path]

@@ -106,7 +106,7 @@ def test_answers_have_the_form_of_the_released_teacher_s(path: Path) -> None:
 def test_an_answer_that_runs_on_into_a_next_question_is_cut(path: Path) -> None:
     module, template = module_of(path), load_prompt(path)
     own, invented, other = template.demonstrations[:3]
-    written = Plan(template, fixed([own, invented], None), module.prompt_fields, "completion").prompt(other.row)
+    written = Plan(template, fixed([own, invented]), module.prompt_fields, "completion").prompt(other.row)
     assert isinstance(written, str)
     text = written[written.index(own.rationale) :]
     stopped = text[: min(text.index(stop) for stop in template.stop)].strip()
@@ -121,7 +121,7 @@ def test_written_prompts(path: Path) -> None:
     module, template = module_of(path), load_prompt(path)
     row = Row("row", "One thing</s>another thing", None, ("this", "that"))
     shown = template.demonstrations
-    plan = Plan(template, fixed(shown, None), module.prompt_fields, "chat")
+    plan = Plan(template, fixed(shown), module.prompt_fields, "chat")
     chat, text = plan.prompt(row), replace(plan, layout="completion").prompt(row)
     count = len(shown)
     assert isinstance(chat, tuple)
