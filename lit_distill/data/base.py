@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill import checks
-from lit_distill.batch import remember_rows
+from lit_distill.batch import TaskBatch, remember_rows
 from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
 from lit_distill.data.cache import code_of, key_of, versions
 from lit_distill.data.controls import permute_rationales, shuffle_rationales
@@ -37,7 +37,7 @@ from lit_distill.data.selection import (
     teacher_counts,
 )
 from lit_distill.data.store import Rows, of_each
-from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
+from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings, cut_counts, tokenize_once
 from lit_distill.data.used import count_repeated, held_out, select_once
 from lit_distill.data.weights import read_weights, weigh_rows
 from lit_distill.errors import UserError
@@ -221,22 +221,27 @@ class RationaleDataModule(Dataset):
         names = ("name", "prefix", "input", "target", "teacher", "kind", "select", "draws")
         return [[getattr(task, name) for name in names] for task in self.tasks.values()]
 
+    @property
+    def _selector(self) -> Selector:
+        """What becomes of a row in training."""
+        tasks, teacher_labels = tuple(self.tasks.values()), self.label_source == "teacher"
+        return Selector(tasks, teacher_labels, self._keep, self.teacher_agrees, self.pseudo_labels)
+
     def _select(self, rows: Rows) -> UsedRows:
         """The rows of train that are used."""
-        teacher_labels, pseudo = self.label_source == "teacher", self.pseudo_labels
-        select = Selector(tuple(self.tasks.values()), teacher_labels, self._keep, self.teacher_agrees, pseudo)
+        select, pseudo = self._selector, self.pseudo_labels
         own_filter = self._keep is not None and self._keep.__module__ != make_filter.__module__
         # what does not depend on the seed is shared by the seeds
         seed = self.seed if self.train_fraction < 1 or self.rationale_pairing != "own" else 0
         drawn = [self.train_fraction, self.rationale_pairing, seed]
-        settings = [self._written_tasks(), teacher_labels, pseudo or "", self.rationale_filter, *drawn]
+        settings = [self._written_tasks(), select.teacher_labels, pseudo or "", self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
         pairing = self.rationale_pairing if any(task.uses_output for task in self.tasks.values()) else "own"
         if pairing == "permuted":
             used = permute_rationales(used, self.seed)
         elif pairing == "shuffled":
-            used = shuffle_rationales(used, self.seed, teacher_labels=teacher_labels)
+            used = shuffle_rationales(used, self.seed, teacher_labels=select.teacher_labels)
         if self.row_weights is not None:
             # last, so that a row that occurs twice has no rationale of its own
             used = weigh_rows(used, read_weights(self.row_weights), self.seed)
@@ -416,15 +421,12 @@ class RationaleDataModule(Dataset):
 
     def tokenized(self, split: Split) -> TokenRows:
         """The tokenised rows of a split, from the cache if possible."""
-        if split not in self._tokenized:
-            self._tokenized[split] = self._tokenize(split)
-        return self._tokenized[split]
-
-    def _tokenize(self, split: Split) -> TokenRows:
+        if split in self._tokenized:
+            return self._tokenized[split]
         used, settings, choose = self.used_rows(split), self.token_settings, partial(self.targets, split)
         key = key_of("tokens", used.key, split == "train", self._code(), self._written_tasks())
         found = tokenize_once(f"{self.name}-{split}-tokens", used.rows, key, self.tokens, settings, choose)
-        rows = TokenRows(found, settings, self.seed)
+        rows = self._tokenized[split] = TokenRows(found, settings, self.seed)
         cut = cut_counts(rows.lengths_of, settings)
         self.counts[split] |= cut
         told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
@@ -465,6 +467,14 @@ class RationaleDataModule(Dataset):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.predict_split, "predict")
 
+    def _collator(self, *, evaluation: bool) -> Callable[[Sequence[TokenRow]], TaskBatch]:
+        """What makes a batch of rows, see `collate`."""
+        if self.num_workers:
+            # avoids a warning in each worker, which is forked after the tokenizer used threads
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        pad_token_id = int(self.tokenizer.pad_token_id)
+        return partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=evaluation)
+
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
         """Shuffled, resumable batches for training, else all rows of the split."""
         if split not in self._tokenized:
@@ -479,15 +489,11 @@ class RationaleDataModule(Dataset):
         by_length = is_whole if evaluation else self.batching == "by_length"
         lengths = rows.lengths(evaluation=evaluation) if by_length else None
         sampler = EpochSampler(rows, world, rank, not evaluation, self.seed, lengths=lengths, batch_size=batch_size)
-        if self.num_workers:
-            # avoids a warning in each worker, which is forked after the tokenizer used threads
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        pad_token_id = int(self.tokenizer.pad_token_id)
         return (DataLoader if evaluation else ResumableLoader)(
             rows,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=evaluation),
+            collate_fn=self._collator(evaluation=evaluation),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

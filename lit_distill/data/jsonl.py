@@ -1,6 +1,5 @@
 """A user's own data: files, saved folders or a hub dataset."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill import checks
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.data.batches import collate
 from lit_distill.data.dataset import Source
 from lit_distill.data.outputs import RELEASED
-from lit_distill.data.selection import Selector, flags_of, select_rows, teacher_counts
+from lit_distill.data.selection import flags_of, select_rows, teacher_counts
 from lit_distill.data.sources import Table, read_file, read_hub
 from lit_distill.data.store import cut
 from lit_distill.data.streaming import Reading, ShardStream, StreamLoader, find_shards, parse_row, shard_rows
@@ -221,11 +219,7 @@ class JSONLDataModule(RationaleDataModule):
         return self._stream() if self.streaming and "train" in self._tokenized else super().train_dataloader()
 
     def _stream(self) -> StreamLoader:
-        tasks, settings = tuple(self.tasks.values()), self.token_settings
-        select_row = Selector(
-            tasks, self.label_source == "teacher", self._keep, self.teacher_agrees, self.pseudo_labels
-        )
-        choose = partial(self.targets, "train")
+        settings, select_row, choose = self.token_settings, self._selector, partial(self.targets, "train")
 
         def select(found: list[tuple[str, dict[str, Any]]]) -> tuple[Sequence[Row], dict[str, int]]:
             rows = self.read_rows(found, self._row, "train")
@@ -241,15 +235,11 @@ class JSONLDataModule(RationaleDataModule):
             told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
             rank_zero_info(f"{self.name} train, pass {number + 1}: {told}")
 
-        if self.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        pad_token_id = int(self.tokenizer.pad_token_id)
-        together = partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=False)
-        sampled = [task for task in tasks if task.select == "sample"]
+        sampled = [task for task in self.tasks.values() if task.select == "sample"]
         trainer = self.trainer
         stream = ShardStream(
             find_shards(self._patterns, self.data_dir),
-            Reading(select, encode, together, sampled),
+            Reading(select, encode, self._collator(evaluation=False), sampled),
             batch_size=self.batch_size,
             buffer=self.shuffle_buffer,
             seed=self.seed,
