@@ -27,7 +27,6 @@ class Source(NamedTuple):
 
     chunks: Iterable[Lines | list[Placed]]
     read: Callable[[dict[str, Any]], Row]  # parses one
-    empty: str  # the message if there is none
 
 
 # between two operands, and so no sign
@@ -122,9 +121,7 @@ class Dataset(pl.LightningDataModule):
         """
         if (source := self.row_source(split)) is None:
             return None
-        parts = [self.read_rows(part, source.read, split, start) for start, part in numbered(source.chunks)]
-        if not parts:
-            raise UserError(source.empty)
+        parts = (self.read_rows(part, source.read, split, start) for start, part in numbered(source.chunks))
         return list(chain.from_iterable(parts))
 
     def row_source(self, split: Split) -> Source | None:
@@ -132,8 +129,9 @@ class Dataset(pl.LightningDataModule):
         path = self.split_file(split)
         if path is None or not path.is_file():
             return None
-        empty = f"{split}: {path} is empty; give a file with rows, or remove it"
-        return Source(line_chunks(path), self.read_row, empty)
+        if next(line_chunks(path), None) is None:
+            raise UserError(f"{split}: {path} is empty; give a file with rows, or remove it")
+        return Source(line_chunks(path), self.read_row)
 
     def source_files(self, split: Split) -> list[AnyPath] | None:
         """The files that decide what `load_rows` gives, and whose versions tell that it need not be called again.

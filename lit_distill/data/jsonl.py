@@ -180,7 +180,7 @@ class JSONLDataModule(RationaleDataModule):
         self._check_columns(table, split)
         if (names := table.class_names.get(self._columns["label"])) is not None and self.label_set is None:
             self.label_set = tuple(names)
-        return Source(table.chunks(), self._row, f"{split}: {where} is empty")
+        return Source(table.chunks(), self._row)
 
     def _table(self, split: Split) -> Table:
         if self._hub is not None:

@@ -112,8 +112,6 @@ def _write_rows(
     parts = in_order(parse, numbered(loaded.chunks if isinstance(loaded, Source) else cut(loaded)))
     path = folder / "rows.arrow"
     known = [*written(path, {"row": PACKED}, parts, f"Reading {data.name} {split}")]
-    if isinstance(loaded, Source) and not known:
-        raise UserError(loaded.empty)
     ids, inputs, outside, first = zip((hashes([]), hashes([]), 0, []), *known, strict=True)
     np.save(folder / "inputs.npy", np.concatenate(inputs))
     _check_ids(f"{data.name} {split}", np.concatenate(ids), Stored(path))
