@@ -27,16 +27,16 @@ V = TypeVar("V", bound=Sized)
 class Stored:
     """The record batches of an Arrow file, of ``CHUNK`` rows each but the last, mapped into memory."""
 
-    def __init__(self, source: Path | pa.Buffer) -> None:
-        self._source = source
-        self._file = pa.ipc.open_file(pa.memory_map(str(source)) if isinstance(source, Path) else source)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
         # an open batch takes kilobytes
         self.batch = lru_cache(maxsize=256)(self._file.get_batch)
         count = self._file.num_record_batches
         self.rows = count and (count - 1) * CHUNK + self.batch(count - 1).num_rows
 
     def __reduce__(self) -> Any:
-        return type(self), (self._source,)
+        return type(self), (self._path,)
 
     def table(self) -> pa.Table:
         """All rows."""
