@@ -22,16 +22,9 @@ _COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
 
 # a file's version, by the names that file systems give it; not its time of access
 _VERSION = {
-    "etag",
-    "mtime",
-    "last_modified",
-    "lastmodified",
-    "last-modified",
-    "modified",
-    "modificationtime",
-    "updated",
+    *("etag", "mtime", "last_modified", "lastmodified", "last-modified", "modified", "modificationtime", "updated"),
+    *("created", "generation", "blob_id", "content-md5"),
 }
-_VERSION |= {"created", "generation", "blob_id", "content-md5"}
 _BUFFER = 2**20  # bytes to read at once: fsspec's own files look for the end of each line in a block of megabytes
 
 
