@@ -4,6 +4,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterator, Sequence
+from pkgutil import resolve_name
 
 DESCRIPTION = "Distilling step-by-step: train and compare small students."
 
@@ -143,6 +144,4 @@ def known_subclasses(base: str) -> dict[str, type]:
             yield klass
             yield from below(klass)
 
-    module, _, name = base.rpartition(".")
-    root: type = getattr(importlib.import_module(module), name)
-    return {klass.__name__: klass for klass in below(root) if not klass.__name__.startswith("_")}
+    return {klass.__name__: klass for klass in below(resolve_name(base)) if not klass.__name__.startswith("_")}

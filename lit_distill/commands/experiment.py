@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from rich.console import Console
 # these make data modules, methods and objectives known by their class names
 import lit_distill.data
 import lit_distill.modules  # noqa: F401
-from lit_distill.commands.parser import constructor_arguments, import_class
+from lit_distill.commands.parser import constructor_arguments
 from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import train_parser
 from lit_distill.errors import UserError
@@ -174,7 +175,7 @@ class _NoStudent(str):
 def _try_classes(config: Namespace) -> None:
     """Let our own classes check their arguments; those of others run in ``fit`` only, as they may have side effects."""
     for group, instead in (("data", {}), ("model", {"student": _NoStudent("")})):
-        found, arguments = import_class(config[group]["class_path"]), config[group]["init_args"].as_dict() | instead
+        found, arguments = resolve_name(config[group]["class_path"]), config[group]["init_args"].as_dict() | instead
         if found.__module__.startswith("lit_distill."):
             if given := arguments.get("objectives"):
                 own = [each for each in given if each["class_path"].startswith("lit_distill.")]
@@ -187,7 +188,7 @@ def accepted_arguments(class_path: str) -> Collection[str] | None:
     """The argument names of a method, dataset or objective, with those of its base classes; ``None`` if unknown."""
     known = {name: found for base in _BASES for name, found in known_subclasses(base).items()}
     try:
-        return constructor_arguments(known.get(class_path) or import_class(class_path)).keys()
+        return constructor_arguments(known.get(class_path) or resolve_name(class_path)).keys()
     except (ImportError, AttributeError, ValueError):
         return None
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
 from rich.console import Console
 
-from lit_distill.commands.parser import check_nulls, import_class
+from lit_distill.commands.parser import check_nulls
 from lit_distill.commands.settings import linked, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
@@ -37,10 +38,9 @@ def build_data(config: Namespace) -> RationaleDataModule:
     """The data module of a config, as its model sets it; no model is built."""
     data, model = config["data"], config.get("model")
     arguments = (data.get("init_args") or Namespace()).as_dict() | (linked(model) if model else {})
-    data_class = import_class(data["class_path"])
+    data_class: type[RationaleDataModule] = resolve_name(data["class_path"])
     check_nulls(data_class, arguments)
-    built: RationaleDataModule = data_class(**arguments)
-    return built
+    return data_class(**arguments)
 
 
 def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The parser of all commands: one-line errors, and unchanged exceptions of constructors."""
 
-import importlib
 import inspect
 import json
 import re
@@ -164,13 +163,6 @@ def call(
         given.pop("config", None)
     built = [given.pop(option) for option in classes]
     return function(*built, **given)
-
-
-def import_class(class_path: str) -> type[Any]:
-    """The class at an import path that the parser has resolved."""
-    module, _, name = class_path.rpartition(".")
-    found: type[Any] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def constructor_arguments(class_type: type[Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A parsed config and its checks: bounds, contradictions, and data arguments set by the model."""
 
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
@@ -8,7 +9,7 @@ from jsonargparse._link_arguments import skip_apply_links
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.checks import check_range
-from lit_distill.commands.parser import Parser, import_class
+from lit_distill.commands.parser import Parser
 from lit_distill.errors import UserError
 from lit_distill.modules.base import DistillModule
 
@@ -73,7 +74,7 @@ def settle(config: Namespace, command: str) -> None:
 
 def linked_tasks(class_path: str, init_args: Namespace | None = None) -> dict[str, Any]:
     """The tasks of a method given by name, in plain types."""
-    method: type[DistillModule] = import_class(class_path)
+    method: type[DistillModule] = resolve_name(class_path)
     settings = init_args.as_dict() if isinstance(init_args, Namespace) else init_args or {}
     return {name: task.plain() for name, task in method.all_tasks(settings).items()}
 
