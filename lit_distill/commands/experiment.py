@@ -17,7 +17,7 @@ from rich.console import Console
 # these make data modules, methods and objectives known by their class names
 import lit_distill.data
 import lit_distill.modules  # noqa: F401
-from lit_distill.commands.parser import constructor_arguments
+from lit_distill.commands.parser import Parser, constructor_arguments
 from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import train_parser
 from lit_distill.errors import UserError
@@ -147,18 +147,12 @@ def judge(folder: Path, tolerance: float) -> dict[str, str]:
     return verdicts
 
 
-class FitCheck:
-    """Checks a config as ``fit`` would, before weights or data are read."""
-
-    def __init__(self) -> None:
-        self.parser = train_parser("fit")
-
-    def parsed(self, config: Mapping[str, Any]) -> Namespace:
-        """A config as ``fit`` parses it. Raises a ``UserError`` if ``fit`` would refuse it."""
-        found = parse_settings(self.parser, copy.deepcopy(dict(config)))
-        settle(found, "fit")
-        _try_classes(found)
-        return found
+def check_config(parser: Parser, config: Mapping[str, Any]) -> Namespace:
+    """A config as ``fit`` parses it. Raises a ``UserError`` if ``fit`` would refuse it before it reads anything."""
+    found = parse_settings(parser, copy.deepcopy(dict(config)))
+    settle(found, "fit")
+    _try_classes(found)
+    return found
 
 
 class _StudentReached(Exception):
@@ -195,7 +189,7 @@ def accepted_arguments(class_path: str) -> Collection[str] | None:
 
 def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
     """The cells, after checking that ``fit`` accepts each."""
-    check = FitCheck()
+    parser = train_parser("fit")
     base: dict[str, Any] = {}
     for name in grid.base:
         base = merge(base, _read(name, "base"), accepted_arguments)
@@ -211,7 +205,7 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
             # check one of the cells that differ only in their seed
             like = config if "seed" not in point else merge(config, nested(fit_keys({"seed": 0})), accepted_arguments)
             if repr(like) not in checked:
-                check.parsed(with_location(like, folder / name))
+                check_config(parser, with_location(like, folder / name))
                 checked.add(repr(like))
         except UserError as error:
             raise UserError(f"{error} (in the cell {name} of {path})") from error

@@ -13,7 +13,9 @@ import yaml
 from wandb.sdk.launch.sweeps import utils as sweep_utils
 
 from lit_distill.commands.dispatch import quieten, run_experiment
-from lit_distill.commands.experiment import FitCheck, accepted_arguments, experiment, judge
+from lit_distill.commands.experiment import accepted_arguments, check_config, experiment, judge
+from lit_distill.commands.parser import Parser
+from lit_distill.commands.train import train_parser
 from lit_distill.comparison.published import ROWS, TEST_ROWS
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import State
@@ -55,8 +57,8 @@ def teacher(here: Path, weights_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def check() -> FitCheck:
-    return FitCheck()
+def parser() -> Parser:
+    return train_parser("fit")
 
 
 def small(student: Path, **content: Any) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def test_a_shipped_grid_and_its_base_are_found_from_any_folder(capsys: pytest.Ca
     assert "0 of 8 done, 8 pending" in capsys.readouterr().out
 
 
-def test_cells_of_the_ready_grids_by_hand(check: FitCheck, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_of_the_ready_grids_by_hand(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     experiment("configs/experiments/model_size/svamp.yaml", launcher="print", only="step_by_step-*-teacher-seed3")
     lines = capsys.readouterr().out.splitlines()
     names = [f"step_by_step-t5-v1_1-{size}-teacher-seed3" for size in ("small", "base", "large", "xl", "xxl")]
@@ -151,7 +153,7 @@ def test_cells_of_the_ready_grids_by_hand(check: FitCheck, capsys: pytest.Captur
         devices = trainer.get("devices", 1)
         batch = data["batch_size"] * trainer.get("accumulate_grad_batches", 1) * devices
         found[model["student"]] = (batch, model["effective_batch_size"], trainer["max_steps"])
-        assert check.parsed(config)["model"]["class_path"] == "lit_distill.modules.StepByStepModule"
+        assert check_config(parser, config)["model"]["class_path"] == "lit_distill.modules.StepByStepModule"
     google = "google/t5-v1_1-"
     assert found == {
         f"{google}small": (64, 64, 10_000), f"{google}base": (64, 64, 10_000), f"{google}large": (64, 64, 10_000),
@@ -382,14 +384,14 @@ def test_help_is_the_functions(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in shown
 
 
-def test_many_cells_are_checked_in_no_time(check: FitCheck) -> None:
+def test_many_cells_are_checked_in_no_time(parser: Parser) -> None:
     config = yaml.safe_load((CONFIGS / "cqa" / "step_by_step.yaml").read_text())
-    check.parsed(config)
+    check_config(parser, config)
     times = []
     for _ in range(5):
         # of the processor, as others may use it, too
         began = time.process_time()
-        check.parsed(config)
+        check_config(parser, config)
         times.append(time.process_time() - began)
     # about 40 ms
     assert min(times) < 0.4
@@ -532,7 +534,7 @@ def agents_commands(path: Path) -> list[list[str]]:
     return commands
 
 
-def test_a_sweep_is_the_same_cells(student_folder: Path, check: FitCheck) -> None:
+def test_a_sweep_is_the_same_cells(student_folder: Path, parser: Parser) -> None:
     content = small(
         student_folder, set={"trainer.max_steps": 3, "data.batching": "by_length", "trainer.callbacks": None},
         grid={"method": ["standard", "step_by_step"], "train_fraction": [0.5, 1.0], "seed": [0, 7]},
@@ -541,9 +543,10 @@ def test_a_sweep_is_the_same_cells(student_folder: Path, check: FitCheck) -> Non
     experiment(write(content), launcher="print")
     commands = agents_commands(Path("cells/sweep.yaml"))
     assert all(command[:5] == ["/usr/bin/env", "python", "-m", "lit_distill", "fit"] for command in commands)
-    parser = check.parser
     swept = [parser.parse_args(command[5:]) for command in commands]
-    cells = [check.parsed(yaml.safe_load(path.read_text())) for path in sorted(Path("cells").glob("*/fit.yaml"))]
+    cells = [
+        check_config(parser, yaml.safe_load(path.read_text())) for path in sorted(Path("cells").glob("*/fit.yaml"))
+    ]
     assert len(cells) == 8
 
     def told(config: Any) -> str:

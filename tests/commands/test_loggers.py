@@ -5,22 +5,24 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from lit_distill.commands.experiment import FitCheck, accepted_arguments
+from lit_distill.commands.experiment import accepted_arguments, check_config
 from lit_distill.commands.loggers import run_name, wandb_naming
+from lit_distill.commands.parser import Parser
+from lit_distill.commands.train import train_parser
 from lit_distill.experiments.grid import LOCATION, fit_keys, merge, nested
 
 
 @pytest.fixture(scope="module")
-def check() -> FitCheck:
+def parser() -> Parser:
     """``fit``'s parser."""
-    return FitCheck()
+    return train_parser("fit")
 
 
-def config(check: FitCheck, student: Path, **changes: object) -> Namespace:
+def config(parser: Parser, student: Path, **changes: object) -> Namespace:
     base = nested(fit_keys({"method": "step_by_step", "student": str(student), "dataset": "ToyDataModule", "seed": 0}))
     given = {key.replace("__", "."): value for key, value in changes.items()}
     location = {key: given.pop(key) for key in LOCATION if key in given}
-    return check.parsed(merge(base, nested(fit_keys(given) | location), accepted_arguments))
+    return check_config(parser, merge(base, nested(fit_keys(given) | location), accepted_arguments))
 
 
 @pytest.mark.parametrize(
@@ -38,26 +40,26 @@ def config(check: FitCheck, student: Path, **changes: object) -> Namespace:
     ],
 )
 def test_what_differs_but_seeds_makes_another_group(
-    check: FitCheck, student_folder: Path, changes: dict[str, object]
+    parser: Parser, student_folder: Path, changes: dict[str, object]
 ) -> None:
-    plain = wandb_naming(config(check, student_folder))
-    other = wandb_naming(config(check, student_folder, **changes))
+    plain = wandb_naming(config(parser, student_folder))
+    other = wandb_naming(config(parser, student_folder, **changes))
     assert plain["group"] != other["group"]
     assert plain["name"] != other["name"]
 
 
-def test_another_student_makes_another_group(check: FitCheck, student_folder: Path, tmp_path: Path) -> None:
+def test_another_student_makes_another_group(parser: Parser, student_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.symlink_to(student_folder)
-    groups = [wandb_naming(config(check, student))["group"] for student in (student_folder, other)]
+    groups = [wandb_naming(config(parser, student))["group"] for student in (student_folder, other)]
     assert groups[0].startswith(f"toy-StepByStep-gold-1-{student_folder.name}-")
     assert groups[1].startswith("toy-StepByStep-gold-1-other-")
 
 
-def test_seeds_paths_loggers_and_strategies_make_no_other_group(check: FitCheck, student_folder: Path) -> None:
-    plain = config(check, student_folder)
+def test_seeds_paths_loggers_and_strategies_make_no_other_group(parser: Parser, student_folder: Path) -> None:
+    plain = config(parser, student_folder)
     other = config(
-        check, student_folder, seed=3, trainer__strategy="ddp", trainer__num_nodes=1, cpu_threads=2,
+        parser, student_folder, seed=3, trainer__strategy="ddp", trainer__num_nodes=1, cpu_threads=2,
         trainer__default_root_dir="/elsewhere", trainer__enable_progress_bar=False, data__init_args__num_workers=2,
         checkpoint__dirpath="/elsewhere/checkpoints", push_to_hub="own/student-seed3", resume=True,
     )  # fmt: skip
