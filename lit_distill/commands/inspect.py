@@ -105,18 +105,19 @@ def _lengths(datamodule: RationaleDataModule, split: Split) -> dict[str, Any]:
 
 
 def _summary(lengths: Mapping[int, int], limit: int) -> dict[str, int | float | None]:
-    rows = sum(lengths.values())
-    longest = max(lengths, default=None)
-    found = (
-        {"median": _percentile(lengths, 0.5), "p95": _percentile(lengths, 0.95)}
-        if rows
-        else dict.fromkeys(("median", "p95"))
-    )
-    return {"rows": rows, **found, "max": longest, "truncated": beyond(lengths, limit)}
+    return {
+        "rows": sum(lengths.values()),
+        "median": _percentile(lengths, 0.5),
+        "p95": _percentile(lengths, 0.95),
+        "max": max(lengths, default=None),
+        "truncated": beyond(lengths, limit),
+    }
 
 
-def _percentile(counts: Mapping[int, int], fraction: float) -> float:
-    """Of the values that occur so often, interpolated linearly between two."""
+def _percentile(counts: Mapping[int, int], fraction: float) -> float | None:
+    """Of the values that occur so often, interpolated linearly between two; ``None`` without any."""
+    if not counts:
+        return None
     values = sorted(counts)
     ends = np.cumsum([counts[value] for value in values])
     place = fraction * (ends[-1] - 1)
