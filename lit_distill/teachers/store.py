@@ -58,7 +58,7 @@ class Header:
     renormalised: bool  # whether the head is the whole target: without draws
     seed: int  # of the draws
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Hash of a split's rows and targets -> dataset, split, and numbers of rows and positions."""
+    """Hash of a split's rows and targets -> dataset, split, and number of rows."""
     version: str = ""  # of this package
     format: Literal[1] = 1  # the version of this layout
 
