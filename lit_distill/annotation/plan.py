@@ -47,10 +47,8 @@ class Plan:
     def prompt(self, row: Row) -> Prompt:
         """The prompt for a row: a chat, whose turns replace the template's cues, or one text."""
         template = self.template
-        instruction = template.instruction.strip()
-        if self.structured:
-            instruction += " Give the answer as one JSON object with the keys rationale and label."
-        instruction = instruction.strip()
+        form = " Give the answer as one JSON object with the keys rationale and label." if self.structured else ""
+        instruction = (template.instruction.strip() + form).strip()
         shown = [(self._question(one.row), self._answer(one)) for one in self.choose(row)]
         # never reveal the gold label
         asked = self._question(replace(row, label=self.wrong_label(row) if "wrong" in template.needs else None))

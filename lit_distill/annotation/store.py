@@ -72,7 +72,7 @@ class AnnotationStore:
             raise UserError(f"out: {used}") from error
         try:
             self._end_last_line()
-            for _, sample, _ in self._samples():
+            for _, sample in self._samples():
                 self._count(read(sample))
         except BaseException:
             self._lock.release()
@@ -166,13 +166,13 @@ class AnnotationStore:
                 except ValueError:
                     file.truncate(file.tell() - len(last[0]))
 
-    def _samples(self) -> Iterator[tuple[int, Annotation, dict[str, Any]]]:
-        """Offset in the file, content and raw row of each line."""
+    def _samples(self) -> Iterator[tuple[int, Annotation]]:
+        """Offset in the file and content of each line."""
         offset = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.isspace():
-                    yield offset, *_parse(line, f"{self.path}:{number}")
+                    yield offset, _parse(line, f"{self.path}:{number}")[0]
                 offset += len(line)
 
     def _in_order(
@@ -186,7 +186,7 @@ class AnnotationStore:
             own = job.get("teacher"), job.get("prompt"), job.get("settings"), job.get("kind", "rationale")
             groups.setdefault(own, len(groups))
         entries: list[tuple[int, int, int, int]] = []
-        for offset, found, _ in self._samples():
+        for offset, found in self._samples():
             if (at := place(found)) is None:
                 at = unmatched.setdefault((found.split, found.id, found.input), _UNMATCHED + len(unmatched))
             group = groups.setdefault((found.teacher, found.prompt, found.settings, found.kind), len(groups))
