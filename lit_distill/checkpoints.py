@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from typing_extensions import override
 
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_write
@@ -25,7 +24,6 @@ from lit_distill.interrupts import Interrupted, on_signals
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint IO with atomic writes: to a file beside the target, then renamed."""
 
-    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
