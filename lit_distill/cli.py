@@ -9,7 +9,7 @@ from pathlib import Path
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.interrupts import Interrupted
-from lit_distill.messages import COMMANDS, DESCRIPTION, likely, no_command
+from lit_distill.messages import COMMANDS, DESCRIPTION, likely
 from lit_distill.secrets import refuse_secrets
 from lit_distill.shipped import find_configs, list_or_copy
 
@@ -90,7 +90,8 @@ def answer_at_once(given: list[str]) -> str | None:
         commands = "\n".join(f"    {name:<12}{text}" for name, text in COMMANDS.items())
         return helps[0].format(description=DESCRIPTION, commands=commands)
     if not option.startswith("-") and option not in COMMANDS:
-        raise UserError(no_command(option))
+        found = f"{option}: no such command{likely(option, tuple(COMMANDS))}" if option else "a command must be given"
+        raise UserError(f"{found}; allowed are {', '.join(COMMANDS)}")
     if option.startswith("-") and name not in _ALONE:
         raise UserError(f"{name}: no such argument{likely(name, _ALONE)}; allowed are a command, {', '.join(_ALONE)}")
     if option in SHORT_HELP and {"-h", "--help"} & set(given):

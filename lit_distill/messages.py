@@ -103,12 +103,6 @@ def _unknown_option(name: str, options: Sequence[str]) -> str:
     return f"{name}: no such argument{likely(name, options)}; allowed are {listed}"
 
 
-def no_command(given: str | None = None) -> str:
-    """The message for a missing or unknown command."""
-    start = f"{given}: no such command{likely(given, tuple(COMMANDS))}" if given else "a command must be given"
-    return f"{start}; allowed are {', '.join(COMMANDS)}"
-
-
 def plain_type(text: str) -> str:
     """A Python type in plain words."""
     if literal := re.search(r"typing\.Literal\[(.+)\]", text):
