@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Question, Reply, turns
+from lit_distill.questions import Question, Reply, turns
 from lit_distill.secrets import INSTEAD, secret_names
 from lit_distill.teachers.base import BatchTeacher, TeacherError
 
@@ -29,7 +29,6 @@ class VLLMTeacher(BatchTeacher):
     Args:
         model: a hub name, or a folder in the Hugging Face format.
         batch_size: questions given to the engine at a time; it drains at the end of each batch.
-        layout: prompts are the turns of a ``chat`` or a text for ``completion``.
         engine: further arguments of ``vllm.LLM``, such as ``tensor_parallel_size``, ``max_model_len`` or
             ``quantization``.
         logprobs: add the mean log-probability of an answer's tokens, including end-of-sequence, as the engine reports
@@ -44,12 +43,11 @@ class VLLMTeacher(BatchTeacher):
         self,
         model: str,
         batch_size: int = 1024,
-        layout: Layout = "chat",
         engine: dict[str, Any] | None = None,
         logprobs: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, batch_size, layout=layout, **kwargs)
+        super().__init__(model, batch_size, **kwargs)
         # do not show the value: it may be a key
         if found := next(secret_names(engine), None):
             raise UserError(f"engine.{found}: {INSTEAD}")

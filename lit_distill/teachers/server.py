@@ -22,7 +22,7 @@ from pydantic import (
 
 from lit_distill import checks
 from lit_distill.errors import UserError
-from lit_distill.questions import Layout, Question, Reply, cut_at, turns
+from lit_distill.questions import Question, Reply, cut_at, turns
 from lit_distill.secrets import INSTEAD, secret_names
 from lit_distill.teachers.base import Teacher, TeacherBusy, TeacherError
 
@@ -47,7 +47,6 @@ class OpenAITeacher(Teacher):
             OpenAI.
         api_key_file: file that contains only the server's key; by default ``OPENAI_API_KEY``. The key is sent to the
             server and stored nowhere. Servers that need none get a placeholder.
-        layout: prompts are the turns of a ``chat`` or a text for ``completion``.
         timeout: seconds for one try of a question, including its whole answer.
         max_retries: retries of a question.
         logprobs: ask for log-probabilities of tokens, if the server has them.
@@ -63,7 +62,6 @@ class OpenAITeacher(Teacher):
         model: str,
         base_url: str | None = None,
         api_key_file: str | Path | None = None,
-        layout: Layout = "chat",
         timeout: float = 120.0,
         max_retries: int = 6,
         logprobs: bool = False,
@@ -71,7 +69,7 @@ class OpenAITeacher(Teacher):
         token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",  # noqa: S107 - no password
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, layout=layout, **kwargs)
+        super().__init__(model, **kwargs)
         self.base_url = _check_url("base_url", base_url) if base_url is not None else None
         self._key = "" if api_key_file is None else _read_key(api_key_file)
         checks.check_range("timeout", timeout, above=0)
