@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from lit_distill.data.selection import UsedRows
-from lit_distill.data.store import Array, Lazy, read
+from lit_distill.data.store import Array, Lazy, of_each, read
 from lit_distill.errors import UserError
 from lit_distill.tasks import Row, TeacherOutput
 
@@ -52,5 +52,5 @@ def permute_rationales(used: UsedRows, seed: int) -> UsedRows:
 
         return replace(row, outputs=tuple(map(of, row.outputs)))
 
-    rows = Lazy(len(used.rows), lambda at: [permuted(row) for row in read(used.rows, at)])
-    return replace(used, rows=rows, counts=used.counts | {"rationale_permuted": len(used.with_rationale)})
+    counts = used.counts | {"rationale_permuted": len(used.with_rationale)}
+    return replace(used, rows=of_each(used.rows, permuted), counts=counts)

@@ -193,7 +193,7 @@ class JSONLDataModule(RationaleDataModule):
 
     def setup(self, stage: str) -> None:
         """As the base class; with ``streaming``, check what a trainer has to have."""
-        trainer = self.trainer if self.streaming and str(getattr(stage, "value", stage)) == "fit" else None
+        trainer = self.trainer if self.streaming and stage == "fit" else None
         if trainer is not None and trainer.max_steps == -1:
             raise UserError("max_steps: must be given with streaming, whose training rows have no end")
         if trainer is not None and trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,12 +278,10 @@ class StreamLoader:
                 self._end_pass(number, counts)
             self._states[stream], self._next = state, (stream + 1) % len(self._states)
             self.counts.clear()
-            self.counts.update(sum((Counter(one) for one in self._all_counts()), Counter()))
+            open_passes = (counts for _, counts in self._passes.values())
+            known = chain([self._ended], open_passes, (state["counts"] for state in self._states))
+            self.counts.update(sum(map(Counter, known), Counter()))
             yield batch
-
-    def _all_counts(self) -> Iterable[Mapping[str, int]]:
-        open_passes = (counts for _, counts in self._passes.values())
-        return chain([self._ended], open_passes, (state["counts"] for state in self._states))
 
     def _end_pass(self, number: int, counts: Mapping[str, int]) -> None:
         streams, before = self._passes.pop(number, (0, {}))
