@@ -49,7 +49,7 @@ _COLUMNS = {
 }
 """What is said of each teacher and style -> the heading of its column."""
 _SUMS = ("cost", "cost at most", "seconds")
-"""What is a number with a fraction, but none of answers."""
+"""Numbers with a fraction that are no share of the answers."""
 
 
 def annotate(

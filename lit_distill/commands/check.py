@@ -24,7 +24,7 @@ from lit_distill.tables import console_table
 
 WORLD = 2
 _LONGEST = 600.0
-"""Seconds after which two processes that have not ended wait for each other for ever."""
+"""Seconds after which the two processes count as stuck."""
 
 Job = tuple[list[str], Path]
 """The arguments of a check, and the folder where its step is found and its results are put."""
@@ -117,7 +117,7 @@ def start_ranks(jobs: Sequence[Job]) -> ProcessContext:
 
 
 def end_ranks(context: ProcessContext) -> None:
-    """Wait for the processes; those that wait for each other for ever are ended."""
+    """Wait for the processes, and end those that are stuck."""
     for process in context.processes:
         process.join(_LONGEST)
     for process in context.processes:
