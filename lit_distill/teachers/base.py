@@ -35,6 +35,7 @@ class Teacher(ABC):
         output_price: US dollars per million tokens of answers.
     """
 
+    concurrency: int = 16  # maximum questions in flight, unless the user sets it
     has_answered: bool = False  # ever in this job, so that later refusals concern single questions
 
     def __init__(
@@ -51,11 +52,6 @@ class Teacher(ABC):
         checks.check_range("input_price", input_price, at_least=0)
         checks.check_range("output_price", output_price, at_least=0)
         self.input_price, self.output_price = input_price, output_price
-
-    @property
-    def concurrency(self) -> int:
-        """Maximum questions in flight, unless the user sets it."""
-        return 16
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,13 +109,9 @@ class BatchTeacher(Teacher):
     def __init__(self, model: str, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.batch_size = checks.check_int("batch_size", batch_size, 1)
+        self.concurrency = self.windows * self.batch_size  # as many as are sorted together
         self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()  # `None` ends the thread
         self._closed: asyncio.Future[None] | None = None
-
-    @property
-    def concurrency(self) -> int:
-        """The number of questions that are sorted together."""
-        return self.windows * self.batch_size
 
     def load(self) -> None:
         """Load, in the thread. Raises a ``UserError`` if the teacher is unavailable."""

@@ -57,6 +57,8 @@ class OpenAITeacher(Teacher):
         **kwargs: as in `Teacher`.
     """
 
+    concurrency = 32  # enough for one GPU, within the limits of hosted APIs
+
     def __init__(
         self,
         model: str,
@@ -80,11 +82,6 @@ class OpenAITeacher(Teacher):
         self.token_limit = token_limit
         self._client: Any = None
         self._models = ""
-
-    @property
-    def concurrency(self) -> int:
-        """Enough for one GPU, within the limits of hosted APIs."""
-        return 32
 
     @property
     def settings(self) -> dict[str, Any]:
