@@ -122,7 +122,7 @@ def read_text(
     )
 
 
-def unread(annotation: Annotation, error: str | None = None) -> Annotation:
+def unread(annotation: Annotation, error: str | None) -> Annotation:
     """A sample without the columns that follow from its text; ``error`` is why it could not be read."""
     unknown = dict.fromkeys(("parsed", "rationale", "label", "agrees", "contains_label", "length"))
     return replace(annotation, error=error, **unknown)  # type: ignore[arg-type]

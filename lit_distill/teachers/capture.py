@@ -138,7 +138,7 @@ class _Worker:
         self.capturer, self.folder = Capturer(header, batch_size, device), Path(folder)
 
     def __call__(self, items: dict[str, Any]) -> dict[str, Any]:
-        tables = [_from_bytes(item) for item in items["rows"]]
+        tables = [pa.ipc.open_stream(item).read_all() for item in items["rows"]]
         for rows in tables:
             self.capturer.write(self.folder, rows)
         return {"rows": np.array([len(rows) for rows in tables])}
@@ -149,7 +149,3 @@ def _to_bytes(rows: pa.Table) -> bytes:
     with pa.ipc.new_stream(out, rows.schema) as writer:
         writer.write_table(rows)
     return bytes(out.getvalue())
-
-
-def _from_bytes(content: bytes) -> pa.Table:
-    return pa.ipc.open_stream(content).read_all()
