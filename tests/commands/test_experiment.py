@@ -29,7 +29,7 @@ from tests.runs import refusal as command_refusal
 
 READY = sorted((CONFIGS / "experiments").rglob("*.yaml"))
 COUNTS = {
-    "methods": 150,
+    "methods": 162,
     "learning_curve": 80,
     "model_size": 80,
     "ablation": 28,
