@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import torch
 import torch._inductor.config
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from options import OneLineParser, lacks_weights, one_line_errors
 from quiet import quiet
 from torch import Tensor
@@ -340,15 +340,6 @@ def kernels_of(node: Any) -> int:
 # ------------------------------------------------------------------------------------------------ host
 
 
-class _Steps(Callback):
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_batch_end(self, *rest: Any) -> None:
-        """After the optimizer and the schedule."""
-        self.marks.append(time.process_time())
-
-
 def replay(graph: Any, example: Any) -> Any:
     """A compiler whose programs give zeros of the right shapes: what a CUDA graph's replay leaves to Python."""
     outputs = [one for node in graph.graph.nodes if node.op == "output" for one in node.args[0]]
@@ -394,14 +385,17 @@ def host_ms(student: str, batch: TaskBatch, path: PathName) -> float:
             stack.enter_context(patch.object(compiled, "why_not_compiled", lambda device: None))
             stack.enter_context(patch.object(torch._dynamo, "maybe_mark_dynamic", lambda *rest: None))
         rows = {task: _few_rows(inputs) for task, inputs in batch.items()}
-        steps, count = _Steps(), HOST_STEPS + HOST_STEPS // 3
+        marks: list[float] = []
+        # after the optimizer and the schedule
+        clock = LambdaCallback(on_train_batch_end=lambda *rest: marks.append(time.process_time()))
+        count = HOST_STEPS + HOST_STEPS // 3
         trainer = pl.Trainer(
-            accelerator="cpu", devices=1, max_steps=count, gradient_clip_val=1.0, logger=False, callbacks=[steps],
+            accelerator="cpu", devices=1, max_steps=count, gradient_clip_val=1.0, logger=False, callbacks=[clock],
             precision="bf16-mixed" if path == "compiled" else "32-true", enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, DataLoader([rows] * count, batch_size=None))
-    times = [after - before for before, after in pairwise(steps.marks)]
+    times = [after - before for before, after in pairwise(marks)]
     return 1000 * statistics.median(times[-HOST_STEPS:])
 
 

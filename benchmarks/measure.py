@@ -7,53 +7,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from workers import Turn
 
 
-class Stopwatch:
-    """Seconds between two places in a program; on CUDA between two events on the device.
-
-    Args:
-        device: ``cpu`` or ``cuda``.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.on_cuda = device == "cuda"
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Here."""
-        if self.on_cuda:
-            import torch
-
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        """Between the two marks."""
-        first, last = self._marks
-        if self.on_cuda:
-            last.synchronize()
-            return float(first.elapsed_time(last)) / 1000
-        return float(last - first)
-
-
-def seconds_of(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
+def now(device: str) -> float:
+    """Seconds by a clock, once the device has done all that it was told."""
     if device == "cuda":
         import torch
 
         torch.cuda.synchronize()
-    watch = Stopwatch(device)
-    watch.mark()
+    return time.perf_counter()
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    started = now(device)
     work()
-    watch.mark()
-    return watch.seconds()
+    return now(device) - started
 
 
 class Blocks:
@@ -83,8 +55,7 @@ class Blocks:
         """Wait for the next block's turn."""
         self._turn.wait()
         self._end += self._left.pop(0)
-        self._watch = Stopwatch(self._device)
-        self._watch.mark()
+        self._started = now(self._device)
 
     def on_step(self, done: int) -> None:
         """To be called after each step, with the number of steps so far."""
@@ -93,8 +64,8 @@ class Blocks:
             raise RuntimeError(f"after {self._done} batches {done} optimizer steps were done, not as many")
         if done < self._end:
             return
-        self._watch.mark()
-        self._turn.answer({"seconds": self._watch.seconds(), "memory": self._probe.read(), "notes": list(self._notes)})
+        seconds = now(self._device) - self._started
+        self._turn.answer({"seconds": seconds, "memory": self._probe.read(), "notes": list(self._notes)})
         if self._left:
             self.begin()
         else:

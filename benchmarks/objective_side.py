@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from measure import MemoryProbe, Stopwatch
+from measure import MemoryProbe
 from quiet import quiet
 from workers import Turn
 
@@ -32,16 +32,13 @@ class TakeTurns(pl.Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        self._watch.mark()
-        turn: Turn = _state["turn"]
-        cpu = time.process_time() - self._cpu
-        turn.answer({"seconds": self._watch.seconds(), "cpu": cpu, "memory": _state["probe"].read()})
+        seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
+        _state["turn"].answer({"seconds": seconds, "cpu": cpu, "memory": _state["probe"].read()})
         self._begin()
 
     def _begin(self) -> None:
         _state["turn"].wait()
-        self._watch, self._cpu = Stopwatch("cpu"), time.process_time()
-        self._watch.mark()
+        self._started, self._cpu = time.perf_counter(), time.process_time()
 
 
 def fit(turn: Turn, arguments: Sequence[str], folder: str, threads: int | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from ceiling import as_run
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from operations import Batches, Texts
 from options import Settings
 from torch import Tensor
@@ -87,7 +87,9 @@ class Ours:
             on_step: called after each optimizer step with the number of steps done.
         """
         self.data.replayed = batches
-        trainer = self._trainer(max_steps=len(batches), callbacks=[_OnStep(on_step)])
+        # after the optimizer and the schedule
+        told = LambdaCallback(on_train_batch_end=lambda trainer, *rest: on_step(trainer.global_step))
+        trainer = self._trainer(max_steps=len(batches), callbacks=[told])
         with as_run():
             trainer.fit(self.module, datamodule=self.data)
 
@@ -120,12 +122,3 @@ class Ours:
             enable_model_summary=False,
             **arguments,
         )
-
-
-class _OnStep(Callback):
-    def __init__(self, on_step: Callable[[int], None]) -> None:
-        self.on_step = on_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """After the optimizer and the schedule."""
-        self.on_step(trainer.global_step)

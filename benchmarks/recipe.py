@@ -5,14 +5,14 @@ a label batch and a rationale batch, a ``compute_loss`` with two forward passes,
 today's fused AdamW. Nothing here knows of lit_distill's modules.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from operations import Texts
 from options import Asked, Precision, Settings
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
@@ -115,8 +115,8 @@ class RecipeTrainer(Seq2SeqTrainer):
             loss = loss + self.rationale_weight * outputs["rationale"].loss
         return (loss, outputs) if return_outputs else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        return super()._get_train_sampler(train_dataset) if self.order is None else _Order(self.order)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
     def prediction_step(
         self,
@@ -148,17 +148,6 @@ class RecipeTrainer(Seq2SeqTrainer):
             end = self.model.config.eos_token_id
             settings["logits_processor"] = LogitsProcessorList([EndAtGold(lengths, end)])
         return settings
-
-
-class _Order(Sampler[int]):
-    def __init__(self, order: Sequence[int]) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)
-
-    def __len__(self) -> int:
-        return len(self.order)
 
 
 class Recipe:
@@ -204,9 +193,8 @@ class Recipe:
 
     def grouped_order(self, rows: Features) -> list[int]:
         """The order of an epoch under the trainer's own sampling by length."""
-        sampler = self._trainer(train_dataset=rows, train_sampling_strategy="group_by_length")._get_train_sampler()
-        assert sampler is not None  # noqa: S101 - for the type checker
-        return list(sampler)
+        trainer = self._trainer(train_dataset=rows, train_sampling_strategy="group_by_length")
+        return list(trainer._get_train_sampler())
 
     def evaluator(self, rows: Features, asked: Asked, max_new_tokens: Mapping[str, int]) -> Callable[[], Texts]:
         """A ready trainer's evaluation, of at most so many tokens a task: each call gives the texts of each row."""
