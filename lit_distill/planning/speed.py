@@ -3,11 +3,12 @@
 import statistics
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 
 from lit_distill.batch import TaskBatch
 from lit_distill.modules.base import DistillModule
@@ -29,18 +30,14 @@ def measure_step(
         settings: the trainer's, of the names `lit_distill.planning.trainer.SETTINGS`.
         accelerator: the trainer's, too.
     """
-    clock = _Clock()
-    with silent():
-        own = {**settings, "accumulate_grad_batches": 1}
-        take_steps(module, data, batch, own, clock, steps=STEPS, accelerator=accelerator)
-    return statistics.median(after - before for before, after in zip(clock.ends[1:], clock.ends[2:], strict=False))
+    ends: list[float] = []
 
-
-class _Clock(Callback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def look(trainer: pl.Trainer, *rest: Any) -> None:
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        ends.append(time.perf_counter())
+
+    with silent():
+        own, clock = {**settings, "accumulate_grad_batches": 1}, LambdaCallback(on_train_batch_end=look)
+        take_steps(module, data, batch, own, clock, steps=STEPS, accelerator=accelerator)
+    return statistics.median(after - before for before, after in pairwise(ends[1:]))
