@@ -16,7 +16,7 @@ from lit_distill.modules.training import Training, last_good_checkpoint
 from lit_distill.modules.voting import Vote, vote_paths
 from lit_distill.objectives import Step
 from lit_distill.students.base import ProcessLogits
-from lit_distill.tasks import Row, TeacherOutput, answer_task, rationale_task
+from lit_distill.tasks import Parsed, Row, TeacherOutput, answer_task, rationale_task
 
 
 @dataclass
@@ -201,14 +201,14 @@ class Evaluating(Training):
         """
         task = self.tasks[self.answer_task]
         index = step.batch[task.name]["index"].tolist()
-        own, before = self.follow(step, task.name, key)
+        own, before, written = self.follow(step, task.name, key)
         found, ids = [], self.generate_ids(own, task.name)
         for row, first, last, text in zip(index, before, ids, self.student.tokens.decode(ids), strict=True):
             parsed = task.read(text)
             found.append(Answer(row, parsed.label or "", text, parsed.rationale, tokens=len(first) + len(last)))
         if task.after is not None and task.after == self.rationale_task:
-            for answer, text in zip(found, self.student.tokens.decode(before), strict=True):
-                answer.rationale = self.tasks[task.after].read(text).rationale
+            for answer, parsed in zip(found, written, strict=True):
+                answer.rationale = parsed.rationale
         elif rationales and self.rationale_task not in (None, task.name):
             self._add_rationales(found, step)
         if self.hparams["score_choices"] and key.choices is not None and task.scores_labels:
@@ -231,16 +231,16 @@ class Evaluating(Training):
         key: AnswerKey,
         rows: Sequence[int] | None = None,
         then: ProcessLogits | None = None,
-    ) -> tuple[Step, list[list[int]]]:
+    ) -> tuple[Step, list[list[int]], list[Parsed]]:
         """A step in which a task's sources have what the student writes for the task that it comes after, if any.
 
-        Returns that step, of these rows alone, and the tokens that were generated for each; without such a task the
-        same step. ``rows`` and ``then`` as in `generate_ids`.
+        Returns that step, of these rows alone, the tokens that were generated for each, and what they say; without such
+        a task the same step, and nothing. ``rows`` and ``then`` as in `generate_ids`.
         """
         own, index = self.tasks[task], step.batch[task]["index"]
         index = index if rows is None else index[list(rows)]
         if own.after is None:
-            return step, [[] for _ in index]
+            return step, [[] for _ in index], []
         ids, tokens = self.generate_ids(step, own.after, rows, then), self.student.tokens
         written = [self.tasks[own.after].read(text) for text in tokens.decode(ids)]
         # a row that pads gets the input of the first
@@ -250,7 +250,7 @@ class Evaluating(Training):
         sources = tokens.sources(texts, key.max_source_length).ids
         made = pad_rows(sources, [[] for _ in sources], int(tokens.tokenizer.pad_token_id))
         made["index"] = index
-        return self.step({task: made}), ids
+        return self.step({task: made}), ids, written
 
     def generate_texts(self, step: Step, task: str) -> list[str]:
         """The generated text of each row of a task."""

@@ -131,7 +131,7 @@ def _paths(
     samples: list[int],
 ) -> list[VotePath]:
     """A task's paths: of these rows, with these numbers."""
-    index, decode = step.batch[task.name]["index"].tolist(), module.student.tokens.decode
+    index = step.batch[task.name]["index"].tolist()
 
     def sampler(name: str) -> Sampler:
         length, numbers = module.generation_settings(name)["max_new_tokens"], None
@@ -146,19 +146,19 @@ def _paths(
     last = sampler(task.name)
     # without a task before, it has no tokens
     first = last if task.after is None else sampler(task.after)
-    own, before = module.follow(step, task.name, key, rows, first)
+    own, before, written = module.follow(step, task.name, key, rows, first)
     ids = module.generate_ids(own, task.name, rows if own is step else None, last)
-    texts = decode(ids)
-    parsed, rationales = [task.read(text) for text in texts], None
-    if task.after is not None:
-        rationales = [module.tasks[task.after].read(text).rationale for text in decode(before)]
+    texts = module.student.tokens.decode(ids)
+    parsed = [task.read(text) for text in texts]
+    # that of a task that comes after another is the other's
+    rationales = [one.rationale for one in (parsed if task.after is None else written)]
     logs = zip(first.log_probabilities(before), last.log_probabilities(ids), strict=True)
     return [
         VotePath(
             task=task.name,
             text=texts[path],
             label=parsed[path].label or None,
-            rationale=parsed[path].rationale if rationales is None else rationales[path],
+            rationale=rationales[path],
             log_probability=sum(of_path),
             tokens=len(before[path]) + len(ids[path]),
         )
