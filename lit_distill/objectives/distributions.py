@@ -134,7 +134,6 @@ class ForwardKL(Divergence):
         self.temperature = temperature
 
     def setup(self, student: Student, teachers: Teachers) -> None:
-        super().setup(student, teachers)
         self._store = teachers.store(str(self.teacher))
 
     def value(self, student: Tensor, teacher: Tensor) -> Tensor:

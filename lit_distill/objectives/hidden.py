@@ -41,6 +41,7 @@ class LayerPairs(Objective):
     reads_teacher = True
     first = 1
     """The first layer that it may read: 0 is the embeddings."""
+    layers: Any
 
     def __init__(self, *, stack: Stack = "encoder", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -48,8 +49,9 @@ class LayerPairs(Objective):
         self.pairs: list[tuple[int, int]] = []
 
     def layer_map(self, student: int, teacher: int) -> Layers:
-        """The pairs of layers, for stacks of so many layers."""
-        raise NotImplementedError
+        """The pairs of layers, for stacks of so many layers; by default as ``layers`` says."""
+        found: Layers = self.layers
+        return found
 
     def setup(self, student: Student, teachers: Teachers) -> None:
         who = f"objectives: {self.name}"
@@ -106,9 +108,6 @@ class HiddenStates(LayerPairs):
         super().__init__(stack=stack, **kwargs)
         self.layers = layers
         self.maps = UninitializedParameter()  # of the embeddings and of the layers, or of one of them
-
-    def layer_map(self, student: int, teacher: int) -> Layers:
-        return self.layers
 
     def make(self, width: int, teacher_width: int) -> None:
         kinds = len({own == 0 for own, _ in self.pairs})

@@ -94,9 +94,6 @@ class MutualInformation(LayerPairs):
         self.teacher_map = UninitializedParameter()  # V
         self.baseline = UninitializedParameter()  # of log q(y)
 
-    def layer_map(self, student: int, teacher: int) -> Layers:
-        return self.layers
-
     def make(self, width: int, teacher_width: int) -> None:
         number = len(self.pairs)
         if shape(self, "student_map", (number, self.size, width)):
