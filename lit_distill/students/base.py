@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -63,6 +64,11 @@ class Pass(ABC):
             raise KeyError(f"no task {task!r} in this batch, which holds {', '.join(self.batch)}")
         return self.batch[task]
 
+    def _own_rows(self, task: str) -> slice:
+        """The task's rows among those of all tasks."""
+        number, first = len(self.inputs(task)["labels"]), self._first_rows[task]
+        return slice(first, first + number)
+
     def labels(self, task: str) -> Tensor:
         """The target token ids, ``(tokens,)``."""
         labels = self.inputs(task)["labels"]
@@ -96,8 +102,8 @@ class Pass(ABC):
         Scores are what the softmax is taken of: scaled products of queries and keys, with T5's position bias, without
         the mask. ``layer`` counts from 1. Needs `Student.record_attention` before the pass.
         """
-        pairs, first = self.pairs(task, kind), self._first_rows[task]
-        scores = self._call(layer, kind).scores(slice(first, first + len(pairs))).permute(0, 2, 3, 1)
+        pairs = self.pairs(task, kind)
+        scores = self._call(layer, kind).scores(self._own_rows(task)).permute(0, 2, 3, 1)
         queries, keys = (min(sizes) for sizes in zip(scores.shape[1:3], pairs.shape[1:], strict=True))
         return scores[:, :queries, :keys][pairs[:, :queries, :keys]]
 
@@ -143,8 +149,8 @@ class Pass(ABC):
 
     def _own(self, task: str, padded: Tensor, real: Tensor) -> Tensor:
         """The task's real positions, out of ``(rows of all tasks, length, size)``."""
-        first, width = self._first_rows[task], min(padded.shape[1], real.shape[1])
-        return padded[first : first + len(real), :width][real[:, :width]]
+        width = min(padded.shape[1], real.shape[1])
+        return padded[self._own_rows(task), :width][real[:, :width]]
 
     @torch.no_grad()
     def generate(
@@ -338,4 +344,4 @@ class Student(nn.Module, ABC):
     def record(self) -> StudentRecord:
         """Configuration, tokenizer and adapter in plain types, for checkpoints."""
         record = record_model(self.network, self.tokenizer)
-        return record if self.adapter is None else {**record, "adapter": self.adapter.plain()}
+        return record if self.adapter is None else {**record, "adapter": asdict(self.adapter)}

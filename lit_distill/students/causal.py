@@ -115,13 +115,11 @@ class CausalPass(Pass):
 
     def hidden(self, task: str, layer: int) -> Tensor:
         """At the positions that predict the target tokens."""
-        rows, first = len(self.inputs(task)["labels"]), self._first_rows[task]
-        labels = self._sequences["labels"][first : first + rows]
+        labels = self._sequences["labels"][self._own_rows(task)]
         return self._own(task, self._forward[0][layer][:, :-1], labels[:, 1:] != IGNORE_INDEX)
 
     def pairs(self, task: str, kind: Attention) -> Tensor:
-        rows, first = len(self.inputs(task)["labels"]), self._first_rows[task]
-        real = self._sequences["attention_mask"][first : first + rows] != 0
+        real = self._sequences["attention_mask"][self._own_rows(task)] != 0
         return (real[:, :, None] & real[:, None]).tril()
 
     def _call(self, layer: int, kind: Attention) -> Call:

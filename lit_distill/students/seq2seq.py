@@ -262,9 +262,9 @@ class PackedPass(Seq2SeqPass):
         return self._targets(task, hidden[layer])
 
     def encoder(self, task: str, layer: int = -1) -> Tensor:
-        rows, first, encoded = len(self.inputs(task)["labels"]), self._first_rows[task], self._forward[0]
-        start = sum(encoded.packing.lengths[:first])
-        return encoded.hidden[layer][start : start + sum(encoded.packing.lengths[first : first + rows])]
+        rows, encoded = self._own_rows(task), self._forward[0]
+        start = sum(encoded.packing.lengths[: rows.start])
+        return encoded.hidden[layer][start : start + sum(encoded.packing.lengths[rows])]
 
     def _sources(self, task: str, rows: list[int]) -> tuple[Encoded, list[int]]:
         """Encoded sources, and the numbers of a task's rows among them."""
