@@ -38,17 +38,9 @@ class Adapter:
         check_choice("adapter: export", adapter.export, ("merged", "adapter"))
         return adapter
 
-    def same(self, other: "Adapter | None") -> bool:
-        """Whether both have the same weights."""
-        return other is not None and self.trained() == other.trained()
-
     def trained(self) -> dict[str, Any]:
         """The settings on which its weights depend, as plain types."""
-        return {name: value for name, value in self.plain().items() if name != "export"}
-
-    def plain(self) -> dict[str, Any]:
-        """The settings as plain types."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "export"}
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
         """PEFT's configuration for a model."""

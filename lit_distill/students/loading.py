@@ -90,7 +90,7 @@ def load_model(
         model = pretrained(files.name, config, dropout=dropout, dtype=dtype)
     else:
         model, kept = _from_checkpoint(files, files.checkpoint, dropout, dtype)
-        if kept is not None and kept.same(wanted):
+        if kept is not None and wanted is not None and kept.trained() == wanted.trained():
             return model
         model = model if kept is None else merged(model)
     return model if wanted is None else add_adapter(model, wanted)
