@@ -154,8 +154,9 @@ def test_a_student_that_is_its_teacher(folders: dict[str, tuple[Path, Path]], fa
     module.student.model.load_state_dict(teacher.model.state_dict())
     found = term(module.eval(), collate(ROWS, TASKS))
     found.backward()
+    # in float32 the two round differently on some processors
     assert float(found.detach()) < 1e-10
-    assert max(float(gradient.abs().max()) for gradient in gradients_of(module.student.model).values()) < 1e-6
+    assert max(float(gradient.abs().max()) for gradient in gradients_of(module.student.model).values()) < 1e-5
 
 
 def test_it_trains_a_student_towards_its_teacher(folders: dict[str, tuple[Path, Path]]) -> None:
