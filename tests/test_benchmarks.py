@@ -107,6 +107,7 @@ def check_ratio(ratio: dict[str, float], recipe: list[float], ours: list[float])
 # ---------------------------------------------------------------- the two commands
 
 
+@pytest.mark.slow
 def test_training_is_compared(bench: Callable[[str], Any], short: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     bench("train_throughput").main(short)
     found = last_line(capfd)

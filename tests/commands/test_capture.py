@@ -152,6 +152,7 @@ def test_one_store_serves_other_rows_tasks_and_orders(
     assert sorted(splits) == ["train", "train", "val"]
 
 
+@pytest.mark.slow
 def test_two_processes_store_what_one_does(
     student_folder: Path, weights_folder: Path, release: Path, tmp_path_factory: pytest.TempPathFactory, here: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_preset(
     assert not failed(findings)
 
 
+@pytest.mark.slow
 def test_two_processes(models: dict[str, tuple[Path, Path]], ragged: list[str], here: Path) -> None:
     jobs: list[tuple[list[str], Path]] = []
     checkers: list[Checker] = []
