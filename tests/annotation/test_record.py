@@ -408,9 +408,10 @@ def test_what_a_rationale_says(rationale: str, same: str) -> None:
 
 @pytest.mark.parametrize("text", ["1+" * 200_000, "=" * 200_000, "1 + 1 = " * 50_000, "(" * 200_000 + "=1"])
 def test_what_is_said_is_found_in_linear_time(text: str) -> None:
-    began = time.perf_counter()
+    # the square of the length would take minutes
+    began = time.process_time()
     said(text)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 10
 
 
 def test_samples_that_say_the_same_are_not_distinct() -> None:
