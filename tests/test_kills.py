@@ -144,6 +144,7 @@ def campaign(student: Path, root: Path, *, kills: int, validating: int, seed: in
     return counts
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(student_folder: Path, cwd: Path) -> None:
     counts = campaign(student_folder, cwd, kills=3, validating=2, seed=0)
     assert counts["validating"] == 2

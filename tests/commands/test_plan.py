@@ -147,6 +147,7 @@ def test_a_run_in_16_bits_saves_nothing_by_them(precision: str, student_folder: 
     assert not any("bf16" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_table_of_80_columns(
     student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
