@@ -169,7 +169,15 @@ def test_a_run_ends_after_so_many_tokens(student_folder: Path) -> None:
     # a step without rationales reads less than half
     assert standard > 6
     small = [*small_model(student_folder), *toy_data(12, 4), *small_trainer(50, 100)]
-    run("fit", *small, budget, "--trainer.accumulate_grad_batches=2", "--baseline_after_fit=true")
+    # which ends a run alone, too
+    run(
+        "fit",
+        *small,
+        budget,
+        "--trainer.max_steps=-1",
+        "--trainer.accumulate_grad_batches=2",
+        "--baseline_after_fit=true",
+    )
     # the baseline takes as many steps
     [_] = run_folders()[-1].glob("baseline/checkpoints/*step=3.ckpt")
 
