@@ -152,11 +152,12 @@ def test_a_student_that_is_its_teacher(folders: dict[str, tuple[Path, Path]], fa
     module = make(folders[family][1], folders[family][1])
     [teacher] = module.teachers.loaded("big")
     module.student.model.load_state_dict(teacher.model.state_dict())
-    found = term(module.eval(), collate(ROWS, TASKS))
-    found.backward()
     # in float32 the two round differently on some processors
+    teacher.model.double()
+    found = term(module.double().eval(), collate(ROWS, TASKS))
+    found.backward()
     assert float(found.detach()) < 1e-10
-    assert max(float(gradient.abs().max()) for gradient in gradients_of(module.student.model).values()) < 1e-5
+    assert max(float(gradient.abs().max()) for gradient in gradients_of(module.student.model).values()) < 1e-6
 
 
 def test_it_trains_a_student_towards_its_teacher(folders: dict[str, tuple[Path, Path]]) -> None:

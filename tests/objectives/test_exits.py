@@ -76,7 +76,8 @@ def test_value_and_gradient(folders: dict[str, Path], family: str, fast: bool, l
             parameter.normal_(std=0.3)
     network = copy.deepcopy(module.student.network).double().eval()
     batch = collate(ROWS, TASKS, extra=1)
-    term = objective(module.step(batch))
+    # the term of the last layer is a small difference, and in float32 some processors round it by more than this allows
+    term = objective(module.double().step(batch))
     term.backward()
     total, number = torch.zeros((), dtype=torch.float64), 0
     for row in ROWS:
@@ -90,7 +91,7 @@ def test_value_and_gradient(folders: dict[str, Path], family: str, fast: bool, l
     assert objective.counts(batch) == number
     expected = total / number
     expected.backward()
-    assert float(term.detach()) == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-7)
+    assert float(term.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for found, wanted in zip(module.student.network.parameters(), network.parameters(), strict=True):
         if wanted.grad is None:
             assert found.grad is None or not found.grad.any(), "the last layer learns nothing here"
