@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 
+from lit_distill.students import timing
 from tests.runs import at_work_in, write_release
 from tests.students import add_weights, make_student_folder
 
@@ -23,6 +25,12 @@ hypothesis.settings.load_profile("any_speed")
 # a shell's background jobs ignore Ctrl-C, and with them all that they start; some tests send it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_timed_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fast: auto`` takes its default path: on a busy machine timing takes now one, now another, of other dropout."""
+    monkeypatch.setattr(timing, "TOO_SHORT", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from lit_distill.batch import TaskBatch
 from lit_distill.students import timing
 from lit_distill.students.seq2seq import DEFAULT_PATH, PathName, Seq2SeqPass, Seq2SeqStudent
-from lit_distill.students.timing import Choice, Stage, choose
+from lit_distill.students.timing import TOO_SHORT, Choice, Stage, choose
 from tests.students.fast.examples import TASKS, as_student, make_student, make_task
 
 BATCH = {str(number): task for number, task in enumerate(TASKS)}
@@ -24,6 +24,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float | list[float]) -> None:
         self.seconds = {name: own if isinstance(own, list) else [own] * 9 for name, own in seconds.items()}
         self.now, self.order, self.rows = 0.0, list[str](), list[int]()
+        monkeypatch.setattr(timing, "TOO_SHORT", TOO_SHORT)  # the package's own
         monkeypatch.setattr(timing, "_time", self.time)
         monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
