@@ -28,7 +28,7 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.styles import find_style, reader, rows_with_needs, styles_of
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.export import check_hub, push_folder
+from lit_distill.exporting.hugging_face import check_hub, push_folder
 from lit_distill.questions import Prompt, Sampling, count_tokens
 from lit_distill.teachers.base import Teacher, TeacherError
 from lit_distill.teachers.runner import Budget

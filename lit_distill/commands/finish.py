@@ -28,7 +28,8 @@ from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
-from lit_distill.export import CardFacts, export_checkpoint, origin, push_folder
+from lit_distill.exporting.hugging_face import CardFacts, export_checkpoint, origin, push_folder
+from lit_distill.exporting.predictor import record_task
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.methods import StandardModule
 from lit_distill.progress import progress_bar
@@ -154,14 +155,7 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
             dataset=data.name,
             student=Path(str(settings["student"])).name,
             settings=settings,
-            tasks={
-                name: {
-                    "prefix": task.prefix,
-                    **{key: value for key, value in task.plain().items() if key in ("input", "after")},
-                    **module.generation_settings(name),
-                }
-                for name, task in module.tasks.items()
-            },
+            tasks={name: record_task(task, module.generation_settings(name)) for name, task in module.tasks.items()},
             data=data.describe(),
             metrics=tested.metrics if tested else {},
             rows=len(tested.answers) if tested else 0,

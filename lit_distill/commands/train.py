@@ -36,7 +36,7 @@ from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training
 from lit_distill.commands.settings import linked_tasks, parse_settings, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.export import check_hub
+from lit_distill.exporting.hugging_face import check_hub
 from lit_distill.files import flatten, write_text
 from lit_distill.interrupts import Interrupted, interruptible
 from lit_distill.messages import COMMANDS

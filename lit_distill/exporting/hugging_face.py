@@ -67,7 +67,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
 
 def generation_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a task that are arguments of ``generate``."""
-    return {name: value for name, value in settings.items() if name not in ("prefix", "input", "after")}
+    return {name: value for name, value in settings.items() if name in ("max_new_tokens", "num_beams")}
 
 
 def model_card(facts: CardFacts) -> str:

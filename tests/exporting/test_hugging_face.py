@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lit_distill.export import CardFacts, export_checkpoint, model_card, origin
+from lit_distill.exporting.hugging_face import CardFacts, export_checkpoint, model_card, origin
 from lit_distill.modules import SingleTaskModule
 from tests.students import WORDS, make_student_folder
 
