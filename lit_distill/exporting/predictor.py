@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_distill.exporting.engine import Engine, EngineName, load_engine
 from lit_distill.students import StudentFiles
-from lit_distill.tasks import Row, Task, TeacherOutput, tasks_from
+from lit_distill.tasks import PRESETS, Row, Task, TeacherOutput, tasks_from
 
 REPORT = "export.json"
 """What an export says of itself, beside its files."""
@@ -79,7 +79,9 @@ def load_predictor(folder: str | Path, engine: EngineName | None = None) -> Pred
 
 def record_task(task: Task, generation: Mapping[str, int]) -> dict[str, Any]:
     """What a student's configuration says of a task, in plain types: its input and target, and how it is generated."""
-    return {"prefix": task.prefix, **{key: task.plain()[key] for key in _RECORDED if key in task.plain()}, **generation}
+    preset = PRESETS.get(task.name, Task())
+    own = {key: value for key in _RECORDED if (value := getattr(task, key)) != getattr(preset, key)}
+    return {**own, "prefix": task.prefix, **generation}
 
 
 def recorded_tasks(config: Mapping[str, Any]) -> tuple[dict[str, Task], dict[str, int]]:
