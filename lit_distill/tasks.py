@@ -199,6 +199,20 @@ class Task:
         """Whether the label is the last of several fields."""
         return len(self.template_fields) > 1 and self.template_fields[-1] == "label"
 
+    def max_length(self, label: int | None = None, rationale: int | None = None, known: int | None = None) -> int:
+        """Maximum tokens of the student's text: ``max_new_tokens``, or else the sum over its parts.
+
+        ``label`` and ``rationale`` are the configured lengths of these parts. Where one is not, ``known`` is what the
+        targets of train need, or else a label has 64 and a rationale 256.
+        """
+        parts = [(label, 64)] if self.gives_label else []
+        if self.gives_rationale or not self.gives_label:
+            parts.append((rationale, 256))
+        length = sum(configured or 0 for configured, _ in parts)
+        if any(configured is None for configured, _ in parts):
+            length += sum(usual for _, usual in parts) if known is None else known
+        return self.max_new_tokens or length
+
     def accepts(self, output: TeacherOutput) -> bool:
         """Whether an output has the task's teacher and kind."""
         return output.kind == self.kind and self.teacher in (None, output.teacher)

@@ -11,6 +11,7 @@ from lit_distill.errors import UserError
 from lit_distill.tasks import (
     LABEL,
     LABEL_RATIONALE,
+    PRESETS,
     RATIONALE,
     RATIONALE_LABEL,
     Parsed,
@@ -241,3 +242,12 @@ def test_a_fingerprint_tells_rows_apart() -> None:
     said = [make_row("a", "in", "yes", rationale="or"), rows[1]]
     assert fingerprint(said) == fingerprint(rows)
     assert fingerprint(said, rationales=True) != fingerprint(rows, rationales=True)
+
+
+def test_lengths_are_given_or_configured_or_known_or_usual() -> None:
+    label, rationale, both = (PRESETS[name] for name in ("label", "rationale", "rationale_label"))
+    assert [task.max_length() for task in (label, rationale, both)] == [64, 256, 320]
+    assert [task.max_length(5, 7) for task in (label, rationale, both)] == [5, 7, 12]
+    assert [task.max_length(5, known=9) for task in (label, rationale, both)] == [5, 9, 14]
+    assert [task.max_length(known=9) for task in (label, rationale, both)] == [9, 9, 9]
+    assert Task("own", max_new_tokens=3).max_length(5, 7, 9) == 3

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ REPORT = "export.json"
 """What an export says of itself, beside its files."""
 
 _RECORDED = ("prefix", "input", "after", "target", "parser")
-_LABEL, _RATIONALE = 64, 256
-"""Maximum lengths where nothing else is known, as in `DistillModule.generation_settings`."""
 
 
 class Predictor:
@@ -53,7 +51,7 @@ class Predictor:
 
     def generate(self, inputs: Sequence[str], task: str, *, num_beams: int | None = None) -> list[str]:
         """The student's text for each input; ``Task.read`` parses it."""
-        beams, length = num_beams or self.num_beams.get(task, 1), max_new_tokens(self.tasks[task])
+        beams, length = num_beams or self.num_beams.get(task, 1), self.tasks[task].max_length()
         ids = self.engine.generate(self.sources(inputs, task), max_new_tokens=length, num_beams=beams)
         return self.tokens.decode(ids)
 
@@ -96,17 +94,3 @@ def recorded_tasks(config: Mapping[str, Any]) -> tuple[dict[str, Task], dict[str
     beams = {name: one.get("num_beams", 1) for name, one in found.items()}
     plain = {name: {key: one[key] for key in one if key != "num_beams"} for name, one in found.items()}
     return tasks_from(plain), beams
-
-
-def max_new_tokens(task: Task) -> int:
-    """The maximum length of a task's text."""
-    parts = _LABEL * task.gives_label + _RATIONALE * (task.gives_rationale or not task.gives_label)
-    return task.max_new_tokens or parts
-
-
-def with_recorded_lengths(tasks: Mapping[str, Task], recorded: Mapping[str, Task]) -> dict[str, Task]:
-    """These tasks, with the maximum lengths that a student recorded where they have none."""
-    return {
-        name: replace(task, max_new_tokens=task.max_new_tokens or recorded.get(name, task).max_new_tokens)
-        for name, task in tasks.items()
-    }

@@ -36,7 +36,7 @@ from lit_distill.teachers.models import TeacherModel, Teachers
 _SEED_KEY = "lit_distill_seed"
 _TASKS_KEY = "lit_distill_tasks"
 _PATHS_KEY = "lit_distill_paths"
-_LIMITS_KEY = "lit_distill_target_limits"
+LIMITS_KEY = "lit_distill_target_limits"
 _TOKENS_KEY = "lit_distill_train_tokens"
 
 
@@ -250,7 +250,7 @@ class DistillModule(Evaluating):
             check_weights(checkpoint["state_dict"], f"step {checkpoint['global_step']}")
         checkpoint[CHECKPOINT_KEY] = self.student.record()
         checkpoint[_TASKS_KEY] = task_texts(self.tasks)
-        checkpoint[_LIMITS_KEY] = dict(self._target_limits)
+        checkpoint[LIMITS_KEY] = dict(self._target_limits)
         checkpoint[_TOKENS_KEY] = self.train_tokens()
         if self._seed >= 0:
             checkpoint[_SEED_KEY] = self._seed
@@ -289,7 +289,7 @@ class DistillModule(Evaluating):
                     f"ckpt_path: the checkpoint was trained with {name} {before}, not {now};"
                     " give the method and its arguments as they were"
                 )
-        self._target_limits = dict(checkpoint.get(_LIMITS_KEY, {}))
+        self._target_limits = dict(checkpoint.get(LIMITS_KEY, {}))
         self._seed = checkpoint.get(_SEED_KEY, self._seed)
         if (loops := checkpoint.get("loops")) is not None:
             loop = loops["fit_loop"]

@@ -62,20 +62,14 @@ class Evaluating(Training):
     def generation_settings(self, task: str) -> dict[str, int]:
         """``generate``'s arguments for a task.
 
-        The maximum length is the task's ``max_new_tokens``, or else the sum over its parts: as configured, as the
-        targets of train need, or without training data as the student's configuration says (else 64 for a label, 256
-        for a rationale).
+        The maximum length is that of `Task.max_length`; without training data the student's configuration says what
+        the targets need.
         """
-        own = self.tasks[task]
-        defaults = {"label": 64} if own.gives_label else {}
-        if own.gives_rationale or not own.gives_label:
-            defaults["rationale"] = 256
-        configured = [self.hparams[f"max_{part}_length"] for part in defaults]
-        length = sum(part or 0 for part in configured)
-        if None in configured:
-            exported = (getattr(self.student.model.config, "task_specific_params", None) or {}).get(task, {})
-            length += self._target_limits.get(task, exported.get("max_new_tokens", sum(defaults.values())))
-        return {"max_new_tokens": own.max_new_tokens or length, "num_beams": self.hparams["num_beams"]}
+        exported = (getattr(self.student.model.config, "task_specific_params", None) or {}).get(task, {})
+        known = self._target_limits.get(task, exported.get("max_new_tokens"))
+        settings = self.hparams
+        length = self.tasks[task].max_length(settings["max_label_length"], settings["max_rationale_length"], known)
+        return {"max_new_tokens": length, "num_beams": settings["num_beams"]}
 
     def answer_key(self, split: Split) -> AnswerKey:
         """The data module's answer key of a split. Raises a ``UserError`` if the trainer has bare data loaders."""

@@ -10,10 +10,8 @@ from lit_distill.exporting.engine import TransformersEngine
 from lit_distill.exporting.predictor import (
     Predictor,
     load_predictor,
-    max_new_tokens,
     record_task,
     recorded_tasks,
-    with_recorded_lengths,
 )
 from lit_distill.students import load
 from lit_distill.tasks import Task, tasks_from
@@ -44,15 +42,6 @@ def test_what_is_recorded_comes_back() -> None:
     assert recorded_tasks({"task_specific_params": None}) == ({}, {})
     with pytest.raises(UserError, match=r"^tasks: label: prefix must be a text, got 3"):
         recorded_tasks({"task_specific_params": {"label": {"prefix": 3}}})
-
-
-def test_lengths_are_given_or_recorded_or_usual() -> None:
-    tasks = tasks_from(
-        {"label": {"max_new_tokens": 4}, "rationale": {"prefix": "x"}, "rationale_label": {"prefix": "y"}}
-    )
-    recorded = tasks_from({"label": {"max_new_tokens": 9}, "rationale": {"prefix": "x", "max_new_tokens": 8}})
-    found = with_recorded_lengths(tasks, recorded)
-    assert [max_new_tokens(task) for task in found.values()] == [4, 8, 320]
 
 
 def test_a_task_after_another_reads_its_text(weights_folder: Path) -> None:
