@@ -36,6 +36,8 @@ from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training
 from lit_distill.commands.settings import linked_tasks, parse_settings, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
+from lit_distill.exporting.engine import Engine, EngineName, load_engine
+from lit_distill.exporting.engine_student import run_on
 from lit_distill.exporting.hugging_face import check_hub
 from lit_distill.files import flatten, write_text
 from lit_distill.interrupts import Interrupted, interruptible
@@ -57,6 +59,10 @@ _OPTIONS: Sequence[Option] = (
     ("baseline_after_fit", bool, False, "After fit, train the label-only baseline for as many steps, too."),
     ("push_to_hub", str | None, None, "Hugging Face repository that fit uploads its student to, as in user/name."),
     ("predictions", str | None, None, "JSON lines file that predict writes; by default in the run's folder."),
+)
+
+_ENGINE: Sequence[Option] = (
+    ("engine", EngineName, "transformers", "What predicts; for ctranslate2 model.student is a folder of `export`."),
 )
 
 _DEFAULTS = {
@@ -84,7 +90,7 @@ def train_parser(command: str, *, model: bool = True) -> Parser:
     parser.add_lightning_class_args(ValidateEverySteps, "validation")
     parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
     parser.set_defaults(_DEFAULTS)
-    parser.add_options(_OPTIONS)
+    parser.add_options([*_OPTIONS, *(_ENGINE if command == "predict" else ())])
     text = "Go on with the newest run of this configuration, in its folder, unless it is finished; fit only."
     parser.add_argument("--resume", action="store_true", help=text)
     if model:
@@ -154,6 +160,7 @@ def run_trainer(command: str, args: list[str]) -> None:
         config["seed_everything"] = pl.seed_everything(None if seed is True else seed, workers=True)
     if config["cpu_threads"] is not None:
         torch.set_num_threads(config["cpu_threads"])
+    engine = _engine(config)
     settle(config, command)
     name_loggers(config, command)
     folder = find_run(config, yaml.safe_load(parser.dump(config, skip_unset=False))) if fit else None
@@ -169,7 +176,10 @@ def run_trainer(command: str, args: list[str]) -> None:
             rank_zero_warn("ckpt_path: the checkpoint holds no config to compare with the one given here")
         check_training(saving.plain, trained, constructor_arguments(DistillModule))
     history = RunHistory(run_folder)
-    trainer, module, data = build(parser, _to_build(config, folder, progress), [history, saving])
+    with nullcontext() if engine is None else deferred():
+        trainer, module, data = build(parser, _to_build(config, folder, progress), [history, saving])
+    if engine is not None:
+        run_on(engine, module)
     # a resumed run records its original student
     for name in ("student", "from_scratch"):
         module.hparams[name] = module._hparams_initial[name] = config["model"]["init_args"][name]
@@ -224,6 +234,16 @@ def run_trainer(command: str, args: list[str]) -> None:
 
             # the next command of this process starts a new run
             wandb.finish(exit_code=int(failed))
+
+
+def _engine(config: Namespace) -> Engine | None:
+    """The engine of an export that is to predict, and its student without weights in the config; else ``None``."""
+    if config.get("engine", "transformers") == "transformers":
+        return None
+    if config["ckpt_path"] is not None:
+        raise UserError("ckpt_path: not with --engine ctranslate2, for which model.student is a folder of `export`")
+    config["model"]["init_args"].update(Namespace(from_scratch=False, adapter=None))
+    return load_engine(config["model"]["init_args"]["student"], "ctranslate2")
 
 
 def _to_build(config: Namespace, folder: Path | None, progress: Mapping[str, Any]) -> Namespace:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -56,26 +57,26 @@ class TransformersEngine:
 
     def generate(self, sources: Ids, *, max_new_tokens: int, num_beams: int = 1) -> list[list[int]]:
         """See `Engine`."""
-        before = self._settings.early_stopping
-        self._settings.early_stopping = True if num_beams > 1 else before
+        before = {name: getattr(self._settings, name) for name in ("early_stopping", "num_beams")}
+        if num_beams > 1:
+            self._settings.update(early_stopping=True, num_beams=num_beams)
+        process = partial(self._without_unknown, in_sum=num_beams > 1)
 
         def of(rows: list[int]) -> list[list[int]]:
             found = self._pass([sources[row] for row in rows], [[] for _ in rows])
-            return found.generate(
-                _TASK, max_new_tokens=max_new_tokens, num_beams=num_beams, process_logits=self._without_unknown
-            )
+            return found.generate(_TASK, max_new_tokens=max_new_tokens, num_beams=num_beams, process_logits=process)
 
         try:
             return in_batches(of, [len(source) for source in sources])
         finally:
-            self._settings.early_stopping = before
+            self._settings.update(**before)
 
-    def _without_unknown(self, scores: Tensor, step: int, rows: Tensor) -> Tensor:
+    def _without_unknown(self, scores: Tensor, step: int, rows: Tensor, *, in_sum: bool) -> Tensor:
         if scores.shape[1] == self._known:
             return scores
-        scores = scores.index_fill(1, torch.arange(self._known, scores.shape[1], device=scores.device), -torch.inf)
+        scores[:, self._known :] = -torch.inf
         # beams add up log-probabilities
-        return scores.log_softmax(dim=-1)
+        return scores.log_softmax(dim=-1) if in_sum else scores
 
     @torch.no_grad()
     def score(self, sources: Ids, targets: Ids) -> list[float]:
