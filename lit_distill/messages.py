@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "Report on a dataset as a config uses it: rows, labels, lengths.",
     "check": "Check that the losses of a config are computed right.",
     "plan": "Tell memory, largest batch and hours of a config before it runs.",
+    "export": "Write a student for use, and prove that it answers the same.",
     "configs": "List the configs that come with this, or copy them.",
 }
 """The commands with their help."""

@@ -21,6 +21,7 @@ from lit_distill.commands.capture import capture
 from lit_distill.commands.check import check
 from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import experiment
+from lit_distill.commands.export import export
 from lit_distill.commands.inspect import inspect
 from lit_distill.commands.memory import fit
 from lit_distill.commands.parser import Parser, call
@@ -79,6 +80,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "inspect": inspect,
     "check": check,
     "plan": plan,
+    "export": export,
 }
 """Command -> what runs it, with the arguments after it."""
 

@@ -53,16 +53,21 @@ def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
     adapter = record.get("adapter") if facts.adapter_alone else None
     student = load(checkpoint, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
     network: Any = student.network
-    first = generation_of(next(iter(facts.tasks.values())))
-    network.config.prefix = next(iter(facts.tasks.values()))["prefix"]
-    network.config.task_specific_params = {name: dict(settings) for name, settings in facts.tasks.items()}
-    # greedy: the pretrained model's sampling settings would contradict it
-    network.generation_config.update(**first, do_sample=False)
+    set_tasks(network, facts.tasks)
     for config in getattr(student.model, "peft_config", {}).values():
         config.base_model_name_or_path = str(facts.settings["student"])
     with atomic_folder(folder) as tmp_path:
         student.save(tmp_path)
         write_text(tmp_path / "README.md", model_card(facts))
+
+
+def set_tasks(network: Any, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put tasks into a model's configuration, and the first one's generation into its defaults."""
+    first = next(iter(tasks.values()))
+    network.config.prefix = first["prefix"]
+    network.config.task_specific_params = {name: dict(settings) for name, settings in tasks.items()}
+    # greedy: the pretrained model's sampling settings would contradict it
+    network.generation_config.update(**generation_of(first), do_sample=False)
 
 
 def generation_of(settings: Mapping[str, Any]) -> dict[str, Any]:
