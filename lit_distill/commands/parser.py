@@ -63,7 +63,11 @@ class Raised(BaseException):
 
 
 class Parser(LightningArgumentParser):
-    """Raises one line in place of printing usage; does not allow abbreviated options."""
+    """Raises one line in place of printing usage; does not allow abbreviated options.
+
+    Attributes:
+        unlinked: what the last parse was given, without what arguments set for each other.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # an abbreviation is mostly a typo, and changes its meaning when options are added
@@ -88,6 +92,13 @@ class Parser(LightningArgumentParser):
         """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""
         ours = (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
         return self.instantiate(cfg, instantiators=[(_instantiate, base, True) for base in ours], **kwargs)
+
+    def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        given = cfg.clone()
+        parsed: Namespace = super()._parse_common(cfg, *args, **kwargs)
+        # nested parses end before the whole one
+        self.unlinked = given
+        return parsed
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # overloads
         """As jsonargparse's; an argument for one setting of a task or teacher leaves its others as they are."""

@@ -5,7 +5,6 @@ from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
-from jsonargparse._link_arguments import skip_apply_links
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.checks import check_range
@@ -38,9 +37,7 @@ def parse_settings(parser: Parser, given: list[str] | Mapping[str, Any]) -> Name
     check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
     if (model := config.get("model")) is None:
         return config
-    with skip_apply_links():
-        alone = parse(given, defaults=False)
-    settings = (alone.get("data") or Namespace()).get("init_args") or Namespace()
+    settings = (parser.unlinked.get("data") or Namespace()).get("init_args") or Namespace()
     for name, value in linked(model).items():
         if settings.get(name) not in (None, value):
             raise UserError(f"data.{name}: {settings[name]!r} is decided by the model, as {value!r}; leave it out")
