@@ -75,6 +75,9 @@ class Computing(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if getattr(func, "__name__", "") == "__get__":
+            # most calls: `dtype`, `device`, `shape`
+            return func(*args)
         given = dict(kwargs or {})
         if func is F.dropout:
             return args[0]

@@ -8,7 +8,7 @@ import pytest
 
 from lit_distill.checking import Checker, Finding
 from lit_distill.commands.check import end_ranks, make_checker, rank_findings, save_step, start_ranks
-from tests.objectives.test_overlays import FAMILIES, OVERLAYS, REFUSED, arguments, models, name_of, write_outputs
+from tests.objectives.test_overlays import FAMILIES, OVERLAYS, arguments, models, name_of, write_outputs
 from tests.runs import CONFIGS, refusal, run, small_model, toy_data, write_lines
 
 PRESETS = [f"{name}Module" for name in ("Standard", "StepByStep", "SingleTask")]
@@ -66,8 +66,6 @@ def test_a_method(
     ragged: list[str],
     here: Path,
 ) -> None:
-    if (name_of(path), family) in REFUSED:
-        pytest.skip("this family is refused")
     student, teacher = models[family]
     checker, _ = make_checker([*command(student, ragged, path, teacher), *SURELY.get(name_of(path), [])])
     findings = list(checker.run())

@@ -115,8 +115,16 @@ def test_there_is_a_grid_of_each_kind_for_each_dataset() -> None:
     assert {path.relative_to(CONFIGS / "experiments").as_posix() for path in READY} == wanted
 
 
+# the large grids of the other datasets differ in their base alone, with which every overlay is tested
+LARGE = [path for path in READY if path.parent.name in ("methods", "distiller") and path.stem not in ("cqa", "svamp")]
+
+
 @pytest.mark.usefixtures("teacher")
-@pytest.mark.parametrize("path", READY, ids=lambda path: f"{kind(path)}-{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path in LARGE else ()) for path in READY],
+    ids=lambda path: f"{kind(path)}-{path.stem}",
+)
 def test_every_cell_of_a_ready_grid_is_what_fit_takes(
     path: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
