@@ -9,6 +9,7 @@ import numpy as np
 from lit_distill.comparison.statistics import paired_bootstrap
 from lit_distill.exporting.engine import Ids
 from lit_distill.exporting.predictor import Predictor
+from lit_distill.progress import ticker
 from lit_distill.tasks import answer_task
 
 BEAMS = 4
@@ -55,27 +56,29 @@ def measure(student: Predictor, exported: Predictor, rows: Rows, bounds: Bounds)
     ``faults`` says what is beyond the bounds.
     """
     tasks, right, faults = {}, {}, []
-    answer = answer_task(student.tasks).name
-    for name in student.tasks:
-        sources, targets = rows.targets[name]
-        scores = [np.array(one.engine.score(sources, targets)) for one in (student, exported)]
-        apart, lengths = np.abs(scores[1] - scores[0]), np.array([len(target) for target in targets])
-        found: dict[str, float] = {"scored": len(targets)}
-        if len(targets):
-            found |= {"score": float(apart.max()), "token_score": float((apart / lengths).max())}
-            kind = "score" if bounds.texts == 1 else "token_score"
-            if not found[kind] <= bounds.score:
-                faults.append(f"{name}: {kind} {found[kind]:.2g} apart, allowed is {bounds.score:g}")
-        for kind, beams in (("greedy", 1), ("beams", BEAMS)):
-            texts = [one.generate(rows.inputs, name, num_beams=beams) for one in (student, exported)]
-            found[kind] = float(np.mean([own == other for own, other in zip(*texts, strict=True)]))
-            if found[kind] < bounds.texts:
-                faults.append(
-                    f"{name}: {found[kind]:.1%} of the texts of {kind} are equal, allowed is {bounds.texts:.0%}"
-                )
-            if (name, beams) == (answer, 1):
-                right = {"student": rows.right(student, texts[0]), "exported": rows.right(exported, texts[1])}
-        tasks[name] = found
+    answer, both = answer_task(student.tasks).name, (student, exported)
+    with ticker("Comparing", len(student.tasks), unit=" tasks") as advance:
+        for name in student.tasks:
+            sources, targets = rows.targets[name]
+            scores = [np.array(one.engine.score(sources, targets)) for one in both]
+            apart, lengths = np.abs(scores[1] - scores[0]), np.array([len(target) for target in targets])
+            found: dict[str, float] = {"scored": len(targets)}
+            if len(targets):
+                found |= {"score": float(apart.max()), "token_score": float((apart / lengths).max())}
+                kind = "score" if bounds.texts == 1 else "token_score"
+                if not found[kind] <= bounds.score:
+                    faults.append(f"{name}: {kind} {found[kind]:.2g} apart, allowed is {bounds.score:g}")
+            for kind, beams in (("greedy", 1), ("beams", BEAMS)):
+                texts = [one.generate(rows.inputs, name, num_beams=beams) for one in both]
+                found[kind] = float(np.mean([own == other for own, other in zip(*texts, strict=True)]))
+                if found[kind] < bounds.texts:
+                    faults.append(
+                        f"{name}: {found[kind]:.1%} of the texts of {kind} are equal, allowed is {bounds.texts:.0%}"
+                    )
+                if (name, beams) == (answer, 1):
+                    right = {"student": rows.right(student, texts[0]), "exported": rows.right(exported, texts[1])}
+            tasks[name] = found
+            advance(1)
     paired = paired_bootstrap(*(np.array([right[name]], dtype=np.float64) for name in ("exported", "student")))
     # a loss that the rows cannot tell from none is none
     if paired.difference < -bounds.accuracy and paired.high < 0:

@@ -11,7 +11,7 @@ from lit_distill.exporting import parity
 from lit_distill.exporting.engine import CTranslate2Engine
 from lit_distill.exporting.predictor import load_predictor
 from lit_distill.students import load
-from tests.runs import QUIET, read_lines, refusal, run, small_model, small_trainer, toy_data, write_lines
+from tests.runs import QUIET, read_lines, refusal, run, run_folders, small_model, small_trainer, toy_data, write_lines
 from tests.students import WORDS, add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -90,6 +90,22 @@ def test_a_folder_tells_its_tasks_where_the_config_has_none(student: Path) -> No
     assert set(report["speed"]) == {"transformers float32", "ctranslate2 float32", "ctranslate2 int8"}
     sizes = {name: speed["megabytes"] for name, speed in report["speed"].items()}
     assert sizes["ctranslate2 int8"] < sizes["ctranslate2 float32"]
+
+
+def test_a_run_has_its_own_config_and_its_checkpoint_is_the_same_student(student: Path) -> None:
+    # no length is configured: the longest label of train says it
+    method = [f"--model.student={student}", "--model=StandardModule"]
+    run("fit", method, toy_data(), small_trainer(), "--test_after_fit=false", "--data.max_target_length=9")
+    [folder] = run_folders()
+    [best] = (folder / "checkpoints").glob("best*.ckpt")
+    run("export", folder, "--rows=5", "--out=of_run")
+    config = [f"--config={folder / 'config.yaml'}"]
+    run("export", best, config, "--rows=5", "--out=of_checkpoint")
+    kept = [json.loads(Path(name, "student", "config.json").read_text()) for name in ("of_run", "of_checkpoint")]
+    assert kept[0]["task_specific_params"] == kept[1]["task_specific_params"]
+    assert kept[0]["task_specific_params"]["label"]["max_new_tokens"] < 9
+    models = [Path(name, "model.bin").read_bytes() for name in ("of_run", "of_checkpoint")]
+    assert models[0] == models[1]
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
