@@ -331,6 +331,17 @@ class Student(nn.Module, ABC):
         finally:
             setattr(stack, name, layers)
 
+    @contextmanager
+    def drop_tokens(self, after: int, share: float) -> Iterator[None]:
+        """In the context each row keeps this share of its source tokens after a layer of the encoder, from 1.
+
+        Those that receive the most attention stay, see `lit_distill.students.fast.dropping`. In evaluation mode, for
+        scores and greedy decoding; raises a ``UserError`` where a student cannot.
+        """
+        if share < 1:
+            raise UserError("drop_tokens: a decoder-only student has no encoder whose tokens could be dropped")
+        yield
+
     def save(self, folder: Path) -> None:
         """Save model (with the adapter merged, or the adapter alone) and tokenizer in the Hugging Face format."""
         if self.adapter is None:

@@ -1,7 +1,8 @@
 """T5 students and their two passes: the fast path on real tokens only, and Hugging Face's own forward."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
@@ -12,11 +13,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from lit_distill.batch import IGNORE_INDEX, TaskBatch, TaskInputs, filler, join, take, targets_of
-from lit_distill.checks import check_choice
+from lit_distill.checks import check_choice, check_fraction, check_int
+from lit_distill.errors import UserError
 from lit_distill.students.attention import Attention, Call, recording
 from lit_distill.students.base import Pass, ProcessLogits, Stack, Stepper, Student
 from lit_distill.students.fast import compiled
 from lit_distill.students.fast.casts import Casts
+from lit_distill.students.fast.dropping import Dropping
 from lit_distill.students.fast.functions import token_losses
 from lit_distill.students.fast.greedy import Decoder, greedy
 from lit_distill.students.fast.support import fits, keep_freed_memory, reason_against
@@ -49,6 +52,7 @@ class Seq2SeqStudent(Student):
 
     attentions = ("encoder", "decoder", "cross")
     casts: Casts | None = None
+    dropping: Dropping | None = None
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, *, fast: Fast = "auto") -> None:
         names = "pad_token_id", "eos_token_id", "decoder_start_token_id"
@@ -76,9 +80,29 @@ class Seq2SeqStudent(Student):
     def _decoder_layers(self) -> tuple[nn.Module, str]:
         return cast(nn.Module, self.network.decoder), "block"
 
+    @contextmanager
+    def drop_tokens(self, after: int, share: float) -> Iterator[None]:
+        """See `Student.drop_tokens`; passes in the context are packed."""
+        check_int("drop_tokens: after", after, 1, self.layers("encoder"))
+        check_fraction("drop_tokens: share", share)
+        before, self.dropping = self.dropping, Dropping(after, share) if share < 1 else None
+        try:
+            yield
+        finally:
+            self.dropping = before
+
     def forward(self, batch: TaskBatch) -> "Seq2SeqPass":
         """The lazy pass over a batch."""
+        if self.dropping is not None:
+            return self._shorter(batch)
         return PATHS[self.paths(batch, self.path if self.training else self.evaluation_path)[-1]](self, batch)
+
+    def _shorter(self, batch: TaskBatch) -> "PackedPass":
+        if self.training:
+            raise RuntimeError("tokens are dropped in evaluation mode alone")
+        if (why := PackedPass.reason_against(self, batch)) is not None:
+            raise UserError(f"drop_tokens: only the packed path drops tokens, which is off: {why}")
+        return PackedPass(self, batch)
 
     def paths(self, batch: TaskBatch, last: PathName) -> list[PathName]:
         """The paths up to ``last`` that support student and batch; each needs what those before it need."""
@@ -228,7 +252,9 @@ class PackedPass(Seq2SeqPass):
     @cached_property
     def _forward(self) -> tuple[Encoded, list[Tensor]]:
         self._deterministic = not self.model.training
-        encoded, hidden, self._labels = encode_and_decode(self.model, self._with_target(), self._casts)
+        encoded, hidden, self._labels = encode_and_decode(
+            self.model, self._with_target(), self._casts, self.student.dropping
+        )
         return encoded, hidden
 
     @cached_property
@@ -271,7 +297,7 @@ class PackedPass(Seq2SeqPass):
         if "_forward" in self.__dict__ and self._deterministic:
             return self._forward[0], [self._first_rows[task] + row for row in rows]
         distinct = sorted(set(rows))
-        encoded = encode(self.model, [take(self.inputs(task), distinct)], self._casts)
+        encoded = encode(self.model, [take(self.inputs(task), distinct)], self._casts, self.student.dropping)
         return encoded, [distinct.index(row) for row in rows]
 
     def _generate(
@@ -280,6 +306,8 @@ class PackedPass(Seq2SeqPass):
         greedily = num_beams == 1 and not self.model.training
         if greedily and self.model.generation_config != self.student.generation:
             greedily = self.student.say_off("for generation, which has settings of its own")
+        if not greedily and self.student.dropping is not None:
+            raise UserError("drop_tokens: texts are generated greedily, with the student's own settings")
         if not greedily:
             return super()._generate(task, rows, max_new_tokens, num_beams, process)
         return greedy(self.model, *self._sources(task, rows), max_new_tokens, process)

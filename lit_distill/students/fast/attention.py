@@ -78,18 +78,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, p: float) ->
 class SelfAttention:
     """Tokens attend to those of their own row; one for all layers of a stack.
 
-    The first layer's attention has the stack's relative position bias.
+    The first layer's attention has the stack's relative position bias. ``positions`` are those of the tokens in their
+    rows, ``(rows, length)`` on the host, if they are not 0, 1, 2, ...
     """
 
-    def __init__(self, stack: Any, packing: Packing, dtype: torch.dtype, *, causal: bool) -> None:
-        longest, first = max(packing.lengths), stack.block[0].layer[0].SelfAttention
-        bias = first.compute_bias(longest, longest, device=packing.device)
+    def __init__(
+        self, stack: Any, packing: Packing, dtype: torch.dtype, *, causal: bool, positions: Tensor | None = None
+    ) -> None:
+        longest = max(packing.lengths) if positions is None else int(positions.max()) + 1
+        bias = stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest, device=packing.device)
+        if positions is not None:
+            places = positions.to(packing.device)
+            bias = bias.detach()[0][:, places[:, :, None], places[:, None]].transpose(0, 1)
         self._plan = AttentionPlan(packing, packing, stack.config.num_heads, causal=causal, bias=bias, dtype=dtype)
 
     def __call__(self, layer: Any, x: Tensor, casts: Casts | None) -> Tensor:
         """A layer's attention, ``(tokens, d_model)``."""
         q, k, v = project((layer.q, layer.k, layer.v), x, casts)
         return project((layer.o,), attention(q, k, v, self._plan, _rate(layer)), casts)[0]
+
+    @torch.no_grad()
+    def received(self, layer: Any, x: Tensor, casts: Casts | None) -> Tensor:
+        """The attention that each token receives of those of its row, summed over them and the heads, ``(tokens,)``.
+
+        ``x`` is the layer's normed input. A row's sum is the number of its tokens times that of the heads.
+        """
+        slots = self._plan.queries
+        flat_q, flat_k = map(slots.spread, project((layer.q, layer.k), x, casts))
+        real = slots.clear(torch.ones(len(flat_q), 1, device=x.device))
+        total = torch.empty_like(real)
+        parts = zip(*map(slots.groups, (flat_q, flat_k, real, total)), self._plan.offsets, strict=True)
+        for queries, keys, ones, into, added in parts:
+            scores = torch.baddbmm(added, queries, keys.transpose(1, 2))
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+            torch.bmm(weights.transpose(1, 2), ones, out=into)
+        return slots.gather(total).sum(1)
 
 
 def causal_bias(stack: Any, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

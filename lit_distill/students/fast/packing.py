@@ -111,8 +111,9 @@ class Slots:
 class AttentionPlan:
     """How packed queries attend to packed keys, row by row; ``causal``: no position attends to later ones.
 
-    ``bias`` is that of the longest rows' positions, ``(1, heads, queries, keys)``. ``offsets`` are added to the scores
-    of each group of rows, ``(rows * heads, queries, keys)``: the bias, and -inf where a query does not attend to a key.
+    ``bias`` is that of the longest rows' positions, ``(1, heads, queries, keys)``, or of each row's, ``(rows, ...)``,
+    which then has no gradient. ``offsets`` are added to the scores of each group of rows,
+    ``(rows * heads, queries, keys)``: the bias, and -inf where a query does not attend to a key.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class AttentionPlan:
             added = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
             added = added.to(queries.device, non_blocking=True).expand(len(rows), heads, q, k)
             if bias is not None:
-                added = added + bias.detach()[:, :, :q, :k]
+                own = bias if len(bias) == 1 else bias[rows]
+                added = added + own.detach()[:, :, :q, :k]
             self.offsets.append(added.to(dtype).reshape(-1, q, k))
 
 

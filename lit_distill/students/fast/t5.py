@@ -16,6 +16,7 @@ from transformers.activations import NewGELUActivation
 from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, PrefixAttention, SelfAttention
 from lit_distill.students.fast.casts import Casts, project
+from lit_distill.students.fast.dropping import Dropping, drop
 from lit_distill.students.fast.functions import add_dropped, dropout, gated, log_probabilities, rms_norm
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.support import has_hooks
@@ -26,7 +27,7 @@ class Encoded:
     """Packed rows in the encoder."""
 
     hidden: list[Tensor]  # the embeddings and each layer's states, `(source tokens, d_model)`
-    packing: Packing
+    packing: Packing  # of the last layer's, some of whose tokens may have been dropped
 
     @property
     def states(self) -> Tensor:
@@ -90,15 +91,22 @@ def _run(
     stack: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None, casts: Casts | None
 ) -> list[Tensor]:
     """As Hugging Face's ``hidden_states``: what enters each block, and what the stack gives."""
-    x = dropout(x, _rate(stack.dropout))
-    hidden = []
-    for block in stack.block:
-        hidden.append(x)
+    *hidden, x = _layers(stack.block, dropout(x, _rate(stack.dropout)), own, cross, casts)
+    return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
+
+
+def _layers(
+    blocks: Any, x: Tensor, own: SelfAttention | PrefixAttention, cross: CrossAttention | None, casts: Casts | None
+) -> list[Tensor]:
+    """What enters each block, and what the last one gives."""
+    hidden = [x]
+    for block in blocks:
         if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
             x = checkpoint(_block, block, x, own, cross, casts, use_reentrant=False)
         else:
             x = _block(block, x, own, cross, casts)
-    return [*hidden, dropout(norm(stack.final_layer_norm, x), _rate(stack.dropout))]
+        hidden.append(x)
+    return hidden
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
@@ -111,15 +119,26 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def encode(model: Any, tasks: Sequence[TaskInputs], casts: Casts | None = None) -> Encoded:
+def encode(
+    model: Any, tasks: Sequence[TaskInputs], casts: Casts | None = None, dropping: Dropping | None = None
+) -> Encoded:
     """All rows of several tasks through the encoder, task after task; ``casts`` are used under autocast."""
     ids, packing = pack_sources(tasks)
-    return _encode(model, model.encoder.embed_tokens(ids), packing, casts)
+    return _encode(model, model.encoder.embed_tokens(ids), packing, casts, dropping)
 
 
-def _encode(model: Any, embedded: Tensor, packing: Packing, casts: Casts | None) -> Encoded:
-    attend = SelfAttention(model.encoder, packing, dtype_of(embedded), causal=False)
-    return Encoded(_run(model.encoder, embedded, attend, None, _used(casts, embedded)), packing)
+def _encode(model: Any, embedded: Tensor, packing: Packing, casts: Casts | None, dropping: Dropping | None) -> Encoded:
+    stack, dtype, casts = model.encoder, dtype_of(embedded), _used(casts, embedded)
+    attend = SelfAttention(stack, packing, dtype, causal=False)
+    if dropping is None:
+        return Encoded(_run(stack, embedded, attend, None, casts), packing)
+    *before, x = _layers(stack.block[: dropping.after], embedded, attend, None, casts)
+    last = stack.block[dropping.after - 1].layer[0]
+    received = attend.received(last.SelfAttention, norm(last.layer_norm, before[-1]), casts)
+    tokens, packing, positions = drop(received, packing, dropping.share)
+    attend = SelfAttention(stack, packing, dtype, causal=False, positions=positions)
+    *after, x = _layers(stack.block[dropping.after :], x.index_select(0, tokens), attend, None, casts)
+    return Encoded([*before, *after, norm(stack.final_layer_norm, x)], packing)
 
 
 def _decode(
@@ -141,7 +160,7 @@ def _used(casts: Casts | None, x: Tensor) -> Casts | None:
 
 
 def encode_and_decode(
-    model: Any, tasks: Sequence[TaskInputs], casts: Casts | None = None
+    model: Any, tasks: Sequence[TaskInputs], casts: Casts | None = None, dropping: Dropping | None = None
 ) -> tuple[Encoded, list[Tensor], Tensor]:
     """Several tasks' sources and targets, of which there is at least one, under teacher forcing, task after task.
 
@@ -159,7 +178,7 @@ def encode_and_decode(
     else:
         # one look-up: its gradient is as large as the vocabulary, and would be made and added twice
         source, target = F.embedding(torch.cat([ids, inputs]), encoder.weight).split([len(ids), len(inputs)])
-    encoded = _encode(model, source, packing, casts)
+    encoded = _encode(model, source, packing, casts, dropping)
     return encoded, _decode(model, target, targets, encoded, rows, casts), labels
 
 
