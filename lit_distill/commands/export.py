@@ -2,46 +2,33 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill import __version__
 from lit_distill.checks import check_choice, check_range
-from lit_distill.commands.inspect import build_data
+from lit_distill.commands.measuring import read_subject, student_first
 from lit_distill.commands.parser import Option
 from lit_distill.commands.settings import parse_settings
 from lit_distill.commands.train import train_parser
-from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.evaluation.metrics import judge
 from lit_distill.exporting.convert import QUANTIZATION, check_architecture, convert
-from lit_distill.exporting.engine import Engine, TransformersEngine, load_engine
+from lit_distill.exporting.engine import TransformersEngine, load_engine
 from lit_distill.exporting.hugging_face import set_tasks
-from lit_distill.exporting.parity import BOUNDS, Rows, measure
-from lit_distill.exporting.predictor import (
-    REPORT,
-    Predictor,
-    record_task,
-    recorded_tasks,
-)
+from lit_distill.exporting.parity import BOUNDS, measure
+from lit_distill.exporting.predictor import REPORT, record_task
 from lit_distill.exporting.speed import measure_speed
 from lit_distill.files import atomic_folder, write_text
 from lit_distill.interrupts import interruptible
-from lit_distill.modules.base import LIMITS_KEY
 from lit_distill.students import StudentFiles, load
 from lit_distill.students.models import Dtype
 from lit_distill.tables import console_table
-from lit_distill.tasks import Task, answer_task
-
-ROWS = 200
 
 Target = Literal["ctranslate2", "safetensors"]
 Quantization = Literal["int8", "bf16", "float32"]
@@ -61,7 +48,7 @@ _DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "float32": "float32"}
 @interruptible()
 def export(args: list[str]) -> None:
     """Run ``export``: parse, read the test rows, convert, compare with the student, time, and write."""
-    student, given = _student(args)
+    student, given = student_first(args, "export RUN --to ctranslate2 --out FOLDER")
     parser = train_parser("export", model=False)
     parser.add_options(_OPTIONS)
     config = parse_settings(parser, given)
@@ -69,33 +56,20 @@ def export(args: list[str]) -> None:
     if config["cpu_threads"] is not None:
         torch.set_num_threads(config["cpu_threads"])
     files = StudentFiles(student)
-    tokens = files.tokens()
     if config["to"] == "ctranslate2":
         check_architecture(files)
-    recorded, beams = recorded_tasks(files.config)
-    data = _data(config, recorded)
-    data.tokenizer = tokens
-    answer_task(data.tasks)
-    rows = _rows(data, config["rows"])
-    method = (config.get("model") or Namespace()).get("init_args") or Namespace()
-    tasks = _with_lengths(data.tasks, files, recorded, method)
-    beams = dict.fromkeys(tasks, method.get("num_beams", 1)) | beams
-    settings: dict[str, Any] = {"max_source_length": data.max_source_length, "labels": data.label_set}
-
-    def make(engine: Engine) -> Predictor:
-        return Predictor(engine, tasks, beams, **settings)
-
+    subject = read_subject(files, config)
     quantization, out = config["quantization"], Path(config["out"])
     plain = {
-        name: record_task(task, {"max_new_tokens": task.max_length(), "num_beams": beams[name]})
-        for name, task in tasks.items()
+        name: record_task(task, {"max_new_tokens": task.max_length(), "num_beams": subject.beams[name]})
+        for name, task in subject.tasks.items()
     }
     with atomic_folder(out) as folder:
         _write(files, plain, config["to"], quantization, folder)
         reference = load(student)
         weights = sum(one.numel() * one.element_size() for one in reference.parameters())
-        own, made = make(TransformersEngine(reference, plain=True)), make(load_engine(folder))
-        parity = measure(own, made, rows, BOUNDS[quantization])
+        own, made = subject.predictor(TransformersEngine(reference, plain=True)), subject.predictor(load_engine(folder))
+        parity = measure(own, made, subject.rows, BOUNDS[quantization])
         if not parity["passed"] and not config["write_anyway"]:
             raise UserError(f"parity: {'; '.join(parity['faults'])}; nothing is written without --write_anyway")
         name = f"{config['to']} {quantization}"
@@ -103,13 +77,13 @@ def export(args: list[str]) -> None:
             predictors, megabytes = {"transformers float32": own}, {"transformers float32": weights / 1e6}
             if config["to"] == "ctranslate2" and quantization != "float32":
                 _write(files, plain, "ctranslate2", "float32", Path(whole))
-                predictors["ctranslate2 float32"] = make(load_engine(whole))
+                predictors["ctranslate2 float32"] = subject.predictor(load_engine(whole))
                 megabytes["ctranslate2 float32"] = _megabytes(Path(whole))
             predictors[name], megabytes[name] = made, _megabytes(folder)
-            speed = measure_speed(predictors, rows)
+            speed = measure_speed(predictors, subject.rows)
         report = {
             "student": student, "to": config["to"], "quantization": quantization, "version": __version__,
-            "data": settings, "parity": parity,
+            "data": subject.settings, "parity": parity,
             "speed": {name: {"megabytes": megabytes[name]} | of for name, of in speed.items()},
         }  # fmt: skip
         text = json.dumps(report, indent=2) + "\n"
@@ -117,20 +91,6 @@ def export(args: list[str]) -> None:
     if config["json"] is not None:
         write_text(config["json"], text)
     render(report, out)
-
-
-def _student(args: list[str]) -> tuple[str, list[str]]:
-    """The student, and the other arguments; those of a run begin with its config."""
-    if not args or (args[0].startswith("-") and args[0] not in ("--help", "-h", "--print_config")):
-        raise UserError("student: must be given first, as in `lit-distill export RUN --to ctranslate2 --out FOLDER`")
-    if args[0].startswith("-"):
-        return "", args
-    student, *given = args
-    trained = Path(student) / "config.yaml"
-    named = any(word.partition("=")[0] in ("-c", "--config", "--data") for word in given)
-    if trained.is_file() and not named:
-        given = [f"--config={trained}", *given]
-    return student, given
 
 
 def _check(config: Namespace) -> None:
@@ -144,48 +104,6 @@ def _check(config: Namespace) -> None:
     allowed = tuple(QUANTIZATION if config["to"] == "ctranslate2" else _DTYPES)
     check_choice(f"quantization: of {config['to']}", config["quantization"], allowed)
     check_range("rows", config["rows"], at_least=1, whole=True)
-
-
-def _data(config: Namespace, recorded: dict[str, Task]) -> RationaleDataModule:
-    """The data module of the config; without a method its tasks are those that the student recorded."""
-    arguments = config["data"]["init_args"]
-    if not config.get("model") and recorded and [*arguments["tasks"]] == ["label"]:
-        arguments["tasks"] = recorded
-    return build_data(config)
-
-
-def _with_lengths(
-    tasks: dict[str, Task], files: StudentFiles, recorded: dict[str, Task], method: Namespace
-) -> dict[str, Task]:
-    """The tasks with their maximum lengths: as configured, or else as the student knows them."""
-    known = dict((files.checkpoint or {}).get(LIMITS_KEY, {}))
-    known |= {name: task.max_new_tokens for name, task in recorded.items()}
-    given = method.get("max_label_length"), method.get("max_rationale_length")
-    return {
-        name: replace(task, max_new_tokens=task.max_length(*given, known.get(name))) for name, task in tasks.items()
-    }
-
-
-def _rows(data: RationaleDataModule, number: int | None) -> Rows:
-    """Rows from all over the test split. Raises a ``UserError`` if there are fewer than are asked for."""
-    data.prepare_data()
-    data.setup("test")
-    key, tokens = data.answer_key("test"), data.token_rows("test")
-    wanted = ROWS if number is None else number
-    if len(key) < wanted:
-        hint = f"; --rows {len(key)} compares on all of them" if number is None else ""
-        raise UserError(f"rows: test has {len(key)} rows, the parity gate needs {wanted}{hint}")
-    places = np.linspace(0, len(key) - 1, wanted).round().astype(int).tolist()
-    pairs: dict[str, list[tuple[list[int], list[int]]]] = {task: [] for task in data.tasks}
-    for row in (tokens[place] for place in places):
-        for task, own in pairs.items():
-            own += zip(row[f"{task}.input_ids"], row[f"{task}.labels"], strict=False)
-    return Rows(
-        inputs=[key.inputs[place] for place in places],
-        labels=[str(key.labels[place]) for place in places],
-        judge=judge(key.metric),
-        targets={task: ([source for source, _ in own], [target for _, target in own]) for task, own in pairs.items()},
-    )
 
 
 def _write(files: StudentFiles, tasks: dict[str, Any], to: str, quantization: str, folder: Path) -> None:

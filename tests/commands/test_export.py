@@ -159,8 +159,8 @@ def test_refusals(student: Path, here: Path, capsys: pytest.CaptureFixture[str])
         ([student, toy_data(), "--out=bare"], "out: 'bare' exists; give a new folder"),
         ([student, data, "--to=onnx"], "to: got onnx; allowed is one of 'ctranslate2', 'safetensors'"),
         ([student, data, "--to=safetensors", "--quantization=int8"], "quantization: of safetensors must be one of"),
-        ([student, data], "rows: test has 5 rows, the parity gate needs 200; --rows 5 compares on all of them"),
-        ([student, data, "--rows=6"], "rows: test has 5 rows, the parity gate needs 6"),
+        ([student, data], "rows: test has 5 rows, 200 are needed; --rows 5 takes all of them"),
+        ([student, data, "--rows=6"], "rows: test has 5 rows, 6 are needed"),
         (["bare", data], "tokenizer: none in the folder 'bare'"),
         ([strange, data, "--rows=5"], "to: ctranslate2 cannot run a 'mamba' student; it runs t5, mt5, llama"),
     ):
