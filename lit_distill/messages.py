@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "Check that the losses of a config are computed right.",
     "plan": "Tell memory, largest batch and hours of a config before it runs.",
     "export": "Write a student for use, and prove that it answers the same.",
+    "shrink": "Cut a smaller student out of a larger one.",
     "configs": "List the configs that come with this, or copy them.",
 }
 """The commands with their help."""

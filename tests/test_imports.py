@@ -35,7 +35,7 @@ LAYERS = (
     ("checks",),
     ("tasks",),
     ("losses", "evaluation", "students"),
-    ("annotation", "comparison", "experiments"),
+    ("annotation", "comparison", "experiments", "shrinking"),
     ("data", "teachers"),
     ("objectives",),
     ("modules", "callbacks", "checkpoints"),

@@ -80,13 +80,13 @@ _DEFAULTS = {
 }
 
 
-def train_parser(command: str, *, model: bool = True) -> Parser:
-    """The parser of a command that takes configs of ``fit``; without ``model``, a config need not have one."""
+def train_parser(command: str, *, model: bool = True, data: bool = True) -> Parser:
+    """The parser of a command that takes configs of ``fit``; without ``model`` or ``data``, these need not have one."""
     parser = Parser(prog=f"lit-distill {command}", description=COMMANDS[command])
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.add_lightning_class_args(DistillModule, "model", subclass_mode=True, required=model)
-    parser.add_lightning_class_args(RationaleDataModule, "data", subclass_mode=True)
+    parser.add_lightning_class_args(RationaleDataModule, "data", subclass_mode=True, required=data)
     parser.add_lightning_class_args(ValidateEverySteps, "validation")
     parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
     parser.set_defaults(_DEFAULTS)
