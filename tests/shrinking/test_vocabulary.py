@@ -14,11 +14,14 @@ from lit_distill.errors import UserError
 from lit_distill.shrinking.shrink import shrink
 from lit_distill.shrinking.structure import Keep, Structure
 from lit_distill.shrinking.vocabulary import check_same, lines_of, texts_of, trim, used_pieces
-from lit_distill.students import Tokens
+from lit_distill.students import Tokens, load_tokens
+from lit_distill.students.models import build_model, save_model
 from lit_distill.students.tokens import CausalTokens, save_tokenizer
+from tests.runs import REPOSITORY, run
 from tests.shrinking.test_shrink import student_of
+from tests.students import make_student_folder
 
-SHARED = Path(__file__).parents[3] / "shared" / "models"
+SHARED = REPOSITORY.parent / "shared" / "models"
 TEXTS = [
     "the lower the widest newest lowest wide new old",
     "wider and newer, 12 of 305 are older!\tYes",
@@ -135,13 +138,20 @@ def test_logits_of_kept_ids_are_the_same_to_the_bit(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the tokenizer of T5 v1.1 is not here")
-def test_t5s_own_tokenizer() -> None:
-    old = Tokens(AutoTokenizer.from_pretrained(SHARED / "t5-v1_1-small"))
-    readme = Path(__file__).parents[2] / "README.md"
-    corpus = [lines_of([str(readme)])]
-    kept = used_pieces(old, corpus, sentinels=False)
-    new = Tokens(trim(old.tokenizer, kept))
-    check_same(old, new, kept, corpus)
-    assert len(kept) < 5000
-    assert max(kept) < 32_000
-    assert new.decode(new.targets(["An answer: 42."], 20).ids) == ["An answer: 42."]
+@pytest.mark.usefixtures("here")
+def test_t5s_own_tokenizer_is_no_longer_one_with_sentinels() -> None:
+    folder = make_student_folder(Path("large"), vocab_size=32_128)
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "t5-v1_1-small")
+    save_model(build_model(json.loads((folder / "config.json").read_text())), tokenizer, folder)
+    run("shrink", "--from=large", "--out=small", "--vocabulary", REPOSITORY / "README.md")
+    old, new = load_tokens("large"), load_tokens("small")
+    vocabulary = new.tokenizer.get_vocab()
+    assert (
+        len(vocabulary) == len(new.tokenizer) == json.loads(Path("small/config.json").read_text())["vocab_size"] < 5000
+    )
+    assert not [piece for piece in vocabulary if "extra_id" in piece]
+    assert not Path("small/spiece.model").exists()
+    texts = (REPOSITORY / "README.md").read_text().splitlines()
+    for text in texts:
+        assert new.tokenizer.tokenize(text) == old.tokenizer.tokenize(text)
+    assert new.decode(new.targets(texts, 10**9).ids) == old.decode(old.targets(texts, 10**9).ids)
