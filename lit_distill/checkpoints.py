@@ -53,7 +53,11 @@ class BestCheckpoint(ModelCheckpoint):
     resume with either.
     """
 
+    first_step: int = 0  # checkpoints of earlier optimizer steps are none of the best
     _replaced: tuple[str, ...] = ()
+
+    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
+        return trainer.global_step < self.first_step or super()._should_skip_saving_checkpoint(trainer)
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self._replaced = (*self._replaced, filepath)

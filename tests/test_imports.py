@@ -38,7 +38,7 @@ LAYERS = (
     ("annotation", "comparison", "experiments", "shrinking"),
     ("data", "teachers"),
     ("objectives",),
-    ("modules", "callbacks", "checkpoints"),
+    ("modules", "callbacks", "checkpoints", "pruning"),
     ("exporting",),
     ("checking",),
     ("planning",),

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from lit_distill import __version__
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder, flatten, write_text
+from lit_distill.shrinking.shrink import without_zeros
 from lit_distill.students import load
 from lit_distill.students.files import CHECKPOINT_KEY, read_checkpoint
 from lit_distill.students.tokens import Family
@@ -48,10 +49,13 @@ def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
 
     Its defaults in generation are those of the first task; prefixes are where Hugging Face's ``pipeline`` finds them.
     """
-    record = read_checkpoint(str(checkpoint))[CHECKPOINT_KEY]
+    content = read_checkpoint(str(checkpoint))
+    record = content[CHECKPOINT_KEY]
     # without `adapter`, the adapter is merged into the student
     adapter = record.get("adapter") if facts.adapter_alone else None
     student = load(checkpoint, dtype=record["config"].get("dtype") or "float32", adapter=adapter)
+    if "Pruning" in content.get("callbacks", {}):
+        student.model = without_zeros(student)
     network: Any = student.network
     set_tasks(network, facts.tasks)
     for config in getattr(student.model, "peft_config", {}).values():

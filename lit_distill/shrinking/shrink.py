@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_distill.errors import UserError
+from lit_distill.shrinking.importance import best, best_heads, magnitude
 from lit_distill.shrinking.structure import Keep, Structure, owner, positions
+from lit_distill.students import Student
 from lit_distill.students.models import build_model, true_config
 
 
@@ -32,6 +34,24 @@ def shrink(structure: Structure, keep: Keep) -> PreTrainedModel:
     except (StrictDataclassError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise UserError(f"from: a {config['model_type']} of these sizes cannot be made ({told:.300})") from error
+
+
+def without_zeros(student: Student) -> PreTrainedModel:
+    """A student's model without the units and heads that are zero, as many of them as each layer has.
+
+    Nothing else changes, and neither do the logits.
+    """
+    structure = Structure(student)
+    scores = magnitude(structure)
+    units = max(int(own.count_nonzero()) for own in scores.units.values())
+    for number in range(1, structure.groups + 1):
+        kept = best_heads(structure, scores.heads, number)
+        if all(own[kept[name]].count_nonzero() == own.count_nonzero() for name, own in scores.heads.items()):
+            break
+    keep = Keep({name: best(own, max(units, 1)) for name, own in scores.units.items()}, kept)
+    model = shrink(structure, keep)
+    model.generation_config = student.network.generation_config
+    return model
 
 
 def _cut(value: Tensor, name: str, structure: Structure, keep: Keep) -> Tensor:
