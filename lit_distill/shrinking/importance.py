@@ -27,7 +27,7 @@ LONGEST = 32
 
 @dataclass(frozen=True)
 class Scores:
-    """Higher is more important; what is equal in a layer is comparable there alone."""
+    """Higher is more important; each layer has a scale of its own."""
 
     units: Mapping[str, Tensor] = field(default_factory=dict)  # of each feed-forward layer, `(d_ff,)`
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # of each attention, `(heads of keys,)`
@@ -43,42 +43,27 @@ def magnitude(structure: Structure) -> Scores:
     """
     units: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
-    written, read = (torch.zeros(structure.student.width) for _ in range(2))
+    embedding, head = (structure.network.get_input_embeddings(), structure.network.get_output_embeddings())
+    written, read = (module.weight.detach().float().cpu().square().sum(dim=0) for module in (embedding, head))
     for name, value in structure.weights.items():
-        module, _, kind = name.rpartition(".")
-        axes, place, matrix = structure.axes(name), owner(module), value.detach().float().cpu()
-        last = module.rpartition(".")[2]
-        if axes == ("unit", "d_model") or axes == ("d_model", "unit"):
-            units[place] = units.get(place, torch.ones(())) * _norms(matrix, axes.index("unit"), structure, name)
-        elif "head" in axes and kind == "weight" and (last in VALUES or OUTPUTS.get(last) == "head"):
-            norms = _norms(matrix, axes.index("head"), structure, name)
-            parts = norms.square().reshape(structure.groups, -1).sum(dim=1).sqrt()
+        axes, module, matrix = structure.axes(name), owner(name), value.detach().float().cpu()
+        if len(axes) != 2 or "vocabulary" in axes or None in axes:
+            continue
+        place, last, at = owner(module), module.rpartition(".")[2], axes.index("d_model")
+        if axes[1 - at] == "unit":
+            units[place] = units.get(place, torch.ones(())) * _norms(matrix, 1 - at, structure, module)
+        elif last in VALUES or last in OUTPUTS:
+            parts = _norms(matrix, 1 - at, structure, module).reshape(structure.groups, -1).norm(dim=1)
             heads[place] = heads.get(place, torch.ones(())) * parts
-        if len(axes) == 2 and "d_model" in axes:
-            squares = matrix.square().sum(dim=1 - axes.index("d_model"))
-            if axes[0] == "d_model" or module == _embedding(structure):
-                written += squares
-            if axes[1] == "d_model" and (module != _embedding(structure) or _is_tied(structure)):
-                read += squares
+        squares = matrix.square().sum(dim=1 - at)
+        written, read = (written + squares, read) if at == 0 else (written, read + squares)
     return Scores(units, heads, (written * read).sqrt())
 
 
-def _norms(matrix: Tensor, axis: int, structure: Structure, name: str) -> Tensor:
-    squares = matrix.square().sum(dim=1 - axis)
-    bias = structure.weights.get(f"{name.rpartition('.')[0]}.bias")
-    if axis == 0 and bias is not None:
-        squares = squares + bias.float().cpu().square()
-    return squares.sqrt()
-
-
-def _embedding(structure: Structure) -> str:
-    found = structure.network.get_input_embeddings()
-    return next(name for name, module in structure.network.named_modules() if module is found)
-
-
-def _is_tied(structure: Structure) -> bool:
-    network = structure.network
-    return bool(network.get_output_embeddings().weight is network.get_input_embeddings().weight)
+def _norms(matrix: Tensor, axis: int, structure: Structure, module: str) -> Tensor:
+    squares, bias = matrix.square().sum(dim=1 - axis), structure.weights.get(f"{module}.bias")
+    # that of an output projection belongs to no unit or head
+    return (squares if axis == 1 or bias is None else squares + bias.float().cpu().square()).sqrt()
 
 
 @torch.no_grad()

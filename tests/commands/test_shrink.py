@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lit_distill.students import load_tokenizer
-from tests.runs import metric_rows, refusal, run, run_folders, small_model, small_toy, toy_data
+from tests.runs import metric_rows, refusal, run, run_folders, small_model, small_toy, toy_data, write_lines
 from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -72,6 +72,17 @@ def test_the_loss_stays_where_only_unused_pieces_go() -> None:
     assert 0 < report["after"]["label loss"] < report["before"]["label loss"]
     # the prefixes of the tasks, whichever words the rows have
     assert {"predict:", "explain:"} <= load_tokenizer("small").get_vocab().keys()
+
+
+def test_the_words_of_a_label_set_stay() -> None:
+    write_lines(Path("train.jsonl"), [{"question": f"{i} a", "answer": ("cat", "dog")[i % 2]} for i in range(6)])
+    Path("words.txt").write_text("because\n")
+    data = ["--data=JSONLDataModule", "--data.train=train.jsonl", "--data.input_column=question"]
+    data += ["--data.label_column=answer", "--data.label_set=[cat,dog]"]
+    run("shrink", f"--from={large('t5')}", "--out=small", data, "--vocabulary", "words.txt")
+    words = load_tokenizer("small").get_vocab().keys()
+    assert {"cat", "dog", "because", "</s>", "<pad>", "7"} <= words
+    assert not {"red", "blue", "31"} & words
 
 
 @pytest.mark.parametrize(

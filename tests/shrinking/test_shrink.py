@@ -152,6 +152,34 @@ def test_weights_sliced_by_hand(tmp_path: Path) -> None:
     assert len(new) == len(old) - 2 * len([name for name in old if name.startswith("decoder.block.1.")])
 
 
+def test_magnitudes_are_products_of_norms(tmp_path: Path) -> None:
+    student = student_of(tmp_path, "qwen2", num_key_value_heads=2, num_attention_heads=4, tie_word_embeddings=True)
+    network: Any = student.network
+    scores = magnitude(Structure(student))
+    layer = network.model.layers[2]
+    mlp, attention = layer.mlp, layer.self_attn
+    into = mlp.gate_proj.weight[5].norm() * mlp.up_proj.weight[5].norm()
+    torch.testing.assert_close(scores.units["model.layers.2.mlp"][5], into * mlp.down_proj.weight[:, 5].norm())
+    # the second head of keys, of 8, with the third and fourth of queries
+    values = torch.cat([attention.v_proj.weight[8:16].flatten(), attention.v_proj.bias[8:16]]).norm()
+    expected = values * attention.o_proj.weight[:, 16:32].norm()
+    torch.testing.assert_close(scores.heads["model.layers.2.self_attn"][1], expected)
+    # a tied embedding writes a channel and reads it
+    written, read = ([network.model.embed_tokens.weight[:, 7]] for _ in range(2))
+    for one in network.model.layers:
+        written += [one.self_attn.o_proj.weight[7], one.mlp.down_proj.weight[7]]
+        matrices = (
+            one.self_attn.q_proj,
+            one.self_attn.k_proj,
+            one.self_attn.v_proj,
+            one.mlp.gate_proj,
+            one.mlp.up_proj,
+        )
+        read += [matrix.weight[:, 7] for matrix in matrices]
+    assert scores.d_model is not None
+    torch.testing.assert_close(scores.d_model[7], torch.cat(written).norm() * torch.cat(read).norm())
+
+
 def unlabelled(student: Student) -> list[Any]:
     ids = torch.randint(4, 40, (3, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
