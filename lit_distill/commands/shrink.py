@@ -64,11 +64,13 @@ def shrink(args: list[str]) -> None:
     rows = _Rows(config) if config.get("data") is not None else None
     files = StudentFiles(config["from"])
     dtype = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
-    student = load(config["from"], dtype=dtype, fast=False).eval().to(_device(config))
-    layers = _layers(config, student)
+    corpora, device = _corpora(config, rows), _device(config)
+    # all is checked before gigabytes of weights are read
+    shapes = load(config["from"], fast=False, meta=True)
+    layers = _layers(config, shapes)
+    _check_widths(config, Structure(shapes))
+    student = load(config["from"], dtype=dtype, fast=False).eval().to(device)
     structure = Structure(student, layers)
-    _check_widths(config, structure)
-    corpora = _corpora(config, rows)
     kept = used_pieces(student.tokens, corpora, sentinels=config["sentinels"]) if corpora else None
     before = _figures(student, rows)
     keep = _keep(config, structure, rows, kept)
