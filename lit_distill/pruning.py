@@ -81,10 +81,12 @@ class Pruning(Callback):
         if self._structure is None or step == self._last_step:
             return
         self._last_step = step
+        # the optimizer's momentum has moved it
+        set_to_zero(self._structure, self._gone)
         since = step - self._first
         if step == self._final or (0 <= since < self._final - self._first and since % self.every_n_steps == 0):
             self._choose(self._structure, step)
-        set_to_zero(self._structure, self._gone)
+            set_to_zero(self._structure, self._gone)
 
     def part(self, step: int) -> float:
         """Which part of the way to the final parts is gone after a step."""
@@ -97,14 +99,10 @@ class Pruning(Callback):
         for axis, found in (("unit", scores.units), ("head", scores.heads)):
             total = len(next(iter(found.values())))
             number = max(1, total - round(self.parts[axis] * self.part(step) * total))
-            kept = (
-                best_heads(structure, found, number)
-                if axis == "head"
-                else {n: best(s, number) for n, s in found.items()}
-            )
-            self._gone |= {
-                name: sorted(set(range(total)) - set(own.tolist())) for name, own in kept.items() if number < total
-            }
+            each = {name: best(own, number) for name, own in found.items()}
+            kept = best_heads(structure, found, number) if axis == "head" else each
+            for name, own in kept.items() if number < total else ():
+                self._gone[name] = sorted(set(range(total)) - set(own.tolist()))
 
 
 @torch.no_grad()
