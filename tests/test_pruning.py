@@ -33,9 +33,10 @@ def test_the_schedule_is_cubic() -> None:
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_the_exported_student_is_smaller_and_the_same(kind: str) -> None:
-    make, sizes = (make_student_folder, {}) if kind == "t5" else (make_causal_folder, {"num_key_value_heads": 2})
+    folder = Path("student")
+    student = make_student_folder(folder) if kind == "t5" else make_causal_folder(folder, num_key_value_heads=2)
     given = [
-        *small_model(make(Path("student"), **sizes)),
+        *small_model(student),
         *toy_data(),
         *small_trainer(4, 1),
         EACH,

@@ -63,7 +63,7 @@ def shrink(args: list[str]) -> None:
     _check(config)
     rows = _Rows(config) if config.get("data") is not None else None
     files = StudentFiles(config["from"])
-    dtype = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
+    dtype: Any = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
     corpora, device = _corpora(config, rows), _device(config)
     # all is checked before gigabytes of weights are read
     shapes = load(config["from"], fast=False, meta=True)
@@ -116,9 +116,9 @@ def _check(config: Namespace) -> None:
     check_int("rows", config["rows"], 1)
     if config.get("data") is None:
         needed = {"importance": config["importance"] == "features", "vocabulary": TRAIN in _words(config)}
-        if name := next((name for name, given in needed.items() if given), None):
-            what = TRAIN if name == "vocabulary" else config["importance"]
-            raise UserError(f"{name}: {what} needs rows; give a config with data, or --data")
+        for name, what in (("importance", "features"), ("vocabulary", TRAIN)):
+            if needed[name]:
+                raise UserError(f"{name}: {what} needs rows; give a config with data, or --data")
 
 
 def _words(config: Namespace) -> list[str]:
@@ -163,8 +163,8 @@ def _keep(config: Namespace, structure: Structure, rows: "_Rows | None", kept: l
     units, heads, channels = (config[name] for name in ("d_ff", "heads", "d_model"))
     scores = Scores()
     if any(width is not None for width in (units, heads, channels)):
-        by_rows = config["importance"] == "features" and rows is not None
-        scores = features(structure, rows.batches(structure.student)) if by_rows else magnitude(structure)
+        given = rows if config["importance"] == "features" else None
+        scores = magnitude(structure) if given is None else features(structure, given.batches(structure.student))
     return Keep(
         units={} if units is None else {name: best(own, units) for name, own in scores.units.items()},
         heads={} if heads is None else best_heads(structure, scores.heads, heads // structure.queries),

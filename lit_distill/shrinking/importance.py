@@ -94,7 +94,8 @@ def features(structure: Structure, batches: Iterable[TaskBatch]) -> Scores:
 
         def added(module: nn.Linear, states: Tensor, found: Tensor) -> Tensor:
             own, weight = (part.unflatten(-1, (structure.groups, -1)) for part in (states, module.weight))
-            return torch.einsum("...hk,dhk->...hd", own, weight).norm(dim=-1)
+            norms: Tensor = torch.einsum("...hk,dhk->...hd", own, weight).norm(dim=-1)
+            return norms
 
         for name, mean in units.items():
             watch(name, mean, lambda module, states, found: states)

@@ -30,7 +30,7 @@ def shrink(structure: Structure, keep: Keep) -> PreTrainedModel:
     weights = {str(structure.name(name)): _cut(value, name, structure, keep) for name, value in own.items()}
     dtype = str(next(structure.network.parameters()).dtype).removeprefix("torch.")
     try:
-        return build_model(config, weights, dtype=cast(Any, dtype)).eval()
+        return cast(PreTrainedModel, build_model(config, weights, dtype=cast(Any, dtype)).eval())
     except (StrictDataclassError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise UserError(f"from: a {config['model_type']} of these sizes cannot be made ({told:.300})") from error

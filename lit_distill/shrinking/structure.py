@@ -22,14 +22,13 @@ VALUES = ("v", "v_proj")
 OUTPUTS: Mapping[str, Axis] = {"o": "head", "o_proj": "head", "wo": "unit", "down_proj": "unit"}
 """The projections back to d_model, and what they read."""
 
+_VOCABULARY: tuple[Axis, ...] = ("vocabulary", "d_model")
 _AXES: Mapping[str, tuple[Axis, ...]] = {
     **dict.fromkeys(("q", "k", "v", "q_proj", "k_proj", "v_proj"), ("head", "d_model")),
     **dict.fromkeys(("wi", "wi_0", "wi_1", "gate_proj", "up_proj"), ("unit", "d_model")),
     **{name: ("d_model", axis) for name, axis in OUTPUTS.items()},
     "relative_attention_bias": (None, "head"),
 }
-
-
 _POSITION_BIAS = ".0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -113,7 +112,7 @@ class Structure:
         """What the axes of a weight count; ``None`` for what never changes."""
         shape = self.weights[weight].shape
         if weight in self._of_vocabulary:
-            return ("vocabulary", "d_model")[: len(shape)]
+            return _VOCABULARY[: len(shape)]
         module = owner(weight)
         name = module.rpartition(".")[2]
         if name in _AXES:

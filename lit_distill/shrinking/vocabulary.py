@@ -167,7 +167,7 @@ def check_same(old: Tokens, new: Tokens, kept: Sequence[int], corpora: Iterable[
     for corpus in corpora:
         for before, after in zip(corpus(old), corpus(new), strict=True):
             if [places.get(number) for number in before] != list(after):
-                text = old.tokenizer.decode(before)
+                text = old.tokenizer.decode(list(before))
                 raise UserError(f"vocabulary: without the other pieces, {text!r:.100} would be other pieces")
 
 

@@ -23,7 +23,7 @@ SMALLER = {
 def large(kind: str) -> Path:
     if kind == "t5":
         return add_weights(make_student_folder(Path("large"), num_layers=3, d_model=24, vocab_size=72))
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -72,7 +72,7 @@ def test_texts_of_the_corpus_stay_in_the_same_pieces(kind: str, tmp_path: Path) 
     tokenizer = trim(old.tokenizer, kept)
     check_same(old, type(old)(tokenizer), kept, corpus)
     assert len(tokenizer) == len(kept) < len(old.tokenizer)
-    assert tokenizer.convert_ids_to_tokens(range(len(kept))) == old.tokenizer.convert_ids_to_tokens(kept)
+    assert tokenizer.convert_ids_to_tokens(list(range(len(kept)))) == old.tokenizer.convert_ids_to_tokens(kept)
     for text in CORPUS:
         assert tokenizer.tokenize(text) == old.tokenizer.tokenize(text)
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == old.tokenizer.decode(old.tokenizer(text)["input_ids"])
@@ -91,9 +91,8 @@ def test_texts_of_the_corpus_stay_in_the_same_pieces(kind: str, tmp_path: Path) 
 def test_sentinels_on_request() -> None:
     old = Tokens(unigram())
     kept = used_pieces(old, [texts_of(CORPUS)], sentinels=True)
-    assert trim(old.tokenizer, kept)("<extra_id_0> new")["input_ids"][0] == kept.index(
-        old.tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    )
+    first = kept.index(old.tokenizer.get_vocab()["<extra_id_0>"])
+    assert trim(old.tokenizer, kept)("<extra_id_0> new")["input_ids"][0] == first
 
 
 def test_all_that_a_piece_is_merged_from_is_kept() -> None:
