@@ -70,7 +70,7 @@ def read_subject(files: StudentFiles, config: Namespace) -> Subject:
 def _data(config: Namespace, recorded: dict[str, Task]) -> RationaleDataModule:
     """The data module of the config; without a method its tasks are those that the student recorded."""
     arguments = config["data"]["init_args"]
-    if not config.get("model") and recorded and [*arguments["tasks"]] == ["label"]:
+    if not config.get("model") and recorded and arguments["tasks"] in (["label"], ("label",)):
         arguments["tasks"] = recorded
     return build_data(config)
 

@@ -1,6 +1,7 @@
 """Engines: what generates and scores for a student that is trained, PyTorch or CTranslate2."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,8 @@ def import_ctranslate2() -> Any:
         import ctranslate2  # type: ignore[import-untyped]
     except ImportError as error:
         raise UserError('ctranslate2 is not installed: pip install "lit_distill[ctranslate2]"') from error
+    # it would warn that bfloat16 is computed in float32 where the processor has nothing faster, as PyTorch does here
+    ctranslate2.set_log_level(logging.ERROR)
     return ctranslate2
 
 

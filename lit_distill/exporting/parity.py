@@ -27,10 +27,14 @@ class Bounds:
 
 BOUNDS: dict[str, Bounds] = {
     "float32": Bounds(1e-3),
-    "bf16": Bounds(0.05, 0.95, 0.005),
-    "int8": Bounds(0.25, 0.9, 0.005),
+    "bf16": Bounds(0.1, 0.9, 0.005),
+    "int8": Bounds(0.3, 0.75, 0.005),
 }
-"""Quantization -> its bounds."""
+"""Quantization -> its bounds.
+
+About twice what was measured on 500 rows of the toy with the quickstart's student: 0.16 nats a token, 83 % of the
+rationales and 99 % of the labels equal in int8, 0.05 nats and 96 % of the rationales in bf16.
+"""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def test_each_fault_is_told() -> None:
     # two rows of twenty are no proof of a loss
     assert compare(["dog", "red", *["cat"] * 18], [-3.0, -8.002], "int8")["passed"]
     found = compare(["dog"] * 10 + ["cat"] * 10, [-3.0, -8.0 - 4 * 0.6], "int8")
-    assert found["faults"][0] == "label: token_score 0.6 apart, allowed is 0.25"
+    assert found["faults"][0] == "label: token_score 0.6 apart, allowed is 0.3"
     assert found["faults"][-1] == "accuracy 50.0% lower, allowed is 0.5%"
     assert (found["accuracy"]["student"], found["accuracy"]["exported"]) == (1, 0.5)
     # a NaN is no score
