@@ -90,6 +90,11 @@ def test_a_folder_tells_its_tasks_where_the_config_has_none(student: Path) -> No
     assert set(report["speed"]) == {"transformers float32", "ctranslate2 float32", "ctranslate2 int8"}
     sizes = {name: speed["megabytes"] for name, speed in report["speed"].items()}
     assert sizes["ctranslate2 int8"] < sizes["ctranslate2 float32"]
+    # those that are given count
+    given = "--data.tasks={label: {prefix: 'own: ', max_new_tokens: 2}}"
+    run("export", student, eight_rows(), "--rows=8", "--out=other", given)
+    described = json.loads(Path("other/student/config.json").read_text())
+    assert described["task_specific_params"] == {"label": {"prefix": "own: ", "max_new_tokens": 2, "num_beams": 2}}
 
 
 def test_a_run_has_its_own_config_and_its_checkpoint_is_the_same_student(student: Path) -> None:
