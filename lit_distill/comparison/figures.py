@@ -2,58 +2,35 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 from typing import Any, Final
 
-import matplotlib as mpl
-import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from lit_distill.comparison import names
 from lit_distill.comparison.comparing import TOKENS, TRAIN_TOKENS, VOTE_TOKENS, Comparison
 from lit_distill.comparison.runs import ACCURACY, VOTE
+from lit_distill.comparison.style import (
+    BARS,
+    COLOURS,
+    GREY,
+    MARKERS,
+    STROKES,
+    add_legend,
+    new_sheet,
+    own_style,
+    save_figure,
+    show_metric,
+    title_sheet,
+)
 
-_GREY: Final = "#5a5a5a"
-# Okabe and Ito (2008), without the yellow that is hard to see on white
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-_STROKES: Final = ("-", "--", "-.", ":")
-_BARS: Final[Any] = {"mec": "white", "mew": 0.6, "ms": 7, "elinewidth": 1.2, "capsize": 3}
 # the same in every report
 _FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale and label", "standard distillation")
-
-_RC: Final[Any] = {
-    # shipped with matplotlib, so that figures are the same everywhere
-    "font.family": "DejaVu Sans",
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.h_pad": 0.08,
-    "figure.constrained_layout.w_pad": 0.08,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "svg.hashsalt": "lit_distill",
-    # a $ in a name is a $
-    "text.parse_math": False,
-}
-"""Applied to matplotlib's defaults, not the user's, for reproducible files."""
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
-        yield
 
 
 @dataclass
@@ -67,19 +44,17 @@ class Plot:
 
     def save(self, folder: Path) -> None:
         """Write it as PNG and SVG."""
-        with _settings():
-            self.figure.savefig(folder / f"{self.name}.png", dpi=200, metadata={"Software": None})
-            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None, "Creator": None})
+        save_figure(self.figure, folder / self.name)
 
 
 def draw(comparison: Comparison) -> list[Plot]:
     """Plot the metric against training rows, student size and tokens, and for all variants, per dataset and labels."""
     # a setting's name looks the same in all figures
-    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_STROKES), strict=False)
+    looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(STROKES), strict=False)
     styles = dict(zip(dict.fromkeys([*_FIRST, *comparison.settings.name]), looks, strict=False))
     styled = comparison.settings.assign(style=comparison.settings.name.map(styles))
     plots: dict[str, Plot] = {}
-    with _settings():
+    with own_style():
         for _, settings in styled.groupby(["dataset", "label_source"]):
             for plot in _plots(settings, comparison.metric):
                 # some file systems ignore case
@@ -129,12 +104,12 @@ def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def _bars(style: tuple[str, str, str]) -> dict[str, Any]:
     """The arguments of ``errorbar``."""
     colour, marker, stroke = style
-    return {"color": colour, "marker": marker, "linestyle": stroke, **_BARS}
+    return {"color": colour, "marker": marker, "linestyle": stroke, **BARS}
 
 
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
     """The metric against a column of the settings, a line per method and variant."""
-    figure, axes = _sheet(4.5)
+    figure, axes = new_sheet(4.5)
     settings = settings.sort_values(field)
     lines = settings.groupby("name", sort=False)
     widest = settings[field].max() / settings[field].min()
@@ -146,17 +121,17 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
         handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **_bars(line["style"].iloc[0]))
         heights[handle] = means.iloc[-1]
     if (chance := settings.chance.iloc[0]) is not None:
-        heights[axes.axhline(chance, color=_GREY, linestyle=":", label="chance")] = chance
+        heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     for teacher in settings.teachers.iloc[0] if field == "parameters" and metric == ACCURACY else ():
         name = fill(f"teacher's labels, {100 * teacher:.1f} %", 26)
-        heights[axes.axhline(teacher, color=_GREY, linestyle=(0, (5, 3)), label=name)] = teacher
+        heights[axes.axhline(teacher, color=GREY, linestyle=(0, (5, 3)), label=name)] = teacher
     axes.set_xscale("log")
     axes.set_xticks([x for x, _ in settings.groupby(field)], [_tick(own, field) for _, own in settings.groupby(field)])
     axes.set_xticks([], minor=True)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
-    _show_metric(axes.yaxis, metric)
-    _legend(figure, heights)
+    show_metric(axes.yaxis, metric)
+    add_legend(figure, heights)
     return _finish(figure, settings, what, file, [])
 
 
@@ -172,7 +147,7 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     """Methods and variants of one student and fraction, one below another."""
     settings = settings.sort_values(["mean", "name"], ascending=[False, True])
     labels = [fill(name, 34) for name in settings.name]
-    figure, axes = _sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
+    figure, axes = new_sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
     for y, row in enumerate(settings.to_dict("records")):
         axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **_bars(row["style"]))
         if row["n"] > 1:
@@ -181,17 +156,17 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    _show_metric(axes.xaxis, metric)
+    show_metric(axes.xaxis, metric)
     notes = ["small circles: single seeds"] if settings.n.max() > 1 else []
     if (chance := settings.chance.iloc[0]) is not None:
-        axes.axvline(chance, color=_GREY, linestyle=":", zorder=1)
+        axes.axvline(chance, color=GREY, linestyle=":", zorder=1)
         notes.append("dotted: chance")
     return _finish(figure, settings, what, file, notes)
 
 
 def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str) -> Plot:
     """The metric against tokens, a point a setting; a vote is a further point, joined to its setting."""
-    figure, axes = _sheet(4.5)
+    figure, axes = new_sheet(4.5)
     heights: dict[Any, float] = {}
     xs: list[float] = []
     voted = cost == TOKENS and _voted(settings, metric)
@@ -207,7 +182,7 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
             axes.plot(xs[-2:], [row["mean"], vote], color=colour, linestyle=stroke, linewidth=1)
             axes.errorbar(xs[-1], vote, error or 0, **bars | {"mfc": "white", "mec": colour})
     if (chance := settings.chance.iloc[0]) is not None:
-        heights[axes.axhline(chance, color=_GREY, linestyle=":", label="chance")] = chance
+        heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     if max(xs) > 3 * min(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -217,34 +192,9 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
     axes.xaxis.set_major_formatter(lambda x, _: names.size(x))
     what_read = "source and target tokens read in training"
     axes.set_xlabel(what_read if cost == TRAIN_TOKENS else "tokens generated for a row, with end-of-sequence")
-    _show_metric(axes.yaxis, metric)
-    _legend(figure, heights)
+    show_metric(axes.yaxis, metric)
+    add_legend(figure, heights)
     return _finish(figure, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
-
-
-def _sheet(height: float) -> tuple[Figure, Axes]:
-    figure = Figure((9, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _legend(figure: Figure, heights: dict[Any, float]) -> None:
-    """A legend in the order of heights; the figure grows with it."""
-    handles = sorted(heights, key=heights.__getitem__, reverse=True)
-    # in inches, beside title and notes
-    needed = 1.0 + sum(0.08 + 0.17 * len(handle.get_label().splitlines()) for handle in handles)
-    figure.set_figheight(max(figure.get_figheight(), needed))
-    figure.legend(handles=handles, loc="outside right center")
-
-
-def _show_metric(axis: Axis, metric: str) -> None:
-    """Label an axis, and let it span at least 2 %, so that tiny differences stay tiny."""
-    low, high = axis.get_view_interval()
-    more = max(0.0, (0.02 - (high - low)) / 2)
-    axis.set_view_interval(low - more, high + more)
-    axis.set_label_text(names.metric(metric) + (" (%)" if names.is_share(metric) else ""))
-    if names.is_share(metric):
-        axis.set_major_formatter(lambda x, _: f"{100 * x:.6g}".replace("-", "\u2212"))
 
 
 def _finish(figure: Figure, settings: pd.DataFrame, what: str, file: str, notes: list[str]) -> Plot:
@@ -254,16 +204,7 @@ def _finish(figure: Figure, settings: pd.DataFrame, what: str, file: str, notes:
     bars = f"means of {seeds} seeds, bars: ± standard error over seeds"
     notes = ["one seed each, so no standard errors" if seeds == "1" else bars, *notes]
     title = f"{names.dataset(dataset)} · {what} · {names.labels(labels)}"
-    figure.suptitle(fill(title, 70), x=0.01, ha="left", size=11.5, weight="bold")
-    figure.supxlabel(fill("; ".join(notes), 120), x=0.01, ha="left", size=8.5, color=_GREY)
-    figure.draw_without_rendering()
-    # it stays as it is now
-    figure.set_layout_engine("none")
-    left = np.inf
-    for label in reversed(figure.axes[0].get_xticklabels()):
-        box = label.get_window_extent()
-        label.set_visible(box.x1 + 4 < left)
-        left = box.x0 if label.get_visible() else left
+    title_sheet(figure, title, notes)
     # file systems limit a name to 255 bytes
     parts = [part.encode()[-80:].decode(errors="ignore") for part in (dataset, labels, file)]
     return Plot(re.sub(r"[^\w.-]", "_", "-".join(parts)), dataset, title, figure)

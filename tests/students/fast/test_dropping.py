@@ -47,7 +47,8 @@ def encoded(student: Seq2SeqStudent, source: list[int], after: int, share: float
             number_kept = math.ceil(share * len(source))
             kept = sorted(sorted(range(len(source)), key=lambda place: -received[place])[:number_kept])
             x, bias = x[:, kept], bias[:, :, kept][..., kept]
-    return model.encoder.final_layer_norm(x)
+    states: Tensor = model.encoder.final_layer_norm(x)
+    return states
 
 
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1", "mt5"])
