@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "Tell memory, largest batch and hours of a config before it runs.",
     "export": "Write a student for use, and prove that it answers the same.",
     "shrink": "Cut a smaller student out of a larger one.",
+    "tradeoff": "Measure a student with fewer layers and tokens: accuracy, speed.",
     "configs": "List the configs that come with this, or copy them.",
 }
 """The commands with their help."""

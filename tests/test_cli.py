@@ -118,7 +118,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 ALLOWED = (
     "fit, validate, test, predict, annotate, capture, experiment, rounds, compare, inspect, check, plan, "
-    "export, shrink, configs"
+    "export, shrink, tradeoff, configs"
 )
 
 
@@ -517,10 +517,10 @@ def test_help_fits_on_a_screen(command: str, capsys: pytest.CaptureFixture[str])
     lines = printed(capsys, command, "--help").splitlines()
     assert len(lines) <= 66
     assert max(map(len, lines)) <= 80
-    # the batches of an export are its own
+    # the batches of these are their own
     trains = any(line.startswith("  --data.batch_size ") and line.endswith("[64]") for line in lines)
-    assert trains == (command != "export")
-    assert ("  --model.student" in "\n".join(lines)) == (command not in ("inspect", "export"))
+    assert trains == (command not in ("export", "tradeoff"))
+    assert ("  --model.student" in "\n".join(lines)) == (command not in ("inspect", "export", "tradeoff"))
     assert f"All arguments: lit-distill {command} --help_all" in lines
 
 

@@ -28,6 +28,7 @@ from lit_distill.commands.parser import Parser, call
 from lit_distill.commands.plan import plan
 from lit_distill.commands.rounds import INTERRUPTED, rounds
 from lit_distill.commands.shrink import shrink
+from lit_distill.commands.tradeoff import tradeoff
 from lit_distill.commands.train import TRAINER_COMMANDS, run_trainer, train_parser
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.errors import UserError
@@ -83,6 +84,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "plan": plan,
     "export": export,
     "shrink": shrink,
+    "tradeoff": tradeoff,
 }
 """Command -> what runs it, with the arguments after it."""
 
