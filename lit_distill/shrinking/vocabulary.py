@@ -17,6 +17,10 @@ from lit_distill.students import Tokens
 Corpus = Callable[[Tokens], Iterator[Sequence[int]]]
 """Texts as ids, by whichever tokenizer."""
 
+MULTIPLE = 8
+"""The number of pieces is one of it: a product of a matrix and a vector rounds the last few rows in another way than
+those in full blocks, and logits are to be the same to the bit; and GPUs multiply in such blocks."""
+
 _LINES = 10_000
 _WHOLE = 10**9
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -57,7 +61,8 @@ def used_pieces(tokens: Tokens, corpora: Iterable[Corpus], *, sentinels: bool) -
 
     Kept are the pieces that the corpora use and, of byte pair encoding, all that these are merged from; special and
     added tokens, without T5's ``sentinels`` unless they are asked for; single characters of ASCII, such as digits; the
-    pieces of single bytes; and what else is needed for each text of the corpora to stay in the same pieces.
+    pieces of single bytes; and what else is needed for each text of the corpora to stay in the same pieces. The first
+    of the rest fill up a multiple of `MULTIPLE`.
 
     Raises:
         UserError: the corpora use no piece besides those that are always kept, or the tokenizer has no rules to change.
@@ -67,8 +72,8 @@ def used_pieces(tokens: Tokens, corpora: Iterable[Corpus], *, sentinels: bool) -
     pieces: dict[str, int] = tokenizer.get_vocab()
     always = {number for piece, number in pieces.items() if _is_small(piece)} | set(tokenizer.all_special_ids)
     always |= {pieces[added["content"]] for added in rules["added_tokens"]}
-    if not sentinels:
-        always -= {number for piece, number in pieces.items() if _SENTINEL.fullmatch(piece)}
+    unwanted = set() if sentinels else {number for piece, number in pieces.items() if _SENTINEL.fullmatch(piece)}
+    always -= unwanted
     if rules["model"]["type"] == "Unigram":
         # unknown characters cost a constant more than the rarest piece
         always.add(pieces[min(rules["model"]["vocab"], key=lambda entry: entry[1])[0]])
@@ -80,7 +85,8 @@ def used_pieces(tokens: Tokens, corpora: Iterable[Corpus], *, sentinels: bool) -
     kept = always | used
     if rules["model"]["type"] == "BPE":
         kept |= _parts(rules["model"], pieces, kept)
-    return sorted(kept)
+    rest = sorted(set(pieces.values()) - kept - unwanted)
+    return sorted(kept.union(rest[: -len(kept) % MULTIPLE]))
 
 
 def _is_small(piece: str) -> bool:

@@ -72,6 +72,7 @@ def test_texts_of_the_corpus_stay_in_the_same_pieces(kind: str, tmp_path: Path) 
     tokenizer = trim(old.tokenizer, kept)
     check_same(old, type(old)(tokenizer), kept, corpus)
     assert len(tokenizer) == len(kept) < len(old.tokenizer)
+    assert len(kept) % 8 == 0
     assert tokenizer.convert_ids_to_tokens(list(range(len(kept)))) == old.tokenizer.convert_ids_to_tokens(kept)
     for text in CORPUS:
         assert tokenizer.tokenize(text) == old.tokenizer.tokenize(text)
@@ -111,7 +112,7 @@ def test_all_that_a_piece_is_merged_from_is_kept() -> None:
 def test_a_corpus_that_becomes_other_pieces_is_refused() -> None:
     old = Tokens(unigram())
     kept = used_pieces(old, [texts_of(CORPUS)], sentinels=False)
-    with pytest.raises(UserError, match=r"^vocabulary: without the other pieces, 'the lower"):
+    with pytest.raises(UserError, match=r"^vocabulary: without the other pieces, '.* would be other pieces$"):
         check_same(old, Tokens(trim(old.tokenizer, kept)), kept, [texts_of(TEXTS)])
 
 
@@ -124,7 +125,7 @@ def test_a_corpus_without_pieces_of_its_own_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["t5", "tied-t5", "llama", "qwen2", "gpt2"])
 def test_logits_of_kept_ids_are_the_same_to_the_bit(tmp_path: Path, kind: str) -> None:
     student = student_of(tmp_path, kind)
-    kept = [0, 1, 2, *range(5, 50, 3)]
+    kept = [0, 1, 2, *range(5, 44, 3)]
     smaller = shrink(Structure(student), Keep(vocabulary=torch.tensor(kept)))
     ids = torch.tensor([range(len(kept))])
     own: Any = ({"decoder_input_ids": ids.flip(1)}, {"decoder_input_ids": torch.tensor([kept[::-1]])})
@@ -132,7 +133,11 @@ def test_logits_of_kept_ids_are_the_same_to_the_bit(tmp_path: Path, kind: str) -
     with torch.no_grad():
         logits = smaller(input_ids=ids, **new).logits
         expected = student.network(input_ids=torch.tensor([kept]), **old).logits[..., kept]
-    assert logits.equal(expected)
+        assert logits.equal(expected)
+        # one vector is multiplied in another way
+        states = torch.randn(1, 24 if kind != "gpt2" else 16)
+        head, own_head = (model.get_output_embeddings() for model in (student.network, smaller))
+        assert own_head(states).equal(head(states)[:, kept])
     assert smaller.config.vocab_size == len(kept)
 
 
