@@ -156,13 +156,9 @@ class CTranslate2Engine:
         return [sum(one.log_probs[-len(target) :]) for one, target in zip(found, targets, strict=True)]
 
 
-def load_engine(folder: str | Path, name: EngineName | None = None) -> Engine:
-    """The engine of an exported student's folder, or of any student that `lit_distill.students.load` reads.
-
-    Raises a ``UserError`` if the folder is not one of the engine ``name``.
-    """
-    path = Path(folder)
-    converted = (path / MODEL).is_file()
+def check_engine(folder: str | Path, name: EngineName | None = None) -> EngineName:
+    """The name of the engine that runs a student. Raises a ``UserError`` if the engine ``name`` cannot."""
+    converted = (Path(folder) / MODEL).is_file()
     if name == "ctranslate2" and not converted:
         raise UserError(
             f"engine: {str(folder)!r} holds no CTranslate2 model ({MODEL});"
@@ -170,7 +166,19 @@ def load_engine(folder: str | Path, name: EngineName | None = None) -> Engine:
         )
     if name == "transformers" and converted:
         raise UserError(f"engine: {str(folder)!r} holds a CTranslate2 model; allowed is ctranslate2")
-    return CTranslate2Engine(path) if converted else TransformersEngine(load(folder))
+    if converted:
+        import_ctranslate2()
+    return "ctranslate2" if converted else "transformers"
+
+
+def load_engine(folder: str | Path, name: EngineName | None = None) -> Engine:
+    """The engine of an exported student's folder, or of any student that `lit_distill.students.load` reads.
+
+    Raises a ``UserError`` if the folder is not one of the engine ``name``.
+    """
+    if check_engine(folder, name) == "ctranslate2":
+        return CTranslate2Engine(Path(folder))
+    return TransformersEngine(load(folder))
 
 
 def import_ctranslate2() -> Any:
