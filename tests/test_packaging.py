@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from lit_distill.messages import COMMANDS
 from tests.runs import CONFIGS, REPOSITORY
 
 BUILD = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
@@ -82,3 +85,34 @@ def test_in_an_empty_folder_the_quickstart_trains(environment: Path, tmp_path: P
     assert (student / "model.safetensors").is_file()
     command = json.loads((student.parent / "run.json").read_text())["command"]
     assert command == ["lit-distill", "fit", "--config", "quickstart", "--trainer.max_steps", "2"]
+
+
+def test_the_dockerfile_names_what_there_is() -> None:
+    text = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    assert {word for word, _ in steps} <= {
+        "FROM",
+        "ARG",
+        "COPY",
+        "RUN",
+        "WORKDIR",
+        "USER",
+        "ENV",
+        "EXPOSE",
+        "ENTRYPOINT",
+    }
+    copied = {source for word, rest in steps if word == "COPY" for source in rest.split()[:-1]}
+    assert all((REPOSITORY / source).exists() for source in copied)
+    ignored = (REPOSITORY / ".dockerignore").read_text().split()
+    assert (ignored[0], {line.removeprefix("!") for line in ignored[1:]}) == ("*", copied)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    # what a build reads
+    assert {"pyproject.toml", "setup.py", "constraints.txt", project["readme"], *project["license-files"]} <= copied
+    [install] = [rest for word, rest in steps if rest.startswith("pip install")]
+    [extras] = re.findall(r'"\.\[(.+)\]"', install)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    [given] = [rest for word, rest in steps if word == "ENTRYPOINT"]
+    program, command, *_, option, _ = json.loads(given)
+    assert program in project["scripts"]
+    assert command in COMMANDS
+    assert f"  {option} " in (REPOSITORY / "lit_distill" / "help.txt").read_text()
