@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "Write a student for use, and prove that it answers the same.",
     "shrink": "Cut a smaller student out of a larger one.",
     "tradeoff": "Measure a student with fewer layers and tokens: accuracy, speed.",
+    "serve": "Answer HTTP requests by a student.",
     "configs": "List the configs that come with this, or copy them.",
 }
 """The commands with their help."""

@@ -118,7 +118,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 ALLOWED = (
     "fit, validate, test, predict, annotate, capture, experiment, rounds, compare, inspect, check, plan, "
-    "export, shrink, tradeoff, configs"
+    "export, shrink, tradeoff, serve, configs"
 )
 
 
@@ -519,8 +519,8 @@ def test_help_fits_on_a_screen(command: str, capsys: pytest.CaptureFixture[str])
     assert max(map(len, lines)) <= 80
     # the batches of these are their own
     trains = any(line.startswith("  --data.batch_size ") and line.endswith("[64]") for line in lines)
-    assert trains == (command not in ("export", "tradeoff"))
-    assert ("  --model.student" in "\n".join(lines)) == (command not in ("inspect", "export", "tradeoff"))
+    assert trains == (command not in ("export", "tradeoff", "serve"))
+    assert ("  --model.student" in "\n".join(lines)) == (command not in ("inspect", "export", "tradeoff", "serve"))
     assert f"All arguments: lit-distill {command} --help_all" in lines
 
 

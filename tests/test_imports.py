@@ -40,6 +40,7 @@ LAYERS = (
     ("objectives",),
     ("modules", "callbacks", "checkpoints", "pruning"),
     ("exporting",),
+    ("serving",),
     ("checking",),
     ("planning",),
     ("commands",),

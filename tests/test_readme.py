@@ -97,6 +97,7 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("lit_distill.commands.capture.build_data", stop)
     monkeypatch.setattr("lit_distill.commands.export.StudentFiles", stop)
     monkeypatch.setattr("lit_distill.commands.tradeoff.load", stop)
+    monkeypatch.setattr("lit_distill.commands.serve.StudentFiles", stop)
     monkeypatch.setattr("lit_distill.commands.train.load_engine", stop)
     monkeypatch.setattr("lit_distill.commands.rounds.build_data", stop)
     monkeypatch.setattr("lit_distill.commands.shrink.StudentFiles", stop)

@@ -27,6 +27,7 @@ from lit_distill.commands.memory import fit
 from lit_distill.commands.parser import Parser, call
 from lit_distill.commands.plan import plan
 from lit_distill.commands.rounds import INTERRUPTED, rounds
+from lit_distill.commands.serve import serve
 from lit_distill.commands.shrink import shrink
 from lit_distill.commands.tradeoff import tradeoff
 from lit_distill.commands.train import TRAINER_COMMANDS, run_trainer, train_parser
@@ -71,6 +72,11 @@ def run_experiment(args: list[str]) -> dict[str, Any]:
     return summary
 
 
+def run_serve(args: list[str]) -> None:
+    """Run ``serve``."""
+    call("serve", serve, args, positional=("student", "Export, run, folder, checkpoint or hub name."))
+
+
 RUN: Mapping[str, Callable[[list[str]], object]] = {
     **{name: partial(run_trainer, name) for name in TRAINER_COMMANDS},
     "fit": fit,
@@ -85,6 +91,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "export": export,
     "shrink": shrink,
     "tradeoff": tradeoff,
+    "serve": run_serve,
 }
 """Command -> what runs it, with the arguments after it."""
 

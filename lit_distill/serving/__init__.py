@@ -1,0 +1,1 @@
+"""A trained student behind HTTP, on LitServe: rows of all requests in batches, limits, health and metrics."""
