@@ -60,6 +60,7 @@ def test_a_method_has_its_loss_its_drawing_and_what_it_is_taken_from(path: Path,
     methods = hooks("methods")
     method = methods.Method(path, REPOSITORY)
     given = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert f"(../configs/method/{path.name})" in (REPOSITORY / "docs" / "methods.md").read_text()
     tasks = StepByStepModule.all_tasks({"student": "s", "tasks": given.get("tasks")})
     terms = {name: task.weight for name, task in tasks.items()}
     for each in given.get("objectives+", ()):
