@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from lit_distill.shrinking import importance
 from lit_distill.students import load_tokenizer
 from tests.runs import metric_rows, refusal, run, run_folders, small_model, small_toy, toy_data, write_lines
 from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
@@ -34,7 +35,10 @@ def large(kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_a_smaller_student_trains(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_smaller_student_trains(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance, "LONGEST", 3)
     student = large(kind)
     Path("words.txt").write_text("predict: cat\nexplain: 7 because dog\n")
     given = ["--importance=features", "--rows=6", "--vocabulary", "words.txt", "train", "--json=report.json"]
