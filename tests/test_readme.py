@@ -18,15 +18,28 @@ from tests.runs import QUIET, at_work_in
 from tests.students import add_weights, make_student_folder
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line.partition("-m lit_distill ")[2]
-    for language, block in BLOCKS
-    if language == "bash"
-    for line in block.splitlines()
-    if "-m lit_distill " in line
+DOCS = ROOT / "docs"
+PAGES = {
+    path: path.read_text()
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    if DOCS / "evidence" not in path.parents
+}
+README = PAGES[ROOT / "README.md"]
+BLOCKS = [
+    found
+    for text in PAGES.values()
+    for found in re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 ]
+LAUNCH = re.compile(r"^(?:python|torchrun .*|srun .*) -m lit_distill |^lit-distill |&& python -m lit_distill ")
+COMMANDS = list(
+    dict.fromkeys(
+        line[found.end() :]
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.splitlines()
+        if (found := LAUNCH.search(line))
+    )
+)
 
 
 class Parsed(Exception):
@@ -38,10 +51,14 @@ def python_block(name: str) -> str:
     return code  # type: ignore[no-any-return]
 
 
-def section(title: str) -> list[str]:
-    body = README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-    (block,) = re.findall(r"^```bash\n(.*?)^```", body, flags=re.MULTILINE | re.DOTALL)[:1]
+def commands_of(text: str) -> list[str]:
+    """The lines of its first block of commands."""
+    (block,) = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[:1]
     return block.strip().splitlines()  # type: ignore[no-any-return]
+
+
+def section(title: str) -> list[str]:
+    return commands_of(README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0])
 
 
 def test_the_two_lines() -> None:
@@ -51,15 +68,21 @@ def test_the_two_lines() -> None:
     assert section("Tests") == ['pip install -c constraints.txt -e ".[test]" && pytest']
 
 
-def test_the_contents_name_every_section_and_each_link_leads_somewhere() -> None:
-    titles = re.findall(r"^## (.+)$", README, flags=re.MULTILINE)
-    contents = README.split("**Contents:**", 1)[1].split("\n\n", 1)[0]
-    named = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", contents)
-    assert named == [(title, re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")) for title in titles]
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} <= {Path(link).name for link in links}
-    for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+def test_readme_is_short_and_names_every_page() -> None:
+    assert len(README.splitlines()) < 200
+    links = set(re.findall(r"\]\(([^)#]+)\)", README))
+    notebooks = [path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").rglob("*.ipynb")]
+    assert {path.relative_to(ROOT).as_posix() for path in PAGES if path.name != "README.md"} <= links
+    assert set(notebooks) <= links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_each_link_leads_somewhere(page: Path) -> None:
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", PAGES[page]):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+        if anchor and not link.startswith("https://"):
+            titles = re.findall(r"^#+ (.+)$", (page.parent / link if link else page).read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], anchor
 
 
 def yaml_block(word: str) -> str:
@@ -77,7 +100,7 @@ def test_the_grid_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 18
+    assert len(COMMANDS) >= 50
     assert sum(command.startswith("annotate ") for command in COMMANDS) >= 6
 
 
@@ -106,7 +129,10 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("lit_distill.comparison.runs.find_runs", stop)
     # all others parse, and build
     monkeypatch.setattr(Parser, "instantiate_classes", stop)
-    arguments = shlex.split(command)
+    arguments = shlex.split(command, comments=True)
+    if arguments[0] == "configs":
+        main(arguments)
+        return
     if ".help" in command:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
@@ -187,7 +213,9 @@ def test_own_data_commands_run_and_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = [
-        shlex.split(line.partition("-m lit_distill ")[2]) for line in section("Your own data") if line[0] != "#"
+        shlex.split(line.partition("-m lit_distill ")[2])
+        for line in commands_of(PAGES[DOCS / "data.md"])
+        if line[0] != "#"
     ]
     assert [command[0] for command in commands] == ["inspect", "annotate", "fit", "fit", "compare"]
     with at_work_in(tmp_path, monkeypatch):
