@@ -27,21 +27,25 @@ from lit_distill.exporting.speed import measure_speed
 from lit_distill.files import atomic_folder, write_text
 from lit_distill.interrupts import interruptible
 from lit_distill.students import StudentFiles, load
+from lit_distill.students.delta import write_delta
 from lit_distill.students.models import Dtype
 from lit_distill.tables import console_table
 
-Target = Literal["ctranslate2", "safetensors"]
+Target = Literal["ctranslate2", "safetensors", "delta"]
 Quantization = Literal["int8", "bf16", "float32"]
 
 _OPTIONS: Sequence[Option] = (
-    ("to", Target, "ctranslate2", "What to write: CTranslate2's format, or a Hugging Face folder."),
+    ("to", Target, "ctranslate2", "CTranslate2's format, a Hugging Face folder, or the difference to a base."),
     ("quantization", Quantization, "float32", "Of the weights; int8 is for ctranslate2."),
+    ("base", str | None, None, "Of a delta: what the student was finetuned from; it is needed to load it."),
+    ("bits", float | None, None, "Of a delta: bits a weight; null: 1."),
     ("out", str | None, None, "Folder of the export, a new one."),
     ("rows", int | None, None, "Number of test rows of the parity gate; fewer than 200 only if they are asked for."),
     ("write_anyway", bool, False, "Write an export that fails the parity gate, too."),
     ("json", str | None, None, "File for the same numbers."),
 )
 
+_QUANTIZATIONS = {"ctranslate2": tuple(QUANTIZATION), "safetensors": ("bf16", "float32"), "delta": ("float32",)}
 _DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "float32": "float32"}
 
 
@@ -65,25 +69,25 @@ def export(args: list[str]) -> None:
         for name, task in subject.tasks.items()
     }
     with atomic_folder(out) as folder:
-        _write(files, plain, config["to"], quantization, folder)
+        told = _write(files, plain, config, quantization, folder)
         reference = load(student)
         weights = sum(one.numel() * one.element_size() for one in reference.parameters())
         own, made = subject.predictor(TransformersEngine(reference, plain=True)), subject.predictor(load_engine(folder))
-        parity = measure(own, made, subject.rows, BOUNDS[quantization])
+        parity = measure(own, made, subject.rows, BOUNDS["delta" if config["to"] == "delta" else quantization])
         if not parity["passed"] and not config["write_anyway"]:
             raise UserError(f"parity: {'; '.join(parity['faults'])}; nothing is written without --write_anyway")
-        name = f"{config['to']} {quantization}"
+        name = "delta" if config["to"] == "delta" else f"{config['to']} {quantization}"
         with TemporaryDirectory() as whole:
             predictors, megabytes = {"transformers float32": own}, {"transformers float32": weights / 1e6}
             if config["to"] == "ctranslate2" and quantization != "float32":
-                _write(files, plain, "ctranslate2", "float32", Path(whole))
+                _write(files, plain, config, "float32", Path(whole))
                 predictors["ctranslate2 float32"] = subject.predictor(load_engine(whole))
                 megabytes["ctranslate2 float32"] = _megabytes(Path(whole))
             predictors[name], megabytes[name] = made, _megabytes(folder)
             speed = measure_speed(predictors, subject.rows)
         report = {
             "student": student, "to": config["to"], "quantization": quantization, "version": __version__,
-            "data": subject.settings, "parity": parity,
+            "data": subject.settings, "parity": parity, **told,
             "speed": {name: {"megabytes": megabytes[name]} | of for name, of in speed.items()},
         }  # fmt: skip
         text = json.dumps(report, indent=2) + "\n"
@@ -101,20 +105,31 @@ def _check(config: Namespace) -> None:
         raise UserError(f"out: {config['out']!r} exists; give a new folder")
     if config["json"] is not None and not (folder := Path(config["json"]).absolute().parent).is_dir():
         raise UserError(f"json: there is no folder {str(folder)!r} to write it in")
-    allowed = tuple(QUANTIZATION if config["to"] == "ctranslate2" else _DTYPES)
+    if (config["to"] == "delta") != (config["base"] is not None):
+        raise UserError("base: must be given with --to delta, and with it alone")
+    if config["to"] != "delta" and config["bits"] is not None:
+        raise UserError("bits: only with --to delta; --quantization says them of the others")
+    check_range("bits", config["bits"], at_least=0.1, at_most=16)
+    allowed = _QUANTIZATIONS[config["to"]]
     check_choice(f"quantization: of {config['to']}", config["quantization"], allowed)
     check_range("rows", config["rows"], at_least=1, whole=True)
 
 
-def _write(files: StudentFiles, tasks: dict[str, Any], to: str, quantization: str, folder: Path) -> None:
-    """Write the student in one format."""
-    if to == "ctranslate2":
-        config = files.config | {"prefix": next(iter(tasks.values()))["prefix"], "task_specific_params": tasks}
-        convert(files, config, partial(load, files.name), quantization, folder)
-        return
+def _write(
+    files: StudentFiles, tasks: dict[str, Any], config: Namespace, quantization: str, folder: Path
+) -> dict[str, Any]:
+    """Write the student in one format; returns what is further to be told."""
+    if config["to"] == "ctranslate2":
+        described = files.config | {"prefix": next(iter(tasks.values()))["prefix"], "task_specific_params": tasks}
+        convert(files, described, partial(load, files.name), quantization, folder)
+        return {}
     student = load(files.name, dtype=_DTYPES[quantization])
     set_tasks(student.network, tasks)
-    student.save(folder)
+    if config["to"] == "safetensors":
+        student.save(folder)
+        return {}
+    base, bits = config["base"], 1.0 if config["bits"] is None else config["bits"]
+    return {"delta": write_delta(student.network, student.tokenizer, load(base).network, base, folder, bits)}
 
 
 def _megabytes(folder: Path) -> float:
@@ -136,6 +151,11 @@ def render(report: dict[str, Any], out: Path) -> None:
         f" ({accuracy['low']:+.3f} to {accuracy['high']:+.3f}); allowed: {bounds['score']:g} nats,"
         f" {bounds['texts']:.0%} of the texts, {bounds['accuracy']:.1%} of accuracy"
     )
+    if delta := report.get("delta"):
+        console.print(
+            f"delta to {delta['base']}: {delta['megabytes']:.2f} MB, {delta['bits_a_weight']:.2f} bits a weight,"
+            f" largest relative error {delta['largest_error']:.3f} ({delta['worst']})", markup=False, highlight=False,
+        )  # fmt: skip
     for fault in parity["faults"]:
         console.print(f"[bold red]beyond[/] {fault}")
     names = dict.fromkeys(key for found in report["speed"].values() for key in found)

@@ -65,7 +65,7 @@ def tradeoff(args: list[str]) -> None:
         writer.writeheader()
         writer.writerows(found)
         write_text(folder / "tradeoff.csv", table.getvalue())
-        title = f"{Path(name).name}: accuracy against speed on {report['rows']} test rows, {config['device']}"
+        title = f"{name}: accuracy against speed on {report['rows']} test rows, {config['device']}"
         draw_tradeoff(found, title, after, folder / "tradeoff")
     render(found, Path(config["out"]))
 

@@ -29,11 +29,13 @@ BOUNDS: dict[str, Bounds] = {
     "float32": Bounds(1e-3),
     "bf16": Bounds(0.1, 0.9, 0.005),
     "int8": Bounds(0.3, 0.75, 0.005),
+    "delta": Bounds(0.5, 0.5, 0.01),
 }
 """Quantization -> its bounds.
 
 About twice what was measured on 500 rows of the toy with the quickstart's student: 0.16 nats a token, 83 % of the
-rationales and 99 % of the labels equal in int8, 0.05 nats and 96 % of the rationales in bf16.
+rationales and 99 % of the labels equal in int8, 0.05 nats and 96 % of the rationales in bf16. A delta of 3 bits a
+weight, on 200 rows, was 0.34 nats a token apart and had 50 % of the rationales and 97 % of the labels.
 """
 
 

@@ -9,6 +9,7 @@ from lit_distill.errors import UserError
 from lit_distill.students.adapters import Adapter, add_adapter, merged
 from lit_distill.students.base import Student
 from lit_distill.students.causal import CausalStudent
+from lit_distill.students.delta import is_delta, read_delta, weights_hash
 from lit_distill.students.files import CHECKPOINT_KEY, StudentFiles, check_weights, reading
 from lit_distill.students.models import Dtype, build_model, check_memory, pretrained
 from lit_distill.students.seq2seq import Fast, Seq2SeqStudent
@@ -86,7 +87,9 @@ def load_model(
     if from_scratch:
         with reading(unbuilt, files.name):
             return build_model(config, dropout=dropout, dtype=dtype, adapter=wanted)
-    if files.checkpoint is None:
+    if is_delta(files.name):
+        model = _from_delta(files, dropout, dtype)
+    elif files.checkpoint is None:
         model = pretrained(files.name, config, dropout=dropout, dtype=dtype)
     else:
         model, kept = _from_checkpoint(files, files.checkpoint, dropout, dtype)
@@ -94,6 +97,26 @@ def load_model(
             return model
         model = model if kept is None else merged(model)
     return model if wanted is None else add_adapter(model, wanted)
+
+
+def _from_delta(files: StudentFiles, dropout: float | None, dtype: Dtype) -> Any:
+    """The model of a base and the difference to it."""
+    delta = read_delta(files.name)
+    weights = load_model(delta.base).state_dict()
+    if (found := weights_hash(weights)) != delta.sha256:
+        raise UserError(
+            f"student: {files.name!r} is a delta to other weights than {delta.base!r} has"
+            f" (sha256 {delta.sha256[:12]}, not {found[:12]})"
+        )
+    with reading("student: the delta does not fit the base and the configuration in", files.name):
+        model: Any = build_model(files.config, weights, dropout=dropout, dtype=dtype)
+        own = dict(model.named_parameters())
+        # of a tied pair the base may have two
+        changed = {name: weights[name] for name in own} | dict(delta.weights(weights))
+        for name, weight in changed.items():
+            own[name].data = weight.detach().to(own[name].dtype, copy=True)
+    check_weights(own, f"student: {files.name!r}")
+    return model
 
 
 def _from_checkpoint(

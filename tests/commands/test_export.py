@@ -173,3 +173,28 @@ def test_refusals(student: Path, here: Path, capsys: pytest.CaptureFixture[str])
     assert not Path("small").exists()
     predict = ["predict", small_model(student), data[:-1], QUIET, "--engine=ctranslate2"]
     assert refusal(capsys, predict).startswith(f"engine: '{student}' holds no CTranslate2 model")
+
+
+def test_a_delta_to_its_base(student: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = add_weights(make_student_folder(here / "base", d_model=64))
+    tuned = load(base)
+    with torch.no_grad():
+        tuned.network.get_encoder().block[0].layer[1].DenseReluDense.wo.weight.mul_(1.01)  # small enough for the gate
+        tuned.network.lm_head.weight.mul_(1.01)
+    tuned.save(here / "tuned")
+    found = export(here / "tuned", "--to=delta", "--base=base", "--bits=8", "--out=small")
+    assert found["parity"]["passed"]
+    assert found["parity"]["bounds"] == vars(parity.BOUNDS["delta"])
+    assert found["delta"]["base"] == "base"
+    assert found["delta"]["megabytes"] < (here / "tuned" / "model.safetensors").stat().st_size / 2e6
+    assert set(found["speed"]) == {"transformers float32", "delta"}
+    assert "delta to base: 0." in capsys.readouterr().out
+    predictor = load_predictor("small")
+    assert predictor.tasks["rationale"].max_new_tokens == 4
+    whole = [here / "tuned", made(student), "--rows=8", "--out=other"]
+    for more, line in [
+        (["--to=delta"], "base: must be given with --to delta, and with it alone"),
+        (["--bits=2"], "bits: only with --to delta; --quantization says them of the others"),
+    ]:
+        assert refusal(capsys, "export", whole, more).startswith(line)
+        assert not Path("other").exists()
