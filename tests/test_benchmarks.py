@@ -1,5 +1,6 @@
 """The benchmarks measure the right thing; how long it takes is nobody's business here."""
 
+import asyncio
 import copy
 import gc
 import importlib
@@ -21,6 +22,7 @@ from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import ESNLIDataModule
 from lit_distill.errors import UserError
 from tests.runs import REPOSITORY, write_release
+from tests.students import add_weights, make_student_folder
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 
@@ -644,3 +646,50 @@ def test_tables_of_a_gpu(bench: Callable[[str], Any], tmp_path: Path) -> None:
     assert bench("gpu").tables(tmp_path) == {"losses": {"packed": {"largest": 0.004}}, "tests": "3 passed"}
     assert "| losses | packed.largest | 0.004 |" in (tmp_path / "tables.md").read_text()
     assert json.loads((tmp_path / "tables.json").read_text())["tests"] == "3 passed"
+
+
+# ----------------------------------------------------------------------------------------------------------- serving
+
+
+def test_a_client_counts_what_is_lost(bench: Callable[[str], Any]) -> None:
+    serve_load = bench("serve_load")
+    found = serve_load.Found()
+    statuses = iter(["200", "200", "503", "200", ""])
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for status in statuses:
+            head = await reader.readuntil(b"\r\n\r\n")
+            [length] = [line.split()[1] for line in head.split(b"\r\n") if line.startswith(b"Content-Length")]
+            inputs = json.loads(await reader.readexactly(int(length)))["inputs"]
+            if not status:
+                break
+            labels = [{"label": "oak"} for _ in inputs]
+            # the fourth answer lacks a label
+            found_already = len(found.seconds) == 2 and status == "200"
+            content = {"detail": "later", "predictions": labels[1:] if found_already else labels}
+            body = json.dumps(content).encode()
+            writer.write(f"HTTP/1.1 {status} x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        writer.close()
+
+    async def both() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            await serve_load.client(1, server.sockets[0].getsockname()[1], found)
+
+    asyncio.run(both())
+    assert len(found.seconds) == 2
+    assert 2 <= found.rows <= 8
+    assert found.lost == {"status 503: later": 1, "no label": 1, "IncompleteReadError": 1}
+
+
+def test_a_draft_changes_no_text(
+    bench: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = {name: {"prefix": f"{name}: ", "max_new_tokens": 4} for name in ("label", "rationale")}
+    names = ["--student", "--draft"]
+    for name, layers in zip(names, (2, 1), strict=True):
+        folder = make_student_folder(tmp_path / name, num_decoder_layers=layers, task_specific_params=tasks)
+        add_weights(folder)
+    bench("assisted").main([*(word for name in names for word in (name, str(tmp_path / name))), "--rows=3"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["equal"] == {"generate": 3, "assisted": 3, "engine": 3}
+    assert (told["changed"], told["tokens"] > 0, set(told["ms"])) == (0, True, {"generate", "assisted", "engine"})
