@@ -2,10 +2,9 @@
 
 import json
 import math
-import multiprocessing
-import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from urllib.error import URLError
 import pytest
 
 from lit_distill.exporting.predictor import load_predictor
-from tests.runs import refusal, run
+from tests.runs import refusal
 from tests.students import add_weights, make_student_folder
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -65,64 +64,70 @@ def test_packages_that_are_missing(
     assert line == 'litserve is not installed: pip install "lit_distill[serve]"'
 
 
-class Client(threading.Thread):
-    """Waits for the server of this process, asks it, and ends it while it answers."""
+def ask(url: str, **request: Any) -> Any:
+    given = urllib.request.Request(  # noqa: S310 - our own server
+        f"{url}/predict", json.dumps(request).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(given, timeout=60) as answer:  # noqa: S310
+        return json.loads(answer.read())["predictions"]
 
-    def __init__(self, port: int) -> None:
-        super().__init__()
-        self.url = f"http://127.0.0.1:{port}"
-        self.found: dict[str, Any] = {}
-        self.start()
 
-    def ask(self, **request: Any) -> Any:
-        given = urllib.request.Request(  # noqa: S310 - our own server
-            f"{self.url}/predict", json.dumps(request).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(given, timeout=20) as answer:  # noqa: S310
-            return json.loads(answer.read())["predictions"]
-
-    def run(self) -> None:
+def wait_for(url: str) -> bytes:
+    end = time.monotonic() + 180
+    while True:
         try:
-            end = time.monotonic() + 60
-            while "health" not in self.found and time.monotonic() < end:
-                try:
-                    with urllib.request.urlopen(f"{self.url}/health") as answer:  # noqa: S310
-                        self.found["health"] = answer.read()
-                except URLError:
-                    time.sleep(0.05)
-            self.found["first"] = self.ask(inputs=["the cat ?", "a red dog"])
-            self.found["children"] = [one.pid for one in multiprocessing.active_children()]
-            last = threading.Thread(target=lambda: self.found.update(last=self.ask(inputs=["a cat"] * 20)))
-            last.start()
-            time.sleep(0.02)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-        last.join()
+            with urllib.request.urlopen(f"{url}/health") as answer:  # noqa: S310
+                return answer.read()  # type: ignore[no-any-return]
+        except URLError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
-def test_a_server_answers_until_sigterm_and_leaves_nothing_behind(
-    here: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def children_of(process: int) -> list[int]:
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    # ended, and not yet waited for
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_server_answers_until_sigterm_and_leaves_nothing_behind(here: Path) -> None:
     student = add_weights(make_student_folder(here / "student"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    client = Client(port)
-    run("serve", student, "--port", port, "--cpu_threads=1")
-    client.join()
-    told = capfd.readouterr()
-    assert told.out.splitlines() == [f"Serving at http://127.0.0.1:{port} (/docs, /health, /metrics); Ctrl-C ends it."]
-    assert told.err == ""
-    assert client.found["health"] == b"ok"
+    url, last = f"http://127.0.0.1:{port}", list[Any]()
+    command = [sys.executable, "-m", "lit_distill", "serve", str(student), "--port", str(port), "--cpu_threads=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    try:
+        assert wait_for(url) == b"ok"
+        first, children = ask(url, inputs=["the cat ?", "a red dog"]), children_of(process.pid)
+        in_flight = threading.Thread(target=lambda: last.extend(ask(url, inputs=["a cat"] * 20)))
+        in_flight.start()
+        time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        in_flight.join()
+        told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert told == (f"Serving at {url} (/docs, /health, /metrics); Ctrl-C ends it.\n", "")
     predictor = load_predictor(student)
     texts = predictor.generate(["the cat ?", "a red dog"], "label")
-    assert [one["label"] for one in client.found["first"]] == texts
+    assert [one["label"] for one in first] == texts
     scores = predictor.likelihoods(["the cat ?", "a red dog"], texts, "label")
     expected = [math.exp(scores[0][0]), math.exp(scores[1][1])]
-    assert [one["likelihood"] for one in client.found["first"]] == pytest.approx(expected, rel=1e-3)
-    assert len(client.found["last"]) == 20
-    assert client.found["children"]
-    assert multiprocessing.active_children() == []
-    for process in client.found["children"]:
-        with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
+    assert [one["likelihood"] for one in first] == pytest.approx(expected, rel=1e-3)
+    assert len(last) == 20
+    assert children
+    end = time.monotonic() + 30
+    # the tracker of shared resources ends when it sees that the server has
+    while (left := [child for child in children if is_running(child)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == []
