@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
@@ -55,6 +56,16 @@ def check_text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{name} must be a text, got {value!r}")
     return value
+
+
+def check_file(name: str, path: str | None) -> None:
+    """The path of a file that can be written, or no path."""
+    if path is None:
+        return
+    if not (folder := Path(path).absolute().parent).is_dir():
+        raise UserError(f"{name}: there is no folder {str(folder)!r} to write it in")
+    if Path(path).is_dir():
+        raise UserError(f"{name}: {path!r} is a folder; give a file")
 
 
 def check_bool(name: str, value: Any) -> bool:

@@ -125,7 +125,7 @@ def _fabric(config: Namespace) -> Fabric:
     try:
         fabric = Fabric(**({name: trainer[name] for name in ("accelerator", "devices", "num_nodes")} | one))
         fabric.launch()
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
     return fabric
 

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill import __version__
-from lit_distill.checks import check_choice, check_range
+from lit_distill.checks import check_choice, check_file, check_range
 from lit_distill.commands.measuring import read_subject, student_first
 from lit_distill.commands.parser import Option
 from lit_distill.commands.settings import parse_settings
@@ -103,8 +103,7 @@ def _check(config: Namespace) -> None:
         raise UserError("out: must be given, as --out FOLDER")
     if Path(config["out"]).exists():
         raise UserError(f"out: {config['out']!r} exists; give a new folder")
-    if config["json"] is not None and not (folder := Path(config["json"]).absolute().parent).is_dir():
-        raise UserError(f"json: there is no folder {str(folder)!r} to write it in")
+    check_file("json", config["json"])
     if (config["to"] == "delta") != (config["base"] is not None):
         raise UserError("base: must be given with --to delta, and with it alone")
     if config["to"] != "delta" and config["bits"] is not None:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
-from lit_distill.checks import check_int
+from lit_distill.checks import check_file, check_int
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
 from lit_distill.commands.settings import parse_settings
@@ -22,6 +22,7 @@ from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder, write_text
+from lit_distill.interrupts import interruptible
 from lit_distill.shrinking.importance import Importance, Scores, best, best_heads, features, magnitude
 from lit_distill.shrinking.layers import kept_layers
 from lit_distill.shrinking.shrink import shrink as make_smaller
@@ -53,6 +54,7 @@ _OPTIONS: Sequence[Option] = (
 )
 
 
+@interruptible()
 def shrink(args: list[str]) -> None:
     """Run ``shrink``: parse what ``fit`` parses, cut the student, check and save it, and print a table."""
     parser = train_parser("shrink", model=False, data=False)
@@ -102,8 +104,7 @@ def _check(config: Namespace) -> None:
     out = Path(config["out"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out: {config['out']!r} exists; give a new folder")
-    if config["json"] is not None and not (folder := Path(config["json"]).absolute().parent).is_dir():
-        raise UserError(f"json: there is no folder {str(folder)!r} to write it in")
+    check_file("json", config["json"])
     stacks, widths = ("encoder_layers", "decoder_layers"), ("d_ff", "heads", "d_model")
     if all(config[name] is None for name in ("layers", *stacks, *widths, "vocabulary")):
         raise UserError(f"give what is to be smaller: {', '.join(('layers', *stacks, *widths))} or vocabulary")
@@ -129,7 +130,7 @@ def _device(config: Namespace) -> torch.device:
     """The trainer's device."""
     try:
         return Fabric(accelerator=config["trainer"]["accelerator"], devices=1).device
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
 
 
@@ -251,4 +252,6 @@ def render(report: dict[str, Any]) -> None:
     console.print(table)
     for stack, kept in report["layers"].items():
         console.print(f"{stack} layers that stay: {', '.join(map(str, kept))}", soft_wrap=True)
-    console.print(f"Train it: lit-distill fit --config FILE --model.student {report['out']}", soft_wrap=True)
+    # a config may train from scratch, which would draw new weights
+    given = f"--config FILE --model.student {report['out']} --model.from_scratch false"
+    console.print(f"Train it: lit-distill fit {given}", soft_wrap=True)

@@ -44,7 +44,9 @@ def test_a_smaller_student_trains(
     given = ["--importance=features", "--rows=6", "--vocabulary", "words.txt", "train", "--json=report.json"]
     run("shrink", f"--from={student}", "--out=small", small_model(student), toy_data(), SMALLER[kind], given)
     report = json.loads(Path("report.json").read_text())
-    assert "small, from large" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "small, from large" in shown
+    assert "--model.student small --model.from_scratch false\n" in shown
     auto: Any = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     model = auto.from_pretrained("small")
     assert report["after"]["parameters"] == sum(weight.numel() for weight in model.parameters())
@@ -106,6 +108,11 @@ def test_the_words_of_a_label_set_stay() -> None:
         ),
         (["--layers=0", "--sentinels"], "sentinels: only with vocabulary; without it all pieces stay"),
         (["--layers=0", "--json=none/report.json"], "json: there is no folder "),
+        (["--layers=0", "--json=full"], "json: 'full' is a folder; give a file"),
+        pytest.param(
+            *(["--layers=0", "--trainer.accelerator=gpu"], "trainer: "),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (["--layers=0", "--out=full"], "out: 'full' exists; give a new folder"),
         (["--layers=0", "--rows=0"], "rows must be an integer >= 1, got 0"),
     ],
