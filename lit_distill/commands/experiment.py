@@ -82,11 +82,8 @@ def experiment(
         cells = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
         if not cells:
             raise UserError(f"only: no cell's name matches {only!r}; --dry_run lists them")
-    # made first, as they check their arguments
-    devices = [str(i) for i in range(torch.cuda.device_count())]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        devices = visible.split(",")[: len(devices)]
-    local = Local(1 if jobs is None else jobs, devices)
+    # made first, as it checks its arguments
+    local = local_launcher(jobs)
     try:
         board = {cell: _state(cell) for cell in cells}
         for cell, state in board.items():
@@ -123,6 +120,14 @@ def experiment(
     for text in grid.deviations:
         print(f"- {' '.join(text.split())}")
     return _summary(board) | {"verdicts": verdicts, "interrupted": not ended}
+
+
+def local_launcher(jobs: int | None) -> Local:
+    """Starts cells on this machine, on all GPUs in turn that it may use."""
+    devices = [str(i) for i in range(torch.cuda.device_count())]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        devices = visible.split(",")[: len(devices)]
+    return Local(1 if jobs is None else jobs, devices)
 
 
 def judge(folder: Path, tolerance: float) -> dict[str, str]:

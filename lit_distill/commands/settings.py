@@ -5,6 +5,8 @@ from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.checks import check_range
@@ -80,3 +82,11 @@ def linked(model: Namespace) -> dict[str, Any]:
     """The data arguments that a method given by name sets."""
     settings = model.get("init_args") or Namespace()
     return {"tokenizer": settings.get("student"), "tasks": linked_tasks(model["class_path"], settings)}
+
+
+def one_device(config: Namespace, precision: Any = "32-true") -> Fabric:
+    """The first of the trainer's devices. Raises a ``UserError`` if it is not there."""
+    try:
+        return Fabric(accelerator=config["trainer"]["accelerator"], devices=1, precision=precision)
+    except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {error}") from error

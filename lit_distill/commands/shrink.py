@@ -9,15 +9,13 @@ from typing import Any, cast, get_args
 
 import torch
 from jsonargparse import Namespace
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
 from lit_distill.checks import check_file, check_int
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import parse_settings
+from lit_distill.commands.settings import one_device, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
@@ -66,7 +64,7 @@ def shrink(args: list[str]) -> None:
     rows = _Rows(config) if config.get("data") is not None else None
     files = StudentFiles(config["from"])
     dtype: Any = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
-    corpora, device = _corpora(config, rows), _device(config)
+    corpora, device = _corpora(config, rows), one_device(config).device
     # all is checked before gigabytes of weights are read
     shapes = load(config["from"], fast=False, meta=True)
     layers = _layers(config, shapes)
@@ -124,14 +122,6 @@ def _check(config: Namespace) -> None:
 
 def _words(config: Namespace) -> list[str]:
     return config["vocabulary"] or []
-
-
-def _device(config: Namespace) -> torch.device:
-    """The trainer's device."""
-    try:
-        return Fabric(accelerator=config["trainer"]["accelerator"], devices=1).device
-    except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"trainer: {error}") from error
 
 
 def _layers(config: Namespace, student: Student) -> dict[Stack, list[int]]:

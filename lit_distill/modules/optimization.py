@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor, get_scheduler
 
 from lit_distill.errors import UserError
@@ -19,17 +20,24 @@ ScheduleName = Literal["linear", "constant"]
 
 def configure(module: pl.LightningModule) -> OptimizerLRScheduler:
     """An optimizer over the trainable parameters, and its schedule, stepped after every optimizer step."""
-    settings, steps = module.hparams, module.trainer.estimated_stepping_batches
+    # fused: one kernel over all parameters, several times the speed on CPU too; with fp16's loss scaling it would
+    # unscale by itself, which Lightning's clipping does not allow
+    device = module.trainer.strategy.root_device.type
+    fused = module.trainer.precision != "16-mixed" and device in ("cpu", "cuda")
+    built, scheduler = make_optimizer(module, module.hparams, module.trainer.estimated_stepping_batches, fused=fused)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+
+def make_optimizer(
+    module: nn.Module, settings: Mapping[str, Any], steps: float, *, fused: bool
+) -> tuple[Optimizer, LambdaLR]:
+    """An optimizer over a module's trainable parameters by a method's ``settings``, and its schedule over ``steps``."""
     groups = parameter_groups(module, settings["weight_decay"])
     built: Optimizer
     if settings["optimizer"] == "adafactor":
         # no relative steps with a given learning rate, as in the Hugging Face trainer
         built = Adafactor(groups, lr=settings["learning_rate"], scale_parameter=False, relative_step=False)
     else:
-        # fused: one kernel over all parameters, several times the speed on CPU too; with fp16's loss scaling it would
-        # unscale by itself, which Lightning's clipping does not allow
-        device = module.trainer.strategy.root_device.type
-        fused = module.trainer.precision != "16-mixed" and device in ("cpu", "cuda")
         built = AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.999), eps=1e-8, fused=fused)
         if fused:
             # Lightning's flag for optimizers that unscale by themselves; unused without a scaler
@@ -42,7 +50,7 @@ def configure(module: pl.LightningModule) -> OptimizerLRScheduler:
         num_warmup_steps=settings["warmup_steps"],
         num_training_steps=int(steps) if decays else None,
     )
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+    return built, scheduler
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -24,16 +24,29 @@ def shrink(structure: Structure, keep: Keep) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be built with other sizes.
     """
-    config = true_config(structure.network)
-    _set_sizes(config, structure, keep)
-    own = structure.weights
-    weights = {str(structure.name(name)): _cut(value, name, structure, keep) for name, value in own.items()}
+    config, weights = smaller_config(structure, keep), smaller_weights(structure, keep)
     dtype = str(next(structure.network.parameters()).dtype).removeprefix("torch.")
     try:
         return cast(PreTrainedModel, build_model(config, weights, dtype=cast(Any, dtype)).eval())
     except (StrictDataclassError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise UserError(f"from: a {config['model_type']} of these sizes cannot be made ({told:.300})") from error
+
+
+def smaller_config(structure: Structure, keep: Keep) -> dict[str, Any]:
+    """The content of the smaller model's ``config.json``."""
+    config = true_config(structure.network)
+    _set_sizes(config, structure, keep)
+    return config
+
+
+def smaller_weights(structure: Structure, keep: Keep, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of the weights that are kept, by their names in the smaller model.
+
+    ``weights`` stand for the student's own; gradients of the copies reach those that require them.
+    """
+    given = structure.weights if weights is None else weights
+    return {str(structure.name(name)): _cut(given[name], name, structure, keep) for name in structure.weights}
 
 
 def without_zeros(student: Student) -> PreTrainedModel:

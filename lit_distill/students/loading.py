@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from transformers import PreTrainedModel
+
 from lit_distill.checks import check_choice
 from lit_distill.errors import UserError
 from lit_distill.students.adapters import Adapter, add_adapter, merged
@@ -13,6 +15,7 @@ from lit_distill.students.delta import is_delta, read_delta, weights_hash
 from lit_distill.students.files import CHECKPOINT_KEY, StudentFiles, check_weights, reading
 from lit_distill.students.models import Dtype, build_model, check_memory, pretrained
 from lit_distill.students.seq2seq import Fast, Seq2SeqStudent
+from lit_distill.students.tokens import Tokens
 
 
 def load(
@@ -57,9 +60,14 @@ def load(
         # the second name is for older releases of transformers, deprecated in newer ones
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    student = CausalStudent(model, tokens) if tokens.family == "causal" else Seq2SeqStudent(model, tokens, fast=fast)
+    student = wrap(model, tokens, fast=fast)
     student.adapter = wanted
     return student
+
+
+def wrap(model: PreTrainedModel, tokens: Tokens, *, fast: Fast = "auto") -> Student:
+    """A student of a model that is there."""
+    return CausalStudent(model, tokens) if tokens.family == "causal" else Seq2SeqStudent(model, tokens, fast=fast)
 
 
 def load_model(
