@@ -39,7 +39,7 @@ LAYERS = (
     ("data", "teachers"),
     ("objectives",),
     ("modules", "callbacks", "checkpoints", "pruning"),
-    ("exporting",),
+    ("exporting", "searching"),
     ("serving",),
     ("checking",),
     ("planning",),

@@ -1,0 +1,1 @@
+"""Students of a budget, ranked without training and by shared weights."""
