@@ -21,6 +21,7 @@ SHORT_HELP = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), 1),
     **{"inspect": 2, "check": 3, "capture": 4, "plan": 5, "rounds": 6, "export": 7, "shrink": 8, "tradeoff": 9},
     "serve": 10,
+    "search": 11,
 }
 """Command -> the part of ``help.txt`` that its ``--help`` shows; the whole help is mostly the trainer's."""
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "Tell memory, largest batch and hours of a config before it runs.",
     "export": "Write a student for use, and prove that it answers the same.",
     "shrink": "Cut a smaller student out of a larger one.",
+    "search": "Rank students of a budget, and train the best few.",
     "tradeoff": "Measure a student with fewer layers and tokens: accuracy, speed.",
     "serve": "Answer HTTP requests by a student.",
     "configs": "List the configs that come with this, or copy them.",

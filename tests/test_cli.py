@@ -118,7 +118,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 ALLOWED = (
     "fit, validate, test, predict, annotate, capture, experiment, rounds, compare, inspect, check, plan, "
-    "export, shrink, tradeoff, serve, configs"
+    "export, shrink, search, tradeoff, serve, configs"
 )
 
 

@@ -27,6 +27,7 @@ from lit_distill.commands.memory import fit
 from lit_distill.commands.parser import Parser, call
 from lit_distill.commands.plan import plan
 from lit_distill.commands.rounds import INTERRUPTED, rounds
+from lit_distill.commands.search import search
 from lit_distill.commands.serve import serve
 from lit_distill.commands.shrink import shrink
 from lit_distill.commands.tradeoff import tradeoff
@@ -90,6 +91,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "plan": plan,
     "export": export,
     "shrink": shrink,
+    "search": search,
     "tradeoff": tradeoff,
     "serve": run_serve,
 }

@@ -1,0 +1,340 @@
+"""``search``: students of a budget, ranked without training and by shared weights; the best few are trained."""
+
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric import Fabric
+from rich.console import Console
+from torch import Tensor
+from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
+
+from lit_distill.batch import TaskBatch
+from lit_distill.checks import check_fraction, check_int, check_range
+from lit_distill.commands.compare import compare
+from lit_distill.commands.experiment import accepted_arguments, local_launcher, with_location
+from lit_distill.commands.parser import Option, Parser
+from lit_distill.commands.rounds import INTERRUPTED
+from lit_distill.commands.settings import one_device, parse_settings, settle
+from lit_distill.commands.train import build, train_parser
+from lit_distill.data import RationaleDataModule
+from lit_distill.errors import UserError
+from lit_distill.experiments.cells import Cell, State
+from lit_distill.experiments.grid import differences, merge
+from lit_distill.experiments.launch import Board, run_cells
+from lit_distill.experiments.report import show_event
+from lit_distill.files import atomic_folder, write_text
+from lit_distill.interrupts import interruptible
+from lit_distill.progress import ticker
+from lit_distill.records import read_record
+from lit_distill.searching.cost import config_of, milliseconds, parameters, random_student
+from lit_distill.searching.relations import scores
+from lit_distill.searching.shared import SuperStudent
+from lit_distill.searching.space import Budget, Shape, Space, name_of
+from lit_distill.students import Student, load
+from lit_distill.students.tokens import save_tokenizer
+from lit_distill.tables import console_table
+from lit_distill.tasks import answer_task
+from lit_distill.teachers.frozen import about, check_place
+
+Ranking = Literal["relations", "shared"]
+
+_RANKED: Sequence[Option] = (
+    ("space", dict[str, list[int]] | None, None, "Values of encoder_layers, decoder_layers, d_model, d_ff and heads."),
+    ("max_parameters", int | None, None, "The budget in parameters."),
+    ("max_ms", float | None, None, "The budget in milliseconds, to answer a batch of val."),
+    ("at_least", float, 0.8, "The share of the budget that a student has to use."),
+    ("candidates", int, 24, "Number of students that are ranked."),
+    ("rankings", list[Ranking], ["relations", "shared"], "Training-free, which needs a teacher; by shared weights."),
+    ("teacher", str | None, None, "Which of the model's teachers relations compares with; null: the only one."),
+    ("initialisations", int, 3, "Random students of each shape whose relations are averaged."),
+    ("shared_steps", int, 300, "Steps of the super-student, of three of its parts each."),
+    ("search_seed", int, 0, "Of what is drawn."),
+)
+_TRAINED: Sequence[Option] = (
+    ("by", Literal["relations", "shared", "parameters"], "shared", "The ranking whose best students are trained."),
+    ("best", int, 3, "Number of the best students that are trained."),
+    ("drawn", int, 8, "Number of students that are drawn and trained, for the correlations."),
+    ("jobs", int, 1, "Runs of fit at a time."),
+    ("out", str, "runs/search", "Folder of the ranking and the runs, finished and new."),
+)
+
+RANKING = "ranking.json"
+"""The students with their scores, and the settings that they come from."""
+
+
+@interruptible()
+def search(args: list[str]) -> None:
+    """Run ``search``: draw students of the budget, rank them, fit some, and say what the rankings told.
+
+    The config's student is the whole of which each student of the space is a part, with random weights. What is ranked
+    stays in the folder, finished runs are skipped, a stopped one resumes.
+    """
+    parser = train_parser("search")
+    parser.add_options([*_RANKED, *_TRAINED])
+    config = parse_settings(parser, args)
+    settle(config, "fit")
+    _check(config)
+    if config["cpu_threads"] is not None:
+        torch.set_num_threads(config["cpu_threads"])
+    base = yaml.safe_load(parser.dump(config, skip_unset=False))
+    own = {name: base.pop(name) for name, *_ in [*_RANKED, *_TRAINED]}
+    whole = load(base["model"]["init_args"]["student"], from_scratch=True, fast=False, meta=True)
+    space, out = Space(whole, own["space"]), Path(own["out"])
+    settings = {"fit": base, "search": {name: own[name] for name, *_ in _RANKED}}
+    if (ranked := _read(out, settings)) is None:
+        ranked = _rank(parser, config, space)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / RANKING, json.dumps({"settings": settings, "students": ranked}, indent=2) + "\n")
+    best, drawn = choose(ranked, own)
+    cells = {}
+    for one in ranked:
+        if one["name"] in best | drawn:
+            folder = out / "students" / one["name"]
+            _write_student(folder, whole, one["shape"])
+            cells[one["name"]] = cell_of(base, out / "fits" / one["name"], folder)
+    _run(cells, own["jobs"])
+    accuracy = {name: read_record(cell.folder).metrics.get("test/accuracy") for name, cell in cells.items()}
+    rows = [one | {"best": one["name"] in best, "drawn": one["name"] in drawn} for one in ranked]
+    rows = [row | {"accuracy": accuracy.get(row["name"])} for row in rows]
+    found = {"by": own["by"], "students": rows, "correlations": correlations([row for row in rows if row["drawn"]])}
+    write_text(out / "search.json", json.dumps(found, indent=2) + "\n")
+    render(found)
+    compare([str(out / "fits")], str(out / "report"))
+
+
+def _check(config: Namespace) -> None:
+    """Raise a ``UserError`` for what a search cannot do, before it begins."""
+    if config["space"] is None:
+        raise UserError("space: must be given, as {d_model: [32, 64], d_ff: [64, 128]}")
+    if (config["max_parameters"] is None) == (config["max_ms"] is None):
+        raise UserError("give the budget, either max_parameters or max_ms")
+    check_range("max_parameters", config["max_parameters"], at_least=1, whole=True)
+    check_range("max_ms", config["max_ms"], above=0)
+    check_fraction("at_least", config["at_least"])
+    check_int("candidates", config["candidates"], 2, 1000)
+    for name, least in (("initialisations", 1), ("shared_steps", 1), ("search_seed", 0), ("jobs", 1), ("best", 0)):
+        check_int(name, config[name], least)
+    check_int("best", config["best"], 0, config["candidates"])
+    check_int("drawn", config["drawn"], 0, config["candidates"])
+    if config["best"] + config["drawn"] == 0:
+        raise UserError("best: 0 and drawn: 0 train nothing; give one of them")
+    if config["by"] not in [*config["rankings"], "parameters"]:
+        raise UserError(f"by: {config['by']} is not among rankings; allowed are parameters and those of rankings")
+    model = config["model"]["init_args"]
+    if not model["from_scratch"]:
+        raise UserError("model.from_scratch: must be true; the students of a search start from random weights")
+    if model["adapter"] is not None:
+        raise UserError("model.adapter: the students of a search are trained whole; leave it out")
+    teachers = model["teachers"] or {}
+    if "relations" in config["rankings"] and not teachers:
+        raise UserError("model.teachers: relations compares with a teacher; name one, or set rankings: [shared]")
+    for name, settings in teachers.items():
+        places = settings["model"]
+        with about(f"teachers: {name}"):
+            for place in places if isinstance(places, list) else [places]:
+                check_place(place)
+
+
+def _read(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What a folder has ranked. Raises a ``UserError`` if it was with other settings."""
+    path = out / RANKING
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ranked: list[dict[str, Any]] = found["students"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); move it away") from error
+    for key, (there, wanted) in differences(found.get("settings"), settings).items():
+        raise UserError(f"{path}: ranked with another {key}: {there!r}, {wanted!r} is wanted; give another out")
+    return ranked
+
+
+def _rank(parser: Parser, config: Namespace, space: Space) -> list[dict[str, Any]]:
+    """Draw students of the budget, and score each by all rankings."""
+    fabric = one_device(config, config["trainer"]["precision"] or "32-true")
+    seed = config["search_seed"]
+    # the super-student's weights and dropout
+    fabric.seed_everything(seed, verbose=False)
+    config["trainer"].update(Namespace(logger=False, enable_checkpointing=False))
+    trainer, module, data = build(parser, config, [])
+    module.check_teachers(trainer, "fit")
+    teacher = None
+    if "relations" in config["rankings"]:
+        teacher = config["teacher"] or module.teachers.only("rankings: relations")
+        module.teachers.check("teacher", teacher)
+        module.teachers.single("rankings: relations", teacher)
+    shared = SuperStudent(module) if "shared" in config["rankings"] else None
+    data.prepare_data()
+    data.setup("fit")
+    module.to(fabric.device)
+    whole, task = module.student, answer_task(module.tasks).name
+    batch, asked = (fabric.to_device(next(iter(own()))) for own in (data.train_dataloader, data.val_dataloader))
+
+    def time_of(shape: Shape) -> float:
+        return milliseconds(random_student(whole, shape, seed), asked, task)
+
+    if config["max_ms"] is None:
+        budget = Budget(config["max_parameters"], config["at_least"], "parameters")
+        shapes = budget.draw(space, config["candidates"], seed, lambda shape: parameters(whole, shape))
+    else:
+        shapes = Budget(config["max_ms"], config["at_least"], "ms").draw(space, config["candidates"], seed, time_of)
+    ranked: list[dict[str, Any]] = []
+    with ticker("Scoring", len(shapes), unit=" students") as advance:
+        for shape in shapes:
+            row = {"name": name_of(shape), "shape": shape, "parameters": parameters(whole, shape)}
+            row |= {"ms": time_of(shape)}
+            if teacher is not None:
+                row["relations"] = scores(
+                    module.step(batch).teacher(teacher),
+                    lambda number, own=shape: random_student(whole, own, seed + number),  # type: ignore[misc]
+                    config["initialisations"],
+                    batch,
+                )
+            ranked.append(row)
+            advance(1)
+    if shared is not None:
+        _rank_by_shared_weights(config, shared, ranked, space, data, fabric)
+    return ranked
+
+
+def _rank_by_shared_weights(
+    config: Namespace,
+    shared: SuperStudent,
+    ranked: Sequence[dict[str, Any]],
+    space: Space,
+    data: RationaleDataModule,
+    fabric: Fabric,
+) -> None:
+    """Train a super-student, and add each student's validation loss with its weights."""
+    trainer, steps = config["trainer"], config["shared_steps"]
+
+    @contextmanager
+    def autocast() -> Iterator[None]:
+        with fabric.autocast():
+            yield
+
+    with ticker("Shared weights", steps, unit=" steps") as advance:
+        shared.train(
+            steps,
+            _windows(data, trainer["accumulate_grad_batches"]),
+            [space.largest, space.smallest, *(row["shape"] for row in ranked)],
+            config["search_seed"],
+            clip=trainer["gradient_clip_val"],
+            autocast=autocast,
+            advance=advance,
+        )
+    with ticker("Validating", len(ranked), unit=" students") as advance:
+        for row in ranked:
+            row["shared"] = shared.validation_loss(row["shape"], data.val_dataloader())
+            advance(1)
+
+
+def _windows(data: RationaleDataModule, size: int) -> Iterator[list[TaskBatch]]:
+    """The micro-batches of one optimizer step after another, epoch after epoch."""
+    window: list[TaskBatch] = []
+    for epoch in count():
+        loader: Any = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            window.append(batch)
+            if len(window) == size:
+                yield window
+                window = []
+
+
+def choose(ranked: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """The names of the best students, and of those that are drawn among all."""
+    order = sorted(ranked, key=lambda row: goodness(row, own["by"]), reverse=True)
+    draw = random.Random(f"{own['search_seed']} trained")  # noqa: S311 - no secret
+    drawn = draw.sample([row["name"] for row in ranked], own["drawn"])
+    return {row["name"] for row in order[: own["best"]]}, set(drawn)
+
+
+def goodness(row: Mapping[str, Any], ranking: str) -> float:
+    """A student's score in a ranking; higher is better."""
+    if ranking == "relations":
+        return float(row["relations"]["score"])
+    return -float(row["shared"]) if ranking == "shared" else float(row["parameters"])
+
+
+def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Kendall's tau-b and Spearman's rho of each ranking with trained accuracy; ``None`` where either is constant."""
+    accuracy = torch.tensor([row["accuracy"] for row in rows if row["accuracy"] is not None], dtype=torch.float64)
+    found: dict[str, dict[str, float | None]] = {}
+    for ranking in ("parameters", "relations", "shared"):
+        if not rows or ranking not in rows[0]:
+            continue
+        own = [goodness(row, ranking) for row in rows if row["accuracy"] is not None]
+        values, both = torch.tensor(own, dtype=torch.float64), dict[str, float | None]()
+        for name, measure in (("kendall", kendall_rank_corrcoef), ("spearman", spearman_corrcoef)):
+            varies = len(own) > 1 and min(len(values.unique()), len(accuracy.unique())) > 1
+            both[name] = float(cast(Tensor, measure(values, accuracy))) if varies else None
+        found[ranking] = both | {"n": len(own)}
+    return found
+
+
+def _write_student(folder: Path, whole: Student, shape: Shape) -> None:
+    """Write a student's configuration and tokenizer, unless they are there."""
+    if folder.exists():
+        return
+    with atomic_folder(folder) as made:
+        save_tokenizer(whole.tokenizer, made)
+        text = json.dumps(config_of(whole, shape), indent=2, sort_keys=True)
+        write_text(made / "config.json", f"{text}\n")
+
+
+def cell_of(base: Mapping[str, Any], folder: Path, student: Path) -> Cell:
+    """The run of ``fit`` that trains a student."""
+    config = merge(base, {"model": {"init_args": {"student": str(student)}}}, accepted_arguments)
+    return Cell(folder.name, folder, with_location(config | {"baseline_after_fit": False}, folder))
+
+
+def _run(cells: Mapping[str, Cell], jobs: int) -> None:
+    """Fit all students. Ends with code 130 after Ctrl-C; raises a ``UserError`` if one failed."""
+    for cell in cells.values():
+        cell.check_folder()
+    for cell in cells.values():
+        if cell.state is not State.DONE:
+            cell.lay_out(retry_failed=True)
+    board: Board = {cell: cell.state for cell in cells.values()}
+    ended = run_cells(board, local_launcher(jobs), show_event)
+    if failed := [cell for cell, state in board.items() if state is State.FAILED]:
+        raise UserError(f"{failed[0].name}: {failed[0].failure}")
+    if not ended or any(state is not State.DONE for state in board.values()):
+        print("To go on, run the same command.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+
+
+def render(found: Mapping[str, Any]) -> None:
+    """Print the students, the best first, and the correlations."""
+    rows = sorted(found["students"], key=lambda row: goodness(row, found["by"]), reverse=True)
+    given = [name for name in ("relations", "shared") if name in rows[0]]
+    columns = {"relations": ["semantics + relations"], "shared": ["shared loss"]}
+    names = ["parameters", "ms", *(name for ranking in given for name in columns[ranking]), "test accuracy"]
+    table = console_table(f"students, the best by {found['by']} first", ["student", "trained"], names)
+    for row in rows:
+        trained = " ".join(kind for kind in ("best", "drawn") if row[kind])
+        shown = {"relations": lambda one=row: f"{one['relations']['score']:.5f}"}
+        shown["shared"] = lambda one=row: f"{one['shared']:.3f}"
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        values = [f"{row['parameters']:,}", f"{row['ms']:.1f}", *(shown[ranking]() for ranking in given), accuracy]
+        table.add_row(row["name"], trained, *values)
+    told = console_table("correlations with test accuracy", ["ranking"], ["Kendall", "Spearman", "n"])
+    for ranking, own in found["correlations"].items():
+        both = ["none" if own[name] is None else f"{own[name]:+.2f}" for name in ("kendall", "spearman")]
+        told.add_row(ranking, *both, str(own["n"]))
+    console = Console()
+    console.print(table)
+    console.print(told)
+    if found["correlations"]:
+        console.print("A score that does not beat the number of parameters has found nothing.")
