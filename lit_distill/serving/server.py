@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from socket import socket
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import HTTPException
@@ -32,6 +33,7 @@ from starlette.requests import Request as HTTPRequest
 from lit_distill import __version__
 from lit_distill.interrupts import handling
 from lit_distill.serving.answers import Question
+from lit_distill.serving.connection import Connection
 from lit_distill.serving.limits import Limits
 from lit_distill.serving.metrics import Metrics
 from lit_distill.serving.schema import Prediction, Refusal, Request, Response
@@ -118,7 +120,13 @@ def run_server(server: LitServer, listener: socket, timeout: float) -> None:
     with wrap_litserve_start(server, worker_monitor=True), _unwatched_end(server):
         _wait_for_workers(server)
         config = uvicorn.Config(
-            server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(timeout)
+            server.app,
+            http=cast(Any, partial(Connection, timeout=timeout)),
+            # uvloop raises what is sent to a client that has left, if it sent several requests at once
+            loop="asyncio",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(timeout),
         )
         # uvicorn sends itself the signal again when it is done, and then the workers are still to be ended
         with handling(lambda number: None):
