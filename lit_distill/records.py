@@ -20,6 +20,9 @@ RECORD = "run.json"
 PREDICTIONS = "test_predictions.jsonl"
 """One object per test row, in the data's order, of `lit_distill.evaluation.answers.answer_row`."""
 
+FLOORS = {"words": "words of the input", "second_part_words": "words of its second part"}
+"""The floors by their names in the record of a run: what a logistic regression reads."""
+
 
 def _check_numbers(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in flatten(values).items():
@@ -61,6 +64,7 @@ class RunRecord:
     parameters: _Count = 0  # the student's parameters
     teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
     chance: _Share | None = None  # test accuracy of the better of a uniform guess and the majority class of train
+    floors: dict[str, _Share] = field(default_factory=dict)  # test accuracies of a bag of words, by what it reads
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Split -> hash of its rows in order: of train, the rows trained on, with labels and rationales; of val and test,
     ids, inputs and gold labels (of test only the rows that were tested).
@@ -105,6 +109,11 @@ def check_values(record: RunRecord) -> None:
         _adapter().validate_python(record)
     except ValidationError as error:
         raise UserError(first_fault(error)) from error
+
+
+def below_floor(accuracy: float, floor: float) -> str:
+    """What is to be said of a student below a floor."""
+    return f"accuracy {accuracy:.3f} is below the floor, {floor:.3f}: nothing was learned that words do not give"
 
 
 def write_predictions_file(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

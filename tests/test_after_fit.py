@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from lit_distill.modules import DistillModule
+from lit_distill.records import read_record
 from tests.runs import (
     metric_rows,
     refusal,
@@ -40,6 +41,21 @@ def test_without_a_test_split_the_student_is_saved_untested(student_folder: Path
         run("fit", small_model(student_folder), own_rows(train=rows, val=rows), small_trainer())
     [folder] = run_folders()
     assert (folder / "student" / "model.safetensors").is_file()
+
+
+def test_the_floor_of_its_rows_is_in_the_record_and_the_table(
+    student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_lines(here / "rows.jsonl", [{"input": f"{n} {'ab'[n % 2]}", "label": "ab"[n % 2]} for n in range(20)])
+    closed = [*own_rows(train=rows, val=rows, test=rows), "--data.label_set=[a,b]"]
+    run("fit", small_model(student_folder, "StandardModule"), closed, small_trainer())
+    [folder] = run_folders()
+    found = read_record(folder)
+    assert found.floors == {"words": 1.0}
+    assert found.metrics["test/accuracy"] < 1
+    out = capsys.readouterr().out
+    assert "floor: words of the input" in out
+    assert "is below the floor, 1.000" in out
 
 
 def test_a_test_that_stumbles_does_not_lose_the_student(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

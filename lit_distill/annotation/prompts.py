@@ -104,13 +104,12 @@ def fixed(demonstrations: Sequence[Demonstration]) -> Choose:
 def nearest(demonstrations: Sequence[Demonstration], count: int) -> Choose:
     """Select those with the most similar inputs, the most similar last (Liu et al. 2022, 2101.06804).
 
-    Similarity is the cosine of TF-IDF vectors over words and bigrams. Raises a ``UserError`` if scikit-learn is not
-    installed or the inputs have no words.
+    Similarity is the cosine of TF-IDF vectors over words and bigrams. Raises a ``UserError`` if the inputs have no
+    words.
     """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise UserError('nearest_demonstrations needs scikit-learn: pip install "lit_distill[nearest]"') from error
+    # it takes a second to import
+    from sklearn.feature_extraction.text import TfidfVectorizer  # type: ignore[import-untyped]
+
     # also words of one letter
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
     try:

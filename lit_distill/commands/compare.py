@@ -97,7 +97,7 @@ def _show(comparison: "Comparison", report: Path) -> None:
 def _table(title: str, rows: list[dict[str, str]]) -> Table:
     """A table that fits 80 columns, by stacking related values."""
     table = Table(title=title, title_justify="left", show_lines=True)
-    stacks = [["setting", "student", "training rows"], ["n"], ["mean ± se", "published"]]
+    stacks = [["setting", "student", "training rows"], ["n"], ["mean ± se", "floor", "published"]]
     stacks += [["difference", "95 % interval"], ["p", "by seed ± se (n)"]]
     stacks += [["training tokens", "tokens a row", "tokens of a vote"]]
     stacks += [["accuracy by vote", "worst group", "group macro-F1"]]

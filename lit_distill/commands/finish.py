@@ -25,6 +25,7 @@ from lit_distill.commands.loggers import names, run_folder
 from lit_distill.commands.parser import Parser, constructor_arguments
 from lit_distill.commands.report import chance_level, report
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.floor import floors
 from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Evaluation, Split, answer_row
@@ -100,11 +101,17 @@ def finish_fit(run: Run) -> None:
     finally:
         # whatever becomes of the test
         student = save_student(run, best, folder / "student", baseline or {})
+    found = run_floors(run) if not fast_dev_run and trainer.is_global_zero else {}
     if not fast_dev_run:
-        write_results(run, folder, steps, tokens)
-    report(module, student=student, baseline=baseline)
+        write_results(run, folder, steps, tokens, found)
+    report(module, student=student, baseline=baseline, floors=found)
     if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
         push_folder(student, config["push_to_hub"])
+
+
+def run_floors(run: Run) -> dict[str, float]:
+    """The `floors` of the rows that were tested."""
+    return floors(run.data, {"test": [answer.index for answer in run.tested.answers]})["test"] if run.tested else {}
 
 
 def train_baseline(run: Run, folder: Path) -> dict[str, float] | None:
@@ -173,8 +180,8 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
 
 
 @rank_zero_only
-def write_results(run: Run, folder: Path, steps: int, tokens: int) -> None:
-    """Write any test predictions, and the record of a run of so many optimizer steps and training tokens."""
+def write_results(run: Run, folder: Path, steps: int, tokens: int, floor: Mapping[str, float]) -> None:
+    """Write any test predictions, and a run's record with its optimizer steps, training tokens and floors."""
     module, data, tested = run.module, run.data, run.tested
     splits: tuple[Split, ...] = ("train", "val", "test")
     # training rows with rationales, evaluated rows with gold labels
@@ -204,6 +211,7 @@ def write_results(run: Run, folder: Path, steps: int, tokens: int) -> None:
         parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=teacher_accuracy(tally) if "test" in used else None,
         chance=chance[1] if chance else None,
+        floors=dict(floor),
         fingerprints={split: fingerprint(rows, rationales=split == "train") for split, rows in used.items()},
         config=run.plain,
         data=data.describe(),

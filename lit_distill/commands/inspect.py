@@ -13,10 +13,12 @@ from lit_distill.commands.parser import check_nulls
 from lit_distill.commands.settings import linked, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
+from lit_distill.data.floor import floors
 from lit_distill.data.selection import Flag, having, teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import beyond, cut_counts, encode_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
+from lit_distill.records import FLOORS
 from lit_distill.tables import console_table, text_panel
 
 EXAMPLES = 3
@@ -49,7 +51,8 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (unparsed is
     wrong) and ``outside_label_set`` count the whole released file; if no val is released (``released`` is false), the
     rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and ``dropped_...`` lead to ``used``, to which the
-    rest refers; lengths are in tokens before truncation. An absent split is ``{"present": false}``.
+    rest refers; lengths are in tokens before truncation, ``floor: ...`` are accuracies of `floors`. An absent split is
+    ``{"present": false}``.
 
     No student is built. What a run would read from the cache is read or made there.
     """
@@ -61,6 +64,10 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     present = [split for split in asked if splits[split]["present"]]
     if not present:
         raise UserError(datamodule.absence("train"))
+    evaluated: set[Split] = {"val", "test"}
+    rows = {split: range(len(datamodule.used_rows(split).rows)) for split in present if split in evaluated}
+    for split, found in floors(datamodule, rows).items():
+        splits[split] |= {f"floor: {FLOORS[name]}": value for name, value in found.items()}
     limits = f"inputs up to {datamodule.max_source_length:,}, targets up to {datamodule.max_target_length:,}"
     return {
         "dataset": datamodule.name,

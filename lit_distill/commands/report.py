@@ -18,20 +18,29 @@ from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gathe
 from lit_distill.evaluation.metrics import judge
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
+from lit_distill.records import FLOORS, below_floor
 from lit_distill.tables import console_table, text_panel
 
 _SHOWN_SAMPLES = 3
 
 
 @rank_zero_only
-def report(module: DistillModule, *, student: Path | None = None, baseline: Mapping[str, float] | None = None) -> None:
-    """Print the module's last evaluation, with an exported student's folder and the metrics of a baseline."""
+def report(
+    module: DistillModule,
+    *,
+    student: Path | None = None,
+    baseline: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
+) -> None:
+    """Print the module's last evaluation, with an exported student's folder, metrics of a baseline, and `floors`."""
     evaluation = module.evaluation
     if evaluation is None:
         return
     console = Console()
     console.print()
-    console.print(metrics_table(evaluation, baseline))
+    console.print(metrics_table(evaluation, baseline, floors))
+    if floors and (accuracy := evaluation.metrics.get("accuracy", 1.0)) < max(floors.values()):
+        console.print(below_floor(accuracy, max(floors.values())))
     if student is not None:
         # on its own unwrapped line, so that it can be copied
         console.print("Saved student:", style="bold")
@@ -40,8 +49,10 @@ def report(module: DistillModule, *, student: Path | None = None, baseline: Mapp
         console.print(text_panel(f"sample {number} of {evaluation.split}", _sample(row)))
 
 
-def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) -> Table:
-    """The metrics with 95 % intervals, and the accuracies of chance and baseline."""
+def metrics_table(
+    evaluation: Evaluation, baseline: Mapping[str, float] | None, floors: Mapping[str, float] | None = None
+) -> Table:
+    """The metrics with 95 % intervals, and the accuracies of chance, floors and baseline."""
     count, whole = len(evaluation.answers), len(evaluation.key)
     part = "" if count == whole else f" of {whole}"
     table = console_table(f"{evaluation.split} ({count}{part} rows)", ["metric"], ["value", "95 % interval"])
@@ -54,6 +65,7 @@ def metrics_table(evaluation: Evaluation, baseline: Mapping[str, float] | None) 
     rows = [(titles.get(name, name.replace("_", " ")), metrics, name) for _, name in shown]
     if chance := chance_level(evaluation):
         rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
+    rows += [(f"floor: {FLOORS[name]}", {"accuracy": value}, "accuracy") for name, value in (floors or {}).items()]
     if baseline is not None:
         rows.append(("accuracy of the label-only baseline", baseline, f"{evaluation.split}/accuracy"))
     for title, values, name in rows:

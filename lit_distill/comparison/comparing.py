@@ -15,10 +15,14 @@ from lit_distill.comparison.settings import as_text
 from lit_distill.comparison.statistics import Difference, paired_bootstrap, standard_error
 from lit_distill.comparison.table import IDENTITY, runs_table
 from lit_distill.errors import UserError
+from lit_distill.records import below_floor
 
 TRAIN_TOKENS, TOKENS, VOTE_TOKENS = "train_tokens", "test/tokens", "test/vote_tokens"
 FURTHER = (TRAIN_TOKENS, TOKENS, VOTE_TOKENS, VOTE, "test/worst_group_accuracy", "test/group_macro_f1")
 """What is shown of a setting beside the metric: a field of the record, and further metrics."""
+
+ACCURACIES = (ACCURACY, VOTE, "test/scored_accuracy")
+"""The metrics that chance and floors are of."""
 
 _DIFFERENCES = [*Difference._fields, "seed_difference", "seed_error", "seed_n"]
 
@@ -39,6 +43,7 @@ class Comparison:
       there is none.
     - ``seed_difference``, ``seed_error``, ``seed_n``: to the baseline's runs with the same seeds; ``left_out``: both
       differences leave out runs whose seeds only one side has.
+    - ``floor``: the mean of its runs' highest floor, see `lit_distill.data.floor`.
     - ``further``: each of `FURTHER` that all of its runs have -> its mean and standard error.
     - ``lost``: of a setting with all training rows, what it loses with a tenth of them (or the smallest fraction): that
       fraction, the mean difference of runs with the same seeds, its standard error, and the number of seeds.
@@ -97,6 +102,12 @@ def compare_runs(
         rows.append(row | facts[row["dataset"]] | _results(_without_repeated(own.run, repeated), metric))
     rows.sort(key=_order)
     for row in rows:
+        if row["floor"] is not None and row["mean"] < row["floor"]:
+            trained = (
+                f" ({names.fraction(row['train_fraction'])} of the training rows)" if row["train_fraction"] < 1 else ""
+            )
+            remarks[row["dataset"]].append(f"{row['name']}{trained}: {below_floor(row['mean'], row['floor'])}")
+    for row in rows:
         row["lost"] = _lost(row, rows, metric)
     wanted = read_baseline(baseline, rows, keys)
     for row in rows:
@@ -130,7 +141,7 @@ def _facts(dataset: str, runs: Sequence[Run], metric: str) -> dict[str, Any]:
     chances = [run.record.chance for run in runs if run.record.chance is not None]
     teachers = {run.record.teacher_accuracy for run in runs} - {None} or {TEACHER.get(dataset)}
     return {
-        "chance": max(chances, default=None) if metric in (ACCURACY, VOTE, "test/scored_accuracy") else None,
+        "chance": max(chances, default=None) if metric in ACCURACIES else None,
         "teachers": sorted(level for level in teachers if level is not None),
     }
 
@@ -155,6 +166,7 @@ def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run
 def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
     """The mean over a setting's runs, and what was published for it."""
     values = [run.record.metrics[metric] for run in runs]
+    floors = [max(run.record.floors.values()) for run in runs if run.record.floors]
     papers = {published_row(run) for run in runs} if metric == ACCURACY else set()
     row = papers.pop() if len(papers) == 1 else None
     return {
@@ -163,6 +175,7 @@ def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
         "n": len(values),
         "mean": float(np.mean(values)),
         "error": standard_error(values),
+        "floor": float(np.mean(floors)) if len(floors) == len(runs) and metric in ACCURACIES else None,
         "further": {name: found for name in FURTHER if (found := _mean_of(runs, name)) is not None},
         "published_row": row,
         "published": ROWS[row][runs[0].record.dataset] if row else None,

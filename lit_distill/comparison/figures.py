@@ -122,6 +122,10 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
         heights[handle] = means.iloc[-1]
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
+    if settings.floor.count():
+        floor = settings.groupby(field).floor.max().astype(float)
+        [handle] = axes.plot(floor.index.astype(float), floor, color=GREY, marker="_", label="floor: words alone")
+        heights[handle] = floor.iloc[-1]
     for teacher in settings.teachers.iloc[0] if field == "parameters" and metric == ACCURACY else ():
         name = fill(f"teacher's labels, {100 * teacher:.1f} %", 26)
         heights[axes.axhline(teacher, color=GREY, linestyle=(0, (5, 3)), label=name)] = teacher
@@ -161,6 +165,9 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     if (chance := settings.chance.iloc[0]) is not None:
         axes.axvline(chance, color=GREY, linestyle=":", zorder=1)
         notes.append("dotted: chance")
+    if settings.floor.count():
+        axes.plot(settings.floor.astype(float), range(len(labels)), "|", color=GREY, ms=9, zorder=1)
+        notes.append("grey bars: floor, words alone")
     return _finish(figure, settings, what, file, notes)
 
 
@@ -183,6 +190,9 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
             axes.errorbar(xs[-1], vote, error or 0, **bars | {"mfc": "white", "mec": colour})
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
+    if settings.floor.count():
+        floor = settings.floor.max()
+        heights[axes.axhline(floor, color=GREY, label="floor: words alone")] = floor
     if max(xs) > 3 * min(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -128,6 +128,7 @@ def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
         "mean ± se": with_error(number(row["mean"], metric), row["error"], metric),
         **found,
         "by seed ± se (n)": by_seed,
+        "floor": number(row["floor"], metric),
         "published": number(row["published"], metric),
     }
 

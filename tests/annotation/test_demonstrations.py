@@ -1,9 +1,6 @@
 """Which demonstrations are shown with a row."""
 
-import sys
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -84,14 +81,3 @@ def test_choices_do_not_depend_on_what_was_asked_before() -> None:
 def test_without_words_there_is_nothing_to_compare(shown: tuple[Demonstration, ...]) -> None:
     with pytest.raises(UserError, match="nearest_demonstrations: the demonstrations' inputs have no words"):
         nearest(shown, 1)
-
-
-def test_without_scikit_learn_its_installation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
-    with pytest.raises(UserError, match=r'nearest_demonstrations needs .*: pip install "lit_distill\[nearest\]"$'):
-        nearest(ALL, 1)
-
-
-def test_the_extra_that_is_named_exists() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "scikit-learn" in project["optional-dependencies"]["nearest"]

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lit_distill.commands.report import chance_level, metrics_table
+from lit_distill.commands.report import chance_level, metrics_table, report
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation
 from lit_distill.modules import StepByStepModule
 from tests.runs import (
@@ -279,6 +280,19 @@ def test_the_table_says_how_many_rows_were_evaluated() -> None:
     assert table.title == "test (2 of 3 rows)"
     assert list(table.columns[0].cells) == ["accuracy", "chance: always 'b'"]
     assert list(table.columns[1].cells) == ["0.500", "0.000"]
+
+
+def test_the_table_shows_floors_and_a_line_tells_who_is_below(capsys: pytest.CaptureFixture[str]) -> None:
+    floors = {"words": 0.25, "second_part_words": 0.75}
+    table = metrics_table(evaluation(answer_key(["a"], None, None), accuracy=0.5), None, floors)
+    rows = [list(column.cells) for column in table.columns]
+    assert rows[0] == ["accuracy", "floor: words of the input", "floor: words of its second part"]
+    assert rows[1] == ["0.500", "0.250", "0.750"]
+    for accuracy, told in ((0.5, True), (0.75, False)):
+        tested = evaluation(answer_key(["a"], None, None), accuracy=accuracy)
+        report(SimpleNamespace(evaluation=tested), floors=floors)  # type: ignore[arg-type]  # all that it reads
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("accuracy 0.500 is below the floor, 0.750: nothing was learned" in out) == told
 
 
 def test_the_table_names_the_worst_group() -> None:

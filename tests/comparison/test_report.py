@@ -167,6 +167,26 @@ def test_chance_is_in_table_and_notes(tmp_path: Path) -> None:
     assert compare_runs(*find_runs([tmp_path / "runs"]), metric="test/loss").settings.chance.count() == 0
 
 
+def test_floors_are_in_table_and_notes_and_who_is_below_is_told(tmp_path: Path) -> None:
+    for seed, level in ((0, 0.5), (1, 0.52)):
+        for method, accuracy in (("Standard", 0.4), ("StepByStep", 0.7)):
+            floors = {"words": 0.3, "second_part_words": level}
+            folder = tmp_path / "runs" / f"{method}{seed}"
+            write_run(folder, correct=answers(accuracy, 50, seed), method=method, seed=seed, floors=floors)
+    found = compare_runs(*find_runs([tmp_path / "runs"]), resamples=100)
+    assert list(found.settings.floor) == pytest.approx([0.51, 0.51])
+    report = to_markdown(found)
+    below = f"standard finetuning: accuracy {found.settings['mean'].iloc[0]:.3f} is below the floor, 0.510"
+    assert below in report
+    assert report.count("is below the floor") == 1
+    assert "- floor: the accuracy" in report
+    assert re.search(r"\| 51\.00 \|", report)
+    # a loss has no floor, and a run without one leaves its setting without
+    assert compare_runs(*find_runs([tmp_path / "runs"]), metric="test/loss").settings.floor.count() == 0
+    write_run(tmp_path / "runs" / "old", correct=answers(0.4, 50, 3), method="Standard", seed=2)
+    assert compare_runs(*find_runs([tmp_path / "runs"]), resamples=100).settings.floor.count() == 1
+
+
 def test_costs_and_further_metrics_have_a_table(tmp_path: Path) -> None:
     costs(tmp_path)
     comparison = compare_runs(*find_runs([tmp_path]), resamples=100)
