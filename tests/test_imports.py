@@ -28,6 +28,7 @@ LAYERS = (
         "messages",
         "progress",
         "secrets",
+        "sheet",
         "shipped",
         "tables",
     ),

@@ -3,31 +3,18 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Final
+from typing import Final
 
 import pandas as pd  # type: ignore[import-untyped]
-from matplotlib.figure import Figure
+from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator
 
 from lit_distill.comparison import names
 from lit_distill.comparison.comparing import TOKENS, TRAIN_TOKENS, VOTE_TOKENS, Comparison
 from lit_distill.comparison.runs import ACCURACY, VOTE
-from lit_distill.comparison.style import (
-    BARS,
-    COLOURS,
-    GREY,
-    MARKERS,
-    STROKES,
-    add_legend,
-    new_sheet,
-    own_style,
-    save_figure,
-    show_metric,
-    title_sheet,
-)
+from lit_distill.sheet import GREY, Sheet, looks, own_style, show_metric
 
 # the same in every report
 _FIRST: Final = ("step-by-step", "standard finetuning", "single task: rationale and label", "standard distillation")
@@ -40,18 +27,17 @@ class Plot:
     name: str
     dataset: str
     title: str
-    figure: Figure
+    sheet: Sheet
 
     def save(self, folder: Path) -> None:
         """Write it as PNG and SVG."""
-        save_figure(self.figure, folder / self.name)
+        self.sheet.save(folder / self.name)
 
 
 def draw(comparison: Comparison) -> list[Plot]:
     """Plot the metric against training rows, student size and tokens, and for all variants, per dataset and labels."""
     # a setting's name looks the same in all figures
-    looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(STROKES), strict=False)
-    styles = dict(zip(dict.fromkeys([*_FIRST, *comparison.settings.name]), looks, strict=False))
+    styles = dict(zip(dict.fromkeys([*_FIRST, *comparison.settings.name]), looks(), strict=False))
     styled = comparison.settings.assign(style=comparison.settings.name.map(styles))
     plots: dict[str, Plot] = {}
     with own_style():
@@ -101,31 +87,25 @@ def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return settings[settings.train_fraction == largest], part
 
 
-def _bars(style: tuple[str, str, str]) -> dict[str, Any]:
-    """The arguments of ``errorbar``."""
-    colour, marker, stroke = style
-    return {"color": colour, "marker": marker, "linestyle": stroke, **BARS}
-
-
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
     """The metric against a column of the settings, a line per method and variant."""
-    figure, axes = new_sheet(4.5)
+    sheet = Sheet(4.5)
+    axes, heights = sheet.axes, sheet.heights
     settings = settings.sort_values(field)
     lines = settings.groupby("name", sort=False)
     widest = settings[field].max() / settings[field].min()
-    heights: dict[Any, float] = {}  # where each line ends
     for i, (name, line) in enumerate(lines):
         # shifted, so that error bars do not overlap
         xs = line[field].astype(float) * widest ** (0.005 * (i - (len(lines) - 1) / 2))
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
-        handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **_bars(line["style"].iloc[0]))
+        handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **line["style"].iloc[0])
         heights[handle] = means.iloc[-1]
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     if settings.floor.count():
         floor = settings.groupby(field).floor.max().astype(float)
-        [handle] = axes.plot(floor.index.astype(float), floor, color=GREY, marker="_", label="floor: words alone")
-        heights[handle] = floor.iloc[-1]
+        [words] = axes.plot(floor.index.astype(float), floor, color=GREY, marker="_", label="floor: words alone")
+        heights[words] = floor.iloc[-1]
     for teacher in settings.teachers.iloc[0] if field == "parameters" and metric == ACCURACY else ():
         name = fill(f"teacher's labels, {100 * teacher:.1f} %", 26)
         heights[axes.axhline(teacher, color=GREY, linestyle=(0, (5, 3)), label=name)] = teacher
@@ -134,9 +114,8 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     axes.set_xticks([], minor=True)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
-    show_metric(axes.yaxis, metric)
-    add_legend(figure, heights)
-    return _finish(figure, settings, what, file, [])
+    _show(axes.yaxis, metric)
+    return _finish(sheet, settings, what, file, [])
 
 
 def _tick(settings: pd.DataFrame, field: str) -> str:
@@ -151,16 +130,17 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     """Methods and variants of one student and fraction, one below another."""
     settings = settings.sort_values(["mean", "name"], ascending=[False, True])
     labels = [fill(name, 34) for name in settings.name]
-    figure, axes = new_sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
+    sheet = Sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
+    axes = sheet.axes
     for y, row in enumerate(settings.to_dict("records")):
-        axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **_bars(row["style"]))
+        axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **row["style"])
         if row["n"] > 1:
-            axes.plot(row["values"], [y + 0.22] * row["n"], "o", ms=3, mfc="none", mec=row["style"][0])
+            axes.plot(row["values"], [y + 0.22] * row["n"], "o", ms=3, mfc="none", mec=row["style"]["color"])
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    show_metric(axes.xaxis, metric)
+    _show(axes.xaxis, metric)
     notes = ["small circles: single seeds"] if settings.n.max() > 1 else []
     if (chance := settings.chance.iloc[0]) is not None:
         axes.axvline(chance, color=GREY, linestyle=":", zorder=1)
@@ -168,26 +148,25 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     if settings.floor.count():
         axes.plot(settings.floor.astype(float), range(len(labels)), "|", color=GREY, ms=9, zorder=1)
         notes.append("grey bars: floor, words alone")
-    return _finish(figure, settings, what, file, notes)
+    return _finish(sheet, settings, what, file, notes)
 
 
 def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str) -> Plot:
     """The metric against tokens, a point a setting; a vote is a further point, joined to its setting."""
-    figure, axes = new_sheet(4.5)
-    heights: dict[Any, float] = {}
+    sheet = Sheet(4.5)
+    axes, heights = sheet.axes, sheet.heights
     xs: list[float] = []
     voted = cost == TOKENS and _voted(settings, metric)
     for row in settings.to_dict("records"):
-        further, (colour, _, stroke) = row["further"], row["style"]
+        further, look = row["further"], row["style"]
         xs.append(further[cost][0])
-        bars = _bars(row["style"])
-        handle = axes.errorbar(xs[-1], row["mean"], row["error"] or 0, label=fill(row["name"], 26), **bars)
+        handle = axes.errorbar(xs[-1], row["mean"], row["error"] or 0, label=fill(row["name"], 26), **look)
         heights[handle] = row["mean"]
         if voted and {VOTE, VOTE_TOKENS} <= further.keys():
             vote, error = further[VOTE]
             xs.append(further[VOTE_TOKENS][0])
-            axes.plot(xs[-2:], [row["mean"], vote], color=colour, linestyle=stroke, linewidth=1)
-            axes.errorbar(xs[-1], vote, error or 0, **bars | {"mfc": "white", "mec": colour})
+            axes.plot(xs[-2:], [row["mean"], vote], color=look["color"], linestyle=look["linestyle"], linewidth=1)
+            axes.errorbar(xs[-1], vote, error or 0, **look | {"mfc": "white", "mec": look["color"]})
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     if settings.floor.count():
@@ -202,19 +181,21 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
     axes.xaxis.set_major_formatter(lambda x, _: names.size(x))
     what_read = "source and target tokens read in training"
     axes.set_xlabel(what_read if cost == TRAIN_TOKENS else "tokens generated for a row, with end-of-sequence")
-    show_metric(axes.yaxis, metric)
-    add_legend(figure, heights)
-    return _finish(figure, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
+    _show(axes.yaxis, metric)
+    return _finish(sheet, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
 
 
-def _finish(figure: Figure, settings: pd.DataFrame, what: str, file: str, notes: list[str]) -> Plot:
-    """Add title and notes, and hide tick labels that overlap."""
+def _show(axis: Axis, metric: str) -> None:
+    show_metric(axis, names.metric(metric), share=names.is_share(metric))
+
+
+def _finish(sheet: Sheet, settings: pd.DataFrame, what: str, file: str, notes: list[str]) -> Plot:
     dataset, labels = settings.dataset.iloc[0], settings.label_source.iloc[0]
     seeds = " to ".join(dict.fromkeys([str(settings.n.min()), str(settings.n.max())]))
     bars = f"means of {seeds} seeds, bars: ± standard error over seeds"
     notes = ["one seed each, so no standard errors" if seeds == "1" else bars, *notes]
     title = f"{names.dataset(dataset)} · {what} · {names.labels(labels)}"
-    title_sheet(figure, title, notes)
+    sheet.finish(title, notes)
     # file systems limit a name to 255 bytes
     parts = [part.encode()[-80:].decode(errors="ignore") for part in (dataset, labels, file)]
-    return Plot(re.sub(r"[^\w.-]", "_", "-".join(parts)), dataset, title, figure)
+    return Plot(re.sub(r"[^\w.-]", "_", "-".join(parts)), dataset, title, sheet)

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lit_distill.comparison.statistics import paired_bootstrap
-from lit_distill.comparison.style import (
-    BARS,
-    COLOURS,
-    MARKERS,
-    STROKES,
-    add_legend,
-    new_sheet,
-    own_style,
-    save_figure,
-    show_metric,
-    title_sheet,
-)
 from lit_distill.evaluation.metrics import wilson_interval
 from lit_distill.exporting.engine import BATCH_SIZE, Engine, TransformersEngine
 from lit_distill.exporting.parity import Rows
 from lit_distill.exporting.predictor import Predictor
 from lit_distill.exporting.speed import speeds, time_in_turns
+from lit_distill.sheet import Sheet, looks, own_style, show_metric
 from lit_distill.students import Student
 from lit_distill.tasks import answer_task
 
@@ -143,23 +131,18 @@ def _speedup(seconds: Mapping[int, Sequence[float]], whole: Mapping[int, Sequenc
 def draw_tradeoff(found: Sequence[Mapping[str, Any]], title: str, after: int, path: Path) -> None:
     """Accuracy against rows a second as PNG and SVG, a line for each share of the tokens, a point for each exit."""
     with own_style():
-        figure, axes = new_sheet(4.5)
-        heights: dict[Any, float] = {}
-        looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(STROKES), strict=False)
-        for keep, (colour, marker, stroke) in zip(dict.fromkeys(one["keep"] for one in found), looks, strict=False):
+        sheet = Sheet(4.5)
+        for keep, look in zip(dict.fromkeys(one["keep"] for one in found), looks(), strict=False):
             own = sorted((one for one in found if one["keep"] == keep), key=lambda one: int(one["exit"]))
             xs, ys = [one["rows_a_second"] for one in own], [one["accuracy"] for one in own]
             errors = [[max(0.0, y - one["low"]), max(0.0, one["high"] - y)] for y, one in zip(ys, own, strict=True)]
             name = "all source tokens" if keep == 1 else f"{100 * keep:g} % of them\nafter layer {after}"
-            handle = axes.errorbar(
-                xs, ys, np.array(errors).T, label=name, color=colour, marker=marker, linestyle=stroke, **BARS
-            )
-            heights[handle] = max(ys)
+            sheet.heights[sheet.axes.errorbar(xs, ys, np.array(errors).T, label=name, **look)] = max(ys)
             for x, y, one in zip(xs, ys, own, strict=True):
-                axes.annotate(str(one["exit"]), (x, y), (5, 5), textcoords="offset points", size=8.5, color=colour)
-        axes.set_xlabel("rows a second")
-        show_metric(axes.yaxis, "test/accuracy")
-        add_legend(figure, heights)
+                at = {"xytext": (5, 5), "textcoords": "offset points", "size": 8.5, "color": look["color"]}
+                sheet.axes.annotate(str(one["exit"]), (x, y), **at)
+        sheet.axes.set_xlabel("rows a second")
+        show_metric(sheet.axes.yaxis, "test accuracy", share=True)
         notes = ["numbers: the layer of the decoder that it ends after", "bars: 95 % interval over the test rows"]
-        title_sheet(figure, title, notes)
-    save_figure(figure, path)
+        sheet.finish(title, notes)
+    sheet.save(path)

@@ -136,15 +136,15 @@ def test_everything_can_be_read_and_lies_within_its_figure(drawn: Drawn, case: C
     _, found = drawn(case)
     assert found
     for plot in found:
-        boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(plot.figure)]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(plot.sheet.figure)]
         assert len(boxes) > 6
         for (one, box), (other, second) in combinations(boxes, 2):
             assert not box.overlaps(second), f"{plot.name}: {one!r} and {other!r}"
-        whole = plot.figure.bbox
+        whole = plot.sheet.figure.bbox
         for one, box in boxes:
             inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
             assert inside, f"{plot.name}: {one!r} is cut off"
-        for axes in plot.figure.axes:
+        for axes in plot.sheet.figure.axes:
             data = axes.get_window_extent()
             for one, box in boxes:
                 assert not box.overlaps(data), f"{plot.name}: {one!r} lies in the data"
@@ -158,7 +158,7 @@ def test_everything_can_be_read_and_lies_within_its_figure(drawn: Drawn, case: C
 
 def labels_of(plot: Plot) -> list[str]:
     """The legend, from the top."""
-    return [text.get_text().replace("\n", " ") for legend in plot.figure.legends for text in legend.get_texts()]
+    return [text.get_text().replace("\n", " ") for legend in plot.sheet.figure.legends for text in legend.get_texts()]
 
 
 def test_there_is_a_figure_for_each_question_that_runs_answer(drawn: Drawn) -> None:
@@ -167,15 +167,15 @@ def test_there_is_a_figure_for_each_question_that_runs_answer(drawn: Drawn) -> N
     assert by_size.name == "cqa-gold-t5-v1_1-student_size"
     assert variants.name == "cqa-gold-t5-v1_1-base-methods"
     assert labels_of(by_size)[0] == "teacher's labels, 77.2 %"
-    ticks = [label.get_text() for label in by_rows.figure.axes[0].get_xticklabels()]
+    ticks = [label.get_text() for label in by_rows.sheet.figure.axes[0].get_xticklabels()]
     assert ticks == ["12.5 %\n1,096", "25 %\n2,192", "50 %\n4,383", "100 %\n8,766"]
-    ticks = [label.get_text() for label in by_size.figure.axes[0].get_xticklabels()]
+    ticks = [label.get_text() for label in by_size.sheet.figure.axes[0].get_xticklabels()]
     assert ticks == ["77M\nt5-v1_1-small", "248M\nt5-v1_1-base", "783M\nt5-v1_1-large"]
-    assert variants.figure.axes[0].get_xlabel() == "test accuracy (%)"
+    assert variants.sheet.figure.axes[0].get_xlabel() == "test accuracy (%)"
     # another metric than accuracy has no level of the teacher's labels
     of_loss = draw(compare_runs(comparison.runs, metric="test/loss"))
     assert labels_of(of_loss[1])[0] != "teacher's labels, 77.2 %"
-    assert of_loss[0].figure.axes[0].get_ylabel() == "test loss"
+    assert of_loss[0].sheet.figure.axes[0].get_ylabel() == "test loss"
 
 
 def test_costs_have_a_figure_each_and_votes_a_point_each(drawn: Drawn) -> None:
@@ -192,7 +192,7 @@ def test_costs_have_a_figure_each_and_votes_a_point_each(drawn: Drawn) -> None:
                 if "test/vote_tokens" in further
             }
             assert len(expected) == 5
-        lines: list[Any] = list(plot.figure.axes[0].get_lines())
+        lines: list[Any] = list(plot.sheet.figure.axes[0].get_lines())
         points = {
             (float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines if line.get_marker() in "os^"
         }
@@ -203,7 +203,7 @@ def test_costs_have_a_figure_each_and_votes_a_point_each(drawn: Drawn) -> None:
 
 def test_the_points_and_bars_are_the_results(drawn: Drawn) -> None:
     comparison, plots = drawn(like_the_paper)
-    axes = plots[0].figure.axes[0]
+    axes = plots[0].sheet.figure.axes[0]
     results = comparison.settings[comparison.settings.student == "t5-v1_1-base"]
     ys = {round(float(y), 9) for line in axes.get_lines() for y in np.asarray(line.get_ydata(), float)}
     assert {round(mean, 9) for mean in results["mean"]} <= ys
@@ -236,7 +236,7 @@ def test_a_key_that_follows_the_axis_does_not_break_a_line(tmp_path: Path) -> No
 
 def test_methods_look_apart_without_colour_and_the_same_in_all_figures(drawn: Drawn) -> None:
     _, (lines, dots) = drawn(many)
-    looks = {bars.get_label(): bars.lines[0] for bars in lines.figure.axes[0].containers}  # type: ignore[attr-defined]
+    looks = {bars.get_label(): bars.lines[0] for bars in lines.sheet.figure.axes[0].containers}  # type: ignore[attr-defined]
     assert len({(line.get_marker(), line.get_linestyle()) for line in looks.values()}) == len(looks) == 9
-    found = {(line.get_marker(), line.get_color()) for line in dots.figure.axes[0].get_lines()}
+    found = {(line.get_marker(), line.get_color()) for line in dots.sheet.figure.axes[0].get_lines()}
     assert {(line.get_marker(), line.get_color()) for line in looks.values()} <= found
