@@ -14,6 +14,7 @@ from lit_distill.commands.settings import linked, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.data.floor import floors
+from lit_distill.data.needs import check_split
 from lit_distill.data.selection import Flag, having, teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import beyond, cut_counts, encode_rows
 from lit_distill.errors import UserError
@@ -33,7 +34,7 @@ def inspect(args: list[str]) -> None:
     render(inspect_data(datamodule))
     if config.get("model") and datamodule.split_rows("train") is not None:
         # what `fit` would refuse
-        datamodule.check_split("train", "fit")
+        check_split(datamodule, "train", "fit")
 
 
 def build_data(config: Namespace) -> RationaleDataModule:

@@ -35,6 +35,7 @@ from lit_distill.commands.report import report, write_predictions
 from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training, check_unused, find_run, read_progress
 from lit_distill.commands.settings import linked_tasks, parse_settings, settle
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.needs import check_split
 from lit_distill.errors import UserError
 from lit_distill.exporting.engine import Engine, EngineName, load_engine
 from lit_distill.exporting.engine_student import run_on
@@ -119,7 +120,7 @@ class SaveConfig(Callback):
         data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
         # before training; the record reads test in any case
         if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
-            data.check_split("test", "test")
+            check_split(data, "test", "test")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # on every rank, as finding the folder is a collective

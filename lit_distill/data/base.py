@@ -22,6 +22,7 @@ from lit_distill.data.cache import code_of, key_of, versions
 from lit_distill.data.controls import permute_rationales, shuffle_rationales
 from lit_distill.data.dataset import Dataset
 from lit_distill.data.download import fetch_release
+from lit_distill.data.needs import check_split
 from lit_distill.data.outputs import RELEASED, annotations_file
 from lit_distill.data.rows import counted, own_rows, with_outputs
 from lit_distill.data.selection import (
@@ -142,7 +143,7 @@ class RationaleDataModule(Dataset):
         self.rationales = [Path(str(as_path(path))) for path in listed]
         pairings = ("own", "shuffled", "permuted")
         self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, pairings)
-        self._keep = make_filter(rationale_filter, self.teacher_agrees)
+        self.keep = make_filter(rationale_filter, self.teacher_agrees)
         self.rationale_filter = filter_name(rationale_filter)
         self.train_fraction = checks.check_fraction("train_fraction", train_fraction)
         self.seed = checks.check_int("seed", seed, 0, 2**32 - 1)
@@ -179,7 +180,7 @@ class RationaleDataModule(Dataset):
         """A complete released split with teacher outputs, read once; ``None`` if absent."""
         if split not in self._released:
             rows = own_rows(self, split, self._code())
-            joined = None if rows is None else with_outputs(self, rows, split, self._code(), self._warn)
+            joined = None if rows is None else with_outputs(self, rows, split, self._code(), self.warn)
             self._released[split] = joined
         return self._released[split]
 
@@ -225,17 +226,17 @@ class RationaleDataModule(Dataset):
     def _selector(self) -> Selector:
         """What becomes of a row in training."""
         tasks, teacher_labels = tuple(self.tasks.values()), self.label_source == "teacher"
-        return Selector(tasks, teacher_labels, self._keep, self.teacher_agrees, self.pseudo_labels)
+        return Selector(tasks, teacher_labels, self.keep, self.teacher_agrees, self.pseudo_labels)
 
     def _select(self, rows: Rows) -> UsedRows:
         """The rows of train that are used."""
         select, pseudo = self._selector, self.pseudo_labels
-        own_filter = self._keep is not None and self._keep.__module__ != make_filter.__module__
+        own_filter = self.keep is not None and self.keep.__module__ != make_filter.__module__
         # what does not depend on the seed is shared by the seeds
         seed = self.seed if self.train_fraction < 1 or self.rationale_pairing != "own" else 0
         drawn = [self.train_fraction, self.rationale_pairing, seed]
         settings = [self._written_tasks(), select.teacher_labels, pseudo or "", self.rationale_filter, *drawn]
-        key = key_of("used", rows.key, self._code(), code_of(self._keep) if own_filter else [], *settings)
+        key = key_of("used", rows.key, self._code(), code_of(self.keep) if own_filter else [], *settings)
         used = select_once(f"{self.name}-train-used", rows, key, select, self.train_fraction, self.seed)
         pairing = self.rationale_pairing if any(task.uses_output for task in self.tasks.values()) else "own"
         if pairing == "permuted":
@@ -334,49 +335,16 @@ class RationaleDataModule(Dataset):
             if self.split_rows(split) is None:
                 raise UserError(f"{self.absence(split)}, and {stage} needs it")
             if stage != "predict":
-                self.check_split(split, stage)
+                check_split(self, split, stage)
             self.tokenized(split)
         for split in self.splits:
             if (file := self.split_file(split)) is not None and not file.exists():
-                self._warn(self.absence(split))
+                self.warn(self.absence(split))
             elif stage == "fit" and split in ("val", "test") and (repeated := self.repeated_rows(split)):
                 total = len(self.split_rows(split) or ())
-                self._warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
+                self.warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
 
-    def check_split(self, split: Split, stage: str) -> None:
-        """Raise a ``UserError`` if a split lacks labels, or train lacks targets, that a stage needs."""
-        used, rows = self.used_rows(split), self.split_rows(split) or ()
-        unlabelled = having(self.tally(split), Flag.UNLABELLED)
-        if split != "train":
-            if unlabelled:
-                raise UserError(f"{split}: {unlabelled} of {len(rows)} rows have no label, which {stage} needs")
-            return
-        counts = {name: count for name, count in self.counts["train"].items() if count}
-        if counts.get("pseudo_labelled", 0) == 0 and self.pseudo_labels is not None:
-            raise UserError(f"pseudo_labels: {self.pseudo_labels!r} labels no row of train ({counts})")
-        if self._keep is not None and not len(used.with_rationale) and any(t.uses_output for t in self.tasks.values()):
-            raise UserError(f"rationale_filter: {self.rationale_filter} leaves no rationale of train ({counts})")
-        for name, task in self.tasks.items():
-            if any(self.targets("train", task, row) for row in used.rows):
-                continue
-            needs = [{"gold": "labels", "teacher": "labels of the teacher"}[self.label_source]] * task.needs_label
-            if task.uses_output:
-                needs.append(f"teacher outputs of kind {task.kind}" + (f" by {task.teacher}" if task.teacher else ""))
-            outputs = (output for row in rows for output in row.outputs if output.text is not None)
-            kinds = dict.fromkeys(f"{output.kind} by {output.teacher}" for output in outputs)
-            shipped = (self.prompt_file.with_suffix("") / f"{task.kind}.yaml").exists()
-            more = f" --prompt {task.kind}" if shipped else f" --kind {task.kind} --prompt FILE"
-            made = "" if task.kind == "rationale" else more
-            makes = f"; `lit-distill annotate{made} --out FOLDER` makes them for data.rationales: [released, FOLDER]"
-            raise UserError(
-                f"tasks: {name} has no target in train: {task.target!r} (select: {task.select}) needs"
-                f" {' and '.join(needs)}; there are outputs of kind {', '.join(kinds) or 'none'}"
-                f"{makes * task.uses_output}; rationale_filter: {self.rationale_filter}; {counts}"
-            )
-        if unlabelled and self.label_source == "gold" and any(task.needs_label for task in self.tasks.values()):
-            self._warn(f"train: {unlabelled} of {len(rows)} rows have no label to train on")
-
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Log a warning once."""
         if text not in self._notices:
             self._notices.add(text)
@@ -434,7 +402,7 @@ class RationaleDataModule(Dataset):
         if any(cut.values()):
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
             limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
-            self._warn(f"{split}: {told} ({limits})")
+            self.warn(f"{split}: {told} ({limits})")
         return rows
 
     def target_limits(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_distill import students
 from lit_distill.checks import check_choice, check_range
 from lit_distill.errors import UserError
+from lit_distill.modules.counting import TokenCount
 from lit_distill.modules.evaluating import Evaluating
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
 from lit_distill.modules.training import task_texts
@@ -271,8 +272,7 @@ class DistillModule(Evaluating):
         }
         if self._trainer is not None and self._trainer.training:
             # of all ranks together; older checkpoints do not tell
-            self._tokens = 0 if self.global_rank else checkpoint.get(_TOKENS_KEY, -(2**62))
-            self._opened = (0, 0)
+            self._count = TokenCount(0 if self.global_rank else checkpoint.get(_TOKENS_KEY, -(2**62)))
             before = checkpoint.get("hyper_parameters", {}).get("optimizer")
             compared["optimizer"] = (before, self.hparams["optimizer"])
             groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]

@@ -1,6 +1,7 @@
 """Training: the losses that define a method, exact over an optimizer step's micro-batches and ranks."""
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from lit_distill.batch import TaskBatch, target_tokens
 from lit_distill.errors import UserError
+from lit_distill.modules.counting import TokenCount
 from lit_distill.modules.optimization import clip_in_step, configure, skip_in_step
 from lit_distill.modules.weighting import UncertaintyWeighting
 from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
@@ -54,8 +56,7 @@ class Training(pl.LightningModule):
         super().__init__()
         self.chosen_paths = {}
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
-        self._tokens = 0  # read by this rank before the open window; on the first rank also in resumed parts of the run
-        self._opened = (0, 0)  # the optimizer step of that window, and its tokens
+        self._count = TokenCount()  # of this rank; on the first rank also of resumed parts of the run
         self._given_seed = 0  # of the first process, as the trainer's last command found it
         self._resumed: Position = (0, [])  # where the run that is resumed stopped
         self._window_weights: dict[str, Tensor] = {}  # see `window_weights`; empty before a run
@@ -204,7 +205,7 @@ class Training(pl.LightningModule):
                 objective.check_data(datamodule)
             # not those of an earlier run or `load_from_checkpoint`; a resumed run loads its own later
             self._resumed, self._seed, self.chosen_paths = (0, []), seed, {}
-            self._tokens, self._opened = 0, (0, 0)
+            self._count = TokenCount()
             source: Any = self.trainer.fit_loop._data_source
             # of the class: an earlier run has wrapped the object's
             source.dataloader = partial(self._read_ahead, partial(type(source).dataloader, source))
@@ -304,7 +305,7 @@ class Training(pl.LightningModule):
             return
         # the step that loggers use, which Lightning increments once too often after resuming
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        self._tokens, self._opened = self._own_tokens(), (self.trainer.global_step, window.tokens)
+        self._count.open(self.trainer.global_step, window.tokens)
         seed_step(self._seed, self.trainer.global_step, self.trainer.global_rank)
         # Lightning lets go of the last step's gradients only after this one's forward pass
         for optimizer in self.trainer.optimizers:
@@ -317,14 +318,10 @@ class Training(pl.LightningModule):
 
         Negative if a part of the run is resumed from a checkpoint that does not tell. Call it on all ranks.
         """
+        own = self._count.total(math.inf if self._trainer is None else self.trainer.global_step)
         if self._trainer is None or self.trainer.world_size == 1:
-            return self._own_tokens()
-        return int(cast(Tensor, self.all_gather(torch.tensor(self._own_tokens(), device=self.device))).sum())
-
-    def _own_tokens(self) -> int:
-        step, tokens = self._opened
-        open_still = self._trainer is not None and self.trainer.global_step <= step
-        return self._tokens + (0 if open_still else tokens)
+            return own
+        return int(cast(Tensor, self.all_gather(torch.tensor(own, device=self.device))).sum())
 
     def window_weights(self, window: Window) -> dict[str, Tensor]:
         """Factors that turn a mean over one micro-batch into its share of the mean over the whole optimizer step.

@@ -16,6 +16,7 @@ from lit_distill.annotation.store import FILE, PARQUET, AnnotationStore
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CQADataModule, JSONLDataModule, SVAMPDataModule, ToyDataModule
 from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.needs import check_split
 from lit_distill.data.selection import teacher_counts
 from lit_distill.data.store import CHUNK
 from lit_distill.errors import UserError
@@ -393,7 +394,7 @@ def write_lines_to(folder: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
 def test_a_task_without_outputs_is_named(task: dict[str, Any], message: str, write_cqa: WriteCQA) -> None:
     module = CQADataModule(data_dir=write_cqa(), tasks={"x": {"target": "{rationale}"} | task})
     with pytest.raises(UserError, match=message):
-        module.check_split("train", "fit")
+        check_split(module, "train", "fit")
 
 
 def write_store(folder: Path, samples: Iterable[Annotation], *, ended: bool) -> None:
