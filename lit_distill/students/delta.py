@@ -26,8 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_distill.errors import UserError
-from lit_distill.students.models import true_config
-from lit_distill.students.tokens import save_tokenizer
+from lit_distill.students.models import save_description, true_config
 
 FILE = "delta.safetensors"
 FORMAT = "lit_distill delta 1"
@@ -225,9 +224,7 @@ def write_delta(
         "local": local, "sha256": weights_hash(before), "ranks": plans,
     }  # fmt: skip
     save_file(tensors, folder / FILE, {name: json.dumps(value) for name, value in header.items()})
-    save_tokenizer(tokenizer, folder)
-    config = json.dumps(true_config(model), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
+    save_description(true_config(model), tokenizer, folder)
     worst = max(errors, key=errors.__getitem__)
     return {
         "base": base, "megabytes": (folder / FILE).stat().st_size / 1e6, "bits_a_weight": 8 * size / max(numbers, 1),

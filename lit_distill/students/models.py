@@ -141,9 +141,13 @@ def check_memory(model: nn.Module) -> None:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save model and tokenizer in the Hugging Face format, with the true tying in the configuration."""
     model.save_pretrained(folder)
+    save_description(true_config(model), tokenizer, folder)
+
+
+def save_description(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a ``config.json`` and the tokenizer."""
     save_tokenizer(tokenizer, folder)
-    content = json.dumps(true_config(model), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(f"{content}\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def record_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> StudentRecord:
