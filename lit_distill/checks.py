@@ -95,3 +95,11 @@ def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value
+
+
+def check_new_folder(name: str, folder: str | None) -> None:
+    """A folder to write: it must be given, and not exist or be empty."""
+    if folder is None:
+        raise UserError(f"{name}: must be given, as --{name} FOLDER")
+    if (path := Path(folder)).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{name}: {folder!r} exists; give a new folder")

@@ -5,20 +5,17 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill import __version__
 from lit_distill.checks import check_choice, check_file, check_range
-from lit_distill.commands.measuring import read_subject, student_first
+from lit_distill.commands.measuring import parse_arguments, read_subject
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import parse_settings
-from lit_distill.commands.train import train_parser
 from lit_distill.errors import UserError
-from lit_distill.exporting.convert import QUANTIZATION, check_architecture, convert
+from lit_distill.exporting.convert import DTYPES, check_architecture, convert
 from lit_distill.exporting.engine import TransformersEngine, load_engine
 from lit_distill.exporting.hugging_face import set_tasks
 from lit_distill.exporting.parity import BOUNDS, measure
@@ -45,20 +42,14 @@ _OPTIONS: Sequence[Option] = (
     ("json", str | None, None, "File for the same numbers."),
 )
 
-_QUANTIZATIONS = {"ctranslate2": tuple(QUANTIZATION), "safetensors": ("bf16", "float32"), "delta": ("float32",)}
-_DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "float32": "float32"}
+_QUANTIZATIONS = {"ctranslate2": tuple(DTYPES), "safetensors": ("bf16", "float32"), "delta": ("float32",)}
 
 
 @interruptible()
 def export(args: list[str]) -> None:
     """Run ``export``: parse, read the test rows, convert, compare with the student, time, and write."""
-    student, given = student_first(args, "export RUN --to ctranslate2 --out FOLDER")
-    parser = train_parser("export", model=False)
-    parser.add_options(_OPTIONS)
-    config = parse_settings(parser, given)
+    student, config = parse_arguments("export", args, _OPTIONS)
     _check(config)
-    if config["cpu_threads"] is not None:
-        torch.set_num_threads(config["cpu_threads"])
     files = StudentFiles(student)
     if config["to"] == "ctranslate2":
         check_architecture(files)
@@ -99,19 +90,13 @@ def export(args: list[str]) -> None:
 
 def _check(config: Namespace) -> None:
     """Check the options. Raises a ``UserError``."""
-    if config["out"] is None:
-        raise UserError("out: must be given, as --out FOLDER")
-    if Path(config["out"]).exists():
-        raise UserError(f"out: {config['out']!r} exists; give a new folder")
     check_file("json", config["json"])
     if (config["to"] == "delta") != (config["base"] is not None):
         raise UserError("base: must be given with --to delta, and with it alone")
     if config["to"] != "delta" and config["bits"] is not None:
         raise UserError("bits: only with --to delta; --quantization says them of the others")
     check_range("bits", config["bits"], at_least=0.1, at_most=16)
-    allowed = _QUANTIZATIONS[config["to"]]
-    check_choice(f"quantization: of {config['to']}", config["quantization"], allowed)
-    check_range("rows", config["rows"], at_least=1, whole=True)
+    check_choice(f"quantization: of {config['to']}", config["quantization"], _QUANTIZATIONS[config["to"]])
 
 
 def _write(
@@ -122,7 +107,7 @@ def _write(
         described = files.config | {"prefix": next(iter(tasks.values()))["prefix"], "task_specific_params": tasks}
         convert(files, described, partial(load, files.name), quantization, folder)
         return {}
-    student = load(files.name, dtype=_DTYPES[quantization])
+    student = load(files.name, dtype=cast(Dtype, DTYPES[quantization]))
     set_tasks(student.network, tasks)
     if config["to"] == "safetensors":
         student.save(folder)

@@ -1,13 +1,19 @@
 """A student with its tasks and the test rows of a config, for the commands that measure one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jsonargparse import Namespace
 
+from lit_distill.checks import check_new_folder, check_range
 from lit_distill.commands.inspect import build_data
+from lit_distill.commands.parser import Option
+from lit_distill.commands.settings import parse_settings
+from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
 from lit_distill.evaluation.metrics import judge
@@ -47,6 +53,19 @@ def student_first(args: list[str], example: str) -> tuple[str, list[str]]:
     if trained.is_file() and not named:
         given = [f"--config={trained}", *given]
     return student, given
+
+
+def parse_arguments(command: str, args: list[str], options: Sequence[Option]) -> tuple[str, Namespace]:
+    """The student, which is given first, and the config; checks ``out`` and ``rows``, and sets the threads."""
+    student, given = student_first(args, f"{command} RUN --out FOLDER")
+    parser = train_parser(command, model=False)
+    parser.add_options(options)
+    config = parse_settings(parser, given)
+    check_new_folder("out", config["out"])
+    check_range("rows", config["rows"], at_least=1, whole=True)
+    if config["cpu_threads"] is not None:
+        torch.set_num_threads(config["cpu_threads"])
+    return student, config
 
 
 def read_subject(files: StudentFiles, config: Namespace) -> Subject:

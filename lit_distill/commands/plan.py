@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from rich.console import Console
 
-from lit_distill.checks import check_range
+from lit_distill.checks import check_file, check_range
 from lit_distill.commands.parser import Parser
 from lit_distill.commands.settings import parse_settings, settle
 from lit_distill.commands.train import build, train_parser
@@ -42,8 +41,7 @@ def plan(args: list[str]) -> None:
         raise UserError("tflops: not with --measure, which finds it")
     if config.get("data") is None:
         raise UserError("data: must be given, in a config file or as --data: lengths are those of its rows")
-    if config["json"] is not None and not (folder := Path(config["json"]).absolute().parent).is_dir():
-        raise UserError(f"json: there is no folder {str(folder)!r} to write it in")
+    check_file("json", config["json"])
     settle(config, "fit")
     machine = find_machine(config["trainer"]["accelerator"], config["memory"])
     planner = make_planner(parser, config, machine)

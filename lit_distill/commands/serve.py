@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from lit_distill.checks import check_int, check_range
 from lit_distill.errors import UserError
 from lit_distill.exporting.engine import EngineName, check_engine
-from lit_distill.exporting.predictor import recorded_tasks
+from lit_distill.exporting.predictor import own_tasks
 from lit_distill.interrupts import interruptible
 from lit_distill.students import StudentFiles
-from lit_distill.tasks import answer_task, rationale_task, tasks_from
+from lit_distill.tasks import answer_task, rationale_task
 
 
 def serve(
@@ -56,7 +56,7 @@ def serve(
     [name] = student
     # what can be told before a worker has loaded the student
     files = StudentFiles(name)
-    tasks = recorded_tasks(files.config)[0] or tasks_from(["label"])
+    tasks = own_tasks(files.config)[0]
     answer_task(tasks)
     check_engine(name, engine)
     with interruptible(), _listen(host, port) as listener:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -12,7 +11,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
-from lit_distill.checks import check_file, check_int
+from lit_distill.checks import check_file, check_int, check_new_folder
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
 from lit_distill.commands.settings import one_device, parse_settings
@@ -96,12 +95,9 @@ def shrink(args: list[str]) -> None:
 
 def _check(config: Namespace) -> None:
     """Check the options, as far as they need no model. Raises a ``UserError``."""
-    for name in ("from", "out"):
-        if config[name] is None:
-            raise UserError(f"{name}: must be given, as --{name}")
-    out = Path(config["out"])
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {config['out']!r} exists; give a new folder")
+    if config["from"] is None:
+        raise UserError("from: must be given, as --from MODEL")
+    check_new_folder("out", config["out"])
     check_file("json", config["json"])
     stacks, widths = ("encoder_layers", "decoder_layers"), ("d_ff", "heads", "d_model")
     if all(config[name] is None for name in ("layers", *stacks, *widths, "vocabulary")):

@@ -12,11 +12,9 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from lit_distill import __version__
-from lit_distill.checks import check_fraction, check_int, check_range
-from lit_distill.commands.measuring import read_subject, student_first
+from lit_distill.checks import check_fraction, check_int
+from lit_distill.commands.measuring import parse_arguments, read_subject
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import parse_settings
-from lit_distill.commands.train import train_parser
 from lit_distill.errors import UserError
 from lit_distill.exporting.tradeoff import Point, draw_tradeoff, measure_tradeoff
 from lit_distill.files import atomic_folder, write_text
@@ -43,16 +41,13 @@ _COLUMNS = {
 @interruptible()
 def tradeoff(args: list[str]) -> None:
     """Run ``tradeoff``: parse, read the test rows, measure, draw, and write."""
-    name, given = student_first(args, "tradeoff RUN --out FOLDER")
-    parser = train_parser("tradeoff", model=False)
-    parser.add_options(_OPTIONS)
-    config = parse_settings(parser, given)
+    name, config = parse_arguments("tradeoff", args, _OPTIONS)
     _check(config)
-    if config["cpu_threads"] is not None:
-        torch.set_num_threads(config["cpu_threads"])
-    student = load(name).eval().to(config["device"])
-    points, after = _points(student, config)
-    subject = read_subject(StudentFiles(name), config)
+    files = StudentFiles(name)
+    # all is checked before gigabytes of weights are read
+    points, after = _points(load(files, meta=True), config)
+    subject = read_subject(files, config)
+    student = load(files).eval().to(config["device"])
     with atomic_folder(config["out"]) as folder:
         found = measure_tradeoff(student, points, after, subject.predictor, subject.rows)
         report = {
@@ -72,11 +67,6 @@ def tradeoff(args: list[str]) -> None:
 
 def _check(config: Namespace) -> None:
     """Check what needs no student. Raises a ``UserError``."""
-    if config["out"] is None:
-        raise UserError("out: must be given, as --out FOLDER")
-    if Path(config["out"]).exists():
-        raise UserError(f"out: {config['out']!r} exists; give a new folder")
-    check_range("rows", config["rows"], at_least=1, whole=True)
     for name in ("exits", "keep"):
         if config[name] == []:
             raise UserError(f"{name}: must have at least one entry")

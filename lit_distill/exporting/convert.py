@@ -1,6 +1,5 @@
 """Write a student in CTranslate2's format."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from transformers import AutoConfig
 from lit_distill.errors import UserError
 from lit_distill.exporting.engine import import_ctranslate2
 from lit_distill.students import Student, StudentFiles
-from lit_distill.students.tokens import save_tokenizer
+from lit_distill.students.models import save_description
 
-QUANTIZATION = {"int8": "int8", "bf16": "bfloat16", "float32": "float32"}
-"""Ours -> CTranslate2's."""
+DTYPES = {"int8": "int8", "bf16": "bfloat16", "float32": "float32"}
+"""Quantization -> dtype of the weights."""
 
 
 def check_architecture(files: StudentFiles) -> None:
@@ -46,8 +45,7 @@ def convert(
     described = folder / "student"
     described.mkdir()
     tokenizer = files.tokenizer()
-    save_tokenizer(tokenizer, described)
-    (described / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_description(config, tokenizer, described)
 
     class Converter(TransformersConverter):  # type: ignore[misc]  # a class of Any
         """Converts a student as it is, not as transformers reads it."""
@@ -68,7 +66,7 @@ def convert(
             return tokenizer
 
     made = folder / "made"
-    Converter(str(described)).convert(str(made), quantization=QUANTIZATION[quantization])
+    Converter(str(described)).convert(str(made), quantization=DTYPES[quantization])
     for path in made.iterdir():
         path.rename(folder / path.name)
     made.rmdir()

@@ -46,16 +46,15 @@ class EnginePass:
         task: str,
         *,
         rows: Sequence[int] | None = None,
-        max_new_tokens: int,
-        num_beams: int = 1,
         process_logits: ProcessLogits | None = None,
+        **settings: int,
     ) -> list[list[int]]:
-        """See `Pass.generate`. Raises a ``UserError`` for ``process_logits``."""
+        """See `Pass.generate`; settings are `Engine.generate`'s. Raises a ``UserError`` for ``process_logits``."""
         if process_logits is not None:
             raise UserError("engine: ctranslate2 cannot run a method with process_logits or a vote; use transformers")
         sources = self._sources(task)
         chosen = sources if rows is None else [sources[row] for row in rows]
-        return self.engine.generate(chosen, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        return self.engine.generate(chosen, **settings)
 
     def score(self, task: str, choices: Sequence[tuple[str, ...]]) -> list[list[float]]:
         """See `Pass.score`."""

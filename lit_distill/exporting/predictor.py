@@ -69,10 +69,10 @@ def load_predictor(folder: str | Path, engine: EngineName | None = None) -> Pred
 
     Raises a ``UserError`` if it cannot be read, or is not for this engine.
     """
-    tasks, beams = recorded_tasks(StudentFiles(folder).config)
+    tasks, beams = own_tasks(StudentFiles(folder).config)
     report = Path(folder) / REPORT
     data = json.loads(report.read_text(encoding="utf-8"))["data"] if report.is_file() else {}
-    return Predictor(load_engine(folder, engine), tasks or tasks_from(["label"]), beams, **data)
+    return Predictor(load_engine(folder, engine), tasks, beams, **data)
 
 
 def record_task(task: Task, generation: Mapping[str, int]) -> dict[str, Any]:
@@ -80,6 +80,12 @@ def record_task(task: Task, generation: Mapping[str, int]) -> dict[str, Any]:
     preset = PRESETS.get(task.name, Task())
     own = {key: value for key in _RECORDED if (value := getattr(task, key)) != getattr(preset, key)}
     return {**own, "prefix": task.prefix, **generation}
+
+
+def own_tasks(config: Mapping[str, Any]) -> tuple[dict[str, Task], dict[str, int]]:
+    """As `recorded_tasks`; without any, a label alone."""
+    tasks, beams = recorded_tasks(config)
+    return tasks or tasks_from(["label"]), beams
 
 
 def recorded_tasks(config: Mapping[str, Any]) -> tuple[dict[str, Task], dict[str, int]]:

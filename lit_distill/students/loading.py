@@ -19,7 +19,7 @@ from lit_distill.students.tokens import Tokens
 
 
 def load(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | StudentFiles,
     *,
     from_scratch: bool = False,
     dropout: float | None = None,
@@ -33,7 +33,7 @@ def load(
 
     Args:
         name: a hub name, a folder in the Hugging Face format (with a configuration only, if ``from_scratch``), or the
-            folder of a run or a checkpoint file of this framework.
+            folder of a run or a checkpoint file of this framework; or its files.
         from_scratch: random weights from the configuration.
         dropout: dropout rate in place of the configured one.
         dtype: of the weights.
@@ -48,7 +48,7 @@ def load(
     """
     # before files are read, perhaps from the hub
     wanted = None if adapter is None else Adapter.of(adapter)
-    files = StudentFiles(name)
+    files = name if isinstance(name, StudentFiles) else StudentFiles(name)
     tokens = files.tokens()
     model = load_model(files, from_scratch=from_scratch, dropout=dropout, dtype=dtype, adapter=adapter, meta=meta)
     if len(tokens.tokenizer) > model.config.vocab_size:
