@@ -132,8 +132,8 @@ def render(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     console.print(
         f"accuracy {accuracy['exported']:.3f}, of the student {accuracy['student']:.3f}: {accuracy['difference']:+.3f}"
-        f" ({accuracy['low']:+.3f} to {accuracy['high']:+.3f}); allowed: {bounds['score']:g} nats,"
-        f" {bounds['texts']:.0%} of the texts, {bounds['accuracy']:.1%} of accuracy"
+        f" ({accuracy['low']:+.3f} to {accuracy['high']:+.3f}); allowed: {bounds['score']:g} nats{' a token' * (bounds['texts'] < 1)},"
+        f" {bounds['texts']:.0%} equal texts, {bounds['accuracy']:.1%} of accuracy"
     )
     if delta := report.get("delta"):
         console.print(
@@ -142,10 +142,14 @@ def render(report: dict[str, Any], out: Path) -> None:
         )  # fmt: skip
     for fault in parity["faults"]:
         console.print(f"[bold red]beyond[/] {fault}")
-    names = dict.fromkeys(key for found in report["speed"].values() for key in found)
-    table = console_table("speed, greedy", ["engine"], [name.replace("_", " ") for name in names])
+    first = next(iter(report["speed"].values()))
+    batches = [key.removesuffix("_p50_ms") for key in first if key.endswith("_p50_ms")]
+    columns = ["MB", "accuracy", "rows/s", *(f"{batch.replace('_', ' ')}, ms" for batch in batches)]
+    table = console_table("speed, greedy; times of a batch: median / 99th percentile", ["engine"], columns)
     for name, found in report["speed"].items():
-        table.add_row(name, *(f"{found[key]:,.3f}" if key == "accuracy" else f"{found[key]:,.1f}" for key in names))
+        values = [f"{found['megabytes']:,.1f}", f"{found['accuracy']:.3f}", f"{found['rows_a_second']:,.1f}"]
+        times = [f"{found[f'{batch}_p50_ms']:,.0f} / {found[f'{batch}_p99_ms']:,.0f}" for batch in batches]
+        table.add_row(name, *values, *times)
     console.print(table)
     console.print("Exported student:", style="bold")
     console.print(f"  {out}", soft_wrap=True, markup=False, highlight=False)
