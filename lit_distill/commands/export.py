@@ -130,10 +130,11 @@ def render(report: dict[str, Any], out: Path) -> None:
         scores = [f"{found[key]:.2g}" if key in found else "" for key in ("score", "token_score")]
         table.add_row(name, *scores, f"{found['greedy']:.1%}", f"{found['beams']:.1%}")
     console.print(table)
+    nats = f"{bounds['score']:g} nats" + (" a token" if bounds["texts"] < 1 else "")
     console.print(
         f"accuracy {accuracy['exported']:.3f}, of the student {accuracy['student']:.3f}: {accuracy['difference']:+.3f}"
-        f" ({accuracy['low']:+.3f} to {accuracy['high']:+.3f}); allowed: {bounds['score']:g} nats{' a token' * (bounds['texts'] < 1)},"
-        f" {bounds['texts']:.0%} equal texts, {bounds['accuracy']:.1%} of accuracy"
+        f" ({accuracy['low']:+.3f} to {accuracy['high']:+.3f}); allowed: {nats}, {bounds['texts']:.0%} equal texts,"
+        f" {bounds['accuracy']:.1%} of accuracy"
     )
     if delta := report.get("delta"):
         console.print(
