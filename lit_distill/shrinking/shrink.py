@@ -81,7 +81,7 @@ def _cut(value: Tensor, name: str, structure: Structure, keep: Keep) -> Tensor:
             size = value.shape[dim]
             places = positions(kept, structure.groups, size) if axis == "head" else kept
             value = value.index_select(dim, places.to(value.device))
-    if keep.d_model is not None and module in structure.norms():
+    if keep.d_model is not None and structure.is_norm(name):
         # a tied T5's decoder divides what its head reads by the root of d_model itself
         scaled = name == "decoder.final_layer_norm.weight" and getattr(structure.config, "scale_decoder_outputs", False)
         value = value * (1.0 if scaled else (structure.student.width / len(keep.d_model)) ** 0.5)

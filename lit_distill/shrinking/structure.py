@@ -122,8 +122,11 @@ class Structure:
 
     def norms(self) -> list[str]:
         """The modules of all norms over d_model."""
-        names = (name for name in self.weights if name.endswith(".weight") and self.axes(name) == ("d_model",))
-        return [owner(name) for name in names]
+        return [owner(name) for name in self.weights if self.is_norm(name)]
+
+    def is_norm(self, weight: str) -> bool:
+        """Whether a weight is that of a norm over d_model."""
+        return weight.endswith(".weight") and self.axes(weight) == ("d_model",)
 
     def outputs(self, axis: Axis) -> list[str]:
         """The modules of all feed-forward layers (``unit``) or attentions (``head``), by their output projection."""
