@@ -220,14 +220,18 @@ def _cells(grid: Grid, folder: Path, path: str) -> list[Cell]:
 
 def _check_teachers(cell: Cell, path: str) -> None:
     """Raise a ``UserError`` if a cell's teacher is not there, such as a run that is still to be made."""
-    teachers = cell.config["model"].get("init_args", {}).get("teachers") or {}
+    try:
+        check_teachers(cell.config["model"].get("init_args", {}).get("teachers") or {})
+    except UserError as error:
+        raise UserError(f"{error} (in the cell {cell.name} of {path})") from error
+
+
+def check_teachers(teachers: Mapping[str, Any]) -> None:
+    """Raise a ``UserError`` if one of a model's teachers is not there."""
     for teacher, settings in teachers.items():
-        try:
-            with about(f"teachers: {teacher}"):
-                for name in as_list(settings["model"]):
-                    check_place(name)
-        except UserError as error:
-            raise UserError(f"{error} (in the cell {cell.name} of {path})") from error
+        with about(f"teachers: {teacher}"):
+            for name in as_list(settings["model"]):
+                check_place(name)
 
 
 def _read(given: str, key: str) -> dict[str, Any]:
