@@ -124,7 +124,7 @@ def test_command_parses(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("lit_distill.commands.train.load_engine", stop)
     monkeypatch.setattr("lit_distill.commands.rounds.build_data", stop)
     monkeypatch.setattr("lit_distill.commands.shrink.StudentFiles", stop)
-    monkeypatch.setattr("lit_distill.commands.search.check_place", stop)
+    monkeypatch.setattr("lit_distill.commands.search.check_teachers", stop)
     # the grid is checked, nothing is run
     monkeypatch.setattr("lit_distill.commands.experiment._state", stop)
     monkeypatch.setattr("lit_distill.comparison.runs.find_runs", stop)

@@ -4,7 +4,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
@@ -20,7 +19,7 @@ from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_c
 from lit_distill.batch import TaskBatch
 from lit_distill.checks import check_fraction, check_int, check_range
 from lit_distill.commands.compare import compare
-from lit_distill.commands.experiment import accepted_arguments, local_launcher, with_location
+from lit_distill.commands.experiment import accepted_arguments, check_teachers, local_launcher, with_location
 from lit_distill.commands.parser import Option, Parser
 from lit_distill.commands.rounds import INTERRUPTED
 from lit_distill.commands.settings import one_device, parse_settings, settle
@@ -43,7 +42,6 @@ from lit_distill.students import Student, load
 from lit_distill.students.tokens import save_tokenizer
 from lit_distill.tables import console_table
 from lit_distill.tasks import answer_task
-from lit_distill.teachers.frozen import about, check_place
 
 Ranking = Literal["relations", "shared"]
 
@@ -54,7 +52,6 @@ _RANKED: Sequence[Option] = (
     ("at_least", float, 0.8, "The share of the budget that a student has to use."),
     ("candidates", int, 24, "Number of students that are ranked."),
     ("rankings", list[Ranking], ["relations", "shared"], "Training-free, which needs a teacher; by shared weights."),
-    ("teacher", str | None, None, "Which of the model's teachers relations compares with; null: the only one."),
     ("initialisations", int, 3, "Random students of each shape whose relations are averaged."),
     ("shared_steps", int, 300, "Steps of the super-student, of three of its parts each."),
     ("search_seed", int, 0, "Of what is drawn."),
@@ -66,6 +63,9 @@ _TRAINED: Sequence[Option] = (
     ("jobs", int, 1, "Runs of fit at a time."),
     ("out", str, "runs/search", "Folder of the ranking and the runs, finished and new."),
 )
+
+_FORMATS = {"parameters": ",", "ms": ".1f", "relations": ".5f", "shared": ".3f"}
+"""What is printed of a student, and how."""
 
 RANKING = "ranking.json"
 """The students with their scores, and the settings that they come from."""
@@ -102,9 +102,11 @@ def search(args: list[str]) -> None:
             _write_student(folder, whole, one["shape"])
             cells[one["name"]] = cell_of(base, out / "fits" / one["name"], folder)
     _run(cells, own["jobs"])
-    accuracy = {name: read_record(cell.folder).metrics.get("test/accuracy") for name, cell in cells.items()}
-    rows = [one | {"best": one["name"] in best, "drawn": one["name"] in drawn} for one in ranked]
-    rows = [row | {"accuracy": accuracy.get(row["name"])} for row in rows]
+    accuracy = {name: read_record(cell.folder).metrics["test/accuracy"] for name, cell in cells.items()}
+    rows = [
+        one | {"best": one["name"] in best, "drawn": one["name"] in drawn, "accuracy": accuracy.get(one["name"])}
+        for one in ranked
+    ]
     found = {"by": own["by"], "students": rows, "correlations": correlations([row for row in rows if row["drawn"]])}
     write_text(out / "search.json", json.dumps(found, indent=2) + "\n")
     render(found)
@@ -125,10 +127,16 @@ def _check(config: Namespace) -> None:
         check_int(name, config[name], least)
     check_int("best", config["best"], 0, config["candidates"])
     check_int("drawn", config["drawn"], 0, config["candidates"])
+    if not config["test_after_fit"]:
+        raise UserError("test_after_fit: must be true, as the rankings are compared with test accuracy")
     if config["best"] + config["drawn"] == 0:
         raise UserError("best: 0 and drawn: 0 train nothing; give one of them")
     if config["by"] not in [*config["rankings"], "parameters"]:
         raise UserError(f"by: {config['by']} is not among rankings; allowed are parameters and those of rankings")
+    if Path(config["out"]).exists() and not Path(config["out"]).is_dir():
+        raise UserError(f"out: {config['out']!r} is a file; give a folder")
+    if config["data"]["init_args"].get("streaming"):
+        raise UserError("data.streaming: search reads train again and again; leave it out")
     model = config["model"]["init_args"]
     if not model["from_scratch"]:
         raise UserError("model.from_scratch: must be true; the students of a search start from random weights")
@@ -137,11 +145,7 @@ def _check(config: Namespace) -> None:
     teachers = model["teachers"] or {}
     if "relations" in config["rankings"] and not teachers:
         raise UserError("model.teachers: relations compares with a teacher; name one, or set rankings: [shared]")
-    for name, settings in teachers.items():
-        places = settings["model"]
-        with about(f"teachers: {name}"):
-            for place in places if isinstance(places, list) else [places]:
-                check_place(place)
+    check_teachers(teachers)
 
 
 def _read(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -168,75 +172,51 @@ def _rank(parser: Parser, config: Namespace, space: Space) -> list[dict[str, Any
     config["trainer"].update(Namespace(logger=False, enable_checkpointing=False))
     trainer, module, data = build(parser, config, [])
     module.check_teachers(trainer, "fit")
-    teacher = None
     if "relations" in config["rankings"]:
-        teacher = config["teacher"] or module.teachers.only("rankings: relations")
-        module.teachers.check("teacher", teacher)
-        module.teachers.single("rankings: relations", teacher)
+        name = module.teachers.only("rankings: relations")
+        module.teachers.single("rankings: relations", name)
     shared = SuperStudent(module) if "shared" in config["rankings"] else None
     data.prepare_data()
     data.setup("fit")
     module.to(fabric.device)
     whole, task = module.student, answer_task(module.tasks).name
     batch, asked = (fabric.to_device(next(iter(own()))) for own in (data.train_dataloader, data.val_dataloader))
+    teacher = module.step(batch).teacher(name) if "relations" in config["rankings"] else None
 
     def time_of(shape: Shape) -> float:
         return milliseconds(random_student(whole, shape, seed), asked, task)
 
-    if config["max_ms"] is None:
-        budget = Budget(config["max_parameters"], config["at_least"], "parameters")
-        shapes = budget.draw(space, config["candidates"], seed, lambda shape: parameters(whole, shape))
-    else:
-        shapes = Budget(config["max_ms"], config["at_least"], "ms").draw(space, config["candidates"], seed, time_of)
+    unit, cost = ("parameters", partial(parameters, whole)) if config["max_ms"] is None else ("ms", time_of)
+    shapes = Budget(config[f"max_{unit}"], config["at_least"], unit).draw(space, config["candidates"], seed, cost)
     ranked: list[dict[str, Any]] = []
     with ticker("Scoring", len(shapes), unit=" students") as advance:
         for shape in shapes:
-            row = {"name": name_of(shape), "shape": shape, "parameters": parameters(whole, shape)}
-            row |= {"ms": time_of(shape)}
+            row: dict[str, Any] = {
+                "name": name_of(shape),
+                "shape": shape,
+                "parameters": parameters(whole, shape),
+                "ms": time_of(shape),
+            }
             if teacher is not None:
-                row["relations"] = scores(
-                    module.step(batch).teacher(teacher),
-                    lambda number, own=shape: random_student(whole, own, seed + number),  # type: ignore[misc]
-                    config["initialisations"],
-                    batch,
-                )
+                make = partial(random_student, whole, shape)
+                row |= scores(teacher, make, config["initialisations"], batch)
             ranked.append(row)
             advance(1)
-    if shared is not None:
-        _rank_by_shared_weights(config, shared, ranked, space, data, fabric)
-    return ranked
-
-
-def _rank_by_shared_weights(
-    config: Namespace,
-    shared: SuperStudent,
-    ranked: Sequence[dict[str, Any]],
-    space: Space,
-    data: RationaleDataModule,
-    fabric: Fabric,
-) -> None:
-    """Train a super-student, and add each student's validation loss with its weights."""
-    trainer, steps = config["trainer"], config["shared_steps"]
-
-    @contextmanager
-    def autocast() -> Iterator[None]:
-        with fabric.autocast():
-            yield
-
-    with ticker("Shared weights", steps, unit=" steps") as advance:
+    if shared is None:
+        return ranked
+    with ticker("Shared weights", config["shared_steps"], unit=" steps") as advance:
         shared.train(
-            steps,
-            _windows(data, trainer["accumulate_grad_batches"]),
-            [space.largest, space.smallest, *(row["shape"] for row in ranked)],
-            config["search_seed"],
-            clip=trainer["gradient_clip_val"],
-            autocast=autocast,
+            config["shared_steps"],
+            _windows(data, config["trainer"]["accumulate_grad_batches"]),
+            [space.largest, space.smallest, *shapes],
+            seed,
+            clip=config["trainer"]["gradient_clip_val"],
+            autocast=fabric.autocast,
             advance=advance,
         )
-    with ticker("Validating", len(ranked), unit=" students") as advance:
-        for row in ranked:
-            row["shared"] = shared.validation_loss(row["shape"], data.val_dataloader())
-            advance(1)
+    for row in ranked:
+        row["shared"] = shared.validation_loss(row["shape"], data.val_dataloader())
+    return ranked
 
 
 def _windows(data: RationaleDataModule, size: int) -> Iterator[list[TaskBatch]]:
@@ -262,24 +242,21 @@ def choose(ranked: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> tuple
 
 def goodness(row: Mapping[str, Any], ranking: str) -> float:
     """A student's score in a ranking; higher is better."""
-    if ranking == "relations":
-        return float(row["relations"]["score"])
-    return -float(row["shared"]) if ranking == "shared" else float(row["parameters"])
+    return -float(row[ranking]) if ranking == "shared" else float(row[ranking])
 
 
 def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Kendall's tau-b and Spearman's rho of each ranking with trained accuracy; ``None`` where either is constant."""
-    accuracy = torch.tensor([row["accuracy"] for row in rows if row["accuracy"] is not None], dtype=torch.float64)
+    """Kendall's tau-b and Spearman's rho of each ranking with accuracy; ``None`` where one of both is constant."""
     found: dict[str, dict[str, float | None]] = {}
-    for ranking in ("parameters", "relations", "shared"):
-        if not rows or ranking not in rows[0]:
-            continue
-        own = [goodness(row, ranking) for row in rows if row["accuracy"] is not None]
-        values, both = torch.tensor(own, dtype=torch.float64), dict[str, float | None]()
-        for name, measure in (("kendall", kendall_rank_corrcoef), ("spearman", spearman_corrcoef)):
-            varies = len(own) > 1 and min(len(values.unique()), len(accuracy.unique())) > 1
-            both[name] = float(cast(Tensor, measure(values, accuracy))) if varies else None
-        found[ranking] = both | {"n": len(own)}
+    accuracy = torch.tensor([row["accuracy"] for row in rows], dtype=torch.float64)
+    for ranking in (name for name in _FORMATS if rows and name in rows[0] and name != "ms"):
+        scores = torch.tensor([goodness(row, ranking) for row in rows], dtype=torch.float64)
+        varies = min(len(scores.unique()), len(accuracy.unique())) > 1
+        found[ranking] = {
+            "kendall": float(cast(Tensor, kendall_rank_corrcoef(scores, accuracy))) if varies else None,
+            "spearman": float(spearman_corrcoef(scores, accuracy)) if varies else None,
+            "n": len(rows),
+        }
     return found
 
 
@@ -318,17 +295,12 @@ def _run(cells: Mapping[str, Cell], jobs: int) -> None:
 def render(found: Mapping[str, Any]) -> None:
     """Print the students, the best first, and the correlations."""
     rows = sorted(found["students"], key=lambda row: goodness(row, found["by"]), reverse=True)
-    given = [name for name in ("relations", "shared") if name in rows[0]]
-    columns = {"relations": ["semantics + relations"], "shared": ["shared loss"]}
-    names = ["parameters", "ms", *(name for ranking in given for name in columns[ranking]), "test accuracy"]
-    table = console_table(f"students, the best by {found['by']} first", ["student", "trained"], names)
+    columns = {name: form for name, form in _FORMATS.items() if name in rows[0]}
+    table = console_table(f"students, the best by {found['by']} first", ["student", "trained"], [*columns, "accuracy"])
     for row in rows:
         trained = " ".join(kind for kind in ("best", "drawn") if row[kind])
-        shown = {"relations": lambda one=row: f"{one['relations']['score']:.5f}"}
-        shown["shared"] = lambda one=row: f"{one['shared']:.3f}"
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        values = [f"{row['parameters']:,}", f"{row['ms']:.1f}", *(shown[ranking]() for ranking in given), accuracy]
-        table.add_row(row["name"], trained, *values)
+        table.add_row(row["name"], trained, *(f"{row[name]:{form}}" for name, form in columns.items()), accuracy)
     told = console_table("correlations with test accuracy", ["ranking"], ["Kendall", "Spearman", "n"])
     for ranking, own in found["correlations"].items():
         both = ["none" if own[name] is None else f"{own[name]:+.2f}" for name in ("kendall", "spearman")]
@@ -336,5 +308,4 @@ def render(found: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(told)
-    if found["correlations"]:
-        console.print("A score that does not beat the number of parameters has found nothing.")
+    console.print("A score that does not beat the number of parameters has found nothing.")

@@ -53,7 +53,7 @@ def class_features(made: Pass, task: str) -> Tensor:
 
 @torch.no_grad()
 def scores(teacher: Pass, make: Callable[[int], Student], seeds: int, batch: TaskBatch) -> dict[str, float]:
-    """The similarities of classes (``semantics``) and rows (``relations``), and ``score``, their sum as in DisWOT.
+    """The similarities ``of_classes`` and ``of_rows``, and ``relations``, their sum as in DisWOT.
 
     Means over the batch's tasks and over so many random students.
 
@@ -63,12 +63,11 @@ def scores(teacher: Pass, make: Callable[[int], Student], seeds: int, batch: Tas
         seeds: number of random students.
         batch: rows of train.
     """
-    found = {"semantics": 0.0, "relations": 0.0}
+    found = {"of_classes": 0.0, "of_rows": 0.0}
     tasks = [task for task, inputs in batch.items() if len(inputs["labels"])]
     for seed in range(seeds):
         made: Pass = make(seed)(batch)
         for task in tasks:
-            for name, features in (("semantics", class_features), ("relations", row_features)):
-                share = similarity(features(teacher, task), features(made, task)) / (len(tasks) * seeds)
-                found[name] += share
-    return found | {"score": sum(found.values())}
+            for name, features in (("of_classes", class_features), ("of_rows", row_features)):
+                found[name] += similarity(features(teacher, task), features(made, task)) / (len(tasks) * seeds)
+    return {"relations": sum(found.values())} | found

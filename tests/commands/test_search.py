@@ -17,6 +17,7 @@ from lit_distill.records import write_record
 from lit_distill.students import load
 from tests.experiments.fake_fit import make_record
 from tests.runs import refusal, run, small_model, small_trainer, toy_data
+from tests.students import add_weights, make_causal_folder, make_causal_tokenizer
 
 SPACE = "--space={decoder_layers: [1, 2], d_model: [8, 12, 16], d_ff: [8, 16, 32], heads: [1, 2]}"
 SMALL = ["--candidates=4", "--at_least=0.3", "--best=1", "--drawn=3", "--shared_steps=2", "--initialisations=1"]
@@ -70,7 +71,7 @@ def test_a_search(
         made = load(f"out/students/{name}", from_scratch=True)
         assert sum(weight.numel() for weight in made.parameters()) == students[name]["parameters"]
         assert students[name]["accuracy"] == students[name]["parameters"] / 20_000
-        assert students[name]["relations"]["score"] < 0 < students[name]["ms"]
+        assert students[name]["relations"] < 0 < students[name]["ms"]
     # torchmetrics adds a little to what it divides by
     one = pytest.approx(1, abs=1e-5)
     assert found["correlations"]["parameters"] == {"kendall": one, "spearman": one, "n": 3}
@@ -91,12 +92,14 @@ def test_a_search(
     )
 
 
-def test_a_budget_of_milliseconds_and_the_same_seed(
-    student_folder: Path, teacher_folder: Path, here: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_budget_of_milliseconds_and_the_same_seed_of_a_llama(
+    here: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    student = make_causal_folder(Path("student"), num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    teacher = add_weights(make_causal_folder(Path("teacher"), hidden_size=24), make_causal_tokenizer())
     monkeypatch.setattr("lit_distill.searching.cost.TIMED", 1)
     monkeypatch.setattr(search, "compare", lambda *given: None)
-    given = [one for one in arguments(student_folder, teacher_folder) if not one.startswith("--max_parameters")]
+    given = [one for one in arguments(student, teacher) if not one.startswith("--max_parameters")]
     given += ["--max_ms=60000", "--at_least=0.000001", "--candidates=2", "--drawn=1", "--best=0", "--shared_steps=1"]
     found = []
     for out in ("a", "b"):
@@ -109,7 +112,7 @@ def test_a_budget_of_milliseconds_and_the_same_seed(
 
 def rows_of(**columns: list[float]) -> list[dict[str, Any]]:
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [row | {"name": str(number), "relations": {"score": row["relations"]}} for number, row in enumerate(rows)]
+    return [row | {"name": str(number)} for number, row in enumerate(rows)]
 
 
 def test_correlations_are_scipys() -> None:
@@ -146,14 +149,18 @@ def test_the_best_and_the_drawn() -> None:
         (["--max_ms=3"], "give the budget, either max_parameters or max_ms"),
         (["--at_least=0"], "at_least must be in (0, 1]"),
         (["--drawn=5"], "drawn must be an integer in [0, 4]"),
+        (["--out=file"], "out: 'file' is a file; give a folder"),
         (["--best=0", "--drawn=0"], "best: 0 and drawn: 0 train nothing"),
         (["--by=relations", "--rankings=[shared]"], "by: relations is not among rankings"),
         (["--model.teachers=null"], "model.teachers: relations compares with a teacher"),
         (["--model.teachers={t: {model: runs/none}}"], "teachers: t: there is no 'runs/none' yet"),
         (["--model.from_scratch=false"], "model.from_scratch: must be true"),
         (["--model.adapter={r: 2}"], "model.adapter: the students of a search are trained whole"),
-        (["--max_parameters=10"], "candidates: 4 are wanted, and of 36 students drawn from the space 0 have 3 to 10"),
-        (["--teacher=other"], "teacher: unknown teacher 'other'"),
+        (
+            ["--max_parameters=10", "--space={d_ff: [8, 16]}"],
+            "candidates: 4 are wanted, and of 2 students drawn from the space 0 have 3 to 10 parameters; theirs are",
+        ),
+        (["--test_after_fit=false"], "test_after_fit: must be true"),
     ],
 )
 def test_what_is_refused(
@@ -164,6 +171,7 @@ def test_what_is_refused(
     here: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    Path("file").touch()
     line = refusal(capsys, "search", *arguments(student_folder, teacher_folder, *more))
     assert line.startswith(message)
     assert not Path("out").exists()
