@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.checkpoints import BestCheckpoint
 from lit_distill.checks import check_int, check_range
@@ -88,10 +89,18 @@ class Pruning(Callback):
             self._choose(self._structure, step)
             set_to_zero(self._structure, self._gone)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._structure is not None and trainer.global_step < self._final:
+            rank_zero_info(
+                f"Pruning: training ended at step {trainer.global_step}, before all is gone at step {self._final}:"
+                " the student is larger than asked for"
+            )
+
     def part(self, step: int) -> float:
         """Which part of the way to the final parts is gone after a step."""
-        done = (step - self._first) / max(self._final - self._first, 1)
-        return 1 - (1 - min(max(done, 0.0), 1.0)) ** 3
+        # a run of few steps may begin and end at the same one
+        done = 1.0 if step >= self._final else (step - self._first) / max(self._final - self._first, 1)
+        return float(1 - (1 - max(done, 0.0)) ** 3)
 
     @torch.no_grad()
     def _choose(self, structure: Structure, step: int) -> None:

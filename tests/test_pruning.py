@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_distill.errors import UserError
 from lit_distill.pruning import Pruning
 from lit_distill.shrinking.shrink import without_zeros
+from lit_distill.shrinking.structure import Structure
 from lit_distill.students import load
 from tests.commands.test_resume import broken
 from tests.runs import refusal, run, run_folders, small_model, small_trainer, toy_data
@@ -29,6 +31,8 @@ def test_the_schedule_is_cubic() -> None:
     pruning = Pruning(d_ff=0.5)
     pruning._first, pruning._final = 10, 30
     assert [pruning.part(step) for step in (0, 10, 15, 20, 30, 99)] == [0, 0, 1 - 0.75**3, 0.875, 1, 1]
+    pruning._first = pruning._final = 1
+    assert [pruning.part(step) for step in (0, 1, 2)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
@@ -64,6 +68,15 @@ def test_a_resumed_run_prunes_the_same(student_folder: Path, monkeypatch: pytest
     whole, resumed = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in run_folders())
     assert whole["callbacks"]["Pruning"] == resumed["callbacks"]["Pruning"]
     assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+
+
+def test_a_run_that_ends_before_the_schedule_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pruning, trainer = Pruning(d_ff=0.5), Trainer(logger=False, barebones=True, accelerator="cpu", max_steps=4)
+    pruning._structure, pruning._final = Structure(student_of(tmp_path, "t5")), 3
+    with caplog.at_level("INFO"):
+        pruning.on_train_end(trainer, LightningModule())
+    told = "Pruning: training ended at step 0, before all is gone at step 3: the student is larger than asked for"
+    assert told in caplog.messages
 
 
 @pytest.mark.parametrize("kind", ["t5", "qwen2"])
