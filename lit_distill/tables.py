@@ -31,7 +31,8 @@ def console_table(title: str, texts: Sequence[str], numbers: Sequence[str] = ())
     for name in texts:
         table.add_column(name, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        # in a narrow terminal digits go on below, they are not cut off
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
