@@ -164,13 +164,16 @@ def run_trainer(command: str, args: list[str]) -> None:
     engine = _engine(config)
     settle(config, command)
     name_loggers(config, command)
-    folder = find_run(config, yaml.safe_load(parser.dump(config, skip_unset=False))) if fit else None
+    # of a new run it is not needed
+    plain = yaml.safe_load(parser.dump(config, skip_unset=False)) if config["resume"] else {}
+    folder = find_run(config, plain) if fit else None
     if folder is None:
         check_unused(config, fit=fit)
     else:
         warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     progress = read_progress(config["ckpt_path"])
-    saving = SaveConfig(config, parser.dump(config, skip_unset=False))
+    # what was parsed is valid
+    saving = SaveConfig(config, parser.dump(config, skip_unset=False, skip_validation=True))
     if fit:
         trained = SaveConfig.of(progress)
         if progress and not trained and folder is None:
