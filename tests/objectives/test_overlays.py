@@ -145,13 +145,14 @@ def term_name(objective: dict[str, Any]) -> str:
     return f"train/{objective['init_args'].get('name') or kind.term or kind.__name__.lower()}_loss"
 
 
+# each with one of them in turn; CommonsenseQA's and SVAMP's grids of methods have all
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
-def test_an_overlay_composes_with_every_dataset(path: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for base in DATASETS:
-        with pytest.raises(SystemExit) as stopped:
-            run("fit", f"--config={base}", f"--config={path}", "--print_config")
-        assert stopped.value.code == 0
-        assert_holds(yaml.safe_load(capsys.readouterr().out), content(path), but=())
+def test_an_overlay_composes_with_a_dataset(path: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = DATASETS[OVERLAYS.index(path) % len(DATASETS)]
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", f"--config={base}", f"--config={path}", "--print_config")
+    assert stopped.value.code == 0
+    assert_holds(yaml.safe_load(capsys.readouterr().out), content(path), but=())
 
 
 def test_overlays_add_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
