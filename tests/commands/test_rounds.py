@@ -3,17 +3,20 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from lit_distill.annotation.store import read_rows
+from lit_distill.cli import main
 from lit_distill.commands import rounds
 from lit_distill.commands.rounds import cell_of, sureness, together, write_labels, write_weights
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State
+from lit_distill.experiments.launch import Board
 from tests.runs import read_lines, refusal, run, small_model, small_trainer, toy_data, write_lines
 
 BASE: dict[str, Any] = {
@@ -125,7 +128,27 @@ def test_the_first_student_answers_what_it_is_sure_of(
     assert "students together" in capsys.readouterr().out
 
 
-def test_two_rounds(student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_here(board: Board, *_: object) -> bool:
+    """In this process, as importing everything takes long; cells of processes are in `test_experiment.py`."""
+    for cell in board:
+        main([*cell.command[3:], "--config", str(cell.folder / "fit.yaml")])
+        board[cell] = cell.state
+    return True
+
+
+def answer_here(command: list[str], **_: object) -> SimpleNamespace:
+    assert command[:3] == [sys.executable, "-m", "lit_distill"]
+    main(command[3:])
+    return SimpleNamespace(returncode=0)
+
+
+# its `fit.yaml` lies there
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
+def test_two_rounds(
+    student_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rounds, "run_cells", run_here)
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(run=answer_here, DEVNULL=None))
     command = [*small_model(student_folder), *toy_data(12, 4), *small_trainer(2), "--data.train_fraction=0.5"]
     command += ["--rounds=2", "--samples=2", "--out=out", "--keep=sample >= 0"]
     run("rounds", *command)
