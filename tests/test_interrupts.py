@@ -116,12 +116,10 @@ def logged(name: str) -> dict[str, str]:
     ("hook", "at", "step"),
     [
         ("on_train_batch_start", 1, 0),
-        # in the midst of a step, and of the optimizer's part of it
-        ("on_train_batch_start", 2, 1),
+        # in the midst of the optimizer's part of a step
         ("on_before_optimizer_step", 3, 3),
-        # the sanity check has two batches; then comes the first validation, and at last the one after the last step
+        # the sanity check has two batches; then comes the first validation
         ("on_validation_batch_end", 2, 2),
-        ("on_validation_batch_start", 4, 6),
         ("on_validation_epoch_end", 3, 4),
         ("on_save_checkpoint", 4, 4),
         ("on_train_end", 1, 6),
