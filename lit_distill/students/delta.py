@@ -97,7 +97,10 @@ def compress(delta: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
 
 
 def restore(codes: Tensor, steps: Tensor, shape: tuple[int, int], ranks: Ranks) -> Tensor:
-    """The difference that `compress` kept, ``(rows, columns)``, float32."""
+    """The difference that `compress` kept, ``(rows, columns)``, float32. Raises a ``ValueError`` if it is damaged."""
+    if (size := codes.nbytes + steps.nbytes) != (wanted := size_of(shape, ranks)):
+        # numpy would read zeros after the end
+        raise ValueError(f"a matrix of {shape} has {size} bytes, not {wanted}")
     content, found = codes.numpy(), torch.zeros(shape)
     for bits, rank in ranks.items():
         sides = []
@@ -158,10 +161,14 @@ class Delta:
     tensors: dict[str, Tensor]
 
     def weights(self, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The student's weights that are not the base's own."""
+        """The student's weights that are not the base's own. Raises an error if they do not fit the base."""
+        if absent := self.ranks.keys() - self.tensors.keys():
+            raise KeyError(min(absent))
         for name, tensor in self.tensors.items():
             if (ranks := self.ranks.get(name)) is None:
                 if not name.endswith(".steps"):
+                    if tensor.shape != base[name].shape:
+                        raise ValueError(f"{name} is {tuple(tensor.shape)}, the base's {tuple(base[name].shape)}")
                     yield name, tensor
                 continue
             rows, columns = base[name].shape

@@ -1,5 +1,6 @@
 """Deltas: against numpy's decomposition, the bytes on disk, and the student that they give back."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_distill.errors import UserError
@@ -171,3 +173,23 @@ def test_odd_sizes_pack_into_whole_bytes() -> None:
         assert codes.numel() + 2 * steps.numel() == size_of((67, 131), ranks)
         assert steps.numel() == sum(ranks.values()) * (math.ceil(67 / 128) + math.ceil(131 / 128))
         assert restore(codes, steps, (67, 131), ranks).norm() > 0
+
+
+def test_a_damaged_delta_is_refused(tmp_path: Path) -> None:
+    base, student = pair(tmp_path, "t5")
+    write(tmp_path / "small", base, student, 2.0)
+    file = tmp_path / "small" / FILE
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors, ranks = load_file(file), json.loads(header["ranks"])
+    name, whole = min(ranks), min(name for name in tensors if "norm" in name)
+    damages: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+        (ranks, {name: tensors[name][:-1]}),
+        (ranks, {whole: tensors[whole][:3]}),
+        (ranks | {name: {"0": 5}}, {}),
+        (ranks | {"absent.weight": {"8": 1}}, {}),
+    ]
+    for told, changed in damages:
+        save_file(tensors | changed, file, header | {"ranks": json.dumps(told)})
+        with pytest.raises(UserError, match=r"^student: the delta does not fit the base and the configuration in "):
+            load(tmp_path / "small")
