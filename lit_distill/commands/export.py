@@ -17,6 +17,7 @@ from lit_distill.commands.parser import Option
 from lit_distill.errors import UserError
 from lit_distill.exporting.convert import DTYPES, check_architecture, convert
 from lit_distill.exporting.engine import TransformersEngine, load_engine
+from lit_distill.exporting.gguf import TYPES, check_gguf, same_pieces, write_gguf
 from lit_distill.exporting.hugging_face import set_tasks
 from lit_distill.exporting.parity import BOUNDS, measure
 from lit_distill.exporting.predictor import REPORT, record_task
@@ -28,12 +29,12 @@ from lit_distill.students.delta import write_delta
 from lit_distill.students.models import Dtype
 from lit_distill.tables import console_table
 
-Target = Literal["ctranslate2", "safetensors", "delta"]
+Target = Literal["ctranslate2", "safetensors", "gguf", "delta"]
 Quantization = Literal["int8", "bf16", "float32"]
 
 _OPTIONS: Sequence[Option] = (
-    ("to", Target, "ctranslate2", "CTranslate2's format, a Hugging Face folder, or the difference to a base."),
-    ("quantization", Quantization, "float32", "Of the weights; int8 is for ctranslate2."),
+    ("to", Target, "ctranslate2", "CTranslate2's format, a Hugging Face folder, GGUF, or the difference to a base."),
+    ("quantization", Quantization, "float32", "Of the weights; int8 is for ctranslate2 and gguf."),
     ("base", str | None, None, "Of a delta: what the student was finetuned from; it is needed to load it."),
     ("bits", float | None, None, "Of a delta: bits a weight; null: 1."),
     ("out", str | None, None, "Folder of the export, a new one."),
@@ -42,7 +43,9 @@ _OPTIONS: Sequence[Option] = (
     ("json", str | None, None, "File for the same numbers."),
 )
 
-_QUANTIZATIONS = {"ctranslate2": tuple(DTYPES), "safetensors": ("bf16", "float32"), "delta": ("float32",)}
+_QUANTIZATIONS = {
+    "ctranslate2": tuple(DTYPES), "safetensors": ("bf16", "float32"), "gguf": tuple(TYPES), "delta": ("float32",),
+}  # fmt: skip
 
 
 @interruptible()
@@ -53,6 +56,8 @@ def export(args: list[str]) -> None:
     files = StudentFiles(student)
     if config["to"] == "ctranslate2":
         check_architecture(files)
+    if config["to"] == "gguf":
+        check_gguf(files)
     subject = read_subject(files, config)
     quantization, out = config["quantization"], Path(config["out"])
     plain = {
@@ -65,6 +70,9 @@ def export(args: list[str]) -> None:
         weights = sum(one.numel() * one.element_size() for one in reference.parameters())
         own, made = subject.predictor(TransformersEngine(reference, plain=True)), subject.predictor(load_engine(folder))
         parity = measure(own, made, subject.rows, BOUNDS["delta" if config["to"] == "delta" else quantization])
+        if config["to"] == "gguf" and (same := same_pieces(own.tokens, folder, subject.rows.inputs)) < 1:
+            parity["passed"] = False
+            parity["faults"].append(f"tokenizer: {same:.1%} of the inputs are in the same pieces, allowed is 100%")
         if not parity["passed"] and not config["write_anyway"]:
             raise UserError(f"parity: {'; '.join(parity['faults'])}; nothing is written without --write_anyway")
         name = "delta" if config["to"] == "delta" else f"{config['to']} {quantization}"
@@ -75,11 +83,12 @@ def export(args: list[str]) -> None:
                 predictors["ctranslate2 float32"] = subject.predictor(load_engine(whole))
                 megabytes["ctranslate2 float32"] = _megabytes(Path(whole))
             predictors[name], megabytes[name] = made, _megabytes(folder)
-            speed = measure_speed(predictors, subject.rows)
+            # transformers computes a GGUF file in float32
+            speed = {} if config["to"] == "gguf" else measure_speed(predictors, subject.rows)
         report = {
             "student": student, "to": config["to"], "quantization": quantization, "version": __version__,
             "data": subject.settings, "parity": parity, **told,
-            "speed": {name: {"megabytes": megabytes[name]} | of for name, of in speed.items()},
+            "speed": {name: {"megabytes": size} | speed.get(name, {}) for name, size in megabytes.items()},
         }  # fmt: skip
         text = json.dumps(report, indent=2) + "\n"
         write_text(folder / REPORT, text)
@@ -107,10 +116,14 @@ def _write(
         described = files.config | {"prefix": next(iter(tasks.values()))["prefix"], "task_specific_params": tasks}
         convert(files, described, partial(load, files.name), quantization, folder)
         return {}
-    student = load(files.name, dtype=cast(Dtype, DTYPES[quantization]))
+    dtype = "float32" if config["to"] == "gguf" else DTYPES[quantization]
+    student = load(files.name, dtype=cast(Dtype, dtype))
     set_tasks(student.network, tasks)
     if config["to"] == "safetensors":
         student.save(folder)
+        return {}
+    if config["to"] == "gguf":
+        write_gguf(student.network, student.tokenizer, quantization, folder)
         return {}
     base, bits = config["base"], 1.0 if config["bits"] is None else config["bits"]
     return {"delta": write_delta(student.network, student.tokenizer, load(base).network, base, folder, bits)}

@@ -10,6 +10,8 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -36,6 +38,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of weights."""
 
 _WEIGHT_FILES = [name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
+
+GGUF = "model.gguf"
+"""The weights in the format of llama.cpp, which transformers reads for a T5, too."""
 
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
@@ -102,18 +107,25 @@ def pretrained(
 ) -> PreTrainedModel:
     """A model with the weights of a folder or of the hub, which must be finite, in training mode."""
     folder = Path(name)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHT_FILES):
+    present = [file for file in [GGUF, *_WEIGHT_FILES] if (folder / file).is_file()]
+    if folder.is_dir() and not present:
         raise UserError(
-            f"student: no weights in the folder {name!r} (one of {', '.join(_WEIGHT_FILES)});"
+            f"student: no weights in the folder {name!r} (one of {', '.join([GGUF, *_WEIGHT_FILES])});"
             " set from_scratch to true for random weights from its configuration"
         )
-    made = _configuration(config, dropout)
+    made, more = _configuration(config, dropout), {}
+    if present == [GGUF]:
+        import_gguf()
+        more = {"gguf_file": GGUF}
     level = hf_logging.get_verbosity()
     # advice of transformers on tying, which is settled here
     hf_logging.set_verbosity_error()
     try:
         with reading("student: cannot load", name):
-            model = _auto_class(made).from_pretrained(name, config=made, dtype=getattr(torch, dtype))
+            settings: Any = {"config": made, "dtype": getattr(torch, dtype), "output_loading_info": True} | more
+            model, found = _auto_class(made).from_pretrained(name, **settings)
+            if more and (missing := found["missing_keys"]):
+                raise ValueError(f"{GGUF} lacks {min(missing)}")
     finally:
         hf_logging.set_verbosity(level)
     check_weights(dict(model.named_parameters()), f"student: {name!r}")
@@ -126,6 +138,13 @@ def pretrained(
         parameter.data = parameter.data.to(getattr(torch, dtype), copy=True)
     # `from_pretrained` returns evaluation mode, and a trainer would leave it so
     return cast(PreTrainedModel, model.train())
+
+
+def import_gguf() -> Any:
+    """The package. Raises a ``UserError`` if it, or what transformers reads its files with, is not installed."""
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise UserError(f'{missing[0]} is not installed: pip install "lit_distill[gguf]"')
+    return import_module("gguf")
 
 
 def check_memory(model: nn.Module) -> None:

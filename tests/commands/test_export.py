@@ -12,7 +12,14 @@ from lit_distill.exporting.engine import CTranslate2Engine
 from lit_distill.exporting.predictor import load_predictor
 from lit_distill.students import load
 from tests.runs import QUIET, read_lines, refusal, run, run_folders, small_model, small_trainer, toy_data, write_lines
-from tests.students import WORDS, add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder
+from tests.students import (
+    WORDS,
+    add_weights,
+    make_causal_folder,
+    make_causal_tokenizer,
+    make_student_folder,
+    make_unigram_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -125,6 +132,24 @@ def test_a_folder_in_bfloat16(family: str, here: Path, student: Path) -> None:
     assert set(found["speed"]) == {"transformers float32", "safetensors bf16"}
 
 
+def test_a_file_for_llama_cpp(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    student = add_weights(make_student_folder(here / "student", vocab_size=72, d_model=32), make_unigram_tokenizer())
+    found = export(student, "--to=gguf", "--quantization=int8", "--out=small", "--write_anyway")
+    assert {path.name for path in Path("small").iterdir()} >= {"model.gguf", "config.json", "export.json"}
+    assert 0 < found["parity"]["tasks"]["label"]["token_score"] < 0.1
+    # the folder's other files are as large as this tiny file
+    assert {name: [*one] for name, one in found["speed"].items()} == {
+        "transformers float32": ["megabytes"],
+        "gguf int8": ["megabytes"],
+    }
+    assert load_predictor("small").tasks["rationale"].max_new_tokens == 4
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "small"
+    monkeypatch.setattr("lit_distill.commands.export.same_pieces", lambda tokens, folder, texts: 0.875)
+    parity = export(student, "--to=gguf", "--out=other", "--write_anyway")["parity"]
+    assert parity["faults"] == ["tokenizer: 87.5% of the inputs are in the same pieces, allowed is 100%"]
+    assert not parity["passed"]
+
+
 def test_one_that_is_beyond_the_bounds_is_not_written(
     student: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +192,7 @@ def test_refusals(student: Path, here: Path, capsys: pytest.CaptureFixture[str])
         ([student, data], "rows: test has 5 rows, 200 are needed; --rows 5 takes all of them"),
         ([student, data, "--rows=6"], "rows: test has 5 rows, 6 are needed"),
         (["bare", data], "tokenizer: none in the folder 'bare'"),
+        ([student, data, "--to=gguf"], "to: gguf needs a tokenizer of SentencePiece's unigram pieces, as T5's"),
         ([strange, data, "--rows=5"], "to: ctranslate2 cannot run a 'mamba' student; it runs t5, mt5, llama"),
     ):
         assert refusal(capsys, "export", arguments).startswith(line)

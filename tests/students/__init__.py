@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Sequence, Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -52,6 +52,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+def make_unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """T5's kind of tokenizer, of the same words."""
+    words = [(word, 0.0) for word in WORDS[:3]] + [(f"▁{word}", -4.0) for word in WORDS[3:]]
+    tokenizer = Tokenizer(Unigram(words, unk_id=2))
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def make_student_folder(folder: Path, **changes: Any) -> Path:
