@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from huggingface_hub.constants import HF_HOME
+
+from lit_distill.errors import UserError
 
 CACHE = "LIT_DISTILL_CACHE"
 """Environment variable of the cache folder; by default inside Hugging Face datasets' cache."""
@@ -104,6 +107,12 @@ def _replacing(path: Path) -> Iterator[Path]:
         # the error of a full disk names no file
         error.filename = error.filename or str(path)
         raise
+    except Exception as error:
+        # safetensors and tokenizers have errors of their own for a full disk
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, UserError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         _remove(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import socket
 import tempfile
@@ -12,6 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lit_distill.checkpoints import AtomicCheckpointIO, save_atomically
 from lit_distill.files import atomic_folder, atomic_write, write_text
@@ -180,4 +182,16 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "a.txt"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_space_for_weights_is_an_error_of_a_file(tmp_path: Path) -> None:
+    before, weights = resource.getrlimit(resource.RLIMIT_FSIZE), {"weights": torch.zeros(1000)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, atomic_folder(tmp_path / "student") as folder:
+            save_file(weights, folder / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "student"))
     assert not list(tmp_path.iterdir())
