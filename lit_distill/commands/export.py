@@ -158,10 +158,13 @@ def render(report: dict[str, Any], out: Path) -> None:
         console.print(f"[bold red]beyond[/] {fault}")
     first = next(iter(report["speed"].values()))
     batches = [key.removesuffix("_p50_ms") for key in first if key.endswith("_p50_ms")]
-    columns = ["MB", "accuracy", "rows/s", *(f"{batch.replace('_', ' ')}, ms" for batch in batches)]
-    table = console_table("speed, greedy; times of a batch: median / 99th percentile", ["engine"], columns)
+    timed = "rows_a_second" in first
+    columns = ["MB", *["accuracy", "rows/s"] * timed, *(f"{batch.replace('_', ' ')}, ms" for batch in batches)]
+    title = "speed, greedy; times of a batch: median / 99th percentile" if timed else "size"
+    table = console_table(title, ["engine"], columns)
     for name, found in report["speed"].items():
-        values = [f"{found['megabytes']:,.1f}", f"{found['accuracy']:.3f}", f"{found['rows_a_second']:,.1f}"]
+        values = [f"{found['megabytes']:,.1f}"]
+        values += [f"{found['accuracy']:.3f}", f"{found['rows_a_second']:,.1f}"] if timed else []
         times = [f"{found[f'{batch}_p50_ms']:,.0f} / {found[f'{batch}_p99_ms']:,.0f}" for batch in batches]
         table.add_row(name, *values, *times)
     console.print(table)
