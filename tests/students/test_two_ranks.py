@@ -1,5 +1,6 @@
 """Students of both families on two processes: as on one, also where no rank has all weights."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return on_ranks(all_runs, tmp_path_factory, folders)
 
 
+alone = cache(one_process)
+
+
 def check(found: Found, expected: Found, folder: Path) -> None:
     before = dict(load(folder).named_parameters())
     assert found.keys() == expected.keys()
@@ -41,12 +45,12 @@ def check(found: Found, expected: Found, folder: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_ddp(name: str, ranks: list[Found], folders: dict[str, Path]) -> None:
     for rank in ranks:
-        check(rank[f"ddp {name}"], one_process(folders[name]), folders[name])
+        check(rank[f"ddp {name}"], alone(folders[name]), folders[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fsdp_is_given_weights_part_by_part(name: str, ranks: list[Found], folders: dict[str, Path]) -> None:
-    expected = one_process(folders[name])
+    expected = alone(folders[name])
     for number, rank in enumerate(ranks):
         found = rank[f"fsdp {name}"]
         assert found["empty"]
