@@ -132,6 +132,9 @@ def test_lora_from_its_overlay(family: str, here: Path, capsys: pytest.CaptureFi
     assert said.startswith("ckpt_path: the checkpoint was trained with adapter {")
     said = refusal(capsys, "fit", arguments, "--model.adapter.target_modules=[query]")
     assert said.startswith("adapter: the student has no layers named query; it has ")
+    if family == "t5":
+        # its checkpoint was read above; how a run goes on from one does not depend on the family
+        return
     # a broken run goes on bit by bit, without the student's folder
     with pytest.raises(FloatingPointError):
         run("fit", arguments, interrupt(4))
