@@ -102,7 +102,7 @@ def overfitted(request: pytest.FixtureRequest, student_folder: Path) -> DistillM
         module = StepByStepModule(student_folder, **settings)
     else:
         module = SingleTaskModule(student_folder, order=request.param, **settings)
-    make_trainer(max_steps=150, max_epochs=-1).fit(module, datamodule=ItemData(module, batch_size=5))
+    make_trainer(max_steps=100, max_epochs=-1).fit(module, datamodule=ItemData(module, batch_size=5))
     return module
 
 

@@ -116,7 +116,7 @@ def test_accuracy_at_an_exit_is_that_of_the_student_cut_there(
     monkeypatch.setattr("tests.modules.batches.WORDS", WORDS if family == "t5" else CAUSAL_WORDS)
     module = make(folders[family], MultiExit(learn_from="labels", layers=[1, 2]), max_label_length=4)
     data = RowsData(ROWS, 4, TASKS)
-    make_trainer(max_epochs=60).fit(module, datamodule=data)
+    make_trainer(max_epochs=30).fit(module, datamodule=data)
     name = "block" if family == "t5" else "layers"
 
     def stack_of(student: Any) -> Any:
