@@ -93,7 +93,7 @@ def sample(assets: Assets, seed: int, arguments: int, files: int) -> Iterator[Ca
 
 
 def test_a_few_bad_inputs(assets: Assets, forked: Forked, tmp_path: Path) -> None:
-    found = faults(sample(assets, 0, 12, 14), forked, tmp_path)
+    found = faults(sample(assets, 0, 7, 8), forked, tmp_path)
     assert not found, "\n".join(found)
 
 

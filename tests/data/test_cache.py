@@ -250,7 +250,7 @@ def test_a_row_of_other_types_is_shown(row: Row, tokenizer: PreTrainedTokenizerF
 
 
 def test_large_files_are_as_small_ones(tmp_path: Path, write_lines: WriteLines) -> None:
-    count = 8 * CHUNK + 7
+    count = 3 * CHUNK + 7
     lines = [
         {"input": f"in {i % 5000}", "label": str(i % 3), "rationale": f"so {i}", "teacher_label": str(i % 2)}
         for i in range(count)
