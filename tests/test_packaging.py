@@ -59,8 +59,10 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_the_configs_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    sources = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "lit_distill").rglob("*.py")}
-    assert {name for name in names if name.endswith(".py") and "/configs/" not in name} == sources
+    files = [path for path in (REPOSITORY / "lit_distill").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {name for name in names if "/configs/" not in name} == {
+        path.relative_to(REPOSITORY).as_posix() for path in files
+    }
     configs = {f"lit_distill/configs/{path.relative_to(CONFIGS).as_posix()}" for path in CONFIGS.rglob("*.*")}
     assert {name for name in configs if not name.endswith((".py", ".pyc"))} <= names
     assert {name for name in names if name.startswith("lit_distill/configs/")} <= configs
@@ -78,6 +80,8 @@ def test_in_an_empty_folder_configs_are_listed_copied_and_found(environment: Pat
     assert (tmp_path / "mine" / "students" / "toy-t5" / "config.json").is_file()
 
 
+# what is in the wheel and that its configs are found is tested above, the quickstart in `test_configs.py`
+@pytest.mark.slow
 def test_in_an_empty_folder_the_quickstart_trains(environment: Path, tmp_path: Path) -> None:
     program = environment / "lit-distill"
     called(program, "fit", "--config", "quickstart", "--trainer.max_steps", 2, cwd=tmp_path)
