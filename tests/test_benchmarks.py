@@ -578,6 +578,8 @@ def test_rows_are_repeated_with_other_inputs(bench: Callable[[str], Any], releas
     assert len(ESNLIDataModule(data_dir=tmp_path).released("val") or ()) == 24
 
 
+# processes of their own; the order itself is tested in `data/test_sampler.py`
+@pytest.mark.slow
 def test_the_order_of_many_rows_is_measured_and_right(
     bench: Callable[[str], Any], release: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -587,6 +589,9 @@ def test_the_order_of_many_rows_is_measured_and_right(
     assert found["same_order"] is True
     assert found["order_s"] > 0
     assert found["rss_mb"] < 50
+
+
+def test_too_few_rows_have_no_order(bench: Callable[[str], Any], capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench("data_scale").main(["--rows=3"])
     assert "argument --rows: at least 64, got 3" in capfd.readouterr().err
