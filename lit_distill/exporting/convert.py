@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from lit_distill.errors import UserError
-from lit_distill.exporting.engine import import_ctranslate2
+from lit_distill.exporting.engine import CTranslate2Engine, import_ctranslate2
 from lit_distill.students import Student, StudentFiles
 from lit_distill.students.models import save_description
 
@@ -37,7 +37,8 @@ def convert(
 ) -> None:
     """Write a student: CTranslate2's files, and in ``student`` tokenizer and configuration.
 
-    ``load`` is called once and its student is used up. The configuration says how the student generates.
+    ``load`` is called once and its student is used up. The configuration says how the student generates. Raises a
+    ``UserError`` if CTranslate2 cannot run what was written.
     """
     from ctranslate2.converters import TransformersConverter  # type: ignore[import-untyped]
 
@@ -70,3 +71,10 @@ def convert(
     for path in made.iterdir():
         path.rename(folder / path.name)
     made.rmdir()
+    try:
+        CTranslate2Engine(folder).score([[0, 1]], [[0, 1]])
+    except (ValueError, RuntimeError) as error:
+        # it finds out when it runs, as of a Llama whose grouped heads are together wider or narrower than d_model
+        raise UserError(
+            f"to: ctranslate2 cannot run a student of these sizes ({error}); --to safetensors takes every student"
+        ) from error

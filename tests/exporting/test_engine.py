@@ -139,6 +139,14 @@ def test_without_the_true_tying_scores_are_wrong(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(right, wrong, strict=True)) > 0.3
 
 
+def test_sizes_that_cannot_be_run_are_told(tmp_path: Path) -> None:
+    # together 32 wide, and the hidden states 16
+    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    student = add_weights(make_causal_folder(tmp_path / "student", **sizes), make_causal_tokenizer())
+    with pytest.raises(UserError, match=r"^to: ctranslate2 cannot run a student of these sizes \(.*; --to safetensors"):
+        converted(student, tmp_path / "converted")
+
+
 def test_what_cannot_be_run_is_told(tmp_path: Path, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UserError, match=r"^to: ctranslate2 cannot run a 'mamba' student; it runs t5"):
