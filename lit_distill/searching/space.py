@@ -21,14 +21,14 @@ WIDTHS = ("d_model", "d_ff", "heads")
 TRIES = 1000
 """Maximum shapes that are drawn to find those of the budget."""
 
-_SHORT = {"encoder_layers": "enc", "decoder_layers": "dec", "d_model": "model", "d_ff": "ff", "heads": "heads"}
+_SHORT = {"encoder_layers": "e", "decoder_layers": "d", "d_model": "m", "d_ff": "f", "heads": "h"}
 
 Shape = dict[str, int]
 """The sizes of a student: ``encoder_layers``, ``decoder_layers``, ``d_model``, ``d_ff`` and ``heads``."""
 
 
 def name_of(shape: Shape) -> str:
-    """A shape as a name of files."""
+    """A shape as a name of files, such as ``e2-d1-m40-f96-h1``."""
     return "-".join(f"{_SHORT[size]}{value}" for size, value in shape.items())
 
 
