@@ -110,8 +110,15 @@ def finish_fit(run: Run) -> None:
 
 
 def run_floors(run: Run) -> dict[str, float]:
-    """The `floors` of the rows that were tested."""
-    return floors(run.data, {"test": [answer.index for answer in run.tested.answers]})["test"] if run.tested else {}
+    """The `floors` of the rows that were tested; none, with a warning, if they cannot be found."""
+    if run.tested is None:
+        return {}
+    try:
+        return floors(run.data, {"test": [answer.index for answer in run.tested.answers]})["test"]
+    # a trained run is not lost for them
+    except (UserError, ValueError, MemoryError) as error:
+        rank_zero_warn(f"No floors: {type(error).__name__}: {error}")
+        return {}
 
 
 def train_baseline(run: Run, folder: Path) -> dict[str, float] | None:

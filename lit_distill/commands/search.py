@@ -129,6 +129,8 @@ def _check(config: Namespace) -> None:
     check_int("drawn", config["drawn"], 0, config["candidates"])
     if not config["test_after_fit"]:
         raise UserError("test_after_fit: must be true, as the rankings are compared with test accuracy")
+    if config["trainer"]["limit_test_batches"] == 0:
+        raise UserError("trainer.limit_test_batches: must be above 0, as the rankings are compared with test accuracy")
     if config["best"] + config["drawn"] == 0:
         raise UserError("best: 0 and drawn: 0 train nothing; give one of them")
     if config["by"] not in [*config["rankings"], "parameters"]:
@@ -145,6 +147,8 @@ def _check(config: Namespace) -> None:
     teachers = model["teachers"] or {}
     if "relations" in config["rankings"] and not teachers:
         raise UserError("model.teachers: relations compares with a teacher; name one, or set rankings: [shared]")
+    if "relations" in config["rankings"] and len(teachers) > 1:
+        raise UserError(f"model.teachers: relations compares with one teacher, there are {', '.join(teachers)}")
     check_teachers(teachers)
 
 
@@ -178,13 +182,20 @@ def _rank(parser: Parser, config: Namespace, space: Space) -> list[dict[str, Any
     shared = SuperStudent(module) if "shared" in config["rankings"] else None
     data.prepare_data()
     data.setup("fit")
+    if data.split_rows("test") is None:
+        raise UserError(f"{data.absence('test')}, and search compares the rankings with test accuracy")
     module.to(fabric.device)
     whole, task = module.student, answer_task(module.tasks).name
     batch, asked = (fabric.to_device(next(iter(own()))) for own in (data.train_dataloader, data.val_dataloader))
     teacher = module.step(batch).teacher(name) if "relations" in config["rankings"] else None
 
+    times: dict[str, float] = {}
+
     def time_of(shape: Shape) -> float:
-        return milliseconds(random_student(whole, shape, seed), asked, task)
+        # once: another time may be beyond the budget
+        if (known := name_of(shape)) not in times:
+            times[known] = milliseconds(random_student(whole, shape, seed), asked, task)
+        return times[known]
 
     unit, cost = ("parameters", partial(parameters, whole)) if config["max_ms"] is None else ("ms", time_of)
     shapes = Budget(config[f"max_{unit}"], config["at_least"], unit).draw(space, config["candidates"], seed, cost)
@@ -199,7 +210,7 @@ def _rank(parser: Parser, config: Namespace, space: Space) -> list[dict[str, Any
             }
             if teacher is not None:
                 make = partial(random_student, whole, shape)
-                row |= scores(teacher, make, config["initialisations"], batch)
+                row |= scores(teacher, make, range(seed, seed + config["initialisations"]), batch)
             ranked.append(row)
             advance(1)
     if shared is None:

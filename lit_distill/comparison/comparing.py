@@ -106,7 +106,8 @@ def compare_runs(
             trained = (
                 f" ({names.fraction(row['train_fraction'])} of the training rows)" if row["train_fraction"] < 1 else ""
             )
-            remarks[row["dataset"]].append(f"{row['name']}{trained}: {below_floor(row['mean'], row['floor'])}")
+            who = f"{row['name']}, {row['student']}{trained}"
+            remarks[row["dataset"]].append(f"{who}: {below_floor(row['mean'], row['floor'])}")
     for row in rows:
         row["lost"] = _lost(row, rows, metric)
     wanted = read_baseline(baseline, rows, keys)

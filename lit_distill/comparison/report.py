@@ -71,7 +71,9 @@ def run_rows(comparison: Comparison) -> list[dict[str, Any]]:
         unknown = ("parameters", "train_rows", "train_tokens", "test_rows", "wall_seconds", "peak_memory_mib")
         row |= {name: row[name] or None for name in unknown}
         row |= {key: as_text(config[key]) for key in (STUDENT, WEIGHT, *comparison.keys) if key in config}
-        row |= record.metrics | flatten({"validation": record.validation, "fingerprint": record.fingerprints})
+        row |= record.metrics | flatten(
+            {"validation": record.validation, "floors": record.floors, "fingerprint": record.fingerprints}
+        )
         row |= {"commit": record.git.get("commit"), "predictions": run.correct is not None}
         rows.append(row | {"duplicate_of": comparison.repeated.get(run.source), "folder": run.source})
     order = ("dataset", "label_source", "student", "train_fraction", "method", "seed", "data_seed", "folder")

@@ -1,5 +1,6 @@
 """The floor of a dataset: the accuracy of a bag-of-words classifier, which a student that has learned passes."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from lit_distill.data.paper import SEPARATOR
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import judge
 
-TRAIN_ROWS = 10_000
-"""A classifier is fitted to at most so many of the run's training rows, evenly spaced; more take long."""
+TRAIN_ROWS, FEATURES, ITERATIONS = 10_000, 30_000, 300
+"""A classifier is fitted to at most so many of the run's training rows, evenly spaced, and to so many of the most
+frequent words and pairs, in so many iterations; more take long."""
 
 
 def floors(data: RationaleDataModule, tested: Mapping[Split, Sequence[int]]) -> dict[Split, dict[str, float]]:
@@ -54,6 +56,7 @@ def _accuracies(
 ) -> dict[str, dict[str, float]]:
     """The accuracies on pairs of inputs and labels, of classifiers that are fitted to others."""
     # it takes a second to import, and most runs find their floors in the cache
+    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
     from sklearn.feature_extraction.text import CountVectorizer  # type: ignore[import-untyped]
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
@@ -62,11 +65,15 @@ def _accuracies(
         parts["second_part_words"] = lambda text: text.rpartition(SEPARATOR)[2]
     found: dict[str, dict[str, float]] = {split: {} for split in asked}
     for name, part in parts.items():
-        words = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\w+")  # noqa: S106  # no password
+        words = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", max_features=FEATURES)  # noqa: S106  # no password
         texts, labels = [part(text) for text, _ in known], [label for _, label in known]
         if len(set(labels)) < 2 or not any(map(words.build_analyzer(), texts)):
             continue
-        model = LogisticRegression(C=0.1, tol=1e-3, max_iter=1000).fit(words.fit_transform(texts), labels)
+        model = LogisticRegression(C=0.1, tol=1e-3, max_iter=ITERATIONS)
+        with warnings.catch_warnings():
+            # one that has not converged is a floor, too
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(words.fit_transform(texts), labels)
         for split, pairs in asked.items():
             if pairs:
                 answers = model.predict(words.transform([part(text) for text, _ in pairs]))

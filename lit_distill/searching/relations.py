@@ -1,6 +1,6 @@
 """How similar a random student is to a teacher: DisWOT's training-free score, for texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def class_features(made: Pass, task: str) -> Tensor:
 
 
 @torch.no_grad()
-def scores(teacher: Pass, make: Callable[[int], Student], seeds: int, batch: TaskBatch) -> dict[str, float]:
+def scores(teacher: Pass, make: Callable[[int], Student], seeds: Sequence[int], batch: TaskBatch) -> dict[str, float]:
     """The similarities ``of_classes`` and ``of_rows``, and ``relations``, their sum as in DisWOT.
 
     Means over the batch's tasks and over so many random students.
@@ -60,14 +60,14 @@ def scores(teacher: Pass, make: Callable[[int], Student], seeds: int, batch: Tas
     Args:
         teacher: its pass over the batch.
         make: makes a random student of a seed, in evaluation mode.
-        seeds: number of random students.
+        seeds: one for each random student.
         batch: rows of train.
     """
     found = {"of_classes": 0.0, "of_rows": 0.0}
     tasks = [task for task, inputs in batch.items() if len(inputs["labels"])]
-    for seed in range(seeds):
+    for seed in seeds:
         made: Pass = make(seed)(batch)
         for task in tasks:
             for name, features in (("of_classes", class_features), ("of_rows", row_features)):
-                found[name] += similarity(features(teacher, task), features(made, task)) / (len(tasks) * seeds)
+                found[name] += similarity(features(teacher, task), features(made, task)) / (len(tasks) * len(seeds))
     return {"relations": sum(found.values())} | found

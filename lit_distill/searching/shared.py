@@ -3,7 +3,7 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -41,7 +41,7 @@ class SuperStudent:
     def part(self, shape: Shape) -> Iterator[Student]:
         """The module's student and objectives are those of a shape, with copies of the weights."""
         structure, keep = part_of(self.whole, shape)
-        small = wrap(shrink(structure, keep), self.whole.tokens).train(self.module.training)
+        small = wrap(shrink(structure, keep), self.whole.tokens).to(self.whole.device).train(self.module.training)
         objectives = copy.deepcopy(self._objectives)
         self.module.student, self.module.objectives = small, nn.ModuleList(objectives)  # type: ignore[assignment]
         try:
@@ -51,15 +51,25 @@ class SuperStudent:
         finally:
             self.module.student, self.module.objectives = self.whole, nn.ModuleList(self._objectives)  # type: ignore[assignment]
 
-    def loss(self, shape: Shape, batch: TaskBatch) -> Tensor:
-        """The module's loss of a part; its gradient is that of the shared weights."""
+    def loss(self, shape: Shape, batch: TaskBatch, shares: Mapping[str, float] | None = None) -> Tensor:
+        """The module's loss of a part, each term times its share; its gradient is that of the shared weights."""
         structure, keep = part_of(self.whole, shape)
         shared = smaller_weights(structure, keep, structure.network.state_dict(keep_vars=True))
         with self.part(shape) as small:
             # one of each tied pair
             own = {f"module.student.model.{name}": shared[name] for name, _ in small.network.named_parameters()}
-            loss: Tensor = functional_call(_Loss(self.module), own, (batch,))
+            loss: Tensor = functional_call(_Loss(self.module), own, (batch, shares or {}))
         return loss
+
+    def _shares(self, window: Sequence[TaskBatch]) -> list[dict[str, float]]:
+        """Of each micro-batch, the share of each term in its mean over the whole step, as in ``fit``."""
+        counts = [self.module.term_counts(batch) for batch in window]
+        names = set().union(*counts)
+        totals = {name: max(1, sum(int(of_batch.get(name, 0)) for of_batch in counts)) for name in names}
+        return [
+            {name: int(of_batch.get(name, 0)) / totals[name] for name in names} | {"": 1 / len(window)}
+            for of_batch in counts
+        ]
 
     def train(
         self,
@@ -74,8 +84,8 @@ class SuperStudent:
     ) -> None:
         """Train the shared weights by the module's losses and optimizer, as a SuperLM (AutoDistil, arXiv 2201.12507).
 
-        Each step sums the gradients of three parts (the sandwich rule): the first two shapes, which are the largest and
-        the smallest, and one drawn of the others.
+        Each step takes the mean gradient of three parts (the sandwich rule): the first two shapes, which are the
+        largest and the smallest, and one drawn of the others.
 
         Args:
             steps: optimizer steps.
@@ -94,9 +104,9 @@ class SuperStudent:
             window, total = next(windows), 0.0
             optimizer.zero_grad()
             for shape in (*shapes[:2], draw.choice(shapes[2:])):
-                for batch in window:
+                for batch, shares in zip(window, self._shares(window), strict=True):
                     with autocast():
-                        loss = self.loss(shape, batch) / (3 * len(window))
+                        loss = self.loss(shape, batch, shares) / 3
                     loss.backward()
                     total += float(loss.detach())
             if not math.isfinite(total):
@@ -130,5 +140,12 @@ class _Loss(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, batch: TaskBatch) -> Tensor:
-        return self.module.total_loss(self.module.loss_terms(self.module.step(batch)))
+    def forward(self, batch: TaskBatch, shares: Mapping[str, float]) -> Tensor:
+        terms = self.module.loss_terms(self.module.step(batch))
+        if shares:
+            # a term over nothing may be NaN; one that is no mean over what it counts is a mean over micro-batches
+            share = {name: shares.get(name, shares[""]) for name in terms}
+            terms = {
+                name: term * share[name] if share[name] else torch.zeros_like(term) for name, term in terms.items()
+            }
+        return self.module.total_loss(terms)

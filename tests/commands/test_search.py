@@ -11,6 +11,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from lit_distill.commands import search
 from lit_distill.commands.search import choose, correlations
+from lit_distill.data import ToyDataModule
 from lit_distill.experiments.cells import State
 from lit_distill.experiments.launch import Board
 from lit_distill.records import write_record
@@ -161,6 +162,8 @@ def test_the_best_and_the_drawn() -> None:
             "candidates: 4 are wanted, and of 2 students drawn from the space 0 have 3 to 10 parameters; theirs are",
         ),
         (["--test_after_fit=false"], "test_after_fit: must be true"),
+        (["--trainer.limit_test_batches=0"], "trainer.limit_test_batches: must be above 0"),
+        (["--model.teachers={a: {model: m}, b: {model: m}}"], "model.teachers: relations compares with one teacher"),
     ],
 )
 def test_what_is_refused(
@@ -174,4 +177,18 @@ def test_what_is_refused(
     Path("file").touch()
     line = refusal(capsys, "search", *arguments(student_folder, teacher_folder, *more))
     assert line.startswith(message)
+    assert not Path("out").exists()
+
+
+def test_without_test_rows_nothing_is_ranked(
+    student_folder: Path,
+    teacher_folder: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = ToyDataModule.split_rows
+    monkeypatch.setattr(ToyDataModule, "split_rows", lambda self, split: None if split == "test" else own(self, split))
+    line = refusal(capsys, "search", *arguments(student_folder, teacher_folder))
+    assert line.endswith("and search compares the rankings with test accuracy")
     assert not Path("out").exists()

@@ -176,7 +176,9 @@ def test_floors_are_in_table_and_notes_and_who_is_below_is_told(tmp_path: Path) 
     found = compare_runs(*find_runs([tmp_path / "runs"]), resamples=100)
     assert list(found.settings.floor) == pytest.approx([0.51, 0.51])
     report = to_markdown(found)
-    below = f"standard finetuning: accuracy {found.settings['mean'].iloc[0]:.3f} is below the floor, 0.510"
+    below = (
+        f"standard finetuning, t5-v1_1-base: accuracy {found.settings['mean'].iloc[0]:.3f} is below the floor, 0.510"
+    )
     assert below in report
     assert report.count("is below the floor") == 1
     assert "- floor: the accuracy" in report

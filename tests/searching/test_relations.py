@@ -86,7 +86,7 @@ def test_scores_are_means_over_random_students(student: Student, batch: TaskBatc
                 by_loop(of(teacher, "label").double().numpy(), of(made, "label").double().numpy())
                 for of in (class_features, row_features)
             ]
-    found = scores(teacher, make, 2, batch)
+    found = scores(teacher, make, range(2), batch)
     assert found["of_classes"] == pytest.approx((expected[0] + expected[2]) / 2, rel=1e-4)
     assert found["of_rows"] == pytest.approx((expected[1] + expected[3]) / 2, rel=1e-4)
     assert found["relations"] == found["of_classes"] + found["of_rows"]

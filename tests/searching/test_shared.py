@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_distill.batch import TaskBatch, pad_rows
+from lit_distill.batch import TaskBatch, join, pad_rows
 from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule
 from lit_distill.objectives import Objective, Step
@@ -78,6 +78,20 @@ def test_a_parts_gradient_is_that_of_a_model_alone(module: StepByStepModule, kin
     torch.testing.assert_close(embedded[:, :12].double(), alone.get_input_embeddings().weight.grad, rtol=0, atol=1e-6)
     gone = whole.get_submodule("encoder.block.1" if kind == "t5" else "model.layers.1")
     assert all(parameter.grad is None for parameter in gone.parameters())
+
+
+def test_micro_batches_of_a_step_count_by_their_targets(module: StepByStepModule, kind: str) -> None:
+    rows = [([4, 17, 1], [9, 10, 11, 1]), ([4, 18, 1], [12, 1])]
+    window: list[TaskBatch] = [{"label": BATCH["label"], "rationale": pad_rows([one], [two])} for one, two in rows]
+    whole: TaskBatch = {
+        "label": join([BATCH["label"], BATCH["label"]]), "rationale": join([one["rationale"] for one in window]),
+    }  # fmt: skip
+    shared, shape = SuperStudent(module), SHAPES[kind]
+    shares = shared._shares(window)
+    found = sum(float(shared.loss(shape, *one).detach()) for one in zip(window, shares, strict=True))
+    assert found == pytest.approx(float(shared.loss(shape, whole).detach()), abs=1e-5)
+    plain = sum(float(shared.loss(shape, one).detach()) for one in window) / 2
+    assert abs(plain - found) > 1e-3
 
 
 def windows() -> Iterator[list[TaskBatch]]:
