@@ -132,9 +132,15 @@ def run(cell: Cell, board: Board) -> None:
     alone: Board = {cell: cell.state}
     run_cells(alone, Local(), lambda changed, one: show_event(board | changed, one))
     board |= alone
-    if board[cell] is State.FAILED:
-        raise UserError(f"{cell.name}: {cell.failure}")
-    if board[cell] is not State.DONE:
+    check_done(alone)
+
+
+def check_done(board: Board, *, ended: bool = True) -> None:
+    """End with code 130 if cells were stopped, or not ``ended`` of themselves; a ``UserError`` if one failed."""
+    for cell, state in board.items():
+        if state is State.FAILED:
+            raise UserError(f"{cell.name}: {cell.failure}")
+    if not ended or any(state is not State.DONE for state in board.values()):
         print("To go on, run the same command.", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -21,7 +20,7 @@ from lit_distill.checks import check_fraction, check_int, check_range
 from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import accepted_arguments, check_teachers, local_launcher, with_location
 from lit_distill.commands.parser import Option, Parser
-from lit_distill.commands.rounds import INTERRUPTED
+from lit_distill.commands.rounds import check_done
 from lit_distill.commands.settings import one_device, parse_settings, settle
 from lit_distill.commands.train import build, train_parser
 from lit_distill.data import RationaleDataModule
@@ -39,7 +38,7 @@ from lit_distill.searching.relations import scores
 from lit_distill.searching.shared import SuperStudent
 from lit_distill.searching.space import Budget, Shape, Space, name_of
 from lit_distill.students import Student, load
-from lit_distill.students.tokens import save_tokenizer
+from lit_distill.students.models import save_description
 from lit_distill.tables import console_table
 from lit_distill.tasks import answer_task
 
@@ -123,7 +122,7 @@ def _check(config: Namespace) -> None:
     check_range("max_ms", config["max_ms"], above=0)
     check_fraction("at_least", config["at_least"])
     check_int("candidates", config["candidates"], 2, 1000)
-    for name, least in (("initialisations", 1), ("shared_steps", 1), ("search_seed", 0), ("jobs", 1), ("best", 0)):
+    for name, least in (("initialisations", 1), ("shared_steps", 1), ("search_seed", 0), ("jobs", 1)):
         check_int(name, config[name], least)
     check_int("best", config["best"], 0, config["candidates"])
     check_int("drawn", config["drawn"], 0, config["candidates"])
@@ -276,9 +275,7 @@ def _write_student(folder: Path, whole: Student, shape: Shape) -> None:
     if folder.exists():
         return
     with atomic_folder(folder) as made:
-        save_tokenizer(whole.tokenizer, made)
-        text = json.dumps(config_of(whole, shape), indent=2, sort_keys=True)
-        write_text(made / "config.json", f"{text}\n")
+        save_description(config_of(whole, shape), whole.tokenizer, made)
 
 
 def cell_of(base: Mapping[str, Any], folder: Path, student: Path) -> Cell:
@@ -296,11 +293,7 @@ def _run(cells: Mapping[str, Cell], jobs: int) -> None:
             cell.lay_out(retry_failed=True)
     board: Board = {cell: cell.state for cell in cells.values()}
     ended = run_cells(board, local_launcher(jobs), show_event)
-    if failed := [cell for cell, state in board.items() if state is State.FAILED]:
-        raise UserError(f"{failed[0].name}: {failed[0].failure}")
-    if not ended or any(state is not State.DONE for state in board.values()):
-        print("To go on, run the same command.", file=sys.stderr)
-        raise SystemExit(INTERRUPTED)
+    check_done(board, ended=ended)
 
 
 def render(found: Mapping[str, Any]) -> None:
