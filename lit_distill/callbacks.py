@@ -112,8 +112,7 @@ class TokenBudget(Callback):
         if stage != "fit":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # not declared by Lightning
-        lengths = data.token_rows("train").lengths(evaluation=False)
-        in_step = lengths.mean() * data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        in_step = data.tokens_per_row() * data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         trainer.fit_loop.epoch_loop.max_steps = max(1, round(self.tokens / in_step))
         rank_zero_info(f"max_tokens: {trainer.max_steps:,} steps of {in_step:,.0f} tokens")
 

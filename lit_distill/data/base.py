@@ -1,8 +1,6 @@
-"""The base of all data modules: from rows and teacher outputs to batches and answers."""
+"""The base of all datasets: from rows and teacher outputs to batches and answers."""
 
 import json
-import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,13 +9,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from lit_distill import checks
-from lit_distill.batch import TaskBatch, remember_rows
-from lit_distill.data.batches import EpochSampler, ResumableLoader, collate
+from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.data.cache import code_of, key_of, versions
 from lit_distill.data.controls import permute_rationales, shuffle_rationales
 from lit_distill.data.dataset import Dataset
@@ -38,23 +34,18 @@ from lit_distill.data.selection import (
     teacher_counts,
 )
 from lit_distill.data.store import Rows, of_each
-from lit_distill.data.tokenize import TokenRow, TokenRows, TokenSettings, cut_counts, tokenize_once
+from lit_distill.data.student import Tokenizer
+from lit_distill.data.tokenize import TokenRows, TokenSettings, cut_counts, tokenize_once
 from lit_distill.data.used import count_repeated, held_out, select_once
 from lit_distill.data.weights import read_weights, weigh_rows
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
 from lit_distill.remote import RemotePath, as_path
-from lit_distill.students import Tokens, load_tokenizer, load_tokens
 from lit_distill.tasks import Row, RowFilter, Select, Task, rationale_task, tasks_from
 
 T = TypeVar("T")
 
-Tokenizer = str | Path | PreTrainedTokenizerBase | Tokens
-
 LISTED = 100_000  # rows of a split whose answers are lists, which are read faster than the cache
-
-# the logger that Lightning shows without set-up; a notice that were a `warnings.warn` would be a fault in strict runs
-_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 
 class RationaleDataModule(Dataset):
@@ -121,11 +112,8 @@ class RationaleDataModule(Dataset):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         earlier = {*vars(self)}
-        super().__init__()
+        super().__init__(tokenizer, batch_size, eval_batch_size, seed, num_workers)
         self.data_dir = as_path(data_dir)
-        self.batch_size = checks.check_int("batch_size", batch_size, 1)
-        eval_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.eval_batch_size = checks.check_int("eval_batch_size", eval_size, 1)
         self.tasks = tasks_from(tasks)
         if select is not None:
             checks.check_choice("select", select, get_args(Select))
@@ -146,28 +134,21 @@ class RationaleDataModule(Dataset):
         self.keep = make_filter(rationale_filter, self.teacher_agrees)
         self.rationale_filter = filter_name(rationale_filter)
         self.train_fraction = checks.check_fraction("train_fraction", train_fraction)
-        self.seed = checks.check_int("seed", seed, 0, 2**32 - 1)
         self.max_source_length = checks.check_int("max_source_length", max_source_length, 1)
         self.max_target_length = checks.check_int("max_target_length", max_target_length, 1)
-        self.num_workers = checks.check_int("num_workers", num_workers, 0, 256)
         self.allow_extra_outputs = checks.check_bool("allow_extra_outputs", allow_extra_outputs)
         self.predict_split: Split = checks.check_choice("predict_split", predict_split, get_args(Split))
         self.batching = checks.check_choice("batching", batching, ("shuffled", "by_length"))
-        if not isinstance(tokenizer, Tokenizer | None):
-            raise UserError(f"tokenizer must be a hub name, a folder or a tokenizer object, got {tokenizer!r}")
-        self._tokenizer = tokenizer
         self.counts: dict[str, dict[str, int]] = {}
         self._released: dict[Split, Sequence[Row] | None] = {}
         self._held_out: dict[str, Rows] | None = None
         self._used: dict[Split, UsedRows] = {}
         self._keys: dict[Split, AnswerKey] = {}
         self._tokenized: dict[Split, TokenRows] = {}
-        self._notices: set[str] = set()
         # plain types only: a checkpoint has to load with `weights_only=True`
-        own_tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Tokens) else tokenizer
         plain = {
             "data_dir": str(data_dir),
-            "tokenizer": str(getattr(own_tokenizer, "name_or_path", own_tokenizer) or "") or None,
+            "tokenizer": self.tokenizer_name,
             "tasks": {name: task.plain() for name, task in self.tasks.items()},
             "rationale_filter": self.rationale_filter,
             "rationales": [str(path) for path in listed] if len(listed) > 1 else rationales and str(listed[0]),
@@ -344,40 +325,6 @@ class RationaleDataModule(Dataset):
                 total = len(self.split_rows(split) or ())
                 self.warn(f"{split}: {repeated} of {total} rows have an input that is also in train")
 
-    def warn(self, text: str) -> None:
-        """Log a warning once."""
-        if text not in self._notices:
-            self._notices.add(text)
-            rank_zero_only(_log.warning)(text if text.startswith("data_dir") else f"{self.name} {text}")
-
-    @property
-    def tokens(self) -> Tokens:
-        """The student's tokens, loaded at the first access. Raises a ``UserError`` if there is no usable tokenizer."""
-        given = self._tokenizer
-        if given is None:
-            raise UserError("tokenizer must be given: a hub name, a folder or a tokenizer object")
-        if isinstance(given, str | Path):
-            name = given
-            try:
-                given = load_tokens(name)
-            except UserError:  # a tokenizer without a model's configuration
-                given = load_tokenizer(name)
-        found = given if isinstance(given, Tokens) else Tokens(given)
-        if found.tokenizer.eos_token_id is None or found.tokenizer.pad_token_id is None:
-            name = found.tokenizer.name_or_path
-            raise UserError(f"tokenizer: {name!r} needs a padding and an end-of-sequence token")
-        self._tokenizer = found
-        return found
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of `tokens`."""
-        return self.tokens.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | Tokens) -> None:
-        self._tokenizer = tokenizer
-
     @property
     def token_settings(self) -> TokenSettings:
         """Settings that affect tokenisation, besides the tokenizer."""
@@ -386,6 +333,10 @@ class RationaleDataModule(Dataset):
     def token_rows(self, split: Split) -> TokenRows:
         """The tokenised rows of a split, for other parts of a run."""
         return self.tokenized(split)
+
+    def tokens_per_row(self) -> float:
+        """The mean over the training rows."""
+        return float(self.token_rows("train").lengths(evaluation=False).mean())
 
     def tokenized(self, split: Split) -> TokenRows:
         """The tokenised rows of a split, from the cache if possible."""
@@ -398,7 +349,7 @@ class RationaleDataModule(Dataset):
         cut = cut_counts(rows.lengths_of, settings)
         self.counts[split] |= cut
         told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.counts[split].items() if count)
-        rank_zero_only(_log.info)(f"{self.name} {split}: {told}")
+        rank_zero_info(f"{self.name} {split}: {told}")
         if any(cut.values()):
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cut.items() if count)
             limits = f"max_source_length {self.max_source_length}, max_target_length {self.max_target_length}"
@@ -417,12 +368,6 @@ class RationaleDataModule(Dataset):
                 limits[task] = min(longest + longest // 2 + 4, self.max_target_length)
         return limits
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        # reading its rows' lengths on the device would wait for it
-        remember_rows(batch, moved)
-        return moved
-
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", "train")
 
@@ -435,21 +380,13 @@ class RationaleDataModule(Dataset):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.predict_split, "predict")
 
-    def _collator(self, *, evaluation: bool) -> Callable[[Sequence[TokenRow]], TaskBatch]:
-        """What makes a batch of rows, see `collate`."""
-        if self.num_workers:
-            # avoids a warning in each worker, which is forked after the tokenizer used threads
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        pad_token_id = int(self.tokenizer.pad_token_id)
-        return partial(collate, tasks=tuple(self.tasks), pad_token_id=pad_token_id, evaluation=evaluation)
-
     def _loader(self, split: Split, stage: Split) -> DataLoader[Any]:
         """Shuffled, resumable batches for training, else all rows of the split."""
         if split not in self._tokenized:
             raise RuntimeError(f"setup has not built the {split} split")
         rows, evaluation = self._tokenized[split], stage != "train"
         batch_size = self.eval_batch_size if evaluation else self.batch_size
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        rank, world = self.rank_and_world
         # the longest first pads least, and memory that does not suffice shows at once; but a trainer that reads a part
         # of the split alone is to read its first rows
         limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)

@@ -8,18 +8,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import lightning.pytorch as pl
-
 from lit_distill.data.download import RELEASE_URL
 from lit_distill.data.outputs import read_released, released_files
 from lit_distill.data.sources import Lines, Placed, line_chunks
 from lit_distill.data.store import chunks, numbered
+from lit_distill.data.student import StudentDataModule
 from lit_distill.equations import evaluate
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
 from lit_distill.evaluation.metrics import MetricName, judge
 from lit_distill.remote import AnyPath
-from lit_distill.tasks import RATIONALE_LABEL, Row, Task
+from lit_distill.tasks import RATIONALE_LABEL, Row
 
 
 class Source(NamedTuple):
@@ -33,11 +32,9 @@ class Source(NamedTuple):
 _OPERATOR = re.compile(r"(?<=[\d)])\s*([-+*/])(?=\s*[\d(.])")
 
 
-class Dataset(pl.LightningDataModule):
+class Dataset(StudentDataModule):
     """What `RationaleDataModule` needs to know of a dataset, by default in the layout of the paper's release."""
 
-    name: str = ""  # name in ids, reports and the cache
-    hub_name: str | None = None  # name on the Hugging Face hub, for model cards
     splits: Mapping[Split, str] = {"train": "train", "val": "valid", "test": "test"}
     """Released split -> its word in file names; without ``val``, a tenth of train's inputs is val."""
     released_rows: Mapping[Split, int] = {}  # number of rows of each released split, to check a download
@@ -48,7 +45,6 @@ class Dataset(pl.LightningDataModule):
 
     # settings
     data_dir: AnyPath
-    tasks: dict[str, Task]
     rationales: list[Path]
     rationale_filter: str
     allow_extra_outputs: bool
