@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -155,11 +156,21 @@ def open_bytes(path: AnyPath) -> Iterator[IO[bytes]]:
             raise UserError(f"{path} is damaged ({error})") from error
 
 
-def read_lines(path: AnyPath) -> Iterator[bytes]:
-    """The lines of a file. Raises a ``UserError`` if it is damaged, or reading it from a URL breaks off."""
+def read_lines(path: AnyPath, longest: int | None = None) -> Iterator[bytes]:
+    """The lines of a file.
+
+    Raises a ``UserError`` if it is damaged, has a line of more than ``longest`` bytes, or reading it from a URL breaks
+    off.
+    """
     try:
         with open_bytes(path) as file:
-            yield from file
+            if longest is None:
+                yield from file
+                return
+            for number, line in enumerate(iter(partial(file.readline, longest + 1), b""), start=1):
+                if len(line) > longest:
+                    raise UserError(f"{path}:{number}: the line has more than {longest >> 20} MiB; cut it into several")
+                yield line
     except (UserError, FileNotFoundError):
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ the shards are read here. Rows are shuffled in blocks, which are read again on r
 exact.
 """
 
+import codecs
 import glob
 import hashlib
 import json
@@ -30,6 +31,7 @@ from lit_distill.remote import AnyPath, as_path, format_of, read_lines
 from lit_distill.shipped import shipped
 from lit_distill.tasks import Task
 
+LONGEST = 2**24  # bytes of a line: ten times as much memory and more is needed to tokenise it
 EMPTY = 100  # passes without a row to train on until a stream gives up
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -41,23 +43,26 @@ block's rows are ``taken``; and the ``counts`` of this pass.
 START: State = {"pass": 0, "shard": 0, "row": 0, "taken": 0, "counts": {}}
 
 
-def find_shards(patterns: Sequence[str], data_dir: AnyPath) -> list[AnyPath]:
+def find_shards(
+    patterns: Sequence[str], data_dir: AnyPath, suffixes: Sequence[str] = SUFFIXES, *, name: str = "train"
+) -> list[AnyPath]:
     """The files of paths, URLs and patterns, relative to the working directory, else to ``data_dir``, in order.
 
-    Raises a ``UserError`` if one gives no file, a file is there twice, or none of JSON lines and Parquet.
+    Raises a ``UserError`` that begins with ``name`` if one gives no file, a file is there twice, or of none of these
+    formats.
     """
     shards: list[AnyPath] = []
     for pattern in patterns:
         places = [pattern] if "://" in pattern else [shipped(pattern), str(data_dir / pattern)]
         found = next((found for place in places if (found := _matching(place))), None)
         if found is None:
-            raise UserError(f"train: there is no file {' or '.join(places)}")
+            raise UserError(f"{name}: there is no file {' or '.join(places)}")
         shards += found
     names = [str(shard) for shard in shards]
     if len(set(names)) < len(names):
-        raise UserError(f"train: {next(name for name in names if names.count(name) > 1)} is there twice")
-    if other := [shard for shard in shards if format_of(shard) not in SUFFIXES]:
-        raise UserError(f"train: {other[0]} is none of {', '.join(SUFFIXES)}, which streaming reads")
+        raise UserError(f"{name}: {next(one for one in names if names.count(one) > 1)} is there twice")
+    if other := [shard for shard in shards if format_of(shard) not in suffixes]:
+        raise UserError(f"{name}: {other[0]} is none of {', '.join(suffixes)}, which streaming reads")
     return shards
 
 
@@ -72,14 +77,18 @@ def _matching(place: str) -> Sequence[AnyPath]:
     return [path] if path.exists() else []
 
 
-def shard_rows(path: AnyPath, start: int = 0) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """Number and content of each row from a number on: a line of JSON that is not parsed yet, or a Parquet row.
+Content = bytes | dict[str, Any]
+"""A row: a line that is not parsed yet, or a Parquet row."""
 
-    Raises a ``UserError`` if the shard is gone or damaged.
+
+def shard_rows(path: AnyPath, start: int = 0, *, name: str = "train") -> Iterator[tuple[int, Content]]:
+    """Number and content of each row from a number on.
+
+    Raises a ``UserError`` if the shard is gone or damaged, or has a line above ``LONGEST``.
     """
     try:
         if format_of(path) != ".parquet":
-            for number, line in islice(enumerate(read_lines(path)), start, None):
+            for number, line in islice(enumerate(read_lines(path, LONGEST)), start, None):
                 if not line.isspace():
                     yield number, line
             return
@@ -93,17 +102,36 @@ def shard_rows(path: AnyPath, start: int = 0) -> Iterator[tuple[int, bytes | dic
                     yield from islice(enumerate(found, start=number), max(start - number, 0), None)
                 number += rows
     except FileNotFoundError as error:
-        raise UserError(f"train: the shard {path} is not there any more") from error
+        raise UserError(f"{name}: the shard {path} is not there any more") from error
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"train: the shard {path} cannot be read ({error})") from error
+        raise UserError(f"{name}: the shard {path} cannot be read ({error})") from error
 
 
-def parse_row(path: AnyPath, number: int, content: bytes | dict[str, Any]) -> Placed:
-    """A row of `shard_rows`, parsed. Raises a ``UserError`` if it is no JSON object."""
+def placed(path: AnyPath, number: int, content: Content) -> tuple[str, Content]:
+    """A row of `shard_rows` with its place, for messages; a line without a byte order mark."""
     if isinstance(content, dict):
         return f"{path}, row {number}", content
-    place = f"{path}:{number + 1}"
-    return place, json_object(content.removeprefix(b"\xef\xbb\xbf") if number == 0 else content, place)
+    return f"{path}:{number + 1}", content.removeprefix(codecs.BOM_UTF8) if number == 0 else content
+
+
+def parse_row(path: AnyPath, number: int, content: Content) -> Placed:
+    """A row of `shard_rows`, parsed. Raises a ``UserError`` if it is no JSON object."""
+    place, content = placed(path, number, content)
+    return place, content if isinstance(content, dict) else json_object(content, place)
+
+
+Part = tuple[int, int, int]
+"""A shard's number, and the remainder and divisor of the numbers of its rows that are meant."""
+
+
+def part_rows(
+    shards: Sequence[AnyPath], parts: Sequence[Part], at: int, row: int
+) -> Iterator[tuple[int, int, int, Content]]:
+    """The rows of parts of shards, from a row of the part at a place on: place, shard, number and content."""
+    for place, (shard, part, shared) in enumerate(parts[at:], start=at):
+        for number, content in shard_rows(shards[shard], row if place == at else 0):
+            if number % shared == part:
+                yield place, shard, number, content
 
 
 class Reading(NamedTuple):
@@ -115,27 +143,32 @@ class Reading(NamedTuple):
     sampled: Sequence[Task]  # tasks that draw some of a row's targets
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
+    """A batch, and where its stream is then."""
+
     stream: int  # of this rank
     batch: TaskBatch
     state: State  # after the batch
     ended: list[tuple[int, dict[str, int]]]  # passes that ended since the last batch, and their counts
 
 
-class ShardStream(IterableDataset[_Item | str]):
-    """Batches of the rows of shards, pass after pass without an end.
+class Stream(IterableDataset[Item | str]):
+    """Batches that are made of the rows of shards, pass after pass without an end.
 
     In each pass the order of the shards is a function of ``seed`` and the pass, and they are dealt in turn to the
     streams of all ranks: one for each loader process, or one. With fewer shards than streams, several streams read the
     same shard, each its own of the rows. A stream shuffles ``buffer`` rows at a time.
 
     An error is an item, its message: raised in a loader process it would arrive with a traceback.
+
+    Attributes:
+        setup: what a position depends on.
     """
 
     def __init__(
         self,
         shards: Sequence[AnyPath],
-        reading: Reading,
+        start: State,
         *,
         batch_size: int,
         buffer: int,
@@ -144,12 +177,15 @@ class ShardStream(IterableDataset[_Item | str]):
         world: int = 1,
         streams: int = 1,
     ) -> None:
-        self.shards, self.reading, self.batch_size = shards, reading, batch_size
+        self.shards, self.batch_size = shards, batch_size
         self.buffer, self.seed, self.rank, self.world = buffer, seed, rank, world
-        self.states: list[State] = [START] * streams
+        self.states: list[State] = [start] * streams
         self.next = 0  # the stream of the next batch
+        names = json.dumps([str(shard) for shard in shards])
+        self.setup: list[Any] = [hashlib.sha256(names.encode()).hexdigest()[:16], buffer, seed, batch_size]
+        self.setup += [world, streams]
 
-    def __iter__(self) -> Iterator[_Item | str]:
+    def __iter__(self) -> Iterator[Item | str]:
         worker = get_worker_info()
         stream = (self.next + (0 if worker is None else worker.id)) % len(self.states)
         try:
@@ -157,27 +193,33 @@ class ShardStream(IterableDataset[_Item | str]):
         except UserError as error:
             yield str(error)
 
-    def _own(self, number: int, stream: int) -> list[tuple[int, int, int]]:
-        """The shards of a stream in a pass, with the remainder and divisor of its row numbers."""
+    def _items(self, stream: int, state: State) -> Iterator[Item]:
+        """The batches of a stream from a state on."""
+        raise NotImplementedError
+
+    def _own(self, shards: Sequence[AnyPath], number: int, stream: int) -> list[Part]:
+        """The parts of shards that a stream reads in a pass."""
         streams = self.world * len(self.states)
-        shared = -(-streams // len(self.shards))
-        order = np.random.RandomState([self.seed, number]).permutation(len(self.shards)).tolist()
+        shared = -(-streams // len(shards))
+        order = np.random.RandomState([self.seed, number]).permutation(len(shards)).tolist()
         parts = [(shard, part, shared) for shard in order for part in range(shared)]
         return parts[self.rank * len(self.states) + stream :: streams]
 
-    def _block(self, own: list[tuple[int, int, int]], at: int, row: int) -> tuple[list[tuple[int, int, Any]], int, int]:
-        """The next ``buffer`` rows of a pass (shard, number, content), and the shard and row after them."""
-        block: list[tuple[int, int, Any]] = []
-        for place, (shard, part, shared) in enumerate(own[at:], start=at):
-            for number, content in shard_rows(self.shards[shard], row if place == at else 0):
-                if len(block) == self.buffer:
-                    return block, place, number
-                if number % shared == part:
-                    block.append((shard, number, content))
-        return block, len(own), 0
 
-    def _items(self, stream: int, state: State) -> Iterator[_Item]:
-        """The batches of a stream from a state on."""
+class ShardStream(Stream):
+    """Batches of the rows of shards that are trained on.
+
+    Args:
+        shards: the files.
+        reading: how rows become batches.
+        **kwargs: as in `Stream`.
+    """
+
+    def __init__(self, shards: Sequence[AnyPath], reading: Reading, **kwargs: Any) -> None:
+        super().__init__(shards, START, **kwargs)
+        self.reading = reading
+
+    def _items(self, stream: int, state: State) -> Iterator[Item]:
         number, at, row, taken = (int(state[name]) for name in ("pass", "shard", "row", "taken"))
         counts: Counter[str] = Counter(state["counts"])
         ended: list[tuple[int, dict[str, int]]] = []
@@ -185,30 +227,32 @@ class ShardStream(IterableDataset[_Item | str]):
         # parts of shards that were read since the last row to train on, and in how many passes
         barren, empty = set[tuple[int, int, int]](), 0
 
-        def item() -> _Item:
+        def item() -> Item:
             first = f"{self.seed}-{number}-{self.rank}-{stream}-{counts['used'] - len(chosen)}"
             columns, cut = self.reading.encode(chosen)
             counts.update(cut)
             place = {"pass": number, "shard": at, "row": row, "taken": taken, "counts": dict(counts)}
-            found = _Item(stream, self._collated(columns, len(chosen), first), place, [*ended])
+            found = Item(stream, self._collated(columns, len(chosen), first), place, [*ended])
             chosen.clear()
             ended.clear()
             return found
 
         while True:
-            own = self._own(number, stream)
+            own = self._own(self.shards, number, stream)
+            rows_left = part_rows(self.shards, own, at, row)
             while at < len(own):
-                block, after, after_row = self._block(own, at, row)
+                block = list(islice(rows_left, self.buffer))
+                last = block[-1] if len(block) == self.buffer else None
                 order = np.random.RandomState([self.seed, number, own[at][0], row % 2**32]).permutation(len(block))
                 while taken < len(block):
                     some = [block[i] for i in order[taken : taken + self.batch_size - len(chosen)]]
                     taken += len(some)
-                    rows, found = self.reading.select([parse_row(self.shards[i], *item) for i, *item in some])
+                    rows, found = self.reading.select([parse_row(self.shards[i], *item) for _, i, *item in some])
                     counts.update(found)
                     chosen += rows
                     if len(chosen) == self.batch_size:
                         yield item()
-                at, row, taken = after, after_row, 0
+                at, row, taken = (len(own), 0, 0) if last is None else (last[0], last[2] + 1, 0)
             if chosen:
                 yield item()
             # a stream may get none in one pass, and some in the next
@@ -219,7 +263,7 @@ class ShardStream(IterableDataset[_Item | str]):
                 share = f" for one of {self.world * len(self.states)} loader processes; take fewer, or fewer devices"
                 raise UserError(why if nowhere else why + share)
             ended.append((number, dict(counts)))
-            number, at, counts = number + 1, 0, Counter()
+            number, at, row, counts = number + 1, 0, 0, Counter()
 
     def _collated(self, columns: Mapping[str, list[Any]], count: int, key: str) -> TaskBatch:
         rows: list[TokenRow] = [{name: of[i] for name, of in columns.items()} | {"index": i} for i in range(count)]
@@ -231,7 +275,7 @@ class ShardStream(IterableDataset[_Item | str]):
 
 
 class StreamLoader:
-    """Loads the batches of a `ShardStream`, and keeps where each of its streams is.
+    """Loads the batches of a `Stream`, and keeps where each of its streams is.
 
     Args:
         stream: the batches; its streams are as many as the loader's processes, or one.
@@ -242,7 +286,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        stream: ShardStream,
+        stream: Stream,
         num_workers: int,
         on_pass: Callable[[int, dict[str, int]], None],
         counts: dict[str, int],
@@ -253,10 +297,6 @@ class StreamLoader:
         # pass that not all streams have ended -> those that have, and their counts
         self._passes: dict[int, tuple[int, dict[str, int]]] = {}
         self._ended: dict[str, int] = {}  # counts of the passes that all have
-        names = json.dumps([str(shard) for shard in stream.shards])
-        # what a position depends on
-        self._setup = [hashlib.sha256(names.encode()).hexdigest()[:16], stream.buffer, stream.seed, stream.batch_size]
-        self._setup += [stream.world, len(stream.states)]
 
     def __iter__(self) -> Iterator[TaskBatch]:
         # lazily: a state may be loaded after the iterator is made
@@ -295,14 +335,14 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where each stream is, and what it depends on."""
         passes = {str(number): list(found) for number, found in self._passes.items()}
-        place = {"setup": self._setup, "streams": list(self._states), "next": self._next}
+        place = {"setup": self.stream.setup, "streams": list(self._states), "next": self._next}
         return {**place, "passes": passes, "ended": self._ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there at the next pass. Raises a ``UserError`` if it is of other shards or settings."""
         # a checkpoint of several ranks has those of all
         state = state["ranks"][self.stream.rank] if self.stream.rank < len(state.get("ranks", ())) else state
-        if state.get("setup") != self._setup:
+        if state.get("setup") != self.stream.setup:
             raise UserError(
                 "ckpt_path: training rows cannot go on where they were: the shards, shuffle_buffer, seed, batch_size,"
                 " num_workers and number of devices have to be those of the checkpoint"
