@@ -316,6 +316,9 @@ LABEL_RATIONALE = Task("label_rationale", target="{label} Rationale: {rationale}
 PRESETS = {task.name: task for task in (LABEL, RATIONALE, RATIONALE_LABEL, LABEL_RATIONALE)}
 """The tasks of the paper and of the single-task baselines, by name."""
 
+TEXT = Task("text", target="{input}")
+"""What a student that reads a corpus is trained on: texts, without labels."""
+
 _PREFIXES = {"label": "predict: ", "rationale": "explain: "}
 
 

@@ -17,7 +17,15 @@ from lit_distill.data.outputs import RELEASED
 from lit_distill.data.selection import flags_of, select_rows, teacher_counts
 from lit_distill.data.sources import Table, read_file, read_hub
 from lit_distill.data.store import cut
-from lit_distill.data.streaming import Reading, ShardStream, StreamLoader, find_shards, parse_row, shard_rows
+from lit_distill.data.streaming import (
+    Reading,
+    ShardStream,
+    StreamLoader,
+    check_endless,
+    find_shards,
+    parse_row,
+    shard_rows,
+)
 from lit_distill.data.tokenize import TokenRows, cut_counts, encode_rows, lengths_of
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
@@ -193,11 +201,8 @@ class JSONLDataModule(RationaleDataModule):
 
     def setup(self, stage: str) -> None:
         """As the base class; with ``streaming``, check what a trainer has to have."""
-        trainer = self.trainer if self.streaming and stage == "fit" else None
-        if trainer is not None and trainer.max_steps == -1:
-            raise UserError("max_steps: must be given with streaming, whose training rows have no end")
-        if trainer is not None and trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise UserError("limit_train_batches: not with streaming, which knows no epochs; give max_steps")
+        if self.streaming and stage == "fit" and self.trainer is not None:
+            check_endless(self.trainer)
         super().setup(stage)
 
     def rows_to_ask(self, split: Split) -> Sequence[Row] | None:
@@ -236,15 +241,15 @@ class JSONLDataModule(RationaleDataModule):
             rank_zero_info(f"{self.name} train, pass {number + 1}: {told}")
 
         sampled = [task for task in self.tasks.values() if task.select == "sample"]
-        trainer = self.trainer
+        rank, world = self.rank_and_world
         stream = ShardStream(
             find_shards(self._patterns, self.data_dir),
             Reading(select, encode, self._collator(evaluation=False), sampled),
             batch_size=self.batch_size,
             buffer=self.shuffle_buffer,
             seed=self.seed,
-            rank=0 if trainer is None else trainer.global_rank,
-            world=1 if trainer is None else trainer.world_size,
+            rank=rank,
+            world=world,
             streams=max(self.num_workers, 1),
         )
         return StreamLoader(stream, self.num_workers, on_pass, self.counts["train"])

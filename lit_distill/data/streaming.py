@@ -274,6 +274,14 @@ class ShardStream(Stream):
         return self.reading.collate(rows)
 
 
+def check_endless(trainer: Any) -> None:
+    """Raise a ``UserError`` if a trainer needs to know the end of training rows that are streamed."""
+    if trainer.max_steps == -1:
+        raise UserError("max_steps: must be given with streaming, whose training rows have no end")
+    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
+        raise UserError("limit_train_batches: not with streaming, which knows no epochs; give max_steps")
+
+
 class StreamLoader:
     """Loads the batches of a `Stream`, and keeps where each of its streams is.
 

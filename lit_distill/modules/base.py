@@ -202,8 +202,13 @@ class DistillModule(Evaluating):
             plain = isinstance(given, Mapping) and name in made
             made[name] = {**made[name].plain(), **given} if plain else given
         tasks = tasks_from(made)
-        answer_task(tasks)
+        cls.check_tasks(tasks)
         return tasks
+
+    @classmethod
+    def check_tasks(cls, tasks: Mapping[str, Task]) -> None:
+        """Raise a ``UserError`` unless one of the tasks gives an answer."""
+        answer_task(tasks)
 
     @classmethod
     def init_settings(cls, init_args: Mapping[str, Any]) -> dict[str, Any]:

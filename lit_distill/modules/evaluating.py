@@ -1,7 +1,7 @@
 """Evaluation: losses and answers of each batch, and the metrics of a split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -101,6 +101,10 @@ class Evaluating(Training):
             # a term over nothing may be NaN
             total = term.detach().float() * number if number else torch.zeros_like(term, dtype=torch.float32)
             sums[name] = sums.get(name, 0.0) + torch.stack([total, total.new_tensor(number)])
+        self.collect_answers(step, batch)
+
+    def collect_answers(self, step: Step, batch: TaskBatch) -> None:
+        """Generate and collect the answers to a batch."""
         key = self.answer_key(self._split)
         answers = self.answers(step, key, rationales=self.hparams["evaluate_rationales"])
         if self._split == "test":
@@ -138,8 +142,6 @@ class Evaluating(Training):
         sums = torch.stack([found.sums[name] for name in names]) if names else torch.zeros(0, 2, device=self.device)
         if self.trainer.world_size > 1:
             sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        answers = gather_answers(found.answers, self)
-        exits = {layer: gather_answers(own, self) for layer, own in found.exits.items()}
         if self.trainer.sanity_checking:
             return
         counts = sums[:, 1]
@@ -151,13 +153,7 @@ class Evaluating(Training):
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             good = f"; {last_good_checkpoint(self.trainer)}" if self.trainer.state.fn == "fit" else ""
             raise UserError(f"step {self.trainer.global_step}: {split}/{bad[0]} is {metrics[bad[0]]}{good}")
-        key, settings = self.answer_key(split), self.hparams
-        metrics |= summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
-        for layer, own in exits.items():
-            of_exit = summarise(own, key, rationales=False, intervals=split == "test")
-            metrics |= {f"exit_{layer}_{name}": value for name, value in of_exit.items()}
-        samples = [answer for answer in answers if answer.index < settings["num_samples"]]
-        self.evaluation = Evaluation(split, metrics, samples, key, answers)
+        metrics |= self.answer_metrics(metrics)
         if self.trainer.state.fn == "fit":
             self.teachers.on_validation_end(metrics)
             for objective in self.objectives:
@@ -166,6 +162,20 @@ class Evaluating(Training):
             # every rank holds the same value; Lightning asks for the flag on any DDP run
             shown = split == "val" and name == "accuracy"
             self.log(f"{split}/{name}", value, sync_dist=True, batch_size=1, prog_bar=shown)
+
+    def answer_metrics(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of the collected answers, which with the split's losses become the last `Evaluation`."""
+        found, split = self._collected, self._split
+        answers = gather_answers(found.answers, self)
+        exits = {layer: gather_answers(own, self) for layer, own in found.exits.items()}
+        key, settings = self.answer_key(split), self.hparams
+        metrics = summarise(answers, key, rationales=settings["evaluate_rationales"], intervals=split == "test")
+        for layer, own in exits.items():
+            of_exit = summarise(own, key, rationales=False, intervals=split == "test")
+            metrics |= {f"exit_{layer}_{name}": value for name, value in of_exit.items()}
+        samples = [answer for answer in answers if answer.index < settings["num_samples"]]
+        self.evaluation = Evaluation(split, dict(losses) | metrics, samples, key, answers)
+        return metrics
 
     # test is evaluated as val is
     on_test_epoch_start = on_validation_epoch_start

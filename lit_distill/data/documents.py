@@ -1,0 +1,111 @@
+"""A corpus: its documents as they stand in files, and which of them are trained on."""
+
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lit_distill.data.streaming import LONGEST, Content, placed, shard_rows
+from lit_distill.errors import UserError
+from lit_distill.reading import parse_json
+from lit_distill.remote import AnyPath, format_of
+
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+
+HELD_OUT = 100
+"""One document in so many is held out for validation."""
+
+WORDS = 5
+"""The fewest words of a line that tell that a document and a test set have it in common."""
+
+Kind = Literal["documents", "blank", "held_out", "overlapping"]
+
+
+def normal(text: str) -> str:
+    """The words of a text: letters and digits alone, in lower case, with single spaces."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def parse(path: AnyPath, number: int, content: Content) -> tuple[str, Any]:
+    """The place of a row of `shard_rows`, and its text, or the JSON value in it."""
+    place, content = placed(path, number, content)
+    if isinstance(content, dict):
+        return place, content
+    try:
+        return place, content.decode() if format_of(path) == ".txt" else parse_json(content)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def document(path: AnyPath, number: int, content: Content, column: str) -> str:
+    """The text of a row: of a line, a JSON string, or a column. Raises a ``UserError`` that names its place."""
+    place, found = parse(path, number, content)
+    if isinstance(found, dict):
+        if column not in found:
+            raise UserError(f"{place}: no column {column!r}; there are {', '.join(found) or 'none'}")
+        place, found = f"{place}: {column!r}", found[column]
+    if not isinstance(found, str):
+        raise UserError(f"{place} must be a text, got {found!r:.100}")
+    if len(found) > LONGEST:
+        raise UserError(f"{place} has more than {LONGEST >> 20} million characters; cut it into several")
+    return found.strip()
+
+
+def tested_lines(paths: Sequence[AnyPath]) -> dict[str, str]:
+    """The lines of test sets of at least `WORDS` words, normalised, and where each is; of objects all texts."""
+    found: dict[str, str] = {}
+    for path in paths:
+        for row in shard_rows(path, name="test_sets"):
+            place, value = parse(path, *row)
+            for line in _lines(value):
+                found.setdefault(line, place)
+    return found
+
+
+def _lines(value: Any) -> Iterator[str]:
+    """The normalised lines of all texts in a JSON value that have enough words."""
+    if isinstance(value, str):
+        yield from (line for line in map(normal, value.splitlines()) if line.count(" ") >= WORDS - 1)
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _lines(one)
+
+
+def rows_of(shards: Iterable[AnyPath], name: str = "train") -> Iterator[tuple[AnyPath, int, Content]]:
+    """The rows of files: file, number and content."""
+    return ((path, *row) for path in shards for row in shard_rows(path, name=name))
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """Which documents are trained on."""
+
+    column: str  # of a document's text in rows
+    holds_out: bool = True  # whether one in `HELD_OUT` is for validation
+    tested: Mapping[str, str] = field(default_factory=dict)  # lines that no document may have, see `tested_lines`
+    refuses: bool = False  # whether a document that has one is an error
+
+    def sorted(self, rows: Iterable[tuple[AnyPath, int, Content]]) -> Iterator[tuple[str, Kind]]:
+        """Documents, and what becomes of each; the same wherever one occurs.
+
+        Raises a ``UserError`` for a row without a text, and for a document that has a line of a test set and may not.
+        """
+        for path, number, content in rows:
+            text = document(path, number, content, self.column)
+            if not text:
+                yield text, "blank"
+            elif self.tested and (line := next((line for line in _lines(text) if line in self.tested), None)):
+                if self.refuses:
+                    place, _ = placed(path, number, content)
+                    raise UserError(
+                        f"train: {place} has a line of a test set ({self.tested[line]}: {line!r:.80}); overlap: drop"
+                        " leaves such documents out"
+                    )
+                yield text, "overlapping"
+            elif self.holds_out and zlib.crc32(normal(text).encode()) % HELD_OUT == 0:
+                yield text, "held_out"
+            else:
+                yield text, "documents"

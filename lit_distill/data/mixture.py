@@ -1,0 +1,154 @@
+"""Documents of several sources, as a stream of packed sequences."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from lit_distill.batch import TaskBatch
+from lit_distill.data.corruption import Array
+from lit_distill.data.documents import Sorting
+from lit_distill.data.streaming import EMPTY, Content, Item, State, Stream, part_rows
+from lit_distill.data.tokenize import TokenRow
+from lit_distill.errors import UserError
+from lit_distill.remote import AnyPath
+from lit_distill.students import Tokens
+
+TOGETHER = 1_000  # documents that are tokenised at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of a corpus."""
+
+    name: str
+    shards: Sequence[AnyPath]
+    share: float  # of all documents that are read
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become training examples."""
+
+    tokens: Tokens
+    length: int  # tokens of a sequence
+    pair: Callable[[Array, Sequence[int]], tuple[list[int], list[int]]]
+    """Source and target of a sequence, with the words of the seed of its random numbers."""
+    collate: Callable[[Sequence[TokenRow]], TaskBatch]
+
+    def sequences(self, texts: Sequence[str]) -> Iterator[Array]:
+        """The documents one after another, each with end-of-sequence, cut into sequences ``(length,)``.
+
+        The last is shorter, and left out if it is a lone end-of-sequence.
+        """
+        rest = np.empty(0, np.int32)
+        for start in range(0, len(texts), TOGETHER):
+            ids = self.tokens.targets(texts[start : start + TOGETHER], 2**62).ids
+            flat = np.concatenate([rest, *(np.array(own, np.int32) for own in ids)])
+            whole = len(flat) // self.length * self.length
+            yield from flat[:whole].reshape(-1, self.length)
+            rest = flat[whole:]
+        if len(rest) > 1:
+            yield rest
+
+    def row(self, sequence: Array, index: int, words: Sequence[int]) -> TokenRow:
+        """A sequence as a row for `collate`."""
+        source, target = self.pair(sequence, words)
+        return {"index": index, "text.input_ids": [source], "text.labels": [target]}
+
+
+class _Cursor:
+    """Where a stream is in a source, whose passes have no end.
+
+    Attributes:
+        place: pass, place among the stream's parts of shards, and row.
+    """
+
+    def __init__(self, stream: "DocumentStream", number: int, source: Source, place: Sequence[int]) -> None:
+        self.source, self.place = source, list(place)
+        self._parts = lambda: stream._own(source.shards, self.place[0], number)
+        self._rows = self._open()
+
+    def _open(self) -> Iterator[tuple[int, int, int, Content]]:
+        _, at, row = self.place
+        return part_rows(self.source.shards, self._parts(), at, row)
+
+    def take(self, count: int) -> Iterator[tuple[AnyPath, int, Content]]:
+        """The next rows. Raises a ``UserError`` if there are none."""
+        empty = 0
+        while count:
+            found = list(islice(self._rows, count))
+            yield from ((self.source.shards[shard], number, content) for _, shard, number, content in found)
+            count -= len(found)
+            if found:
+                self.place[1:] = found[-1][0], found[-1][2] + 1
+            if count:
+                empty = 0 if found else empty + 1
+                if empty == EMPTY:
+                    raise UserError(
+                        f"train: {self.source.name} has no document for one of the loader processes; take fewer, or"
+                        " fewer devices"
+                    )
+                self.place = [self.place[0] + 1, 0, 0]
+                self._rows = self._open()
+
+
+class DocumentStream(Stream):
+    """Batches of packed sequences of documents.
+
+    Each block takes from every source its share of ``buffer`` documents, shuffles them, and packs them. A source that
+    ends starts its next pass. A state has the ``sources`` (pass, place and row of each) where the ``block`` begins, how
+    many of its sequences are ``taken``, and the ``counts`` of all documents so far.
+
+    Args:
+        sources: what is read.
+        sorting: which documents are trained on.
+        packing: how they become training examples.
+        **kwargs: as in `Stream`.
+    """
+
+    def __init__(self, sources: Sequence[Source], sorting: Sorting, packing: Packing, **kwargs: Any) -> None:
+        start = {"sources": [[0, 0, 0] for _ in sources], "block": 0, "taken": 0, "counts": {}}
+        super().__init__([shard for source in sources for shard in source.shards], start, **kwargs)
+        self.sources, self.sorting, self.packing = sources, sorting, packing
+        self.setup += [packing.length, [source.share for source in sources]]
+
+    def _items(self, stream: int, state: State) -> Iterator[Item]:
+        block, taken, counts = int(state["block"]), int(state["taken"]), Counter(state["counts"])
+        places = [list(place) for place in state["sources"]]
+        cursors = [_Cursor(self, stream, source, place) for source, place in zip(self.sources, places, strict=True)]
+        rows: list[TokenRow] = []
+        own, barren = self.rank * len(self.states) + stream, 0
+        while True:
+            texts, found = self._block(cursors, block)
+            if not taken:
+                # one that is read again on resuming is counted
+                counts.update(found)
+            order = np.random.RandomState([self.seed, own, block]).permutation(len(texts))
+            sequences = self.packing.sequences([texts[i] for i in order])
+            for number, sequence in enumerate(islice(sequences, taken, None), start=taken):
+                rows.append(self.packing.row(sequence, len(rows), (self.seed, 1, own, block, number)))
+                if len(rows) == self.batch_size:
+                    place = {"sources": places, "block": block, "taken": number + 1, "counts": dict(counts)}
+                    yield Item(stream, self.packing.collate(rows), place, [])
+                    rows = []
+            barren = 0 if texts else barren + 1
+            if barren == EMPTY:
+                raise UserError(f"train: no text to train on in {EMPTY} blocks of documents ({dict(counts)})")
+            block, taken, places = block + 1, 0, [list(cursor.place) for cursor in cursors]
+
+    def _block(self, cursors: Sequence[_Cursor], block: int) -> tuple[list[str], Counter[str]]:
+        """The texts to train on of a block, in the order of their sources, and what became of all."""
+        texts, counts = [], Counter[str]()
+        for cursor in cursors:
+            share = cursor.source.share * self.buffer
+            # so that shares are met in the long run
+            rows = cursor.take(int((block + 1) * share) - int(block * share))
+            for text, kind in self.sorting.sorted(rows):
+                counts[kind] += 1
+                if kind == "documents":
+                    texts.append(text)
+        return texts, counts
