@@ -20,6 +20,9 @@ RECORD = "run.json"
 PREDICTIONS = "test_predictions.jsonl"
 """One object per test row, in the data's order, of `lit_distill.evaluation.answers.answer_row`."""
 
+NO_LABELS = "none"
+"""The `RunRecord.label_source` of a run that read a corpus."""
+
 FLOORS = {"words": "words of the input", "second_part_words": "words of its second part"}
 """The floors by their names in the record of a run: what a logistic regression reads."""
 
@@ -50,7 +53,7 @@ class RunRecord:
     dataset: str  # the dataset, as in the run's name
     method: str  # the method's class without ``Module``, as in the run's name
     student: str  # the student, by its own name (the last part of its path)
-    label_source: str  # which labels it was trained on: ``gold`` or ``teacher``
+    label_source: str  # which labels it was trained on: ``gold`` or ``teacher``; ``none`` of a corpus
     train_fraction: Annotated[float, Field(gt=0, le=1)]  # the part of the training rows
     seed: _Count  # of initialisation and dropout (``seed_everything``)
     data_seed: _Count  # of the subset and the order (``data.seed``)

@@ -24,7 +24,6 @@ from lit_distill.checkpoints import RunHistory, save_atomically
 from lit_distill.commands.loggers import names, run_folder
 from lit_distill.commands.parser import Parser, constructor_arguments
 from lit_distill.commands.report import chance_level, report
-from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.floor import floors
 from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
@@ -35,7 +34,7 @@ from lit_distill.modules.base import DistillModule
 from lit_distill.modules.methods import StandardModule
 from lit_distill.progress import progress_bar
 from lit_distill.records import RunRecord, write_predictions_file, write_record
-from lit_distill.tasks import fingerprint
+from lit_distill.tasks import TEXT, fingerprint
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -49,7 +48,7 @@ class Run:
     parser: Parser  # of the config
     trainer: pl.Trainer
     module: DistillModule
-    data: RationaleDataModule
+    data: Any  # a `RationaleDataModule`, or a corpus
     history: RunHistory
 
     @property
@@ -70,22 +69,8 @@ class Run:
 def finish_fit(run: Run) -> None:
     """Test the best checkpoint, export its student, write the record and print the results."""
     config, trainer, module, data = run.config, run.trainer, run.module, run.data
-    folder, steps, fast_dev_run = run_folder(trainer), trainer.global_step, config["trainer"]["fast_dev_run"]
-    tokens = max(module.train_tokens(), 0)
-    if steps == 0:
-        raise UserError(
-            "trainer: not one step was taken, so that nothing is tested or saved;"
-            " see max_steps, max_epochs, max_time and limit_train_batches"
-        )
-    for logger in trainer.loggers:
-        logger.log_hyperparams({"train_tokens": tokens})
-    best = Path(run.selection.best_model_path) if run.selection else None
-    # for a resumed run it may be gone
-    best = best if best is not None and best.exists() else None
-    if best is None and trainer.checkpoint_callbacks and not fast_dev_run:
-        rank_zero_warn("No validation has chosen a checkpoint: the student of the last step is tested and saved")
-        best = folder / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(best)
+    folder, fast_dev_run = run_folder(trainer), config["trainer"]["fast_dev_run"]
+    steps, tokens, best = what_was_trained(run)
     testing = config["test_after_fit"] and data.split_rows("test") is not None
     if config["test_after_fit"] and not testing:
         rank_zero_warn(f"{data.absence('test')}: the student is saved untested")
@@ -107,6 +92,29 @@ def finish_fit(run: Run) -> None:
     report(module, student=student, baseline=baseline, floors=found)
     if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
         push_folder(student, config["push_to_hub"])
+
+
+def what_was_trained(run: Run) -> tuple[int, int, Path | None]:
+    """Optimizer steps, tokens read, and the best checkpoint, or else that of the last step; ``None`` without any.
+
+    Raises a ``UserError`` without a step.
+    """
+    trainer, steps, tokens = run.trainer, run.trainer.global_step, max(run.module.train_tokens(), 0)
+    if steps == 0:
+        raise UserError(
+            "trainer: not one step was taken, so that nothing is tested or saved;"
+            " see max_steps, max_epochs, max_time and limit_train_batches"
+        )
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"train_tokens": tokens})
+    best = Path(run.selection.best_model_path) if run.selection else None
+    # for a resumed run it may be gone
+    best = best if best is not None and best.exists() else None
+    if best is None and trainer.checkpoint_callbacks and not run.config["trainer"]["fast_dev_run"]:
+        rank_zero_warn("No validation has chosen a checkpoint: the student of the last step is tested and saved")
+        best = run_folder(trainer) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(best)
+    return steps, tokens, best
 
 
 def run_floors(run: Run) -> dict[str, float]:
@@ -169,7 +177,12 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
             dataset=data.name,
             student=Path(str(settings["student"])).name,
             settings=settings,
-            tasks={name: record_task(task, module.generation_settings(name)) for name, task in module.tasks.items()},
+            tasks={
+                name: record_task(task, module.generation_settings(name))
+                for name, task in module.tasks.items()
+                # texts are no task to ask of it
+                if task != TEXT
+            },
             data=data.describe(),
             metrics=tested.metrics if tested else {},
             rows=len(tested.answers) if tested else 0,
@@ -212,29 +225,37 @@ def write_results(run: Run, folder: Path, steps: int, tokens: int, floor: Mappin
         test_rows=len(tested.answers) if tested else 0,
         steps=steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
-        validation=_validation(run.selection),
+        validation=best_metric(run.selection),
         train_tokens=tokens,
         rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
-        parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher_accuracy=teacher_accuracy(tally) if "test" in used else None,
         chance=chance[1] if chance else None,
         floors=dict(floor),
         fingerprints={split: fingerprint(rows, rationales=split == "train") for split, rows in used.items()},
-        config=run.plain,
-        data=data.describe(),
-        command=["lit-distill", *sys.argv[1:]],
-        versions={"lit_distill": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in _LIBRARIES},
-        git=repository_state(),
-        paths={stage: asdict(choice) for stage, choice in module.chosen_paths.items()},
-        started=run.history.started,
-        wall_seconds=round(run.history.seconds, 2),
-        peak_memory_mib=round(_peak_memory(), 1),
+        **repeatable(run),
     )
     write_record(folder, record)
 
 
-def _validation(selection: ModelCheckpoint | None) -> dict[str, float]:
+def repeatable(run: Run) -> dict[str, Any]:
+    """Of a record, what is needed to repeat a run, and what it cost."""
+    module = run.module
+    return {
+        "parameters": sum(parameter.numel() for parameter in module.student.parameters()),
+        "config": run.plain,
+        "data": run.data.describe(),
+        "command": ["lit-distill", *sys.argv[1:]],
+        "versions": {"lit_distill": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in _LIBRARIES},
+        "git": repository_state(),
+        "paths": {stage: asdict(choice) for stage, choice in module.chosen_paths.items()},
+        "started": run.history.started,
+        "wall_seconds": round(run.history.seconds, 2),
+        "peak_memory_mib": round(_peak_memory(), 1),
+    }
+
+
+def best_metric(selection: ModelCheckpoint | None) -> dict[str, float]:
     """The metric that selected the best checkpoint, and its step."""
     if selection is None or selection.best_model_score is None:
         return {}

@@ -13,7 +13,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
-from lit_distill.data.base import RationaleDataModule
+from lit_distill.data.student import StudentDataModule
 from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS, import_given, one_line, plain_type
 from lit_distill.modules.base import DistillModule
@@ -90,7 +90,7 @@ class Parser(LightningArgumentParser):
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Called by Lightning; `instantiate` in jsonargparse 4.49 and later."""
-        ours = (DistillModule, RationaleDataModule, Objective, Teacher, pl.Callback)
+        ours = (DistillModule, StudentDataModule, Objective, Teacher, pl.Callback)
         return self.instantiate(cfg, instantiators=[(_instantiate, base, True) for base in ours], **kwargs)
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:

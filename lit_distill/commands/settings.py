@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.checks import check_range
 from lit_distill.commands.parser import Parser
+from lit_distill.data import CorpusDataModule
 from lit_distill.errors import UserError
+from lit_distill.modules import SpanCorruptionModule
 from lit_distill.modules.base import DistillModule
 
 _BOUNDS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,11 @@ def parse_settings(parser: Parser, given: list[str] | Mapping[str, Any]) -> Name
     check_range("cpu_threads", config["cpu_threads"], at_least=1, below=1025, whole=True)
     if (model := config.get("model")) is None:
         return config
+    if config.get("data") is not None and _is(model, SpanCorruptionModule) != reads_corpus(config):
+        raise UserError(
+            f"data: {_name(model)} cannot be trained on {_name(config['data'])}: a corpus is for SpanCorruptionModule,"
+            " and that for CorpusDataModule alone"
+        )
     settings = (parser.unlinked.get("data") or Namespace()).get("init_args") or Namespace()
     for name, value in linked(model).items():
         if settings.get(name) not in (None, value):
@@ -46,9 +53,28 @@ def parse_settings(parser: Parser, given: list[str] | Mapping[str, Any]) -> Name
     return config
 
 
+def reads_corpus(config: Namespace) -> bool:
+    """Whether the data is a corpus."""
+    return _is(config["data"], CorpusDataModule)
+
+
+def _is(given: Namespace, base: type) -> bool:
+    return issubclass(resolve_name(given["class_path"]), base)
+
+
+def _name(given: Namespace) -> str:
+    return str(given["class_path"]).rpartition(".")[2]
+
+
 def settle(config: Namespace, command: str) -> None:
     """Check combinations of keys, and set derived ones, in place. Raises a ``UserError`` that names the key."""
     trainer, fit = config["trainer"], command == "fit"
+    if reads_corpus(config):
+        if config["baseline_after_fit"]:
+            raise UserError("baseline_after_fit: not with a corpus, which has no labels")
+        config["test_after_fit"] = False
+        if config["checkpoint"]["monitor"] == "val/accuracy":
+            config["checkpoint"].update(Namespace(monitor="val/loss", mode="min"))
     if config["baseline_after_fit"] and not config["test_after_fit"]:
         raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
     bounded = [name for name in ("max_steps", "max_epochs") if trainer[name] not in (None, -1)]

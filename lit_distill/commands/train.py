@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lit_distill.callbacks import SampleTable, Throughput, TokenBudget, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
 from lit_distill.commands.finish import Run, finish_fit
+from lit_distill.commands.finish_reading import finish_reading, report_losses
 from lit_distill.commands.loggers import (
     continue_loggers,
     keep_metrics,
@@ -36,6 +37,7 @@ from lit_distill.commands.resume import CONFIG, check_checkpoint, check_training
 from lit_distill.commands.settings import linked_tasks, parse_settings, settle
 from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.needs import check_split
+from lit_distill.data.student import StudentDataModule
 from lit_distill.errors import UserError
 from lit_distill.exporting.engine import Engine, EngineName, load_engine
 from lit_distill.exporting.engine_student import run_on
@@ -48,6 +50,9 @@ from lit_distill.progress import progress_bar
 from lit_distill.students.sharding import deferred
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+_WITHOUT_LABELS = ("fit", "validate")
+"""Those that a corpus will do for."""
 
 _OPTIONS: Sequence[Option] = (
     ("seed_everything", bool | int, 0, "Seed of initialisation and dropout; true draws one."),
@@ -87,7 +92,8 @@ def train_parser(command: str, *, model: bool = True, data: bool = True) -> Pars
     parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML.")
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.add_lightning_class_args(DistillModule, "model", subclass_mode=True, required=model)
-    parser.add_lightning_class_args(RationaleDataModule, "data", subclass_mode=True, required=data)
+    kind = StudentDataModule if command in _WITHOUT_LABELS else RationaleDataModule
+    parser.add_lightning_class_args(kind, "data", subclass_mode=True, required=data)
     parser.add_lightning_class_args(ValidateEverySteps, "validation")
     parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
     parser.set_defaults(_DEFAULTS)
@@ -117,8 +123,10 @@ class SaveConfig(Callback):
         return dict(checkpoint.get("callbacks", {}).get(SaveConfig.__qualname__, {}).get("config", {}))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: StudentDataModule = trainer.datamodule  # type: ignore[attr-defined]
         # before training; the record reads test in any case
+        if not isinstance(data, RationaleDataModule):
+            return
         if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
             check_split(data, "test", "test")
 
@@ -129,17 +137,19 @@ class SaveConfig(Callback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, self.text)
-        data: RationaleDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        train = data.used_rows("train")
+        data: StudentDataModule = trainer.datamodule  # type: ignore[attr-defined]
         dataset, method = names(self.config)
         flat = flatten(self.config.as_dict()).items()
         logged = {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat}
         # for comparing runs
-        logged |= {"dataset": dataset, "method": method, "train_rows": len(train.rows)}
-        if any(task.uses_output for task in data.tasks.values()):
-            logged["train_rationales"] = len(train.with_rationale)
-        if data.split_rows("val") is not None:
-            logged["val_rows"] = len(data.used_rows("val").rows)
+        logged |= {"dataset": dataset, "method": method}
+        if isinstance(data, RationaleDataModule):
+            train = data.used_rows("train")
+            logged["train_rows"] = len(train.rows)
+            if any(task.uses_output for task in data.tasks.values()):
+                logged["train_rationales"] = len(train.with_rationale)
+            if data.split_rows("val") is not None:
+                logged["val_rows"] = len(data.used_rows("val").rows)
         for logger in trainer.loggers:
             logger.log_hyperparams(logged)
 
@@ -201,7 +211,8 @@ def run_trainer(command: str, args: list[str]) -> None:
             if config["push_to_hub"] is not None and trainer.is_global_zero:
                 check_hub(config["push_to_hub"])
             trainer.fit(module, datamodule=data, **checkpoint)
-            finish_fit(Run(config, saving.plain, parser, trainer, module, data, history))
+            run = Run(config, saving.plain, parser, trainer, module, data, history)
+            (finish_fit if isinstance(data, RationaleDataModule) else finish_reading)(run)
         elif command == "predict":
             path = Path(config["predictions"] or run_folder(trainer) / "predictions.jsonl")
             write_predictions(trainer, module, data, path, **checkpoint)
@@ -209,6 +220,8 @@ def run_trainer(command: str, args: list[str]) -> None:
             # our table of metrics, with intervals, replaces Lightning's
             getattr(trainer, command)(module, datamodule=data, verbose=False, **checkpoint)
             report(module)
+            if not isinstance(data, RationaleDataModule):
+                report_losses({name: float(value) for name, value in trainer.callback_metrics.items()})
         failed = False
     except UserError:
         # the folders that were made for a run that is refused; where there are files, they stay
@@ -263,9 +276,7 @@ def _to_build(config: Namespace, folder: Path | None, progress: Mapping[str, Any
     return built
 
 
-def build(
-    parser: Parser, config: Namespace, callbacks: Sequence[Callback]
-) -> tuple[pl.Trainer, DistillModule, RationaleDataModule]:
+def build(parser: Parser, config: Namespace, callbacks: Sequence[Callback]) -> tuple[pl.Trainer, DistillModule, Any]:
     """Build everything; exceptions of our own and of a user's classes pass through."""
     strategy = config["trainer"]["strategy"]
     name = strategy["class_path"] if isinstance(strategy, Namespace) else str(strategy)
@@ -274,7 +285,7 @@ def build(
         with deferred() if "fsdp" in name.lower() else nullcontext():
             built = parser.instantiate_classes(config)
         module: DistillModule = built["model"]
-        data: RationaleDataModule = built["data"]
+        data: StudentDataModule = built["data"]
         # share it, to read its files only once
         data.tokenizer = module.student.tokens
         arguments = {**built["trainer"]}

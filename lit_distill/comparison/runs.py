@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from lit_distill.errors import UserError
 from lit_distill.files import flatten
-from lit_distill.records import PREDICTIONS, RECORD, RunRecord, check_values, read_predictions_file, read_record
+from lit_distill.records import (
+    NO_LABELS,
+    PREDICTIONS,
+    RECORD,
+    RunRecord,
+    check_values,
+    read_predictions_file,
+    read_record,
+)
 
 WANDB = "wandb://"  # prefix of a W&B project address
 
@@ -112,6 +120,8 @@ def _read_run(folder: Path) -> Run:
         state = next(state for name, state in _UNFINISHED.items() if (folder / name).exists())
         raise UserError(f"no {RECORD}: {state}")
     record = read_record(folder)
+    if record.label_source == NO_LABELS:
+        raise UserError("it read a corpus, and was tested on no rows")
     path = folder / PREDICTIONS
     if not path.exists():
         return Run(source, record, remark=f"no {PREDICTIONS}")

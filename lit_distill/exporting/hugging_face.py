@@ -30,7 +30,7 @@ class CardFacts:
     method: str
     dataset: str
     student: str
-    tasks: Mapping[str, Mapping[str, Any]]  # task -> its prefix, and the arguments of `generate`
+    tasks: Mapping[str, Mapping[str, Any]]  # task -> its prefix, and the arguments of `generate`; none of a corpus
     settings: Mapping[str, Any]
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)  # of test; bounds of intervals end in _low and _high
@@ -67,9 +67,10 @@ def export_checkpoint(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
 
 def set_tasks(network: Any, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     """Put tasks into a model's configuration, and the first one's generation into its defaults."""
-    first = next(iter(tasks.values()))
-    network.config.prefix = first["prefix"]
     network.config.task_specific_params = {name: dict(settings) for name, settings in tasks.items()}
+    if (first := next(iter(tasks.values()), None)) is None:
+        return
+    network.config.prefix = first["prefix"]
     # greedy: the pretrained model's sampling settings would contradict it
     network.generation_config.update(**generation_of(first), do_sample=False)
 
@@ -93,7 +94,7 @@ def model_card(facts: CardFacts) -> str:
         model_name=title if results else None,
         eval_results=results or None,
     )
-    first = next(iter(facts.tasks.values()))
+    first = next(iter(facts.tasks.values()), None)
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("model_card.md")),
@@ -101,8 +102,8 @@ def model_card(facts: CardFacts) -> str:
         version=__version__,
         facts=facts,
         kind="Seq2SeqLM" if facts.family == "seq2seq" else "CausalLM",
-        source=_source_code(first),
-        max_new_tokens=first["max_new_tokens"],
+        source=first and _source_code(first),
+        max_new_tokens=first and first["max_new_tokens"],
         tasks=markdown_table(("task", "input", "generation"), map(_task_row, facts.tasks, facts.tasks.values())),
         metrics=markdown_table(("metric", "value", "95 % interval"), _metric_rows(facts)) if facts.metrics else "",
         settings=_settings_table(facts.settings),
