@@ -30,6 +30,9 @@ COMMANDS = {
 }
 """The commands with their help."""
 
+_ABSTRACT = {"Dataset", "RationaleDataModule"}
+"""Classes that have no rows of their own."""
+
 _MANY = 30
 """Maximum keys to list in a message."""
 
@@ -61,6 +64,9 @@ def _line(key: str, text: str, options: Sequence[str]) -> str | None:
         form = "settings, as {KEY: VALUE}" if key == "vote" else "settings by name, as {NAME: {KEY: VALUE}}"
         return f"{key}: got {given[1]}; allowed are {form}"
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and (allowed := _classes(text)):
+        base = _bases(text)[0]
+        if found[1] in _others(base):
+            return f"{key}: {found[1]} is no {base.rpartition('.')[2]}; allowed are {', '.join(allowed)}"
         return f"{key}: unknown class {found[1]!r}{likely(found[1], allowed)}; allowed are {', '.join(allowed)}"
     if found := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", text):
         return f"{key}: cannot use the class {found[1]!r}: {found[2]}"
@@ -87,10 +93,23 @@ def _line(key: str, text: str, options: Sequence[str]) -> str | None:
 
 def _classes(text: str) -> list[str]:
     """What may stand for the class that an error is about; empty if no class is wanted."""
+    bases = _bases(text)
+    allowed = sorted(known_subclasses(bases[0]).keys() - _ABSTRACT) if bases else []
+    return [*allowed, "or the import path of a class of your own"] if bases else []
+
+
+def _bases(text: str) -> list[str]:
+    """The import paths of the classes that an error asks for a subclass of."""
     subtypes = re.search(r"(?m)^\s*Subtypes: (.+)$", text)
     # a class in a module, not `str` or `NoneType`
-    bases = re.findall(r"[\w.]+\.[A-Z]\w*", subtypes[1]) if subtypes else []
-    return [*sorted(known_subclasses(bases[0])), "or the import path of a class of your own"] if bases else []
+    return re.findall(r"[\w.]+\.[A-Z]\w*", subtypes[1]) if subtypes else []
+
+
+def _others(base: str) -> set[str]:
+    """The names of our classes that are no subclasses of the one at an import path, but of a base of it."""
+    parents = [parent for parent in resolve_name(base).__mro__[1:] if parent.__module__.startswith("lit_distill.")]
+    wider = {name for one in parents for name in known_subclasses(f"{one.__module__}.{one.__qualname__}")}
+    return wider - known_subclasses(base).keys()
 
 
 def _unknown_option(name: str, options: Sequence[str]) -> str:

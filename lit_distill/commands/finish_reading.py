@@ -1,5 +1,6 @@
 """The end of ``fit`` on a corpus: save the best checkpoint's student, write the record, show what was read."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 

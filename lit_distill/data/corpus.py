@@ -186,9 +186,8 @@ class CorpusDataModule(StudentDataModule):
 
     def describe(self) -> dict[str, Any]:
         """As `StudentDataModule.describe`."""
-        names = ("max_length", "noise_density", "mean_span_length", "val_documents", "overlap", "seed")
-        if self.tokens.family == "causal":
-            names = tuple(name for name in names if name not in ("noise_density", "mean_span_length"))
+        names = ["max_length", "val_documents", "overlap", "seed"]
+        names += ["noise_density", "mean_span_length"] * (self.tokens.family == "seq2seq")
         sources = {source.name: {"files": len(source.shards), "share": source.share} for source in self.sources}
         settings = {name: self.hparams[name] for name in names}
         return {"dataset": self.name, "sources": sources, **settings, "documents": dict(self.counts)}

@@ -68,13 +68,13 @@ class _Cursor:
     """
 
     def __init__(self, stream: "DocumentStream", number: int, source: Source, place: Sequence[int]) -> None:
-        self.source, self.place = source, list(place)
-        self._parts = lambda: stream._own(source.shards, self.place[0], number)
+        self.stream, self.number, self.source, self.place = stream, number, source, list(place)
         self._rows = self._open()
 
     def _open(self) -> Iterator[tuple[int, int, int, Content]]:
-        _, at, row = self.place
-        return part_rows(self.source.shards, self._parts(), at, row)
+        passed, at, row = self.place
+        shards = self.source.shards
+        return part_rows(shards, self.stream._own(shards, passed, self.number), at, row)
 
     def take(self, count: int) -> Iterator[tuple[AnyPath, int, Content]]:
         """The next rows. Raises a ``UserError`` if there are none."""
@@ -142,7 +142,8 @@ class DocumentStream(Stream):
 
     def _block(self, cursors: Sequence[_Cursor], block: int) -> tuple[list[str], Counter[str]]:
         """The texts to train on of a block, in the order of their sources, and what became of all."""
-        texts, counts = [], Counter[str]()
+        texts: list[str] = []
+        counts: Counter[str] = Counter()
         for cursor in cursors:
             share = cursor.source.share * self.buffer
             # so that shares are met in the long run

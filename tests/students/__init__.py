@@ -39,9 +39,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word, so that a test can write ids by hand: the position in ``WORDS``."""
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+def make_tokenizer(sentinels: int = 0) -> PreTrainedTokenizerFast:
+    """One id a word, so that a test can write ids by hand: the position in ``WORDS``, after which sentinels come."""
+    words = [*WORDS, *(f"<extra_id_{number}>" for number in reversed(range(sentinels)))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
@@ -64,11 +65,12 @@ def make_unigram_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def make_student_folder(folder: Path, **changes: Any) -> Path:
+def make_student_folder(folder: Path, sentinels: int = 0, **changes: Any) -> Path:
     """A folder with a configuration and a tokenizer, without weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    make_tokenizer().save_pretrained(folder)
+    size = {"vocab_size": len(WORDS) + sentinels}
+    (folder / "config.json").write_text(json.dumps(CONFIG | size | changes))
+    make_tokenizer(sentinels).save_pretrained(folder)
     return folder
 
 

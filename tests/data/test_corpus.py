@@ -1,0 +1,298 @@
+"""A corpus: its files, its documents, the sequences that are made of them, and where it goes on."""
+
+import gzip
+import json
+import lzma
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
+
+import fsspec  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+import torch
+
+from lit_distill.batch import IGNORE_INDEX
+from lit_distill.data import CorpusDataModule
+from lit_distill.data import streaming as streaming_module
+from lit_distill.data.documents import normal
+from lit_distill.data.streaming import StreamLoader
+from lit_distill.errors import UserError
+from lit_distill.students import Tokens
+from lit_distill.students.tokens import CausalTokens
+from tests.students import CAUSAL_WORDS, WORDS, make_causal_tokenizer, make_tokenizer
+
+# words of the tokenizer, so that a document can be read again from its tokens
+NUMBERS = [word for word in WORDS if word.isdecimal()]
+EOS = 1
+
+
+def documents(start: int, end: int) -> list[str]:
+    """Different texts of 6 words."""
+    return [f"{NUMBERS[i // 30]} {NUMBERS[i % 30]} the cat is red" for i in range(start, end)]
+
+
+def write(path: Path, texts: Sequence[Any]) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    lines = "".join((text if path.name.startswith("plain") else json.dumps(text)) + "\n" for text in texts).encode()
+    compress: Any = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(lines))
+    return path
+
+
+def build(train: Any, world: int = 1, rank: int = 0, **settings: Any) -> CorpusDataModule:
+    arguments: dict[str, Any] = {"batch_size": 4, "shuffle_buffer": 50, "max_length": 24, "val_documents": 3, "seed": 3}
+    arguments |= {"tokenizer": Tokens(make_tokenizer(20))} | settings
+    data = CorpusDataModule(train, **arguments)
+    data.prepare_data()
+    data.trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=world, max_steps=9))
+    data.trainer.limit_train_batches, data.trainer.fast_dev_run = 1.0, False  # type: ignore[union-attr, attr-defined]
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    """300 documents in four formats."""
+    write(tmp_path / "c" / "plain.txt.gz", documents(0, 60))
+    write(tmp_path / "c" / "strings.jsonl.xz", [*documents(60, 150), "", "  "])
+    write(tmp_path / "c" / "objects.json", [{"text": text, "other": 1} for text in documents(150, 220)])
+    pq.write_table(pa.Table.from_pylist([{"text": text} for text in documents(220, 300)]), tmp_path / "c" / "p.parquet")
+    return str(tmp_path / "c" / "*")
+
+
+def sequences(batch: Any, tokens: Tokens) -> Iterator[list[int]]:
+    """What was corrupted, put together from sources and targets."""
+    vocabulary = tokens.tokenizer.get_vocab()
+    sentinels = {vocabulary[f"<extra_id_{i}>"] for i in range(20)}
+    for source, target in zip(batch["text"]["input_ids"].tolist(), batch["text"]["labels"].tolist(), strict=True):
+        gaps: dict[int, list[int]] = {}
+        for token in target[: target.index(IGNORE_INDEX) if IGNORE_INDEX in target else None][:-1]:
+            if token in sentinels:
+                gaps[token] = []
+            else:
+                gaps[next(reversed(gaps))].append(token)
+        real = source[: source.index(0) if 0 in source else None][:-1]
+        yield [token for mark in real for token in gaps.get(mark, [mark])]
+
+
+def texts(stream: Sequence[int], tokens: Tokens) -> list[str]:
+    """The documents in joined sequences."""
+    found: list[list[int]] = [[]]
+    for token in stream:
+        if token == EOS:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return [tokens.tokenizer.decode(ids) for ids in found if ids]
+
+
+def first_pass(loader: StreamLoader, tokens: Tokens, count: int) -> list[str]:
+    """The documents of the first batches, as many as ``count`` at least."""
+    stream: list[int] = []
+    for batch in loader:
+        for sequence in sequences(batch, tokens):
+            stream += sequence
+        if stream.count(EOS) >= count:
+            return texts(stream, tokens)
+    raise AssertionError
+
+
+def test_each_document_is_read_whole_and_once_a_pass(corpus: str) -> None:
+    data = build(corpus, val_documents=300)
+    held_out = data._val_texts()
+    assert 0 < len(held_out) < 10
+    left = [text for text in documents(0, 300) if text not in held_out]
+    # one block: its order is random, its sequences are cut anywhere
+    whole = build(corpus, shuffle_buffer=302, batch_size=1)
+    loader = whole.train_dataloader()
+    found: list[int] = []
+    for batch in loader:
+        if loader.state_dict()["streams"][0]["block"] == 1:
+            break
+        for sequence in sequences(batch, whole.tokens):
+            assert len(sequence) <= whole.packing.length
+            found += sequence
+    read = texts(found, whole.tokens)
+    assert sorted(read) == sorted(left)
+    assert read != left
+    # of the second block, too
+    assert whole.counts == {"documents": 2 * len(left), "blank": 4, "held_out": 2 * len(held_out)}
+    assert len(found) == 7 * len(left)
+
+
+def test_ranks_and_workers_share_a_pass(corpus: str) -> None:
+    seen: Counter[str] = Counter()
+    for rank in range(2):
+        data = build(corpus, 2, rank, num_workers=2, shuffle_buffer=20)
+        loader = data.train_dataloader()
+        stopped = list(islice(loader, 40))
+        streams = loader.state_dict()["streams"]
+        assert len(stopped) == 40
+        assert len(streams) == 2
+        assert all(state["sources"][0][0] > 0 for state in streams)
+        for batch in stopped:
+            for sequence in sequences(batch, data.tokens):
+                seen.update(texts(sequence, data.tokens))
+    val = build(corpus, val_documents=300)._val_texts()
+    # documents at the ends of sequences are in parts
+    assert {text for text in seen if text.count(" ") == 5} == set(documents(0, 300)) - set(val)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_goes_on_exactly(workers: int, corpus: str) -> None:
+    mixture = {"a": {"paths": corpus, "weight": 3}, "b": {"paths": [corpus.replace("*", "p*")]}}
+    settings: dict[str, Any] = {"num_workers": workers}
+    loader = build(mixture, **settings).train_dataloader()
+    states, batches, counts = [loader.state_dict()], [], [{}]
+    for batch in islice(loader, 40):
+        states.append(json.loads(json.dumps(loader.state_dict())))
+        batches.append(batch)
+        counts.append(dict(loader.counts))
+    for stop in (1, 7, 16, 33):
+        later = build(mixture, **settings).train_dataloader()
+        later.load_state_dict(states[stop])
+        for number, batch in enumerate(islice(later, 40 - stop), start=stop):
+            assert all(torch.equal(batch["text"][key], batches[number]["text"][key]) for key in ("input_ids", "labels"))
+            assert later.counts == counts[number + 1]
+    with pytest.raises(UserError, match="ckpt_path: training rows cannot go on"):
+        build(mixture, max_length=30).train_dataloader().load_state_dict(states[3])
+
+
+def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ["a " * 6] * 70)
+    write(tmp_path / "b.jsonl", ["b " * 6] * 900)
+    val = write(tmp_path / "v.jsonl", ["c"])
+    train = {"a": {"paths": str(tmp_path / "a.jsonl"), "weight": 1}, "b": {"paths": str(tmp_path / "b.jsonl")}}
+    train["a"]["weight"] = 0.5
+    data = build(train, val=str(val), shuffle_buffer=10)
+    found = first_pass(data.train_dataloader(), data.tokens, 300)
+    # whole documents; the smaller source is read again
+    share = sum(text == "a a a a a a" for text in found) / len(found)
+    assert share == pytest.approx(1 / 3, abs=0.02)
+    loader = data.train_dataloader()
+    for _ in islice(loader, 60):
+        pass
+    [state] = loader.state_dict()["streams"]
+    assert state["sources"][0][0] >= 1
+    assert state["sources"][1][0] == 0
+
+
+def test_validation_is_the_same_each_time_and_never_trained_on(corpus: str) -> None:
+    data = build(corpus, eval_batch_size=2)
+    one, other = list(data.val_dataloader()), list(build(corpus, eval_batch_size=2).val_dataloader())
+    assert len(one) == len(other) > 0
+    assert all(torch.equal(a["text"]["labels"], b["text"]["labels"]) for a, b in zip(one, other, strict=True))
+    told = texts([token for batch in one for found in sequences(batch, data.tokens) for token in found], data.tokens)
+    assert told == data._val_texts()
+    assert len(told) == 2
+    # two ranks have each sequence once, and none for the row that fills the last round
+    rows: list[int] = []
+    for rank in range(2):
+        data = build(corpus, 2, rank, val=corpus, val_documents=20, eval_batch_size=1)
+        for batch in data.val_dataloader():
+            index = batch["text"]["index"].tolist()
+            real = (batch["text"]["labels"] != IGNORE_INDEX).any(1)
+            assert real.tolist() == [row >= 0 for row in index]
+            rows += [row for row in index if row >= 0]
+    assert sorted(rows) == list(range(len(cast(Any, data._val_rows))))
+
+
+def test_a_decoder_only_student_predicts_each_token_but_the_first(corpus: str) -> None:
+    tokens = CausalTokens(make_causal_tokenizer())
+    data = build(corpus, tokenizer=tokens, max_length=24)
+    batch = next(iter(data.train_dataloader()))["text"]
+    assert batch["input_ids"].shape == (4, 1)
+    assert batch["labels"].shape == (4, 23)
+    joined = torch.cat([batch["input_ids"], batch["labels"]], dim=1)[0].tolist()
+    assert EOS in joined
+    assert set(texts(joined, tokens)[1:-1]) <= set(documents(0, 300))
+    assert all(token < len(CAUSAL_WORDS) for token in joined)
+    assert data.tokens_per_row() == 24
+    assert "noise_density" not in data.describe()
+
+
+def test_a_corpus_at_a_url() -> None:
+    place = f"memory://{uuid4().hex}"
+    for number, part in enumerate((documents(0, 150), documents(150, 300))):
+        with fsspec.open(f"{place}/{number}.jsonl.gz", "wb") as file:
+            file.write(gzip.compress("".join(json.dumps(text) + "\n" for text in part).encode()))
+    data = build(f"{place}/*.jsonl.gz")
+    assert len(data.sources[0].shards) == 2
+    assert set(first_pass(data.train_dataloader(), data.tokens, 40)[:-1]) <= set(documents(0, 300))
+
+
+def test_lines_of_test_sets_are_refused_or_dropped(tmp_path: Path) -> None:
+    common = "Two CATS, sleep on the red-mat!"
+    train = [*documents(0, 200), f"b\n{common}", *documents(200, 300)]
+    path = write(tmp_path / "train.jsonl", train)
+    row = {"premise": "short text", "choices": ["x", "two cats sleep on   the red mat"], "id": 5}
+    tests = write(tmp_path / "test.jsonl", [row])
+    settings: dict[str, Any] = {"test_sets": [str(tests)]}
+    message = (
+        rf"^train: {path}:201 has a line of a test set \({tests}:1: 'two cats sleep on the red mat'\); overlap: drop"
+    )
+    with pytest.raises(UserError, match=message):
+        build(str(path), **settings)
+    dropped = build(str(path), overlap="drop", shuffle_buffer=301, **settings)
+    next(iter(dropped.train_dataloader()))
+    loader = dropped.train_dataloader()
+    next(iter(loader))
+    assert loader.counts["overlapping"] == 1
+    # what is not scanned before is found as it is read
+    remote = build(str(path), **settings | {"test_sets": None}, shuffle_buffer=301)
+    object.__setattr__(remote.sorting, "tested", dropped.sorting.tested)
+    with pytest.raises(UserError, match=message):
+        next(iter(remote.train_dataloader()))
+    # four words tell nothing
+    write(tests, [{"premise": "the cat is red"}])
+    build(str(path), **settings)
+    assert normal(" A-b\tÇé_1 ") == "a b çé 1"
+
+
+def test_what_a_corpus_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(match: str, content: Sequence[Any] | bytes, name: str = "c.jsonl", **settings: Any) -> None:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            write(path, content)
+        with pytest.raises(UserError, match=match):
+            list(islice(build(str(path), **settings).train_dataloader(), 30))
+
+    many = documents(0, 300)
+    with pytest.raises(UserError, match=r"^train: there is no file .*nowhere"):
+        build(str(tmp_path / "nowhere"))
+    refused(r"^train: .*c\.csv is none of \.txt, ", many, "c.csv")
+    refused(r"^train: no text in train: .*c\.jsonl, 1 file", ["", " "])
+    refused(r"^val: must be given for so small a corpus: of 2 documents none", ["a", "b"])
+    refused(r"^val: there is no file", many, val=str(tmp_path / "no"))
+    refused(r"^test_sets: there is no file", many, test_sets=[str(tmp_path / "no")])
+    refused(r"c\.jsonl:1: no column 'text'; there are x$", [{"x": "a"}])
+    refused(r"c\.jsonl:2: 'body' must be a text, got 5$", [{"body": "a"}, {"body": 5}], column="body")
+    refused(r"c\.jsonl:1 must be a text, got \['a'\]$", [["a"]])
+    refused(r"c\.jsonl:2: not JSON: ", b'"a"\n{\n')
+    refused(r"plain\.txt:1: not UTF-8", b"\xff\xfe\n", "plain.txt")
+    refused(r"plain\.txt\.gz is damaged", gzip.compress(b"a\n" * 9)[:-9], "plain.txt.gz")
+    monkeypatch.setattr(streaming_module, "LONGEST", 2**20)
+    refused(r"c\.jsonl:301: the line has more than 1 MiB; cut it into several$", [*many, "a" * 2**20], val_documents=9)
+    settings: list[tuple[str, dict[str, Any]]] = [
+        (r"^train: a: weight must be above 0, got 0$", {"train": {"a": {"paths": "x", "weight": 0}}}),
+        (r"^train: a must map paths and weight", {"train": {"a": "x"}}),
+        (r"^train: a: paths must be a path or a list of paths, got \[\]$", {"train": {"a": {"paths": []}}}),
+        (r"^train: a mixture must name sources", {"train": {}}),
+        (r"^train must be a path or a list of paths", {"train": 5}),
+        (r"^noise_density must be above 0 and below 1, got 1$", {"noise_density": 1}),
+        (r"^mean_span_length must be at least 1, got 0.5$", {"mean_span_length": 0.5}),
+        (r"^overlap must be one of refuse, drop", {"overlap": "x"}),
+    ]
+    for match, given in settings:
+        with pytest.raises(UserError, match=match):
+            CorpusDataModule(**cast(Any, {"train": "x"} | given))
+    with pytest.raises(UserError, match=r"^tokenizer: .* has 2 sentinels .* need 5: "):
+        build(str(write(tmp_path / "c.jsonl", many)), tokenizer=Tokens(make_tokenizer(2)), max_length=100)
