@@ -3,7 +3,7 @@
 python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-mini
 
 T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed: the student starts from random ones.
-Others are wider, deeper, or have a vocabulary of their own, made of all texts of a JSON file:
+Others are wider, deeper, or have a vocabulary of their own, made of all texts of a JSON file, and T5's 100 sentinels:
 
 python docs/evidence/make_student.py --like T5_FOLDER --words data/esnli/llm/train_CoT_0.json --out students/esnli-t5
 """
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 HEADS = 4
+SENTINELS = 100
 
 
 def main() -> None:
@@ -45,12 +46,14 @@ def main() -> None:
 
 
 def make_tokenizer(texts: Path, out: Path) -> int:
-    """Write a byte pair encoding of a list of texts; returns the number of its entries."""
+    """Write a byte pair encoding of a list of texts, and sentinels; returns the number of its entries."""
     pad, end, unknown = special = ["<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=special)
     tokenizer.train_from_iterator(json.loads(texts.read_text()), trainer)
+    # as T5's: <extra_id_0> is the last
+    tokenizer.add_special_tokens([f"<extra_id_{number}>" for number in reversed(range(SENTINELS))])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
     made.save_pretrained(out)

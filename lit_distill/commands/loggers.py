@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.checkpoints import RunHistory
+from lit_distill.commands.settings import reads_corpus
 from lit_distill.comparison.settings import identifying
 from lit_distill.files import atomic_write
 
@@ -32,6 +33,9 @@ def names(config: Namespace) -> tuple[str, str]:
 
 def _setting(config: Namespace) -> list[str]:
     arguments = config["data"].get("init_args") or Namespace()
+    if reads_corpus(config):
+        # which has no labels
+        return [*names(config)]
     fraction = f"{arguments.get('train_fraction', 1.0):g}"
     return [*names(config), arguments.get("label_source", "gold"), fraction]
 
@@ -49,9 +53,10 @@ def wandb_naming(config: Namespace) -> dict[str, Any]:
     settings = identifying({key: value for key, value in config.as_dict().items() if key != "config"})
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     student, seed = Path(str(config["model"]["init_args"]["student"])).name, config["seed_everything"]
-    dataset, method, source, fraction = _setting(config)
-    group = "-".join([dataset, method, source, fraction, student[:60], digest])
-    tags = [dataset, method, student, f"{source} labels", f"fraction {fraction}", f"seed {seed}"]
+    dataset, method, *rest = _setting(config)
+    group = "-".join([dataset, method, *rest, student[:60], digest])
+    told = [f"{rest[0]} labels", f"fraction {rest[1]}"] if rest else []
+    tags = [dataset, method, student, *told, f"seed {seed}"]
     return {"name": f"{group}-seed{seed}", "group": group, "tags": [tag[:64] for tag in tags]}
 
 

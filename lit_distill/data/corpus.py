@@ -151,7 +151,8 @@ class CorpusDataModule(StudentDataModule):
         if str(getattr(stage, "value", stage)) == "fit" and self.trainer is not None:
             check_endless(self.trainer)
         if self._val_rows is None:
-            texts, packing = self._val_texts(), self.packing
+            # whose errors come at once
+            packing, texts = self.packing, self._val_texts()
             self._val_rows = _Sequences(
                 packing.row(sequence, number, (self.seed, 0, number))
                 for number, sequence in enumerate(packing.sequences(texts))

@@ -117,7 +117,8 @@ class DocumentStream(Stream):
         self.setup += [packing.length, [source.share for source in sources]]
 
     def _items(self, stream: int, state: State) -> Iterator[Item]:
-        block, taken, counts = int(state["block"]), int(state["taken"]), Counter(state["counts"])
+        block, taken = int(state["block"]), int(state["taken"])
+        counts: Counter[str] = Counter(state["counts"])
         places = [list(place) for place in state["sources"]]
         cursors = [_Cursor(self, stream, source, place) for source, place in zip(self.sources, places, strict=True)]
         rows: list[TokenRow] = []

@@ -51,7 +51,7 @@ def build(train: Any, world: int = 1, rank: int = 0, **settings: Any) -> CorpusD
     data = CorpusDataModule(train, **arguments)
     data.prepare_data()
     data.trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=world, max_steps=9))
-    data.trainer.limit_train_batches, data.trainer.fast_dev_run = 1.0, False  # type: ignore[union-attr, attr-defined]
+    data.trainer.limit_train_batches, data.trainer.fast_dev_run = 1.0, False  # type: ignore[union-attr]
     data.setup("fit")
     return data
 
@@ -89,7 +89,7 @@ def texts(stream: Sequence[int], tokens: Tokens) -> list[str]:
             found.append([])
         else:
             found[-1].append(token)
-    return [tokens.tokenizer.decode(ids) for ids in found if ids]
+    return [str(tokens.tokenizer.decode(ids)) for ids in found if ids]
 
 
 def first_pass(loader: StreamLoader, tokens: Tokens, count: int) -> list[str]:
@@ -149,7 +149,8 @@ def test_it_goes_on_exactly(workers: int, corpus: str) -> None:
     mixture = {"a": {"paths": corpus, "weight": 3}, "b": {"paths": [corpus.replace("*", "p*")]}}
     settings: dict[str, Any] = {"num_workers": workers}
     loader = build(mixture, **settings).train_dataloader()
-    states, batches, counts = [loader.state_dict()], [], [{}]
+    states, batches = [loader.state_dict()], []
+    counts: list[dict[str, int]] = [{}]
     for batch in islice(loader, 40):
         states.append(json.loads(json.dumps(loader.state_dict())))
         batches.append(batch)
@@ -168,8 +169,7 @@ def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ["a " * 6] * 70)
     write(tmp_path / "b.jsonl", ["b " * 6] * 900)
     val = write(tmp_path / "v.jsonl", ["c"])
-    train = {"a": {"paths": str(tmp_path / "a.jsonl"), "weight": 1}, "b": {"paths": str(tmp_path / "b.jsonl")}}
-    train["a"]["weight"] = 0.5
+    train = {"a": {"paths": str(tmp_path / "a.jsonl"), "weight": 0.5}, "b": {"paths": str(tmp_path / "b.jsonl")}}
     data = build(train, val=str(val), shuffle_buffer=10)
     found = first_pass(data.train_dataloader(), data.tokens, 300)
     # whole documents; the smaller source is read again
