@@ -519,6 +519,22 @@ def test_linear_layers_are_those_of_the_model(bench: Callable[[str], Any], setti
     assert sum(shape.inputs * shape.outputs * count for shape, count in counted.items()) == expected
 
 
+def test_both_sides_read_the_same_batches(bench: Callable[[str], Any], tmp_path: Path) -> None:
+    student = make_student_folder(tmp_path / "reader", sentinels=8)
+    (tmp_path / "corpus.txt").write_text("".join(f"the cat is {i} red\n" for i in range(300)))
+    given = {"student": str(student), "corpus": str(tmp_path / "corpus.txt"), "column": "text", "max_length": 24}
+    given |= {"batch_size": 2, "steps": 2, "pairs": 1, "precision": "32", "threads": 1}
+    reading = bench("reading")
+    found: dict[str, list[dict[str, float]]] = {}
+    for name in ("lit_distill", "plain"):
+        told = found[name] = []
+        getattr(reading, name)(SimpleNamespace(wait=lambda: None, answer=told.append), given)
+    for ours, plain in zip(*found.values(), strict=True):
+        # two batches of two: sources of at most 24 tokens, targets of 6
+        assert ours["tokens"] == plain["tokens"] == 4 * (24 + 6)
+    assert len(found["plain"]) == 2
+
+
 def test_a_block_is_timed_from_its_turn_to_its_last_step(
     bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

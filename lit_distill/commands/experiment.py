@@ -35,7 +35,7 @@ from lit_distill.teachers.frozen import about, check_place
 
 _BASES = (
     "lit_distill.modules.base.DistillModule",
-    "lit_distill.data.base.RationaleDataModule",
+    "lit_distill.data.student.StudentDataModule",
     "lit_distill.objectives.base.Objective",
 )
 

@@ -24,6 +24,7 @@ from lit_distill.checkpoints import RunHistory, save_atomically
 from lit_distill.commands.loggers import names, run_folder
 from lit_distill.commands.parser import Parser, constructor_arguments
 from lit_distill.commands.report import chance_level, report
+from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.floor import floors
 from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
@@ -34,7 +35,7 @@ from lit_distill.modules.base import DistillModule
 from lit_distill.modules.methods import StandardModule
 from lit_distill.progress import progress_bar
 from lit_distill.records import RunRecord, write_predictions_file, write_record
-from lit_distill.tasks import TEXT, fingerprint
+from lit_distill.tasks import fingerprint
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -179,9 +180,8 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
             settings=settings,
             tasks={
                 name: record_task(task, module.generation_settings(name))
-                for name, task in module.tasks.items()
-                # texts are no task to ask of it
-                if task != TEXT
+                # texts of a corpus are no task to ask of it
+                for name, task in (module.tasks.items() if isinstance(data, RationaleDataModule) else ())
             },
             data=data.describe(),
             metrics=tested.metrics if tested else {},

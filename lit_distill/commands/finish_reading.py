@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.text import Text
@@ -19,9 +21,11 @@ def finish_reading(run: Run) -> None:
     """Save the best checkpoint's student, write the record and print the results."""
     config, trainer, folder = run.config, run.trainer, run_folder(run.trainer)
     steps, tokens, best = what_was_trained(run)
+    # of all processes
+    documents: Any = run.module.all_gather(torch.tensor(run.data.counts.get("documents", 0), device=run.module.device))
     student = save_student(run, best, folder / "student", {})
     if not config["trainer"]["fast_dev_run"]:
-        write_results(run, folder, steps, tokens)
+        write_results(run, folder, steps, tokens, int(documents.sum()))
     last = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     report_losses(_of_best(last, best_metric(run.selection)), steps=steps, tokens=tokens, student=student)
     if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
@@ -29,7 +33,7 @@ def finish_reading(run: Run) -> None:
 
 
 @rank_zero_only
-def write_results(run: Run, folder: Path, steps: int, tokens: int) -> None:
+def write_results(run: Run, folder: Path, steps: int, tokens: int, documents: int) -> None:
     """Write a run's record, which tells comparisons that it was tested on nothing."""
     dataset, method = names(run.config)
     record = RunRecord(
@@ -40,7 +44,7 @@ def write_results(run: Run, folder: Path, steps: int, tokens: int) -> None:
         train_fraction=1.0,
         seed=run.config["seed_everything"],
         data_seed=run.data.seed,
-        train_rows=run.data.counts.get("documents", 0),
+        train_rows=documents,
         test_rows=0,
         steps=steps,
         metrics={},

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from lit_distill.data.streaming import LONGEST, Content, placed, shard_rows
@@ -66,9 +67,14 @@ def tested_lines(paths: Sequence[AnyPath]) -> dict[str, str]:
 
 
 def _lines(value: Any) -> Iterator[str]:
-    """The normalised lines of all texts in a JSON value that have enough words."""
+    """The normalised lines of all texts in a JSON value that have enough words.
+
+    Also what comes after a line's first colon, as in ``Premise: ...``.
+    """
     if isinstance(value, str):
-        yield from (line for line in map(normal, value.splitlines()) if line.count(" ") >= WORDS - 1)
+        lines = value.splitlines()
+        parts = chain(lines, (line.partition(": ")[2] for line in lines if ": " in line))
+        yield from (line for line in map(normal, parts) if line.count(" ") >= WORDS - 1)
     elif isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _lines(one)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import runpy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -23,7 +24,7 @@ from lit_distill.data import streaming as streaming_module
 from lit_distill.data.documents import normal
 from lit_distill.data.streaming import StreamLoader
 from lit_distill.errors import UserError
-from lit_distill.students import Tokens
+from lit_distill.students import Tokens, load_tokenizer
 from lit_distill.students.tokens import CausalTokens
 from tests.students import CAUSAL_WORDS, WORDS, make_causal_tokenizer, make_tokenizer
 
@@ -217,6 +218,15 @@ def test_a_decoder_only_student_predicts_each_token_but_the_first(corpus: str) -
     assert "noise_density" not in data.describe()
 
 
+def test_a_vocabulary_of_the_evidence_has_t5s_sentinels(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs" / "evidence" / "make_student.py"
+    (tmp_path / "texts.json").write_text(json.dumps(documents(0, 9)))
+    size = runpy.run_path(str(path))["make_tokenizer"](tmp_path / "texts.json", tmp_path)
+    tokens = load_tokenizer(tmp_path)
+    assert [tokens.convert_tokens_to_ids(f"<extra_id_{i}>") for i in (0, 1, 99)] == [size - 1, size - 2, size - 100]
+    assert tokens.decode([size - 1, *tokens("the cat")["input_ids"]], skip_special_tokens=True) == "the cat"
+
+
 def test_a_corpus_at_a_url() -> None:
     place = f"memory://{uuid4().hex}"
     for number, part in enumerate((documents(0, 150), documents(150, 300))):
@@ -229,7 +239,7 @@ def test_a_corpus_at_a_url() -> None:
 
 def test_lines_of_test_sets_are_refused_or_dropped(tmp_path: Path) -> None:
     common = "Two CATS, sleep on the red-mat!"
-    train = [*documents(0, 200), f"b\n{common}", *documents(200, 300)]
+    train = [*documents(0, 200), f"b\nPremise: {common}", *documents(200, 300)]
     path = write(tmp_path / "train.jsonl", train)
     row = {"premise": "short text", "choices": ["x", "two cats sleep on   the red mat"], "id": 5}
     tests = write(tmp_path / "test.jsonl", [row])
