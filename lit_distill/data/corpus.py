@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,6 +21,7 @@ from lit_distill.data.streaming import StreamLoader, check_endless, find_shards
 from lit_distill.data.student import StudentDataModule, Tokenizer
 from lit_distill.data.tokenize import TokenRow
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.remote import as_path
 from lit_distill.tasks import TEXT
 
@@ -134,6 +135,10 @@ class CorpusDataModule(StudentDataModule):
         """Those of a whole sequence: few are shorter."""
         length = self.packing.length
         return length if self.tokens.family == "causal" else sum(corrupted_lengths(length, *self._rates))
+
+    def token_rows(self, split: Split) -> NoReturn:
+        """Raises a ``UserError``: there are none."""
+        raise UserError("objectives: a corpus keeps no tokenised rows, which captured distributions and this one need")
 
     def prepare_data(self) -> None:
         """Check early that files exist, and that no local one has a line of a test set."""

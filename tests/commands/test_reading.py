@@ -150,6 +150,8 @@ def test_what_does_not_go_with_a_corpus(student: Path, corpus: Path, capsys: pyt
     assert refusal(capsys, "fit", own, "--trainer.max_epochs=1", "--trainer.max_steps=-1").startswith("max_steps: must")
     line = refusal(capsys, "fit", own, "--model.tasks.label.prefix=x")
     assert line.endswith("SpanCorruptionModule has the task text alone, not label")
+    line = refusal(capsys, "fit", own, small_trainer(), "--model.objectives=[{class_path: AnswerConsistency}]")
+    assert line.startswith("objectives: a corpus keeps no tokenised rows")
     line = refusal(capsys, "fit", own, small_trainer(), "--data.max_length=400")
     assert line.startswith("tokenizer: ")
     assert "has 12 sentinels" in line
