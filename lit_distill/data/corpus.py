@@ -153,8 +153,6 @@ class CorpusDataModule(StudentDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the documents of validation. Raises a ``UserError`` if there are none."""
-        if str(getattr(stage, "value", stage)) == "fit" and self.trainer is not None:
-            check_endless(self.trainer)
         if self._val_rows is None:
             # whose errors come at once
             packing, texts = self.packing, self._val_texts()
@@ -199,7 +197,10 @@ class CorpusDataModule(StudentDataModule):
         return {"dataset": self.name, "sources": sources, **settings, "documents": dict(self.counts)}
 
     def train_dataloader(self) -> StreamLoader:
-        """Batches without an end."""
+        """Batches without an end. Raises a ``UserError`` if the trainer needs one."""
+        if self.trainer is not None:
+            # by now a budget of tokens has set its steps
+            check_endless(self.trainer)
         rank, world = self.rank_and_world
         stream = DocumentStream(
             self.sources,

@@ -130,7 +130,8 @@ def test_the_loss_is_that_of_transformers(family: str, student: Path, corpus: Pa
 
 
 def test_a_budget_of_tokens_is_met(student: Path, corpus: Path) -> None:
-    run("fit", reading(student, corpus), small_trainer(), "--max_tokens=1000", "--data.shuffle_buffer=400")
+    run("fit", reading(student, corpus), small_trainer(), "--max_tokens=1000", "--data.shuffle_buffer=400",
+        "--trainer.max_steps=-1")  # fmt: skip
     record = read_record(run_folders()[0])
     # 26 tokens make a source of 24 and a target of 6: 120 a step of four
     assert record.steps == 8
