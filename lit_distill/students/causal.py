@@ -109,7 +109,7 @@ class CausalPass(Pass):
         if length > most:
             raise UserError(
                 f"student: a prompt and its target have {length} tokens, the model has {most} positions;"
-                " lower data.max_source_length or data.max_target_length"
+                " lower data.max_source_length or data.max_target_length, or of a corpus data.max_length"
             )
         return self.student.network.base_model(**inputs, return_dict=True)
 
