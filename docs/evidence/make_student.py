@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 HEADS = 4
@@ -49,7 +49,11 @@ def make_tokenizer(texts: Path, out: Path) -> int:
     """Write a byte pair encoding of a list of texts, and sentinels; returns the number of its entries."""
     pad, end, unknown = special = ["<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    # as T5's, whose entries have no line breaks
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    # else a word has another entry at the end of a sentence
+    splits = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(splits), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=special)
     tokenizer.train_from_iterator(json.loads(texts.read_text()), trainer)
     # as T5's: <extra_id_0> is the last
