@@ -31,7 +31,7 @@ class CorpusDataModule(StudentDataModule):
 
     A file has a document a line: plain text (``.txt``), or JSON lines of strings or of objects (``.jsonl``, ``.json``),
     each also as ``.gz``, ``.bz2``, ``.xz`` or ``.zst``; or it is Parquet. Files are streamed, and nothing of them is
-    kept. Documents are shuffled in blocks, joined, each with end-of-sequence, and cut to one length, so that no batch
+    kept. Documents are joined in their order, each with end-of-sequence, and cut to one length, so that no batch
     is padded. A T5 reads each sequence with gaps, T5's span corruption (`lit_distill.data.corruption`); a decoder-only
     student predicts each of its tokens but the first.
 
@@ -53,7 +53,7 @@ class CorpusDataModule(StudentDataModule):
         test_sets: files, as those of ``train``, whose lines no document may have; of JSON objects all texts count.
             Lines are compared by their words, and those of fewer than five are left out.
         overlap: ``refuse`` a corpus with such a document, before training if its files are local, or ``drop`` them.
-        shuffle_buffer: number of documents that a loader process shuffles at a time.
+        shuffle_buffer: number of documents whose sequences a loader process shuffles at a time.
         seed: of the order of documents and of the gaps.
         num_workers: data loader processes per device; 0 loads in the main process.
         data_dir: folder of relative paths, possibly at an fsspec URL.
