@@ -31,8 +31,8 @@ def compare(
         out: folder of the report: ``report.html``, ``report.md``, ``runs.csv``, ``runs.parquet``, ``figures/``.
         baseline: the setting to compare with, as in ``method=StepByStep,rationales=shuffled``; student, labels and
             fraction are those of the compared setting unless given. By default standard finetuning.
-        metric: the logged name of the metric. ``test/accuracy`` and ``test/vote_accuracy`` have intervals over
-            test rows.
+        metric: the logged name of the metric: one of test, or ``val/accuracy``, which chose the checkpoint, to tune
+            settings without test. ``test/accuracy`` and ``test/vote_accuracy`` have intervals over test rows.
         allow_different_tests: compare runs of a dataset even if their test rows differ.
         resamples: of the bootstrap; at most 100,000.
         seed: of the bootstrap.

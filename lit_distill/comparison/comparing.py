@@ -83,11 +83,11 @@ def compare_runs(
     if not runs:
         reasons = "".join(f"; {source}: {reason}" for source, reason in list(skipped.items())[:3])
         raise UserError(f"runs: found no finished run ({len(skipped)} skipped{reasons})")
-    with_metric = [run for run in runs if metric in run.record.metrics]
+    with_metric = [run for run in runs if metric in run.metrics]
     if not with_metric:
-        allowed = sorted({name for run in runs for name in run.record.metrics})
+        allowed = sorted({name for run in runs for name in run.metrics})
         raise UserError(f"metric: no run has {metric!r}; allowed are {', '.join(allowed) or 'none: no run was tested'}")
-    skipped |= {run.source: f"no {metric} among its metrics" for run in runs if metric not in run.record.metrics}
+    skipped |= {run.source: f"no {metric} among its metrics" for run in runs if metric not in run.metrics}
     table, keys, remarks = runs_table(with_metric)
     facts = {}
     for dataset, own in table.groupby("dataset"):
@@ -166,7 +166,7 @@ def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run
 
 def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
     """The mean over a setting's runs, and what was published for it."""
-    values = [run.record.metrics[metric] for run in runs]
+    values = [run.metrics[metric] for run in runs]
     floors = [max(run.record.floors.values()) for run in runs if run.record.floors]
     papers = {published_row(run) for run in runs} if metric == ACCURACY else set()
     row = papers.pop() if len(papers) == 1 else None
@@ -185,7 +185,7 @@ def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
 
 def _mean_of(runs: Sequence[Run], name: str) -> tuple[float, float | None] | None:
     """Mean and standard error of a metric or the training tokens; ``None`` unless all runs have it."""
-    values = [run.record.train_tokens or None if name == TRAIN_TOKENS else run.record.metrics.get(name) for run in runs]
+    values = [run.record.train_tokens or None if name == TRAIN_TOKENS else run.metrics.get(name) for run in runs]
     known = [float(value) for value in values if value is not None]
     return (float(np.mean(known)), standard_error(known)) if len(known) == len(values) else None
 
@@ -199,8 +199,8 @@ def _lost(
     fraction = 0.1 if 0.1 in fewer else min(fewer)
     if row["train_fraction"] < 1 or fraction == 1 or not names.is_share(metric):
         return None
-    values = {run.seeds: run.record.metrics[metric] for run in fewer[fraction]["runs"]}
-    lost = [run.record.metrics[metric] - values[run.seeds] for run in row["runs"] if run.seeds in values]
+    values = {run.seeds: run.metrics[metric] for run in fewer[fraction]["runs"]}
+    lost = [run.metrics[metric] - values[run.seeds] for run in row["runs"] if run.seeds in values]
     return (fraction, float(np.mean(lost)), standard_error(lost), len(lost)) if lost else None
 
 
@@ -269,7 +269,7 @@ def _difference(
     found: dict[str, object] = {"remark": remark, "left_out": left_out}
     if both and len({run.test for run in (*own, *other)} - {""}) < 2:
         pairs = zip(own, other, strict=True)
-        values = [one.record.metrics[metric] - base.record.metrics[metric] for one, base in pairs]
+        values = [one.metrics[metric] - base.metrics[metric] for one, base in pairs]
         found |= {"seed_difference": float(np.mean(values)), "seed_error": standard_error(values)}
         found |= {"seed_n": len(values)}
     if not remark:

@@ -3,7 +3,7 @@
 import ast
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ class Run:
     def seeds(self) -> tuple[int, int]:
         """Seed and data seed, to pair runs of two settings."""
         return self.record.seed, self.record.data_seed
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Those of test, and of validation the one that chose the checkpoint."""
+        chose = {name: value for name, value in self.record.validation.items() if name != "step"}
+        return chose | dict(self.record.metrics)
 
     def outcomes(self, metric: str) -> NDArray[np.float64] | None:
         """`correct` or `voted`."""

@@ -217,5 +217,11 @@ def test_runs_without_the_metric_are_skipped(tmp_path: Path) -> None:
     assert found.skipped == {f"{tmp_path}/untested": "no test/accuracy among its metrics"}
     with pytest.raises(UserError, match="no run has 'test/f1'; allowed are test/accuracy, test/loss"):
         compare_runs(*find_runs([tmp_path / "good"]), metric="test/f1")
-    with pytest.raises(UserError, match="no run was tested"):
+    with pytest.raises(UserError, match="no run has 'test/accuracy'; allowed are val/accuracy"):
         compare_runs(*find_runs([tmp_path / "untested"]))
+    # of tuning, which does not touch test
+    [setting] = compare_runs(*find_runs([tmp_path / "untested"]), metric="val/accuracy").settings.to_dict("records")
+    assert setting["mean"] == 0.6
+    write_run(tmp_path / "unvalidated", metrics={}, test_rows=0, predictions=False, validation={})
+    with pytest.raises(UserError, match="no run was tested"):
+        compare_runs(*find_runs([tmp_path / "unvalidated"]))
