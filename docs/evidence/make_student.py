@@ -26,12 +26,13 @@ def main() -> None:
     parser.add_argument("--like", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=96, help="d_model")
-    parser.add_argument("--layers", type=int, default=2, help="on each side")
+    parser.add_argument("--layers", type=int, default=2, help="of the encoder")
+    parser.add_argument("--decoder_layers", type=int, help="by default as many as of the encoder")
     parser.add_argument("--words", type=Path, help="list of texts that the vocabulary is made of")
     arguments = parser.parse_args()
     width, layers = arguments.width, arguments.layers
     size = {"d_model": width, "d_kv": width // HEADS, "d_ff": 2 * width, "num_heads": HEADS}
-    size |= {"num_layers": layers, "num_decoder_layers": layers}
+    size |= {"num_layers": layers, "num_decoder_layers": arguments.decoder_layers or layers}
     arguments.out.mkdir(parents=True, exist_ok=True)
     config = json.loads((arguments.like / "config.json").read_text()) | size
     if arguments.words is not None:
