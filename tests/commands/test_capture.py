@@ -57,10 +57,11 @@ FROM_STORE = ["--model.objectives+=ForwardKL", "--model.objectives.teacher=kept"
 def test_a_student_trains_from_it_with_no_teacher(
     tmp_path: Path, release: Path, family: str, data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    make, wide, tokenizer = {
+    made: dict[str, tuple[Any, dict[str, int], Any]] = {
         "t5": (make_student_folder, {"d_model": 24}, None),
         "llama": (make_causal_folder, {"hidden_size": 24}, make_causal_tokenizer()),
-    }[family]
+    }
+    make, wide, tokenizer = made[family]
     own = settings(make(tmp_path / "student"), release, data)
     teacher = add_weights(make(tmp_path / "teacher", **wide), tokenizer)
     run("capture", own, f"--teacher={teacher}", "--out=kept", "--temperature=2")
