@@ -201,18 +201,8 @@ class CorpusDataModule(StudentDataModule):
         if self.trainer is not None:
             # by now a budget of tokens has set its steps
             check_endless(self.trainer)
-        rank, world = self.rank_and_world
-        stream = DocumentStream(
-            self.sources,
-            self.sorting,
-            self.packing,
-            batch_size=self.batch_size,
-            buffer=self.shuffle_buffer,
-            seed=self.seed,
-            rank=rank,
-            world=world,
-            streams=max(self.num_workers, 1),
-        )
+        settings = self.stream_settings(self.shuffle_buffer)
+        stream = DocumentStream(self.sources, self.sorting, self.packing, **settings)
         return StreamLoader(stream, self.num_workers, lambda number, counts: None, self.counts)
 
     def val_dataloader(self) -> DataLoader[Any]:

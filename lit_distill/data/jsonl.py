@@ -241,17 +241,9 @@ class JSONLDataModule(RationaleDataModule):
             rank_zero_info(f"{self.name} train, pass {number + 1}: {told}")
 
         sampled = [task for task in self.tasks.values() if task.select == "sample"]
-        rank, world = self.rank_and_world
-        stream = ShardStream(
-            find_shards(self._patterns, self.data_dir),
-            Reading(select, encode, self._collator(evaluation=False), sampled),
-            batch_size=self.batch_size,
-            buffer=self.shuffle_buffer,
-            seed=self.seed,
-            rank=rank,
-            world=world,
-            streams=max(self.num_workers, 1),
-        )
+        shards = find_shards(self._patterns, self.data_dir)
+        reading = Reading(select, encode, self._collator(evaluation=False), sampled)
+        stream = ShardStream(shards, reading, **self.stream_settings(self.shuffle_buffer))
         return StreamLoader(stream, self.num_workers, on_pass, self.counts["train"])
 
     def _existing_file(self, split: Split) -> AnyPath:

@@ -113,6 +113,12 @@ class StudentDataModule(pl.LightningDataModule):
         """The number of this process, and of all processes that train together."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    def stream_settings(self, buffer: int) -> dict[str, int]:
+        """The arguments of a `Stream` that shuffles ``buffer`` rows at a time."""
+        rank, world = self.rank_and_world
+        settings = {"batch_size": self.batch_size, "buffer": buffer, "seed": self.seed, "rank": rank, "world": world}
+        return settings | {"streams": max(self.num_workers, 1)}
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         # reading its rows' lengths on the device would wait for it
