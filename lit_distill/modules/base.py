@@ -68,7 +68,10 @@ class DistillModule(Evaluating):
             or another PEFT configuration as ``class_path`` and ``init_args``; ``export`` is ``merged`` to save the
             adapter merged into the student, or ``adapter`` to save it alone.
         learning_rate: the peak learning rate, reached after the warm-up.
-        optimizer: ``adamw``, or ``adafactor`` with the given learning rate (no relative steps).
+        optimizer: ``adamw``, or ``adafactor`` with the given learning rate (no relative steps). ``adafactor_scaled``
+            multiplies it by each parameter's root mean square, at least 1e-3, as T5 was pretrained (Shazeer and Stern
+            2018, section 8): a T5 from random weights has embeddings of 1 and queries of 0.01, for which no one rate
+            is right.
         weight_decay: decoupled weight decay, not applied to biases and layer norms.
         lr_schedule: ``linear`` to 0 at the last step, or ``constant``, both after the warm-up.
         warmup_steps: optimizer steps over which the learning rate rises from 0.

@@ -14,7 +14,7 @@ from transformers.optimization import Adafactor, get_scheduler
 from lit_distill.errors import UserError
 from lit_distill.modules import weighting
 
-OptimizerName = Literal["adamw", "adafactor"]
+OptimizerName = Literal["adamw", "adafactor", "adafactor_scaled"]
 ScheduleName = Literal["linear", "constant"]
 
 
@@ -34,9 +34,10 @@ def make_optimizer(
     """An optimizer over a module's trainable parameters by a method's ``settings``, and its schedule over ``steps``."""
     groups = parameter_groups(module, settings["weight_decay"])
     built: Optimizer
-    if settings["optimizer"] == "adafactor":
+    if settings["optimizer"] != "adamw":
         # no relative steps with a given learning rate, as in the Hugging Face trainer
-        built = Adafactor(groups, lr=settings["learning_rate"], scale_parameter=False, relative_step=False)
+        scaled = settings["optimizer"] == "adafactor_scaled"
+        built = Adafactor(groups, lr=settings["learning_rate"], scale_parameter=scaled, relative_step=False)
     else:
         built = AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.999), eps=1e-8, fused=fused)
         if fused:

@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule
-from lit_distill.modules.optimization import clip_in_step, parameter_groups
+from lit_distill.modules.optimization import OptimizerName, clip_in_step, parameter_groups
 from tests.modules.batches import RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
 
@@ -101,17 +101,34 @@ def test_one_adamw_step_is_the_formula(student_folder: Path) -> None:
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_adafactor_steps_as_the_hugging_face_trainers(student_folder: Path) -> None:
+@pytest.mark.parametrize(("name", "scaled"), [("adafactor", False), ("adafactor_scaled", True)])
+def test_adafactor_steps_as_hugging_faces(student_folder: Path, name: OptimizerName, scaled: bool) -> None:
     steps = Steps()
-    module = fit(student_folder, steps, learning_rate=1e-2, optimizer="adafactor", lr_schedule="constant")
+    module = fit(student_folder, steps, learning_rate=1e-2, optimizer=name, lr_schedule="constant")
     student = steps.students[0]
-    optimizer = Adafactor(student.parameters(), lr=1e-2, scale_parameter=False, relative_step=False)
+    optimizer = Adafactor(student.parameters(), lr=1e-2, scale_parameter=scaled, relative_step=False)
     for gradients in steps.gradients:
-        for name, parameter in student.named_parameters():
-            parameter.grad = gradients[name]
+        for key, parameter in student.named_parameters():
+            parameter.grad = gradients[key]
         optimizer.step()
-    for (name, found), expected in zip(module.student.model.named_parameters(), student.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, msg=name)
+    for (key, found), expected in zip(module.student.model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, msg=key)
+
+
+def test_scaled_steps_are_relative_to_the_parameter(student_folder: Path) -> None:
+    """The first step of Adafactor is the sign of the gradient, where it is not factored: the rate times the scale."""
+    steps = Steps()
+    settings = {"learning_rate": 1e-3, "optimizer": "adafactor_scaled", "lr_schedule": "constant"}
+    module = StepByStepModule(student_folder, from_scratch=True, **settings)
+    make_trainer(max_steps=1, callbacks=[steps]).fit(module, datamodule=RowsData(ROWS[:2], 2, module.tasks))
+    before = dict(steps.students[0].named_parameters())
+    norms = {key: after for key, after in module.student.model.named_parameters() if after.ndim == 1}
+    assert norms
+    for key, after in norms.items():
+        scale = before[key].detach().square().mean().sqrt().clamp(min=1e-3)
+        moved = (after - before[key]).detach().abs() / (1e-3 * scale)
+        assert float(moved.max()) < 1.01, key
+        assert float(moved.max()) > 0.5, key
 
 
 @pytest.mark.parametrize(
