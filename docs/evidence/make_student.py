@@ -1,23 +1,44 @@
-"""Make a small student of the evidence: a T5's shape at a size that two cores train, with its own tokenizer.
+"""Make a small student of the evidence: a T5's shape at a size that two cores train.
 
 python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-mini
 
-T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed: the student starts from random ones.
-Others are wider, deeper, or have a vocabulary of their own, made of all texts of a JSON file, and T5's 100 sentinels:
+T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed. The student has random weights, T5's
+tokenizer and its sentinels. Others are wider, deeper, or made of texts, files with a JSON string or object a line:
 
-python docs/evidence/make_student.py --like T5_FOLDER --words data/esnli/llm/train_CoT_0.json --out students/esnli-t5
+python docs/evidence/make_student.py --like T5_FOLDER --words my_texts.jsonl --start --out students/mine
+
+--words makes a vocabulary of them. --start also gives the student what a T5 from random weights learns last:
+
+- Word embeddings of the texts' co-occurrences, the singular vectors of their positive pointwise mutual information
+  (Levy and Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization), so that words alike begin alike.
+- Heads of the encoder that look for the same or a like word elsewhere, queries and keys being equal matrices (after
+  Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers); the first looks left and the second right
+  (after Shen et al. 2018, DiSAN), from which a word knows which of two sentences it is in.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lit_distill.students.models import build_model, save_model
 
 HEADS = 4
 SENTINELS = 100
+NEAR = 5
+"""Words so far apart occur together, with a weight of 1 / distance."""
+RARE = 5
+"""Entries with fewer neighbours have random embeddings."""
+LIKE, SIDE, SELF = 3.0, 5.0, 3.0
+"""Attention logits: of equal words, and those taken from the wrong side of a head and from one's own place."""
 
 
 def main() -> None:
@@ -28,26 +49,47 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96, help="d_model")
     parser.add_argument("--layers", type=int, default=2, help="of the encoder")
     parser.add_argument("--decoder_layers", type=int, help="by default as many as of the encoder")
-    parser.add_argument("--words", type=Path, help="list of texts that the vocabulary is made of")
+    parser.add_argument("--words", type=Path, nargs="+", help="texts that the vocabulary is made of")
+    parser.add_argument("--start", action="store_true", help="embeddings and heads that are not random; with --words")
     arguments = parser.parse_args()
+    if arguments.start and not arguments.words:
+        parser.error("--start makes embeddings of --words")
     width, layers = arguments.width, arguments.layers
     size = {"d_model": width, "d_kv": width // HEADS, "d_ff": 2 * width, "num_heads": HEADS}
     size |= {"num_layers": layers, "num_decoder_layers": arguments.decoder_layers or layers}
     arguments.out.mkdir(parents=True, exist_ok=True)
     config = json.loads((arguments.like / "config.json").read_text()) | size
-    if arguments.words is not None:
-        config["vocab_size"] = make_tokenizer(arguments.words, arguments.out)
-        (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        return
+    if arguments.words is None:
+        for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (arguments.like / name).exists():
+                shutil.copy(arguments.like / name, arguments.out / name)
+    else:
+        tokenizer = make_tokenizer(read_texts(arguments.words))
+        tokenizer.save_pretrained(arguments.out)
+        config["vocab_size"] = len(tokenizer)
     (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (arguments.like / name).exists():
-            shutil.copy(arguments.like / name, arguments.out / name)
+    if arguments.start:
+        torch.manual_seed(0)
+        student = build_model(config)
+        set_embeddings(student, tokenizer, read_texts(arguments.words))
+        set_heads(student)
+        save_model(student, tokenizer, arguments.out)
     print(arguments.out)
 
 
-def make_tokenizer(texts: Path, out: Path) -> int:
-    """Write a byte pair encoding of a list of texts, and sentinels; returns the number of its entries."""
+def read_texts(files: Iterable[Path]) -> Iterator[str]:
+    """Strings, or all strings of an object joined, one a line or in one list."""
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                value = json.loads(line)
+                for one in value if isinstance(value, list) else [value]:
+                    texts = one.values() if isinstance(one, dict) else [one]
+                    yield " ".join(text for text in texts if isinstance(text, str))
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte pair encoding of texts, and sentinels."""
     pad, end, unknown = special = ["<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
     # as T5's, whose entries have no line breaks
@@ -56,13 +98,59 @@ def make_tokenizer(texts: Path, out: Path) -> int:
     splits = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(splits), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=special)
-    tokenizer.train_from_iterator(json.loads(texts.read_text()), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     # as T5's: <extra_id_0> is the last
     tokenizer.add_special_tokens([f"<extra_id_{number}>" for number in reversed(range(SENTINELS))])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
-    made.save_pretrained(out)
-    return len(made)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
+
+
+def set_embeddings(student: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+    """Embed entries by the entries near them, as long as random ones are."""
+    weight = student.get_input_embeddings().weight
+    entries, width = weight.shape
+    encoded = tokenizer(list(texts), return_attention_mask=False)["input_ids"]
+    # none is near that of another text
+    row = np.array([i for ids in encoded for i in [*ids, *[-1] * NEAR]])
+    counts = np.zeros(entries * entries)
+    for distance in range(1, NEAR + 1):
+        left, right = row[:-distance], row[distance:]
+        both = (left >= 0) & (right >= 0)
+        counts += np.bincount(left[both] * entries + right[both], minlength=len(counts)) / distance
+    pairs = counts.reshape(entries, entries)
+    pairs += pairs.T.copy()
+    total = pairs.sum(1)
+    # the power makes rare neighbours less telling (Levy, Goldberg and Dagan 2015)
+    share = total**0.75 / (total**0.75).sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = np.nan_to_num(np.log(pairs / (total[:, None] * share)), nan=0, neginf=0)
+    left, values, _ = randomized_svd(np.maximum(information, 0), width, random_state=0)
+    found = left * np.sqrt(values)
+    # turned at random, for every head sees a part of the dimensions
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))
+    often = total > RARE
+    found = found[often] @ turn
+    found *= np.sqrt(width) / np.linalg.norm(found, axis=1, keepdims=True).clip(min=1e-9)
+    with torch.no_grad():
+        weight[torch.from_numpy(often)] = torch.from_numpy(found).to(weight.dtype)
+
+
+def set_heads(student: Any) -> None:
+    """Let heads of the encoder look for like words, the first to the left and the second to the right."""
+    width = student.config.d_model
+    with torch.no_grad():
+        for block in student.encoder.block:
+            attention = block.layer[0].SelfAttention
+            # an inner product of normalised inputs has their width for two equal ones
+            equal = torch.linalg.qr(torch.randn(width, width))[0] * (LIKE * HEADS / width) ** 0.5
+            attention.q.weight.copy_(equal)
+            attention.k.weight.copy_(equal)
+        # a row a distance: 0 and to the left, then to the right, in halves
+        bias = student.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        half = len(bias) // 2
+        bias[0] -= SELF
+        bias[half:, 0] -= SIDE
+        bias[1:half, 1] -= SIDE
 
 
 if __name__ == "__main__":
