@@ -27,7 +27,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         texts.append({"text": f"The {draw.choice(names)} {draw.choice(verbs)}.", "label": 1})
     (folder / "texts.jsonl").write_text("\n".join(json.dumps(text) for text in texts))
     like = make_student_folder(folder / "like", d_model=64)
-    arguments = ["--like", like, "--words", folder / "texts.jsonl", "--start", "--width", 64, "--out", folder / "made"]
+    arguments = ["--like", like, "--words", folder / "texts.jsonl", "--width", 64, "--out", folder / "made"]
+    arguments += ["--embeddings", "--heads"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["make_student.py", *map(str, arguments)])
         runpy.run_path(str(SCRIPT), run_name="__main__")

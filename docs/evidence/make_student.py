@@ -5,15 +5,15 @@ python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-min
 T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed. The student has random weights, T5's
 tokenizer and its sentinels. Others are wider, deeper, or made of texts, files with a JSON string or object a line:
 
-python docs/evidence/make_student.py --like T5_FOLDER --words my_texts.jsonl --start --out students/mine
+python docs/evidence/make_student.py --like T5_FOLDER --words my_texts.jsonl --embeddings --heads --out students/mine
 
---words makes a vocabulary of them. --start also gives the student what a T5 from random weights learns last:
+--words makes a vocabulary of them. Two more give the student what a T5 from random weights learns last:
 
-- Word embeddings of the texts' co-occurrences, the singular vectors of their positive pointwise mutual information
-  (Levy and Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization), so that words alike begin alike.
-- Heads of the encoder that look for the same or a like word elsewhere, queries and keys being equal matrices (after
-  Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers); the first looks left and the second right
-  (after Shen et al. 2018, DiSAN), from which a word knows which of two sentences it is in.
+--embeddings  of the texts' co-occurrences, the singular vectors of their positive pointwise mutual information (Levy
+              and Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization): words alike begin alike
+--heads       of the encoder that look for the same or a like word elsewhere, queries and keys being equal matrices
+              (after Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers); the first looks left
+              and the second right (after Shen et al. 2018, DiSAN): a word knows which of two sentences it is in
 """
 
 import argparse
@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the encoder")
     parser.add_argument("--decoder_layers", type=int, help="by default as many as of the encoder")
     parser.add_argument("--words", type=Path, nargs="+", help="texts that the vocabulary is made of")
-    parser.add_argument("--start", action="store_true", help="embeddings and heads that are not random; with --words")
+    parser.add_argument("--embeddings", action="store_true", help="made of --words")
+    parser.add_argument("--heads", action="store_true", help="that look for like words; with --words")
     arguments = parser.parse_args()
-    if arguments.start and not arguments.words:
-        parser.error("--start makes embeddings of --words")
+    if (arguments.embeddings or arguments.heads) and not arguments.words:
+        parser.error("--embeddings and --heads need --words")
     width, layers = arguments.width, arguments.layers
     size = {"d_model": width, "d_kv": width // HEADS, "d_ff": 2 * width, "num_heads": HEADS}
     size |= {"num_layers": layers, "num_decoder_layers": arguments.decoder_layers or layers}
@@ -68,11 +69,13 @@ def main() -> None:
         tokenizer.save_pretrained(arguments.out)
         config["vocab_size"] = len(tokenizer)
     (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if arguments.start:
+    if arguments.embeddings or arguments.heads:
         torch.manual_seed(0)
         student = build_model(config)
-        set_embeddings(student, tokenizer, read_texts(arguments.words))
-        set_heads(student)
+        if arguments.embeddings:
+            set_embeddings(student, tokenizer, read_texts(arguments.words))
+        if arguments.heads:
+            set_heads(student)
         save_model(student, tokenizer, arguments.out)
     print(arguments.out)
 
