@@ -7,13 +7,10 @@ tokenizer and its sentinels. Others are wider, deeper, or made of texts, files w
 
 python docs/evidence/make_student.py --like T5_FOLDER --words my_texts.jsonl --embeddings --heads --out students/mine
 
---words makes a vocabulary of them. Two more give the student what a T5 from random weights learns last:
-
---embeddings  of the texts' co-occurrences, the singular vectors of their positive pointwise mutual information (Levy
-              and Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization): words alike begin alike
---heads       of the encoder that look for the same or a like word elsewhere, queries and keys being equal matrices
-              (after Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers); the first looks left
-              and the second right (after Shen et al. 2018, DiSAN): a word knows which of two sentences it is in
+--words makes a vocabulary of them, and --embeddings what a T5 from random weights learns last, that words alike are
+alike: the singular vectors of the positive pointwise mutual information of words near each other (Levy and Goldberg
+2014, Neural Word Embedding as Implicit Matrix Factorization). --heads is model.from_scratch: mimetic, for
+a student that has embeddings.
 """
 
 import argparse
@@ -29,6 +26,7 @@ from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lit_distill.students.mimetic import set_heads
 from lit_distill.students.models import build_model, save_model
 
 HEADS = 4
@@ -37,8 +35,6 @@ NEAR = 5
 """Words so far apart occur together, with a weight of 1 / distance."""
 RARE = 5
 """Entries with fewer neighbours have random embeddings."""
-LIKE, SIDE, SELF = 3.0, 5.0, 3.0
-"""Attention logits: of equal words, and those taken from the wrong side of a head and from one's own place."""
 
 
 def main() -> None:
@@ -50,7 +46,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the encoder")
     parser.add_argument("--decoder_layers", type=int, help="by default as many as of the encoder")
     parser.add_argument("--words", type=Path, nargs="+", help="texts that the vocabulary is made of")
-    parser.add_argument("--embeddings", action="store_true", help="made of --words")
+    parser.add_argument("--embeddings", action="store_true", help="of the texts' co-occurrences")
     parser.add_argument("--heads", action="store_true", help="that look for like words; with --words")
     arguments = parser.parse_args()
     if (arguments.embeddings or arguments.heads) and not arguments.words:
@@ -136,24 +132,6 @@ def set_embeddings(student: Any, tokenizer: PreTrainedTokenizerBase, texts: Iter
     found *= np.sqrt(width) / np.linalg.norm(found, axis=1, keepdims=True).clip(min=1e-9)
     with torch.no_grad():
         weight[torch.from_numpy(often)] = torch.from_numpy(found).to(weight.dtype)
-
-
-def set_heads(student: Any) -> None:
-    """Let heads of the encoder look for like words, the first to the left and the second to the right."""
-    width = student.config.d_model
-    with torch.no_grad():
-        for block in student.encoder.block:
-            attention = block.layer[0].SelfAttention
-            # an inner product of normalised inputs has their width for two equal ones
-            equal = torch.linalg.qr(torch.randn(width, width))[0] * (LIKE * HEADS / width) ** 0.5
-            attention.q.weight.copy_(equal)
-            attention.k.weight.copy_(equal)
-        # a row a distance: 0 and to the left, then to the right, in halves
-        bias = student.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-        half = len(bias) // 2
-        bias[0] -= SELF
-        bias[half:, 0] -= SIDE
-        bias[1:half, 1] -= SIDE
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from lit_distill.modules.window import rewind
 from lit_distill.objectives import Objective, build_objective, check_objectives
 from lit_distill.students.adapters import Adapter
 from lit_distill.students.files import CHECKPOINT_KEY, check_weights
+from lit_distill.students.mimetic import FromScratch
 from lit_distill.students.models import Dtype
 from lit_distill.students.seq2seq import PATHS, Fast, path_of
 from lit_distill.students.sharding import give_weights, is_deferred
@@ -61,7 +62,9 @@ class DistillModule(Evaluating):
         weighting: ``uncertainty`` trains a factor beside each task's and objective's weight, inverse to its loss in the
             end (`UncertaintyWeighting`), which is logged, saved in checkpoints, and no part of the exported student.
         teachers: frozen models, by the names that objectives use.
-        from_scratch: initialise the weights randomly from the student's configuration.
+        from_scratch: initialise the weights randomly from the student's configuration. ``mimetic``: a T5's encoder also
+            begins with heads that look for like words, the first to the left and the second to the right, without
+            which it learns little from few rows.
         dtype: of the student's weights. ``bfloat16`` loses small updates; use it for a large student of which only an
             adapter is trained.
         adapter: train an adapter and freeze the student: LoRA's ``r``, ``alpha``, ``dropout`` and ``target_modules``,
@@ -105,7 +108,7 @@ class DistillModule(Evaluating):
         objectives: list[Objective] | None = None,
         weighting: WeightingName = "fixed",
         teachers: dict[str, TeacherModel] | None = None,
-        from_scratch: bool = False,
+        from_scratch: FromScratch = False,
         dtype: Dtype = "float32",
         adapter: dict[str, Any] | None = None,
         learning_rate: float = 5e-5,

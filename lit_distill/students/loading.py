@@ -13,6 +13,7 @@ from lit_distill.students.base import Student
 from lit_distill.students.causal import CausalStudent
 from lit_distill.students.delta import is_delta, read_delta, weights_hash
 from lit_distill.students.files import CHECKPOINT_KEY, StudentFiles, check_weights, reading
+from lit_distill.students.mimetic import FromScratch, attentions, set_heads
 from lit_distill.students.models import Dtype, build_model, check_memory, pretrained
 from lit_distill.students.seq2seq import Fast, Seq2SeqStudent
 from lit_distill.students.tokens import Tokens
@@ -21,7 +22,7 @@ from lit_distill.students.tokens import Tokens
 def load(
     name: str | os.PathLike[str] | StudentFiles,
     *,
-    from_scratch: bool = False,
+    from_scratch: FromScratch = False,
     dropout: float | None = None,
     dtype: Dtype = "float32",
     adapter: Mapping[str, Any] | None = None,
@@ -34,7 +35,7 @@ def load(
     Args:
         name: a hub name, a folder in the Hugging Face format (with a configuration only, if ``from_scratch``), or the
             folder of a run or a checkpoint file of this framework; or its files.
-        from_scratch: random weights from the configuration.
+        from_scratch: random weights from the configuration; ``mimetic``: with heads that look for like words.
         dropout: dropout rate in place of the configured one.
         dtype: of the weights.
         adapter: settings of an `Adapter` to train. A checkpoint with the same adapter restores its weights; any other
@@ -73,7 +74,7 @@ def wrap(model: PreTrainedModel, tokens: Tokens, *, fast: Fast = "auto") -> Stud
 def load_model(
     name: str | os.PathLike[str] | StudentFiles,
     *,
-    from_scratch: bool = False,
+    from_scratch: FromScratch = False,
     dropout: float | None = None,
     dtype: Dtype = "float32",
     adapter: Mapping[str, Any] | None = None,
@@ -81,12 +82,15 @@ def load_model(
 ) -> Any:
     """A student's Hugging Face model, wrapped by PEFT with an adapter; arguments and errors as in `load`."""
     check_choice("dtype", dtype, get_args(Dtype))
+    check_choice("from_scratch", from_scratch, (True, False, "mimetic"))
     files = name if isinstance(name, StudentFiles) else StudentFiles(name)
     config, wanted = files.config, None if adapter is None else Adapter.of(adapter)
     unbuilt = "student: the configuration makes no model in"
     with reading(unbuilt, files.name):
         model: Any = build_model(config, dropout=dropout, dtype=dtype, meta=True)
         check_memory(model)
+    if from_scratch == "mimetic":
+        attentions(model)
     if wanted is not None:
         # before gigabytes of weights are read; sharding needs a single dtype
         model = add_adapter(model, wanted, own_dtype=False)
@@ -94,7 +98,10 @@ def load_model(
         return model
     if from_scratch:
         with reading(unbuilt, files.name):
-            return build_model(config, dropout=dropout, dtype=dtype, adapter=wanted)
+            model = build_model(config, dropout=dropout, dtype=dtype)
+        if from_scratch == "mimetic":
+            set_heads(model)
+        return model if wanted is None else add_adapter(model, wanted)
     if is_delta(files.name):
         model = _from_delta(files, dropout, dtype)
     elif files.checkpoint is None:

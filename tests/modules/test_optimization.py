@@ -118,7 +118,7 @@ def test_adafactor_steps_as_hugging_faces(student_folder: Path, name: OptimizerN
 def test_scaled_steps_are_relative_to_the_parameter(student_folder: Path) -> None:
     """The first step of Adafactor is the sign of the gradient, where it is not factored: the rate times the scale."""
     steps = Steps()
-    settings = {"learning_rate": 1e-3, "optimizer": "adafactor_scaled", "lr_schedule": "constant"}
+    settings: dict[str, Any] = {"learning_rate": 1e-3, "optimizer": "adafactor_scaled", "lr_schedule": "constant"}
     module = StepByStepModule(student_folder, from_scratch=True, **settings)
     make_trainer(max_steps=1, callbacks=[steps]).fit(module, datamodule=RowsData(ROWS[:2], 2, module.tasks))
     before = dict(steps.students[0].named_parameters())
