@@ -35,6 +35,14 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return AutoModelForSeq2SeqLM.from_pretrained(folder / "made"), AutoTokenizer.from_pretrained(folder / "made")
 
 
+def test_a_vocabulary_has_t5s_sentinels(started: tuple[Any, Any]) -> None:
+    _, tokenizer = started
+    last = len(tokenizer) - 1
+    assert [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in (0, 1, 99)] == [last, last - 1, last - 99]
+    ids = [last, *tokenizer("The cat")["input_ids"]]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "The cat"
+
+
 def test_words_alike_begin_alike(started: tuple[Any, Any]) -> None:
     student, tokenizer = started
     weight = student.get_input_embeddings().weight.detach()

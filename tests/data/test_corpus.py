@@ -3,7 +3,6 @@
 import gzip
 import json
 import lzma
-import runpy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
@@ -24,7 +23,7 @@ from lit_distill.data import streaming as streaming_module
 from lit_distill.data.documents import normal
 from lit_distill.data.streaming import StreamLoader
 from lit_distill.errors import UserError
-from lit_distill.students import Tokens, load_tokenizer
+from lit_distill.students import Tokens
 from lit_distill.students.tokens import CausalTokens
 from tests.students import CAUSAL_WORDS, WORDS, make_causal_tokenizer, make_tokenizer
 
@@ -221,15 +220,6 @@ def test_a_decoder_only_student_predicts_each_token_but_the_first(corpus: str) -
     assert all(token < len(CAUSAL_WORDS) for token in joined)
     assert data.tokens_per_row() == 24
     assert "noise_density" not in data.describe()
-
-
-def test_a_vocabulary_of_the_evidence_has_t5s_sentinels(tmp_path: Path) -> None:
-    path = Path(__file__).parents[2] / "docs" / "evidence" / "make_student.py"
-    (tmp_path / "texts.json").write_text(json.dumps(documents(0, 9)))
-    size = runpy.run_path(str(path))["make_tokenizer"](tmp_path / "texts.json", tmp_path)
-    tokens = load_tokenizer(tmp_path)
-    assert [tokens.convert_tokens_to_ids(f"<extra_id_{i}>") for i in (0, 1, 99)] == [size - 1, size - 2, size - 100]
-    assert tokens.decode([size - 1, *tokens("the cat")["input_ids"]], skip_special_tokens=True) == "the cat"
 
 
 def test_a_corpus_at_a_url() -> None:
