@@ -3,7 +3,7 @@
 python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-mini
 
 T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed. The student has random weights, T5's
-tokenizer and its sentinels. Others are wider, deeper, or made of texts, files with a JSON string or object a line:
+tokenizer and its sentinels. Others are wider, deeper, or made of texts, in files as `CorpusDataModule` reads:
 
 python docs/evidence/make_student.py --like T5_FOLDER --words my_texts.jsonl --embeddings --heads --out students/mine
 
@@ -26,6 +26,7 @@ from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lit_distill.data.documents import parse, rows_of
 from lit_distill.students.mimetic import set_heads
 from lit_distill.students.models import build_model, save_model
 
@@ -78,13 +79,10 @@ def main() -> None:
 
 def read_texts(files: Iterable[Path]) -> Iterator[str]:
     """Strings, or all strings of an object joined, one a line or in one list."""
-    for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                value = json.loads(line)
-                for one in value if isinstance(value, list) else [value]:
-                    texts = one.values() if isinstance(one, dict) else [one]
-                    yield " ".join(text for text in texts if isinstance(text, str))
+    for _, value in (parse(*row) for row in rows_of(files, "words")):
+        for one in value if isinstance(value, list) else [value]:
+            texts = one.values() if isinstance(one, dict) else [one]
+            yield " ".join(text for text in texts if isinstance(text, str))
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -101,8 +101,7 @@ def load_model(
             model = build_model(config, dropout=dropout, dtype=dtype)
         if from_scratch == "mimetic":
             set_heads(model)
-        return model if wanted is None else add_adapter(model, wanted)
-    if is_delta(files.name):
+    elif is_delta(files.name):
         model = _from_delta(files, dropout, dtype)
     elif files.checkpoint is None:
         model = pretrained(files.name, config, dropout=dropout, dtype=dtype)
