@@ -24,6 +24,12 @@ def check_fraction(name: str, value: Any) -> float:
     return float(_check(name, value, isinstance(value, int | float) and 0 < value <= 1, "in (0, 1]"))
 
 
+def check_part(name: str, value: Any) -> float:
+    """A fraction above 0 and not above 1, or a whole number above 1."""
+    good = isinstance(value, int | float) and (0 < value <= 1 or (value > 1 and float(value).is_integer()))
+    return float(_check(name, value, good, "in (0, 1] or a whole number above 1"))
+
+
 def check_range(
     name: str,
     value: float | None,

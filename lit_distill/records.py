@@ -54,7 +54,7 @@ class RunRecord:
     method: str  # the method's class without ``Module``, as in the run's name
     student: str  # the student, by its own name (the last part of its path)
     label_source: str  # which labels it was trained on: ``gold`` or ``teacher``; ``none`` of a corpus
-    train_fraction: Annotated[float, Field(gt=0, le=1)]  # the part of the training rows
+    train_fraction: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # the training rows, as data.train_fraction
     seed: _Count  # of initialisation and dropout (``seed_everything``)
     data_seed: _Count  # of the subset and the order (``data.seed``)
     train_rows: _Count  # rows that were trained on

@@ -104,7 +104,7 @@ def compare_runs(
     for row in rows:
         if row["floor"] is not None and row["mean"] < row["floor"]:
             trained = (
-                f" ({names.fraction(row['train_fraction'])} of the training rows)" if row["train_fraction"] < 1 else ""
+                f" ({names.fraction(row['train_fraction'])} of the training rows)" if row["train_fraction"] != 1 else ""
             )
             who = f"{row['name']}, {row['student']}{trained}"
             remarks[row["dataset"]].append(f"{who}: {below_floor(row['mean'], row['floor'])}")
@@ -197,7 +197,7 @@ def _lost(
     same = ("dataset", "label_source", "student", "name")
     fewer = {other["train_fraction"]: other for other in rows if all(other[name] == row[name] for name in same)}
     fraction = 0.1 if 0.1 in fewer else min(fewer)
-    if row["train_fraction"] < 1 or fraction == 1 or not names.is_share(metric):
+    if row["train_fraction"] != 1 or fraction == 1 or not names.is_share(metric):
         return None
     values = {run.seeds: run.metrics[metric] for run in fewer[fraction]["runs"]}
     lost = [run.metrics[metric] - values[run.seeds] for run in row["runs"] if run.seeds in values]

@@ -123,7 +123,8 @@ def _tick(settings: pd.DataFrame, field: str) -> str:
         students = [fill(student, 16) for student in sorted(settings.student.unique())]
         return "\n".join([names.size(settings.parameters.iloc[0]), *students])
     rows = max(run.record.train_rows for runs in settings.runs for run in runs)
-    return names.fraction(settings.train_fraction.iloc[0]) + (f"\n{rows:,}" if rows else "")
+    part = settings.train_fraction.iloc[0]
+    return names.fraction(part) + (f"\n{rows:,}" if rows and part <= 1 else "")
 
 
 def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot:

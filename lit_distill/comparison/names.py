@@ -48,8 +48,8 @@ def size(count: float) -> str:
 
 
 def fraction(share: float) -> str:
-    """A fraction of the training rows, such as 12.5 %."""
-    return f"{100 * share:.4g} %"
+    """A fraction of the training rows, such as 12.5 %, or above 1 their number."""
+    return f"{share:,.0f}" if share > 1 else f"{100 * share:.4g} %"
 
 
 def family(student: str) -> str:

@@ -125,7 +125,7 @@ def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
     return {
         "setting": row["name"],
         "student": row["student"] + (f" ({names.size(row['parameters'])})" if row["parameters"] else ""),
-        "training rows": ", ".join(filter(None, (names.fraction(row["train_fraction"]), trained))),
+        "training rows": ", ".join(dict.fromkeys(filter(None, (names.fraction(row["train_fraction"]), trained)))),
         "n": str(row["n"]),
         "mean ± se": with_error(number(row["mean"], metric), row["error"], metric),
         **found,

@@ -70,7 +70,7 @@ class RationaleDataModule(Dataset):
         rationale_filter: which teacher outputs to train on: ``none`` keeps all, ``label_agrees`` those with the gold
             label, ``package.module.function`` those for which the function is true, and conditions on columns, such as
             ``agrees and not contains_label``, those that meet them.
-        train_fraction: fraction of the training rows, drawn by ``seed`` after val is split off.
+        train_fraction: fraction of the training rows, or above 1 a number, drawn by ``seed`` after val is split off.
         seed: of the order of training rows, the ``train_fraction``, and sampled targets.
         max_source_length: maximum tokens of an input; longer ones are truncated and counted.
         max_target_length: the same of a target; the rationale is cut before the label.
@@ -133,7 +133,7 @@ class RationaleDataModule(Dataset):
         self.rationale_pairing = checks.check_choice("rationale_pairing", rationale_pairing, pairings)
         self.keep = make_filter(rationale_filter, self.teacher_agrees)
         self.rationale_filter = filter_name(rationale_filter)
-        self.train_fraction = checks.check_fraction("train_fraction", train_fraction)
+        self.train_fraction = checks.check_part("train_fraction", train_fraction)
         self.max_source_length = checks.check_int("max_source_length", max_source_length, 1)
         self.max_target_length = checks.check_int("max_target_length", max_target_length, 1)
         self.allow_extra_outputs = checks.check_bool("allow_extra_outputs", allow_extra_outputs)
@@ -214,7 +214,7 @@ class RationaleDataModule(Dataset):
         select, pseudo = self._selector, self.pseudo_labels
         own_filter = self.keep is not None and self.keep.__module__ != make_filter.__module__
         # what does not depend on the seed is shared by the seeds
-        seed = self.seed if self.train_fraction < 1 or self.rationale_pairing != "own" else 0
+        seed = self.seed if self.train_fraction != 1 or self.rationale_pairing != "own" else 0
         drawn = [self.train_fraction, self.rationale_pairing, seed]
         settings = [self._written_tasks(), select.teacher_labels, pseudo or "", self.rationale_filter, *drawn]
         key = key_of("used", rows.key, self._code(), code_of(self.keep) if own_filter else [], *settings)

@@ -149,8 +149,13 @@ def hold_out(inputs: Array) -> tuple[Array, Array]:
 
 
 def subset(rows: int, fraction: float, seed: int) -> Array:
-    """Positions of a fraction of the rows, at least one; smaller fractions of a seed are subsets of larger ones."""
-    count = max(1, round(fraction * rows)) if rows else 0
+    """Positions of a fraction of the rows, at least one, or above 1 of so many rows.
+
+    Smaller ones of a seed are subsets of larger ones. Raises a ``UserError`` if there are not so many rows.
+    """
+    if fraction > max(rows, 1):
+        raise UserError(f"train_fraction: {fraction:,.0f} rows of train, which has {rows:,}")
+    count = round(fraction) if fraction > 1 else max(1, round(fraction * rows)) if rows else 0
     return np.arange(rows) if count == rows else np.sort(np.random.RandomState(seed).permutation(rows)[:count])
 
 

@@ -92,7 +92,7 @@ def write_run(
         "train_fraction": train_fraction,
         "seed": seed,
         "data_seed": data_seed,
-        "train_rows": round(8766 * train_fraction),
+        "train_rows": round(8766 * train_fraction) if train_fraction <= 1 else int(train_fraction),
         "test_rows": len(correct),
         "steps": 10_000,
         "metrics": {"test/accuracy": float(np.float32(np.mean(correct))), "test/loss": 0.25 + 0.001 * seed}

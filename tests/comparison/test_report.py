@@ -214,6 +214,16 @@ def test_without_costs_there_is_no_such_table(comparison: Comparison, out: Path)
     assert "worst group" not in (out / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_number_of_training_rows_is_told_as_one(tmp_path: Path) -> None:
+    for rows in (1250, 10_000):
+        for method in ("Standard", "StepByStep"):
+            write_run(tmp_path / f"{method}{rows}", method=method, train_fraction=rows)
+    comparison = compare_runs(*find_runs([tmp_path]), resamples=300)
+    assert [row["training rows"] for row in cells(comparison.settings, comparison.metric)] == [
+        *("1,250", "1,250", "10,000", "10,000")
+    ]
+
+
 def test_the_page_needs_no_other_file(figures: list[Path], out: Path) -> None:
     content = (out / "report.html").read_text(encoding="utf-8")
     page = Page(content)

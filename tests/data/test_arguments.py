@@ -46,11 +46,11 @@ MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataMo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train_fraction": 1.5}, "train_fraction must be in (0, 1], got 1.5"),
-        ({"train_fraction": 0}, "train_fraction must be in (0, 1], got 0"),
-        ({"train_fraction": True}, "train_fraction must be in (0, 1], got True"),
-        ({"train_fraction": "half"}, "train_fraction must be in (0, 1], got 'half'"),
-        ({"train_fraction": float("nan")}, "train_fraction must be in (0, 1], got nan"),
+        ({"train_fraction": 1.5}, "train_fraction must be in (0, 1] or a whole number above 1, got 1.5"),
+        ({"train_fraction": 0}, "train_fraction must be in (0, 1] or a whole number above 1, got 0"),
+        ({"train_fraction": True}, "train_fraction must be in (0, 1] or a whole number above 1, got True"),
+        ({"train_fraction": "half"}, "train_fraction must be in (0, 1] or a whole number above 1, got 'half'"),
+        ({"train_fraction": float("nan")}, "train_fraction must be in (0, 1] or a whole number above 1, got nan"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"batch_size": 2.0}, "batch_size must be an integer >= 1, got 2.0"),
         ({"batch_size": True}, "batch_size must be an integer >= 1, got True"),

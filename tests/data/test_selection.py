@@ -83,6 +83,18 @@ def test_fractions_are_nested(count: int, fractions: tuple[float, float], seed: 
     assert subset(count, 1.0, seed).tolist() == list(range(count))
 
 
+@pytest.mark.parametrize("number", [2, 7, 40])
+def test_above_1_it_is_a_number_of_rows(number: int) -> None:
+    drawn = subset(40, float(number), 3).tolist()
+    assert drawn == subset(40, number / 40, 3).tolist()
+    assert len(drawn) == number
+
+
+def test_more_rows_than_train_has_are_refused() -> None:
+    with pytest.raises(UserError, match="train_fraction: 2,500 rows of train, which has 40"):
+        subset(40, 2500.0, 0)
+
+
 GOLD_YES = make_row("a", "in", "yes", None, "because", "yes")
 GOLD_NO = make_row("b", "in", "no", None, "hence", "yes")
 UNPARSED = replace(make_row("c", "in", "yes"), outputs=(TeacherOutput(None),))
