@@ -3,7 +3,7 @@
 python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-mini
 
 T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed. The student has random weights, T5's
-tokenizer and its sentinels. Others are wider, deeper, or made of texts, in files as `CorpusDataModule` reads:
+tokenizer and its sentinels. Others are wider, deeper, or made of texts, in local files of lines, JSON or Parquet:
 
 python docs/evidence/make_student.py --like T5_FOLDER --words my_texts.jsonl --embeddings --heads --out students/mine
 
@@ -27,6 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_distill.data.documents import parse, rows_of
+from lit_distill.files import atomic_folder
 from lit_distill.students.mimetic import set_heads
 from lit_distill.students.models import build_model, save_model
 
@@ -52,37 +53,45 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.embeddings or arguments.heads) and not arguments.words:
         parser.error("--embeddings and --heads need --words")
-    width, layers = arguments.width, arguments.layers
+    width, layers, decoder_layers = arguments.width, arguments.layers, arguments.decoder_layers
+    if width < HEADS or width % HEADS or layers < 1 or (decoder_layers is not None and decoder_layers < 1):
+        parser.error(f"--width has to be a multiple of {HEADS}, and there is at least one layer")
+    if missing := [path for path in (arguments.like / "config.json", *(arguments.words or ())) if not path.is_file()]:
+        parser.error(f"{missing[0]}: there is no such file")
+    if arguments.words and not any(read_texts(arguments.words)):
+        parser.error("--words: there is no text")
+    if arguments.out.exists():
+        parser.error(f"--out: {arguments.out} is there already")
     size = {"d_model": width, "d_kv": width // HEADS, "d_ff": 2 * width, "num_heads": HEADS}
-    size |= {"num_layers": layers, "num_decoder_layers": arguments.decoder_layers or layers}
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    size |= {"num_layers": layers, "num_decoder_layers": decoder_layers or layers}
     config = json.loads((arguments.like / "config.json").read_text()) | size
-    if arguments.words is None:
-        for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if (arguments.like / name).exists():
-                shutil.copy(arguments.like / name, arguments.out / name)
-    else:
-        tokenizer = make_tokenizer(read_texts(arguments.words))
-        tokenizer.save_pretrained(arguments.out)
-        config["vocab_size"] = len(tokenizer)
-    (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if arguments.embeddings or arguments.heads:
-        torch.manual_seed(0)
-        student = build_model(config)
-        if arguments.embeddings:
-            set_embeddings(student, tokenizer, read_texts(arguments.words))
-        if arguments.heads:
-            set_heads(student)
-        save_model(student, tokenizer, arguments.out)
+    with atomic_folder(arguments.out) as folder:
+        if arguments.words is None:
+            for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if (arguments.like / name).exists():
+                    shutil.copy(arguments.like / name, folder / name)
+        else:
+            tokenizer = make_tokenizer(read_texts(arguments.words))
+            tokenizer.save_pretrained(folder)
+            config["vocab_size"] = len(tokenizer)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if arguments.embeddings or arguments.heads:
+            torch.manual_seed(0)
+            student = build_model(config)
+            if arguments.embeddings:
+                set_embeddings(student, tokenizer, read_texts(arguments.words))
+            if arguments.heads:
+                set_heads(student)
+            save_model(student, tokenizer, folder)
     print(arguments.out)
 
 
 def read_texts(files: Iterable[Path]) -> Iterator[str]:
-    """Strings, or all strings of an object joined, one a line or in one list."""
+    """Strings, or an object's strings joined, one a line or in one list."""
     for _, value in (parse(*row) for row in rows_of(files, "words")):
         for one in value if isinstance(value, list) else [value]:
             texts = one.values() if isinstance(one, dict) else [one]
-            yield " ".join(text for text in texts if isinstance(text, str))
+            yield " ".join(text for text in texts if isinstance(text, str)).strip()
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -106,6 +115,8 @@ def set_embeddings(student: Any, tokenizer: PreTrainedTokenizerBase, texts: Iter
     """Embed entries by the entries near them, as long as random ones are."""
     weight = student.get_input_embeddings().weight
     entries, width = weight.shape
+    if width > entries:
+        raise SystemExit(f"--width: the texts have {entries} entries, and so no {width} singular vectors")
     encoded = tokenizer(list(texts), return_attention_mask=False)["input_ids"]
     # none is near that of another text
     row = np.array([i for ids in encoded for i in [*ids, *[-1] * NEAR]])
