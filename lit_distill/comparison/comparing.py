@@ -100,6 +100,11 @@ def compare_runs(
         if _trained_on_different_rows(own.run):
             remarks[row["dataset"]].append(f"{row['name']}: trained on different rows with the same data seed")
         rows.append(row | facts[row["dataset"]] | _results(_without_repeated(own.run, repeated), metric))
+    for row in rows:
+        same = (other for other in rows if all(other[name] == row[name] for name in ("dataset", "train_fraction")))
+        # numbers and fractions of rows stand in one order, where records tell the rows
+        row["train_rows"] = max(run.record.train_rows for other in same for run in other["runs"])
+        row["train_rows"] = row["train_rows"] or row["train_fraction"]
     rows.sort(key=_order)
     for row in rows:
         if row["floor"] is not None and row["mean"] < row["floor"]:
@@ -196,7 +201,7 @@ def _lost(
     """See ``lost`` in `Comparison`; ``None`` if there is no such fraction or no seed in common, or it is of a loss."""
     same = ("dataset", "label_source", "student", "name")
     fewer = {other["train_fraction"]: other for other in rows if all(other[name] == row[name] for name in same)}
-    fraction = 0.1 if 0.1 in fewer else min(fewer)
+    fraction = 0.1 if 0.1 in fewer else min(fewer, key=lambda part: fewer[part]["train_rows"])
     if row["train_fraction"] != 1 or fraction == 1 or not names.is_share(metric):
         return None
     values = {run.seeds: run.metrics[metric] for run in fewer[fraction]["runs"]}
@@ -205,8 +210,8 @@ def _lost(
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sort key: dataset, labels, student size, fraction, then standard finetuning first; numbers by their size."""
-    first = [row[name] for name in ("dataset", "label_source", "parameters", "student", "train_fraction")]
+    """Sort key: dataset, labels, student size, training rows, then standard finetuning first; numbers by their size."""
+    first = [row[name] for name in ("dataset", "label_source", "parameters", "student", "train_rows")]
     numbers = [float(word) for word in row["name"].split() if re.fullmatch(r"\d+(\.\d+)?", word)]
     return (*first, row["method"] != "Standard", row["method"], numbers, row["name"])
 

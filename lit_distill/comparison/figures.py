@@ -54,7 +54,7 @@ def _plots(settings: pd.DataFrame, metric: str) -> Iterator[Plot]:
     """The figures of one dataset and label source; a line needs two points, a comparison of variants two settings."""
     for student, own in settings.groupby("student"):
         if own.name.duplicated().any():
-            yield _lines(own, "train_fraction", metric, student, f"{student}-training_rows")
+            yield _lines(own, "train_rows", metric, student, f"{student}-training_rows")
     sized = settings[settings.parameters > 0]
     for family, own in sized.groupby(sized.student.map(names.family)):
         several = own[own.duplicated(["name", "train_fraction"], keep=False)]
@@ -81,10 +81,11 @@ def _voted(settings: pd.DataFrame, metric: str) -> bool:
 
 
 def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The settings with the largest fraction of the training rows, and this in words."""
-    largest = settings.train_fraction.max()
-    part = "all training rows" if largest == 1 else f"{names.fraction(largest)} of the training rows"
-    return settings[settings.train_fraction == largest], part
+    """The settings with the most training rows, and these in words."""
+    largest = settings[settings.train_rows == settings.train_rows.max()]
+    fraction = largest.train_fraction.max()
+    part = "all training rows" if fraction == 1 else f"{names.fraction(fraction)} of the training rows"
+    return largest[largest.train_fraction == fraction], part
 
 
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
@@ -113,7 +114,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     axes.set_xticks([x for x, _ in settings.groupby(field)], [_tick(own, field) for _, own in settings.groupby(field)])
     axes.set_xticks([], minor=True)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("training rows" if field == "train_fraction" else "parameters of the student")
+    axes.set_xlabel("training rows" if field == "train_rows" else "parameters of the student")
     _show(axes.yaxis, metric)
     return _finish(sheet, settings, what, file, [])
 

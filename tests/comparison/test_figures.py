@@ -131,6 +131,18 @@ def texts_of(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_visible() and text.get_text()]
 
 
+def test_numbers_of_rows_stand_beside_fractions(tmp_path: Path) -> None:
+    for part in (0.5, 1, 100, 1000):
+        for method in ("Standard", "StepByStep"):
+            write_run(tmp_path / f"{method}{part}", method=method, train_fraction=part)
+    comparison = compare_runs(*find_runs([tmp_path]), resamples=200)
+    assert list(comparison.settings.train_fraction[::2]) == [100, 1000, 0.5, 1]
+    plots = {plot.name.rpartition("-")[2]: plot for plot in draw(comparison)}
+    assert "all training rows" in plots["methods"].title
+    places = plots["training_rows"].sheet.axes.get_xticks()
+    assert list(places) == [100, 1000, 4383, 8766]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_everything_can_be_read_and_lies_within_its_figure(drawn: Drawn, case: Callable[[Path], None]) -> None:
     _, found = drawn(case)
