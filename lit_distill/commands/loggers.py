@@ -36,7 +36,7 @@ def _setting(config: Namespace) -> list[str]:
     if reads_corpus(config):
         # which has no labels
         return [*names(config)]
-    fraction = f"{arguments.get('train_fraction', 1.0):g}"
+    fraction = f"{arguments.get('train_fraction', 1.0):.15g}"
     return [*names(config), arguments.get("label_source", "gold"), fraction]
 
 

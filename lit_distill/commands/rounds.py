@@ -162,8 +162,8 @@ def rows_to_ask(data: RationaleDataModule, by: str) -> list[Row]:
     found = [row for place, row in enumerate(rows) if place not in drawn or row.label is None]
     if not found:
         raise UserError(
-            "rounds: all rows of train have a gold label, so that a student has none to label: give data.train_fraction"
-            " below 1, rows without a label, or data.label_source teacher"
+            "rounds: all rows of train have a gold label, so that a student has none to label: give a smaller"
+            " data.train_fraction, rows without a label, or data.label_source teacher"
         )
     return found
 

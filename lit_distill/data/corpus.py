@@ -88,7 +88,7 @@ class CorpusDataModule(StudentDataModule):
         self._val = [] if val is None else _paths("val", val)
         self._test_sets = [] if test_sets is None else _paths("test_sets", test_sets)
         self.max_length = checks.check_int("max_length", max_length, 4)
-        checks.check_range("noise_density", noise_density, above=0, below=1)
+        checks.check_range("noise_density", noise_density, above=0, at_most=0.5)
         checks.check_range("mean_span_length", mean_span_length, at_least=1)
         self._rates = float(noise_density), float(mean_span_length)
         self.column = checks.check_text("column", column)

@@ -138,6 +138,10 @@ class DistillModule(Evaluating):
         check_range("num_beams", num_beams, at_least=1, below=101, whole=True)
         check_range("num_samples", num_samples, at_least=0, whole=True)
         check_range("effective_batch_size", effective_batch_size, at_least=1, whole=True)
+        if adapter and optimizer == "adafactor_scaled":
+            raise UserError(
+                "optimizer: adafactor_scaled hardly moves an adapter, which begins at 0; use adamw or adafactor"
+            )
         # Lightning finds the subclass's arguments from here, too
         self.save_hyperparameters()
         self.tasks = self.all_tasks(self.hparams)

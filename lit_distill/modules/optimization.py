@@ -62,7 +62,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},
-        {"params": [], "weight_decay": 0.0, "lr": weighting.LEARNING_RATE},
+        # they begin at 0, so that a rate relative to their size would hardly move them
+        {"params": [], "weight_decay": 0.0, "lr": weighting.LEARNING_RATE, "scale_parameter": False},
     ]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -32,7 +32,8 @@ def set_heads(model: PreTrainedModel) -> None:
             size = attention.key_value_proj_dim
             for head in attention.q.weight.split(size):
                 # rows at right angles: the inner product of a normalised word with itself is near the head's size
-                nn.init.orthogonal_(head, gain=(LIKE / size) ** 0.5)
+                turned = torch.empty(head.shape, dtype=torch.float32, device=head.device)
+                head.copy_(nn.init.orthogonal_(turned, gain=(LIKE / size) ** 0.5))
             attention.k.weight.copy_(attention.q.weight)
             if attention.has_relative_attention_bias:
                 bias = attention.relative_attention_bias.weight

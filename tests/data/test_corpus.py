@@ -292,7 +292,7 @@ def test_what_a_corpus_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (r"^train: a: paths must be a path or a list of paths, got \[\]$", {"train": {"a": {"paths": []}}}),
         (r"^train: a mixture must name sources", {"train": {}}),
         (r"^train must be a path or a list of paths", {"train": 5}),
-        (r"^noise_density must be above 0 and below 1, got 1$", {"noise_density": 1}),
+        (r"^noise_density must be above 0 and at most 0.5, got 0.6$", {"noise_density": 0.6}),
         (r"^mean_span_length must be at least 1, got 0.5$", {"mean_span_length": 0.5}),
         (r"^overlap must be one of refuse, drop", {"overlap": "x"}),
     ]

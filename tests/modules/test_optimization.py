@@ -17,6 +17,7 @@ from transformers.optimization import Adafactor
 from lit_distill.errors import UserError
 from lit_distill.modules import StepByStepModule
 from lit_distill.modules.optimization import OptimizerName, clip_in_step, parameter_groups
+from lit_distill.modules.weighting import LEARNING_RATE
 from tests.modules.batches import RowsData, random_rows
 from tests.modules.running import Steps, make_trainer
 
@@ -129,6 +130,16 @@ def test_scaled_steps_are_relative_to_the_parameter(student_folder: Path) -> Non
         moved = (after - before[key]).detach().abs() / (1e-3 * scale)
         assert float(moved.max()) < 1.01, key
         assert float(moved.max()) > 0.5, key
+
+
+def test_what_begins_at_0_has_no_scaled_steps(student_folder: Path) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e-3, "optimizer": "adafactor_scaled", "lr_schedule": "constant"}
+    module = StepByStepModule(student_folder, from_scratch=True, weighting="uncertainty", **settings)
+    make_trainer(max_steps=1).fit(module, datamodule=RowsData(ROWS[:2], 2, module.tasks))
+    [weights] = [value for name, value in module.named_parameters() if name.startswith("weighting.")]
+    assert weights.detach().abs().min() > 0.5 * LEARNING_RATE
+    with pytest.raises(UserError, match="adafactor_scaled hardly moves an adapter"):
+        StepByStepModule(student_folder, from_scratch=True, adapter={"r": 2}, **settings)
 
 
 @pytest.mark.parametrize(

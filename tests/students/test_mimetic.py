@@ -8,6 +8,7 @@ import torch
 
 from lit_distill.errors import UserError
 from lit_distill.students.loading import load_model
+from lit_distill.students.models import Dtype
 from tests.students import make_causal_folder, make_student_folder
 
 SIZE: dict[str, Any] = {"d_model": 64, "d_kv": 16, "num_heads": 4}
@@ -29,6 +30,15 @@ def test_heads_look_for_the_same_word_on_their_side(tmp_path: Path, model_type: 
     for head in (2, 3):
         assert heads[head, 7].argmax() == 1
         assert heads[head, 1].argmax() == 7
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_a_heads_rows_are_at_right_angles(tmp_path: Path, dtype: Dtype, tolerance: float) -> None:
+    student = load_model(make_student_folder(tmp_path, **SIZE), from_scratch="mimetic", dtype=dtype)
+    weight = student.state_dict()["encoder.block.0.layer.0.SelfAttention.q.weight"].detach()
+    assert weight.dtype == getattr(torch, dtype)
+    for head in weight.float().split(16):
+        assert (head @ head.T).allclose(torch.eye(16) * 3 / 16, atol=tolerance)
 
 
 def test_only_the_encoders_heads_are_set(tmp_path: Path) -> None:
