@@ -261,7 +261,10 @@ def test_a_verdict_is_on_what_the_comparison_finds(here: Path, capsys: pytest.Ca
         ({"grid": {"rationales": ["mine"]}}, "data.rationale_pairing: got mine; allowed is one of 'own', 'shuffled'"),
         ({"grid": {"train_fraction": ["half"]}}, "data.train_fraction: got half; allowed is float"),
         # what no type says, and fit would refuse when it has begun
-        ({"grid": {"train_fraction": [0.5, 1.5]}}, "train_fraction must be in (0, 1], got 1.5"),
+        (
+            {"grid": {"train_fraction": [0.5, 1.5]}},
+            "train_fraction must be in (0, 1] or a whole number above 1, got 1.5",
+        ),
         ({"grid": {"rationale_weight": [-1]}}, "rationale_weight must be at least 0, got -1.0"),
         ({"grid": {"model.learning_rate": [0]}}, "learning_rate must be above 0, got 0.0"),
         ({"grid": {"trainer.gradient_clip_val": [-1]}}, "trainer.gradient_clip_val must be at least 0, got -1"),
@@ -392,9 +395,11 @@ def test_an_out_that_can_be_none(out: str, student_folder: Path) -> None:
 
 
 def test_a_refusal_on_the_command_line_is_one_line(student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(small(student_folder, grid={"train_fraction": [2]}))
+    path = write(small(student_folder, grid={"train_fraction": [2.5]}))
     line = command_refusal(capsys, "experiment", "--config", path)
-    assert line.startswith("train_fraction must be in (0, 1], got 2.0 (in the cell fraction2 of grid.yaml)")
+    assert line.startswith(
+        "train_fraction must be in (0, 1] or a whole number above 1, got 2.5 (in the cell fraction2.5 of grid.yaml)"
+    )
 
 
 def test_help_is_the_functions(capsys: pytest.CaptureFixture[str]) -> None:

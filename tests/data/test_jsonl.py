@@ -294,7 +294,10 @@ def read_all(**arguments: Any) -> None:
         ({"train": "x.jsonl", "input_template": "{a!r}"}, "^input_template: {a} must stand without ':'"),
         ({"train": "x.jsonl", "input_template": "{a[0]}"}, "^input_template must name columns in braces"),
         ({"train": "x.jsonl", "input_template": 5}, "^input_template must be a text, got 5"),
-        ({"train": "x.jsonl", "train_fraction": 2}, r"^train_fraction must be in \(0, 1\], got 2"),
+        (
+            {"train": "x.jsonl", "train_fraction": 1.5},
+            r"^train_fraction must be in \(0, 1\] or a whole number above 1, got 1.5",
+        ),
         ({"train": "x.txt"}, r"^train: .*x\.txt is none of \.jsonl, \.json, \.csv, \.parquet and no folder"),
         (
             {"train": "rows.jsonl", "input_column": "text"},
