@@ -24,7 +24,6 @@ from lit_distill.checkpoints import RunHistory, save_atomically
 from lit_distill.commands.loggers import names, run_folder
 from lit_distill.commands.parser import Parser, constructor_arguments
 from lit_distill.commands.report import chance_level, report
-from lit_distill.data.base import RationaleDataModule
 from lit_distill.data.floor import floors
 from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
@@ -34,7 +33,7 @@ from lit_distill.exporting.predictor import record_task
 from lit_distill.modules.base import DistillModule
 from lit_distill.modules.methods import StandardModule
 from lit_distill.progress import progress_bar
-from lit_distill.records import RunRecord, write_predictions_file, write_record
+from lit_distill.records import NO_LABELS, RunRecord, write_predictions_file, write_record
 from lit_distill.tasks import fingerprint
 
 _LIBRARIES = ("torch", "lightning", "transformers", "datasets", "tokenizers", "numpy")
@@ -49,7 +48,7 @@ class Run:
     parser: Parser  # of the config
     trainer: pl.Trainer
     module: DistillModule
-    data: Any  # a `RationaleDataModule`, or a corpus
+    data: Any  # a `StudentDataModule`; of one without rows nothing else is asked
     history: RunHistory
 
     @property
@@ -71,7 +70,7 @@ def finish_fit(run: Run) -> None:
     """Test the best checkpoint, export its student, write the record and print the results."""
     config, trainer, module, data = run.config, run.trainer, run.module, run.data
     folder, fast_dev_run = run_folder(trainer), config["trainer"]["fast_dev_run"]
-    steps, tokens, best = what_was_trained(run)
+    trained = what_was_trained(run)
     testing = config["test_after_fit"] and data.split_rows("test") is not None
     if config["test_after_fit"] and not testing:
         rank_zero_warn(f"{data.absence('test')}: the student is saved untested")
@@ -79,27 +78,36 @@ def finish_fit(run: Run) -> None:
     try:
         if testing:
             # our table replaces Lightning's
-            trainer.test(module, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+            trainer.test(module, datamodule=data, ckpt_path=trained.best, verbose=False, weights_only=True)
             for logger in trainer.loggers:
                 logger.log_hyperparams({"test_rows": len(run.tested.answers) if run.tested else 0})
         if testing and config["baseline_after_fit"] and not fast_dev_run:
             baseline = train_baseline(run, folder / "baseline")
     finally:
         # whatever becomes of the test
-        student = save_student(run, best, folder / "student", baseline or {})
+        student = save_student(run, trained.best, folder / "student", baseline or {})
     found = run_floors(run) if not fast_dev_run and trainer.is_global_zero else {}
     if not fast_dev_run:
-        write_results(run, folder, steps, tokens, found)
-    report(module, student=student, baseline=baseline, floors=found)
+        write_results(run, folder, trained, found)
+    read = {"optimizer steps": trained.steps, "tokens read, of sources and targets": trained.tokens}
+    best_losses = best_metric(run.selection)
+    report(module, student=student, baseline=baseline, floors=found, read=read, best=best_losses)
     if config["push_to_hub"] is not None and student is not None and trainer.is_global_zero:
         push_folder(student, config["push_to_hub"])
 
 
-def what_was_trained(run: Run) -> tuple[int, int, Path | None]:
-    """Optimizer steps, tokens read, and the best checkpoint, or else that of the last step; ``None`` without any.
+@dataclass(frozen=True)
+class Trained:
+    """What training has done."""
 
-    Raises a ``UserError`` without a step.
-    """
+    steps: int  # optimizer steps
+    rows: int  # different rows that were read
+    tokens: int  # source and target tokens that were read
+    best: Path | None  # the best checkpoint, or else that of the last step; `None` without any
+
+
+def what_was_trained(run: Run) -> Trained:
+    """What a run has trained. Raises a ``UserError`` without a step."""
     trainer, steps, tokens = run.trainer, run.trainer.global_step, max(run.module.train_tokens(), 0)
     if steps == 0:
         raise UserError(
@@ -115,7 +123,7 @@ def what_was_trained(run: Run) -> tuple[int, int, Path | None]:
         rank_zero_warn("No validation has chosen a checkpoint: the student of the last step is tested and saved")
         best = run_folder(trainer) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(best)
-    return steps, tokens, best
+    return Trained(steps, run.data.train_rows(), tokens, best)
 
 
 def run_floors(run: Run) -> dict[str, float]:
@@ -180,8 +188,8 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
             settings=settings,
             tasks={
                 name: record_task(task, module.generation_settings(name))
-                # texts of a corpus are no task to ask of it
-                for name, task in (module.tasks.items() if isinstance(data, RationaleDataModule) else ())
+                # texts without labels are no task to ask of it
+                for name, task in (module.tasks.items() if data.split_rows("train") is not None else ())
             },
             data=data.describe(),
             metrics=tested.metrics if tested else {},
@@ -200,8 +208,8 @@ def save_student(run: Run, best: Path | None, folder: Path, baseline: Mapping[st
 
 
 @rank_zero_only
-def write_results(run: Run, folder: Path, steps: int, tokens: int, floor: Mapping[str, float]) -> None:
-    """Write any test predictions, and a run's record with its optimizer steps, training tokens and floors."""
+def write_results(run: Run, folder: Path, trained: Trained, floor: Mapping[str, float]) -> None:
+    """Write any test predictions, and a run's record with what was trained and its floors."""
     module, data, tested = run.module, run.data, run.tested
     splits: tuple[Split, ...] = ("train", "val", "test")
     # training rows with rationales, evaluated rows with gold labels
@@ -217,16 +225,17 @@ def write_results(run: Run, folder: Path, steps: int, tokens: int, floor: Mappin
         dataset=dataset,
         method=method,
         student=Path(str(module.hparams["student"])).name,
-        label_source=arguments["label_source"],
-        train_fraction=arguments["train_fraction"],
+        # texts have none, and are all read
+        label_source=arguments.get("label_source", NO_LABELS),
+        train_fraction=arguments.get("train_fraction", 1.0),
         seed=run.config["seed_everything"],
         data_seed=arguments["seed"],
-        train_rows=data.counts["train"]["used"],
+        train_rows=trained.rows,
         test_rows=len(tested.answers) if tested else 0,
-        steps=steps,
+        steps=trained.steps,
         metrics={f"test/{name}": value for name, value in tested.metrics.items()} if tested else {},
         validation=best_metric(run.selection),
-        train_tokens=tokens,
+        train_tokens=trained.tokens,
         rationales=data.rationale_pairing if any(task.uses_output for task in data.tasks.values()) else None,
         teacher_accuracy=teacher_accuracy(tally) if "test" in used else None,
         chance=chance[1] if chance else None,

@@ -1,6 +1,7 @@
 """What an evaluation ends with: metrics, the saved student and sample predictions, or a file of predictions."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,53 @@ def report(
     student: Path | None = None,
     baseline: Mapping[str, float] | None = None,
     floors: Mapping[str, float] | None = None,
+    read: Mapping[str, int] | None = None,
+    best: Mapping[str, float] | None = None,
 ) -> None:
-    """Print the module's last evaluation, with an exported student's folder, metrics of a baseline, and `floors`."""
+    """Print the module's last evaluation, with an exported student's folder, metrics of a baseline, and `floors`.
+
+    Without an evaluation, as of a student that only reads, print what it has ``read`` and its losses, of the ``best``
+    checkpoint if there is one.
+    """
     evaluation = module.evaluation
-    if evaluation is None:
-        return
     console = Console()
+    if evaluation is None:
+        found = module.trainer.callback_metrics
+        losses = {name: float(value) for name, value in found.items() if name.startswith("val/")}
+        table = losses_table(module.trainer.datamodule.name, _of_best(losses, best or {}), read or {})  # type: ignore[attr-defined]
+    else:
+        table = metrics_table(evaluation, baseline, floors)
     console.print()
-    console.print(metrics_table(evaluation, baseline, floors))
-    if floors and (accuracy := evaluation.metrics.get("accuracy", 1.0)) < max(floors.values()):
+    console.print(table)
+    if evaluation and floors and (accuracy := evaluation.metrics.get("accuracy", 1.0)) < max(floors.values()):
         console.print(below_floor(accuracy, max(floors.values())))
     if student is not None:
         # on its own unwrapped line, so that it can be copied
         console.print("Saved student:", style="bold")
         console.print(Text(f"  {student}"), soft_wrap=True)
+    if evaluation is None:
+        return
     for number, row in enumerate(evaluation.sample_rows()[:_SHOWN_SAMPLES], start=1):
         console.print(text_panel(f"sample {number} of {evaluation.split}", _sample(row)))
+
+
+def losses_table(title: str, losses: Mapping[str, float], read: Mapping[str, int]) -> Table:
+    """What a student has read, and its losses."""
+    table = console_table(title, [""], ["value"])
+    for name, number in read.items():
+        table.add_row(name, f"{number:,}")
+    for name, value in sorted(losses.items()):
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    return table
+
+
+def _of_best(last: Mapping[str, float], best: Mapping[str, float]) -> Mapping[str, float]:
+    """What is known of the saved checkpoint: the metric that chose it; without one, the metrics of the last step."""
+    found = {name: value for name, value in best.items() if name != "step"}
+    # the loss is that of the texts alone
+    if "val/loss" in found and last.get("val/loss") == last.get("val/text_loss"):
+        found["val/perplexity"] = math.exp(min(found["val/loss"], 700))
+    return found or last
 
 
 def metrics_table(

@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lit_distill.callbacks import SampleTable, Throughput, TokenBudget, ValidateEverySteps
 from lit_distill.checkpoints import BestCheckpoint, LastCheckpoint, RunHistory, StopAtSignals, save_atomically
 from lit_distill.commands.finish import Run, finish_fit
-from lit_distill.commands.finish_reading import finish_reading, report_losses
 from lit_distill.commands.loggers import (
     continue_loggers,
     keep_metrics,
@@ -123,11 +122,9 @@ class SaveConfig(Callback):
         return dict(checkpoint.get("callbacks", {}).get(SaveConfig.__qualname__, {}).get("config", {}))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        data: StudentDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # not declared by Lightning
         # before training; the record reads test in any case
-        if not isinstance(data, RationaleDataModule):
-            return
-        if stage == "fit" and data.split_rows("test") is not None and self.config["test_after_fit"]:
+        if stage == "fit" and self.config["test_after_fit"] and data.split_rows("test") is not None:
             check_split(data, "test", "test")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,13 +134,13 @@ class SaveConfig(Callback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, self.text)
-        data: StudentDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # not declared by Lightning
         dataset, method = names(self.config)
         flat = flatten(self.config.as_dict()).items()
         logged = {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in flat}
         # for comparing runs
         logged |= {"dataset": dataset, "method": method}
-        if isinstance(data, RationaleDataModule):
+        if data.split_rows("train") is not None:
             train = data.used_rows("train")
             logged["train_rows"] = len(train.rows)
             if any(task.uses_output for task in data.tasks.values()):
@@ -211,8 +208,7 @@ def run_trainer(command: str, args: list[str]) -> None:
             if config["push_to_hub"] is not None and trainer.is_global_zero:
                 check_hub(config["push_to_hub"])
             trainer.fit(module, datamodule=data, **checkpoint)
-            run = Run(config, saving.plain, parser, trainer, module, data, history)
-            (finish_fit if isinstance(data, RationaleDataModule) else finish_reading)(run)
+            finish_fit(Run(config, saving.plain, parser, trainer, module, data, history))
         elif command == "predict":
             path = Path(config["predictions"] or run_folder(trainer) / "predictions.jsonl")
             write_predictions(trainer, module, data, path, **checkpoint)
@@ -220,8 +216,6 @@ def run_trainer(command: str, args: list[str]) -> None:
             # our table of metrics, with intervals, replaces Lightning's
             getattr(trainer, command)(module, datamodule=data, verbose=False, **checkpoint)
             report(module)
-            if not isinstance(data, RationaleDataModule):
-                report_losses({name: float(value) for name, value in trainer.callback_metrics.items()})
         failed = False
     except UserError:
         # the folders that were made for a run that is refused; where there are files, they stay

@@ -330,6 +330,10 @@ class RationaleDataModule(Dataset):
         """Settings that affect tokenisation, besides the tokenizer."""
         return TokenSettings(self.tasks, self.max_source_length, self.max_target_length)
 
+    def train_rows(self) -> int:
+        """Those that are left of train."""
+        return self.counts["train"]["used"]
+
     def token_rows(self, split: Split) -> TokenRows:
         """The tokenised rows of a split, for other parts of a run."""
         return self.tokenized(split)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,6 +131,13 @@ class CorpusDataModule(StudentDataModule):
             return corrupt(ids, noise_mask(len(ids), density, mean_length, random), sentinels, eos)
 
         return Packing(tokens, length, pair, collate)
+
+    def train_rows(self) -> int:
+        """The documents that all ranks have read."""
+        documents = torch.tensor(self.counts.get("documents", 0))
+        if self.trainer is None:
+            return int(documents)
+        return int(self.trainer.strategy.reduce(documents.to(self.trainer.strategy.root_device), reduce_op="sum"))
 
     def tokens_per_row(self) -> float:
         """Those of a whole sequence: few are shorter."""

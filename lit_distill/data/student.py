@@ -17,8 +17,9 @@ from lit_distill.batch import TaskBatch, remember_rows
 from lit_distill.data.batches import collate
 from lit_distill.data.tokenize import TokenRow
 from lit_distill.errors import UserError
+from lit_distill.evaluation.answers import Split
 from lit_distill.students import Tokens, load_tokenizer, load_tokens
-from lit_distill.tasks import Task
+from lit_distill.tasks import Row, Task
 
 Tokenizer = str | Path | PreTrainedTokenizerBase | Tokens
 
@@ -62,6 +63,14 @@ class StudentDataModule(pl.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Settings and counts of what was used, in plain values."""
+        raise NotImplementedError
+
+    def split_rows(self, split: Split) -> Sequence[Row] | None:
+        """The rows of a split; ``None`` if it is absent, as each is of texts without labels."""
+        return None
+
+    def train_rows(self) -> int:
+        """The number of rows that were trained on. Call it on all ranks."""
         raise NotImplementedError
 
     def tokens_per_row(self) -> float:
