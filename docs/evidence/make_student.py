@@ -26,7 +26,7 @@ from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lit_distill.data.documents import parse, rows_of
+from lit_distill.data.corpus.documents import parse, rows_of
 from lit_distill.files import atomic_folder
 from lit_distill.students.mimetic import set_heads
 from lit_distill.students.models import build_model, save_model

@@ -20,7 +20,7 @@ import torch
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CorpusDataModule
 from lit_distill.data import streaming as streaming_module
-from lit_distill.data.documents import normal
+from lit_distill.data.corpus.documents import normal
 from lit_distill.data.streaming import StreamLoader
 from lit_distill.errors import UserError
 from lit_distill.students import Tokens

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from lit_distill import checks
 from lit_distill.batch import PADDING_ROW
 from lit_distill.data.batches import EpochSampler
-from lit_distill.data.corruption import Array, corrupt, corrupted_lengths, noise_mask, raw_length, sentinel_ids
-from lit_distill.data.documents import FORMATS, HELD_OUT, Sorting, rows_of, tested_lines
-from lit_distill.data.mixture import DocumentStream, Packing, Source
+from lit_distill.data.corpus.corruption import Array, corrupt, corrupted_lengths, noise_mask, raw_length, sentinel_ids
+from lit_distill.data.corpus.documents import FORMATS, HELD_OUT, Sorting, rows_of, tested_lines
+from lit_distill.data.corpus.mixture import DocumentStream, Packing, Source
 from lit_distill.data.streaming import StreamLoader, check_endless, find_shards
 from lit_distill.data.student import StudentDataModule, Tokenizer
 from lit_distill.data.tokenize import TokenRow
@@ -33,8 +33,8 @@ class CorpusDataModule(StudentDataModule):
     A file has a document a line: plain text (``.txt``), or JSON lines of strings or of objects (``.jsonl``, ``.json``),
     each also as ``.gz``, ``.bz2``, ``.xz`` or ``.zst``; or it is Parquet. Files are streamed, and nothing of them is
     kept. Documents are joined in their order, each with end-of-sequence, and cut to one length, so that no batch
-    is padded. A T5 reads each sequence with gaps, T5's span corruption (`lit_distill.data.corruption`); a decoder-only
-    student predicts each of its tokens but the first.
+    is padded. A T5 reads each sequence with gaps, T5's span corruption (`corpus.corruption`); a decoder-only student
+    predicts each of its tokens but the first.
 
     Args:
         train: a path, URL (``s3://``, ``hf://datasets/USER/NAME/...``) or pattern of files, or a list of them, relative

@@ -1,7 +1,7 @@
 """Span corruption (Raffel et al. 2020, 1910.10683, section 3.1.4): a text with gaps, and what was in them."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -9,14 +9,6 @@ from lit_distill.errors import UserError
 from lit_distill.students import Tokens
 
 Array = np.ndarray[Any, Any]
-
-
-class Shuffle(Protocol):
-    """What is used of NumPy's random generators."""
-
-    def permutation(self, x: Array, /) -> Array:
-        """The items in random order."""
-        ...
 
 
 def span_counts(length: int, density: float, mean_length: float) -> tuple[int, int]:
@@ -41,7 +33,7 @@ def raw_length(source_length: int, density: float, mean_length: float) -> int:
     return length
 
 
-def noise_mask(length: int, density: float, mean_length: float, random: Shuffle) -> Array:
+def noise_mask(length: int, density: float, mean_length: float, random: np.random.Generator) -> Array:
     """Which tokens of a sequence of at least two are noise, ``(length,)``.
 
     Spans that stay and spans of noise alternate, and the last is noise. All ways to cut both kinds into as many spans

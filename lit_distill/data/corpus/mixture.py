@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lit_distill.batch import TaskBatch
-from lit_distill.data.corruption import Array
-from lit_distill.data.documents import Sorting
+from lit_distill.data.corpus.corruption import Array
+from lit_distill.data.corpus.documents import Sorting
 from lit_distill.data.streaming import EMPTY, Content, Item, State, Stream, part_rows
 from lit_distill.data.tokenize import TokenRow
 from lit_distill.errors import UserError

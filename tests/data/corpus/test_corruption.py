@@ -1,10 +1,12 @@
 """Span corruption beside numbers written by hand, and put together again."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from lit_distill.data.corruption import (
-    Array,
+from lit_distill.data.corpus.corruption import (
     corrupt,
     corrupted_lengths,
     noise_mask,
@@ -26,19 +28,13 @@ def test_lengths_are_those_of_t5() -> None:
         assert corrupted_lengths(length, 0.15, 3.0)[0] <= longest < corrupted_lengths(length + 1, 0.15, 3.0)[0]
 
 
-class Backwards:
-    """Shuffles by turning round."""
-
-    def permutation(self, x: Array, /) -> Array:
-        return x[::-1]
-
-
 def test_a_mask_is_the_one_that_its_permutation_means() -> None:
     # 20 tokens, half of them noise in spans of 4: 10 of each kind in 2 spans (10 / 4 = 2.5, to the even); the one start
     # among the 9 places between 10 tokens goes from the first place to the last: spans of 9 and 1
     assert span_counts(20, 0.5, 4.0) == (10, 2)
     expected = [False] * 9 + [True] * 9 + [False] + [True]
-    assert noise_mask(20, 0.5, 4.0, Backwards()).tolist() == expected
+    backwards: Any = SimpleNamespace(permutation=lambda starts: starts[::-1])
+    assert noise_mask(20, 0.5, 4.0, backwards).tolist() == expected
 
 
 def test_a_source_and_its_target_by_hand() -> None:

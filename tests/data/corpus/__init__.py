@@ -1,0 +1,1 @@
+"""Tests of a corpus to read."""
