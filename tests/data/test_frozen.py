@@ -1,6 +1,7 @@
 """What each kind of source gives, row by row, against hashes written down once: reading may be rebuilt, not changed."""
 
 import json
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,20 @@ def digest(values: Any) -> str:
     return sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def texts(module: RationaleDataModule, split: Split) -> tuple[str, dict[str, int]]:
+def told(counts: Mapping[str, int], *, truncated: bool = False) -> str:
+    """The counts that are not 0, or with ``truncated`` all of what is cut."""
+    shown = {name: count for name, count in counts.items() if ("truncated" in name if truncated else count)}
+    return ", ".join(f"{count} {name}" for name, count in shown.items())
+
+
+def texts(module: RationaleDataModule, split: Split) -> tuple[str, str]:
     """The rows that are used as a hash of all that is said of them, and their counts."""
     used = module.used_rows(split)
     rows = [
         [row.id, row.input, row.label, row.choices, row.rationale, row.teacher_label, gold]
         for row, gold in zip(used.rows, used.gold, strict=True)
     ]
-    return digest(rows), {name: count for name, count in module.counts[split].items() if count}
+    return digest(rows), told(module.counts[split])
 
 
 def tokens(module: RationaleDataModule, split: Split) -> str:
@@ -65,129 +72,53 @@ RELEASED: dict[str, dict[str, Any]] = {
     "cqa": {
         "train": (
             "060138660eca63c7",
-            {
-                "rows": 8766,
-                "parsed": 8763,
-                "unparsed": 3,
-                "teacher_correct": 6481,
-                "outside_label_set": 404,
-                "used": 8766,
-            },
+            "8766 rows, 8763 parsed, 3 unparsed, 6481 teacher_correct, 404 outside_label_set, 8766 used",
         ),
-        "val": (
-            "1bffee7f94a10036",
-            {"rows": 975, "parsed": 975, "teacher_correct": 753, "outside_label_set": 41, "used": 975},
-        ),
-        "test": (
-            "04d9c5f40127a50e",
-            {"rows": 1221, "parsed": 1221, "teacher_correct": 943, "outside_label_set": 46, "used": 1221},
-        ),
-    },
-    "cqa-filtered": {
-        "train": (
-            "594a7d01eda53fa3",
-            {
-                "rows": 8766,
-                "parsed": 8763,
-                "unparsed": 3,
-                "teacher_correct": 6481,
-                "outside_label_set": 404,
-                "left_out_by_fraction": 6574,
-                "rationale_filtered": 557,
-                "used": 2192,
-            },
-        ),
-        "val": (
-            "1bffee7f94a10036",
-            {"rows": 975, "parsed": 975, "teacher_correct": 753, "outside_label_set": 41, "used": 975},
-        ),
-        "test": (
-            "04d9c5f40127a50e",
-            {"rows": 1221, "parsed": 1221, "teacher_correct": 943, "outside_label_set": 46, "used": 1221},
-        ),
-    },
-    "cqa-teacher": {
-        "train": (
-            "9519213aaf39e72d",
-            {
-                "rows": 8766,
-                "parsed": 8763,
-                "unparsed": 3,
-                "teacher_correct": 6481,
-                "outside_label_set": 404,
-                "dropped_without_teacher_label": 3,
-                "used": 8763,
-                "rationale_shuffled": 8763,
-            },
-        ),
-        "val": (
-            "1bffee7f94a10036",
-            {"rows": 975, "parsed": 975, "teacher_correct": 753, "outside_label_set": 41, "used": 975},
-        ),
-        "test": (
-            "04d9c5f40127a50e",
-            {"rows": 1221, "parsed": 1221, "teacher_correct": 943, "outside_label_set": 46, "used": 1221},
-        ),
+        "val": ("1bffee7f94a10036", "975 rows, 975 parsed, 753 teacher_correct, 41 outside_label_set, 975 used"),
+        "test": ("04d9c5f40127a50e", "1221 rows, 1221 parsed, 943 teacher_correct, 46 outside_label_set, 1221 used"),
     },
     "svamp": {
-        "train": (
-            "a3baba314bdf8df0",
-            {"rows": 720, "parsed": 708, "unparsed": 12, "teacher_correct": 531, "used": 720},
-        ),
-        "val": ("a1796d5b1277491e", {"rows": 80, "parsed": 79, "unparsed": 1, "teacher_correct": 57, "used": 80}),
-        "test": ("8b145a58c2b885ff", {"rows": 200, "parsed": 198, "unparsed": 2, "teacher_correct": 148, "used": 200}),
-    },
-    "svamp-teacher": {
-        "train": (
-            "2bae6f2ee19a43cb",
-            {
-                "rows": 720,
-                "parsed": 708,
-                "unparsed": 12,
-                "teacher_correct": 531,
-                "rationale_filtered": 177,
-                "dropped_without_teacher_label": 12,
-                "used": 708,
-            },
-        ),
-        "val": ("a1796d5b1277491e", {"rows": 80, "parsed": 79, "unparsed": 1, "teacher_correct": 57, "used": 80}),
-        "test": ("8b145a58c2b885ff", {"rows": 200, "parsed": 198, "unparsed": 2, "teacher_correct": 148, "used": 200}),
+        "train": ("a3baba314bdf8df0", "720 rows, 708 parsed, 12 unparsed, 531 teacher_correct, 720 used"),
+        "val": ("a1796d5b1277491e", "80 rows, 79 parsed, 1 unparsed, 57 teacher_correct, 80 used"),
+        "test": ("8b145a58c2b885ff", "200 rows, 198 parsed, 2 unparsed, 148 teacher_correct, 200 used"),
     },
     "esnli": {
         "train": (
             "dc12abf6488076a5",
-            {
-                "rows": 10000,
-                "parsed": 9830,
-                "unparsed": 170,
-                "teacher_correct": 6986,
-                "outside_label_set": 53,
-                "left_out_by_fraction": 5000,
-                "used": 5000,
-            },
+            "10000 rows, 9830 parsed, 170 unparsed, 6986 teacher_correct, 53 outside_label_set,"
+            " 5000 left_out_by_fraction, 5000 used",
         ),
-        "val": (
-            "c5e80a37a6cef395",
-            {"rows": 9842, "parsed": 9838, "unparsed": 4, "teacher_correct": 7201, "used": 9842},
-        ),
-        "test": (
-            "ba93d33e9759546b",
-            {"rows": 9824, "parsed": 9824, "teacher_correct": 7171, "outside_label_set": 1, "used": 9824},
-        ),
+        "val": ("c5e80a37a6cef395", "9842 rows, 9838 parsed, 4 unparsed, 7201 teacher_correct, 9842 used"),
+        "test": ("ba93d33e9759546b", "9824 rows, 9824 parsed, 7171 teacher_correct, 1 outside_label_set, 9824 used"),
     },
     "anli1": {
-        "val": ("7fc2e467a7a3e07d", {"rows": 1000, "parsed": 991, "unparsed": 9, "teacher_correct": 668, "used": 1000}),
-        "test": (
-            "0e056de253a6bcbf",
-            {"rows": 1000, "parsed": 990, "unparsed": 10, "teacher_correct": 656, "used": 1000},
-        ),
+        "val": ("7fc2e467a7a3e07d", "1000 rows, 991 parsed, 9 unparsed, 668 teacher_correct, 1000 used"),
+        "test": ("0e056de253a6bcbf", "1000 rows, 990 parsed, 10 unparsed, 656 teacher_correct, 1000 used"),
     },
     "toy": {
-        "train": ("806d58bc343fd61b", {"rows": 50, "parsed": 50, "teacher_correct": 50, "used": 50}),
-        "val": ("ee953a069d36b7f7", {"rows": 20, "parsed": 20, "teacher_correct": 20, "used": 20}),
-        "test": ("c8facae8b1e37cdf", {"rows": 20, "parsed": 20, "teacher_correct": 20, "used": 20}),
+        "train": ("806d58bc343fd61b", "50 rows, 50 parsed, 50 teacher_correct, 50 used"),
+        "val": ("ee953a069d36b7f7", "20 rows, 20 parsed, 20 teacher_correct, 20 used"),
+        "test": ("c8facae8b1e37cdf", "20 rows, 20 parsed, 20 teacher_correct, 20 used"),
     },
 }
+RELEASED_TRAIN: dict[str, Any] = {
+    "cqa-filtered": (
+        "594a7d01eda53fa3",
+        "8766 rows, 8763 parsed, 3 unparsed, 6481 teacher_correct, 404 outside_label_set,"
+        " 6574 left_out_by_fraction, 557 rationale_filtered, 2192 used",
+    ),
+    "cqa-teacher": (
+        "9519213aaf39e72d",
+        "8766 rows, 8763 parsed, 3 unparsed, 6481 teacher_correct, 404 outside_label_set,"
+        " 3 dropped_without_teacher_label, 8763 used, 8763 rationale_shuffled",
+    ),
+    "svamp-teacher": (
+        "2bae6f2ee19a43cb",
+        "720 rows, 708 parsed, 12 unparsed, 531 teacher_correct, 177 rationale_filtered,"
+        " 12 dropped_without_teacher_label, 708 used",
+    ),
+}
+RELEASED |= {name: RELEASED[name.partition("-")[0]] | {"train": train} for name, train in RELEASED_TRAIN.items()}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -200,22 +131,21 @@ def test_released_rows(name: str, shared_data: Path) -> None:
 
 TOKENS: dict[str, dict[str, Any]] = {
     "svamp": {
-        "test": ("af61a6b65ec19214", {"truncated_inputs": 56, "truncated_targets": 262, "truncated_labels": 0}),
-        "train": ("e5cfe6cf2671f594", {"truncated_inputs": 192, "truncated_targets": 914, "truncated_labels": 0}),
-        "val": ("53efdaf3fb76a468", {"truncated_inputs": 20, "truncated_targets": 95, "truncated_labels": 0}),
-    },
-    "svamp-teacher": {
-        "test": ("af61a6b65ec19214", {"truncated_inputs": 56, "truncated_targets": 262, "truncated_labels": 0}),
-        "train": ("e27c0962f9c69640", {"truncated_inputs": 184, "truncated_targets": 436, "truncated_labels": 0}),
-        "val": ("53efdaf3fb76a468", {"truncated_inputs": 20, "truncated_targets": 95, "truncated_labels": 0}),
+        "test": ("af61a6b65ec19214", "56 truncated_inputs, 262 truncated_targets, 0 truncated_labels"),
+        "train": ("e5cfe6cf2671f594", "192 truncated_inputs, 914 truncated_targets, 0 truncated_labels"),
+        "val": ("53efdaf3fb76a468", "20 truncated_inputs, 95 truncated_targets, 0 truncated_labels"),
     },
     "anli1": {
-        "test": ("d1ea254c2eb99f6d", {"truncated_inputs": 4000, "truncated_targets": 308, "truncated_labels": 0})
+        "test": ("d1ea254c2eb99f6d", "4000 truncated_inputs, 308 truncated_targets, 0 truncated_labels"),
     },
 }
+TOKENS_TRAIN: dict[str, Any] = {
+    "svamp-teacher": ("e27c0962f9c69640", "184 truncated_inputs, 436 truncated_targets, 0 truncated_labels"),
+}
+TOKENS |= {name: TOKENS[name.partition("-")[0]] | {"train": train} for name, train in TOKENS_TRAIN.items()}
 
 
-@pytest.mark.parametrize("name", ["svamp", "svamp-teacher", "anli1"])
+@pytest.mark.parametrize("name", TOKENS)
 def test_released_tokens(name: str, shared_data: Path, shared_tokenizer: Path) -> None:
     dataset, arguments = DATASETS[name]
     # short enough that rationales and inputs are cut
@@ -230,9 +160,7 @@ def test_released_tokens(name: str, shared_data: Path, shared_tokenizer: Path) -
     module.setup("test")
     if module.split_rows("train") is not None:
         module.setup("fit")
-    cut = {
-        split: {part: n for part, n in counts.items() if "truncated" in part} for split, counts in module.counts.items()
-    }
+    cut = {split: told(counts, truncated=True) for split, counts in module.counts.items()}
     assert {split: (tokens(module, split), cut[split]) for split in module._tokenized} == TOKENS[name]
 
 
@@ -240,104 +168,55 @@ OWN: dict[str, dict[str, Any]] = {
     "tickets": {
         "train": (
             "adcd34fb549b5cad",
-            {"rows": 198, "parsed": 147, "no_output": 51, "used": 198, "truncated_targets": 424},
+            "198 rows, 147 parsed, 51 no_output, 198 used, 424 truncated_targets",
             "3c8af11c508b7f22",
         ),
         "val": (
             "ca536590bfbf5d5d",
-            {"rows": 22, "parsed": 15, "no_output": 7, "used": 22, "truncated_targets": 44},
+            "22 rows, 15 parsed, 7 no_output, 22 used, 44 truncated_targets",
             "b149942d912aab15",
         ),
-        "test": ("cd1d2b4c61b30a05", {"rows": 80, "no_output": 80, "used": 80}, "cacf52595e90e59a"),
+        "test": ("cd1d2b4c61b30a05", "80 rows, 80 no_output, 80 used", "cacf52595e90e59a"),
     },
     "jsonl": {
         "train": (
             "2b0494e53f30683f",
-            {"rows": 36, "parsed": 35, "no_output": 1, "teacher_correct": 15, "used": 36},
+            "36 rows, 35 parsed, 1 no_output, 15 teacher_correct, 36 used",
             "dec7d3345aa7c0c5",
         ),
-        "val": ("a155c13f85c004b9", {"rows": 4, "parsed": 3, "no_output": 1, "used": 4}, "2538ba8d919d4ac8"),
-        "test": ("7e8e156a429449e8", {"rows": 1, "no_output": 1, "used": 1}, "b5b80d17b68598a5"),
+        "val": ("a155c13f85c004b9", "4 rows, 3 parsed, 1 no_output, 4 used", "2538ba8d919d4ac8"),
+        "test": ("7e8e156a429449e8", "1 rows, 1 no_output, 1 used", "b5b80d17b68598a5"),
     },
     "annotated": {
         "train": (
             "1855ab7c5f85ba6f",
-            {"rows": 36, "parsed": 21, "unparsed": 3, "no_output": 12, "teacher_correct": 17, "used": 36},
+            "36 rows, 21 parsed, 3 unparsed, 12 no_output, 17 teacher_correct, 36 used",
             "f24ca1709bbac460",
         ),
-        "val": (
-            "b2a652ea3a826a04",
-            {"rows": 4, "parsed": 2, "no_output": 2, "teacher_correct": 2, "used": 4},
-            "cbefaef0d7c346cd",
-        ),
-        "test": ("7e8e156a429449e8", {"rows": 1, "no_output": 1, "used": 1}, "b5b80d17b68598a5"),
-    },
-    "annotated-condition": {
-        "train": (
-            "fa186f8cfffd471d",
-            {
-                "rows": 36,
-                "parsed": 21,
-                "unparsed": 3,
-                "no_output": 12,
-                "teacher_correct": 17,
-                "rationale_filtered": 11,
-                "used": 36,
-            },
-            "ee2970f185d42dc0",
-        ),
-        "val": (
-            "b2a652ea3a826a04",
-            {"rows": 4, "parsed": 2, "no_output": 2, "teacher_correct": 2, "used": 4},
-            "cbefaef0d7c346cd",
-        ),
-        "test": ("7e8e156a429449e8", {"rows": 1, "no_output": 1, "used": 1}, "b5b80d17b68598a5"),
-    },
-    "annotated-votes": {
-        "train": (
-            "c11b01ad835077fa",
-            {
-                "rows": 36,
-                "parsed": 21,
-                "unparsed": 3,
-                "no_output": 12,
-                "teacher_correct": 17,
-                "rationale_filtered": 8,
-                "dropped_without_teacher_label": 13,
-                "used": 23,
-            },
-            "0dcd52cefd45d252",
-        ),
-        "val": (
-            "b2a652ea3a826a04",
-            {"rows": 4, "parsed": 2, "no_output": 2, "teacher_correct": 2, "used": 4},
-            "cbefaef0d7c346cd",
-        ),
-        "test": ("7e8e156a429449e8", {"rows": 1, "no_output": 1, "used": 1}, "b5b80d17b68598a5"),
-    },
-    "annotated-agrees": {
-        "train": (
-            "3f89240727518922",
-            {
-                "rows": 36,
-                "parsed": 21,
-                "unparsed": 3,
-                "no_output": 12,
-                "teacher_correct": 17,
-                "rationale_filtered": 1,
-                "used": 36,
-                "rationale_shuffled": 22,
-            },
-            "a12113189e7f7d18",
-        ),
-        "val": (
-            "b2a652ea3a826a04",
-            {"rows": 4, "parsed": 2, "no_output": 2, "teacher_correct": 2, "used": 4},
-            "cbefaef0d7c346cd",
-        ),
-        "test": ("7e8e156a429449e8", {"rows": 1, "no_output": 1, "used": 1}, "b5b80d17b68598a5"),
+        "val": ("b2a652ea3a826a04", "4 rows, 2 parsed, 2 no_output, 2 teacher_correct, 4 used", "cbefaef0d7c346cd"),
+        "test": ("7e8e156a429449e8", "1 rows, 1 no_output, 1 used", "b5b80d17b68598a5"),
     },
 }
+OWN_TRAIN: dict[str, Any] = {
+    "annotated-condition": (
+        "fa186f8cfffd471d",
+        "36 rows, 21 parsed, 3 unparsed, 12 no_output, 17 teacher_correct, 11 rationale_filtered, 36 used",
+        "ee2970f185d42dc0",
+    ),
+    "annotated-votes": (
+        "c11b01ad835077fa",
+        "36 rows, 21 parsed, 3 unparsed, 12 no_output, 17 teacher_correct, 8 rationale_filtered,"
+        " 13 dropped_without_teacher_label, 23 used",
+        "0dcd52cefd45d252",
+    ),
+    "annotated-agrees": (
+        "3f89240727518922",
+        "36 rows, 21 parsed, 3 unparsed, 12 no_output, 17 teacher_correct, 1 rationale_filtered, 36 used,"
+        " 22 rationale_shuffled",
+        "a12113189e7f7d18",
+    ),
+}
+OWN |= {name: OWN[name.partition("-")[0]] | {"train": train} for name, train in OWN_TRAIN.items()}
 
 
 def own(name: str, folder: Path, write_lines: WriteLines) -> RationaleDataModule:
@@ -395,9 +274,7 @@ def own(name: str, folder: Path, write_lines: WriteLines) -> RationaleDataModule
     return JSONLDataModule(train=train, test=test, rationales=folder / "said", **common | arguments[name])
 
 
-@pytest.mark.parametrize(
-    "name", ["tickets", "jsonl", "annotated", "annotated-condition", "annotated-votes", "annotated-agrees"]
-)
+@pytest.mark.parametrize("name", OWN)
 def test_own_rows(name: str, tmp_path: Path, write_lines: WriteLines) -> None:
     module = own(name, tmp_path, write_lines)
     module.setup("fit")
