@@ -34,12 +34,6 @@ def test_released_files(dataset: type[RationaleDataModule], split: Split, shared
     assert outside is None or found["outside_label_set"] == outside
 
 
-@pytest.mark.parametrize(("dataset", "train", "val"), [(CQADataModule, 8766, 975), (SVAMPDataModule, 720, 80)])
-def test_val_is_the_paper_s_tenth(dataset: type[RationaleDataModule], train: int, val: int, shared_data: Path) -> None:
-    module = dataset(data_dir=shared_data)
-    assert (len(module.used_rows("train").rows), len(module.used_rows("val").rows)) == (train, val)
-
-
 def test_more_outputs_than_rows(shared_data: Path) -> None:
     with pytest.raises(UserError, match=r"10000 rows.* 11000 outputs.*allow_extra_outputs"):
         ESNLIDataModule(data_dir=shared_data).released("train")
