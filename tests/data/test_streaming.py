@@ -4,7 +4,7 @@ import gzip
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,23 +132,17 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(one[task][name], other[task][name]) for task in one for name in one[task])
 
 
-@pytest.mark.parametrize(("workers", "stops"), [(0, (1, 2, 3, 11, 12, 13, 14, 25, 30)), (2, (1, 12, 25))])
-def test_it_goes_on_exactly(
-    workers: int, stops: Sequence[int], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    write_shards(tmp_path / "shards")
-    task = {"label": {}, "why": {"target": "{rationale}", "prefix": "why ", "select": "sample"}}
-    settings: dict[str, Any] = {"num_workers": workers, "tasks": task}
-    loader = open_loader(tmp_path / "shards", tokenizer, **settings)
+def check_going_on(make: Callable[[], StreamLoader], stops: Sequence[int]) -> tuple[list[Any], Any]:
+    """Go on in another loader from the states at some of 40 batches; return all batches, and the last state."""
+    loader = make()
     states, batches = [loader.state_dict()], []
     counts: list[dict[str, int]] = [{}]
     for batch in islice(loader, 40):
         states.append(json.loads(json.dumps(loader.state_dict())))
         batches.append(batch)
         counts.append(dict(loader.counts))
-    assert max(state["pass"] for state in states[-1]["streams"]) >= 2
     for stop in stops:
-        resumed = open_loader(tmp_path / "shards", tokenizer, **settings)
+        resumed = make()
         iterator = iter(resumed)
         resumed.load_state_dict(states[stop])  # Lightning may load it after the iterator is made
         assert resumed.state_dict() == states[stop]
@@ -156,6 +150,18 @@ def test_it_goes_on_exactly(
             assert same(batch, batches[number])
             assert resumed.state_dict() == states[number + 1]
             assert resumed.counts == counts[number + 1]
+    return batches, states[-1]
+
+
+@pytest.mark.parametrize(("workers", "stops"), [(0, (1, 2, 3, 11, 12, 13, 14, 25, 30)), (2, (1, 12, 25))])
+def test_it_goes_on_exactly(
+    workers: int, stops: Sequence[int], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "shards")
+    task = {"label": {}, "why": {"target": "{rationale}", "prefix": "why ", "select": "sample"}}
+    settings: dict[str, Any] = {"num_workers": workers, "tasks": task}
+    batches, last = check_going_on(lambda: open_loader(tmp_path / "shards", tokenizer, **settings), stops)
+    assert max(state["pass"] for state in last["streams"]) >= 2
     # one of a row's two rationales is drawn, not always the same one
     drawn = [
         tokenizer.decode([i for i in ids if i > 2]) for batch in batches for ids in batch["why"]["labels"].tolist()

@@ -25,6 +25,7 @@ from lit_distill.data.streaming import StreamLoader
 from lit_distill.errors import UserError
 from lit_distill.students import Tokens
 from lit_distill.students.tokens import CausalTokens
+from tests.data.test_streaming import check_going_on
 from tests.students import CAUSAL_WORDS, WORDS, make_causal_tokenizer, make_tokenizer
 
 # words of the tokenizer, so that a document can be read again from its tokens
@@ -152,22 +153,10 @@ def test_ranks_and_workers_share_a_pass(corpus: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_goes_on_exactly(workers: int, corpus: str) -> None:
     mixture = {"a": {"paths": corpus, "weight": 3}, "b": {"paths": [corpus.replace("*", "p*")]}}
-    settings: dict[str, Any] = {"num_workers": workers}
-    loader = build(mixture, **settings).train_dataloader()
-    states, batches = [loader.state_dict()], []
-    counts: list[dict[str, int]] = [{}]
-    for batch in islice(loader, 40):
-        states.append(json.loads(json.dumps(loader.state_dict())))
-        batches.append(batch)
-        counts.append(dict(loader.counts))
-    for stop in (1, 7, 16, 33):
-        later = build(mixture, **settings).train_dataloader()
-        later.load_state_dict(states[stop])
-        for number, batch in enumerate(islice(later, 40 - stop), start=stop):
-            assert all(torch.equal(batch["text"][key], batches[number]["text"][key]) for key in ("input_ids", "labels"))
-            assert later.counts == counts[number + 1]
+    check_going_on(lambda: build(mixture, num_workers=workers).train_dataloader(), (1, 7, 16, 33))
+    state = build(mixture).train_dataloader().state_dict()
     with pytest.raises(UserError, match="ckpt_path: training rows cannot go on"):
-        build(mixture, max_length=30).train_dataloader().load_state_dict(states[3])
+        build(mixture, max_length=30).train_dataloader().load_state_dict(state)
 
 
 def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
