@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_distill.callbacks import Throughput
 from lit_distill.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -101,6 +102,39 @@ def metric_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of a run's ``metrics.csv``, without empty cells."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def last(folder: Path) -> dict[str, Any]:
+    """A run's last checkpoint."""
+    loaded: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return loaded
+
+
+def break_off(
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    *arguments: object,
+    saving: bool = True,
+    inside: bool = False,
+    keyboard: bool = False,
+) -> None:
+    """Break off a run before micro-batch ``after``, or ``inside`` the hooks of the one before it.
+
+    Without saving, as a kill would.
+    """
+    fault = KeyboardInterrupt if keyboard else FloatingPointError
+    with monkeypatch.context() as patch:
+
+        def stop(self: Throughput, trainer: Any, *args: Any) -> None:
+            if trainer.fit_loop.epoch_loop.total_batch_idx == after - inside:
+                raise fault
+
+        patch.setattr(Throughput, "on_train_batch_end" if inside else "on_train_batch_start", stop)
+        if not saving:
+            patch.setattr("lit_distill.checkpoints.LastCheckpoint.on_exception", lambda *args: None)
+        # Lightning turns Ctrl-C into an exit
+        with pytest.raises(SystemExit if keyboard else FloatingPointError):
+            run("fit", *arguments)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from lit_distill.students import load
 from lit_distill.tasks import LABEL
 from tests.runs import (
     CONFIGS,
-    at_work_in,
+    break_off,
+    last,
     metric_rows,
     read_lines,
     refusal,
@@ -26,21 +26,16 @@ from tests.runs import (
     toy_data,
 )
 from tests.students import add_weights, make_causal_folder, make_student_folder
-from tests.test_resume_cli import interrupt, last
 
 LORA = f"--config={CONFIGS / 'overlay/lora.yaml'}"
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    pytest.mark.usefixtures("here"),
     # PEFT 0.21 asks transformers 5.23 by names that are going
-    "ignore:`is_gradient_checkpointing`:FutureWarning",
-    "ignore:`gradient_checkpointing:FutureWarning",
-)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:`gradient_checkpointing:FutureWarning"
+    ),
+]
 
 
 def student_of(family: str, folder: Path, **changes: Any) -> Path:
@@ -103,7 +98,9 @@ TEMPLATE = (
 
 
 @pytest.mark.parametrize("family", ["causal", "t5"])
-def test_lora_from_its_overlay(family: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_from_its_overlay(
+    family: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     student = student_of(family, here / "student", attention_dropout=0.1)
     # 3 micro-batches an epoch in windows of 2 and 1
     small = [*small_model(student), *toy_data(10, 4), *small_trainer(4, 2), "--trainer.accumulate_grad_batches=2"]
@@ -136,8 +133,7 @@ def test_lora_from_its_overlay(family: str, here: Path, capsys: pytest.CaptureFi
         # its checkpoint was read above; how a run goes on from one does not depend on the family
         return
     # a broken run goes on bit by bit, without the student's folder
-    with pytest.raises(FloatingPointError):
-        run("fit", arguments, interrupt(4))
+    break_off(monkeypatch, 4, arguments)
     broken = run_folders()[-1]
     shutil.rmtree(student)
     run("fit", arguments, f"--ckpt_path={broken / 'checkpoints/last.ckpt'}")

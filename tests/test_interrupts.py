@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from lit_distill.cli import main
+from tests.modules.running import identical
 from tests.runs import at_work_in, flat, metric_rows, run, run_folders, small_model, small_trainer, toy_data
 
 STEPS = 6
@@ -30,10 +30,7 @@ class Send(pl.Callback):
                 os.kill(os.getpid(), self.number)
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def arguments(student: Path, *more: str) -> list[str]:
@@ -67,29 +64,13 @@ def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name: torch.load(path, weights_only=True) for path in (folder / "checkpoints").glob("*.ckpt")}
 
 
-def assert_same(first: Any, second: Any, name: str = "") -> None:
-    """Of every tensor and number, all bits."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), name
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), name
-        for key in first:
-            assert_same(first[key], second[key], f"{name}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), name
-        for number, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{name}.{number}")
-    else:
-        assert first == second, name
-
-
 def assert_same_run(first: Path, second: Path) -> None:
     """The same checkpoints, by name, weights, moments and schedule."""
     ours, theirs = checkpoints(first), checkpoints(second)
     assert ours.keys() == theirs.keys()
     for name, checkpoint in ours.items():
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-            assert_same(checkpoint[key], theirs[name][key], f"{name} {key}")
+            assert identical({key: checkpoint[key]}, {key: theirs[name][key]}), f"{name} {key}"
 
 
 @pytest.fixture(scope="module")

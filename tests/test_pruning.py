@@ -12,8 +12,7 @@ from lit_distill.pruning import Pruning
 from lit_distill.shrinking.shrink import without_zeros
 from lit_distill.shrinking.structure import Structure
 from lit_distill.students import load
-from tests.commands.test_resume import broken
-from tests.runs import refusal, run, run_folders, small_model, small_trainer, toy_data
+from tests.runs import break_off, refusal, run, run_folders, small_model, small_trainer, toy_data
 from tests.shrinking.test_shrink import logits_of, student_of
 from tests.students import make_causal_folder, make_student_folder
 
@@ -63,7 +62,7 @@ def test_the_exported_student_is_smaller_and_the_same(kind: str) -> None:
 def test_a_resumed_run_prunes_the_same(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [*small_model(student_folder), *toy_data(), *small_trainer(4, 1), EACH, "--test_after_fit=false"]
     run("fit", given)
-    broken(monkeypatch, 3, given)
+    break_off(monkeypatch, 3, given)
     run("fit", given, "--resume")
     whole, resumed = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in run_folders())
     assert whole["callbacks"]["Pruning"] == resumed["callbacks"]["Pruning"]

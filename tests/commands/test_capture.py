@@ -19,9 +19,8 @@ from lit_distill.commands import capture
 from lit_distill.teachers.capture import Capturer
 from lit_distill.teachers.store import read_shard, shards
 from tests.commands import capture_runs
-from tests.commands.test_resume import broken
 from tests.ranks import on_ranks
-from tests.runs import metric_rows, refusal, run, run_folders, small_model, small_trainer, write_release
+from tests.runs import break_off, metric_rows, refusal, run, run_folders, small_model, small_trainer, write_release
 from tests.students import add_weights, make_causal_folder, make_causal_tokenizer, make_student_folder, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -79,7 +78,7 @@ def test_a_student_trains_from_it_with_no_teacher(
     assert all(float(row["val/kl_loss"]) > 0 for row in rows if "val/kl_loss" in row)
     assert any("val/kl_loss" in row for row in rows)
     # resumed, bit by bit
-    broken(monkeypatch, 3, own, store, trainer, "--data.num_workers=0", saving=False)
+    break_off(monkeypatch, 3, own, store, trainer, "--data.num_workers=0", saving=False)
     run("fit", own, store, trainer, "--resume")
     whole, resumed = (
         torch.load(each / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for each in run_folders()
