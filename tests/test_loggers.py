@@ -24,10 +24,7 @@ METRICS = {
 COLUMNS = ["id", "input", "label", "prediction", "correct", "rationale", "tokens"]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_csv_is_the_default(student_folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The command: what it takes, what it prints, what it refuses."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +11,9 @@ from lit_distill.commands.compare import compare
 from lit_distill.commands.dispatch import run_compare
 from lit_distill.errors import UserError
 from tests.comparison.runs import write_run, write_runs
-from tests.runs import at_work_in, refusal
+from tests.runs import refusal
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

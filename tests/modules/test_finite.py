@@ -14,7 +14,7 @@ from lit_distill.objectives import Step
 from lit_distill.records import RECORD
 from tests.modules.batches import RowsData, random_rows
 from tests.modules.running import make_trainer
-from tests.runs import at_work_in, refusal, run, run_folders, small_toy
+from tests.runs import refusal, run, run_folders, small_toy
 
 ROWS = random_rows(14, seed=41)
 
@@ -126,12 +126,6 @@ def test_weights_that_are_not_finite_are_not_saved(student_folder: Path, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------- the command line
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    with at_work_in(tmp_path, monkeypatch) as folder:
-        yield folder
 
 
 def method(student: Path) -> list[str]:
