@@ -1,4 +1,4 @@
-"""A small server that speaks the OpenAI API on loopback, as well or as badly as a test tells it to."""
+"""A small server that speaks the OpenAI API on loopback, as well or as badly as a test tells it to; how it is asked."""
 
 import asyncio
 import json
@@ -9,7 +9,23 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from lit_distill.questions import Question
+from lit_distill.teachers.base import Teacher
+
 MODELS = ("tiny", "other")
+
+
+def ask_all(teacher: Teacher, questions: Sequence[Question]) -> list[Any]:
+    """A teacher's answers to questions that are asked at once, or the errors that they end in."""
+
+    async def run() -> list[Any]:
+        await teacher.open()
+        try:
+            return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
+        finally:
+            await teacher.close()
+
+    return asyncio.run(run())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lit_distill.errors import UserError
 from lit_distill.questions import Message, Question, Reply, Sampling
 from lit_distill.teachers import BatchTeacher, Teacher
 from lit_distill.teachers.base import TeacherError
+from tests.teachers.servers import ask_all
 
 
 class Echo(BatchTeacher):
@@ -49,15 +50,7 @@ class Echo(BatchTeacher):
 
 
 def ask(teacher: BatchTeacher, *prompts: str) -> list[Reply | BaseException]:
-    async def run() -> list[Reply | BaseException]:
-        await teacher.open()
-        try:
-            questions = [Question(prompt, Sampling()) for prompt in prompts]
-            return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
-        finally:
-            await teacher.close()
-
-    return asyncio.run(run())
+    return ask_all(teacher, [Question(prompt, Sampling()) for prompt in prompts])
 
 
 def test_the_longest_are_answered_first_and_each_once() -> None:

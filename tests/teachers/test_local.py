@@ -1,6 +1,5 @@
 """A model in this process: against plain forwards and one question at a time."""
 
-import asyncio
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from lit_distill.questions import Message, Question, Reply, Sampling
 from lit_distill.teachers import TransformersTeacher
 from lit_distill.teachers.base import TeacherError
 from tests.teachers.models import make_memory, make_reader, make_talker
+from tests.teachers.servers import ask_all
 
 ANSWERS = {
     "one two": "red blue",
@@ -67,17 +67,9 @@ def no_advice(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not said
 
 
-async def _answers(teacher: TransformersTeacher, questions: Sequence[Question]) -> list[Any]:
-    await teacher.open()
-    try:
-        return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
-    finally:
-        await teacher.close()
-
-
 def ask(teacher: TransformersTeacher, questions: Sequence[Question | str]) -> list[Reply]:
     asked = [Question(question, ROOM) if isinstance(question, str) else question for question in questions]
-    replies = asyncio.run(_answers(teacher, asked))
+    replies = ask_all(teacher, asked)
     assert all(isinstance(reply, Reply) for reply in replies), replies
     return replies
 
@@ -121,7 +113,7 @@ def test_the_layout_is_a_chat_where_there_is_a_template(memory: Path, talker: Pa
         "dtype": "auto",
     }
     with pytest.raises(UserError, match=r"^layout: .* has no chat template"):
-        asyncio.run(_answers(on_cpu(memory, layout="chat"), []))
+        ask_all(on_cpu(memory, layout="chat"), [])
 
 
 def test_a_talker_says_one_thing_whatever_it_is_asked(talker: Path) -> None:
@@ -268,7 +260,7 @@ def test_an_answer_that_is_cut_says_so(reader: Path, memory: Path) -> None:
 def test_a_prompt_beyond_the_context_is_refused_alone(memory: Path) -> None:
     # 48 positions
     asked = ["four " * 38, "four " * 39, "", "four"]
-    replies = asyncio.run(_answers(on_cpu(memory), [Question(prompt, ROOM) for prompt in asked]))
+    replies = ask_all(on_cpu(memory), [Question(prompt, ROOM) for prompt in asked])
     assert isinstance(replies[0], Reply)
     assert isinstance(replies[1], TeacherError)
     assert str(replies[1]) == "a prompt of 39 tokens and 10 new ones do not fit into the model's context of 48"
@@ -287,7 +279,7 @@ def test_a_template_may_refuse_a_prompt(talker: Path, tmp_path: Path) -> None:
     user, system = Message("user", "one"), Message("system", "two")
     teacher = on_cpu(tmp_path)
     prompts = [(user,), (system, Message("assistant", "three"))]
-    replies = asyncio.run(_answers(teacher, [Question(prompt, ROOM) for prompt in prompts]))
+    replies = ask_all(teacher, [Question(prompt, ROOM) for prompt in prompts])
     assert isinstance(replies[0], Reply)
     assert isinstance(replies[1], TeacherError)
     assert "refuses the prompt: no system" in str(replies[1])
@@ -340,7 +332,7 @@ def test_a_batch_beyond_the_memory_is_halved(memory: Path, monkeypatch: pytest.M
         return generate(self, questions, prompts)
 
     monkeypatch.setattr(TransformersTeacher, "_generate", small)
-    replies = asyncio.run(_answers(on_cpu(memory), [Question(prompt, ROOM) for prompt in ALL]))
+    replies = ask_all(on_cpu(memory), [Question(prompt, ROOM) for prompt in ALL])
     assert sizes == [5, 3, 2, 1, 1, 1, 2]
     for prompt, reply in zip(ALL, replies, strict=True):
         if prompt == ALL[3]:
@@ -355,7 +347,7 @@ def test_another_error_of_the_model_is_raised(memory: Path, monkeypatch: pytest.
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(TransformersTeacher, "_generate", broken)
-    [reply] = asyncio.run(_answers(on_cpu(memory), [Question("four", ROOM)]))
+    [reply] = ask_all(on_cpu(memory), [Question("four", ROOM)])
     assert str(reply) == "a bug"
 
 
@@ -371,7 +363,7 @@ def test_what_is_missing_is_named(tmp_path: Path, memory: Path) -> None:
         (no_weights, "weights"),
     ]:
         with pytest.raises(UserError, match=f"^(model|tokenizer): .*{said}") as raised:
-            asyncio.run(_answers(on_cpu(folder), []))
+            ask_all(on_cpu(folder), [])
         assert "\n" not in str(raised.value)
         assert str(folder) in str(raised.value)
 
@@ -391,7 +383,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], named: str) -> Non
 @pytest.mark.parametrize("device", ["toaster", "cuda:99"])
 def test_a_device_that_is_not_here_is_named(device: str, memory: Path) -> None:
     with pytest.raises(UserError, match=f"^device: '{device}' cannot be used here"):
-        asyncio.run(_answers(TransformersTeacher(str(memory), device=device), []))
+        ask_all(TransformersTeacher(str(memory), device=device), [])
 
 
 def test_it_loads_in_another_type(memory: Path) -> None:

@@ -6,7 +6,6 @@ columns from the preprocessing to the postprocessing as Ray does, and write the 
 the real ones do is not tested here.
 """
 
-import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from lit_distill.errors import UserError
 from lit_distill.questions import Message, Question, Reply, Sampling
 from lit_distill.teachers import RayTeacher
 from lit_distill.teachers.base import TeacherError
+from tests.teachers.servers import ask_all
 
 Row = dict[str, Any]
 NEWER = ("chat_template_stage", "detokenize_stage", "should_continue_on_error")
@@ -116,14 +116,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def ask(teacher: RayTeacher, *questions: Question) -> list[Any]:
-    async def run() -> list[Any]:
-        await teacher.open()
-        try:
-            return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
-        finally:
-            await teacher.close()
-
-    return asyncio.run(run())
+    return ask_all(teacher, questions)
 
 
 def chat(text: str, stop: tuple[str, ...] = (), schema: Row | None = None, **sampling: Any) -> Question:

@@ -29,6 +29,7 @@ from tests.teachers.servers import (
     Behaviour,
     Request,
     answer_to,
+    ask_all,
     completion,
     fail,
     lists_models,
@@ -62,17 +63,9 @@ def text(prompt: str = "Q: why? A:", **changes: Any) -> Question:
     return replace(Question(prompt, Sampling()), **changes)
 
 
-async def ask_all(teacher: Teacher, questions: Sequence[Question]) -> list[Reply | BaseException]:
-    await teacher.open()
-    try:
-        return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
-    finally:
-        await teacher.close()
-
-
 def ask(teacher: Teacher, question: Question | None = None) -> Reply:
     """The answer to one question, or the error that it ends in."""
-    (found,) = asyncio.run(ask_all(teacher, [question or chat()]))
+    found: Reply | BaseException = ask_all(teacher, [question or chat()])[0]
     if isinstance(found, BaseException):
         raise found
     return found
@@ -257,7 +250,7 @@ def test_each_of_many_answers_is_its_questions(layout: str) -> None:
 
     with serving(lists_models(behave)) as server:
         teacher = OpenAITeacher("tiny", server.url, layout="chat" if layout == "chat" else "completion")
-        replies = asyncio.run(ask_all(teacher, questions))
+        replies = ask_all(teacher, questions)
     assert [reply.text if isinstance(reply, Reply) else reply for reply in replies] == [
         answer_to(f"number {n}") for n in range(many)
     ]
@@ -510,7 +503,7 @@ def test_a_model_that_is_not_there_is_told_with_those_that_are() -> None:
 
 def test_a_prompt_that_cannot_be_written_is_its_own_error() -> None:
     with serving() as server:
-        found = asyncio.run(ask_all(OpenAITeacher("tiny", server.url), [chat("\ud800"), chat("good")]))
+        found = ask_all(OpenAITeacher("tiny", server.url), [chat("\ud800"), chat("good")])
     assert isinstance(found[0], TeacherError)
     assert found[1] == Reply(answer_to("good"), "stop", 1, 3)
 
@@ -703,7 +696,7 @@ def test_transformers_serve_answers(tmp_path: Path) -> None:
     model = str(make_talker(tmp_path / "talker", "So the cat is red .", chat=True))
     with transformers_serve(model, tmp_path) as url:
         chats = [chat("red ?"), chat("red ?", sampling=Sampling(temperature=0.7, max_new_tokens=2, seed=1))]
-        replies = asyncio.run(ask_all(OpenAITeacher(model, url, logprobs=True), chats))
+        replies = ask_all(OpenAITeacher(model, url, logprobs=True), chats)
         completed = ask(OpenAITeacher(model, url, layout="completion"), text("red ?"))
         # it serves one model alone
         with pytest.raises(TeacherError, match=r"^400: Server is pinned to"):

@@ -5,7 +5,6 @@ vLLM needs a GPU and is not installed where these tests run. The classes below t
 that the real ones do is not tested here.
 """
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from lit_distill.errors import UserError
 from lit_distill.questions import Message, Question, Reply, Sampling
 from lit_distill.teachers import VLLMTeacher
 from lit_distill.teachers.base import TeacherError
+from tests.teachers.servers import ask_all
 
 
 @dataclass
@@ -102,14 +102,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[LLM]:
 
 
 def ask(teacher: VLLMTeacher, *questions: Question) -> list[Any]:
-    async def run() -> list[Any]:
-        await teacher.open()
-        try:
-            return await asyncio.gather(*map(teacher.answer, questions), return_exceptions=True)
-        finally:
-            await teacher.close()
-
-    return asyncio.run(run())
+    return ask_all(teacher, questions)
 
 
 def chat(text: str, **sampling: Any) -> Question:
