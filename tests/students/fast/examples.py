@@ -166,3 +166,11 @@ def compare(student: Any, tasks: Sequence[TaskInputs], bound: float = 1e-5) -> N
     ours, plain = fast_losses(student, tasks), plain_losses(student, tasks)
     torch.testing.assert_close([loss.detach() for loss in ours], [loss.detach() for loss in plain], rtol=bound, atol=0)
     check_gradients(gradients(student, ours), gradients(student, plain), bound)
+
+
+def check_with_gradients(found: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Two results of the same inputs are alike, and what flows back to these."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    towards = torch.randn_like(found)
+    flows = [torch.autograd.grad(result, inputs, towards) for result in (found, expected)]
+    torch.testing.assert_close(*flows, rtol=1e-4, atol=1e-5)

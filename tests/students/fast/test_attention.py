@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_distill.students.fast.attention import attention
 from lit_distill.students.fast.packing import AttentionPlan, Packing
+from tests.students.fast.examples import check_with_gradients
 
 HEADS, SIZE = 2, 3
 
@@ -60,17 +61,9 @@ def check(queries: Packing, keys: Packing, *, causal: bool, with_bias: bool) -> 
     q = torch.randn(queries.tokens, HEADS * SIZE, requires_grad=True)
     k, v = (torch.randn(keys.tokens, HEADS * SIZE, requires_grad=True) for _ in range(2))
     bias = torch.randn(1, HEADS, *longest(plan), requires_grad=True) if with_bias else None
-    wanted = [q, k, v] if bias is None else [q, k, v, bias]
     found = ours(q, k, v, bias, plan)
     expected = plainly(q, k, v, bias, list(zip(slices(queries), slices(keys), strict=True)), causal=causal)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    towards = torch.randn_like(found)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, wanted, towards),
-        torch.autograd.grad(expected, wanted, towards),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    check_with_gradients(found, expected, [q, k, v] if bias is None else [q, k, v, bias])
 
 
 SETS = [[1], [5], [1, 1, 1], [4, 4], [3, 1, 7, 2], [12, 1, 11, 2, 12], [2, 30]]
@@ -149,15 +142,7 @@ def test_with_dropout_each_weight_is_kept_or_not(causal: bool) -> None:
         ]
     )
     assert 0.5 < float(seen.sum()) / (HEADS * sum(n * (n + 1) / 2 if causal else n * n for n in lengths)) < 0.9
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    towards = torch.randn_like(found)
-    wanted = [q, k, v, bias]
-    torch.testing.assert_close(
-        torch.autograd.grad(found, wanted, towards),
-        torch.autograd.grad(expected, wanted, towards),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    check_with_gradients(found, expected, [q, k, v, bias])
 
 
 def test_dropout_keeps_the_mean() -> None:

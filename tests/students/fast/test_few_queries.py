@@ -11,7 +11,16 @@ from lit_distill.students.fast import attention as few_queries_module
 from lit_distill.students.fast.attention import FewQueries, few_queries
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.t5 import encode, log_likelihoods
-from tests.students.fast.examples import TASKS, VARIANTS, compare, fast_losses, make_student, make_task, target_losses
+from tests.students.fast.examples import (
+    TASKS,
+    VARIANTS,
+    check_with_gradients,
+    compare,
+    fast_losses,
+    make_student,
+    make_task,
+    target_losses,
+)
 
 HEADS, SIZE, WIDTH = 2, 3, 5
 
@@ -52,15 +61,7 @@ def test_values_and_gradients(rows: list[int], p: float) -> None:
             weights = weights * kept
         parts.append((weights @ values).transpose(0, 1).flatten(1))
     expected = torch.cat(parts)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    towards = torch.randn_like(found)
-    wanted = (q, encoded, key.weight, value.weight)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, wanted, towards),
-        torch.autograd.grad(expected, wanted, towards),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    check_with_gradients(found, expected, (q, encoded, key.weight, value.weight))
 
 
 def kept_weights(queries: Packing, asked: Packing, rows: list[int], p: float) -> dict[int, torch.Tensor]:

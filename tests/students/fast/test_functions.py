@@ -116,23 +116,18 @@ def test_dropout_and_its_gradient_use_one_mask() -> None:
     torch.testing.assert_close(grad, weights * scale)
 
 
-def test_add_dropped_is_the_plain_expression() -> None:
-    residual, x = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
-    weights = torch.randn(SHAPE)
-    torch.manual_seed(4)
-    out = add_dropped(residual, x, P)
-    plain = residual + x * mask_of(SHAPE, P, 4)
-    torch.testing.assert_close(out, plain)
-    found = torch.autograd.grad(out, (residual, x), weights)
-    torch.testing.assert_close(found, torch.autograd.grad(plain, (residual, x), weights))
-
-
-def test_gated_is_the_plain_expression() -> None:
+@pytest.mark.parametrize(
+    ("function", "plainly"),
+    [(add_dropped, lambda a, b, mask: a + b * mask), (gated, lambda a, b, mask: a * b * mask)],
+)
+def test_dropped_sums_and_products_are_the_plain_expressions(
+    function: Callable[..., Tensor], plainly: Callable[..., Tensor]
+) -> None:
     a, b = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
     weights = torch.randn(SHAPE)
     torch.manual_seed(4)
-    out = gated(a, b, P)
-    plain = a * b * mask_of(SHAPE, P, 4)
+    out = function(a, b, P)
+    plain = plainly(a, b, mask_of(SHAPE, P, 4))
     torch.testing.assert_close(out, plain)
     found = torch.autograd.grad(out, (a, b), weights)
     torch.testing.assert_close(found, torch.autograd.grad(plain, (a, b), weights))

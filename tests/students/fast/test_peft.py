@@ -116,16 +116,19 @@ def test_bfloat16() -> None:
     assert all(g is None or bool(torch.isfinite(g).all()) for g in gradients(student, losses).values())
 
 
-def test_greedy_decoding() -> None:
-    student = adapted(TARGETS["all"]).eval()
-    with torch.no_grad():
-        found = greedy(student, encode(student, TASKS[:1]), [0, 1, 2, 3], 10)
-        plain = student.generate(
-            input_ids=TASKS[0]["input_ids"], attention_mask=TASKS[0]["attention_mask"], max_new_tokens=10,
-            num_beams=1, do_sample=False,
-        )  # fmt: skip
+@torch.no_grad()
+def check_greedy(student: Any) -> None:
+    found = greedy(student, encode(student, TASKS[:1]), [0, 1, 2, 3], 10)
+    plain = student.generate(
+        input_ids=TASKS[0]["input_ids"], attention_mask=TASKS[0]["attention_mask"], max_new_tokens=10,
+        num_beams=1, do_sample=False,
+    )  # fmt: skip
     for ours, theirs in zip(found, plain.tolist(), strict=True):
         assert theirs[1 : len(ours) + 1] == ours
+
+
+def test_greedy_decoding() -> None:
+    check_greedy(adapted(TARGETS["all"]).eval())
 
 
 def test_ia3_is_felt_or_refused() -> None:
@@ -161,11 +164,5 @@ def test_greedy_decoding_with_biases(targets: list[str]) -> None:
         for name, parameter in student.named_parameters():
             if "lora_B" in name and name.endswith("bias"):
                 parameter.normal_(std=2.0)
-        found = greedy(student, encode(student, TASKS[:1]), [0, 1, 2, 3], 10)
-        plain = student.generate(
-            input_ids=TASKS[0]["input_ids"], attention_mask=TASKS[0]["attention_mask"], max_new_tokens=10,
-            num_beams=1, do_sample=False,
-        )  # fmt: skip
     assert refused(student) is None
-    for ours, theirs in zip(found, plain.tolist(), strict=True):
-        assert theirs[1 : len(ours) + 1] == ours
+    check_greedy(student)
