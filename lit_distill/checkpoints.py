@@ -46,6 +46,21 @@ def save_atomically(trainer: pl.Trainer) -> None:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
+def last_good_checkpoint(trainer: pl.Trainer) -> str:
+    """The checkpoint to resume from, for a message."""
+    good = "none yet"
+    for one in trainer.checkpoint_callbacks:
+        if not isinstance(one, ModelCheckpoint):
+            continue
+        # with one process, the last complete step is saved on the exception
+        saves = one.save_on_exception and trainer.world_size == 1
+        if saves and one._last_global_step_saved != trainer.global_step:
+            good = str(Path(str(one.dirpath)) / f"{one.filename}{one.FILE_EXTENSION}")
+        elif one.best_model_path and Path(one.best_model_path).exists():
+            good = one.best_model_path
+    return f"the last good checkpoint: {good}"
+
+
 class BestCheckpoint(ModelCheckpoint):
     """The best checkpoints by a metric; a resumed run in a new folder still knows the earlier best.
 

@@ -370,6 +370,15 @@ def _task(name: Any, settings: Any) -> Task:
     return replace(PRESETS.get(name, Task()), name=name, **settings or {})
 
 
+def task_texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    """Prefixes, inputs and targets in plain types, to compare with those of the data module or a checkpoint."""
+    return {
+        # older checkpoints have no input
+        name: [task.prefix, *([] if task.input == "{input}" else [task.input]), task.target]
+        for name, task in tasks.items()
+    }
+
+
 def answer_task(tasks: Mapping[str, Task]) -> Task:
     """The first task whose text contains the label. Raises a ``UserError`` without any."""
     found = next((task for task in tasks.values() if task.gives_label), None)

@@ -20,7 +20,6 @@ from lit_distill.errors import UserError
 from lit_distill.modules.counting import TokenCount
 from lit_distill.modules.evaluating import Evaluating
 from lit_distill.modules.optimization import OptimizerName, ScheduleName, check_numbers
-from lit_distill.modules.training import task_texts
 from lit_distill.modules.voting import Vote
 from lit_distill.modules.weighting import UncertaintyWeighting, WeightingName
 from lit_distill.modules.window import rewind
@@ -32,7 +31,7 @@ from lit_distill.students.models import Dtype
 from lit_distill.students.seq2seq import PATHS, Fast, path_of
 from lit_distill.students.sharding import give_weights, is_deferred
 from lit_distill.students.timing import Choice
-from lit_distill.tasks import LABEL, Task, answer_task, tasks_from
+from lit_distill.tasks import LABEL, Task, answer_task, task_texts, tasks_from
 from lit_distill.teachers.models import TeacherModel, Teachers
 
 _SEED_KEY = "lit_distill_seed"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lit_distill.batch import PADDING_ROW, TaskBatch, TaskInputs, join, pad_rows, take
+from lit_distill.checkpoints import last_good_checkpoint
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation, Split, gather_answers, summarise
 from lit_distill.evaluation.metrics import judge
-from lit_distill.modules.training import Training, last_good_checkpoint
+from lit_distill.modules.training import Training
 from lit_distill.modules.voting import Vote, vote_paths
 from lit_distill.objectives import Step
 from lit_distill.students.base import ProcessLogits

@@ -5,12 +5,10 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -19,34 +17,27 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from lit_distill.batch import TaskBatch, target_tokens
+from lit_distill.checkpoints import last_good_checkpoint
 from lit_distill.errors import UserError
+from lit_distill.modules.choosing import Choosing
 from lit_distill.modules.counting import TokenCount
 from lit_distill.modules.optimization import clip_in_step, configure, skip_in_step
 from lit_distill.modules.weighting import UncertaintyWeighting
 from lit_distill.modules.window import Counts, Position, Window, WindowLoader, seed_step
 from lit_distill.objectives import Objective, Step, check_stored
-from lit_distill.students import Student, Tokens
+from lit_distill.students import Tokens
 from lit_distill.students.precision import report_precision
-from lit_distill.students.seq2seq import Seq2SeqStudent
-from lit_distill.students.timing import Choice, Stage, choose
-from lit_distill.tasks import Task
-from lit_distill.teachers.models import Progress, Teachers
-
-COMPARED_ROWS = 256
-"""Rows of train, in whole batches, on which the weights of teachers are computed."""
+from lit_distill.tasks import Task, task_texts
+from lit_distill.teachers.models import Progress
 
 
-class Training(pl.LightningModule):
+class Training(Choosing):
     """The losses of `DistillModule`, and its training hooks."""
 
-    student: Student
     tasks: dict[str, Task]  # the tasks that the module trains on, by name; the data module must build the same
     objectives: list[Objective]  # an `nn.ModuleList`
-    teachers: Teachers
     weighting: UncertaintyWeighting | None  # of the terms, if it is trained
     window: Window  # the optimizer step in progress
-    chosen_paths: dict[Stage, Choice]  # with ``fast: auto``
-    choosing_seconds: float = 0.0  # that were spent on it in training, and not yet left out of the throughput
     scaled_terms: dict[str, Tensor]  # of the micro-batch in progress, its shares of the step's terms, with their graph
     _window_terms: dict[str, Tensor]  # the terms of the step so far
     _gradient_norm: Tensor | None = None  # before clipping; `None` if gradients are sharded or scaled
@@ -54,7 +45,6 @@ class Training(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chosen_paths = {}
         self._seed = -1  # of the run, saved in checkpoints; negative before a run
         self._count = TokenCount()  # of this rank; on the first rank also of resumed parts of the run
         self._given_seed = 0  # of the first process, as the trainer's last command found it
@@ -233,7 +223,7 @@ class Training(pl.LightningModule):
         if self._moving and self.trainer.estimated_stepping_batches == float("inf"):
             raise UserError(f"tasks: {self._moving[0]}: final_weight needs a run that ends; set trainer.max_steps")
         report_precision(self.student, str(self.trainer.precision))
-        self._weigh_teachers()
+        self.weigh_teachers()
         if (per_device := getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)) is None:
             return
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -247,53 +237,6 @@ class Training(pl.LightningModule):
                 f"The effective batch is {effective} examples ({parts}), the settings were written for {wanted}:"
                 " change batch_size or accumulate_grad_batches, or the learning rate and effective_batch_size with it."
             )
-
-    def _weigh_teachers(self) -> None:
-        """Compare teachers with the first rows of train (of rank 0), unless a checkpoint knows their weights."""
-        if not (groups := self.teachers.unweighed()):
-            return
-        source: Any = self.trainer.fit_loop._data_source
-        batches: list[TaskBatch] = []
-        rows = 0
-        # a loader draws a number to seed its workers
-        with isolate_rng():
-            for batch in type(source).dataloader(source):
-                batches.append(batch)
-                rows += max((len(inputs["labels"]) for inputs in batch.values()), default=0)
-                if rows >= COMPARED_ROWS:
-                    break
-        for group in groups:
-            group.similarities = self.trainer.strategy.broadcast(group.compare(batches, self.student))
-            values = dict(zip(group.settings.names, group.similarities, strict=True))
-            told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            rank_zero_info(f"Teacher {group.name}: linear CKA with the targets of {rows} rows of train: {told}")
-            for logger in self.trainer.loggers:
-                logger.log_hyperparams({f"teachers.{group.name}.cka": str(values)})
-
-    def choose_path(self, stage: Stage, batch: TaskBatch) -> None:
-        """With ``fast: auto``, time the paths of a T5's passes on a run's first batch and take the fastest.
-
-        All ranks take that of the first one.
-        """
-        student = self.student
-        if self.hparams["fast"] != "auto" or stage in self.chosen_paths or not isinstance(student, Seq2SeqStudent):
-            return
-        with self.trainer.precision_plugin.forward_context():
-            choice = choose(student, batch, stage)
-        self.take_path(stage, self.trainer.strategy.broadcast(choice))
-
-    def take_path(self, stage: Stage, choice: Choice) -> None:
-        """Compute the student's passes on this path from now on, and say and log so if it was chosen by timing."""
-        student: Any = self.student
-        self.chosen_paths[stage] = choice
-        if stage == "training":
-            student.path = choice.path
-        else:
-            student.evaluation_path = choice.path
-        if choice.seconds:
-            rank_zero_info(f"fast: {stage} on {choice}")
-            for logger in self.trainer.loggers:
-                logger.log_hyperparams({f"fast_{stage}": str(choice)})
 
     def on_train_batch_start(self, batch: TaskBatch, batch_idx: int) -> None:
         """At the start of an optimizer step: seed it, and compute the weights of its terms."""
@@ -457,27 +400,3 @@ class Training(pl.LightningModule):
             wrapped.clip_grad_norm_(gradient_clip_val)
         elif not (gradient_clip_val and norm is not None and clip_in_step(optimizer, gradient_clip_val, norm)):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-
-def last_good_checkpoint(trainer: pl.Trainer) -> str:
-    """The checkpoint to resume from, for a message."""
-    good = "none yet"
-    for one in trainer.checkpoint_callbacks:
-        if not isinstance(one, ModelCheckpoint):
-            continue
-        # with one process, the last complete step is saved on the exception
-        saves = one.save_on_exception and trainer.world_size == 1
-        if saves and one._last_global_step_saved != trainer.global_step:
-            good = str(Path(str(one.dirpath)) / f"{one.filename}{one.FILE_EXTENSION}")
-        elif one.best_model_path and Path(one.best_model_path).exists():
-            good = one.best_model_path
-    return f"the last good checkpoint: {good}"
-
-
-def task_texts(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
-    """Prefixes, inputs and targets in plain types, to compare with those of the data module or a checkpoint."""
-    return {
-        # older checkpoints have no input
-        name: [task.prefix, *([] if task.input == "{input}" else [task.input]), task.target]
-        for name, task in tasks.items()
-    }

@@ -17,7 +17,7 @@ from lit_distill.data import JSONLDataModule
 from lit_distill.data.batches import EpochSampler, ResumableLoader
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import AnswerKey, Split
-from lit_distill.modules import DistillModule, StepByStepModule, training
+from lit_distill.modules import DistillModule, StepByStepModule, choosing
 from lit_distill.modules.voting import Vote
 from lit_distill.modules.window import Window
 from lit_distill.objectives import DistiLLM, ForwardKL, PredictionHeads, Progressive, Step
@@ -269,7 +269,7 @@ def paths(folder: Path, rank: int) -> list[str]:
         found.append(module.student.path)
 
     with (
-        mock.patch.object(training, "choose", return_value=choice),
+        mock.patch.object(choosing, "choose", return_value=choice),
         mock.patch.object(Steps, "on_before_optimizer_step", record),
     ):
         ddp_trainer(max_steps=2, callbacks=[Steps()]).fit(module, datamodule=InOrder(ROWS, 2, module.tasks))

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_distill.errors import UserError
-from lit_distill.modules import StepByStepModule, training
+from lit_distill.modules import StepByStepModule, choosing
 from lit_distill.students import timing
 from lit_distill.students.timing import Choice
 from tests.modules.batches import RowsData, random_rows
@@ -34,7 +34,7 @@ def fit(folder: Path, fast: Any = "auto", resume: Path | None = None, **settings
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     """The choices that are made, in order; what is put here is chosen next."""
     left: list[Choice] = []
-    monkeypatch.setattr(training, "choose", lambda *_: left.pop(0))
+    monkeypatch.setattr(choosing, "choose", lambda *_: left.pop(0))
     return left
 
 

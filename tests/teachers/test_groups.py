@@ -129,7 +129,7 @@ def expected_similarity(module: DistillModule, batches: list[Any]) -> list[float
 def test_weights_by_similarity(
     student_folder: Path, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
-    monkeypatch.setattr("lit_distill.modules.training.COMPARED_ROWS", 5)
+    monkeypatch.setattr("lit_distill.modules.choosing.COMPARED_ROWS", 5)
     module = make(student_folder, {"model": models, "weights": weights})
     data = Shuffled(ROWS, 2, TASKS)
     with pytest.raises(UserError, match=rf"^teachers: crowd: fit computes weights: {weights}; give a checkpoint"):
