@@ -16,26 +16,13 @@ PACKAGE = Path(lit_distill.__file__).parent
 # from the bottom up; a part may import parts of lower layers, and of its own except between the rooms of `ROOMS`
 LAYERS = (
     (
-        "__init__",
-        "errors",
-        "files",
-        "interrupts",
-        "batch",
-        "questions",
-        "reading",
-        "records",
-        "remote",
-        "messages",
-        "progress",
-        "secrets",
-        "sheet",
-        "shipped",
-        "tables",
+        "__init__", "errors", "files", "interrupts", "batch", "questions", "reading", "records", "remote", "messages",
+        "progress", "secrets", "sheet", "shipped", "tables",
     ),
     ("equations",),
     ("checks",),
     ("tasks",),
-    ("losses", "evaluation", "students"),
+    ("evaluation", "students"),
     ("annotation", "comparison", "experiments", "shrinking"),
     ("data", "teachers"),
     ("objectives",),
@@ -47,7 +34,7 @@ LAYERS = (
     ("commands",),
     ("cli",),
     ("__main__",),
-)
+)  # fmt: skip
 ROOMS = {"data", "teachers"}
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -19,27 +19,10 @@ from lit_distill.tasks import Row
 from tests.data.conftest import wrap
 
 ARGUMENTS = [
-    "data_dir",
-    "tokenizer",
-    "batch_size",
-    "eval_batch_size",
-    "tasks",
-    "label_source",
-    "rationale_filter",
-    "train_fraction",
-    "seed",
-    "max_source_length",
-    "max_target_length",
-    "num_workers",
-    "allow_extra_outputs",
-    "predict_split",
-    "batching",
-    "rationales",
-    "rationale_pairing",
-    "select",
-    "pseudo_labels",
-    "row_weights",
-]
+    "data_dir", "tokenizer", "batch_size", "eval_batch_size", "tasks", "label_source", "rationale_filter",
+    "train_fraction", "seed", "max_source_length", "max_target_length", "num_workers", "allow_extra_outputs",
+    "predict_split", "batching", "rationales", "rationale_pairing", "select", "pseudo_labels", "row_weights",
+]  # fmt: skip
 MODULES = [name for name in lit_distill.data.__all__ if name != "RationaleDataModule"]
 
 
