@@ -95,16 +95,6 @@ CAUSAL_CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
     },
-    "qwen2": {
-        "model_type": "qwen2",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-    },
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 16,
@@ -116,6 +106,9 @@ CAUSAL_CONFIGS: dict[str, dict[str, Any]] = {
         "resid_pdrop": 0.0,
     },
 }
+CAUSAL_CONFIGS["qwen2"] = CAUSAL_CONFIGS["llama"] | {
+    "model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def make_causal_tokenizer() -> PreTrainedTokenizerFast:
