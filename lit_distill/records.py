@@ -66,8 +66,10 @@ class RunRecord:
     train_tokens: _Count = 0  # source and target tokens read in training, on all devices; 0 if unknown
     parameters: _Count = 0  # the student's parameters
     teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
-    chance: _Share | None = None  # test accuracy of the better of a uniform guess and the majority class of train
-    floors: dict[str, _Share] = field(default_factory=dict)  # test accuracies of a bag of words, by what it reads
+    chance: _Share | None = None
+    """Accuracy of the better of a uniform guess and the majority class of train, on test; on val if test was left out."""
+    floors: dict[str, _Share] = field(default_factory=dict)
+    """Accuracies of a bag of words on the same rows, by what it reads."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Split -> hash of its rows in order: of train, the rows trained on, with labels and rationales; of val and test,
     ids, inputs and gold labels (of test only the rows that were tested).

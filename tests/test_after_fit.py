@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
+from lit_distill.comparison.comparing import compare_runs
+from lit_distill.comparison.runs import find_runs
 from lit_distill.modules import DistillModule
 from lit_distill.records import read_record
 from tests.runs import (
@@ -56,6 +58,21 @@ def test_the_floor_of_its_rows_is_in_the_record_and_the_table(
     out = capsys.readouterr().out
     assert "floor: words of the input" in out
     assert "is below the floor, 1.000" in out
+
+
+def test_without_a_test_chance_and_floors_are_those_of_val(
+    student_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_lines(here / "rows.jsonl", [{"input": f"{n} {'ab'[n % 2]}", "label": "ab"[n % 2]} for n in range(20)])
+    val = write_lines(here / "val.jsonl", [{"input": "0 a", "label": "a"}, *({"input": "1 b", "label": "a"},) * 3])
+    closed = [*own_rows(train=rows, val=val, test=rows), "--data.label_set=[a,b]"]
+    run("fit", small_model(student_folder, "StandardModule"), closed, small_trainer(), "--test_after_fit=false")
+    [folder] = run_folders()
+    found = read_record(folder)
+    assert (found.metrics, found.floors, found.chance) == ({}, {"words": 0.25}, 1.0)
+    assert "floor: words of the input" in capsys.readouterr().out
+    settings = compare_runs(*find_runs([folder]), metric="val/accuracy").settings
+    assert (list(settings.floor), list(settings.chance)) == ([0.25], [1.0])
 
 
 def test_a_test_that_stumbles_does_not_lose_the_student(student_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

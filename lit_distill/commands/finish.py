@@ -127,11 +127,11 @@ def what_was_trained(run: Run) -> Trained:
 
 
 def run_floors(run: Run) -> dict[str, float]:
-    """The `floors` of the rows that were tested; none, with a warning, if they cannot be found."""
-    if run.tested is None:
+    """The `floors` of the rows that were evaluated last; none, with a warning, if they cannot be found."""
+    if (last := run.module.evaluation) is None:
         return {}
     try:
-        return floors(run.data, {"test": [answer.index for answer in run.tested.answers]})["test"]
+        return floors(run.data, {last.split: [answer.index for answer in last.answers]})[last.split]
     # a trained run is not lost for them
     except (UserError, ValueError, MemoryError) as error:
         rank_zero_warn(f"No floors: {type(error).__name__}: {error}")
@@ -220,7 +220,8 @@ def write_results(run: Run, folder: Path, trained: Trained, floor: Mapping[str, 
         write_predictions_file(folder, (answer_row(answer, tested.key) for answer in tested.answers))
     tally = Counter(flags_of(row, data.teacher_agrees, data.label_set) for row in used.get("test", ()))
     (dataset, method), arguments = names(run.config), data.hparams
-    chance = chance_level(tested) if tested else None
+    # of val, if test was left out
+    chance = chance_level(module.evaluation) if module.evaluation else None
     record = RunRecord(
         dataset=dataset,
         method=method,

@@ -21,8 +21,8 @@ TRAIN_TOKENS, TOKENS, VOTE_TOKENS = "train_tokens", "test/tokens", "test/vote_to
 FURTHER = (TRAIN_TOKENS, TOKENS, VOTE_TOKENS, VOTE, "test/worst_group_accuracy", "test/group_macro_f1")
 """What is shown of a setting beside the metric: a field of the record, and further metrics."""
 
-ACCURACIES = (ACCURACY, VOTE, "test/scored_accuracy")
-"""The metrics that chance and floors are of."""
+ACCURACIES = (ACCURACY, VOTE, "test/scored_accuracy", "val/accuracy")
+"""The metrics that chance and floors may be of."""
 
 _DIFFERENCES = [*Difference._fields, "seed_difference", "seed_error", "seed_n"]
 
@@ -144,12 +144,17 @@ def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
 
 def _facts(dataset: str, runs: Sequence[Run], metric: str) -> dict[str, Any]:
     """What is known of a dataset: the levels of chance and of the teachers' labels."""
-    chances = [run.record.chance for run in runs if run.record.chance is not None]
+    chances = [run.record.chance for run in runs if run.record.chance is not None and _has_floors_of(run, metric)]
     teachers = {run.record.teacher_accuracy for run in runs} - {None} or {TEACHER.get(dataset)}
     return {
-        "chance": max(chances, default=None) if metric in ACCURACIES else None,
+        "chance": max(chances, default=None),
         "teachers": sorted(level for level in teachers if level is not None),
     }
+
+
+def _has_floors_of(run: Run, metric: str) -> bool:
+    """Whether a run's chance and floors are of the metric's rows: those of test, or of val in a run without a test."""
+    return metric in ACCURACIES and metric.startswith("test/" if run.record.metrics else "val/")
 
 
 def _trained_on_different_rows(runs: Iterable[Run]) -> bool:
@@ -172,7 +177,7 @@ def _without_repeated(runs: Iterable[Run], repeated: dict[str, str]) -> list[Run
 def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
     """The mean over a setting's runs, and what was published for it."""
     values = [run.metrics[metric] for run in runs]
-    floors = [max(run.record.floors.values()) for run in runs if run.record.floors]
+    floors = [max(run.record.floors.values()) for run in runs if run.record.floors and _has_floors_of(run, metric)]
     papers = {published_row(run) for run in runs} if metric == ACCURACY else set()
     row = papers.pop() if len(papers) == 1 else None
     return {
@@ -181,7 +186,7 @@ def _results(runs: Sequence[Run], metric: str) -> dict[str, Any]:
         "n": len(values),
         "mean": float(np.mean(values)),
         "error": standard_error(values),
-        "floor": float(np.mean(floors)) if len(floors) == len(runs) and metric in ACCURACIES else None,
+        "floor": float(np.mean(floors)) if len(floors) == len(runs) else None,
         "further": {name: found for name in FURTHER if (found := _mean_of(runs, name)) is not None},
         "published_row": row,
         "published": ROWS[row][runs[0].record.dataset] if row else None,

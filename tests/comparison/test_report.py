@@ -185,6 +185,8 @@ def test_floors_are_in_table_and_notes_and_who_is_below_is_told(tmp_path: Path) 
     assert re.search(r"\| 51\.00 \|", report)
     # a loss has no floor, and a run without one leaves its setting without
     assert compare_runs(*find_runs([tmp_path / "runs"]), metric="test/loss").settings.floor.count() == 0
+    # of the tested rows alone
+    assert compare_runs(*find_runs([tmp_path / "runs"]), metric="val/accuracy").settings.floor.count() == 0
     write_run(tmp_path / "runs" / "old", correct=answers(0.4, 50, 3), method="Standard", seed=2)
     assert compare_runs(*find_runs([tmp_path / "runs"]), resamples=100).settings.floor.count() == 1
 
