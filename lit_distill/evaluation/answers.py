@@ -75,7 +75,7 @@ class Answer:
 class Evaluation:
     """The result of one complete evaluation."""
 
-    split: str
+    split: Split
     metrics: dict[str, float]  # name without the split -> value
     samples: list[Answer]  # answers of the first rows, with rationales
     key: AnswerKey
