@@ -67,7 +67,7 @@ class RunRecord:
     parameters: _Count = 0  # the student's parameters
     teacher_accuracy: _Share | None = None  # the accuracy of the teacher's labels on test, where there are some
     chance: _Share | None = None
-    """Accuracy of the better of a uniform guess and the majority class of train, on test; on val if test was left out."""
+    """Accuracy of the better of a uniform guess and the majority class of train: on test, else on val."""
     floors: dict[str, _Share] = field(default_factory=dict)
     """Accuracies of a bag of words on the same rows, by what it reads."""
     fingerprints: dict[str, str] = field(default_factory=dict)
