@@ -172,7 +172,8 @@ def notes(settings: pd.DataFrame, comparison: Comparison) -> list[str]:
     found = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
     for remark, some in settings[settings.remark != ""].groupby("remark"):
         own = (f"{row['name']} ({row.student}, {names.fraction(row.train_fraction)})" for _, row in some.iterrows())
-        found.append(f"No interval: {remark}: {', '.join(own)}.")
+        which = "" if len(some) == settings.baseline.count() else f": {', '.join(own)}"
+        found.append(f"No interval: {remark}{which}.")
     if settings.left_out.any():
         found.append(f"{DOUBLE_DAGGER} Only over the seeds that both it and its baseline have.")
     if (settings.differing.dropna() < FEW).any():

@@ -28,6 +28,9 @@ WANDB = "wandb://"  # prefix of a W&B project address
 ACCURACY, VOTE = "test/accuracy", "test/vote_accuracy"
 """The metrics that predictions give per row: of their keys ``correct`` and ``vote_correct``."""
 
+NOT_TESTED = "not tested"
+"""The `Run.test` of a run that was only validated."""
+
 _UNFINISHED = {
     "failed.txt": "failed",
     "config.yaml": "the run has not ended",
@@ -68,6 +71,8 @@ class Run:
     @property
     def test(self) -> str:
         """Its test rows, by the hash of their ids, inputs and labels; empty if unknown."""
+        if not self.record.metrics:
+            return NOT_TESTED
         known = self.record.fingerprints.get("test")
         return f"{known}, {self.record.test_rows:,} rows" if known else ""
 
@@ -130,7 +135,7 @@ def _read_run(folder: Path) -> Run:
         raise UserError("it read a corpus, and was tested on no rows")
     path = folder / PREDICTIONS
     if not path.exists():
-        return Run(source, record, remark=f"no {PREDICTIONS}")
+        return Run(source, record, remark=f"no {PREDICTIONS}" if record.metrics else "")
     rows = read_predictions_file(folder)
     if len(rows) != record.test_rows:
         raise UserError(f"{path}: {len(rows)} rows, but {RECORD} says {record.test_rows}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd  # type: ignore[import-untyped]
 
 from lit_distill.comparison import names
-from lit_distill.comparison.runs import Run
+from lit_distill.comparison.runs import NOT_TESTED, Run
 from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, VARIANT, as_text, config_text
 
 IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction", "method", "rationales"]
@@ -59,7 +59,7 @@ def _differing(table: pd.DataFrame) -> pd.DataFrame:
     configs = configs.where(known | ~applies, pd.Series(unset, dtype=object), axis=1)
     keys = sorted(key for key in configs if key not in _UNDER_ANOTHER_NAME and configs[key].nunique() > 1)
     tests = table.test.replace("", "unknown")
-    return configs[keys].assign(**{"test rows": tests}) if len(set(table.test) - {""}) > 1 else configs[keys]
+    return configs[keys].assign(**{"test rows": tests}) if len(set(table.test) - {"", NOT_TESTED}) > 1 else configs[keys]
 
 
 def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], list[str]]:

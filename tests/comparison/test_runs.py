@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lit_distill.comparison.comparing import compare_runs
+from lit_distill.comparison.report import to_markdown
 from lit_distill.comparison.runs import Run, find_runs
 from lit_distill.errors import UserError
 from lit_distill.records import PREDICTIONS, RECORD, read_predictions_file, write_predictions_file
@@ -211,7 +212,7 @@ def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
 
 def test_runs_without_the_metric_are_skipped(tmp_path: Path) -> None:
     write_run(tmp_path / "good")
-    write_run(tmp_path / "untested", metrics={}, test_rows=0, predictions=False)
+    write_run(tmp_path / "untested", metrics={}, test_rows=0, predictions=False, seed=7)
     found = compare_runs(*find_runs([tmp_path]), resamples=100)
     assert [Path(run.source).name for run in found.runs] == ["good"]
     assert found.skipped == {f"{tmp_path}/untested": "no test/accuracy among its metrics"}
@@ -222,6 +223,10 @@ def test_runs_without_the_metric_are_skipped(tmp_path: Path) -> None:
     # of tuning, which does not touch test
     [setting] = compare_runs(*find_runs([tmp_path / "untested"]), metric="val/accuracy").settings.to_dict("records")
     assert setting["mean"] == 0.6
+    # that it has no predictions is no fault, and tested runs may stand beside it
+    both = to_markdown(compare_runs(*find_runs([tmp_path]), metric="val/accuracy"))
+    assert "without predictions" not in both
+    assert "not tested" in both
     write_run(tmp_path / "unvalidated", metrics={}, test_rows=0, predictions=False, validation={})
     with pytest.raises(UserError, match="no run was tested"):
         compare_runs(*find_runs([tmp_path / "unvalidated"]))
