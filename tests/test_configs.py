@@ -104,6 +104,8 @@ def shrink(config: Path, student: Path, release: Path) -> list[str]:
     ]  # fmt: skip
     if content(config)["data"]["class_path"] == "ToyDataModule":
         arguments += ["--data.train_size=12", "--data.val_size=4", "--data.test_size=5"]
+    if "train_fraction" in content(config)["data"]["init_args"]:
+        arguments += ["--data.train_fraction=1"]
     if config in CORPUS:
         arguments = [
             argument for argument in arguments if "source_length" not in argument and "target_" not in argument
