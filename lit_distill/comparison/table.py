@@ -58,8 +58,9 @@ def _differing(table: pd.DataFrame) -> pd.DataFrame:
     unset = {key: "false" if "false" in found[key] and "null" not in found[key] else "null" for key in configs}
     configs = configs.where(known | ~applies, pd.Series(unset, dtype=object), axis=1)
     keys = sorted(key for key in configs if key not in _UNDER_ANOTHER_NAME and configs[key].nunique() > 1)
-    tests = table.test.replace("", "unknown")
-    return configs[keys].assign(**{"test rows": tests}) if len(set(table.test) - {"", NOT_TESTED}) > 1 else configs[keys]
+    if len(set(table.test) - {"", NOT_TESTED}) > 1:
+        return configs[keys].assign(**{"test rows": table.test.replace("", "unknown")})
+    return configs[keys]
 
 
 def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], list[str]]:
