@@ -108,9 +108,7 @@ def compare_runs(
     rows.sort(key=_order)
     for row in rows:
         if row["floor"] is not None and row["mean"] < row["floor"]:
-            trained = (
-                f" ({names.fraction(row['train_fraction'])} of the training rows)" if row["train_fraction"] != 1 else ""
-            )
+            trained = f" ({names.training_rows(row['train_fraction'])})" if row["train_fraction"] != 1 else ""
             who = f"{row['name']}, {row['student']}{trained}"
             remarks[row["dataset"]].append(f"{who}: {below_floor(row['mean'], row['floor'])}")
     for row in rows:

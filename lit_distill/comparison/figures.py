@@ -84,8 +84,7 @@ def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The settings with the most training rows, and these in words."""
     largest = settings[settings.train_rows == settings.train_rows.max()]
     fraction = largest.train_fraction.max()
-    part = "all training rows" if fraction == 1 else f"{names.fraction(fraction)} of the training rows"
-    return largest[largest.train_fraction == fraction], part
+    return largest[largest.train_fraction == fraction], names.training_rows(fraction)
 
 
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:

@@ -52,6 +52,13 @@ def fraction(share: float) -> str:
     return f"{share:,.0f}" if share > 1 else f"{100 * share:.4g} %"
 
 
+def training_rows(share: float) -> str:
+    """A fraction or number of training rows, as a phrase."""
+    if share == 1:
+        return "all training rows"
+    return f"{fraction(share)} {'' if share > 1 else 'of the '}training rows"
+
+
 def family(student: str) -> str:
     """A student's name without its size."""
     return re.sub(r"[-_]?(?<![a-z])(tiny|mini|small|base|large|xx?l|\d+(\.\d+)?[bm])(?![a-z])", "", student, flags=re.I)

@@ -141,6 +141,9 @@ def test_numbers_of_rows_stand_beside_fractions(tmp_path: Path) -> None:
     assert "all training rows" in plots["methods"].title
     places = plots["training_rows"].sheet.axes.get_xticks()
     assert list(places) == [100, 1000, 4383, 8766]
+    few = [tmp_path / f"{method}{part}" for method in ("Standard", "StepByStep") for part in (100, 1000)]
+    titles = [plot.title for plot in draw(compare_runs(*find_runs(few), resamples=200))]
+    assert any(" · 1,000 training rows" in title for title in titles)
 
 
 @pytest.mark.parametrize("case", CASES)
