@@ -1,6 +1,6 @@
 """Make a small student of the evidence: a T5's shape at a size that two cores train.
 
-python docs/evidence/make_student.py --like T5_FOLDER --out students/t5-v1_1-mini
+python docs/evidence/make_student.py --like T5_FOLDER --out students/mine
 
 T5_FOLDER holds a T5's config.json and tokenizer files; its weights are not needed. The student has random weights, T5's
 tokenizer and its sentinels. Others are wider, deeper, or made of texts, in local files of lines, JSON or Parquet:
