@@ -53,16 +53,26 @@ def looks() -> Iterator[dict[str, Any]]:
 
 
 class Sheet:
-    """A figure with one pair of axes, to be made in the context of `own_style`.
+    """A figure with a panel and up to one more, to be made in the context of `own_style`.
 
     Args:
-        height: in inches.
+        height: of the first panel, in inches.
+        below: height of a second panel below it, which shares its x axis.
+        beside: whether there is a second panel as wide on its right, which shares its y axis.
+
+    Attributes:
+        axes: of the first panel.
+        second: axes of the second.
     """
 
-    def __init__(self, height: float) -> None:
-        self.figure = Figure((9, height), layout="constrained")
+    def __init__(self, height: float, *, below: float = 0, beside: bool = False) -> None:
+        self.figure = Figure((9, height + below), layout="constrained")
         FigureCanvasAgg(self.figure)
-        self.axes = self.figure.add_subplot()
+        ratios = [height, below] if below else [1]
+        panels = self.figure.subplots(
+            len(ratios), 1 + beside, sharex=bool(below), sharey=beside, height_ratios=ratios, squeeze=False
+        )
+        self.axes, self.second = panels.flat[0], panels.flat[-1]
         self.heights: dict[Any, float] = {}  # artists of the legend -> where they are, from which it has its order
 
     def finish(self, title: str, notes: Sequence[str]) -> None:
@@ -74,11 +84,13 @@ class Sheet:
         self.figure.draw_without_rendering()
         # it stays as it is now
         self.figure.set_layout_engine("none")
-        left = np.inf
-        for label in reversed(self.axes.get_xticklabels()):
-            box = label.get_window_extent()
-            label.set_visible(box.x1 + 4 < left)
-            left = box.x0 if label.get_visible() else left
+        for axes in self.figure.axes:
+            left = np.inf
+            # those of a panel above another are hidden already
+            for label in reversed(axes.get_xticklabels() if axes.xaxis.get_tick_params()["labelbottom"] else []):
+                box = label.get_window_extent()
+                label.set_visible(box.x1 + 4 < left)
+                left = box.x0 if label.get_visible() else left
 
     def _add_legend(self) -> None:
         """In the order of heights; the figure grows with it."""
@@ -95,11 +107,11 @@ class Sheet:
             self.figure.savefig(f"{path}.svg", metadata={"Date": None, "Creator": None})
 
 
-def show_metric(axis: Axis, name: str, *, share: bool) -> None:
-    """Label an axis, a ``share`` in %, and let it span at least 2 %, so that tiny differences stay tiny."""
+def show_metric(axis: Axis, name: str, *, share: bool, unit: str = "%") -> None:
+    """Label an axis, a ``share`` in % or points, and let it span at least 2 %, so that tiny differences stay tiny."""
     low, high = axis.get_view_interval()
     more = max(0.0, (0.02 - (high - low)) / 2)
     axis.set_view_interval(low - more, high + more)
-    axis.set_label_text(name + (" (%)" if share else ""))
+    axis.set_label_text(name + (f" ({unit})" if share else ""))
     if share:
         axis.set_major_formatter(lambda x, _: f"{100 * x:.6g}".replace("-", "\u2212"))

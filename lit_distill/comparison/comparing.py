@@ -24,7 +24,7 @@ FURTHER = (TRAIN_TOKENS, TOKENS, VOTE_TOKENS, VOTE, "test/worst_group_accuracy",
 ACCURACIES = (ACCURACY, VOTE, "test/scored_accuracy", "val/accuracy")
 """The metrics that chance and floors may be of."""
 
-_DIFFERENCES = [*Difference._fields, "seed_difference", "seed_error", "seed_n"]
+_DIFFERENCES = [*Difference._fields, "seed_differences", "seed_difference", "seed_error", "seed_n"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Comparison:
     - ``baseline``: the row of the setting that it is compared with; ``is_baseline``: others are compared with it.
     - ``difference``, ``low``, ``high``, ``p_value``, ``differing``: to the baseline, over test rows; ``remark``: why
       there is none.
-    - ``seed_difference``, ``seed_error``, ``seed_n``: to the baseline's runs with the same seeds; ``left_out``: both
-      differences leave out runs whose seeds only one side has.
+    - ``seed_differences``: to the baseline's runs with the same seeds, one each; ``seed_difference``, ``seed_error``,
+      ``seed_n``: their mean, its standard error and their number; ``left_out``: both differences leave out runs whose
+      seeds only one side has.
     - ``floor``: the mean of its runs' highest floor, see `lit_distill.data.floor`.
     - ``further``: each of `FURTHER` that all of its runs have -> its mean and standard error.
     - ``lost``: of a setting with all training rows, what it loses with a tenth of them (or the smallest fraction): that
@@ -278,8 +279,8 @@ def _difference(
     if both and len({run.test for run in (*own, *other)} - {""}) < 2:
         pairs = zip(own, other, strict=True)
         values = [one.metrics[metric] - base.metrics[metric] for one, base in pairs]
-        found |= {"seed_difference": float(np.mean(values)), "seed_error": standard_error(values)}
-        found |= {"seed_n": len(values)}
+        found |= {"seed_differences": values, "seed_difference": float(np.mean(values))}
+        found |= {"seed_error": standard_error(values), "seed_n": len(values)}
     if not remark:
         answers = (_answers(some, metric) for some in (own, other))
         found |= paired_bootstrap(*answers, resamples=resamples, seed=seed)._asdict()

@@ -1,13 +1,14 @@
 """The figures of a comparison, as far as its runs allow."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd  # type: ignore[import-untyped]
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator
 
@@ -71,7 +72,8 @@ def _plots(settings: pd.DataFrame, metric: str) -> Iterator[Plot]:
         generated = VOTE_TOKENS if metric == VOTE else TOKENS
         for cost, file in ((TRAIN_TOKENS, "training_tokens"), (generated, "inference_tokens")):
             known = largest[[cost in further for further in largest.further]]
-            if len(known) > 1 or (cost == TOKENS and _voted(known, metric)):
+            apart = {round(further[cost][0], 1) for further in known.further}
+            if len(apart) > 1 or (cost == TOKENS and _voted(known, metric)):
                 yield _costs(known, cost, metric, f"{student} · {part}", f"{student}-{file}")
 
 
@@ -88,8 +90,8 @@ def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
-    """The metric against a column of the settings, a line per method and variant."""
-    sheet = Sheet(4.5)
+    """The metric against a column of the settings, a line per method and variant; below it, the differences."""
+    sheet = Sheet(4.5, below=2.5 * bool(settings.seed_n.count()))
     axes, heights = sheet.axes, sheet.heights
     settings = settings.sort_values(field)
     lines = settings.groupby("name", sort=False)
@@ -100,6 +102,9 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
         handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **line["style"].iloc[0])
         heights[handle] = means.iloc[-1]
+        for x, row in zip(xs, line.to_dict("records"), strict=True):
+            if found := _difference(row):
+                sheet.second.errorbar(x, found[0], yerr=found[1], **row["style"])
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     if settings.floor.count():
@@ -112,10 +117,12 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     axes.set_xscale("log")
     axes.set_xticks([x for x, _ in settings.groupby(field)], [_tick(own, field) for _, own in settings.groupby(field)])
     axes.set_xticks([], minor=True)
-    axes.grid(axis="x", visible=False)
-    axes.set_xlabel("training rows" if field == "train_rows" else "parameters of the student")
+    for panel in sheet.figure.axes:
+        panel.grid(axis="x", visible=False)
     _show(axes.yaxis, metric)
-    return _finish(sheet, settings, what, file, [])
+    notes = _show_differences(sheet, sheet.second.yaxis, metric)
+    sheet.second.set_xlabel("training rows" if field == "train_rows" else "parameters of the student")
+    return _finish(sheet, settings, what, file, notes)
 
 
 def _tick(settings: pd.DataFrame, field: str) -> str:
@@ -131,18 +138,24 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     """Methods and variants of one student and fraction, one below another."""
     settings = settings.sort_values(["mean", "name"], ascending=[False, True])
     labels = [fill(name, 34) for name in settings.name]
-    sheet = Sheet(1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels))
+    height = 1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels)
+    sheet = Sheet(height, beside=bool(settings.seed_n.count()))
     axes = sheet.axes
     for y, row in enumerate(settings.to_dict("records")):
         axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **row["style"])
-        if row["n"] > 1:
-            axes.plot(row["values"], [y + 0.22] * row["n"], "o", ms=3, mfc="none", mec=row["style"]["color"])
+        _seeds(axes, row["values"], y, row["style"])
+        if found := _difference(row):
+            sheet.second.errorbar(found[0], y, xerr=found[1], **row["style"])
+            _seeds(sheet.second, row["seed_differences"] or [], y, row["style"])
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+    for panel in sheet.figure.axes:
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
     _show(axes.xaxis, metric)
-    notes = ["small circles: single seeds"] if settings.n.max() > 1 else []
+    notes = _show_differences(sheet, sheet.second.xaxis, metric)
+    if settings.n.max() > 1:
+        notes.append("small circles: single seeds")
     if (chance := settings.chance.iloc[0]) is not None:
         axes.axvline(chance, color=GREY, linestyle=":", zorder=1)
         notes.append("dotted: chance")
@@ -150,6 +163,12 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
         axes.plot(settings.floor.astype(float), range(len(labels)), "|", color=GREY, ms=9, zorder=1)
         notes.append("grey bars: floor, words alone")
     return _finish(sheet, settings, what, file, notes)
+
+
+def _seeds(axes: Axes, values: Sequence[float], y: float, look: dict[str, Any]) -> None:
+    """A small circle for each of several seeds, below a setting's mark."""
+    if len(values) > 1:
+        axes.plot(values, [y + 0.22] * len(values), "o", ms=3, mfc="none", mec=look["color"])
 
 
 def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str) -> Plot:
@@ -184,6 +203,22 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
     axes.set_xlabel(what_read if cost == TRAIN_TOKENS else "tokens generated for a row, with end-of-sequence")
     _show(axes.yaxis, metric)
     return _finish(sheet, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
+
+
+def _difference(row: dict[str, Any]) -> tuple[float, list[list[float]] | None] | None:
+    """The difference of a setting from its baseline, if there is one, and its 95 % interval as bars."""
+    if row["difference"] is None:
+        return (row["seed_difference"], None) if row["seed_n"] else None
+    return row["difference"], [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+
+
+def _show_differences(sheet: Sheet, axis: Axis, metric: str) -> list[str]:
+    """Label the panel of differences, if there is one."""
+    if sheet.second is sheet.axes:
+        return []
+    (sheet.second.axhline if axis is sheet.second.yaxis else sheet.second.axvline)(0, color=GREY, linewidth=1, zorder=1)
+    show_metric(axis, "difference", share=names.is_share(metric), unit="points")
+    return ["differences from the baseline, bars: 95 % interval over test rows"]
 
 
 def _show(axis: Axis, metric: str) -> None:

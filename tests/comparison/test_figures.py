@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -182,9 +184,9 @@ def test_there_is_a_figure_for_each_question_that_runs_answer(drawn: Drawn) -> N
     assert by_size.name == "cqa-gold-t5-v1_1-student_size"
     assert variants.name == "cqa-gold-t5-v1_1-base-methods"
     assert labels_of(by_size)[0] == "teacher's labels, 77.2 %"
-    ticks = [label.get_text() for label in by_rows.sheet.figure.axes[0].get_xticklabels()]
+    ticks = [label.get_text() for label in by_rows.sheet.second.get_xticklabels()]
     assert ticks == ["12.5 %\n1,096", "25 %\n2,192", "50 %\n4,383", "100 %\n8,766"]
-    ticks = [label.get_text() for label in by_size.sheet.figure.axes[0].get_xticklabels()]
+    ticks = [label.get_text() for label in by_size.sheet.second.get_xticklabels()]
     assert ticks == ["77M\nt5-v1_1-small", "248M\nt5-v1_1-base", "783M\nt5-v1_1-large"]
     assert variants.sheet.figure.axes[0].get_xlabel() == "test accuracy (%)"
     # another metric than accuracy has no level of the teacher's labels
@@ -218,18 +220,52 @@ def test_costs_have_a_figure_each_and_votes_a_point_each(drawn: Drawn) -> None:
 
 def test_the_points_and_bars_are_the_results(drawn: Drawn) -> None:
     comparison, plots = drawn(like_the_paper)
-    axes = plots[0].sheet.figure.axes[0]
     results = comparison.settings[comparison.settings.student == "t5-v1_1-base"]
-    ys = {round(float(y), 9) for line in axes.get_lines() for y in np.asarray(line.get_ydata(), float)}
-    assert {round(mean, 9) for mean in results["mean"]} <= ys
-    bars = {
-        (round(float(a), 6), round(float(b), 6))
-        for collection in axes.collections
-        if hasattr(collection, "get_segments")
-        for a, b in (segment[:, 1] for segment in collection.get_segments())
-    }
-    ends = zip(results["mean"] - results.error, results["mean"] + results.error, strict=True)
-    assert {(round(low, 6), round(high, 6)) for low, high in ends} == bars
+    by_rows, _, variants = (plot.sheet for plot in plots)
+    assert set(results["mean"].round(9)) <= drawn_at(by_rows.axes, 1)
+    assert ends_of(by_rows.axes, 1) == rounded(results["mean"] - results.error, results["mean"] + results.error)
+    compared = results[results.difference.notna()]
+    assert set(compared.difference.astype(float).round(9)) <= drawn_at(by_rows.second, 1)
+    assert ends_of(by_rows.second, 1) == rounded(compared.low, compared.high)
+    compared = compared[compared.train_fraction == 1]
+    of_seeds = {round(one, 9) for differences in compared.seed_differences for one in differences}
+    assert set(compared.difference.astype(float).round(9)) | of_seeds <= drawn_at(variants.second, 0)
+    assert ends_of(variants.second, 0) == rounded(compared.low, compared.high)
+
+
+def drawn_at(axes: Axes, dimension: int) -> set[float]:
+    """The coordinates of all points of lines and marks."""
+    points = (np.asarray(line.get_data()[dimension], float) for line in axes.get_lines())
+    return {round(float(value), 9) for values in points for value in values}
+
+
+def ends_of(axes: Axes, dimension: int) -> set[tuple[float, float]]:
+    """The ends of all error bars."""
+    bars = [bars for bars in axes.collections if isinstance(bars, LineCollection)]
+    ends = [
+        (segment[:, dimension].min(), segment[:, dimension].max()) for some in bars for segment in some.get_segments()
+    ]
+    return rounded(*zip(*ends, strict=True))
+
+
+def rounded(lows: Any, highs: Any) -> set[tuple[float, float]]:
+    return {(round(float(low), 6), round(float(high), 6)) for low, high in zip(lows, highs, strict=True)}
+
+
+def test_a_difference_of_a_metric_without_answers_has_no_bar(drawn: Drawn) -> None:
+    comparison, _ = drawn(like_the_paper)
+    of_loss = compare_runs(comparison.runs, metric="test/loss")
+    differences = draw(of_loss)[0].sheet.second
+    assert not [bars for bars in differences.collections if isinstance(bars, LineCollection)]
+    compared = of_loss.settings[of_loss.settings.student == "t5-v1_1-base"].seed_difference.dropna()
+    assert set(compared.astype(float).round(9)) <= drawn_at(differences, 1)
+    assert differences.get_ylabel() == "difference"
+
+
+def test_settings_that_write_as_many_tokens_have_no_figure_of_them(tmp_path: Path) -> None:
+    for method, tokens in (("Standard", 2.0), ("StepByStep", 2.01)):
+        write_run(tmp_path / method, method=method, further={"test/tokens": tokens})
+    assert [plot.name.rpartition("-")[2] for plot in plots_of(tmp_path)] == ["methods"]
 
 
 def test_there_is_none_without_two_values(tmp_path: Path) -> None:
