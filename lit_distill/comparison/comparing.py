@@ -249,21 +249,37 @@ def _matches(row: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
 def find_baseline(
     row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str], keys: Sequence[str]
 ) -> tuple[int | None, str]:
-    """The place of the row with the wanted values that is most similar to ``row``; else ``None`` and why."""
-    if _matches(row, wanted):
-        return None, ""
+    """The place of the row with the wanted values that is most similar to ``row``; else ``None`` and why.
+
+    A row that has the wanted values itself is compared with one that sets only some of its keys, if there is one:
+    standard finetuning with a further objective is compared with that without.
+    """
     same = {"dataset", "student", "label_source", "train_fraction"} - set(wanted)
-    shared = {
-        i: sum(other[key] == row[key] for key in keys)
+    found = {
+        i: other
         for i, other in enumerate(rows)
         if _matches(other, wanted) and all(other[name] == row[name] for name in same)
     }
-    best = [i for i, count in shared.items() if count == max(shared.values())]
+    is_wanted, own = _matches(row, wanted), _set_keys(row, keys)
+    if is_wanted:
+        found = {i: other for i, other in found.items() if _set_keys(other, keys) < own}
+    # of those that share as many, the one that sets the fewest
+    alike = {
+        i: (sum(other[key] == row[key] for key in keys), -len(_set_keys(other, keys))) for i, other in found.items()
+    }
+    best = [i for i, rank in alike.items() if rank == max(alike.values())]
+    if len(best) == 1:
+        return best[0], ""
+    if is_wanted:
+        return None, ""
     if not best:
         return None, "no baseline with its student, labels and fraction"
-    if len(best) > 1:
-        return None, f"{len(best)} settings could be its baseline; name one with --baseline"
-    return best[0], ""
+    return None, f"{len(best)} settings could be its baseline; name one with --baseline"
+
+
+def _set_keys(row: Mapping[str, Any], keys: Sequence[str]) -> set[str]:
+    """The keys to which a setting gives a value."""
+    return {key for key in keys if not pd.isna(row[key]) and row[key] not in ("null", "false")}
 
 
 def _difference(

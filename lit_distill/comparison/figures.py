@@ -54,8 +54,9 @@ def draw(comparison: Comparison) -> list[Plot]:
 def _plots(settings: pd.DataFrame, metric: str) -> Iterator[Plot]:
     """The figures of one dataset and label source; a line needs two points, a comparison of variants two settings."""
     for student, own in settings.groupby("student"):
-        if own.name.duplicated().any():
-            yield _lines(own, "train_rows", metric, student, f"{student}-training_rows")
+        several = own[own.name.duplicated(keep=False)]
+        if len(several):
+            yield _lines(several, "train_rows", metric, student, f"{student}-training_rows")
     sized = settings[settings.parameters > 0]
     for family, own in sized.groupby(sized.student.map(names.family)):
         several = own[own.duplicated(["name", "train_fraction"], keep=False)]
@@ -98,7 +99,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     widest = settings[field].max() / settings[field].min()
     for i, (name, line) in enumerate(lines):
         # shifted, so that error bars do not overlap
-        xs = line[field].astype(float) * widest ** (0.005 * (i - (len(lines) - 1) / 2))
+        xs = line[field].astype(float) * widest ** (0.01 * (i - (len(lines) - 1) / 2))
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
         handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **line["style"].iloc[0])
         heights[handle] = means.iloc[-1]

@@ -194,6 +194,27 @@ def test_of_several_baselines_the_most_alike_is_taken(tmp_path: Path) -> None:
     assert named["step-by-step, learning rate 0.5"].difference is not None
 
 
+def test_a_baseline_with_more_to_it_is_compared_with_the_plain_one(tmp_path: Path) -> None:
+    kl = {
+        "objectives": [{"class_path": "lit_distill.objectives.ForwardKL"}],
+        "teachers": {"big": {"model": "runs/big"}},
+    }
+    for rate in (1e-3, 1e-4):
+        write_run(tmp_path / f"s{rate}", model={"learning_rate": rate})
+        write_run(tmp_path / f"kl{rate}", model={"learning_rate": rate, **kl})
+    write_run(tmp_path / "o", method="StepByStep", model={"learning_rate": 1e-3})
+    found = compared(tmp_path)
+    rows = results_of(found)
+    baselines = {name: row.baseline and found.settings.name[row.baseline] for name, row in rows.items()}
+    assert baselines == {
+        "standard finetuning, learning rate 0.001": None,
+        "standard finetuning, learning rate 0.0001": None,
+        "standard finetuning, learning rate 0.001, objectives ForwardKL": "standard finetuning, learning rate 0.001",
+        "standard finetuning, learning rate 0.0001, objectives ForwardKL": "standard finetuning, learning rate 0.0001",
+        "step-by-step, learning rate 0.001": "standard finetuning, learning rate 0.001",
+    }
+
+
 @pytest.mark.parametrize(
     ("baseline", "message"),
     [
