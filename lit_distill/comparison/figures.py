@@ -121,7 +121,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     for panel in sheet.figure.axes:
         panel.grid(axis="x", visible=False)
     _show(axes.yaxis, metric)
-    notes = _show_differences(sheet, sheet.second.yaxis, metric)
+    notes = _show_differences(sheet, sheet.second.yaxis, settings, metric)
     sheet.second.set_xlabel("training rows" if field == "train_rows" else "parameters of the student")
     return _finish(sheet, settings, what, file, notes)
 
@@ -154,7 +154,7 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
     _show(axes.xaxis, metric)
-    notes = _show_differences(sheet, sheet.second.xaxis, metric)
+    notes = _show_differences(sheet, sheet.second.xaxis, settings, metric)
     if settings.n.max() > 1:
         notes.append("small circles: single seeds")
     if (chance := settings.chance.iloc[0]) is not None:
@@ -213,13 +213,14 @@ def _difference(row: dict[str, Any]) -> tuple[float, list[list[float]] | None] |
     return row["difference"], [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
 
 
-def _show_differences(sheet: Sheet, axis: Axis, metric: str) -> list[str]:
-    """Label the panel of differences, if there is one."""
+def _show_differences(sheet: Sheet, axis: Axis, settings: pd.DataFrame, metric: str) -> list[str]:
+    """Label the panel of differences, if there is one; return its notes."""
     if sheet.second is sheet.axes:
         return []
     (sheet.second.axhline if axis is sheet.second.yaxis else sheet.second.axvline)(0, color=GREY, linewidth=1, zorder=1)
     show_metric(axis, "difference", share=names.is_share(metric), unit="points")
-    return ["differences from the baseline, bars: 95 % interval over test rows"]
+    intervals = ", bars: 95 % interval over test rows" if settings.difference.count() else ""
+    return [f"differences: from the baseline{intervals}"]
 
 
 def _show(axis: Axis, metric: str) -> None:

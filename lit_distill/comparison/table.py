@@ -1,6 +1,7 @@
 """The table of runs: one row a run, with all that tells their settings apart."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import pandas as pd  # type: ignore[import-untyped]
 
@@ -79,17 +80,31 @@ def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str
         # a prefix is part of a method, and a run without a teacher has none of its settings
         elif not (key.endswith("prefix") or _is_of_teachers(key, differing[key])):
             remarks.append(_remark(key, differing[key], known, words))
+    usual = {}
+    for key in known.columns.difference(IDENTITY):
+        if value := _usual(known.drop_duplicates()[key], values[key]):
+            usual[key] = value
+            remarks.append(f"{words[key]} is {values[key][value]} where no other is named")
     found = []
     for row in known.to_dict("records"):
         parts = [names.method(row["method"], row["label_source"])]
         if row["rationales"] not in (None, "own"):
             parts.append(f"{row['rationales']} rationales")
         for key in known.columns.difference(IDENTITY):
-            if text := values[key].get(row[key], ""):
+            text = values[key].get(row[key], "")
+            if text and row[key] != usual.get(key):
                 named_so = text.replace("_", " ") if key == VARIANT else f"{words[key]} {text}"
                 parts.append(words[key] if text == "true" else named_so)
         found.append(", ".join(parts))
     return found, remarks
+
+
+def _usual(values: pd.Series, texts: Mapping[str, str]) -> str | None:
+    """The value of at least three quarters of four or more settings, unless it would be taken for an unset one."""
+    shares = values.value_counts(normalize=True)
+    if values.count() < 4 or shares.iloc[0] < 0.75 or any(not texts[value] for value in shares.index):
+        return None
+    return str(shares.index[0])
 
 
 def _follows(values: pd.Series, known: pd.DataFrame) -> bool:
@@ -103,10 +118,12 @@ def _is_of_teachers(key: str, values: pd.Series) -> bool:
 
 
 def _remark(key: str, values: pd.Series, known: pd.DataFrame, words: Mapping[str, str]) -> str:
-    by = next((column for column in known if _follows(values, known[[column]])), None)
-    if by is None:
-        return f"{words[key]} differs between settings"
-    pairs = pd.DataFrame({"by": known[by].map(as_text), "value": values}).dropna().drop_duplicates()
+    columns = (list(some) for size in (1, 2) for some in combinations(known, size))
+    by = next((some for some in columns if _follows(values, known[some])), [])
+    named = " and ".join(words.get(column, column.replace("_", " ")) for column in by)
+    if len(by) != 1:
+        return f"{words[key]} differs {f'with {named}' if by else 'between settings'}"
+    pairs = pd.DataFrame({"by": known[by[0]].map(as_text), "value": values}).dropna().drop_duplicates()
     short = names.short_values(pairs.by.unique())
     shown = ", ".join(f"{short[one.by] or one.by}: {one.value}" for one in pairs.sort_values("by").itertuples())
-    return f"{words[key]} differs with {words.get(by, by.replace('_', ' '))} ({shown})"
+    return f"{words[key]} differs with {named} ({shown})"

@@ -31,6 +31,27 @@ def remarks_of(runs: list[Run]) -> list[str]:
     return runs_table(runs)[2]["cqa"]
 
 
+def test_a_key_is_named_for_all_where_few_share_a_value_or_one_leaves_it_unset(tmp_path: Path) -> None:
+    rates = runs_of(tmp_path / "a", *[{"model": {"learning_rate": rate}} for rate in (1e-3, 1e-4, 1e-4)])
+    assert names_of(rates).count("standard finetuning, learning rate 0.0001") == 2
+    dropouts = [0.1, 0.1, 0.1, 0.1, None]
+    how = [{"model": {"dropout": dropout, "learning_rate": 10.0**-i}} for i, dropout in enumerate(dropouts)]
+    named = names_of(runs_of(tmp_path / "b", *how))
+    assert sum("dropout 0.1" in name for name in named) == 4
+
+
+def test_a_key_may_follow_from_two_others(tmp_path: Path) -> None:
+    steps = {(0.5, "Standard"): 100, (0.5, "StepByStep"): 200, (1.0, "Standard"): 200, (1.0, "StepByStep"): 100}
+    runs = runs_of(
+        tmp_path,
+        *[
+            {"method": method, "train_fraction": part, "model": {"warmup_steps": number}}
+            for (part, method), number in steps.items()
+        ],
+    )
+    assert remarks_of(runs) == ["warmup steps differs with train fraction and method"]
+
+
 def test_seeds_paths_and_loggers_make_no_difference(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, {"seed": 0}, {"seed": 1, "data": {"data_dir": "/elsewhere", "num_workers": 4}})
     assert runs[0].record.config["checkpoint"] != runs[1].record.config["checkpoint"]
@@ -52,12 +73,13 @@ def test_what_methods_share_is_compared_and_what_one_has_alone_is_not(tmp_path: 
     runs_of(tmp_path, *[{"method": method} for method in ("Standard", "StepByStep", "SingleTask")])
     write_run(tmp_path / "more", model={"learning_rate": 0.1})
     more = find_runs([tmp_path])[0]
-    assert remarks_of(more) == []
+    # all but one setting share it
+    assert remarks_of(more) == ["learning rate is 5e-05 where no other is named"]
     assert sorted(set(names_of(more))) == [
-        "single task: rationale and label, learning rate 5e-05",
+        "single task: rationale and label",
+        "standard finetuning",
         "standard finetuning, learning rate 0.1",
-        "standard finetuning, learning rate 5e-05",
-        "step-by-step, learning rate 5e-05",
+        "step-by-step",
     ]
 
 
