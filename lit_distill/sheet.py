@@ -108,9 +108,9 @@ class Sheet:
 
 
 def show_metric(axis: Axis, name: str, *, share: bool, unit: str = "%") -> None:
-    """Label an axis, a ``share`` in % or points, and let it span at least 2 %, so that tiny differences stay tiny."""
+    """Label an axis, a ``share`` in % or points, which spans at least 2 of them, so that tiny differences stay tiny."""
     low, high = axis.get_view_interval()
-    more = max(0.0, (0.02 - (high - low)) / 2)
+    more = max(0.0, (0.02 - (high - low)) / 2) if share else 0.0
     axis.set_view_interval(low - more, high + more)
     axis.set_label_text(name + (f" ({unit})" if share else ""))
     if share:

@@ -33,7 +33,7 @@ def compare(
             fraction are those of the compared setting unless given. By default standard finetuning.
         metric: the logged name of the metric: one of test, or ``val/accuracy``, which chose the checkpoint, to tune
             settings without test. ``test/accuracy`` and ``test/vote_accuracy`` have intervals over test rows.
-        allow_different_tests: compare runs of a dataset even if their test rows differ.
+        allow_different_tests: compare runs of a dataset even if their rows of test, or of val for its metrics, differ.
         resamples: of the bootstrap; at most 100,000.
         seed: of the bootstrap.
 
@@ -97,7 +97,7 @@ def _show(comparison: "Comparison", report: Path) -> None:
 def _table(title: str, rows: list[dict[str, str]]) -> Table:
     """A table that fits 80 columns, by stacking related values."""
     table = Table(title=title, title_justify="left", show_lines=True)
-    stacks = [["setting", "student", "training rows"], ["n"], ["mean ± se", "floor", "published"]]
+    stacks = [["setting", "student", "training rows", "compared with"], ["n"], ["mean ± se", "floor", "published"]]
     stacks += [["difference", "95 % interval"], ["p", "by seed ± se (n)"]]
     stacks += [["training tokens", "tokens a row", "tokens of a vote"]]
     stacks += [["accuracy by vote", "worst group", "group macro-F1"]]

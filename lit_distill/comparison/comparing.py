@@ -35,10 +35,11 @@ class Comparison:
     settings: pd.DataFrame
     """A row a setting, ordered for a table. Its columns; a value that is not known is ``None`` or NaN:
 
-    - ``name``, those of `IDENTITY`, and those of ``keys``: as in `runs_table`.
+    - ``name``, ``given``, ``usual``, those of `IDENTITY`, and those of ``keys``: as in `runs_table`.
     - ``runs``, ``values``: its runs, one a seed, and their metric; ``n``, ``mean``, ``error``: the number of seeds, the
       mean and its standard error.
-    - ``baseline``: the row of the setting that it is compared with; ``is_baseline``: others are compared with it.
+    - ``baseline``: the row of the setting that it is compared with; ``compared_with``: that one in words;
+      ``is_baseline``: others are compared with it.
     - ``difference``, ``low``, ``high``, ``p_value``, ``differing``: to the baseline, over test rows; ``remark``: why
       there is none.
     - ``seed_differences``: to the baseline's runs with the same seeds, one each; ``seed_difference``, ``seed_error``,
@@ -92,8 +93,8 @@ def compare_runs(
     table, keys, remarks = runs_table(with_metric)
     facts = {}
     for dataset, own in table.groupby("dataset"):
-        if metric.startswith("test/") and not allow_different_tests:
-            _check_test_rows(dataset, list(own.run))
+        if not allow_different_tests:
+            _check_rows(dataset, list(own.run), metric)
         facts[dataset] = _facts(dataset, list(own.run), metric)
     rows, repeated = [], dict[str, str]()
     for _, own in table.groupby([*IDENTITY, *keys], dropna=False, sort=False):
@@ -116,27 +117,41 @@ def compare_runs(
         row["lost"] = _lost(row, rows, metric)
     wanted = read_baseline(baseline, rows, keys)
     for row in rows:
-        other, remark = find_baseline(row, rows, wanted, keys)
-        row |= dict.fromkeys(_DIFFERENCES) | {"baseline": other, "left_out": False, "remark": remark}
+        other, remark = find_baseline(row, rows, wanted)
+        row |= dict.fromkeys([*_DIFFERENCES, "compared_with"]) | {
+            "baseline": other,
+            "left_out": False,
+            "remark": remark,
+        }
         if other is not None:
+            row["compared_with"] = _in_full(rows[other], row)
             row |= _difference(row["runs"], rows[other]["runs"], metric, resamples, seed)
     baselines = {row["baseline"] for row in rows}
     settings = pd.DataFrame([row | {"is_baseline": i in baselines} for i, row in enumerate(rows)], dtype=object)
     return Comparison(metric, settings, keys, remarks, tuple(with_metric), repeated, skipped, resamples, seed)
 
 
-def _check_test_rows(dataset: str, runs: Sequence[Run]) -> None:
-    """Refuse runs whose test rows differ in hash or number, where these are known."""
+def _check_rows(dataset: str, runs: Sequence[Run], metric: str) -> None:
+    """Refuse runs whose rows of the metric differ in hash or number, where these are known.
+
+    Those of test are the same for all runs; those of val for one data seed, as it may have split them off.
+    """
+    of_test = metric.startswith("test/")
     places: dict[str, list[str]] = {}
+    hashes: dict[int, set[str]] = {}
     for run in runs:
-        places.setdefault(run.test or f"{run.record.test_rows:,} rows", []).append(run.source)
-    if len({run.test for run in runs} - {""}) > 1 or len({run.record.test_rows for run in runs} - {0}) > 1:
+        rows = run.test if of_test else run.record.fingerprints.get("val", "")
+        hashes.setdefault(0 if of_test else run.record.data_seed, set()).update({rows} - {""})
+        places.setdefault(rows or f"{run.record.test_rows:,} rows", []).append(run.source)
+    counts = {run.record.test_rows for run in runs} - {0} if of_test else set()
+    if len(counts) > 1 or any(len(found) > 1 for found in hashes.values()):
         shown = ", ".join(
             f"{sources[0]} ({place})" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
             for place, sources in places.items()
         )
+        done = "tested" if of_test else "validated"
         raise UserError(
-            f"runs: those of {dataset} were tested on different rows: {shown}; their accuracies cannot be compared, "
+            f"runs: those of {dataset} were {done} on different rows: {shown}; their metrics cannot be compared, "
             "or give --allow_different_tests true"
         )
 
@@ -233,8 +248,11 @@ def read_baseline(text: str | None, rows: Sequence[Mapping[str, Any]], keys: Seq
             raise UserError(f"baseline: {pair!r} is not of the form key=value")
         if name not in allowed:
             raise UserError(f"baseline: no key {name!r}; allowed are {', '.join(sorted(allowed))}")
-        # 0.50 is 0.5
-        wanted[allowed[name]] = f"{float(value):g}" if re.fullmatch(r"\d+(\.\d+)?", value) else value
+        try:
+            # 0.50 is 0.5, and 1e-5 is 0.00001
+            wanted[allowed[name]] = as_text(float(value))
+        except ValueError:
+            wanted[allowed[name]] = value
         if not any(_matches(row, wanted) for row in rows):
             found = {as_text(row[allowed[name]]) for row in rows if not pd.isna(row[allowed[name]])}
             said = ", ".join(f"{key}={value}" for key, value in wanted.items())
@@ -247,11 +265,11 @@ def _matches(row: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
 
 
 def find_baseline(
-    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str], keys: Sequence[str]
+    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]
 ) -> tuple[int | None, str]:
     """The place of the row with the wanted values that is most similar to ``row``; else ``None`` and why.
 
-    A row that has the wanted values itself is compared with one that sets only some of its keys, if there is one:
+    A row that has the wanted values itself is compared with one that is given only some of its values, if there is one:
     standard finetuning with a further objective is compared with that without.
     """
     same = {"dataset", "student", "label_source", "train_fraction"} - set(wanted)
@@ -260,13 +278,11 @@ def find_baseline(
         for i, other in enumerate(rows)
         if _matches(other, wanted) and all(other[name] == row[name] for name in same)
     }
-    is_wanted, own = _matches(row, wanted), _set_keys(row, keys)
-    if is_wanted:
-        found = {i: other for i, other in found.items() if _set_keys(other, keys) < own}
-    # of those that share as many, the one that sets the fewest
-    alike = {
-        i: (sum(other[key] == row[key] for key in keys), -len(_set_keys(other, keys))) for i, other in found.items()
-    }
+    own = row["given"].items()
+    if is_wanted := _matches(row, wanted):
+        found = {i: other for i, other in found.items() if other["given"].items() < own}
+    # of those that share as many values, the one that is given the fewest
+    alike = {i: (len(own & other["given"].items()), -len(other["given"])) for i, other in found.items()}
     best = [i for i, rank in alike.items() if rank == max(alike.values())]
     if len(best) == 1:
         return best[0], ""
@@ -277,9 +293,16 @@ def find_baseline(
     return None, f"{len(best)} settings could be its baseline; name one with --baseline"
 
 
-def _set_keys(row: Mapping[str, Any], keys: Sequence[str]) -> set[str]:
-    """The keys to which a setting gives a value."""
-    return {key for key in keys if not pd.isna(row[key]) and row[key] not in ("null", "false")}
+def _in_full(baseline: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """A baseline's name, with the labels, student and training rows if they are others than those of ``row``."""
+    parts = [baseline["name"]]
+    if baseline["label_source"] != row["label_source"]:
+        parts.append(names.labels(baseline["label_source"]))
+    if baseline["student"] != row["student"]:
+        parts.append(baseline["student"])
+    if baseline["train_fraction"] != row["train_fraction"]:
+        parts.append(names.training_rows(baseline["train_fraction"]))
+    return ", ".join(parts)
 
 
 def _difference(

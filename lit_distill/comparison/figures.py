@@ -8,7 +8,6 @@ from textwrap import fill
 from typing import Any, Final
 
 import pandas as pd  # type: ignore[import-untyped]
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator
 
@@ -38,7 +37,9 @@ class Plot:
 def draw(comparison: Comparison) -> list[Plot]:
     """Plot the metric against training rows, student size and tokens, and for all variants, per dataset and labels."""
     # a setting's name looks the same in all figures
-    styles = dict(zip(dict.fromkeys([*_FIRST, *comparison.settings.name]), looks(), strict=False))
+    often = comparison.settings.name.map(comparison.settings.name.value_counts())
+    found = comparison.settings.name.loc[often.sort_values(ascending=False, kind="stable").index]
+    styles = dict(zip(dict.fromkeys([*_FIRST, *found]), looks(), strict=False))
     styled = comparison.settings.assign(style=comparison.settings.name.map(styles))
     plots: dict[str, Plot] = {}
     with own_style():
@@ -92,20 +93,23 @@ def _most_rows(settings: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str) -> Plot:
     """The metric against a column of the settings, a line per method and variant; below it, the differences."""
-    sheet = Sheet(4.5, below=2.5 * bool(settings.seed_n.count()))
+    sheet = Sheet(4.5, below=2.5 * _has_differences(settings))
     axes, heights = sheet.axes, sheet.heights
     settings = settings.sort_values(field)
     lines = settings.groupby("name", sort=False)
-    widest = settings[field].max() / settings[field].min()
+    # between two lines at one place, as a factor
+    apart = (settings[field].max() / settings[field].min()) ** (0.06 / max(3, len(lines)))
     for i, (name, line) in enumerate(lines):
         # shifted, so that error bars do not overlap
-        xs = line[field].astype(float) * widest ** (0.01 * (i - (len(lines) - 1) / 2))
+        xs = line[field].astype(float) * apart ** (i - (len(lines) - 1) / 2)
         means, errors = line["mean"].astype(float), line.error.astype(float).fillna(0)
         handle = axes.errorbar(xs, means, errors, label=fill(name, 26), **line["style"].iloc[0])
         heights[handle] = means.iloc[-1]
         for x, row in zip(xs, line.to_dict("records"), strict=True):
             if found := _difference(row):
                 sheet.second.errorbar(x, found[0], yerr=found[1], **row["style"])
+                seeds = _several(row["seed_differences"])
+                sheet.second.plot([x * apart**0.5] * len(seeds), seeds, **_of_seed(row["style"]))
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     if settings.floor.count():
@@ -123,7 +127,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
     _show(axes.yaxis, metric)
     notes = _show_differences(sheet, sheet.second.yaxis, settings, metric)
     sheet.second.set_xlabel("training rows" if field == "train_rows" else "parameters of the student")
-    return _finish(sheet, settings, what, file, notes)
+    return _finish(sheet, settings, what, file, notes, circles=_has_differences(settings))
 
 
 def _tick(settings: pd.DataFrame, field: str) -> str:
@@ -140,14 +144,16 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     settings = settings.sort_values(["mean", "name"], ascending=[False, True])
     labels = [fill(name, 34) for name in settings.name]
     height = 1.8 + sum(0.2 + 0.18 * len(label.splitlines()) for label in labels)
-    sheet = Sheet(height, beside=bool(settings.seed_n.count()))
+    sheet = Sheet(height, beside=_has_differences(settings))
     axes = sheet.axes
     for y, row in enumerate(settings.to_dict("records")):
         axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **row["style"])
-        _seeds(axes, row["values"], y, row["style"])
+        seeds = _several(row["values"])
+        axes.plot(seeds, [y + 0.22] * len(seeds), **_of_seed(row["style"]))
         if found := _difference(row):
             sheet.second.errorbar(found[0], y, xerr=found[1], **row["style"])
-            _seeds(sheet.second, row["seed_differences"] or [], y, row["style"])
+            seeds = _several(row["seed_differences"])
+            sheet.second.plot(seeds, [y + 0.22] * len(seeds), **_of_seed(row["style"]))
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     for panel in sheet.figure.axes:
@@ -155,21 +161,23 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
         panel.spines["left"].set_visible(False)
     _show(axes.xaxis, metric)
     notes = _show_differences(sheet, sheet.second.xaxis, settings, metric)
-    if settings.n.max() > 1:
-        notes.append("small circles: single seeds")
     if (chance := settings.chance.iloc[0]) is not None:
         axes.axvline(chance, color=GREY, linestyle=":", zorder=1)
         notes.append("dotted: chance")
     if settings.floor.count():
         axes.plot(settings.floor.astype(float), range(len(labels)), "|", color=GREY, ms=9, zorder=1)
         notes.append("grey bars: floor, words alone")
-    return _finish(sheet, settings, what, file, notes)
+    return _finish(sheet, settings, what, file, notes, circles=True)
 
 
-def _seeds(axes: Axes, values: Sequence[float], y: float, look: dict[str, Any]) -> None:
-    """A small circle for each of several seeds, below a setting's mark."""
-    if len(values) > 1:
-        axes.plot(values, [y + 0.22] * len(values), "o", ms=3, mfc="none", mec=look["color"])
+def _several(values: Sequence[float] | None) -> Sequence[float]:
+    """Those of several seeds, which are drawn one by one."""
+    return values if values is not None and len(values) > 1 else []
+
+
+def _of_seed(look: dict[str, Any]) -> dict[str, Any]:
+    """The look of a small circle for a seed."""
+    return {"marker": "o", "linestyle": "", "ms": 3, "mfc": "none", "mec": look["color"]}
 
 
 def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str) -> Plot:
@@ -206,6 +214,10 @@ def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str)
     return _finish(sheet, settings, what, file, ["hollow: by the vote of several texts"] if voted else [])
 
 
+def _has_differences(settings: pd.DataFrame) -> bool:
+    return bool(settings.difference.count() + settings.seed_n.count())
+
+
 def _difference(row: dict[str, Any]) -> tuple[float, list[list[float]] | None] | None:
     """The difference of a setting from its baseline, if there is one, and its 95 % interval as bars."""
     if row["difference"] is None:
@@ -220,18 +232,25 @@ def _show_differences(sheet: Sheet, axis: Axis, settings: pd.DataFrame, metric: 
     (sheet.second.axhline if axis is sheet.second.yaxis else sheet.second.axvline)(0, color=GREY, linewidth=1, zorder=1)
     show_metric(axis, "difference", share=names.is_share(metric), unit="points")
     intervals = ", bars: 95 % interval over test rows" if settings.difference.count() else ""
-    return [f"differences: from the baseline{intervals}"]
+    baselines = settings.compared_with.dropna().unique()
+    baseline = baselines[0] if len(baselines) == 1 else "the baseline of each"
+    return [f"differences: from {baseline}{intervals}"]
 
 
 def _show(axis: Axis, metric: str) -> None:
     show_metric(axis, names.metric(metric), share=names.is_share(metric))
 
 
-def _finish(sheet: Sheet, settings: pd.DataFrame, what: str, file: str, notes: list[str]) -> Plot:
+def _finish(
+    sheet: Sheet, settings: pd.DataFrame, what: str, file: str, notes: list[str], *, circles: bool = False
+) -> Plot:
     dataset, labels = settings.dataset.iloc[0], settings.label_source.iloc[0]
     seeds = " to ".join(dict.fromkeys([str(settings.n.min()), str(settings.n.max())]))
     bars = f"means of {seeds} seeds, bars: ± standard error over seeds"
     notes = ["one seed each, so no standard errors" if seeds == "1" else bars, *notes]
+    if circles and seeds != "1":
+        notes.append("small circles: single seeds")
+    notes += [*filter(None, settings.usual.unique())]
     title = f"{names.dataset(dataset)} · {what} · {names.labels(labels)}"
     sheet.finish(title, notes)
     # file systems limit a name to 255 bytes

@@ -103,6 +103,9 @@ def with_error(text: str, error: float | None, metric: str) -> str:
 def cells(settings: pd.DataFrame, metric: str) -> list[dict[str, str]]:
     """The table of one dataset's settings as texts by column, without empty columns; a last row of chance if known."""
     rows = [_cells(row, metric) for row in settings.to_dict("records")]
+    # one baseline is named below the table
+    if settings.compared_with.nunique() <= 1:
+        rows = [row | {"compared with": ""} for row in rows]
     if (chance := settings.chance.iloc[0]) is not None:
         rows.append(dict.fromkeys(rows[0], "") | {"setting": "chance", "mean ± se": number(chance, metric)})
     return [{name: text for name, text in row.items() if any(other[name] for other in rows)} for row in rows]
@@ -130,6 +133,7 @@ def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
         "mean ± se": with_error(number(row["mean"], metric), row["error"], metric),
         **found,
         "by seed ± se (n)": by_seed,
+        "compared with": row["compared_with"] or "",
         "floor": number(row["floor"], metric),
         "published": number(row["published"], metric),
     }
@@ -167,9 +171,10 @@ def _further_cells(row: dict[str, Any], metric: str) -> dict[str, str]:
 
 
 def notes(settings: pd.DataFrame, comparison: Comparison) -> list[str]:
-    """What a table's reader has to know: the baseline, missing differences, and the meaning of marks."""
-    baselines = sorted(set(comparison.settings.name[settings.baseline.dropna()]))
-    found = [f"Baseline: {'; '.join(baselines)}."] if baselines else []
+    """What a table's reader has to know: what names leave out, the baseline, missing differences, the marks."""
+    found = [f"{usual[0].upper()}{usual[1:]}." for usual in filter(None, settings.usual.unique())]
+    if settings.compared_with.nunique() == 1:
+        found.append(f"Baseline: {settings.compared_with.dropna().iloc[0]}.")
     for remark, some in settings[settings.remark != ""].groupby("remark"):
         own = (f"{row['name']} ({row.student}, {names.fraction(row.train_fraction)})" for _, row in some.iterrows())
         which = "" if len(some) == settings.baseline.count() else f": {', '.join(own)}"
@@ -203,7 +208,7 @@ def to_markdown(comparison: Comparison, plots: Sequence[Plot] = ()) -> str:
         datasets=list(comparison.settings.groupby("dataset")),
         names=names,
         in_points=names.is_share(metric),
-        table=lambda settings: _table(cells(settings, metric)),
+        table=lambda settings: _table(cells(settings, metric), ("compared with",)),
         further=lambda settings: _table(rows) if (rows := further_cells(settings, metric)) else "",
         notes=notes,
         plots=plots,
@@ -218,10 +223,11 @@ def _escape(text: str) -> str:
     return re.sub(r"[\\`*<>\[&|~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.splitlines()))
 
 
-def _table(rows: Sequence[dict[str, str]]) -> Markdown:
-    """A table whose first two columns are left-aligned names, the others numbers."""
+def _table(rows: Sequence[dict[str, str]], texts: Sequence[str] = ()) -> Markdown:
+    """A table whose first two columns and ``texts`` are aligned to the left, the others to the right."""
     columns = list(rows[0])
-    return Markdown(markdown_table(columns, [list(row.values()) for row in rows], numbers=columns[2:], cell=_escape))
+    numbers = [name for name in columns[2:] if name not in texts]
+    return Markdown(markdown_table(columns, [list(row.values()) for row in rows], numbers=numbers, cell=_escape))
 
 
 def _commands(comparison: Comparison) -> Markdown:

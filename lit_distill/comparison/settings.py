@@ -41,7 +41,7 @@ _ADDED = {"model.init_args.weighting": "fixed"}
 def as_text(value: object) -> str:
     """A config value as text, for comparing and showing."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.15g}"
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 

@@ -21,8 +21,10 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
 
     Returns:
         The table: the columns of `IDENTITY`; those of the next item, missing where they do not apply; ``name``, the
-        setting in words without dataset, labels, student and fraction; and ``run``. Then the other config keys in which
-        the runs of a dataset differ; and dataset -> remarks on differences that no name shows.
+        setting in words without dataset, labels, student and fraction; ``given``, the keys behind the name that have
+        a value, with it; ``usual``, what holds for all settings of a dataset whose name says nothing else; and
+        ``run``. Then the other config keys in which the runs of a dataset differ; and dataset -> remarks on differences
+        that no name shows.
     """
     table = pd.DataFrame([{name: getattr(run.record, name) for name in IDENTITY} for run in runs], dtype=object)
     table["run"] = runs
@@ -37,10 +39,16 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
     parts, keys, remarks = [], set(), {}
     for dataset, own in table.groupby("dataset"):
         differing = _differing(own)
-        in_words, remarks[dataset] = _in_words(own[IDENTITY], differing)
+        words = {key: text.replace("_", " ") for key, text in names.short_keys(differing).items()}
+        known, remarks[dataset] = _distinguishing(own[IDENTITY], differing, words)
+        in_words, usual = _in_words(known, words)
         if (own.test == "").any():
             remarks[dataset].append("It is unknown on which rows some runs were tested")
-        parts.append(pd.concat([own.assign(name=in_words), differing], axis=1))
+        given = [
+            {key: value for key, value in row.items() if not pd.isna(value) and value not in ("null", "false")}
+            for row in known.drop(columns=[*{*IDENTITY} - {"method", "rationales"}]).to_dict("records")
+        ]
+        parts.append(pd.concat([own.assign(name=in_words, given=given, usual=usual), differing], axis=1))
         keys |= set(differing)
     return pd.concat(parts).drop(columns=["path", "test"]), sorted(keys), remarks
 
@@ -64,10 +72,10 @@ def _differing(table: pd.DataFrame) -> pd.DataFrame:
     return configs[keys]
 
 
-def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Each run's setting in words; and remarks on the keys that are left out, as they follow from the others."""
-    words = {key: text.replace("_", " ") for key, text in names.short_keys(differing).items()}
-    values = {key: names.short_values(differing[key].dropna().unique()) for key in differing}
+def _distinguishing(
+    identity: pd.DataFrame, differing: pd.DataFrame, words: Mapping[str, str]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The columns that tell a dataset's settings apart, and remarks on the keys that follow from these."""
     known, remarks = identity.copy(), []
     # a variant is the name of what else differs
     if VARIANT in differing:
@@ -80,23 +88,28 @@ def _in_words(identity: pd.DataFrame, differing: pd.DataFrame) -> tuple[list[str
         # a prefix is part of a method, and a run without a teacher has none of its settings
         elif not (key.endswith("prefix") or _is_of_teachers(key, differing[key])):
             remarks.append(_remark(key, differing[key], known, words))
-    usual = {}
-    for key in known.columns.difference(IDENTITY):
-        if value := _usual(known.drop_duplicates()[key], values[key]):
-            usual[key] = value
-            remarks.append(f"{words[key]} is {values[key][value]} where no other is named")
+    return known, remarks
+
+
+def _in_words(known: pd.DataFrame, words: Mapping[str, str]) -> tuple[list[str], str]:
+    """Each run's setting in words, and what holds where they say nothing else."""
+    keys = known.columns.difference(IDENTITY)
+    values = {key: names.short_values(known[key].dropna().unique()) for key in keys}
+    settings = known.drop_duplicates()
+    usual = {key: value for key in keys if (value := _usual(settings[key], values[key]))}
     found = []
     for row in known.to_dict("records"):
         parts = [names.method(row["method"], row["label_source"])]
         if row["rationales"] not in (None, "own"):
             parts.append(f"{row['rationales']} rationales")
-        for key in known.columns.difference(IDENTITY):
+        for key in keys:
             text = values[key].get(row[key], "")
             if text and row[key] != usual.get(key):
                 named_so = text.replace("_", " ") if key == VARIANT else f"{words[key]} {text}"
                 parts.append(words[key] if text == "true" else named_so)
         found.append(", ".join(parts))
-    return found, remarks
+    same = ", ".join(f"{words[key]} {values[key][value]}" for key, value in usual.items())
+    return found, same and f"where nothing else is named: {same}"
 
 
 def _usual(values: pd.Series, texts: Mapping[str, str]) -> str | None:
@@ -120,10 +133,14 @@ def _is_of_teachers(key: str, values: pd.Series) -> bool:
 def _remark(key: str, values: pd.Series, known: pd.DataFrame, words: Mapping[str, str]) -> str:
     columns = (list(some) for size in (1, 2) for some in combinations(known, size))
     by = next((some for some in columns if _follows(values, known[some])), [])
+    if not by:
+        return f"{words[key]} differs between settings"
+    texts = known[by].map(lambda value: "" if pd.isna(value) else as_text(value))
+    short = {column: names.short_values(texts[column].unique()) for column in by}
+    pairs = pd.concat([texts, values.rename("")], axis=1).dropna().drop_duplicates().sort_values(by)
+    shown = []
+    for *of, value in pairs.itertuples(index=False, name=None):
+        given = " ".join(filter(None, (short[column][text] for column, text in zip(by, of, strict=True))))
+        shown.append(f"{given or of[0]}: {value}")
     named = " and ".join(words.get(column, column.replace("_", " ")) for column in by)
-    if len(by) != 1:
-        return f"{words[key]} differs {f'with {named}' if by else 'between settings'}"
-    pairs = pd.DataFrame({"by": known[by[0]].map(as_text), "value": values}).dropna().drop_duplicates()
-    short = names.short_values(pairs.by.unique())
-    shown = ", ".join(f"{short[one.by] or one.by}: {one.value}" for one in pairs.sort_values("by").itertuples())
-    return f"{words[key]} differs with {named} ({shown})"
+    return f"{words[key]} differs with {named} ({', '.join(shown)})"

@@ -213,6 +213,35 @@ def test_a_baseline_with_more_to_it_is_compared_with_the_plain_one(tmp_path: Pat
         "standard finetuning, learning rate 0.0001, objectives ForwardKL": "standard finetuning, learning rate 0.0001",
         "step-by-step, learning rate 0.001": "standard finetuning, learning rate 0.001",
     }
+    # at another rate there is no plain one
+    write_run(tmp_path / "kl", model={"learning_rate": 0.5, **kl})
+    other = results_of(compared(tmp_path))["standard finetuning, learning rate 0.5, objectives ForwardKL"]
+    assert (other.baseline, other.remark) == (None, "")
+
+
+def test_a_baseline_of_other_labels_and_of_a_large_number(tmp_path: Path) -> None:
+    for method in ("Standard", "StepByStep"):
+        for labels in ("gold", "teacher"):
+            write_run(tmp_path / f"{method}-{labels}", method=method, label_source=labels)
+    write_run(tmp_path / "long", model={"max_tokens": 4913888})
+    write_run(tmp_path / "small", model={"learning_rate": 1e-6})
+    found = compared(tmp_path, baseline="label_source=gold")
+    to = {(row["label_source"], row["name"]): row["compared_with"] for row in found.settings.to_dict("records")}
+    assert to["teacher", "step-by-step"] == "step-by-step, gold labels"
+    assert to["teacher", "standard distillation"] == "standard finetuning, gold labels"
+    for wanted in ("max_tokens=4913888", "learning_rate=1e-6", "learning_rate=0.0000010"):
+        assert compared(tmp_path, baseline=wanted).settings.is_baseline.sum() == 1
+
+
+def test_rows_of_val_are_checked_for_each_data_seed(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for method in ("Standard", "StepByStep"):
+            write_run(tmp_path / f"{method}{seed}", method=method, seed=seed, fingerprints={"val": f"split {seed}"})
+    assert len(compared(tmp_path, metric="val/accuracy").settings) == 2
+    write_run(tmp_path / "other", method="SingleTask", seed=1, fingerprints={"val": "another"})
+    with pytest.raises(UserError, match=r"^runs: those of cqa were validated on different rows: .* cannot be compared"):
+        compared(tmp_path, metric="val/accuracy")
+    assert len(compared(tmp_path, metric="val/accuracy", allow_different_tests=True).settings) == 3
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,15 @@ def test_a_difference_of_a_metric_without_answers_has_no_bar(drawn: Drawn) -> No
     assert differences.get_ylabel() == "difference"
 
 
+def test_differences_of_settings_without_a_common_seed_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    write_runs(tmp_path, [0, 1], 0.6, method="Standard")
+    write_runs(tmp_path, [2, 3], 0.65, method="StepByStep")
+    [plot] = plots_of(tmp_path)
+    assert ends_of(plot.sheet.second, 0)
+    assert plot.sheet.second is not plot.sheet.axes
+    assert "differences: from standard finetuning, bars: 95 %" in plot.sheet.figure.get_supxlabel().replace("\n", " ")
+
+
 def test_settings_that_write_as_many_tokens_have_no_figure_of_them(tmp_path: Path) -> None:
     for method, tokens in (("Standard", 2.0), ("StepByStep", 2.01)):
         write_run(tmp_path / method, method=method, further={"test/tokens": tokens})

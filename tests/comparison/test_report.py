@@ -211,6 +211,24 @@ def test_costs_and_further_metrics_have_a_table(tmp_path: Path) -> None:
     assert "- lost at:" in text
 
 
+def test_with_several_baselines_each_setting_names_its_own(tmp_path: Path) -> None:
+    for method, kl in (("Standard", False), ("Standard", True), ("StepByStep", False), ("StepByStep", True)):
+        model = {"objectives": [{"class_path": "ForwardKL"}]} if kl else {}
+        write_run(tmp_path / f"{method}{kl}", method=method, model=model)
+    comparison = compare_runs(*find_runs([tmp_path]), resamples=100)
+    found = {row["setting"]: row["compared with"] for row in cells(comparison.settings, comparison.metric)}
+    with_kl = "standard finetuning, objectives ForwardKL"
+    assert found == {
+        "standard finetuning": "",
+        with_kl: "standard finetuning",
+        "step-by-step": "standard finetuning",
+        "step-by-step, objectives ForwardKL": with_kl,
+    }
+    text = to_markdown(comparison)
+    assert "| compared with |" in text
+    assert "Baseline:" not in text
+
+
 def test_without_costs_there_is_no_such_table(comparison: Comparison, out: Path) -> None:
     assert further_cells(comparison.settings, "test/accuracy") == []
     assert "worst group" not in (out / "report.md").read_text(encoding="utf-8")

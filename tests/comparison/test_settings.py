@@ -49,7 +49,8 @@ def test_a_key_may_follow_from_two_others(tmp_path: Path) -> None:
             for (part, method), number in steps.items()
         ],
     )
-    assert remarks_of(runs) == ["warmup steps differs with train fraction and method"]
+    shown = "0.5 Standard: 100, 0.5 StepByStep: 200, 1 Standard: 200, 1 StepByStep: 100"
+    assert remarks_of(runs) == [f"warmup steps differs with train fraction and method ({shown})"]
 
 
 def test_seeds_paths_and_loggers_make_no_difference(tmp_path: Path) -> None:
@@ -74,7 +75,8 @@ def test_what_methods_share_is_compared_and_what_one_has_alone_is_not(tmp_path: 
     write_run(tmp_path / "more", model={"learning_rate": 0.1})
     more = find_runs([tmp_path])[0]
     # all but one setting share it
-    assert remarks_of(more) == ["learning rate is 5e-05 where no other is named"]
+    assert remarks_of(more) == []
+    assert set(runs_table(more)[0].usual) == {"where nothing else is named: learning rate 5e-05"}
     assert sorted(set(names_of(more))) == [
         "single task: rationale and label",
         "standard finetuning",
