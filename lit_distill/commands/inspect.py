@@ -18,7 +18,7 @@ from lit_distill.data.needs import check_split
 from lit_distill.data.selection import Flag, having, teacher_accuracy, teacher_counts
 from lit_distill.data.tokenize import beyond, cut_counts, encode_rows
 from lit_distill.errors import UserError
-from lit_distill.evaluation.answers import Split
+from lit_distill.evaluation.answers import Split, chance_level
 from lit_distill.records import FLOORS
 from lit_distill.tables import console_table, text_panel
 
@@ -52,7 +52,8 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (unparsed is
     wrong) and ``outside_label_set`` count the whole released file; if no val is released (``released`` is false), the
     rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and ``dropped_...`` lead to ``used``, to which the
-    rest refers; lengths are in tokens before truncation, ``floor: ...`` are accuracies of `floors`. An absent split is
+    rest refers; lengths are in tokens before truncation, ``chance`` is the accuracy without reading
+    the input, and ``floor: ...`` are accuracies of `floors`. An absent split is
     ``{"present": false}``.
 
     No student is built. What a run would read from the cache is read or made there.
@@ -67,6 +68,9 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
         raise UserError(datamodule.absence("train"))
     evaluated: set[Split] = {"val", "test"}
     rows = {split: range(len(datamodule.used_rows(split).rows)) for split in present if split in evaluated}
+    for split, used in rows.items():
+        if chance := chance_level(datamodule.answer_key(split), used):
+            splits[split]["chance"] = chance[1]
     for split, found in floors(datamodule, rows).items():
         splits[split] |= {f"floor: {FLOORS[name]}": value for name, value in found.items()}
     limits = f"inputs up to {datamodule.max_source_length:,}, targets up to {datamodule.max_target_length:,}"

@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gather_answers, worst_group
-from lit_distill.evaluation.metrics import judge
+from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, chance_level, gather_answers, worst_group
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.records import FLOORS, below_floor
@@ -38,19 +37,21 @@ def report(
     """Print the module's last evaluation, with an exported student's folder, metrics of a baseline, and `floors`.
 
     Without an evaluation, as of a student that only reads, print what it has ``read`` and its losses, of the ``best``
-    checkpoint if there is one.
+    checkpoint if there is one. A last evaluation on val is of the last step: that of the best stands beside it.
     """
     evaluation = module.evaluation
+    saved = best if best and evaluation and evaluation.split == "val" else {}
     console = Console()
     if evaluation is None:
         found = module.trainer.callback_metrics
         losses = {name: float(value) for name, value in found.items() if name.startswith("val/")}
         table = losses_table(module.trainer.datamodule.name, _of_best(losses, best or {}), read or {})  # type: ignore[attr-defined]
     else:
-        table = metrics_table(evaluation, baseline, floors)
+        table = metrics_table(evaluation, baseline, floors, saved)
     console.print()
     console.print(table)
-    if evaluation and floors and (accuracy := evaluation.metrics.get("accuracy", 1.0)) < max(floors.values()):
+    accuracy = saved.get("val/accuracy", evaluation.metrics.get("accuracy", 1.0) if evaluation else 1.0)
+    if floors and accuracy < max(floors.values()):
         console.print(below_floor(accuracy, max(floors.values())))
     if student is not None:
         # on its own unwrapped line, so that it can be copied
@@ -82,9 +83,12 @@ def _of_best(last: Mapping[str, float], best: Mapping[str, float]) -> Mapping[st
 
 
 def metrics_table(
-    evaluation: Evaluation, baseline: Mapping[str, float] | None, floors: Mapping[str, float] | None = None
+    evaluation: Evaluation,
+    baseline: Mapping[str, float] | None,
+    floors: Mapping[str, float] | None = None,
+    saved: Mapping[str, float] | None = None,
 ) -> Table:
-    """The metrics with 95 % intervals, and the accuracies of chance, floors and baseline."""
+    """The metrics with 95 % intervals, of the ``saved`` student too, accuracies of chance, floors and baseline."""
     count, whole = len(evaluation.answers), len(evaluation.key)
     part = "" if count == whole else f" of {whole}"
     table = console_table(f"{evaluation.split} ({count}{part} rows)", ["metric"], ["value", "95 % interval"])
@@ -95,7 +99,11 @@ def metrics_table(
     worst = worst_group(evaluation.answers, evaluation.key)
     titles = {"worst_group_accuracy": f"worst group accuracy ({worst[0]})"} if worst else {}
     rows = [(titles.get(name, name.replace("_", " ")), metrics, name) for _, name in shown]
-    if chance := chance_level(evaluation):
+    saved = saved or {}
+    for name in saved.keys() - {"step"}:
+        title = f"{name.removeprefix('val/').replace('_', ' ')} of the saved student"
+        rows.append((f"{title} (step {saved['step']})" if "step" in saved else title, saved, name))
+    if chance := chance_level(evaluation.key, (answer.index for answer in evaluation.answers)):
         rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
     rows += [(f"floor: {FLOORS[name]}", {"accuracy": value}, "accuracy") for name, value in (floors or {}).items()]
     if baseline is not None:
@@ -105,24 +113,6 @@ def metrics_table(
         interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
         table.add_row(escape(title), f"{values[name]:.3f}", interval)
     return table
-
-
-def chance_level(evaluation: Evaluation) -> tuple[str, float] | None:
-    """The best accuracy without reading the input on the evaluated rows, and how it is reached.
-
-    A uniform guess among closed choices, or the majority class of train; ``None`` if neither exists.
-    """
-    key = evaluation.key
-    rows = [row for answer in evaluation.answers if key.labels[row := answer.index] is not None]
-    levels: list[tuple[str, float]] = []
-    if rows and key.choices and all(key.choices[row] for row in rows):
-        # a repeated choice is guessed more often
-        hits = [key.choices[row].count(str(key.labels[row])) / len(key.choices[row]) for row in rows]
-        levels.append(("a uniform guess", sum(hits) / len(rows)))
-    if rows and key.majority_label is not None:
-        hits = [float(judge(key.metric)(key.majority_label, str(key.labels[row]))) for row in rows]
-        levels.append((f"always {key.majority_label!r}", sum(hits) / len(rows)))
-    return max(levels, key=lambda level: level[1], default=None)
 
 
 def _sample(row: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """The student's answers, a split's gold answers, and the metrics that they give."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
@@ -136,6 +136,23 @@ def worst_group(answers: Sequence[Answer], key: AnswerKey) -> tuple[str, float] 
         group: sum(judged(*pair) for pair in pairs) / len(pairs) for group, pairs in by_group(answers, key).items()
     }
     return min(found.items(), key=lambda item: item[1], default=None)
+
+
+def chance_level(key: AnswerKey, rows: Iterable[int]) -> tuple[str, float] | None:
+    """The best accuracy on ``rows`` of the key without reading the input, and how it is reached.
+
+    A uniform guess among closed choices, or the majority class of train; ``None`` if neither exists.
+    """
+    labelled = [row for row in rows if key.labels[row] is not None]
+    levels: list[tuple[str, float]] = []
+    if labelled and key.choices and all(key.choices[row] for row in labelled):
+        # a repeated choice is guessed more often
+        hits = [key.choices[row].count(str(key.labels[row])) / len(key.choices[row]) for row in labelled]
+        levels.append(("a uniform guess", sum(hits) / len(labelled)))
+    if labelled and key.majority_label is not None:
+        hits = [float(judge(key.metric)(key.majority_label, str(key.labels[row]))) for row in labelled]
+        levels.append((f"always {key.majority_label!r}", sum(hits) / len(labelled)))
+    return max(levels, key=lambda level: level[1], default=None)
 
 
 def gather_answers(answers: Sequence[Answer], module: pl.LightningModule) -> list[Answer]:

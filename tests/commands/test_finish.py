@@ -15,8 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lit_distill.commands.report import chance_level, metrics_table, report
-from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation
+from lit_distill.commands.report import metrics_table, report
+from lit_distill.evaluation.answers import Answer, AnswerKey, Evaluation, chance_level
 from lit_distill.modules import StepByStepModule
 from tests.runs import (
     metric_rows,
@@ -260,17 +260,17 @@ def evaluation(key: AnswerKey, rows: Sequence[int] | None = None, **metrics: flo
 def test_chance_is_the_better_of_two_and_of_the_rows_that_were_evaluated() -> None:
     key = answer_key(["a", "b", "a", None], [("a", "b"), ("a", "b", "c", "d"), ("a", "b"), ("a", "b")], "a")
     # the row without a label has no part in an accuracy
-    assert chance_level(evaluation(key)) == ("always 'a'", 2 / 3)
-    assert chance_level(evaluation(key, [1])) == ("a uniform guess", 1 / 4)
-    assert chance_level(evaluation(key, [0, 1])) == ("always 'a'", 1 / 2)
+    assert chance_level(key, range(4)) == ("always 'a'", 2 / 3)
+    assert chance_level(key, [1]) == ("a uniform guess", 1 / 4)
+    assert chance_level(key, [0, 1]) == ("always 'a'", 1 / 2)
     # as in 24 of CQA's test rows
     twice = answer_key(["a", "b"], [("a", "a", "b", "c"), ("a", "a", "b", "c")], None)
-    assert chance_level(evaluation(twice)) == ("a uniform guess", (2 / 4 + 1 / 4) / 2)
+    assert chance_level(twice, range(2)) == ("a uniform guess", (2 / 4 + 1 / 4) / 2)
     rare = answer_key(["a", "b"], [("a", "b"), ("a", "b", "c", "d")], "zebra")
-    assert chance_level(evaluation(rare)) == ("a uniform guess", (1 / 2 + 1 / 4) / 2)
-    assert chance_level(evaluation(answer_key(["a"], None, None))) is None
-    assert chance_level(evaluation(answer_key([], [], "a"))) is None
-    assert chance_level(evaluation(answer_key([None], None, "a"))) is None
+    assert chance_level(rare, range(2)) == ("a uniform guess", (1 / 2 + 1 / 4) / 2)
+    assert chance_level(answer_key(["a"], None, None), [0]) is None
+    assert chance_level(answer_key([], [], "a"), []) is None
+    assert chance_level(answer_key([None], None, "a"), [0]) is None
 
 
 def test_the_table_says_how_many_rows_were_evaluated() -> None:
@@ -293,6 +293,22 @@ def test_the_table_shows_floors_and_a_line_tells_who_is_below(capsys: pytest.Cap
         report(SimpleNamespace(evaluation=tested), floors=floors)  # type: ignore[arg-type]  # all that it reads
         out = " ".join(capsys.readouterr().out.split())
         assert ("accuracy 0.500 is below the floor, 0.750: nothing was learned" in out) == told
+
+
+def test_without_a_test_the_saved_student_stands_beside_that_of_the_last_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    last = dataclasses.replace(evaluation(answer_key(["a"], None, None), accuracy=0.5), split="val")
+    module: Any = SimpleNamespace(evaluation=last)
+    for accuracy, told in ((0.7, True), (0.8, False)):
+        report(module, floors={"words": 0.75}, best={"val/accuracy": accuracy, "step": 10})
+        out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"accuracy of the saved student (step 10) {accuracy:.3f}" in out
+        assert ("is below the floor" in out) == told
+    # the saved student is the one that was tested
+    module.evaluation = dataclasses.replace(last, split="test")
+    report(module, best={"val/accuracy": 0.7, "step": 10})
+    assert "saved" not in capsys.readouterr().out
 
 
 def test_the_table_names_the_worst_group() -> None:

@@ -78,6 +78,9 @@ def test_figures(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert (val["present"], val["released"], val["rows"]) == (True, False, 1)
     assert test["teacher_label_accuracy"] is None
     assert (test["rows"], test["parsed"], test["no_output"]) == (10, 0, 10)
+    assert "chance" not in train
+    # all are "ab", as most of train are
+    assert test["chance"] == 1
 
 
 def test_filter_and_fraction(cqa: Path, tokenizer: PreTrainedTokenizerFast) -> None:
