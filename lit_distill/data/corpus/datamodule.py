@@ -52,7 +52,7 @@ class CorpusDataModule(StudentDataModule):
         column: the text's column, in JSON objects and in Parquet.
         val_documents: number of documents of validation, the first ones.
         test_sets: files, as those of ``train``, whose lines no document may have; of JSON objects all texts count.
-            Lines are compared by their words, and those of fewer than five are left out.
+            Lines, and a document's sentences, are compared by their words; lines of fewer than five are left out.
         overlap: ``refuse`` a corpus with such a document, before training if its files are local, or ``drop`` them.
         shuffle_buffer: number of documents whose sequences a loader process shuffles at a time.
         seed: of the order of documents and of the gaps.

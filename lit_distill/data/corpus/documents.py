@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
@@ -19,6 +21,8 @@ HELD_OUT = 100
 
 WORDS = 5
 """The fewest words of a line that tell that a document and a test set have it in common."""
+
+_ENDS = re.compile("[.!?:]")
 
 Kind = Literal["documents", "blank", "held_out", "overlapping"]
 
@@ -56,13 +60,23 @@ def document(path: AnyPath, number: int, content: Content, column: str) -> str:
 
 
 def tested_lines(paths: Sequence[AnyPath]) -> dict[str, str]:
-    """The lines of test sets of at least `WORDS` words, normalised, and where each is; of objects all texts."""
+    """The lines of test sets of at least `WORDS` words, normalised, and where each is; of objects all texts.
+
+    Raises a ``UserError`` for a file that has none: no document could be told by it.
+    """
     found: dict[str, str] = {}
     for path in paths:
+        none = True
         for row in shard_rows(path, name="test_sets"):
             place, value = parse(path, *row)
             for line in _lines(value):
+                none = False
                 found.setdefault(line, place)
+        if none:
+            raise UserError(
+                f"test_sets: {path} has no line of at least {WORDS} words, parted by spaces, by which a document could"
+                " be told; leave it out"
+            )
     return found
 
 
@@ -108,7 +122,7 @@ class Sorting:
             text = document(path, number, content, self.column)
             if not text:
                 yield text, "blank"
-            elif self.tested and (line := next((line for line in _lines(text) if line in self.tested), None)):
+            elif self.tested and (line := self._common(text)):
                 if self.refuses:
                     place, _ = placed(path, number, content)
                     raise UserError(
@@ -120,3 +134,26 @@ class Sorting:
                 yield text, "held_out"
             else:
                 yield text, "documents"
+
+    def _common(self, text: str) -> str | None:
+        """A line of a test set that a text has: a line of it, or whole sentences of one, parted at colons too."""
+        for line in text.splitlines():
+            words: list[str] = []
+            ends = {0: None}  # of sentences, in order
+            for part in _ENDS.split(line):
+                words += normal(part).split()
+                ends[len(words)] = None
+            for start in ends:
+                for known in self._starts.get(tuple(words[start : start + WORDS]), ()):
+                    if start + len(known) in ends and words[start : start + len(known)] == known:
+                        return " ".join(known)
+        return None
+
+    @cached_property
+    def _starts(self) -> Mapping[tuple[str, ...], list[list[str]]]:
+        """The words of the lines of test sets, by the first of them."""
+        found: defaultdict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+        for line in self.tested:
+            words = line.split()
+            found[tuple(words[:WORDS])].append(words)
+        return found

@@ -20,7 +20,8 @@ import torch
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CorpusDataModule
 from lit_distill.data import streaming as streaming_module
-from lit_distill.data.corpus.documents import normal
+from lit_distill.data.corpus.documents import Sorting, normal
+from lit_distill.data.corpus.documents import tested_lines as read_test_sets
 from lit_distill.data.streaming import StreamLoader
 from lit_distill.errors import UserError
 from lit_distill.students import Tokens
@@ -243,10 +244,35 @@ def test_lines_of_test_sets_are_refused_or_dropped(tmp_path: Path) -> None:
     object.__setattr__(remote.sorting, "tested", dropped.sorting.tested)
     with pytest.raises(UserError, match=message):
         next(iter(remote.train_dataloader()))
-    # four words tell nothing
-    write(tests, [{"premise": "the cat is red"}])
-    build(str(path), **settings)
     assert normal(" A-b\tÇé_1 ") == "a b çé 1"
+    # without a line of enough words no document could be found
+    for number, content in enumerate((["the cat is red"], [], ["一个男人在台上弹吉他。"])):
+        short = write(tmp_path / f"short{number}.jsonl", content)
+        with pytest.raises(UserError, match=rf"^test_sets: {short} has no line of at least 5 words"):
+            build(str(path), test_sets=[str(tests), str(short)])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A man is playing a guitar on stage.", True),
+        ("Premise: A man is playing a guitar on stage. Hypothesis: He sleeps.", True),
+        ("1. a man is playing a guitar, on stage", True),
+        ("premise:A man is playing a guitar on stage", True),
+        ("He sleeps! A man is playing a guitar on stage? Yes", True),
+        ("Q: Why? It costs 2.50 dollars at noon. Tell me why.", True),
+        ("Then it costs 2.50 dollars at noon. Tell me why.", False),
+        ("A man is playing a guitar on stage with a band.", False),
+        ("Is a man is playing a guitar on stage?", False),
+        ("A man is playing a\nguitar on stage", False),
+    ],
+)
+def test_a_line_of_a_test_set_is_found_among_others(text: str, found: bool, tmp_path: Path) -> None:
+    lines = ["A man is playing a guitar on stage.", "It costs 2.50 dollars at noon. Tell me why.", "a b c d e"]
+    path = write(tmp_path / "test.jsonl", lines)
+    sorting = Sorting("text", holds_out=False, tested=read_test_sets([path]))
+    row = (path, 0, json.dumps(text).encode())
+    assert [kind for _, kind in sorting.sorted([row])] == ["overlapping" if found else "documents"]
 
 
 def test_what_a_corpus_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
