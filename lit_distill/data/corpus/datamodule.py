@@ -54,7 +54,8 @@ class CorpusDataModule(StudentDataModule):
         test_sets: files, as those of ``train``, whose lines no document may have; of JSON objects all texts count.
             Lines, and a document's sentences, are compared by their words; lines of fewer than five are left out.
         overlap: ``refuse`` a corpus with such a document, before training if its files are local, or ``drop`` them.
-        shuffle_buffer: number of documents whose sequences a loader process shuffles at a time.
+        shuffle_buffer: number of documents whose sequences a loader process shuffles at a time; fewer where a pass over
+            a single source ends.
         seed: of the order of documents and of the gaps.
         num_workers: data loader processes per device; 0 loads in the main process.
         data_dir: folder of relative paths, possibly at an fsspec URL.
@@ -96,7 +97,9 @@ class CorpusDataModule(StudentDataModule):
         self.val_documents = checks.check_int("val_documents", val_documents, 1)
         self.overlap = checks.check_choice("overlap", overlap, ("refuse", "drop"))
         self.shuffle_buffer = checks.check_int("shuffle_buffer", shuffle_buffer, 1)
-        self.counts: dict[str, int] = {}  # of documents that this process has read, by what became of them
+        # of different documents that this process has come to, by what became of them; ``documents`` were trained on
+        self.counts: dict[str, int] = {}
+        self._fault: str | None = None  # that `prepare_data` found
         self._val_rows: _Sequences | None = None
         # plain types only: a checkpoint has to load with `weights_only=True`
         self.save_hyperparameters(given | {"data_dir": str(data_dir), "tokenizer": self.tokenizer_name})
@@ -133,7 +136,7 @@ class CorpusDataModule(StudentDataModule):
         return Packing(tokens, length, pair, collate)
 
     def train_rows(self) -> int:
-        """The documents that all ranks have read."""
+        """The different documents that all ranks have read."""
         documents = torch.tensor(self.counts.get("documents", 0))
         if self.trainer is None:
             return int(documents)
@@ -166,7 +169,7 @@ class CorpusDataModule(StudentDataModule):
             packing, texts = self.packing, self._val_texts()
             self._val_rows = _Sequences(
                 packing.row(sequence, number, (self.seed, 0, number))
-                for number, sequence in enumerate(packing.sequences(texts))
+                for number, (sequence, _) in enumerate(packing.sequences(texts))
             )
             rank_zero_info(f"{self.name} val: {len(texts)} documents, {len(self._val_rows)} sequences")
 

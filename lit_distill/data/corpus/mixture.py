@@ -1,5 +1,6 @@
 """Documents of several sources, as a stream of packed sequences."""
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,20 +40,27 @@ class Packing:
     """Source and target of a sequence, with the words of the seed of its random numbers."""
     collate: Callable[[Sequence[TokenRow]], TaskBatch]
 
-    def sequences(self, texts: Sequence[str]) -> Iterator[Array]:
+    def sequences(self, texts: Sequence[str]) -> Iterator[tuple[Array, slice]]:
         """The documents one after another, each with end-of-sequence, cut into sequences ``(length,)``.
 
-        The last is shorter, and left out if it is a lone end-of-sequence.
+        With each are the documents that it has tokens of. The last is shorter, and left out if it is a lone
+        end-of-sequence.
         """
-        rest = np.empty(0, np.int32)
+        rest, ends, done = np.empty(0, np.int32), [0], 0  # ends of documents, and of the sequences so far
+
+        def placed(sequence: Array, start: int) -> tuple[Array, slice]:
+            return sequence, slice(bisect_right(ends, start) - 1, bisect_left(ends, start + len(sequence)))
+
         for start in range(0, len(texts), TOGETHER):
             ids = self.tokens.targets(texts[start : start + TOGETHER], 2**62).ids
             flat = np.concatenate([rest, *(np.array(own, np.int32) for own in ids)])
+            ends += (ends[-1] + np.cumsum([len(own) for own in ids])).tolist()
             whole = len(flat) // self.length * self.length
-            yield from flat[:whole].reshape(-1, self.length)
-            rest = flat[whole:]
+            for at in range(0, whole, self.length):
+                yield placed(flat[at : at + self.length], done + at)
+            rest, done = flat[whole:], done + whole
         if len(rest) > 1:
-            yield rest
+            yield placed(rest, done)
 
     def row(self, sequence: Array, index: int, words: Sequence[int]) -> TokenRow:
         """A sequence as a row for `collate`."""
@@ -76,8 +84,8 @@ class _Cursor:
         shards = self.source.shards
         return part_rows(shards, self.stream._own(shards, passed, self.number), at, row)
 
-    def take(self, count: int) -> Iterator[tuple[AnyPath, int, Content]]:
-        """The next rows. Raises a ``UserError`` if there are none."""
+    def take(self, count: int, *, within_pass: bool) -> Iterator[tuple[AnyPath, int, Content]]:
+        """The next rows, possibly fewer if they must be of one pass. Raises a ``UserError`` if there are none."""
         empty = 0
         while count:
             found = list(islice(self._rows, count))
@@ -94,6 +102,8 @@ class _Cursor:
                     )
                 self.place = [self.place[0] + 1, 0, 0]
                 self._rows = self._open()
+                if found and within_pass:
+                    return
 
 
 class DocumentStream(Stream):
@@ -101,9 +111,10 @@ class DocumentStream(Stream):
 
     Each block takes from every source its share of ``buffer`` documents, packs them in their order, and shuffles the
     sequences: what stands together, such as texts on one picture, is read together, from which a student learns to
-    compare texts (Shi et al. 2024, 2310.10638). A source that ends starts its next pass. A state has the ``sources``
+    compare texts (Shi et al. 2024, 2310.10638). A source that ends starts its next pass: of several in the same block,
+    a single one in the next, so that each document is read before any is read again. A state has the ``sources``
     (pass, place and row of each) where the ``block`` begins, how many of its sequences are ``taken``, and the
-    ``counts`` of all documents so far.
+    ``counts`` of the documents of first passes: of ``documents`` those that the sequences so far have tokens of.
 
     Args:
         sources: what is read.
@@ -126,14 +137,20 @@ class DocumentStream(Stream):
         rows: list[TokenRow] = []
         own, barren = self.rank * len(self.states) + stream, 0
         while True:
-            texts, found = self._block(cursors, block)
+            texts, uncounted, found = self._block(cursors, block)
             if not taken:
                 # one that is read again on resuming is counted
                 counts.update(found)
             sequences = list(self.packing.sequences(texts))
             order = np.random.RandomState([self.seed, own, block]).permutation(len(sequences)).tolist()
-            for number in range(taken, len(order)):
-                rows.append(self.packing.row(sequences[order[number]], len(rows), (self.seed, 1, own, block, number)))
+            for number, position in enumerate(order):
+                sequence, documents = sequences[position]
+                new = int(uncounted[documents].sum())
+                uncounted[documents] = False
+                if number < taken:
+                    continue
+                counts["documents"] += new
+                rows.append(self.packing.row(sequence, len(rows), (self.seed, 1, own, block, number)))
                 if len(rows) == self.batch_size:
                     place = {"sources": places, "block": block, "taken": number + 1, "counts": dict(counts)}
                     yield Item(stream, self.packing.collate(rows), place, [])
@@ -143,16 +160,24 @@ class DocumentStream(Stream):
                 raise UserError(f"train: no text to train on in {EMPTY} blocks of documents ({dict(counts)})")
             block, taken, places = block + 1, 0, [list(cursor.place) for cursor in cursors]
 
-    def _block(self, cursors: Sequence[_Cursor], block: int) -> tuple[list[str], Counter[str]]:
-        """The texts to train on of a block, in the order of their sources, and what became of all."""
+    def _block(self, cursors: Sequence[_Cursor], block: int) -> tuple[list[str], Array, Counter[str]]:
+        """The texts to train on of a block, in the order of their sources, and what became of all others.
+
+        Between them, which of the texts are of a first pass, ``(texts,)``; the others are counted if they are.
+        """
         texts: list[str] = []
+        first: list[bool] = []
         counts: Counter[str] = Counter()
         for cursor in cursors:
             share = cursor.source.share * self.buffer
             # so that shares are met in the long run
-            rows = cursor.take(int((block + 1) * share) - int(block * share))
-            for text, kind in self.sorting.sorted(rows):
-                counts[kind] += 1
+            count = int((block + 1) * share) - int(block * share)
+            for text, kind in self.sorting.sorted(cursor.take(count, within_pass=len(cursors) == 1)):
+                # lazily: the cursor is at this row's pass
+                is_first = cursor.place[0] == 0
                 if kind == "documents":
                     texts.append(text)
-        return texts, counts
+                    first.append(is_first)
+                else:
+                    counts[kind] += is_first
+        return texts, np.array(first, bool), counts

@@ -111,8 +111,8 @@ def test_each_document_is_read_whole_and_once_a_pass(corpus: str) -> None:
     held_out = data._val_texts()
     assert 0 < len(held_out) < 10
     left = [text for text in documents(0, 300) if text not in held_out]
-    # one block, whose sequences are shuffled
-    whole = build(corpus, shuffle_buffer=302, batch_size=1)
+    # one block, whose sequences are shuffled: however large, it ends with the pass
+    whole = build(corpus, shuffle_buffer=10_000, batch_size=1)
     loader = whole.train_dataloader()
     found: list[int] = []
     together: set[tuple[str, str]] = set()
@@ -120,6 +120,7 @@ def test_each_document_is_read_whole_and_once_a_pass(corpus: str) -> None:
         if loader.state_dict()["streams"][0]["block"] == 1:
             break
         for sequence in sequences(batch, whole.tokens):
+            assert loader.counts["documents"] == len(found) // 7 + len(sequence) // 7
             assert len(sequence) <= whole.packing.length
             together |= {*pairwise(texts(sequence, whole.tokens))}
             found += sequence
@@ -129,8 +130,8 @@ def test_each_document_is_read_whole_and_once_a_pass(corpus: str) -> None:
     # what stands together is read together, but where a file ends
     assert len(together - set(pairwise(left))) <= 3
     assert len(together) > 200
-    # of the second block, too
-    assert whole.counts == {"documents": 2 * len(left), "blank": 4, "held_out": 2 * len(held_out)}
+    # now in the second pass, whose documents are known
+    assert whole.counts == {"documents": len(left), "blank": 2, "held_out": len(held_out)}
     assert len(found) == 7 * len(left)
 
 
@@ -151,13 +152,22 @@ def test_ranks_and_workers_share_a_pass(corpus: str) -> None:
     assert seen.keys() == set(documents(0, 300)) - set(val)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_it_goes_on_exactly(workers: int, corpus: str) -> None:
+def test_documents_of_a_sequence_are_those_whose_tokens_it_has(corpus: str) -> None:
+    packing, some = build(corpus).packing, (documents(0, 600) * 2)[:1_003]
+    some[500] = " ".join(["the cat"] * 40)
+    owners = [number for number, text in enumerate(some) for _ in range(len(text.split()) + 1)]
+    found = [list(range(own.start, own.stop)) for _, own in packing.sequences(some)]
+    assert found == [sorted({*owners[at : at + 28]}) for at in range(0, len(owners), 28)]
+
+
+@pytest.mark.parametrize(("workers", "mixed"), [(0, True), (2, True), (0, False)])
+def test_it_goes_on_exactly(workers: int, mixed: bool, corpus: str) -> None:
     mixture = {"a": {"paths": corpus, "weight": 3}, "b": {"paths": [corpus.replace("*", "p*")]}}
-    check_going_on(lambda: build(mixture, num_workers=workers).train_dataloader(), (1, 7, 16, 33))
-    state = build(mixture).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="ckpt_path: training rows cannot go on"):
-        build(mixture, max_length=30).train_dataloader().load_state_dict(state)
+    settings: dict[str, Any] = {"num_workers": workers, "shuffle_buffer": 50 if mixed else 120}
+    data = build(mixture if mixed else corpus, **settings)
+    _, last = check_going_on(data.train_dataloader, (1, 7, 16, 33))
+    # the states were of more than a pass
+    assert last["streams"][0]["sources"][-1][0] > 0
 
 
 def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
