@@ -162,7 +162,7 @@ class Stream(IterableDataset[Item | str]):
     An error is an item, its message: raised in a loader process it would arrive with a traceback.
 
     Attributes:
-        setup: what a position depends on.
+        setup: what a position depends on, by the names of settings.
     """
 
     def __init__(
@@ -182,8 +182,14 @@ class Stream(IterableDataset[Item | str]):
         self.states: list[State] = [start] * streams
         self.next = 0  # the stream of the next batch
         names = json.dumps([str(shard) for shard in shards])
-        self.setup: list[Any] = [hashlib.sha256(names.encode()).hexdigest()[:16], buffer, seed, batch_size]
-        self.setup += [world, streams]
+        self.setup: dict[str, Any] = {
+            "the shards": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "shuffle_buffer": buffer,
+            "seed": seed,
+            "batch_size": batch_size,
+            "number of devices": world,
+            "num_workers": streams,
+        }
 
     def __iter__(self) -> Iterator[Item | str]:
         worker = get_worker_info()
@@ -350,10 +356,13 @@ class StreamLoader:
         """Go on from there at the next pass. Raises a ``UserError`` if it is of other shards or settings."""
         # a checkpoint of several ranks has those of all
         state = state["ranks"][self.stream.rank] if self.stream.rank < len(state.get("ranks", ())) else state
-        if state.get("setup") != self.stream.setup:
+        now, before = self.stream.setup, state.get("setup")
+        if not isinstance(before, Mapping):
+            raise UserError("ckpt_path: training rows cannot go on where they were: an earlier version read them")
+        if differing := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
             raise UserError(
-                "ckpt_path: training rows cannot go on where they were: the shards, shuffle_buffer, seed, batch_size,"
-                " num_workers and number of devices have to be those of the checkpoint"
+                f"ckpt_path: training rows cannot go on where they were: {' and '.join(differing)} must be as in the"
+                " checkpoint"
             )
         self._states, self._next = list(state["streams"]), state["next"]
         self._ended = dict(state["ended"])

@@ -172,13 +172,18 @@ def test_it_goes_on_exactly(
 def test_a_state_of_other_shards_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     state = open_loader(tmp_path / "shards", tokenizer).state_dict()
-    for settings in ({"num_workers": 2}, {"seed": 4}, {"batch_size": 5}, {"shuffle_buffer": 8}, {"world": 2}):
+    told = "^ckpt_path: training rows cannot go on where they were: "
+    changes: list[dict[str, int]] = [{"num_workers": 2}, {"seed": 4}, {"batch_size": 5}, {"shuffle_buffer": 8}]
+    for settings in [*changes, {"world": 2}, {"shuffle_buffer": 8, "seed": 4}]:
         other = open_loader(tmp_path / "shards", tokenizer, **settings)
-        with pytest.raises(UserError, match=r"^ckpt_path: training rows cannot go on .* have to be those of the check"):
+        name = " and ".join("number of devices" if name == "world" else name for name in settings)
+        with pytest.raises(UserError, match=rf"{told}{name} must be as in the checkpoint$"):
             other.load_state_dict(state)
     (tmp_path / "shards" / "3.jsonl").rename(tmp_path / "shards" / "4.jsonl")
-    with pytest.raises(UserError, match=r"^ckpt_path: training rows"):
+    with pytest.raises(UserError, match=rf"{told}the shards must be"):
         open_loader(tmp_path / "shards", tokenizer).load_state_dict(state)
+    with pytest.raises(UserError, match=rf"{told}an earlier version"):
+        open_loader(tmp_path / "shards", tokenizer).load_state_dict(state | {"setup": [1, 2]})
 
 
 def test_dropped_rows_are_counted_and_said(

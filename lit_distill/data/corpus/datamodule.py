@@ -1,5 +1,6 @@
 """A corpus to read before any task: files of texts, packed to one length and corrupted as training goes."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -201,11 +202,15 @@ class CorpusDataModule(StudentDataModule):
 
     def describe(self) -> dict[str, Any]:
         """As `StudentDataModule.describe`."""
-        names = ["max_length", "val_documents", "overlap", "seed"]
-        names += ["noise_density", "mean_span_length"] * (self.tokens.family == "seq2seq")
+        names = ["val_documents", "overlap", "seed", *self._length_names]
         sources = {source.name: {"files": len(source.shards), "share": source.share} for source in self.sources}
         settings = {name: self.hparams[name] for name in names}
         return {"dataset": self.name, "sources": sources, **settings, "documents": dict(self.counts)}
+
+    @property
+    def _length_names(self) -> list[str]:
+        """The settings of a sequence's length and gaps."""
+        return ["max_length", *["noise_density", "mean_span_length"] * (self.tokens.family == "seq2seq")]
 
     def train_dataloader(self) -> StreamLoader:
         """Batches without an end. Raises a ``UserError`` if the trainer needs one."""
@@ -213,8 +218,17 @@ class CorpusDataModule(StudentDataModule):
             # by now a budget of tokens has set its steps
             check_endless(self.trainer)
         settings = self.stream_settings(self.shuffle_buffer)
-        stream = DocumentStream(self.sources, self.sorting, self.packing, **settings)
+        stream = DocumentStream(self.sources, self.sorting, self.packing, self._setup(), **settings)
         return StreamLoader(stream, self.num_workers, lambda number, counts: None, self.counts)
+
+    def _setup(self) -> dict[str, Any]:
+        """The settings that what is read depends on, which a resumed run must share."""
+        tested = hashlib.sha256("\n".join(sorted(self.sorting.tested)).encode("utf-8", "surrogatepass")).hexdigest()[
+            :16
+        ]
+        # files of val leave documents to train that are held out without them
+        own = {"val": bool(self._val), "test_sets": tested}
+        return {name: self.hparams[name] for name in ("column", "overlap", *self._length_names)} | own
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The sequences of validation, with the same gaps each time."""

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -120,14 +120,17 @@ class DocumentStream(Stream):
         sources: what is read.
         sorting: which documents are trained on.
         packing: how they become training examples.
+        setup: what a position depends on besides, as in `Stream.setup`.
         **kwargs: as in `Stream`.
     """
 
-    def __init__(self, sources: Sequence[Source], sorting: Sorting, packing: Packing, **kwargs: Any) -> None:
+    def __init__(
+        self, sources: Sequence[Source], sorting: Sorting, packing: Packing, setup: Mapping[str, Any], **kwargs: Any
+    ) -> None:
         start = {"sources": [[0, 0, 0] for _ in sources], "block": 0, "taken": 0, "counts": {}}
         super().__init__([shard for source in sources for shard in source.shards], start, **kwargs)
         self.sources, self.sorting, self.packing = sources, sorting, packing
-        self.setup += [packing.length, [source.share for source in sources]]
+        self.setup |= {**setup, "weights of train": [source.share for source in sources]}
 
     def _items(self, stream: int, state: State) -> Iterator[Item]:
         block, taken = int(state["block"]), int(state["taken"])

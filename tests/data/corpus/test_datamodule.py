@@ -170,6 +170,23 @@ def test_it_goes_on_exactly(workers: int, mixed: bool, corpus: str) -> None:
     assert last["streams"][0]["sources"][-1][0] > 0
 
 
+def test_a_resumed_run_reads_what_it_read(corpus: str, tmp_path: Path) -> None:
+    val = str(write(tmp_path / "val.jsonl", ["the cat"]))
+    tests = [str(write(tmp_path / f"test{number}.jsonl", [f"the cat is red and {number}"])) for number in range(2)]
+    base: dict[str, Any] = {"test_sets": tests[:1], "tokenizer": Tokens(make_tokenizer(20))}
+    state = build(corpus, **base).train_dataloader().state_dict()
+    # files of the same lines, and other documents of validation that are held out all the same
+    other = str(write(tmp_path / "again.jsonl", ["The cat is red, and 0."]))
+    build(corpus, **base | {"test_sets": [other], "val_documents": 2}).train_dataloader().load_state_dict(state)
+    base |= {"batch_size": 4, "shuffle_buffer": 50, "max_length": 26, "seed": 3}
+    changes: dict[str, Any] = {"max_length": 30, "noise_density": 0.2, "mean_span_length": 5.0, "column": "body"}
+    for name, value in (changes | {"overlap": "drop", "val": val, "test_sets": tests}).items():
+        # nothing is read, as the other column is in no file
+        data = CorpusDataModule(corpus, **base | {name: value})
+        with pytest.raises(UserError, match=rf"^ckpt_path: training rows cannot .*: {name} must be as in the check"):
+            data.train_dataloader().load_state_dict(state)
+
+
 def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ["a " * 6] * 70)
     write(tmp_path / "b.jsonl", ["b " * 6] * 900)
