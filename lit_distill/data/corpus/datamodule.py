@@ -24,7 +24,7 @@ from lit_distill.data.student import StudentDataModule, Tokenizer
 from lit_distill.data.tokenize import TokenRow
 from lit_distill.errors import UserError
 from lit_distill.evaluation.answers import Split
-from lit_distill.remote import as_path
+from lit_distill.remote import AnyPath, as_path
 from lit_distill.tasks import TEXT
 
 
@@ -154,8 +154,20 @@ class CorpusDataModule(StudentDataModule):
 
     def prepare_data(self) -> None:
         """Check early that files exist, and that no local one has a line of a test set."""
+        try:
+            self._check_files()
+        except UserError as error:
+            if self.rank_and_world[1] == 1:
+                raise
+            # for `setup`: the other ranks are not here, and would wait for this one
+            self._fault = str(error)
+
+    def _check_files(self) -> None:
         shards = [shard for source in self.sources for shard in source.shards]
-        find_shards(self._val, self.data_dir, FORMATS, name="val")
+        trained = {_resolved(shard) for shard in shards}
+        for shard in find_shards(self._val, self.data_dir, FORMATS, name="val"):
+            if _resolved(shard) in trained:
+                raise UserError(f"val: {shard} is in train, too; by default documents of train are held out")
         if self.sorting.tested and self.sorting.refuses:
             local = [shard for shard in shards if isinstance(shard, Path)]
             rank_zero_info(f"Looking for {len(self.sorting.tested):,} lines of test_sets in {len(local)} files.")
@@ -165,14 +177,36 @@ class CorpusDataModule(StudentDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the documents of validation. Raises a ``UserError`` if there are none."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            self._fault = self.trainer.strategy.broadcast(self._fault)
+        if self._fault is not None:
+            raise UserError(self._fault)
         if self._val_rows is None:
             # whose errors come at once
-            packing, texts = self.packing, self._val_texts()
+            packing = self.packing
+            for source in self.sources:
+                self._check_source(source)
+            texts = self._val_texts()
             self._val_rows = _Sequences(
                 packing.row(sequence, number, (self.seed, 0, number))
                 for number, (sequence, _) in enumerate(packing.sequences(texts))
             )
             rank_zero_info(f"{self.name} val: {len(texts)} documents, {len(self._val_rows)} sequences")
+
+    def _check_source(self, source: Source) -> None:
+        """Raise a ``UserError`` if all of a source's documents are left out."""
+        seen = Counter[str]()
+        for _, kind in self.sorting.sorted(rows_of(source.shards)):
+            seen[kind] += 1
+            if kind == "documents":
+                return
+        files = f"{source.name}: {source.shards[0]}, {len(source.shards)} file(s)"
+        if not seen["overlapping"] + seen["held_out"]:
+            raise UserError(f"train: no text in {files}")
+        raise UserError(
+            f"train: no text to train on in {files}: {seen['overlapping']} documents have a line of test_sets, and"
+            f" {seen['held_out']} are held out for validation"
+        )
 
     def _val_texts(self) -> list[str]:
         """The first documents that are for validation, of each source its share."""
@@ -183,19 +217,17 @@ class CorpusDataModule(StudentDataModule):
             if not texts:
                 raise UserError(f"val: no text in {shards[0]}{f' and {len(shards) - 1} more' * (len(shards) > 1)}")
             return texts
-        texts, seen = [], Counter[str]()
+        texts, seen = [], 0
         for source in self.sources:
             wanted = len(texts) + max(1, round(source.share * self.val_documents))
             for text, kind in self.sorting.sorted(rows_of(source.shards)):
-                seen[kind] += 1
+                seen += 1
                 texts += [text] * (kind == "held_out")
                 if len(texts) == wanted:
                     break
-            if not seen.total() - seen["blank"]:
-                raise UserError(f"train: no text in {source.name}: {source.shards[0]}, {len(source.shards)} file(s)")
         if not texts:
             raise UserError(
-                f"val: must be given for so small a corpus: of {seen.total()} documents none is the one in {HELD_OUT}"
+                f"val: must be given for so small a corpus: of {seen} documents none is the one in {HELD_OUT}"
                 " that is held out"
             )
         return texts
@@ -256,6 +288,10 @@ class _Sequences(Dataset[TokenRow]):
         if position == PADDING_ROW:
             return {**self._rows[0], "index": PADDING_ROW, f"{TEXT.name}.labels": []}
         return self._rows[position]
+
+
+def _resolved(shard: AnyPath) -> str:
+    return str(shard.resolve() if isinstance(shard, Path) else shard)
 
 
 def _split(ids: Array, words: Sequence[int]) -> tuple[list[int], list[int]]:

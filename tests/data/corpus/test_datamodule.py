@@ -53,8 +53,10 @@ def build(train: Any, world: int = 1, rank: int = 0, **settings: Any) -> CorpusD
     arguments |= {"tokenizer": Tokens(make_tokenizer(20))} | settings
     data = CorpusDataModule(train, **arguments)
     data.prepare_data()
-    data.trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=world, max_steps=9))
-    data.trainer.limit_train_batches, data.trainer.fast_dev_run = 1.0, False  # type: ignore[union-attr]
+    trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, max_steps=9)
+    trainer.limit_train_batches, trainer.fast_dev_run = 1.0, False
+    trainer.strategy = SimpleNamespace(broadcast=lambda found: found)
+    data.trainer = trainer
     data.setup("fit")
     return data
 
@@ -187,6 +189,22 @@ def test_a_resumed_run_reads_what_it_read(corpus: str, tmp_path: Path) -> None:
             data.train_dataloader().load_state_dict(state)
 
 
+def test_what_one_rank_finds_all_ranks_raise(corpus: str, tmp_path: Path) -> None:
+    tests = str(write(tmp_path / "test.jsonl", documents(4, 5)))
+    ranks: list[Any] = [
+        CorpusDataModule(corpus, tokenizer=Tokens(make_tokenizer(20)), test_sets=[tests]) for _ in range(2)
+    ]
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=2)
+    trainer.strategy = SimpleNamespace(broadcast=lambda found: ranks[0]._fault)
+    for data in ranks:
+        data.trainer = trainer
+    # by one rank alone, from which no other would hear
+    ranks[0].prepare_data()
+    for data in ranks:
+        with pytest.raises(UserError, match=r"^train: .*plain\.txt\.gz:5 has a line of a test set"):
+            data.setup("fit")
+
+
 def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ["a " * 6] * 70)
     write(tmp_path / "b.jsonl", ["b " * 6] * 900)
@@ -214,9 +232,10 @@ def test_validation_is_the_same_each_time_and_never_trained_on(corpus: str) -> N
     assert told == data._val_texts()
     assert len(told) == 2
     # two ranks have each sequence once, and none for the row that fills the last round
+    other_train = str(write(Path(corpus).parent.parent / "other.jsonl", documents(0, 9)))
     rows: list[int] = []
     for rank in range(2):
-        data = build(corpus, 2, rank, val=corpus, val_documents=20, eval_batch_size=1)
+        data = build(other_train, 2, rank, val=corpus, val_documents=20, eval_batch_size=1)
         for batch in data.val_dataloader():
             index = batch["text"]["index"].tolist()
             real = (batch["text"]["labels"] != IGNORE_INDEX).any(1)
@@ -319,6 +338,14 @@ def test_what_a_corpus_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refused(r"^train: no text in train: .*c\.jsonl, 1 file", ["", " "])
     refused(r"^val: must be given for so small a corpus: of 2 documents none", ["a", "b"])
     refused(r"^val: there is no file", many, val=str(tmp_path / "no"))
+    refused(r"^val: .*c\.jsonl is in train, too", many, val=str(tmp_path / ".." / tmp_path.name / "c.jsonl"))
+    blank, val = b"\n \n\n", str(write(tmp_path / "val.jsonl", ["a"]))
+    refused(r"^train: no text in train: .*c\.jsonl, 1 file", blank, val=val)
+    overlapping: dict[str, Any] = {"test_sets": [str(write(tmp_path / "test.jsonl", many))], "overlap": "drop"}
+    for of_val in ({}, {"val": val}):
+        refused(
+            r"^train: no text to train on in .*: 9 documents have a line of test_sets", many[:9], **overlapping | of_val
+        )
     refused(r"^test_sets: there is no file", many, test_sets=[str(tmp_path / "no")])
     refused(r"c\.jsonl:1: no column 'text'; there are x$", [{"x": "a"}])
     refused(r"c\.jsonl:2: 'body' must be a text, got 5$", [{"body": "a"}, {"body": 5}], column="body")
