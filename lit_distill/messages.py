@@ -63,10 +63,13 @@ def _line(key: str, text: str, options: Sequence[str]) -> str | None:
     if given and key in ("tasks", "teachers", "vote") and "[list[" not in text:
         form = "settings, as {KEY: VALUE}" if key == "vote" else "settings by name, as {NAME: {KEY: VALUE}}"
         return f"{key}: got {given[1]}; allowed are {form}"
-    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and (allowed := _classes(text)):
-        base = _bases(text)[0]
-        if found[1] in _others(base):
-            return f"{key}: {found[1]} is no {base.rpartition('.')[2]}; allowed are {', '.join(allowed)}"
+    classes = r"Expected a dot import path string: (\S+)|Import path (\S+) does not correspond to a subclass"
+    if (found := re.search(classes, text)) and (allowed := _classes(text)):
+        base, name = _bases(text)[0], (found[1] or found[2]).rpartition(".")[2]
+        if base.endswith(".RationaleDataModule") and name in _others(base):
+            return f"{key}: {name} has no labels, and is for fit and validate alone; allowed are {', '.join(allowed)}"
+        if found[2]:
+            return f"{key}: {name} is no {base.rpartition('.')[2]}; allowed are {', '.join(allowed)}"
         return f"{key}: unknown class {found[1]!r}{likely(found[1], allowed)}; allowed are {', '.join(allowed)}"
     if found := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", text):
         return f"{key}: cannot use the class {found[1]!r}: {found[2]}"

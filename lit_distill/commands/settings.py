@@ -1,5 +1,6 @@
 """A parsed config and its checks: bounds, contradictions, and data arguments set by the model."""
 
+import re
 from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -75,6 +76,7 @@ def settle(config: Namespace, command: str) -> None:
         config["test_after_fit"] = False
         if config["checkpoint"]["monitor"] == "val/accuracy":
             config["checkpoint"].update(Namespace(monitor="val/loss", mode="min"))
+        _check_monitors(config)
     if config["baseline_after_fit"] and not config["test_after_fit"]:
         raise UserError("baseline_after_fit needs test_after_fit: the two are compared on test")
     bounded = [name for name in ("max_steps", "max_epochs") if trainer[name] not in (None, -1)]
@@ -95,6 +97,22 @@ def settle(config: Namespace, command: str) -> None:
     if trainer["val_check_interval"] is not None:
         # an explicit interval of Lightning wins
         config["validation"]["every_n_steps"] = None
+
+
+def _check_monitors(config: Namespace) -> None:
+    """Raise a ``UserError`` for a callback that waits for what reading does not log."""
+    if resolve_name(config["model"]["class_path"]) is not SpanCorruptionModule:
+        # a subclass may log more
+        return
+    callbacks = config["trainer"]["callbacks"] or []
+    monitors = {"checkpoint": config["checkpoint"]["monitor"]}
+    for one in callbacks if isinstance(callbacks, list) else [callbacks]:
+        monitors[f"trainer.callbacks: {_name(one)}"] = (one.get("init_args") or Namespace()).get("monitor")
+    for key, monitor in monitors.items():
+        if monitor is not None and not re.fullmatch(r"train/.+|val/(.+_)?loss|val/perplexity|step|epoch", monitor):
+            raise UserError(
+                f"{key}: no {monitor} is logged on a corpus, which has no labels; monitor val/loss, with mode: min"
+            )
 
 
 def linked_tasks(class_path: str, init_args: Namespace | None = None) -> dict[str, Any]:

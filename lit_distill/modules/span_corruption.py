@@ -31,14 +31,15 @@ class SpanCorruptionModule(DistillModule):
 
     @classmethod
     def make_tasks(cls, init_args: Mapping[str, Any]) -> dict[str, Task]:
-        """The one task, of texts without labels."""
+        """The one task, of texts without labels. Raises a ``UserError`` if there are to be others."""
+        # before their prefixes are compared
+        if other := [name for name in init_args.get("tasks") or {} if name != TEXT.name]:
+            raise UserError(f"tasks: {cls.__name__} has the task {TEXT.name} alone, not {other[0]}")
         return {TEXT.name: TEXT}
 
     @classmethod
     def check_tasks(cls, tasks: Mapping[str, Task]) -> None:
-        """Raise a ``UserError`` for any other task."""
-        if other := [name for name in tasks if name != TEXT.name]:
-            raise UserError(f"tasks: {cls.__name__} has the task {TEXT.name} alone, not {other[0]}")
+        """It needs no answer."""
 
     @property
     def answer_task(self) -> str:

@@ -58,6 +58,8 @@ class Vote:
         if self.tasks is not None and (not self.tasks or len(set(self.tasks)) < len(self.tasks)):
             raise UserError(f"vote: tasks must be different names, got {self.tasks}")
         labels = [name for name, task in tasks.items() if task.gives_label]
+        if not labels:
+            raise UserError(f"vote: no label is parsed from texts of {', '.join(tasks)}; leave it out")
         for name in self.tasks or ():
             check_choice("vote: tasks (of those with a label)", name, labels)
         if not self.samples and len(self.tasks or ()) < 2:

@@ -16,8 +16,10 @@ from lit_distill.data import CorpusDataModule
 from lit_distill.modules import SpanCorruptionModule
 from lit_distill.records import read_record
 from lit_distill.students import load
-from tests.runs import metric_rows, refusal, run, run_folders, small_model, small_trainer, toy_data
+from tests.runs import CONFIGS, metric_rows, refusal, run, run_folders, small_model, small_trainer, toy_data
 from tests.students import WORDS, make_causal_folder, make_student_folder
+
+STOPPING = "[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/text_loss}}]"
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -48,7 +50,7 @@ def reading(student: Path, corpus: Path) -> list[str]:
 def test_a_student_reads_and_then_learns_a_task(
     student: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("fit", reading(student, corpus), small_trainer(steps=4, every=2))
+    run("fit", reading(student, corpus), small_trainer(steps=4, every=2), f"--trainer.callbacks={STOPPING}")
     shown = capsys.readouterr().out
     [folder] = run_folders()
     assert folder.parent.name == "corpus-SpanCorruption-seed0"
@@ -140,17 +142,30 @@ def test_a_budget_of_tokens_is_met(student: Path, corpus: Path) -> None:
 
 def test_what_does_not_go_with_a_corpus(student: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, toy = reading(student, corpus), [*small_model(student), *toy_data()]
+    without = "CorpusDataModule has no labels, and is for fit and validate alone"
     mixed = "cannot be trained on"
     assert mixed in refusal(capsys, "fit", own, "--data=ToyDataModule")
     assert mixed in refusal(capsys, "fit", toy, "--data=CorpusDataModule", f"--data.train={corpus}")
     for command in ("test", "predict", "inspect", "annotate", "plan"):
         arguments = own[4:] if command in ("inspect", "annotate") else own
         line = refusal(capsys, command, arguments)
-        assert line.startswith("data: CorpusDataModule is no RationaleDataModule; allowed are ")
+        assert line.startswith(f"data: {without}; allowed are ANLIDataModule, ")
+    # as a run has saved it
+    data = {"class_path": "lit_distill.data.CorpusDataModule", "init_args": {"train": str(corpus)}}
+    Path("config.yaml").write_text(json.dumps({"data": data}))
+    assert refusal(capsys, "inspect", "--config=config.yaml").startswith(f"data: {without}; allowed are ")
     assert refusal(capsys, "fit", own, "--baseline_after_fit=true").startswith("baseline_after_fit: not with a corpus")
     assert refusal(capsys, "fit", own, "--trainer.max_epochs=1", "--trainer.max_steps=-1").startswith("max_steps: must")
-    line = refusal(capsys, "fit", own, "--model.tasks.label.prefix=x")
-    assert line.endswith("SpanCorruptionModule has the task text alone, not label")
+    for prefix in ("x", "''"):
+        line = refusal(capsys, "fit", own, f"--model.tasks.label.prefix={prefix}")
+        assert line.endswith("SpanCorruptionModule has the task text alone, not label")
+    line = refusal(capsys, "fit", own, "--config", CONFIGS / "overlay" / "early_stopping.yaml")
+    assert line == (
+        "trainer.callbacks: EarlyStopping: no val/accuracy is logged on a corpus, which has no labels;"
+        " monitor val/loss, with mode: min"
+    )
+    assert refusal(capsys, "fit", own, "--checkpoint.monitor=val/macro_f1").startswith("checkpoint: no val/macro_f1 is")
+    assert refusal(capsys, "fit", own, "--model.vote={samples: 3}").startswith("vote: no label is parsed from texts of")
     line = refusal(capsys, "fit", own, small_trainer(), "--model.objectives=[{class_path: AnswerConsistency}]")
     assert line.startswith("objectives: a corpus keeps no tokenised rows")
     line = refusal(capsys, "fit", own, small_trainer(), "--data.max_length=400")
