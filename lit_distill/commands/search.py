@@ -208,7 +208,7 @@ def _rank(parser: Parser, config: Namespace, space: Space) -> list[dict[str, Any
                 "ms": time_of(shape),
             }
             if teacher is not None:
-                make = partial(random_student, whole, shape)
+                make = partial(random_student, whole, shape, from_scratch=config["model"]["init_args"]["from_scratch"])
                 row |= scores(teacher, make, range(seed, seed + config["initialisations"]), batch)
             ranked.append(row)
             advance(1)

@@ -12,6 +12,7 @@ from lit_distill.batch import TaskBatch, targets_of
 from lit_distill.searching.space import Shape, part_of
 from lit_distill.shrinking.shrink import size_of, smaller_config
 from lit_distill.students import Student, wrap
+from lit_distill.students.mimetic import FromScratch, set_heads
 from lit_distill.students.models import build_model
 from lit_distill.students.tokens import end_tokens
 
@@ -29,12 +30,15 @@ def parameters(whole: Student, shape: Shape) -> int:
     return size_of(build_model(config_of(whole, shape), meta=True))["parameters"]
 
 
-def random_student(whole: Student, shape: Shape, seed: int) -> Student:
-    """A student of a shape with random weights, in evaluation mode."""
+def random_student(whole: Student, shape: Shape, seed: int, *, from_scratch: FromScratch = True) -> Student:
+    """A student of a shape with random weights, as a run with this ``from_scratch`` begins, in evaluation mode."""
     dtype = cast(Any, str(whole.network.dtype).removeprefix("torch."))
     with isolate_rng():
         torch.manual_seed(seed)
-        return wrap(build_model(config_of(whole, shape), dtype=dtype), whole.tokens).eval().to(whole.device)
+        model = build_model(config_of(whole, shape), dtype=dtype)
+        if from_scratch == "mimetic":
+            set_heads(model)
+    return wrap(model, whole.tokens).eval().to(whole.device)
 
 
 def milliseconds(student: Student, batch: TaskBatch, task: str) -> float:

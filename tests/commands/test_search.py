@@ -15,6 +15,7 @@ from lit_distill.data import ToyDataModule
 from lit_distill.experiments.cells import State
 from lit_distill.experiments.launch import Board
 from lit_distill.records import write_record
+from lit_distill.searching.cost import random_student
 from lit_distill.students import load
 from tests.experiments.fake_fit import make_record
 from tests.runs import refusal, run, small_model, small_trainer, toy_data
@@ -57,8 +58,17 @@ def test_a_search(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("lit_distill.searching.cost.TIMED", 1)
-    given = arguments(student_folder, teacher_folder)
+    given = arguments(student_folder, teacher_folder, "--model.from_scratch=mimetic")
+    kinds: list[object] = []
+
+    def make(*arguments: Any, from_scratch: Any = True) -> Any:
+        kinds.append(from_scratch)
+        return random_student(*arguments, from_scratch=from_scratch)
+
+    monkeypatch.setattr(search, "random_student", make)
     run("search", *given)
+    # timed, and ranked as they are trained
+    assert set(kinds) == {True, "mimetic"}
     found = json.loads(Path("out/search.json").read_text())
     students = {one["name"]: one for one in found["students"]}
     assert len(students) == 4

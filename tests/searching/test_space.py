@@ -9,10 +9,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from lit_distill.errors import UserError
-from lit_distill.searching.cost import milliseconds, parameters, random_student
+from lit_distill.searching.cost import config_of, milliseconds, parameters, random_student
 from lit_distill.searching.space import Budget, Space, name_of, part_of
 from lit_distill.shrinking.shrink import shrink
 from lit_distill.students import Student, load
+from lit_distill.students.loading import load_model
+from lit_distill.students.mimetic import FromScratch
+from lit_distill.students.models import save_description
 from tests.students import (
     CONFIG,
     WORDS,
@@ -91,6 +94,16 @@ def test_draws_are_of_the_budget_different_and_repeatable(whole: Student) -> Non
     assert two[0] == two[1] == drawn[:2] != two[2]
     with pytest.raises(UserError, match=r"^candidates: 24 are wanted, .* of 24 students .* 3,000 to 6,000 parameters"):
         budget.draw(space, 24, 0, lambda shape: parameters(whole, shape))
+
+
+def test_random_students_begin_as_a_run_would(whole: Student, tmp_path: Path) -> None:
+    save_description(config_of(whole, SHAPE), whole.tokenizer, tmp_path)
+    kinds: tuple[FromScratch, ...] = (True, "mimetic")
+    for from_scratch in kinds:
+        found = random_student(whole, SHAPE, 5, from_scratch=from_scratch).network.state_dict()
+        torch.manual_seed(5)
+        expected = load_model(tmp_path, from_scratch=from_scratch).state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_time_is_measured_with_as_many_tokens_as_the_longest_target(
