@@ -1,5 +1,6 @@
 """The floor of a dataset: the accuracy of a bag-of-words classifier, which a student that has learned passes."""
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from lit_distill.evaluation.metrics import judge
 TRAIN_ROWS, FEATURES, ITERATIONS = 10_000, 30_000, 300
 """A classifier is fitted to at most so many of the run's training rows, evenly spaced, and to so many of the most
 frequent words and pairs, in so many iterations; more take long."""
+
+_MARKS = "".join(one for one in map(chr, range(2**16)) if unicodedata.category(one)[0] == "M")
+"""Combining marks, such as the vowel signs of Hindi, which ``\\w`` does not match."""
 
 
 def floors(data: RationaleDataModule, tested: Mapping[Split, Sequence[int]]) -> dict[Split, dict[str, float]]:
@@ -65,7 +69,7 @@ def _accuracies(
         parts["second_part_words"] = lambda text: text.rpartition(SEPARATOR)[2]
     found: dict[str, dict[str, float]] = {split: {} for split in asked}
     for name, part in parts.items():
-        words = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", max_features=FEATURES)  # noqa: S106  # no password
+        words = CountVectorizer(ngram_range=(1, 2), token_pattern=rf"\w[\w{_MARKS}]*", max_features=FEATURES)
         texts, labels = [part(text) for text, _ in known], [label for _, label in known]
         if len(set(labels)) < 2 or not any(map(words.build_analyzer(), texts)):
             continue

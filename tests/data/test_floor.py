@@ -129,3 +129,11 @@ def test_inputs_of_one_part_and_rows_without_a_label(tmp_path: Path, write_lines
         write_lines(tmp_path / f"{split}.jsonl", some)
     files = [str(tmp_path / f"{split}.jsonl") for split in ("train", "test")]
     assert everything(JSONLDataModule(train=files[0], test=files[1], label_set=["a", "b"])) == {"words": 1.0}
+
+
+def test_words_keep_their_combining_marks(tmp_path: Path, write_lines: WriteLines) -> None:
+    # the same letters, with other vowel signs
+    kinds = {"कि": "a", "की": "b"}
+    rows = [{"input": word, "label": label} for word, label in kinds.items()] * 10
+    file = str(write_lines(tmp_path / "rows.jsonl", rows))
+    assert everything(JSONLDataModule(train=file, val=file, test=file, label_set=["a", "b"])) == {"words": 1.0}
