@@ -1,6 +1,7 @@
 """The script that makes the students of the evidence."""
 
 import json
+import lzma
 import random
 import runpy
 import sys
@@ -11,9 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.students import make_student_folder
+from tests.students import make_causal_folder, make_student_folder
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "evidence" / "make_student.py"
+
+
+def run_script(arguments: list[Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["make_student.py", *map(str, arguments)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +36,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     like = make_student_folder(folder / "like", d_model=64)
     arguments = ["--like", like, "--words", folder / "texts.jsonl", "--width", 64, "--out", folder / "made"]
     arguments += ["--embeddings"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_student.py", *map(str, arguments)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(arguments)
     return AutoModelForSeq2SeqLM.from_pretrained(folder / "made"), AutoTokenizer.from_pretrained(folder / "made")
 
 
@@ -55,3 +60,35 @@ def test_words_alike_begin_alike(started: tuple[Any, Any]) -> None:
     assert max(cosine(a, b) for a in ("cat", "dog") for b in ("carp", "pike")) < 0.5
     # as long as random ones
     assert float(weight[tokenizer.convert_tokens_to_ids("▁cat")].square().mean()) == pytest.approx(1)
+
+
+def test_texts_are_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('"one"\n{"a": "two", "b": [{"c": "three"}, 4]}\n["five", ["six", "seven"]]\n')
+    found = runpy.run_path(str(SCRIPT))["read_texts"]([tmp_path / "a.jsonl"])
+    assert list(found) == ["one", "two three", "five", "six seven"]
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    like, bare = make_student_folder(tmp_path / "like"), tmp_path / "bare"
+    llama = make_causal_folder(tmp_path / "llama")
+    bare.mkdir()
+    (bare / "config.json").write_bytes((like / "config.json").read_bytes())
+    (tmp_path / "latin.jsonl").write_bytes(b'"caf\xe9"')
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(b'"one two"\n' * 90)[:-20])
+    (tmp_path / "few.txt").write_text("one two three")
+    words, few = "--words", tmp_path / "few.txt"
+    cases: list[tuple[list[Any], str]] = [
+        ([like, words, tmp_path / "latin.jsonl"], f"{tmp_path}/latin.jsonl:1: not JSON: 'utf-8' codec"),
+        ([like, words, tmp_path / "cut.jsonl.xz"], f"{tmp_path}/cut.jsonl.xz is damaged"),
+        ([llama], "--like: a 'llama' model is no T5; allowed are t5, mt5"),
+        ([llama, words, few, "--heads"], "--like: a 'llama' model is no T5"),
+        ([bare], f"--like: {bare} has neither spiece.model nor tokenizer.json; give --words"),
+        ([like, words, few, "--embeddings", "--width", 1000], "--width: the texts have "),
+        ([like, "--layers", "many"], "argument --layers: invalid int value"),
+    ]
+    for arguments, expected in cases:
+        with pytest.raises(SystemExit) as stopped:
+            run_script(["--out", tmp_path / "made", "--like", *arguments])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(f"make_student.py: error: {expected}"), expected
+        assert not (tmp_path / "made").exists()

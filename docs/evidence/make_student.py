@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_distill.data.corpus.documents import parse, rows_of
+from lit_distill.errors import UserError
 from lit_distill.files import atomic_folder
+from lit_distill.reading import json_object
+from lit_distill.students.files import SEQ2SEQ
 from lit_distill.students.mimetic import set_heads
 from lit_distill.students.models import build_model, save_model
 
@@ -39,9 +42,17 @@ RARE = 5
 """Entries with fewer neighbours have random embeddings."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def main() -> None:
     """Write the student's folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=96, help="d_model")
@@ -51,6 +62,15 @@ def main() -> None:
     parser.add_argument("--embeddings", action="store_true", help="of the texts' co-occurrences")
     parser.add_argument("--heads", action="store_true", help="that look for like words; with --words")
     arguments = parser.parse_args()
+    try:
+        make_student(parser, arguments)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    print(arguments.out)
+
+
+def make_student(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Check the arguments, and write the student's folder. Raises a ``UserError`` for texts that cannot be read."""
     if (arguments.embeddings or arguments.heads) and not arguments.words:
         parser.error("--embeddings and --heads need --words")
     width, layers, decoder_layers = arguments.width, arguments.layers, arguments.decoder_layers
@@ -58,18 +78,24 @@ def main() -> None:
         parser.error(f"--width has to be a multiple of {HEADS}, and there is at least one layer")
     if missing := [path for path in (arguments.like / "config.json", *(arguments.words or ())) if not path.is_file()]:
         parser.error(f"{missing[0]}: there is no such file")
-    if arguments.words and not any(read_texts(arguments.words)):
-        parser.error("--words: there is no text")
     if arguments.out.exists():
         parser.error(f"--out: {arguments.out} is there already")
+    config = json_object((arguments.like / "config.json").read_bytes(), f"--like: {arguments.like / 'config.json'}")
+    if config.get("model_type") not in SEQ2SEQ:
+        parser.error(f"--like: a {config.get('model_type')!r} model is no T5; allowed are {', '.join(SEQ2SEQ)}")
+    names = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    copied = [path for name in names if (path := arguments.like / name).is_file()]
+    if arguments.words is None and not {"spiece.model", "tokenizer.json"} & {path.name for path in copied}:
+        parser.error(f"--like: {arguments.like} has neither spiece.model nor tokenizer.json; give --words")
+    if arguments.words and not any(read_texts(arguments.words)):
+        parser.error("--words: there is no text")
     size = {"d_model": width, "d_kv": width // HEADS, "d_ff": 2 * width, "num_heads": HEADS}
     size |= {"num_layers": layers, "num_decoder_layers": decoder_layers or layers}
-    config = json.loads((arguments.like / "config.json").read_text()) | size
+    config |= size
     with atomic_folder(arguments.out) as folder:
         if arguments.words is None:
-            for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if (arguments.like / name).exists():
-                    shutil.copy(arguments.like / name, folder / name)
+            for path in copied:
+                shutil.copy(path, folder / path.name)
         else:
             tokenizer = make_tokenizer(read_texts(arguments.words))
             tokenizer.save_pretrained(folder)
@@ -83,15 +109,22 @@ def main() -> None:
             if arguments.heads:
                 set_heads(student)
             save_model(student, tokenizer, folder)
-    print(arguments.out)
 
 
 def read_texts(files: Iterable[Path]) -> Iterator[str]:
-    """Strings, or an object's strings joined, one a line or in one list."""
+    """Strings, or all strings in an object joined, one a line or in one list."""
     for _, value in (parse(*row) for row in rows_of(files, "words")):
         for one in value if isinstance(value, list) else [value]:
-            texts = one.values() if isinstance(one, dict) else [one]
-            yield " ".join(text for text in texts if isinstance(text, str)).strip()
+            yield " ".join(strings(one)).strip()
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Those of a JSON value, in their order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from strings(one)
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -116,7 +149,7 @@ def set_embeddings(student: Any, tokenizer: PreTrainedTokenizerBase, texts: Iter
     weight = student.get_input_embeddings().weight
     entries, width = weight.shape
     if width > entries:
-        raise SystemExit(f"--width: the texts have {entries} entries, and so no {width} singular vectors")
+        raise UserError(f"--width: the texts have {entries} entries, and so no {width} singular vectors")
     encoded = tokenizer(list(texts), return_attention_mask=False)["input_ids"]
     # none is near that of another text
     row = np.array([i for ids in encoded for i in [*ids, *[-1] * NEAR]])
