@@ -521,7 +521,7 @@ def test_linear_layers_are_those_of_the_model(bench: Callable[[str], Any], setti
 
 def test_both_sides_read_the_same_batches(bench: Callable[[str], Any], tmp_path: Path) -> None:
     student = make_student_folder(tmp_path / "reader", sentinels=8)
-    (tmp_path / "corpus.txt").write_text("".join(f"the cat is {i} red\n" for i in range(300)))
+    (tmp_path / "corpus.txt").write_text("".join(f"the cat is {i} red\n" for i in range(3000)))
     given = {"student": str(student), "corpus": str(tmp_path / "corpus.txt"), "column": "text", "max_length": 24}
     given |= {"batch_size": 2, "steps": 2, "pairs": 1, "precision": "32", "threads": 1}
     reading = bench("reading")
