@@ -18,9 +18,6 @@ TRAIN_ROWS, FEATURES, ITERATIONS = 10_000, 30_000, 300
 """A classifier is fitted to at most so many of the run's training rows, evenly spaced, and to so many of the most
 frequent words and pairs, in so many iterations; more take long."""
 
-_MARKS = "".join(one for one in map(chr, range(2**16)) if unicodedata.category(one)[0] == "M")
-"""Combining marks, such as the vowel signs of Hindi, which ``\\w`` does not match."""
-
 
 def floors(data: RationaleDataModule, tested: Mapping[Split, Sequence[int]]) -> dict[Split, dict[str, float]]:
     """Accuracies, in 0..1, of a logistic regression on the words and pairs of words of an input, by split and name.
@@ -64,12 +61,14 @@ def _accuracies(
     from sklearn.feature_extraction.text import CountVectorizer  # type: ignore[import-untyped]
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
+    # such as the vowel signs of Hindi, which \w does not match
+    marks = "".join(one for one in map(chr, range(2**16)) if unicodedata.category(one)[0] == "M")
     parts: dict[str, Callable[[str], str]] = {"words": lambda text: text.replace(SEPARATOR, " ")}
     if all(SEPARATOR in text for pairs in (known, *asked.values()) for text, _ in pairs):
         parts["second_part_words"] = lambda text: text.rpartition(SEPARATOR)[2]
     found: dict[str, dict[str, float]] = {split: {} for split in asked}
     for name, part in parts.items():
-        words = CountVectorizer(ngram_range=(1, 2), token_pattern=rf"\w[\w{_MARKS}]*", max_features=FEATURES)
+        words = CountVectorizer(ngram_range=(1, 2), token_pattern=rf"\w[\w{marks}]*", max_features=FEATURES)
         texts, labels = [part(text) for text, _ in known], [label for _, label in known]
         if len(set(labels)) < 2 or not any(map(words.build_analyzer(), texts)):
             continue
