@@ -27,7 +27,7 @@ from lit_distill.commands.report import report
 from lit_distill.data.floor import floors
 from lit_distill.data.selection import flags_of, teacher_accuracy
 from lit_distill.errors import UserError
-from lit_distill.evaluation.answers import Evaluation, Split, answer_row, chance_level
+from lit_distill.evaluation.answers import Evaluation, Split, answer_row
 from lit_distill.exporting.hugging_face import CardFacts, export_checkpoint, origin, push_folder
 from lit_distill.exporting.predictor import record_task
 from lit_distill.modules.base import DistillModule
@@ -221,8 +221,7 @@ def write_results(run: Run, folder: Path, trained: Trained, floor: Mapping[str, 
     tally = Counter(flags_of(row, data.teacher_agrees, data.label_set) for row in used.get("test", ()))
     (dataset, method), arguments = names(run.config), data.hparams
     # of val, if test was left out
-    found = module.evaluation
-    chance = chance_level(found.key, (answer.index for answer in found.answers)) if found else None
+    chance = module.evaluation.chance() if module.evaluation else None
     record = RunRecord(
         dataset=dataset,
         method=method,

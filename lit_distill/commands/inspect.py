@@ -52,9 +52,8 @@ def inspect_data(datamodule: RationaleDataModule) -> dict[str, Any]:
     ``rows`` (= ``parsed`` + ``unparsed`` + ``no_output``), ``without_label``, ``teacher_label_accuracy`` (unparsed is
     wrong) and ``outside_label_set`` count the whole released file; if no val is released (``released`` is false), the
     rows taken from train. ``taken_as_val``, ``left_out_by_fraction`` and ``dropped_...`` lead to ``used``, to which the
-    rest refers; lengths are in tokens before truncation, ``chance`` is the accuracy without reading
-    the input, and ``floor: ...`` are accuracies of `floors`. An absent split is
-    ``{"present": false}``.
+    rest refers; lengths are in tokens before truncation, ``chance`` is the accuracy without reading the input, and
+    ``floor: ...`` are accuracies of `floors`. An absent split is ``{"present": false}``.
 
     No student is built. What a run would read from the cache is read or made there.
     """

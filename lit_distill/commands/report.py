@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_distill.data.base import RationaleDataModule
-from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, chance_level, gather_answers, worst_group
+from lit_distill.evaluation.answers import Answer, Evaluation, answer_row, gather_answers, worst_group
 from lit_distill.files import atomic_write
 from lit_distill.modules.base import DistillModule
 from lit_distill.records import FLOORS, below_floor
@@ -50,9 +50,10 @@ def report(
         table = metrics_table(evaluation, baseline, floors, saved)
     console.print()
     console.print(table)
-    accuracy = saved.get("val/accuracy", evaluation.metrics.get("accuracy", 1.0) if evaluation else 1.0)
-    if floors and accuracy < max(floors.values()):
-        console.print(below_floor(accuracy, max(floors.values())))
+    if evaluation and floors:
+        accuracy = saved.get("val/accuracy", evaluation.metrics.get("accuracy", 1.0))
+        if accuracy < max(floors.values()):
+            console.print(below_floor(accuracy, max(floors.values())))
     if student is not None:
         # on its own unwrapped line, so that it can be copied
         console.print("Saved student:", style="bold")
@@ -103,7 +104,7 @@ def metrics_table(
     for name in saved.keys() - {"step"}:
         title = f"{name.removeprefix('val/').replace('_', ' ')} of the saved student"
         rows.append((f"{title} (step {saved['step']})" if "step" in saved else title, saved, name))
-    if chance := chance_level(evaluation.key, (answer.index for answer in evaluation.answers)):
+    if chance := evaluation.chance():
         rows.append((f"chance: {chance[0]}", {"accuracy": chance[1]}, "accuracy"))
     rows += [(f"floor: {FLOORS[name]}", {"accuracy": value}, "accuracy") for name, value in (floors or {}).items()]
     if baseline is not None:

@@ -85,6 +85,10 @@ class Evaluation:
         """The samples as rows of a table."""
         return [answer_row(answer, self.key) for answer in self.samples]
 
+    def chance(self) -> tuple[str, float] | None:
+        """`chance_level` of the evaluated rows."""
+        return chance_level(self.key, (answer.index for answer in self.answers))
+
 
 def _macro_f1_within(pairs: Sequence[tuple[str, str]], label_set: Sequence[str]) -> float:
     """Of a group's predictions and labels, over the labels of the set that are among either."""
