@@ -1,6 +1,7 @@
 """The figures of a comparison, as far as its runs allow."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,8 @@ class Plot:
 def draw(comparison: Comparison) -> list[Plot]:
     """Plot the metric against training rows, student size and tokens, and for all variants, per dataset and labels."""
     # a setting's name looks the same in all figures
-    often = comparison.settings.name.map(comparison.settings.name.value_counts())
-    found = comparison.settings.name.loc[often.sort_values(ascending=False, kind="stable").index]
-    styles = dict(zip(dict.fromkeys([*_FIRST, *found]), looks(), strict=False))
+    often = [name for name, _ in Counter(comparison.settings.name).most_common()]
+    styles = dict(zip(dict.fromkeys([*_FIRST, *often]), looks(), strict=False))
     styled = comparison.settings.assign(style=comparison.settings.name.map(styles))
     plots: dict[str, Plot] = {}
     with own_style():
@@ -108,8 +108,7 @@ def _lines(settings: pd.DataFrame, field: str, metric: str, what: str, file: str
         for x, row in zip(xs, line.to_dict("records"), strict=True):
             if found := _difference(row):
                 sheet.second.errorbar(x, found[0], yerr=found[1], **row["style"])
-                seeds = _several(row["seed_differences"])
-                sheet.second.plot([x * apart**0.5] * len(seeds), seeds, **_of_seed(row["style"]))
+                _draw_seeds(sheet.second.yaxis, row["seed_differences"], x * apart**0.5, row["style"])
     if (chance := settings.chance.iloc[0]) is not None:
         heights[axes.axhline(chance, color=GREY, linestyle=":", label="chance")] = chance
     if settings.floor.count():
@@ -148,12 +147,10 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     axes = sheet.axes
     for y, row in enumerate(settings.to_dict("records")):
         axes.errorbar(row["mean"], y, xerr=row["error"] or 0, **row["style"])
-        seeds = _several(row["values"])
-        axes.plot(seeds, [y + 0.22] * len(seeds), **_of_seed(row["style"]))
+        _draw_seeds(axes.xaxis, row["values"], y + 0.22, row["style"])
         if found := _difference(row):
             sheet.second.errorbar(found[0], y, xerr=found[1], **row["style"])
-            seeds = _several(row["seed_differences"])
-            sheet.second.plot(seeds, [y + 0.22] * len(seeds), **_of_seed(row["style"]))
+            _draw_seeds(sheet.second.xaxis, row["seed_differences"], y + 0.22, row["style"])
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     for panel in sheet.figure.axes:
@@ -170,14 +167,13 @@ def _variants(settings: pd.DataFrame, metric: str, what: str, file: str) -> Plot
     return _finish(sheet, settings, what, file, notes, circles=True)
 
 
-def _several(values: Sequence[float] | None) -> Sequence[float]:
-    """Those of several seeds, which are drawn one by one."""
-    return values if values is not None and len(values) > 1 else []
-
-
-def _of_seed(look: dict[str, Any]) -> dict[str, Any]:
-    """The look of a small circle for a seed."""
-    return {"marker": "o", "linestyle": "", "ms": 3, "mfc": "none", "mec": look["color"]}
+def _draw_seeds(axis: Axis, values: Sequence[float] | None, place: float, look: dict[str, Any]) -> None:
+    """A small circle for each of several seeds, along an axis and at a place of the other."""
+    if values is None or len(values) < 2:
+        return
+    places = [place] * len(values)
+    points = (values, places) if axis is axis.axes.xaxis else (places, values)
+    axis.axes.plot(*points, "o", ms=3, mfc="none", mec=look["color"])
 
 
 def _costs(settings: pd.DataFrame, cost: str, metric: str, what: str, file: str) -> Plot:
