@@ -255,11 +255,9 @@ class CorpusDataModule(StudentDataModule):
 
     def _setup(self) -> dict[str, Any]:
         """The settings that what is read depends on, which a resumed run must share."""
-        tested = hashlib.sha256("\n".join(sorted(self.sorting.tested)).encode("utf-8", "surrogatepass")).hexdigest()[
-            :16
-        ]
+        tested = "\n".join(sorted(self.sorting.tested)).encode("utf-8", "surrogatepass")
         # files of val leave documents to train that are held out without them
-        own = {"val": bool(self._val), "test_sets": tested}
+        own = {"val": bool(self._val), "test_sets": hashlib.sha256(tested).hexdigest()[:16]}
         return {name: self.hparams[name] for name in ("column", "overlap", *self._length_names)} | own
 
     def val_dataloader(self) -> DataLoader[Any]:
