@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from jsonargparse import set_parsing_settings
@@ -37,10 +37,8 @@ from lit_distill.errors import UserError
 from lit_distill.messages import COMMANDS, DESCRIPTION
 from lit_distill.teachers.base import Teacher
 
-if TYPE_CHECKING:
-    from lit_distill.comparison.comparing import Comparison
-
 _RUNS = "Folders of runs, or folders that are searched for runs; wandb://entity/project for metrics only."
+_STUDENT = "Export, run, folder, checkpoint or hub name."
 
 
 def run_annotate(args: list[str]) -> dict[str, Any]:
@@ -57,11 +55,6 @@ def run_annotate(args: list[str]) -> dict[str, Any]:
     return summary
 
 
-def run_compare(args: list[str]) -> "Comparison":
-    """Run ``compare``."""
-    return call("compare", compare, args, positional=("runs", _RUNS))
-
-
 def run_experiment(args: list[str]) -> dict[str, Any]:
     """Run ``experiment``; ends with code 130 after Ctrl-C, with 1 if a cell is not done."""
     summary = call("experiment", experiment, args)
@@ -73,11 +66,6 @@ def run_experiment(args: list[str]) -> dict[str, Any]:
     return summary
 
 
-def run_serve(args: list[str]) -> None:
-    """Run ``serve``."""
-    call("serve", serve, args, positional=("student", "Export, run, folder, checkpoint or hub name."))
-
-
 RUN: Mapping[str, Callable[[list[str]], object]] = {
     **{name: partial(run_trainer, name) for name in TRAINER_COMMANDS},
     "fit": fit,
@@ -85,7 +73,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "capture": capture,
     "experiment": run_experiment,
     "rounds": rounds,
-    "compare": run_compare,
+    "compare": lambda args: call("compare", compare, args, positional=("runs", _RUNS)),
     "inspect": inspect,
     "check": check,
     "plan": plan,
@@ -93,7 +81,7 @@ RUN: Mapping[str, Callable[[list[str]], object]] = {
     "shrink": shrink,
     "search": search,
     "tradeoff": tradeoff,
-    "serve": run_serve,
+    "serve": lambda args: call("serve", serve, args, positional=("student", _STUDENT)),
 }
 """Command -> what runs it, with the arguments after it."""
 

@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,11 +54,10 @@ def tradeoff(args: list[str]) -> None:
             "after": after, "points": found,
         }  # fmt: skip
         write_text(folder / "tradeoff.json", json.dumps(report, indent=2) + "\n")
-        table = StringIO()
-        writer = csv.DictWriter(table, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-        write_text(folder / "tradeoff.csv", table.getvalue())
+        with (folder / "tradeoff.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
         title = f"{name}: accuracy against speed on {report['rows']} test rows, {config['device']}"
         draw_tradeoff(found, title, after, folder / "tradeoff")
     render(found, Path(config["out"]))

@@ -1,7 +1,7 @@
 """What a config's training needs, as it is and with each of the savings: memory by part, the batch that fits, time."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -272,9 +272,11 @@ def _pick(data: Any, size: int, *, padded: bool) -> tuple[Batch, Batch]:
     loader = data.train_dataloader()
     data.batch_size = before
     lengths = np.asarray(loader.dataset.lengths(evaluation=False))
-    batches = list(_whole(islice(iter(loader.batch_sampler), -(-_ROWS // size)), size))
+    batches = list(islice(iter(loader.batch_sampler), -(-_ROWS // size)))
     if not batches:
         raise UserError("data: train has no rows")
+    # without a smaller last batch, if there are others
+    batches = [rows for rows in batches if len(rows) == len(batches[0])]
 
     def measure(rows: list[int]) -> int:
         own = lengths[np.asarray(rows) % len(lengths)]
@@ -284,11 +286,3 @@ def _pick(data: Any, size: int, *, padded: bool) -> tuple[Batch, Batch]:
     chosen = batches[len(batches) // 2], batches[-1]
     median, largest = (Batch(loader.collate_fn(loader.dataset.__getitems__(rows)), measure(rows)) for rows in chosen)
     return median, largest
-
-
-def _whole(batches: Iterator[list[int]], size: int) -> Iterator[list[int]]:
-    """Without a smaller last batch, if there are others."""
-    first = next(batches, None)
-    if first is not None:
-        yield first
-    yield from (rows for rows in batches if len(rows) == size)

@@ -97,7 +97,7 @@ def _is_small(piece: str) -> bool:
 def _parts(model: Mapping[str, Any], pieces: Mapping[str, int], kept: set[int]) -> set[int]:
     """What the kept pieces are merged from, step by step, as byte pair encoding merges them."""
     prefix = model.get("continuing_subword_prefix") or ""
-    ranks = {tuple(pair): rank for rank, pair in enumerate(map(_pair, model["merges"]))}
+    ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
     names = {number: piece for piece, number in pieces.items()}
     found: set[int] = set()
     for number in kept:
@@ -110,11 +110,6 @@ def _parts(model: Mapping[str, Any], pieces: Mapping[str, int], kept: set[int]) 
             place = min(places, key=lambda place: ranks[parts[place], parts[place + 1]])
             parts[place : place + 2] = [parts[place] + parts[place + 1].removeprefix(prefix)]
     return found
-
-
-def _pair(merge: str | Sequence[str]) -> list[str]:
-    """A merge, which older files have as one text."""
-    return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
 def trim(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
@@ -133,8 +128,7 @@ def trim(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedT
         model["vocab"] = {piece: places[piece] for piece in model["vocab"] if piece in places}
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
-        pairs = map(_pair, model["merges"])
-        model["merges"] = [[a, b] for a, b in pairs if {a, b, a + b.removeprefix(prefix)} <= places.keys()]
+        model["merges"] = [[a, b] for a, b in model["merges"] if {a, b, a + b.removeprefix(prefix)} <= places.keys()]
     rules["added_tokens"] = [
         {**added, "id": places[added["content"]]} for added in rules["added_tokens"] if added["content"] in places
     ]

@@ -1,19 +1,23 @@
 """The command: what it takes, what it prints, what it refuses."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import wandb
 import yaml
 
 from lit_distill.commands.compare import compare
-from lit_distill.commands.dispatch import run_compare
+from lit_distill.commands.dispatch import RUN
 from lit_distill.errors import UserError
 from tests.comparison.runs import write_run, write_runs
 from tests.runs import refusal
 
 pytestmark = pytest.mark.usefixtures("here")
+
+run_compare: Callable[[list[str]], Any] = RUN["compare"]
 
 
 @pytest.fixture

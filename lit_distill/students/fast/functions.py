@@ -78,21 +78,6 @@ class _AddDropped(Function):
         return grad if ctx.adds else None, masked((grad * ctx.factor).to(ctx.dtype), mask), None
 
 
-class _Gated(Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, p: float) -> Tensor:
-        mask, ctx.factor = dropout_mask(a, p)
-        ctx.save_for_backward(a, b, mask)
-        return masked(a, mask).mul_(b).mul_(ctx.factor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, b, mask = ctx.saved_tensors
-        grad = masked(grad, mask).mul_(ctx.factor)
-        return grad * b, grad.mul_(a), None
-
-
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout with probability ``p``; ``x`` itself for 0."""
     return apply(_AddDropped, None, x, p) if p else x
@@ -101,11 +86,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
 def add_dropped(residual: Tensor, x: Tensor, p: float) -> Tensor:
     """``residual + dropout(x)``."""
     return apply(_AddDropped, residual, x, p) if p else residual + x
-
-
-def gated(a: Tensor, b: Tensor, p: float) -> Tensor:
-    """``dropout(a * b)``."""
-    return apply(_Gated, a, b, p) if p else a * b
 
 
 class _RMSNorm(Function):

@@ -17,7 +17,7 @@ from lit_distill.batch import TaskInputs, sources_of, sum_rows, targets_of
 from lit_distill.students.fast.attention import CrossAttention, PrefixAttention, SelfAttention
 from lit_distill.students.fast.casts import Casts, project
 from lit_distill.students.fast.dropping import Dropping, drop
-from lit_distill.students.fast.functions import add_dropped, dropout, gated, log_probabilities, rms_norm
+from lit_distill.students.fast.functions import add_dropped, dropout, log_probabilities, rms_norm
 from lit_distill.students.fast.packing import Packing
 from lit_distill.students.fast.support import has_hooks
 
@@ -46,12 +46,10 @@ def norm(module: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def feed_forward(module: Any, x: Tensor, casts: Casts | None = None) -> Tensor:
     """The feed-forward network, gated or not, ``(tokens, d_model)``."""
-    rate = _rate(module.dropout)
-    if hasattr(module, "wi_1"):
-        a, b = project((module.wi_0, module.wi_1), x, casts)
-        inner = gated(activate(module.act, a), b, rate)
-    else:
-        inner = dropout(activate(module.act, *project((module.wi,), x, casts)), rate)
+    layers = (module.wi_0, module.wi_1) if hasattr(module, "wi_1") else (module.wi,)
+    inner, *gate = project(layers, x, casts)
+    inner = activate(module.act, inner)
+    inner = dropout(inner * gate[0] if gate else inner, _rate(module.dropout))
     wanted = module.wo.weight.dtype
     if inner.dtype != wanted and wanted.is_floating_point and not torch.is_autocast_enabled(inner.device.type):
         # transformers keeps this one matrix in float32 where it loads the others in bfloat16

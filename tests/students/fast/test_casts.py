@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_distill.batch import TaskInputs
 from lit_distill.students.fast.casts import Casts, project
-from lit_distill.students.fast.functions import add_dropped, dropout, dropout_mask, gated, masked, rms_norm
+from lit_distill.students.fast.functions import add_dropped, dropout, dropout_mask, masked, rms_norm
 from tests.students.fast.examples import (
     TASKS,
     VARIANTS,
@@ -229,11 +229,10 @@ def test_both_masks_of_a_seed_drop_the_same(p: float) -> None:
 @pytest.mark.parametrize("residual_dtype", [torch.float32, NARROW])
 def test_functions_in_16_bits(residual_dtype: torch.dtype) -> None:
     """With the masks of float32, whose functions are tested by themselves."""
-    a, b = (torch.randn(40, 24).to(NARROW) for _ in range(2))
+    a = torch.randn(40, 24).to(NARROW)
     residual, weight = torch.randn(40, 24).to(residual_dtype), torch.randn(24)
     cases: list[tuple[Any, tuple[Tensor, ...]]] = [
         (lambda a: dropout(a, 0.3), (a,)),
-        (lambda a, b: gated(a, b, 0.3), (a, b)),
         (lambda residual, a: add_dropped(residual, a, 0.3), (residual, a)),
         (lambda a, weight: rms_norm(a, weight, 1e-6, NARROW), (a, weight)),
     ]

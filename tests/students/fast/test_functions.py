@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lit_distill.students.fast.functions import add_dropped, dropout, dropout_mask, gated, rms_norm
+from lit_distill.students.fast.functions import add_dropped, dropout, dropout_mask, rms_norm
 
 LANES = 65536
 
@@ -116,18 +116,12 @@ def test_dropout_and_its_gradient_use_one_mask() -> None:
     torch.testing.assert_close(grad, weights * scale)
 
 
-@pytest.mark.parametrize(
-    ("function", "plainly"),
-    [(add_dropped, lambda a, b, mask: a + b * mask), (gated, lambda a, b, mask: a * b * mask)],
-)
-def test_dropped_sums_and_products_are_the_plain_expressions(
-    function: Callable[..., Tensor], plainly: Callable[..., Tensor]
-) -> None:
+def test_a_dropped_sum_is_the_plain_expression() -> None:
     a, b = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
     weights = torch.randn(SHAPE)
     torch.manual_seed(4)
-    out = function(a, b, P)
-    plain = plainly(a, b, mask_of(SHAPE, P, 4))
+    out = add_dropped(a, b, P)
+    plain = a + b * mask_of(SHAPE, P, 4)
     torch.testing.assert_close(out, plain)
     found = torch.autograd.grad(out, (a, b), weights)
     torch.testing.assert_close(found, torch.autograd.grad(plain, (a, b), weights))
@@ -137,7 +131,7 @@ def test_backward_leaves_the_incoming_gradient_alone() -> None:
     a, b = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
     weights = torch.randn(SHAPE)
     before = weights.clone()
-    for out in (gated(a, b, P), add_dropped(a, b, P), dropout(a, P), rms_norm(a, torch.ones(9), 1e-6)):
+    for out in (add_dropped(a, b, P), dropout(a, P), rms_norm(a, torch.ones(9), 1e-6)):
         out.backward(weights)
         assert torch.equal(weights, before)
 
@@ -146,8 +140,7 @@ def test_backward_leaves_the_incoming_gradient_alone() -> None:
 def test_dropout_in_bfloat16_keeps_the_mean(p: float) -> None:
     # to half of bfloat16's spacing: the factor is rounded, as PyTorch's own dropout does on the CPU
     x = torch.rand(400_000).add(1).bfloat16()
-    ones = torch.ones_like(x)
-    for out in (dropout(x, p), gated(x, ones, p), add_dropped(torch.zeros_like(x), x, p)):
+    for out in (dropout(x, p), add_dropped(torch.zeros_like(x), x, p)):
         kept_part = out != 0
         found = out[kept_part].double().mean() / x[kept_part].double().mean()
         assert float(found) == pytest.approx(LANES / (LANES - round(p * LANES)), rel=2**-8)
@@ -158,16 +151,14 @@ def test_without_dropout_nothing_is_drawn() -> None:
     state = torch.get_rng_state()
     assert torch.equal(dropout(a, 0.0), a)
     assert torch.equal(add_dropped(a, b, 0.0), a + b)
-    assert torch.equal(gated(a, b, 0.0), a * b)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["dropout", "add_dropped", "gated"])
+@pytest.mark.parametrize("name", ["dropout", "add_dropped"])
 def test_numerical_gradients(name: str) -> None:
     functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "dropout": lambda a, b: dropout(a, P) + 0 * b,
         "add_dropped": lambda a, b: add_dropped(a, b, P),
-        "gated": lambda a, b: gated(a, b, P),
     }
 
     def seeded(a: Tensor, b: Tensor) -> Tensor:
