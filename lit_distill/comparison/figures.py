@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator
 from lit_distill.comparison import names
 from lit_distill.comparison.comparing import TOKENS, TRAIN_TOKENS, VOTE_TOKENS, Comparison
 from lit_distill.comparison.runs import ACCURACY, VOTE
+from lit_distill.comparison.settings import as_text
 from lit_distill.sheet import GREY, Sheet, looks, own_style, show_metric
 
 # the same in every report
@@ -65,10 +66,14 @@ def _plots(settings: pd.DataFrame, metric: str) -> Iterator[Plot]:
             all_sizes, part = _most_rows(several)
             yield _lines(all_sizes, "parameters", metric, f"{family}, {part}", f"{family}-student_size")
     for student, own in settings.groupby("student"):
-        several = own[own.duplicated("train_fraction", keep=False)]
-        if len(several):
-            variants, part = _most_rows(several)
-            yield _variants(variants, metric, f"{student} · {part}", f"{student}-methods")
+        in_lines = own.name.duplicated(keep=False)
+        several = [part for _, part in own.groupby(["train_rows", "train_fraction"]) if len(part) > 1]
+        for part in several:
+            # of fewer rows only what the figure of rows leaves out
+            if part is several[-1] or not in_lines[part.index].all():
+                share = part.train_fraction.iloc[0]
+                file = f"{student}-methods" + (f"-{as_text(share)}" if share != 1 else "")
+                yield _variants(part, metric, f"{student} · {names.training_rows(share)}", file)
     for student, own in settings.groupby("student"):
         largest, part = _most_rows(own)
         generated = VOTE_TOKENS if metric == VOTE else TOKENS

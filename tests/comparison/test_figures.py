@@ -195,6 +195,19 @@ def test_there_is_a_figure_for_each_question_that_runs_answer(drawn: Drawn) -> N
     assert of_loss[0].sheet.figure.axes[0].get_ylabel() == "test loss"
 
 
+def test_a_setting_of_fewer_rows_alone_is_in_a_figure_of_them(tmp_path: Path) -> None:
+    for fraction in (500, 1000, 2000):
+        for method in ("Standard", "StepByStep"):
+            write_run(tmp_path / f"{method}{fraction}", method=method, train_fraction=fraction)
+    write_run(tmp_path / "control", method="StepByStep", train_fraction=1000, rationales="shuffled")
+    plots = {plot.name.removeprefix("cqa-gold-t5-v1_1-base-"): plot for plot in plots_of(tmp_path)}
+    # all settings of 500 rows are in the figure of rows
+    assert list(plots) == ["training_rows", "methods-1000", "methods-2000"]
+    rows = plots["methods-1000"].sheet.axes.get_yticklabels()
+    assert {row.get_text() for row in rows} >= {"step-by-step, shuffled rationales", "standard finetuning"}
+    assert "1,000 training rows" in plots["methods-1000"].title
+
+
 def test_costs_have_a_figure_each_and_votes_a_point_each(drawn: Drawn) -> None:
     comparison, plots = drawn(costs)
     names = [plot.name.removeprefix("cqa-gold-t5-v1_1-base-") for plot in plots]
