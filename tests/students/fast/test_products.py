@@ -1,6 +1,7 @@
 """Matrix products by either library, against the same in float64."""
 
-import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,28 +100,42 @@ def test_a_student_by_both_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(slope, others[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+ZEN_5 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n"
+
+
+@pytest.fixture
+def on_zen_5(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The file that tells the processor."""
+    info = tmp_path / "cpuinfo"
+    info.write_text(ZEN_5)
+    monkeypatch.setattr(products, "CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    onednn_is_faster.cache_clear()
+    yield info
+    onednn_is_faster.cache_clear()
+
+
 @NEEDS_ONEDNN
-@pytest.mark.parametrize("slow", ["blas", "onednn"])
-def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
-    def slowed(function: Any) -> Any:
-        def run(*arguments: Tensor) -> Any:
-            time.sleep(0.05)
-            return function(*arguments)
-
-        return run
-
-    if slow == "onednn":
-        monkeypatch.setattr(products, "_onednn", slowed(products._onednn))
-    else:
-        monkeypatch.setattr(nn.functional, "linear", slowed(nn.functional.linear))
-    onednn_is_faster.cache_clear()
-    assert onednn_is_faster() == (slow == "blas")
-    onednn_is_faster.cache_clear()
+def test_onednn_is_taken_on_zen_5(on_zen_5: Path) -> None:
+    assert onednn_is_faster()
 
 
-def test_without_onednn_there_is_no_choice(monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    onednn_is_faster.cache_clear()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("26", "25"), ("AuthenticAMD", "GenuineIntel"), ("cpu family", "CPU part")],
+    ids=["zen 4", "intel", "arm"],
+)
+def test_other_processors_keep_the_blas(on_zen_5: Path, old: str, new: str) -> None:
+    on_zen_5.write_text(ZEN_5.replace(old, new))
     assert not onednn_is_faster()
-    assert not seen
-    onednn_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize("lacks", ["onednn", "avx512", "file"])
+def test_where_there_is_no_choice(on_zen_5: Path, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    if lacks == "onednn":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif lacks == "avx512":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    else:
+        on_zen_5.unlink()
+    assert not onednn_is_faster()
