@@ -12,15 +12,13 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from jsonargparse import Namespace
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_distill import __version__
 from lit_distill.checks import check_int, check_range
 from lit_distill.commands.annotate import show
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import parse_settings
+from lit_distill.commands.settings import fabric_of, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
@@ -64,7 +62,8 @@ def capture(args: list[str]) -> None:
     parser.add_options(_OPTIONS)
     config = parse_settings(parser, args)
     _check(config)
-    fabric = _fabric(config)
+    alone = config["ray"] or config["dry_run"]
+    fabric = fabric_of(config, **{name: 1 if alone else config["trainer"][name] for name in ("devices", "num_nodes")})
     data = build_data(config)
     # before data is read and a folder is made
     header = _header(config, data)
@@ -116,18 +115,6 @@ def _check(config: Namespace) -> None:
         raise UserError("head: 0 and draws: 0 store nothing; give one of them")
     if not config["splits"]:
         raise UserError("splits: must name train or val, or both")
-
-
-def _fabric(config: Namespace) -> Fabric:
-    """The processes that share the work, on the trainer's devices."""
-    trainer = config["trainer"]
-    one = {"devices": 1, "num_nodes": 1} if config["ray"] or config["dry_run"] else {}
-    try:
-        fabric = Fabric(**({name: trainer[name] for name in ("accelerator", "devices", "num_nodes")} | one))
-        fabric.launch()
-    except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"trainer: {error}") from error
-    return fabric
 
 
 def _header(config: Namespace, data: RationaleDataModule) -> Header:

@@ -87,7 +87,7 @@ def rounds(args: list[str]) -> None:
     board: Board = {cell: cell.state for cell in cells}
     for number, cell in enumerate(cells):
         if board[cell] is not State.DONE:
-            run(cell, board)
+            run_all([cell], Local(), board)
         if number + 1 < len(cells):
             path = answer_rows(cell, base, own, (data, asked))
             write, name = (write_labels, FILE) if own["by"] == "self_training" else (write_weights, WEIGHTS)
@@ -126,21 +126,18 @@ def _check(config: Namespace) -> None:
         raise UserError("rounds: needs whole students: model.adapter.export: merged")
 
 
-def run(cell: Cell, board: Board) -> None:
-    """Run a round. Ends with code 130 after Ctrl-C; raises a ``UserError`` if it failed."""
-    cell.lay_out(retry_failed=True)
-    alone: Board = {cell: cell.state}
-    run_cells(alone, Local(), lambda changed, one: show_event(board | changed, one))
-    board |= alone
-    check_done(alone)
-
-
-def check_done(board: Board, *, ended: bool = True) -> None:
-    """End with code 130 if cells were stopped, or not ``ended`` of themselves; a ``UserError`` if one failed."""
-    for cell, state in board.items():
+def run_all(cells: Sequence[Cell], launcher: Local, board: Board) -> None:
+    """Run cells of a board. Ends with code 130 after Ctrl-C; raises a ``UserError`` if one failed."""
+    for cell in cells:
+        if board[cell] is not State.DONE:
+            cell.lay_out(retry_failed=True)
+    own: Board = {cell: cell.state for cell in cells}
+    ended = run_cells(own, launcher, lambda changed, one: show_event(board | changed, one))
+    board |= own
+    for cell, state in own.items():
         if state is State.FAILED:
             raise UserError(f"{cell.name}: {cell.failure}")
-    if not ended or any(state is not State.DONE for state in board.values()):
+    if not ended or any(state is not State.DONE for state in own.values()):
         print("To go on, run the same command.", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
 

@@ -20,15 +20,13 @@ from lit_distill.checks import check_fraction, check_int, check_range
 from lit_distill.commands.compare import compare
 from lit_distill.commands.experiment import accepted_arguments, check_teachers, local_launcher, with_location
 from lit_distill.commands.parser import Option, Parser
-from lit_distill.commands.rounds import check_done
-from lit_distill.commands.settings import one_device, parse_settings, settle
+from lit_distill.commands.rounds import run_all
+from lit_distill.commands.settings import fabric_of, parse_settings, settle
 from lit_distill.commands.train import build, train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
-from lit_distill.experiments.cells import Cell, State
+from lit_distill.experiments.cells import Cell
 from lit_distill.experiments.grid import differences, merge
-from lit_distill.experiments.launch import Board, run_cells
-from lit_distill.experiments.report import show_event
 from lit_distill.files import atomic_folder, write_text
 from lit_distill.interrupts import interruptible
 from lit_distill.progress import ticker
@@ -100,7 +98,9 @@ def search(args: list[str]) -> None:
             folder = out / "students" / one["name"]
             _write_student(folder, whole, one["shape"])
             cells[one["name"]] = cell_of(base, out / "fits" / one["name"], folder)
-    _run(cells, own["jobs"])
+    for cell in cells.values():
+        cell.check_folder()
+    run_all(list(cells.values()), local_launcher(own["jobs"]), {cell: cell.state for cell in cells.values()})
     accuracy = {name: read_record(cell.folder).metrics["test/accuracy"] for name, cell in cells.items()}
     rows = [
         one | {"best": one["name"] in best, "drawn": one["name"] in drawn, "accuracy": accuracy.get(one["name"])}
@@ -168,7 +168,7 @@ def _read(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None
 
 def _rank(parser: Parser, config: Namespace, space: Space) -> list[dict[str, Any]]:
     """Draw students of the budget, and score each by all rankings."""
-    fabric = one_device(config, config["trainer"]["precision"] or "32-true")
+    fabric = fabric_of(config, devices=1, precision=config["trainer"]["precision"] or "32-true")
     seed = config["search_seed"]
     # the super-student's weights and dropout
     fabric.seed_everything(seed, verbose=False)
@@ -282,18 +282,6 @@ def cell_of(base: Mapping[str, Any], folder: Path, student: Path) -> Cell:
     """The run of ``fit`` that trains a student."""
     config = merge(base, {"model": {"init_args": {"student": str(student)}}}, accepted_arguments)
     return Cell(folder.name, folder, with_location(config | {"baseline_after_fit": False}, folder))
-
-
-def _run(cells: Mapping[str, Cell], jobs: int) -> None:
-    """Fit all students. Ends with code 130 after Ctrl-C; raises a ``UserError`` if one failed."""
-    for cell in cells.values():
-        cell.check_folder()
-    for cell in cells.values():
-        if cell.state is not State.DONE:
-            cell.lay_out(retry_failed=True)
-    board: Board = {cell: cell.state for cell in cells.values()}
-    ended = run_cells(board, local_launcher(jobs), show_event)
-    check_done(board, ended=ended)
 
 
 def render(found: Mapping[str, Any]) -> None:

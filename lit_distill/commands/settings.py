@@ -128,9 +128,11 @@ def linked(model: Namespace) -> dict[str, Any]:
     return {"tokenizer": settings.get("student"), "tasks": linked_tasks(model["class_path"], settings)}
 
 
-def one_device(config: Namespace, precision: Any = "32-true") -> Fabric:
-    """The first of the trainer's devices. Raises a ``UserError`` if it is not there."""
+def fabric_of(config: Namespace, **settings: Any) -> Fabric:
+    """The trainer's devices. Raises a ``UserError`` if they are not there."""
     try:
-        return Fabric(accelerator=config["trainer"]["accelerator"], devices=1, precision=precision)
+        fabric = Fabric(accelerator=config["trainer"]["accelerator"], **settings)
+        fabric.launch()
     except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
+    return fabric

@@ -14,7 +14,7 @@ from lit_distill.batch import TaskBatch, TaskInputs, target_tokens
 from lit_distill.checks import check_file, check_int, check_new_folder
 from lit_distill.commands.inspect import build_data
 from lit_distill.commands.parser import Option
-from lit_distill.commands.settings import one_device, parse_settings
+from lit_distill.commands.settings import fabric_of, parse_settings
 from lit_distill.commands.train import train_parser
 from lit_distill.data import RationaleDataModule
 from lit_distill.errors import UserError
@@ -63,7 +63,7 @@ def shrink(args: list[str]) -> None:
     rows = _Rows(config) if config.get("data") is not None else None
     files = StudentFiles(config["from"])
     dtype: Any = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
-    corpora, device = _corpora(config, rows), one_device(config).device
+    corpora, device = _corpora(config, rows), fabric_of(config, devices=1).device
     # all is checked before gigabytes of weights are read
     shapes = load(config["from"], fast=False, meta=True)
     layers = _layers(config, shapes)

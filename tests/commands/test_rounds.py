@@ -16,7 +16,7 @@ from lit_distill.commands.rounds import cell_of, sureness, together, write_label
 from lit_distill.data import ToyDataModule
 from lit_distill.errors import UserError
 from lit_distill.experiments.cells import Cell, State
-from lit_distill.experiments.launch import Board
+from lit_distill.experiments.launch import Board, Local
 from tests.runs import read_lines, refusal, run, small_model, small_trainer, toy_data, write_lines
 
 BASE: dict[str, Any] = {
@@ -203,5 +203,5 @@ def test_what_is_refused(
 def test_a_round_that_fails_is_told(tmp_path: Path) -> None:
     cell = Cell("round-0", tmp_path / "round-0", {}, (sys.executable, "-c", "raise SystemExit('no room')"))
     with pytest.raises(UserError, match=r"^round-0: exit code 1: no room$"):
-        rounds.run(cell, {cell: cell.state})
+        rounds.run_all([cell], Local(), {cell: cell.state})
     assert cell.state is State.FAILED

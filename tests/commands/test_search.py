@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
-from lit_distill.commands import search
+from lit_distill.commands import rounds, search
 from lit_distill.commands.search import choose, correlations
 from lit_distill.data import ToyDataModule
 from lit_distill.experiments.cells import State
@@ -45,7 +45,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             board[cell] = State.DONE
         return True
 
-    monkeypatch.setattr(search, "run_cells", run_cells)
+    monkeypatch.setattr(rounds, "run_cells", run_cells)
     return trained
 
 
