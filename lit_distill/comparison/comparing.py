@@ -231,7 +231,8 @@ def _lost(
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sort key: dataset, labels, student size, training rows, then standard finetuning first; numbers by their size."""
     first = [row[name] for name in ("dataset", "label_source", "parameters", "student", "train_rows")]
-    numbers = [float(word) for word in row["name"].split() if re.fullmatch(r"\d+(\.\d+)?", word)]
+    words = re.sub(r"(?<=\d),(?=\d)", "", row["name"]).split()
+    numbers = [float(word) for word in words if re.fullmatch(r"\d+(\.\d+)?", word)]
     return (*first, row["method"] != "Standard", row["method"], numbers, row["name"])
 
 

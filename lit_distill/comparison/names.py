@@ -79,7 +79,10 @@ def short_keys(names: Iterable[str], separator: str = ".") -> dict[str, str]:
 
 
 def short_values(values: Iterable[str]) -> dict[str, str]:
-    """Config values as short as they stay different: empty if unset, classes by name, paths by their last part."""
+    """Config values as short as they stay different: empty if unset, classes by name, paths by their last part.
+
+    Whole numbers from 10,000 have separators of thousands.
+    """
     found = {value: value for value in values}
     classes = _class_names(found)
     for shorten in (_without_syntax, _value_name):
@@ -120,6 +123,8 @@ def _without_syntax(value: str) -> str:
 def _value_name(value: str) -> str:
     if value in ("null", "none", "false"):
         return ""
+    if re.fullmatch(r"[1-9]\d{4,}", value):
+        return f"{int(value):,}"
     if classes := re.findall(r'"class_path": "(?:\w+\.)*(\w+)"', value):
         value = ", ".join(classes)
     elif not value.startswith(("[", "{")):

@@ -188,8 +188,9 @@ def test_tasks_are_named_once_and_their_differences_in_full(tmp_path: Path) -> N
 
 
 def test_values_are_as_short_as_they_stay_different() -> None:
-    assert names.short_values(["x" * 90, "annotations/mine/", "[1, 2]", "null"]) == {
+    assert names.short_values(["x" * 90, "annotations/mine/", "[1, 2]", "null", "1000", "2419686"]) == {
         "x" * 90: f"{'x' * 37}...", "annotations/mine/": "mine", "[1, 2]": "[1, 2]", "null": "",
+        "1000": "1000", "2419686": "2,419,686",
     }  # fmt: skip
     for alike in (["a/mine", "b/mine"], ["null", "none"], ["x" * 90 + "1", "x" * 90 + "2"]):
         assert names.short_values(["c/other", *alike]) == {"c/other": "other"} | {value: value for value in alike}
