@@ -27,7 +27,7 @@ def method(name: str, label_source: str = "gold") -> str:
     """A method in words; standard finetuning on teacher labels is standard distillation."""
     if name == "Standard" and label_source == "teacher":
         return "standard distillation"
-    return _METHODS.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name))
+    return _METHODS.get(name, name if "." in name else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name))
 
 
 def metric(name: str) -> str:

@@ -31,6 +31,9 @@ ACCURACY, VOTE = "test/accuracy", "test/vote_accuracy"
 NOT_TESTED = "not tested"
 """The `Run.test` of a run that was only validated."""
 
+OURS = "lit_distill"
+"""The `Run.module_path` of all modules of this package, whose places in it have changed."""
+
 _UNFINISHED = {
     "failed.txt": "failed",
     "config.yaml": "the run has not ended",
@@ -81,6 +84,12 @@ class Run:
         """The student as in the config, else its own name."""
         path = flatten(self.record.config).get("model.init_args.student")
         return os.path.normpath(path) if isinstance(path, str) and path else self.record.student
+
+    @property
+    def module_path(self) -> str:
+        """The import path of its module's class without ``Module``, if it is the user's own."""
+        path = str(flatten(self.record.config).get("model.class_path", ""))
+        return path.removesuffix("Module") if "." in path and not path.startswith(f"{OURS}.") else OURS
 
 
 def find_runs(sources: Sequence[str | Path]) -> tuple[list[Run], dict[str, str]]:

@@ -6,7 +6,7 @@ from itertools import combinations
 import pandas as pd  # type: ignore[import-untyped]
 
 from lit_distill.comparison import names
-from lit_distill.comparison.runs import NOT_TESTED, Run
+from lit_distill.comparison.runs import NOT_TESTED, OURS, Run
 from lit_distill.comparison.settings import FRACTION, LABELS, PAIRING, STUDENT, VARIANT, as_text, config_text
 
 IDENTITY = ["dataset", "label_source", "student", "parameters", "train_fraction", "method", "rationales"]
@@ -29,6 +29,7 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
     table = pd.DataFrame([{name: getattr(run.record, name) for name in IDENTITY} for run in runs], dtype=object)
     table["run"] = runs
     table["path"] = [run.student_path for run in runs]
+    table["module"] = [run.module_path for run in runs]
     table["test"] = [run.test for run in runs]
     # W&B does not know the size of a student
     sizes = table.groupby("path").parameters.transform("max")
@@ -36,6 +37,10 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
     for _, same_name in table.groupby("student"):
         if same_name.path.nunique() > 1:
             table.loc[same_name.index, "student"] = same_name.path.map(names.short_keys(set(same_name.path), "/"))
+    for _, same_name in table.groupby("method"):
+        if same_name.module.nunique() > 1:
+            own = same_name[same_name.module != OURS]
+            table.loc[own.index, "method"] = own.module.map(names.short_keys(set(same_name.module)))
     parts, keys, remarks = [], set(), {}
     for dataset, own in table.groupby("dataset"):
         differing = _differing(own)
@@ -50,7 +55,7 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
         ]
         parts.append(pd.concat([own.assign(name=in_words, given=given, usual=usual), differing], axis=1))
         keys |= set(differing)
-    return pd.concat(parts).drop(columns=["path", "test"]), sorted(keys), remarks
+    return pd.concat(parts).drop(columns=["path", "module", "test"]), sorted(keys), remarks
 
 
 def _differing(table: pd.DataFrame) -> pd.DataFrame:

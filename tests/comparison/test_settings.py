@@ -85,6 +85,17 @@ def test_what_methods_share_is_compared_and_what_one_has_alone_is_not(tmp_path: 
     ]
 
 
+def test_classes_of_one_name_are_two_methods(tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, {"method": "StepByStep"}, *[{"method": "StepByStep", "seed": seed} for seed in (0, 0, 1)])
+    for run, module in zip(runs[1:], ("first.losses", "second.losses", "second.losses"), strict=True):
+        model = run.record.config["model"] | {"class_path": f"{module}.StepByStepModule"}
+        edit(Path(run.source), config=run.record.config | {"model": model})
+    found, _ = find_runs([tmp_path])
+    assert names_of(found) == ["step-by-step", "first.losses.StepByStep", *["second.losses.StepByStep"] * 2]
+    # one alone has its own name
+    assert names_of(found[2:]) == ["step-by-step"] * 2
+
+
 def test_any_other_key_makes_a_setting_of_its_own(tmp_path: Path) -> None:
     stopping = [{"class_path": "lightning.EarlyStopping", "init_args": {"patience": 3}}]
     runs = runs_of(
