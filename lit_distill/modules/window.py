@@ -66,7 +66,8 @@ class WindowLoader(CombinedLoader):
         self._size, self._count, self._resumed = size, count, resumed
         self._items: Iterator[tuple[Any, Window]]
         self._handed_out: deque[Window] = deque()
-        self._before: Position | None = None  # the step that was read last
+        # where the step that is trained on begins, and each that was read after it
+        self._positions: deque[Position] = deque()
 
     def __iter__(self) -> Self:
         (position, states), self._resumed = self._resumed, (0, [])
@@ -77,7 +78,7 @@ class WindowLoader(CombinedLoader):
             # stateless loaders: skip what was consumed
             for _ in range(position):
                 next(self._iterator)  # type: ignore[arg-type]
-        self._before = None
+        self._positions.clear()
         self._handed_out.clear()
         self._items = self._read(position)
         return self
@@ -89,18 +90,20 @@ class WindowLoader(CombinedLoader):
 
     def next_window(self) -> Window:
         """The window of the next micro-batch to train on (Lightning may have fetched further)."""
-        return self._handed_out.popleft()
+        window = self._handed_out.popleft()
+        while self._positions[0][0] < window.start:
+            self._positions.popleft()
+        return window
 
     def states_at(self, boundary: int) -> list[dict[str, Any]]:
         """The loader's states after ``boundary`` micro-batches of the epoch, the last complete step."""
-        if self._before is not None and boundary <= self._before[0]:
-            return self._before[1]
-        return super()._state_dicts()
+        known = (states for position, states in self._positions if position >= boundary)
+        return next(known, None) or super()._state_dicts()
 
     def _read(self, position: int) -> Iterator[tuple[Any, Window]]:
         """Each micro-batch from a position on, with its window, which is read at once."""
         while True:
-            self._before = (position, super()._state_dicts())
+            self._positions.append((position, super()._state_dicts()))
             size = self._size()
             # without one, a stream
             if self._iterator is not None and (length := sized_len(self)) is not None:

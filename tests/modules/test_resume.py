@@ -1,6 +1,6 @@
 """A run that is stopped and resumed ends as one that was not: the same weights and optimizer state, bit by bit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,29 @@ class Shuffled(RowsData):
             persistent_workers=self.loader.get("num_workers", 0) > 0,
             **self.loader,
         )
+
+
+class Endless(Shuffled):
+    """Without a length, as a stream: Lightning reads a micro-batch ahead."""
+
+    def train_dataloader(self) -> Any:
+        return Repeated(list(super().train_dataloader()))
+
+
+class Repeated:
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches, self.read = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.read += 1
+            yield self.batches[(self.read - 1) % len(self.batches)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.read = state["read"]
 
 
 class Stopped(Exception):
@@ -213,6 +236,20 @@ def test_resumed_with_a_plain_loader(student_folder: Path, tmp_path: Path, count
     with pytest.raises(Stopped):
         run(student_folder, [StopAt("on_train_batch_end", count, path)], data=RowsData)
     assert identical(end_state(*run(student_folder, resume=path, seed=99, data=RowsData)), whole)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_with_a_loader_without_a_length(
+    student_folder: Path, tmp_path: Path, accumulate: int, hook: str
+) -> None:
+    path = tmp_path / "stopped.ckpt"
+    settings = {"data": Endless, "max_epochs": -1, "max_steps": 6, "accumulate_grad_batches": accumulate}
+    settings["val_check_interval"] = 4
+    whole = end_state(*run(student_folder, **settings))
+    with pytest.raises(Stopped):
+        run(student_folder, [StopAt(hook, 3, path)], **settings)
+    assert identical(end_state(*run(student_folder, resume=path, seed=99, **settings)), whole)
 
 
 @pytest.mark.parametrize("without", ["random states", "position"])
