@@ -9,6 +9,7 @@ import codecs
 import glob
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,8 @@ def _matching(place: str) -> Sequence[AnyPath]:
     if isinstance(path, Path):
         # a name may hold brackets
         names = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))
-        return [Path(name).absolute() for name in names]
+        # one file has one name, and a link another
+        return [Path(os.path.abspath(name)) for name in names]
     if glob.has_magic(place):
         return path.matching()
     return [path] if path.exists() else []
@@ -284,6 +286,11 @@ def check_endless(trainer: Any) -> None:
     """Raise a ``UserError`` if a trainer needs to know the end of training rows that are streamed."""
     if trainer.max_steps == -1:
         raise UserError("max_steps: must be given with streaming, whose training rows have no end")
+    check_unlimited(trainer)
+
+
+def check_unlimited(trainer: Any) -> None:
+    """Raise a ``UserError`` if a trainer limits the batches of an epoch, which a stream does not have."""
     if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
         raise UserError("limit_train_batches: not with streaming, which knows no epochs; give max_steps")
 

@@ -244,8 +244,8 @@ def test_resumed_with_a_loader_without_a_length(
     student_folder: Path, tmp_path: Path, accumulate: int, hook: str
 ) -> None:
     path = tmp_path / "stopped.ckpt"
-    settings = {"data": Endless, "max_epochs": -1, "max_steps": 6, "accumulate_grad_batches": accumulate}
-    settings["val_check_interval"] = 4
+    settings: dict[str, Any] = {"data": Endless, "max_epochs": -1, "max_steps": 6, "val_check_interval": 4}
+    settings["accumulate_grad_batches"] = accumulate
     whole = end_state(*run(student_folder, **settings))
     with pytest.raises(Stopped):
         run(student_folder, [StopAt(hook, 3, path)], **settings)

@@ -19,7 +19,7 @@ from lit_distill.data.batches import EpochSampler
 from lit_distill.data.corpus.corruption import Array, corrupt, corrupted_lengths, noise_mask, raw_length, sentinel_ids
 from lit_distill.data.corpus.documents import FORMATS, HELD_OUT, Sorting, rows_of, tested_lines
 from lit_distill.data.corpus.mixture import DocumentStream, Packing, Source
-from lit_distill.data.streaming import StreamLoader, check_endless, find_shards
+from lit_distill.data.streaming import StreamLoader, check_endless, check_unlimited, find_shards
 from lit_distill.data.student import StudentDataModule, Tokenizer
 from lit_distill.data.tokenize import TokenRow
 from lit_distill.errors import UserError
@@ -53,7 +53,7 @@ class CorpusDataModule(StudentDataModule):
         column: the text's column, in JSON objects and in Parquet.
         val_documents: number of documents of validation, the first ones.
         test_sets: files, as those of ``train``, whose lines no document may have; of JSON objects all texts count.
-            Lines, and a document's sentences, are compared by their words; lines of fewer than five are left out.
+            Lines, and parts of a document's, are compared by their words; lines of fewer than five are left out.
         overlap: ``refuse`` a corpus with such a document, before training if its files are local, or ``drop`` them.
         shuffle_buffer: number of documents whose sequences a loader process shuffles at a time; fewer where a pass over
             a single source ends.
@@ -90,7 +90,7 @@ class CorpusDataModule(StudentDataModule):
         self._patterns = _sources(train)
         self._val = [] if val is None else _paths("val", val)
         self._test_sets = [] if test_sets is None else _paths("test_sets", test_sets)
-        self.max_length = checks.check_int("max_length", max_length, 4)
+        self.max_length = checks.check_int("max_length", max_length, 4, 2**20)
         checks.check_range("noise_density", noise_density, above=0, at_most=0.5)
         checks.check_range("mean_span_length", mean_span_length, at_least=1)
         self._rates = float(noise_density), float(mean_span_length)
@@ -181,6 +181,8 @@ class CorpusDataModule(StudentDataModule):
             self._fault = self.trainer.strategy.broadcast(self._fault)
         if self._fault is not None:
             raise UserError(self._fault)
+        if self.trainer is not None and stage == "fit":
+            check_unlimited(self.trainer)
         if self._val_rows is None:
             # whose errors come at once
             packing = self.packing
@@ -312,7 +314,9 @@ def _sources(given: Any) -> dict[str, tuple[list[str], float]]:
     for name, settings in given.items():
         if not isinstance(settings, Mapping) or not {"paths"} <= settings.keys() <= {"paths", "weight"}:
             raise UserError(f"train: {name} must map paths and weight to values, got {settings!r:.200}")
-        checks.check_range(f"train: {name}: weight", weight := settings.get("weight", 1.0), above=0)
+        if (weight := settings.get("weight", 1.0)) is None:
+            raise UserError(f"train: {name}: weight must be a number above 0, got none")
+        checks.check_range(f"train: {name}: weight", weight, above=0, at_most=1e9)
         found[str(name)] = _paths(f"train: {name}: paths", settings["paths"]), float(weight)
     if not found:
         raise UserError("train: a mixture must name sources, got none")

@@ -22,7 +22,8 @@ HELD_OUT = 100
 WORDS = 5
 """The fewest words of a line that tell that a document and a test set have it in common."""
 
-_ENDS = re.compile("[.!?:]")
+# punctuation outside words, and what comes before a label such as ``Hypothesis:``
+_ENDS = re.compile(r"[^\w\s'\u2019-]|\t|\s-+\s|\s(?=\w+:)")
 
 Kind = Literal["documents", "blank", "held_out", "overlapping"]
 
@@ -136,10 +137,10 @@ class Sorting:
                 yield text, "documents"
 
     def _common(self, text: str) -> str | None:
-        """A line of a test set that a text has: a line of it, or whole sentences of one, parted at colons too."""
+        """A line of a test set that a text has: a line of it, or parts of one that follow each other."""
         for line in text.splitlines():
             words: list[str] = []
-            ends = {0: None}  # of sentences, in order
+            ends = {0: None}  # of parts, in order
             for part in _ENDS.split(line):
                 words += normal(part).split()
                 ends[len(words)] = None

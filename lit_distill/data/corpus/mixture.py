@@ -1,10 +1,11 @@
 """Documents of several sources, as a stream of packed sequences."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ from lit_distill.remote import AnyPath
 from lit_distill.students import Tokens
 
 TOGETHER = 1_000  # documents that are tokenised at once
+
+_RESERVED = re.compile(r"<extra_id_\d+>|<pad>")
+"""What a T5's tokenizer would take for a sentinel or padding."""
+
+Place = tuple[int, str, int]
+"""A document's source, file and row."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Packing:
         """The documents one after another, each with end-of-sequence, cut into sequences ``(length,)``.
 
         With each are the documents that it has tokens of. The last is shorter, and left out if it is a lone
-        end-of-sequence.
+        end-of-sequence. Sentinels and padding that stand in a text are left out.
         """
         rest, ends, done = np.empty(0, np.int32), [0], 0  # ends of documents, and of the sequences so far
 
@@ -52,7 +59,8 @@ class Packing:
             return sequence, slice(bisect_right(ends, start) - 1, bisect_left(ends, start + len(sequence)))
 
         for start in range(0, len(texts), TOGETHER):
-            ids = self.tokens.targets(texts[start : start + TOGETHER], 2**62).ids
+            plain = [_RESERVED.sub(" ", text) for text in texts[start : start + TOGETHER]]
+            ids = self.tokens.targets(plain, 2**62).ids
             flat = np.concatenate([rest, *(np.array(own, np.int32) for own in ids)])
             ends += (ends[-1] + np.cumsum([len(own) for own in ids])).tolist()
             whole = len(flat) // self.length * self.length
@@ -140,7 +148,7 @@ class DocumentStream(Stream):
         rows: list[TokenRow] = []
         own, barren = self.rank * len(self.states) + stream, 0
         while True:
-            texts, uncounted, found = self._block(cursors, block)
+            texts, places_of, uncounted, found = self._block(cursors, block)
             if not taken:
                 # one that is read again on resuming is counted
                 counts.update(found)
@@ -148,11 +156,11 @@ class DocumentStream(Stream):
             order = np.random.RandomState([self.seed, own, block]).permutation(len(sequences)).tolist()
             for number, position in enumerate(order):
                 sequence, documents = sequences[position]
-                new = int(uncounted[documents].sum())
-                uncounted[documents] = False
+                seen = uncounted & set(places_of[documents])
+                uncounted -= seen
                 if number < taken:
                     continue
-                counts["documents"] += new
+                counts["documents"] += len(seen)
                 rows.append(self.packing.row(sequence, len(rows), (self.seed, 1, own, block, number)))
                 if len(rows) == self.batch_size:
                     place = {"sources": places, "block": block, "taken": number + 1, "counts": dict(counts)}
@@ -163,24 +171,29 @@ class DocumentStream(Stream):
                 raise UserError(f"train: no text to train on in {EMPTY} blocks of documents ({dict(counts)})")
             block, taken, places = block + 1, 0, [list(cursor.place) for cursor in cursors]
 
-    def _block(self, cursors: Sequence[_Cursor], block: int) -> tuple[list[str], Array, Counter[str]]:
+    def _block(self, cursors: Sequence[_Cursor], block: int) -> tuple[list[str], list[Place], set[Place], Counter[str]]:
         """The texts to train on of a block, in the order of their sources, and what became of all others.
 
-        Between them, which of the texts are of a first pass, ``(texts,)``; the others are counted if they are.
+        Between them, where each text is from, and which of these places are read for the first time; the others are
+        counted if they are.
         """
         texts: list[str] = []
-        first: list[bool] = []
+        places: list[Place] = []
+        first: set[Place] = set()
         counts: Counter[str] = Counter()
         for cursor in cursors:
             share = cursor.source.share * self.buffer
             # so that shares are met in the long run
             count = int((block + 1) * share) - int(block * share)
-            for text, kind in self.sorting.sorted(cursor.take(count, within_pass=len(cursors) == 1)):
+            rows, same = tee(cursor.take(count, within_pass=len(cursors) == 1))
+            for (path, number, _), (text, kind) in zip(same, self.sorting.sorted(rows), strict=True):
                 # lazily: the cursor is at this row's pass
                 is_first = cursor.place[0] == 0
                 if kind == "documents":
                     texts.append(text)
-                    first.append(is_first)
+                    # a small source may be in a block several times, and a later copy read first
+                    places.append((cursor.number, str(path), number))
+                    first.update(places[-1:] if is_first else ())
                 else:
                     counts[kind] += is_first
-        return texts, np.array(first, bool), counts
+        return texts, places, first, counts

@@ -137,6 +137,25 @@ def test_each_document_is_read_whole_and_once_a_pass(corpus: str) -> None:
     assert len(found) == 7 * len(left)
 
 
+def test_a_document_of_a_small_source_is_counted_at_the_first_of_its_copies(corpus: str, tmp_path: Path) -> None:
+    mixture = {name: {"paths": corpus.replace("*", name)} for name in ("plain*", "p.*")}
+    val = str(write(tmp_path / "val.jsonl", ["the cat"]))
+    data = build(mixture, shuffle_buffer=400, batch_size=1, val=val)
+    loader, seen = data.train_dataloader(), set[str]()
+    for batch in islice(loader, 60):
+        for sequence in sequences(batch, data.tokens):
+            seen |= {*texts(sequence, data.tokens)}
+        assert loader.counts["documents"] == len(seen)
+    assert len(seen) > 100
+
+
+def test_a_sentinel_in_a_text_is_left_out(corpus: str) -> None:
+    data = build(corpus)
+    marked, plain = ["the <extra_id_0> cat is<extra_id_12> red <pad>"], ["the cat is red"]
+    [(found, _)], [(expected, _)] = data.packing.sequences(marked), data.packing.sequences(plain)
+    assert found.tolist() == expected.tolist()
+
+
 def test_ranks_and_workers_share_a_pass(corpus: str) -> None:
     seen: Counter[str] = Counter()
     for rank in range(2):
@@ -307,6 +326,12 @@ def test_lines_of_test_sets_are_refused_or_dropped(tmp_path: Path) -> None:
         ("premise:A man is playing a guitar on stage", True),
         ("He sleeps! A man is playing a guitar on stage? Yes", True),
         ("Q: Why? It costs 2.50 dollars at noon. Tell me why.", True),
+        ("A man is playing a guitar on stage</s>He sleeps", True),
+        ("Premise: A man is playing a guitar on stage Hypothesis: He sleeps", True),
+        ("He sleeps [SEP] A man is playing a guitar on stage", True),
+        ("He sleeps\tA man is playing a guitar on stage\t0", True),
+        ("He sleeps - a man is playing a guitar on stage", True),
+        ("A man is playing a guitar on stage-left", False),
         ("Then it costs 2.50 dollars at noon. Tell me why.", False),
         ("A man is playing a guitar on stage with a band.", False),
         ("Is a man is playing a guitar on stage?", False),
@@ -356,7 +381,9 @@ def test_what_a_corpus_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(streaming_module, "LONGEST", 2**20)
     refused(r"c\.jsonl:301: the line has more than 1 MiB; cut it into several$", [*many, "a" * 2**20], val_documents=9)
     settings: list[tuple[str, dict[str, Any]]] = [
-        (r"^train: a: weight must be above 0, got 0$", {"train": {"a": {"paths": "x", "weight": 0}}}),
+        (r"^train: a: weight must be above 0 and at .*, got 0$", {"train": {"a": {"paths": "x", "weight": 0}}}),
+        (r"^train: a: weight must be a number above 0", {"train": {"a": {"paths": "x", "weight": None}}}),
+        (r"^max_length must be an integer in \[4, 1048576\], got 1000000000$", {"max_length": 10**9}),
         (r"^train: a must map paths and weight", {"train": {"a": "x"}}),
         (r"^train: a: paths must be a path or a list of paths, got \[\]$", {"train": {"a": {"paths": []}}}),
         (r"^train: a mixture must name sources", {"train": {}}),
@@ -368,5 +395,12 @@ def test_what_a_corpus_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for match, given in settings:
         with pytest.raises(UserError, match=match):
             CorpusDataModule(**cast(Any, {"train": "x"} | given))
+    path = write(tmp_path / "c.jsonl", many)
+    with pytest.raises(UserError, match=rf"^train: {path} is there twice"):
+        build([str(path), f"{tmp_path}/../{tmp_path.name}/c.jsonl"])
+    limited = build(str(path), val_documents=9)
+    cast(Any, limited.trainer).limit_train_batches = 5
+    with pytest.raises(UserError, match=r"^limit_train_batches: not with streaming"):
+        limited.setup("fit")
     with pytest.raises(UserError, match=r"^tokenizer: .* has 2 sentinels .* need 5: "):
         build(str(write(tmp_path / "c.jsonl", many)), tokenizer=Tokens(make_tokenizer(2)), max_length=100)
