@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from lit_distill.comparison.runs import Run
+from lit_distill.comparison.runs import OURS, Run
 from lit_distill.files import flatten
 
 SOURCE: Final = "Hsieh et al. (2023)"
@@ -50,6 +50,7 @@ def published_row(run: Run) -> str | None:
     dataset = record.dataset
     as_published = (
         dataset in TEST_ROWS
+        and run.module_path == OURS
         and run.student_path in (STUDENT, f"google/{STUDENT}")
         and record.label_source == "gold"
         and record.train_fraction == 1

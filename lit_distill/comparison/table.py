@@ -37,10 +37,11 @@ def runs_table(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str], dict[str, 
     for _, same_name in table.groupby("student"):
         if same_name.path.nunique() > 1:
             table.loc[same_name.index, "student"] = same_name.path.map(names.short_keys(set(same_name.path), "/"))
-    for _, same_name in table.groupby("method"):
+    for method, same_name in table.groupby("method"):
         if same_name.module.nunique() > 1:
             own = same_name[same_name.module != OURS]
-            table.loc[own.index, "method"] = own.module.map(names.short_keys(set(same_name.module)))
+            # with the bare name among them, none is shortened to it
+            table.loc[own.index, "method"] = own.module.map(names.short_keys({method, *own.module}))
     parts, keys, remarks = [], set(), {}
     for dataset, own in table.groupby("dataset"):
         differing = _differing(own)

@@ -9,7 +9,6 @@ import codecs
 import glob
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +58,8 @@ def find_shards(
         if found is None:
             raise UserError(f"{name}: there is no file {' or '.join(places)}")
         shards += found
-    names = [str(shard) for shard in shards]
+    # links of other names are other files
+    names = [str(shard.parent.resolve() / shard.name if isinstance(shard, Path) else shard) for shard in shards]
     if len(set(names)) < len(names):
         raise UserError(f"{name}: {next(one for one in names if names.count(one) > 1)} is there twice")
     if other := [shard for shard in shards if format_of(shard) not in suffixes]:
@@ -72,8 +72,7 @@ def _matching(place: str) -> Sequence[AnyPath]:
     if isinstance(path, Path):
         # a name may hold brackets
         names = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))
-        # one file has one name, and a link another
-        return [Path(os.path.abspath(name)) for name in names]
+        return [Path(name).absolute() for name in names]
     if glob.has_magic(place):
         return path.matching()
     return [path] if path.exists() else []
@@ -291,7 +290,8 @@ def check_endless(trainer: Any) -> None:
 
 def check_unlimited(trainer: Any) -> None:
     """Raise a ``UserError`` if a trainer limits the batches of an epoch, which a stream does not have."""
-    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
+    limit = trainer.limit_train_batches
+    if (limit != 1.0 or isinstance(limit, int)) and not trainer.fast_dev_run:
         raise UserError("limit_train_batches: not with streaming, which knows no epochs; give max_steps")
 
 

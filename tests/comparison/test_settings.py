@@ -92,6 +92,7 @@ def test_classes_of_one_name_are_two_methods(tmp_path: Path) -> None:
         edit(Path(run.source), config=run.record.config | {"model": model})
     found, _ = find_runs([tmp_path])
     assert names_of(found) == ["step-by-step", "first.losses.StepByStep", *["second.losses.StepByStep"] * 2]
+    assert names_of(found[:2]) == ["step-by-step", "losses.StepByStep"]
     # one alone has its own name
     assert names_of(found[2:]) == ["step-by-step"] * 2
 

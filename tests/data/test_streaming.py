@@ -298,7 +298,10 @@ def test_what_a_trainer_needs(tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     data = build(tmp_path / "shards", tokenizer)
     for settings, message in [
         ({"max_steps": -1}, "max_steps: must be given with streaming"),
-        ({"max_steps": 9, "limit_train_batches": 5}, "limit_train_batches: not with streaming"),
+        *[
+            ({"max_steps": 9, "limit_train_batches": some}, "limit_train_batches: not with streaming")
+            for some in (1, 5)
+        ],
     ]:
         data.trainer = trainer(**settings)
         with pytest.raises(UserError, match=f"^{message}"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,15 @@ HELD_OUT = 100
 WORDS = 5
 """The fewest words of a line that tell that a document and a test set have it in common."""
 
-# punctuation outside words, and what comes before a label such as ``Hypothesis:``
-_ENDS = re.compile(r"[^\w\s'\u2019-]|\t|\s-+\s|\s(?=\w+:)")
+_END = re.compile(
+    # punctuation, but not in a word or a number
+    r"(?!(?<=\w)['\u2019\u2010\u2011/&-]\w)(?!(?<=\d),\d)[^\w\s]|(?<![^\W_])_|_(?![^\W_])"
+    # tabs, and what comes before a label such as ``Hypothesis:``
+    r"|\t|\s(?=[^\W\d]\w*(?: \d+)?\s?[:\uff1a](?![/:]))"
+)
+
+_RESERVED = re.compile(r"<extra_id_\d+>|<pad>")
+"""What a T5's tokenizer would take for a sentinel or padding."""
 
 Kind = Literal["documents", "blank", "held_out", "overlapping"]
 
@@ -47,7 +55,10 @@ def parse(path: AnyPath, number: int, content: Content) -> tuple[str, Any]:
 
 
 def document(path: AnyPath, number: int, content: Content, column: str) -> str:
-    """The text of a row: of a line, a JSON string, or a column. Raises a ``UserError`` that names its place."""
+    """The text of a row: of a line, a JSON string, or a column, without sentinels and padding.
+
+    Raises a ``UserError`` that names its place.
+    """
     place, found = parse(path, number, content)
     if isinstance(found, dict):
         if column not in found:
@@ -57,7 +68,7 @@ def document(path: AnyPath, number: int, content: Content, column: str) -> str:
         raise UserError(f"{place} must be a text, got {found!r:.100}")
     if len(found) > LONGEST:
         raise UserError(f"{place} has more than {LONGEST >> 20} million characters; cut it into several")
-    return found.strip()
+    return _RESERVED.sub(" ", found).strip()
 
 
 def tested_lines(paths: Sequence[AnyPath]) -> dict[str, str]:
@@ -93,6 +104,17 @@ def _lines(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _lines(one)
+
+
+def _parts(line: str) -> Iterator[str]:
+    """A line cut where a sentence, a clause or a field may end."""
+    start = 0
+    for end in _END.finditer(line):
+        # to `re`, vowel signs and accents that combine are no part of a word
+        if unicodedata.category(end[0]) not in ("Mn", "Mc"):
+            yield line[start : end.start()]
+            start = end.end()
+    yield line[start:]
 
 
 def rows_of(shards: Iterable[AnyPath], name: str = "train") -> Iterator[tuple[AnyPath, int, Content]]:
@@ -141,7 +163,7 @@ class Sorting:
         for line in text.splitlines():
             words: list[str] = []
             ends = {0: None}  # of parts, in order
-            for part in _ENDS.split(line):
+            for part in _parts(line):
                 words += normal(part).split()
                 ends[len(words)] = None
             for start in ends:

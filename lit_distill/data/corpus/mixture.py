@@ -1,6 +1,5 @@
 """Documents of several sources, as a stream of packed sequences."""
 
-import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +19,6 @@ from lit_distill.remote import AnyPath
 from lit_distill.students import Tokens
 
 TOGETHER = 1_000  # documents that are tokenised at once
-
-_RESERVED = re.compile(r"<extra_id_\d+>|<pad>")
-"""What a T5's tokenizer would take for a sentinel or padding."""
 
 Place = tuple[int, str, int]
 """A document's source, file and row."""
@@ -51,7 +47,7 @@ class Packing:
         """The documents one after another, each with end-of-sequence, cut into sequences ``(length,)``.
 
         With each are the documents that it has tokens of. The last is shorter, and left out if it is a lone
-        end-of-sequence. Sentinels and padding that stand in a text are left out.
+        end-of-sequence.
         """
         rest, ends, done = np.empty(0, np.int32), [0], 0  # ends of documents, and of the sequences so far
 
@@ -59,8 +55,7 @@ class Packing:
             return sequence, slice(bisect_right(ends, start) - 1, bisect_left(ends, start + len(sequence)))
 
         for start in range(0, len(texts), TOGETHER):
-            plain = [_RESERVED.sub(" ", text) for text in texts[start : start + TOGETHER]]
-            ids = self.tokens.targets(plain, 2**62).ids
+            ids = self.tokens.targets(texts[start : start + TOGETHER], 2**62).ids
             flat = np.concatenate([rest, *(np.array(own, np.int32) for own in ids)])
             ends += (ends[-1] + np.cumsum([len(own) for own in ids])).tolist()
             whole = len(flat) // self.length * self.length
@@ -166,7 +161,7 @@ class DocumentStream(Stream):
                     place = {"sources": places, "block": block, "taken": number + 1, "counts": dict(counts)}
                     yield Item(stream, self.packing.collate(rows), place, [])
                     rows = []
-            barren = 0 if texts else barren + 1
+            barren = 0 if sequences else barren + 1
             if barren == EMPTY:
                 raise UserError(f"train: no text to train on in {EMPTY} blocks of documents ({dict(counts)})")
             block, taken, places = block + 1, 0, [list(cursor.place) for cursor in cursors]
@@ -181,7 +176,7 @@ class DocumentStream(Stream):
         places: list[Place] = []
         first: set[Place] = set()
         counts: Counter[str] = Counter()
-        for cursor in cursors:
+        for source, cursor in enumerate(cursors):
             share = cursor.source.share * self.buffer
             # so that shares are met in the long run
             count = int((block + 1) * share) - int(block * share)
@@ -192,7 +187,7 @@ class DocumentStream(Stream):
                 if kind == "documents":
                     texts.append(text)
                     # a small source may be in a block several times, and a later copy read first
-                    places.append((cursor.number, str(path), number))
+                    places.append((source, str(path), number))
                     first.update(places[-1:] if is_first else ())
                 else:
                     counts[kind] += is_first

@@ -20,9 +20,9 @@ import torch
 from lit_distill.batch import IGNORE_INDEX
 from lit_distill.data import CorpusDataModule
 from lit_distill.data import streaming as streaming_module
-from lit_distill.data.corpus.documents import Sorting, normal
+from lit_distill.data.corpus.documents import Sorting, normal, rows_of
 from lit_distill.data.corpus.documents import tested_lines as read_test_sets
-from lit_distill.data.streaming import StreamLoader
+from lit_distill.data.streaming import StreamLoader, find_shards
 from lit_distill.errors import UserError
 from lit_distill.students import Tokens
 from lit_distill.students.tokens import CausalTokens
@@ -149,11 +149,21 @@ def test_a_document_of_a_small_source_is_counted_at_the_first_of_its_copies(corp
     assert len(seen) > 100
 
 
-def test_a_sentinel_in_a_text_is_left_out(corpus: str) -> None:
-    data = build(corpus)
-    marked, plain = ["the <extra_id_0> cat is<extra_id_12> red <pad>"], ["the cat is red"]
-    [(found, _)], [(expected, _)] = data.packing.sequences(marked), data.packing.sequences(plain)
-    assert found.tolist() == expected.tolist()
+def test_a_sentinel_in_a_text_is_left_out(tmp_path: Path) -> None:
+    marked = ["the <extra_id_0> cat is<extra_id_12> red <pad>", "<extra_id_3>", "<pad>"]
+    path = write(tmp_path / "marked.jsonl", marked)
+    found = [(text.split(), kind) for text, kind in Sorting("text", holds_out=False).sorted(rows_of([path]))]
+    assert found == [(["the", "cat", "is", "red"], "documents"), ([], "blank"), ([], "blank")]
+
+
+def test_a_path_through_a_link_names_the_file_that_it_opens(tmp_path: Path) -> None:
+    right, _ = write(tmp_path / "big" / "c.jsonl", ["right"]), write(tmp_path / "c.jsonl", ["wrong"])
+    (tmp_path / "big" / "data").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "big" / "data")
+    [found] = find_shards(["../c.jsonl"], tmp_path / "data", [".jsonl"])
+    assert cast(Path, found).read_text() == right.read_text()
+    with pytest.raises(UserError, match=rf"^train: {right} is there twice"):
+        find_shards(["../c.jsonl", str(right)], tmp_path / "data", [".jsonl"])
 
 
 def test_ranks_and_workers_share_a_pass(corpus: str) -> None:
@@ -331,7 +341,17 @@ def test_lines_of_test_sets_are_refused_or_dropped(tmp_path: Path) -> None:
         ("He sleeps [SEP] A man is playing a guitar on stage", True),
         ("He sleeps\tA man is playing a guitar on stage\t0", True),
         ("He sleeps - a man is playing a guitar on stage", True),
+        ("He said 'a man is playing a guitar on stage' and left", True),
+        ("A man is playing a guitar on stage--he sleeps", True),
+        ("He _a man is playing a guitar on stage_ he", True),
+        ("Premise 1 : A man is playing a guitar on stage Hypothesis 2 : He sleeps", True),
         ("A man is playing a guitar on stage-left", False),
+        ("A man is playing a guitar on stage\u2011left", False),
+        ("A man is playing a guitar on stage std::vector", False),
+        ("The price of the car is 20,000 dollars", False),
+        ("The price of the car is 20, I say", True),
+        ("अभी वह आदमी मंच पर गिटार बजा रहा है और वह खुश है", False),
+        ("वह आदमी मंच पर गिटार बजा रहा है।", True),
         ("Then it costs 2.50 dollars at noon. Tell me why.", False),
         ("A man is playing a guitar on stage with a band.", False),
         ("Is a man is playing a guitar on stage?", False),
@@ -340,6 +360,7 @@ def test_lines_of_test_sets_are_refused_or_dropped(tmp_path: Path) -> None:
 )
 def test_a_line_of_a_test_set_is_found_among_others(text: str, found: bool, tmp_path: Path) -> None:
     lines = ["A man is playing a guitar on stage.", "It costs 2.50 dollars at noon. Tell me why.", "a b c d e"]
+    lines += ["The price of the car is 20", "वह आदमी मंच पर गिटार बजा रहा है"]
     path = write(tmp_path / "test.jsonl", lines)
     sorting = Sorting("text", holds_out=False, tested=read_test_sets([path]))
     row = (path, 0, json.dumps(text).encode())
