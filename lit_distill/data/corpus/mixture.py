@@ -188,7 +188,8 @@ class DocumentStream(Stream):
                     texts.append(text)
                     # a small source may be in a block several times, and a later copy read first
                     places.append((source, str(path), number))
-                    first.update(places[-1:] if is_first else ())
+                    if is_first:
+                        first.add(places[-1])
                 else:
                     counts[kind] += is_first
         return texts, places, first, counts
